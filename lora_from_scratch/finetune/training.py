@@ -1,0 +1,317 @@
+"""The training loop. One loop serves pretraining and every method of fine-tuning.
+
+What makes it repeatable and resumable is one decision: **everything random in step t is drawn from
+(seed, t)**, the batch and the dropout masks alike. A run that was killed therefore needs nothing but the
+last checkpoint (weights, optimiser state, step) to go on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lora_from_scratch.finetune.distributed import World
+from lora_from_scratch.files import write_atomically
+from lora_from_scratch.gpt2.model import IGNORE_INDEX, next_token_loss
+
+SCHEDULES = ("linear", "cosine", "trapezoid", "constant")
+PRECISIONS = ("bf16", "fp32")
+
+
+class Batch(NamedTuple):
+    """Some texts of one length. Padding, if any, is on the right."""
+
+    input_ids: Tensor  # (B, T)
+    labels: Tensor  # (B, T): the token ids that count in the loss, -100 elsewhere
+    attention_mask: Tensor | None = None  # (B, T), 1 for a token; None: no padding
+
+    def rows(self, start: int, stop: int | None, step: int = 1) -> Batch:
+        pick = slice(start, stop, step)
+        mask = None if self.attention_mask is None else self.attention_mask[pick]
+        return Batch(self.input_ids[pick], self.labels[pick], mask)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(None if t is None else t.to(device) for t in self))  # type: ignore[arg-type]
+
+    @property
+    def predictions(self) -> int:
+        """How many tokens are predicted: labels that count, the first of each row having no predecessor."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or the gradient became infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train. What is trained is the model's `requires_grad`; on what, the batches.
+
+    Raises:
+        ValueError: a number out of its range or an unknown schedule or precision.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 0
+    schedule: str = "linear"  # after the warm-up: to 0 in a line, in half a cosine; trapezoid: see learning_rate_at
+    decay_fraction: float = 0.4  # of the steps; the trapezoid's last part
+    weight_decay: float = 0.01  # on matrices, not on vectors (biases, normalisation)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0  # the largest norm of the whole gradient; 0: no clipping
+    accumulation: int = 1  # a batch is cut into this many parts, one after the other: less memory, same result
+    precision: str = "bf16"  # the arithmetic of the forward pass (autocast); weights and Adam stay in fp32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _need(self.steps >= 1, "steps must be at least 1", self.steps)
+        _need(math.isfinite(self.learning_rate) and self.learning_rate > 0,
+              "learning_rate must be a positive number", self.learning_rate)
+        _need(0 <= self.warmup_steps <= self.steps, f"warmup_steps must be from 0 to {self.steps}", self.warmup_steps)
+        _need(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}", self.schedule)
+        _need(self.precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}", self.precision)
+        _need(0 < self.decay_fraction <= 1, "decay_fraction must be above 0 and at most 1", self.decay_fraction)
+        _need(self.weight_decay >= 0, "weight_decay must not be negative", self.weight_decay)
+        _need(self.clip_norm >= 0, "clip_norm must not be negative", self.clip_norm)
+        _need(self.accumulation >= 1, "accumulation must be at least 1", self.accumulation)
+
+
+def learning_rate_at(step: int, settings: TrainingSettings) -> float:
+    """The learning rate of step 0, 1, ... `steps - 1`, as a fraction of the highest.
+
+    Warm-up is linear. Then `linear` and `cosine` fall to zero over the rest; `trapezoid` stays at the top
+    and falls in a line over the last `decay_fraction` of the steps (Hägele et al. 2024, arXiv:2405.18392).
+    """
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    left = (settings.steps - step) / max(1, settings.steps - settings.warmup_steps)  # from 1 down to almost 0
+    if settings.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * left))
+    if settings.schedule == "trapezoid":
+        return min(1.0, (settings.steps - step) / (settings.decay_fraction * settings.steps))
+    return left if settings.schedule == "linear" else 1.0
+
+
+def adamw(trainable: Mapping[str, nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on the matrices only."""
+    matrices = [p for p in trainable.values() if p.ndim >= 2]
+    vectors = [p for p in trainable.values() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+
+
+@dataclass
+class History:
+    """What happened: one number a step, and what the evaluations said."""
+
+    losses: list[float] = field(default_factory=list)  # nats per predicted token
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # each with its "step"
+    tokens: int = 0  # predicted in the whole run
+    seconds: float = 0.0  # in the steps, over all the parts of a resumed run
+
+
+class Trainer:
+    """Trains a model on batches that are a function of the step.
+
+    Args:
+        model: any module with `model(input_ids, attention_mask=...) -> logits (B, T, V)`; its parameters
+            with `requires_grad` are trained.
+        batch_at: step -> the whole batch of that step, the same whenever it is asked.
+        settings: see `TrainingSettings`.
+        optimizers: made by the caller where AdamW on everything is not wanted.
+        checkpoint: a file; if it exists the run goes on from it. Written every `checkpoint_every` steps.
+        evaluate: called every `evaluate_every` steps and after the last; what it returns is recorded.
+        settings_tag: what else defines the run (data, model, method); a checkpoint with another tag is refused.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_at: Callable[[int], Batch],
+        settings: TrainingSettings,
+        *,
+        optimizers: list[torch.optim.Optimizer] | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 100,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate_every: int = 0,
+        settings_tag: str = "",
+        progress: bool = True,
+        description: str = "training",
+    ) -> None:
+        self.model, self.batch_at, self.settings = model, batch_at, settings
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.trainable:
+            raise ValueError("nothing to train: no parameter of the model has requires_grad=True")
+        self.device = next(iter(self.trainable.values())).device
+        self.optimizers = optimizers or [adamw(self.trainable, settings)]
+        self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.checkpoint = Path(checkpoint) if checkpoint else None
+        self.checkpoint_every, self.evaluate, self.evaluate_every = checkpoint_every, evaluate, evaluate_every
+        self.tag, self.progress, self.description = settings_tag, progress, description
+        self.world = World.from_environment()
+        self.history = History()
+        self.step = 0
+
+    def run(self) -> History:
+        """Train to the last step (from the checkpoint, if there is one) and return what happened.
+
+        Raises:
+            NonFiniteLossError: with the step and what to try; the last checkpoint stays.
+            ValueError: the checkpoint belongs to another run or is damaged.
+        """
+        if self.checkpoint and self.checkpoint.exists():
+            self._load()
+        hidden = not self.progress or self.world.rank != 0
+        self.model.train()
+        with tqdm(total=self.settings.steps, initial=self.step, desc=self.description, unit="step",
+                  disable=hidden, mininterval=0.5, dynamic_ncols=True) as bar:  # fmt: skip
+            while self.step < self.settings.steps:
+                started = time.perf_counter()
+                loss, tokens = self._one_step(self.step)
+                self.history.seconds += time.perf_counter() - started
+                self.history.losses.append(loss)
+                self.history.tokens += tokens
+                self.step += 1
+                rate = self.history.tokens / self.history.seconds
+                bar.set_postfix_str(f"loss {_recent_mean(self.history.losses):.3f}, {rate:,.0f} tokens/s", refresh=False)
+                bar.update()
+                self._after_step(bar)
+        return self.history
+
+    def _one_step(self, step: int) -> tuple[float, int]:
+        """Forward, backward, update. Returns the loss over the whole batch and how many tokens it predicted."""
+        torch.manual_seed(step_seed(self.settings.seed, step, self.world.rank))
+        batch = self.batch_at(step)
+        predictions = max(1, batch.predictions)
+        mine = batch.rows(self.world.rank, None, self.world.size)
+        parts = min(self.settings.accumulation, len(mine.input_ids))
+        loss = torch.zeros((), device=self.device)
+        for part in range(parts):
+            piece = mine.rows(part, None, parts).to(self.device)
+            with autocast(self.device, self.settings.precision):
+                logits = self.model(piece.input_ids, attention_mask=piece.attention_mask)
+            # The mean over the whole batch, piece by piece: however the batch is cut, the gradient is the same.
+            share = next_token_loss(logits, piece.labels) * (piece.predictions / predictions)
+            share.backward()
+            loss += share.detach()
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        self.world.add_up([loss, *gradients])
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._stop_unless_finite(step, float(loss), float(norm))
+        if self.settings.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.trainable.values(), self.settings.clip_norm, norm)
+        fraction = learning_rate_at(step, self.settings)
+        for optimizer, peaks in zip(self.optimizers, self.peak_rates, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * fraction
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(loss), predictions
+
+    def _stop_unless_finite(self, step: int, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        rate = self.settings.learning_rate * learning_rate_at(step, self.settings)
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+        kept = f" The last good checkpoint is {self.checkpoint}." if self.checkpoint and self.checkpoint.exists() else ""
+        raise NonFiniteLossError(
+            f"stopped at step {step}: {what} at learning rate {rate:.3g}. Try a learning rate ten times smaller, "
+            f"more warm-up steps, or precision fp32.{kept}"
+        )
+
+    def _after_step(self, bar: Any) -> None:
+        last = self.step == self.settings.steps
+        if self.evaluate and (last or (self.evaluate_every and self.step % self.evaluate_every == 0)):
+            result = {"step": self.step, **self.evaluate()}
+            self.model.train()
+            self.history.evaluations.append(result)
+            if self.world.rank == 0 and self.progress:
+                bar.write(", ".join(f"{name} {value:,.4g}" for name, value in result.items()))
+        if self.checkpoint and (last or self.step % self.checkpoint_every == 0) and self.world.rank == 0:
+            self.save()
+
+    # --- Checkpoints: one file, written beside its place and moved there whole ---
+
+    def save(self) -> None:
+        """Write the checkpoint; a kill in the middle leaves the one before."""
+        assert self.checkpoint is not None
+        state = {
+            "step": self.step,
+            "settings": asdict(self.settings),
+            "tag": self.tag,
+            "trainable": {name: p.detach() for name, p in self.trainable.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "history": asdict(self.history),
+        }
+        write_atomically(self.checkpoint, lambda path: torch.save(state, path))
+
+    def _load(self) -> None:
+        assert self.checkpoint is not None
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            step, saved = state["step"], TrainingSettings(**{**state["settings"], "betas": tuple(state["settings"]["betas"])})
+        except Exception as error:  # torch.load raises many types for a damaged file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{self.checkpoint} is not a readable checkpoint ({reason}); delete it to start anew") from None
+        self._refuse_another_run(saved, step, state["tag"], state["trainable"])
+        for name, value in state["trainable"].items():
+            self.trainable[name].data.copy_(value)
+        for optimizer, saved_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
+        self.history, self.step = History(**state["history"]), step
+
+    def _refuse_another_run(self, saved: TrainingSettings, step: int, tag: str, tensors: dict[str, Tensor]) -> None:
+        now = self.settings
+        if now.schedule == saved.schedule == "trapezoid" and step <= min(_decay_start(now), _decay_start(saved)):
+            saved = replace(saved, steps=now.steps)  # before the decay begins, the steps to come are still open
+        different = [k for k, v in asdict(saved).items() if v != asdict(now)[k]]
+        if tag != self.tag:
+            different.append("data, model or method")
+        if {n: p.shape for n, p in self.trainable.items()} != {n: t.shape for n, t in tensors.items()}:
+            different.append("trained tensors")
+        if different:
+            raise ValueError(
+                f"{self.checkpoint} is the checkpoint of another run (different: {', '.join(different)}); "
+                "give the same settings to go on with it, or delete it to start anew"
+            )
+
+
+def step_seed(seed: int, step: int, stream: int = 0) -> int:
+    """A seed for one step (and one process) of a run: mixed, so that neighbours have nothing in common."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64  # SplitMix64's mixer (Steele et al. 2014)
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**63
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bf16 where it is safe (matrix products), fp32 where it is not (sums, norms); or nothing, for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _decay_start(settings: TrainingSettings) -> float:
+    return (1 - settings.decay_fraction) * settings.steps
+
+
+def _recent_mean(values: list[float], window: int = 50) -> float:
+    recent = values[-window:]
+    return sum(recent) / len(recent)
+
+
+def _need(holds: bool, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{rule}, got {value!r}")

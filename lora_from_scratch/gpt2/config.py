@@ -1,0 +1,96 @@
+"""The numbers that fix the shape of a GPT-2."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Hyperparameters of a GPT-2, under the names of Hugging Face's `config.json`.
+
+    The defaults are GPT-2 small (124 M parameters; Radford et al. 2019, table 2).
+
+    Raises:
+        ValueError: a size is not a positive whole number, `n_embd` is not a multiple of `n_head`,
+            or a dropout is outside [0, 1).
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024  # the context: the most tokens that the model can see at once
+    n_embd: int = 768  # d, the width of the residual stream
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # the width of the MLP; None means 4 * n_embd
+    layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}"
+            )
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+
+    @property
+    def mlp_width(self) -> int:
+        return self.n_inner or 4 * self.n_embd
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> GPT2Config:
+        """Read a `config.json` in Hugging Face's layout; what does not concern the shape is ignored.
+
+        Raises:
+            ValueError: the file is not JSON, is not a GPT-2's, or asks for a variant of GPT-2 that
+                changes the arithmetic and is not supported here.
+        """
+        try:
+            given = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a readable JSON file: {error}") from None
+        if not isinstance(given, dict) or given.get("model_type", "gpt2") != "gpt2":
+            kind = given.get("model_type") if isinstance(given, dict) else type(given).__name__
+            raise ValueError(f"{path} does not describe a GPT-2 (model_type must be 'gpt2', got {kind!r})")
+        for name, only in _ONLY_SUPPORTED.items():
+            if given.get(name, only[0]) not in only:
+                raise ValueError(f"{path}: {name}={given[name]!r} is not supported, only {only[0]!r}")
+        known = {field.name for field in fields(cls)}
+        try:
+            return cls(**{name: value for name, value in given.items() if name in known})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """What goes into `config.json` so that `transformers` loads the same model."""
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+            "n_ctx": self.n_positions,
+            **asdict(self),
+        }
+
+
+# Switches of transformers' GPT2Config that change the result; the first value is GPT-2's own.
+_ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}

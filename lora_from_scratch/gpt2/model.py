@@ -1,0 +1,323 @@
+"""GPT-2 (Radford et al. 2019), top to bottom, in the order in which the data flows.
+
+Shapes: B sequences in the batch, T tokens in each, S tokens that can be attended to (S = T without a
+cache), d = `n_embd`, H = `n_head`, hd = d / H, V = `vocab_size`. Modules and parameters have the names
+of Hugging Face's checkpoints, so that a state dict goes either way without renaming.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_from_scratch.gpt2.config import GPT2Config
+
+IGNORE_INDEX = -100  # a label that the loss leaves out (PyTorch's and Hugging Face's convention)
+
+
+# --- The parts, as functions -----------------------------------------------------------------------
+
+
+def split_heads(x: Tensor, n_head: int) -> Tensor:
+    """Cut the last axis into heads and move the heads in front of the tokens.
+
+    Args:
+        x: (B, T, d).
+        n_head: H; must divide d.
+
+    Returns:
+        (B, H, T, hd) with hd = d / H; head h holds the columns h * hd to (h + 1) * hd of `x`.
+    """
+    batch, tokens, width = x.shape
+    return x.view(batch, tokens, n_head, width // n_head).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """The inverse of `split_heads`: (B, H, T, hd) to (B, T, d)."""
+    batch, n_head, tokens, head_width = x.shape
+    return x.transpose(1, 2).reshape(batch, tokens, n_head * head_width)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention in which no token sees a later one (Vaswani et al. 2017, eq. 1).
+
+    `softmax(q k^T / sqrt(hd) + mask) v`, where the mask is minus infinity for every key that comes after
+    its query. The last query is aligned with the last key, so that with a cache (S > T) the first T of the
+    queries see the S - T cached keys as well.
+
+    Args:
+        q: (B, H, T, hd), the queries.
+        k: (B, H, S, hd), the keys, S >= T.
+        v: (B, H, S, hd), the values.
+
+    Returns:
+        (B, H, T, hd).
+    """
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, H, T, S)
+    future = ~causal_mask(q.shape[-2], k.shape[-2], q.device)  # (T, S)
+    bias = torch.zeros_like(future, dtype=q.dtype).masked_fill(future, -math.inf)
+    return torch.softmax(scores + bias, dim=-1) @ v
+
+
+def causal_mask(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
+    """(T, S) of booleans: True where a query may see a key. The last query sees every key."""
+    query_position = torch.arange(keys - tokens, keys, device=device)
+    key_position = torch.arange(keys, device=device)
+    return key_position[None, :] <= query_position[:, None]
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's activation: the tanh approximation of the Gaussian error linear unit, any shape.
+
+    `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))` (Hendrycks and Gimpel 2016, section 2).
+    """
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy, in nats, of predicting each token from the tokens before it.
+
+    The logits at position t are compared with the label at t + 1: the shift happens here and nowhere
+    else. Labels of -100 (`IGNORE_INDEX`) do not count, neither in the sum nor in the mean.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), token ids or -100.
+
+    Returns:
+        A scalar; 0 if every label is -100.
+    """
+    shifted = labels[:, 1:].reshape(-1)
+    total = F.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]).float(), shifted, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return total / (shifted != IGNORE_INDEX).sum().clamp(min=1)
+
+
+# --- The modules -----------------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """`y = x W + b`: a linear layer whose weight is stored `(in, out)`, as in OpenAI's checkpoints.
+
+    `nn.Linear` stores the transpose, `(out, in)`: whoever adapts a GPT-2 has to know which it is.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.T, self.bias)  # (..., in) -> (..., out)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class KVCache:
+    """The keys and values of the tokens that the model has already read, one pair a layer.
+
+    With it a step of generation costs one token instead of the whole text: a token's keys and values
+    depend only on the tokens before it, so they never change once they are computed.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = list(layers or [])  # each (B, H, S, hd)
+
+    def __len__(self) -> int:
+        """How many tokens are held."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new tokens' keys and values (B, H, T, hd); return all of the layer's (B, H, S, hd)."""
+        if layer == len(self.layers):
+            self.layers.append((k, v))
+        else:
+            old_k, old_v = self.layers[layer]
+            self.layers[layer] = (torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2))
+        return self.layers[layer]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order (beam search moves beams about)."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention. `c_attn` makes queries, keys and values in one product."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.layer = layer
+        self.attn_pdrop = config.attn_pdrop
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)  # [q | k | v] side by side on the output axis
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        q, k, v = self.project(x)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.resid_dropout(self.c_proj(merge_heads(self.attend(q, k, v, mask))))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, d) to queries, keys and values, each (B, H, T, hd)."""
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)
+        return split_heads(q, self.n_head), split_heads(k, self.n_head), split_heads(v, self.n_head)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`causal_attention`, with dropout on its weights. Returns (B, H, T, hd).
+
+        `mask` is (B, 1, T, S), True where a query may see a key; None means causal with S = T.
+        PyTorch's fused kernel keeps no (T, S) matrix in memory. In bf16 on a CPU, though, its backward pass
+        takes twice as long as the equation written out (`benchmarks/attention.py`), so there we write it out.
+        """
+        dropout = self.attn_pdrop if self.training else 0.0
+        if mask is None and not dropout and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+            return causal_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+
+class MLP(nn.Module):
+    """`W_proj gelu(W_fc x)`: d to 4d and back, for each token by itself."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = Conv1D(config.n_embd, config.mlp_width)
+        self.c_proj = Conv1D(config.mlp_width, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.c_fc(x), approximate="tanh")  # `gelu` above, in one kernel
+        return self.resid_dropout(self.c_proj(hidden))
+
+
+class Block(nn.Module):
+    """One transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))` (pre-norm)."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks, a last normalisation: token ids to hidden states."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+
+class GPT2(nn.Module):
+    """The language model. The output projection is the token embedding itself (tied weights).
+
+    `gradient_checkpointing = True` trades time for memory: a block's activations are thrown away after
+    the forward pass and computed again in the backward pass (Chen et al. 2016).
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.gradient_checkpointing = False
+        self.apply(self._initialise)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The logits of the next token at every position.
+
+        Args:
+            input_ids: (B, T) token ids; or instead of them
+            inputs_embeds: (B, T, d) token embeddings, before positions are added.
+            attention_mask: (B, S), 1 for a token and 0 for padding, over cached and new tokens; None: no padding.
+            position_ids: (B, T); None: counted from the mask (padding takes no position), else from the cache.
+            cache: read and extended in place; S is its length plus T.
+
+        Returns:
+            (B, T, V).
+
+        Raises:
+            ValueError: the text is longer than the context, or a mask or an id does not fit.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids (B, T) or inputs_embeds (B, T, d)")
+            inputs_embeds = self.transformer.wte(input_ids)
+        hidden = self.hidden_states(inputs_embeds, attention_mask, position_ids, cache)
+        return F.linear(hidden, self.transformer.wte.weight)
+
+    def hidden_states(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T, d) embeddings to the (B, T, d) that the output projection reads."""
+        tokens = inputs_embeds.shape[1]
+        keys = tokens + (len(cache) if cache is not None else 0)
+        if keys > self.config.n_positions:
+            raise ValueError(f"{keys} tokens are more than the model's context of {self.config.n_positions}")
+        if attention_mask is not None and attention_mask.shape[1] != keys:
+            raise ValueError(f"attention_mask must cover all {keys} tokens, got {attention_mask.shape[1]}")
+        if position_ids is None:
+            position_ids = self._positions(attention_mask, tokens, keys, inputs_embeds.device)
+        mask = self._attention_mask(attention_mask, tokens, keys, inputs_embeds.device)
+        x = self.transformer.drop(inputs_embeds + self.transformer.wpe(position_ids))
+        for block in self.transformer.h:
+            if self.gradient_checkpointing and self.training and cache is None:
+                x = torch.utils.checkpoint.checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask, cache)
+        return self.transformer.ln_f(x)
+
+    @staticmethod
+    def _positions(attention_mask: Tensor | None, tokens: int, keys: int, device: torch.device) -> Tensor:
+        if attention_mask is None:
+            return torch.arange(keys - tokens, keys, device=device)[None]  # (1, T)
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens:]  # (B, T)
+
+    @staticmethod
+    def _attention_mask(attention_mask: Tensor | None, tokens: int, keys: int, device: torch.device) -> Tensor | None:
+        """(B or 1, 1, T, S) of booleans; None where plain causal attention is enough."""
+        if attention_mask is None and tokens == keys:
+            return None
+        causal = causal_mask(tokens, keys, device)[None, None]  # (1, 1, T, S)
+        if attention_mask is None:
+            return causal
+        allowed = causal & attention_mask.bool()[:, None, None, :]
+        # A padding query in front of its text may see nothing; let it see itself, so that no softmax is 0 / 0.
+        return allowed | torch.eye(keys, dtype=torch.bool, device=device)[keys - tokens :][None, None]
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Normal(0, 0.02), biases 0; the two projections into the residual stream are smaller by
+        `1 / sqrt(2 n_layer)` (Radford et al. 2019, section 2.3)."""
+        if isinstance(module, Conv1D | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, Attention | MLP):
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))

