@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -27,7 +30,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     os.close(handle)
     temporary = Path(name)
     try:
-        write(temporary)
+        with _disk_errors(path):
+            write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 is for secrets
@@ -47,13 +51,23 @@ def write_directory_atomically(directory: str | Path, write: Callable[[Path], ob
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.", suffix=".part"))
     try:
-        write(temporary)
+        with _disk_errors(directory):
+            write(temporary)
         directory.mkdir(exist_ok=True)
         for file in sorted(temporary.iterdir()):
             os.chmod(file, 0o666 & ~_umask())
             os.replace(file, directory / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """torch and safetensors report a full disk with errors of their own: make them the OSError that they are."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
 
 
 def _umask() -> int:

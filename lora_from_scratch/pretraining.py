@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings, autocast, step_seed
+from lora_from_scratch.finetune.sampling import shuffled_places, step_seed
+from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings, autocast
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
@@ -76,25 +77,10 @@ def windows_at(tokens: Tensor, context: int, batch_size: int, seed: int, step: i
     """
     per_epoch = (len(tokens) - context) // context
     picked = []
-    for index in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(index, per_epoch)
-        offset, order = _epoch_order(per_epoch, context, seed, epoch)
-        start = offset + int(order[place]) * context
+    for epoch, window in shuffled_places(per_epoch, batch_size, seed, step):
+        start = step_seed(seed, epoch, stream=2) % context + window * context
         picked.append(tokens[start : start + context])
     return torch.stack(picked)
-
-
-_orders: dict[tuple[int, int, int, int], tuple[int, Tensor]] = {}
-
-
-def _epoch_order(windows: int, context: int, seed: int, epoch: int) -> tuple[int, Tensor]:
-    key = (windows, context, seed, epoch)
-    if key not in _orders:
-        _orders.clear() if len(_orders) > 4 else None
-        generator = torch.Generator().manual_seed(step_seed(seed, epoch, stream=1))
-        offset = int(torch.randint(context, (), generator=generator))
-        _orders[key] = (offset, torch.randperm(windows, generator=generator))
-    return _orders[key]
 
 
 @torch.no_grad()

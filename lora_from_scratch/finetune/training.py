@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_from_scratch.finetune.distributed import World
+from lora_from_scratch.finetune.sampling import step_seed
 from lora_from_scratch.files import write_atomically
 from lora_from_scratch.gpt2.model import IGNORE_INDEX, next_token_loss
 
@@ -288,14 +289,6 @@ class Trainer:
                 f"{self.checkpoint} is the checkpoint of another run (different: {', '.join(different)}); "
                 "give the same settings to go on with it, or delete it to start anew"
             )
-
-
-def step_seed(seed: int, step: int, stream: int = 0) -> int:
-    """A seed for one step (and one process) of a run: mixed, so that neighbours have nothing in common."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64  # SplitMix64's mixer (Steele et al. 2014)
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
-    return (mixed ^ (mixed >> 31)) % 2**63
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

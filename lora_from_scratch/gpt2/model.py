@@ -262,7 +262,7 @@ class GPT2(nn.Module):
             (B, T, V).
 
         Raises:
-            ValueError: the text is longer than the context, or a mask or an id does not fit.
+            ValueError: the text is longer than the context, or the mask does not cover it.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -283,8 +283,11 @@ class GPT2(nn.Module):
         keys = tokens + (len(cache) if cache is not None else 0)
         if keys > self.config.n_positions:
             raise ValueError(f"{keys} tokens are more than the model's context of {self.config.n_positions}")
-        if attention_mask is not None and attention_mask.shape[1] != keys:
-            raise ValueError(f"attention_mask must cover all {keys} tokens, got {attention_mask.shape[1]}")
+        if attention_mask is not None and attention_mask.shape != (len(inputs_embeds), keys):
+            raise ValueError(
+                f"attention_mask must be {(len(inputs_embeds), keys)}, one row a text and one column a token "
+                f"(cached and new), got {tuple(attention_mask.shape)}"
+            )
         if position_ids is None:
             position_ids = self._positions(attention_mask, tokens, keys, inputs_embeds.device)
         mask = self._attention_mask(attention_mask, tokens, keys, inputs_embeds.device)

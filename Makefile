@@ -1,0 +1,49 @@
+# make demo   fine-tune the bundled GPT-2 by full fine-tuning and by LoRA, and compare
+# make test   everything that has to hold
+# Each does its own set-up: a virtual environment in .venv and the pinned packages. Needs Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint bench install install-dev clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+demo: install
+	$(BIN)/lora-from-scratch demo
+
+test: lint
+	$(BIN)/python -m pytest -n auto
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install-dev
+	$(BIN)/python -m benchmarks.import_time
+	$(BIN)/python -m benchmarks.lora_vs_peft
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "could not make a virtual environment (on Debian: apt install python3-venv)"; exit 2; }
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing (once; PyTorch is large) ..."
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing what the tests need (once) ..."
+	@$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

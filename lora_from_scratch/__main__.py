@@ -1,0 +1,7 @@
+"""`python -m lora_from_scratch` is the command `lora-from-scratch`."""
+
+import sys
+
+from lora_from_scratch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,117 @@
+"""Pairs of a meaning and a text that says it, in the schema of the E2E data set.
+
+E2E (Novikova, Dusek and Rieser 2017) calls the meaning `mr` (meaning representation) and the text `ref`
+(reference). A meaning is a list of slots with values, `hero[woodcutter], place[on an island]`; one meaning
+may have several references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+STORY_CARDS = "story-cards"  # the name of the bundled task
+
+# slot -> value -> the phrases that say it. What the slot error rate looks for.
+Lexicon = Mapping[str, Mapping[str, Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair: a meaning representation and one text that says it."""
+
+    mr: str
+    ref: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits that share no meaning. An example is one pair, so a meaning may come several times in a row."""
+
+    name: str
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+    @property
+    def lexicon(self) -> Lexicon:
+        """The phrases that say each value of the task's slots, for `metrics.slot_error_rate`."""
+        if self.name == STORY_CARDS:
+            from lora_from_scratch.finetune.story_grammar import LEXICON
+
+            return LEXICON
+        from lora_from_scratch.finetune.e2e import e2e_lexicon
+
+        return e2e_lexicon(example.mr for example in self.train + self.validation + self.test)
+
+
+def references_by_mr(examples: Iterable[Example]) -> dict[str, list[str]]:
+    """All references of each meaning; meanings and references in the order of `examples`."""
+    references: dict[str, list[str]] = {}
+    for example in examples:
+        references.setdefault(example.mr, []).append(example.ref)
+    return references
+
+
+def parse_mr(mr: str) -> dict[str, str]:
+    """`slot[value], slot[value]` to a dictionary, in the order in which the slots are written.
+
+    Raises:
+        ValueError: nothing is given, a bracket is not closed, text stands outside the brackets, a slot or a
+            value is empty, or a slot comes twice.
+    """
+    slots: dict[str, str] = {}
+    rest = mr.strip()
+    if not rest:
+        raise ValueError("the meaning representation is empty: write slot[value], slot[value]")
+    while rest:
+        name, value, rest = _split_off_slot(rest, mr)
+        if name in slots:
+            raise ValueError(f"slot {name!r} comes twice in {mr!r}: keep one of them")
+        slots[name] = value
+        if rest and not (rest.startswith(",") and rest[1:].strip()):
+            raise ValueError(f"expected ', slot[value]' after {name}[{value}] in {mr!r}, found {rest!r}")
+        rest = rest[1:].strip()
+    return slots
+
+
+def _split_off_slot(text: str, mr: str) -> tuple[str, str, str]:
+    """The name and the value of the first slot, and the text behind it."""
+    name, opened, behind = text.partition("[")
+    name = name.strip()
+    if not opened or "]" in name:
+        raise ValueError(f"expected slot[value] in {mr!r}, found {text!r}")
+    if not name or "," in name:
+        raise ValueError(f"text outside the brackets in {mr!r}: before '[' stands {name!r}, it must be a slot's name")
+    value, closed, behind = behind.partition("]")
+    if not closed or "[" in value:
+        raise ValueError(f"the bracket of slot {name!r} is not closed in {mr!r}: add ']'")
+    if not value.strip():
+        raise ValueError(f"slot {name!r} has no value in {mr!r}: write one between the brackets or drop the slot")
+    return name, value.strip(), behind.strip()
+
+
+def format_mr(slots: Mapping[str, str]) -> str:
+    """The inverse of `parse_mr`."""
+    return ", ".join(f"{name}[{value}]" for name, value in slots.items())
+
+
+def load_dataset(source: str, seed: int = 0) -> Dataset:
+    """The bundled task, or E2E from disk.
+
+    Args:
+        source: "story-cards"; or the path of an E2E CSV file, which is split by meaning 80/10/10; or the path
+            of a directory with trainset.csv, devset.csv and testset.csv (or testset_w_refs.csv).
+        seed: of the story cards, or of the split of a single file.
+
+    Raises:
+        FileNotFoundError: there is no such file or directory.
+        ValueError: the file is malformed; the message says in which line.
+    """
+    if source == STORY_CARDS:
+        from lora_from_scratch.finetune.story_cards import story_cards
+
+        return story_cards(seed)
+    from lora_from_scratch.finetune.e2e import read_e2e
+
+    return read_e2e(source, seed)

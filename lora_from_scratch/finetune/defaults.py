@@ -1,0 +1,32 @@
+"""What a method is trained with unless somebody says otherwise.
+
+The learning rates for the bundled model come from the sweep in `benchmarks/learning_rates.md`, each method
+tuned by itself on the validation cards. Those for larger models are the papers'.
+"""
+
+from __future__ import annotations
+
+from lora_from_scratch.gpt2.config import GPT2Config
+
+LARGE = 512  # a width from which on a model is treated like GPT-2 small and not like the bundled one
+
+# method: learning rate for the bundled model, for GPT-2 small and larger
+LEARNING_RATES: dict[str, tuple[float, float]] = {
+    "full": (5e-4, 5e-5),
+    "lora": (5e-3, 2e-4),  # larger models: Hu et al. 2021, table 11
+}
+
+STEPS = 300
+BATCH_SIZE = 16
+WARMUP_FRACTION = 0.06
+WEIGHT_DECAY = 0.01
+
+
+def learning_rate_for(method: str, config: GPT2Config) -> float:
+    """The tuned learning rate of a method on a model of this size."""
+    small, large = LEARNING_RATES[method]
+    return large if config.n_embd >= LARGE else small
+
+
+def warmup_steps_for(steps: int) -> int:
+    return round(WARMUP_FRACTION * steps)

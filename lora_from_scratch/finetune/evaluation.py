@@ -1,0 +1,97 @@
+"""What a fine-tuned model is judged by: its texts, its certainty, and what it forgot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_from_scratch.finetune.completions import Completions, prompt_text
+from lora_from_scratch.finetune.data import Dataset, Example, lexicon_of, references_by_mr
+from lora_from_scratch.finetune.metrics import (
+    bleu,
+    completion_perplexity,
+    divergence_from_base,
+    load_tales,
+    slot_error_rate,
+    text_loss,
+)
+from lora_from_scratch.gpt2.generation import generate
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.gpt2.tokenizer import Tokenizer
+
+MAX_NEW_TOKENS = 110
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The measures of one model on one task."""
+
+    bleu: float  # 0 to 100, corpus BLEU of greedy texts against all references (sacrebleu's default)
+    slot_errors: float  # missing and invented slots over all slots
+    perplexity: float  # of the references' tokens, given their cards
+    tale_perplexity: float  # of the project's own tales: what was forgotten shows here
+    divergence: float  # nats per token, KL(base || model) on text drawn from the base; 0 for the base itself
+
+
+def write_texts(
+    model: GPT2, tokenizer: Tokenizer, mrs: Sequence[str], batch_size: int = 64, num_beams: int = 1
+) -> list[str]:
+    """The model's text for each meaning representation, greedy (or by beam search), in the order given."""
+    prompts = [tokenizer.encode(prompt_text(mr)) for mr in mrs]
+    room = model.config.n_positions - max(len(prompt) for prompt in prompts)
+    if room < 1:
+        raise ValueError(f"a prompt fills the model's context of {model.config.n_positions} tokens; shorten it")
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
+    texts = [""] * len(prompts)
+    for start in range(0, len(prompts), batch_size):
+        places = by_length[start : start + batch_size]
+        new = generate(model, [prompts[i] for i in places], max_new_tokens=min(MAX_NEW_TOKENS, room),
+                       num_beams=num_beams, eos_id=tokenizer.eos_id)  # fmt: skip
+        for place, ids in zip(places, new, strict=True):
+            texts[place] = tokenizer.decode(ids).strip()
+    return texts
+
+
+def evaluate(
+    model: GPT2, base: GPT2, tokenizer: Tokenizer, examples: Sequence[Example], dataset: Dataset, num_beams: int = 1
+) -> tuple[Scores, dict[str, str]]:
+    """All measures of a model, and the text that it wrote for each card.
+
+    Args:
+        model: the adapted model.
+        base: the model it was adapted from.
+        tokenizer: theirs.
+        examples: the pairs to be judged on, several references for a card as separate pairs.
+        dataset: the task that they belong to (it knows how to find slots in a text).
+    """
+    references = references_by_mr(examples)
+    texts = write_texts(model, tokenizer, list(references), num_beams=num_beams)
+    batches = Completions(examples, tokenizer, model.config.n_positions).batches(batch_size=32)
+    scores = Scores(
+        bleu=bleu(texts, list(references.values())),
+        slot_errors=slot_error_rate(texts, list(references), lexicon_of(dataset)),
+        perplexity=completion_perplexity(model, batches),
+        tale_perplexity=tale_perplexity(model, tokenizer),
+        divergence=divergence_from_base(model, base, text_drawn_from(base, tokenizer)),
+    )
+    return scores, dict(zip(references, texts, strict=True))
+
+
+def tale_perplexity(model: GPT2, tokenizer: Tokenizer) -> float:
+    """The perplexity of the tales that ship with the project, each read from its beginning."""
+    total = tokens = 0.0
+    for tale in load_tales():
+        ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(tale)])
+        total += text_loss(model, ids, model.config.n_positions) * (len(ids) - 1)
+        tokens += len(ids) - 1
+    return math.exp(total / tokens)
+
+
+def text_drawn_from(base: GPT2, tokenizer: Tokenizer, rows: int = 16, tokens: int = 128, seed: int = 0) -> Tensor:
+    """(rows, 1 + tokens) token ids sampled from a model at temperature 1, each row from an empty text."""
+    drawn = generate(base, [[tokenizer.eos_id]] * rows, max_new_tokens=tokens, temperature=1.0, seed=seed)
+    return torch.tensor([[tokenizer.eos_id, *row] for row in drawn])

@@ -1,0 +1,61 @@
+"""Reports as text for people: one table, and what the models wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_from_scratch.finetune.run import Report
+
+HEADINGS = ("method", "trained", "share", "seconds", "peak memory", "saved", "BLEU", "slot errors", "perplexity",
+            "tales: before", "after")  # fmt: skip
+
+
+def rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
+    """The cells of the table, a row for each report."""
+    return [_row(report) for report in reports]
+
+
+def table(reports: Sequence[Report]) -> str:
+    """The table in Markdown, padded so that it reads well in a terminal too."""
+    lines = [HEADINGS, *rows(reports)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+
+    def join(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join("-" * (w + 2) if column == 0 else "-" * (w + 1) + ":" for column, w in enumerate(widths)) + "|"
+    return "\n".join([join(HEADINGS), rule, *(join(line) for line in lines[1:])])
+
+
+def describe(reports: Sequence[Report]) -> str:
+    """What the models wrote for a few cards, before and after."""
+    paragraphs = []
+    for place, sample in enumerate(reports[0].samples):
+        lines = [f"Card    {sample['mr']}", f"before  {_short(sample['before'])}"]
+        lines += [f"{report.method:<7} {report.samples[place]['after']}" for report in reports]
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
+
+
+def _row(report: Report) -> tuple[str, ...]:
+    s = report.scores
+    judged = (f"{s.bleu:.1f}", f"{100 * s.slot_errors:.1f} %", f"{s.perplexity:.2f}",
+              f"{report.tale_perplexity_before:.1f}", f"{s.tale_perplexity:.1f}") if s else ("",) * 5  # fmt: skip
+    return (
+        report.method, f"{report.trained_parameters:,}", f"{100 * report.share:.2f} %", f"{report.seconds:.0f}",
+        size(report.peak_memory_bytes), size(report.saved_bytes), *judged,
+    )  # fmt: skip
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.4 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.{0 if count >= 100 * scale else 1}f} {unit}"
+    return f"{count} B"
+
+
+def _short(text: str, limit: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 4].rsplit(" ", 1)[0] + " ..."

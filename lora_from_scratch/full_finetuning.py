@@ -1,0 +1,60 @@
+"""Full fine-tuning: every parameter is trained. What all the other methods are measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.method import Method
+
+
+@dataclass(frozen=True)
+class FullFineTuning(Method):
+    """Train everything.
+
+    `undo` needs a copy of the base model, as large as the model itself. `keep_base=False` saves that memory;
+    then there is no way back.
+    """
+
+    keep_base: bool = True
+
+    name: ClassVar[str] = "full"
+    peft_type: ClassVar[str] = ""  # no adapter: a whole checkpoint
+
+    def _install(self, model: GPT2) -> None:
+        model.requires_grad_(True)
+
+    def _uninstall(self, model: GPT2) -> None:
+        pass  # nothing was put in
+
+    def _keeps_base(self) -> bool:
+        return self.keep_base
+
+    def undo(self, model: GPT2) -> None:
+        """Give the base model back, bit for bit.
+
+        Raises:
+            ValueError: `keep_base` is False, so that there is no base to give back.
+        """
+        self._adaptation(model)
+        if not self.keep_base:
+            raise ValueError("nothing to go back to: keep_base=False kept no copy of the base; load the model anew")
+        super().undo(model)
+
+    def save(self, model: GPT2, directory: str | Path, *, base_model: str | None = None, tokenizer: Any = None) -> None:
+        """Write the whole model, as a checkpoint directory in Hugging Face's layout."""
+        from lora_from_scratch.gpt2.checkpoint import save_gpt2
+
+        self._adaptation(model)
+        save_gpt2(model, tokenizer, directory)
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | Path) -> tuple[FullFineTuning, dict[str, Tensor]]:
+        """The method and the weights that `save` wrote."""
+        from lora_from_scratch.gpt2.checkpoint import load_gpt2
+
+        return cls(), {name: p.detach() for name, p in load_gpt2(directory).named_parameters()}

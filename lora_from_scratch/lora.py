@@ -1,0 +1,401 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): learn a change of the weight that has a low rank.
+
+The pretrained weight W stays frozen; beside it two thin matrices are learned (eq. 3):
+
+    y = W x + b + s B A x,      A: (r, in),  B: (out, r),  s = alpha / r
+
+B starts at zero, so at the start nothing changes; A starts random, so that B gets a gradient. Afterwards
+s B A can be added to W, and the model costs what it did before. Weights are written `(out, in)` here;
+GPT-2's Conv1D stores the transpose.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_from_scratch import peft_format
+from lora_from_scratch.gpt2.model import GPT2, Conv1D
+from lora_from_scratch.method import Method
+
+FUSED_PARTS = {"c_attn": ("q", "k", "v")}  # equal parts, side by side on the output axis
+
+# --- The arithmetic ------------------------------------------------------------------------------------
+
+
+def lora_scaling(rank: int, alpha: float, rslora: bool = False) -> float:
+    """s = alpha / r (Hu et al., section 4.1), or alpha / sqrt(r) (rsLoRA; Kalajdzievski 2023, arXiv:2312.03732)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """The learned change of the weight, s B A: (r, in) and (out, r) to (out, in)."""
+    return scaling * (B @ A)
+
+
+def batched_lora(x: Tensor, A_stack: Tensor, B_stack: Tensor, scaling: float | Tensor, adapter_index: Tensor) -> Tensor:
+    """Many adapters in one batch: row i of the batch gets adapter `adapter_index[i]`.
+
+    `s x_i A[idx_i]^T B[idx_i]^T`, to be added to the base layer's output for the same `x`; the base is
+    shared, so a thousand tasks can be served by one model (Punica, Chen et al. 2023; S-LoRA, Sheng et al. 2023).
+
+    Args:
+        x: (n, T, in).
+        A_stack: (k, r, in), the A of k adapters.
+        B_stack: (k, out, r), the B of k adapters.
+        scaling: one number, or (k,), one for each adapter.
+        adapter_index: (n,) whole numbers from 0 to k - 1.
+
+    Returns:
+        (n, T, out).
+    """
+    A, B = A_stack[adapter_index], B_stack[adapter_index]  # (n, r, in), (n, out, r)
+    s = scaling[adapter_index, None, None] if isinstance(scaling, Tensor) else scaling
+    h = s * (x @ A.mT)  # (n, T, r): scaled where it is thin
+    return h @ B.mT
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Each element becomes 0 with probability p, the others x / (1 - p); in training only.
+
+    The same as `F.dropout`, but what it keeps for the backward pass is the mask, one byte an element. On a
+    CPU `F.dropout` keeps the scaled mask in the type of x: four bytes.
+    """
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
+def add_product(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y + s h B^T in one kernel, without a second and a third tensor of the size of y.
+
+    Args:
+        y: (..., out).
+        h: (..., r).
+        B: (out, r).
+    """
+    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scaling).view_as(y)
+
+
+# --- The layer -----------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a LoRA beside it. The layer itself is kept, unchanged, as `base`.
+
+    Args:
+        base: `nn.Linear` or GPT-2's `Conv1D`.
+        rank: r, from 1 to the smaller side of the weight.
+        alpha: the strength; the scaling is alpha / r.
+        dropout: of the elements of A's input, in training.
+        rslora: scale by alpha / sqrt(r) instead.
+        generator: where A's random numbers come from; None: PyTorch's own.
+
+    Raises:
+        ValueError: the rank does not fit the layer.
+    """
+
+    parts: tuple[str, ...] = ()  # the parts of a fused matrix that are adapted; none: the matrix is one thing
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int = 8,
+        alpha: float = 16,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.rank, self.alpha = rank, alpha
+        self.dropout_p = dropout
+        self.scaling = lora_scaling(rank, alpha, rslora)
+        self._unmerged: Tensor | None = None  # W0, while merged
+        a_shape, b_shape = self._shapes(*in_and_out(base))
+        self.lora_A = nn.Parameter(self._like_base(kaiming(a_shape, generator)))  # (r, in)
+        self.lora_B = nn.Parameter(self._like_base(torch.zeros(b_shape)))  # (out, r)
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)  # (..., out)
+        if self.merged:
+            return y
+        A, B = self.factors()
+        h = F.linear(dropout(x, self.dropout_p, self.training), A)  # (..., r)
+        return add_product(y, h, B, self.scaling)  # y + s B A x
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r)."""
+        return self.lora_A, self.lora_B
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W = W0 + s B A. W0 is kept: subtracting s B A again would not give it back bit for bit."""
+        if self._unmerged is not None:
+            return
+        weight = self.base.weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise ValueError(f"cannot merge into {self.base}: its weight is not made of floating-point numbers")
+        A, B = self.factors()
+        change = delta_weight(A.float(), B.float(), self.scaling)  # (out, in)
+        if isinstance(self.base, Conv1D):
+            change = change.T  # (in, out)
+        self._unmerged = weight.data
+        weight.data = (weight.float() + change).to(weight.dtype)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """W0 again, bit for bit."""
+        if self._unmerged is not None:
+            self.base.weight.data = self._unmerged
+            self._unmerged = None
+
+    def _shapes(self, in_features: int, out_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        _check_rank(self.rank, min(in_features, out_features), "the smaller side of W")
+        return (self.rank, in_features), (out_features, self.rank)
+
+    def _like_base(self, values: Tensor) -> Tensor:
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return values.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
+
+    def extra_repr(self) -> str:
+        parts = f", parts={'+'.join(self.parts)}" if self.parts else ""
+        return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout_p:g}{parts}, merged={self.merged}"
+
+
+class FusedLoRALinear(LoRALinear):
+    """LoRAs on some parts of a fused matrix, such as q and v of GPT-2's `c_attn`, each with its own A and B.
+
+    "r = 4 on q and on v" is not "r = 4 on c_attn", though it has as many parameters: there q, k and v share
+    one A. n LoRAs of rank r on n parts are one LoRA of rank n r on the whole matrix, with the A stacked and the
+    B on a block diagonal. `lora_A` is (n r, in) and `lora_B` is (n out / 3, r), one part below the
+    other, as in loralib's `MergedLinear`.
+    """
+
+    def __init__(self, base: nn.Module, parts: Sequence[str], all_parts: Sequence[str], **options: Any) -> None:
+        self.all_parts: tuple[str, ...] = tuple(all_parts)
+        self.parts = tuple(part for part in all_parts if part in parts)  # in the order of the output axis
+        super().__init__(base, **options)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (n r, in), and B (out, n r), which is zero outside its blocks."""
+        width = self.lora_B.shape[0] // len(self.parts)
+        blocks = dict(zip(self.parts, self.lora_B.split(width), strict=True))
+        nothing = self.lora_B.new_zeros(width, 0)  # rows of a part that is not adapted, and no column
+        return self.lora_A, torch.block_diag(*(blocks.get(part, nothing) for part in self.all_parts))
+
+    def _shapes(self, in_features: int, out_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        n, width = len(self.parts), out_features // len(self.all_parts)
+        _check_rank(self.rank, min(in_features, out_features) // n, f"{n} parts share the smaller side of W")
+        return (n * self.rank, in_features), (n * width, self.rank)
+
+
+def kaiming(shape: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
+    """A's first values: uniform within 1/sqrt(in) of 0, as loralib and PEFT have it (the paper: a Gaussian)."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+
+
+def in_and_out(layer: nn.Module) -> tuple[int, int]:
+    """How many features a linear layer takes and gives."""
+    return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+
+
+def _check_rank(rank: int, largest: int, why: str) -> None:
+    if not 1 <= rank <= largest:
+        raise ValueError(f"rank must be between 1 and {largest} ({why}), got {rank}")
+
+
+# --- A whole model -------------------------------------------------------------------------------------
+
+
+def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
+    """The linear layers that are meant, in the model's order, each with its parts (none: the whole layer).
+
+    Args:
+        targets: names, each the end of a module's name at a dot, as in PEFT: "c_attn", "mlp.c_proj". A part
+            of a fused layer is written behind its name: "c_attn.q". One string is a regular expression
+            for the whole name; "all-linear" means every linear layer.
+
+    Raises:
+        ValueError: a name or the expression matches nothing.
+    """
+    layers = [name for name, module in model.named_modules() if _is_linear(module)]
+    part_of = {f"{name}.{part}": (name, part) for name in layers for part in FUSED_PARTS.get(_last(name), ())}
+    known = [*layers, *part_of]
+    if targets == "all-linear":
+        chosen = set(layers)
+    elif isinstance(targets, str):
+        chosen = {name for name in known if _compile(targets).fullmatch(name)}
+        if not chosen:
+            hint = f" (one string is a regular expression for the whole name; for a name, give ({targets!r},))"
+            raise ValueError(f"the target {targets!r} matches nothing{hint}; {_describe(known)}")
+    else:
+        chosen = set()
+        for target in targets:
+            found = {name for name in known if name == target or name.endswith(f".{target}")}
+            if not found:
+                raise ValueError(f"the target {target!r} matches nothing; {_describe(known)}")
+            chosen |= found
+    plan: dict[str, tuple[str, ...]] = {}
+    for name in layers:
+        parts = tuple(part for full, (layer, part) in part_of.items() if layer == name and full in chosen)
+        if name in chosen:
+            plan[name] = ()
+        elif parts:
+            plan[name] = parts
+    return plan
+
+
+def inject_lora(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put these layers into the model, each in the place of the layer that has its name."""
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRA layers of a model, by the names of the layers that they wrap."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    """`requires_grad` on every A and B, and on nothing else."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_last(name) in ("lora_A", "lora_B"))
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Every A and B of the model by name, and nothing else."""
+    return {name: p.detach() for name, p in model.named_parameters() if _last(name) in ("lora_A", "lora_B")}
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """LoRA on a GPT-2; see the module for the equation and `find_targets` for what a target can be.
+
+    `rank_pattern` and `alpha_pattern` give another rank or alpha to the layers whose name ends in a regular
+    expression (at a dot); the first that matches counts, as in PEFT: `{"h.0.attn.c_attn": 2}`.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    targets: Sequence[str] | str = ("c_attn", "c_proj", "c_fc")
+    dropout: float = 0.0
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0  # of A's first values
+
+    name: ClassVar[str] = "lora"
+    peft_type: ClassVar[str] = "LORA"
+    can_merge: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        if not self.targets:
+            raise ValueError(f"targets must name at least one layer, got {self.targets!r}")
+        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"{_in_pattern(name, 'rank')} must be a whole number of at least 1, got {rank!r}")
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+                raise ValueError(f"{_in_pattern(name, 'alpha')} must be a positive number, got {alpha!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+
+    def _install(self, model: GPT2) -> None:
+        plan = find_targets(model, self.targets)
+        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
+            if not any(_matches(pattern, name) for name in plan):
+                raise ValueError(f"the pattern {pattern!r} matches none of the targets; {_describe(plan)}")
+        generator = torch.Generator().manual_seed(self.seed)
+        inject_lora(model, {name: self._layer(model, name, parts, generator) for name, parts in plan.items()})
+
+    def _layer(self, model: GPT2, name: str, parts: tuple[str, ...], generator: torch.Generator) -> LoRALinear:
+        base = model.get_submodule(name)
+        options: dict[str, Any] = {
+            "rank": next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, name)), self.rank),
+            "alpha": next((a for pattern, a in self.alpha_pattern.items() if _matches(pattern, name)), self.alpha),
+            "dropout": self.dropout,
+            "rslora": self.rslora,
+            "generator": generator,
+        }
+        try:
+            if parts:
+                return FusedLoRALinear(base, parts, FUSED_PARTS[_last(name)], **options)
+            return LoRALinear(base, **options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def _uninstall(self, model: GPT2) -> None:
+        inject_lora(model, {name: layer.base for name, layer in lora_layers(model).items()})
+
+    def _merge(self, model: GPT2) -> None:
+        for layer in lora_layers(model).values():
+            layer.merge()
+
+    def _unmerge(self, model: GPT2) -> None:
+        for layer in lora_layers(model).values():
+            layer.unmerge()
+
+    def to_adapter(self, model: GPT2) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's own fields and keys."""
+        self._adaptation(model)
+        return peft_format.lora_to_peft(self, lora_layers(model))
+
+    @classmethod
+    def from_adapter(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: GPT2
+    ) -> tuple[LoRA, dict[str, Tensor]]:
+        arguments, layers, state = peft_format.lora_from_peft(config, tensors)
+        if layers is not None:
+            everywhere = find_targets(model, arguments["targets"])
+            arguments["targets"] = [name for name in everywhere if peft_format.layer_index(name) in layers]
+        return cls(**arguments), state
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Linear, Conv1D, or another layer that says what it takes and gives; a LoRA around one is not one itself."""
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return _compile(rf"(.*\.)?({pattern})").fullmatch(name) is not None
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def _in_pattern(name: str, what: str) -> str:
+    return what if name == what else f"{what} of the pattern {name!r}"
+
+
+def _describe(names: Sequence[str] | Mapping[str, Any]) -> str:
+    """The names that exist, those of all blocks together."""
+    return "the model has " + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".(n).", name) for name in names))

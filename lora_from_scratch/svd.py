@@ -1,0 +1,223 @@
+"""The singular value decomposition: built from power iteration, then used to cut a matrix down to low rank.
+
+M (m, n) = U diag(S) Vh: U (m, k) has orthonormal columns, Vh (k, n) has orthonormal rows, S (k,) is positive and
+descending; these are torch.linalg.svd's names and layout. Inputs are left as they were, and results do not
+carry gradients. The first two functions build the decomposition; the others use torch.linalg as a tool.
+
+Sign: (u, v) and (-u, -v) are the same triplet. Here the entry of v with the largest absolute value is positive
+(the first, if several are equal), and u has the sign that goes with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_from_scratch.rank import require_matrix, require_rank, rounding_tolerance
+
+# --- Building it -------------------------------------------------------------------------------------
+
+
+def dominant_singular_triplet(
+    matrix: Tensor, max_steps: int = 10_000, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular value and its two vectors, by power iteration on `M^T M`.
+
+    Start from a random v. One step is `u = M v / |M v|`, then `v = M^T u / |M^T u|`: each step shrinks what v has of
+    the other directions by `(sigma_2 / sigma_1)^2` relative to the first. Stop when a step changes v by at most
+    `8 eps` in norm, or after `max_steps`. Then `sigma = |M v|` and `u = M v / sigma`.
+
+    - A repeated largest singular value: v is some unit vector of its subspace, which one depends on the start;
+      `M v = sigma u` and `M^T u = sigma v` hold all the same.
+    - Two that are nearly equal: the steps may run out first. Then `|M^T u - sigma v| <= sigma / (2 e max_steps)`,
+      2e-5 of sigma by default, and sigma is right to the square of that or to their distance.
+    - M is divided by its largest entry first, so that squares neither overflow nor vanish.
+
+    Args:
+        matrix: M, (m, n).
+        max_steps: at least 1.
+        generator: where the random start comes from (on the CPU); None means a fresh one with seed 0, so that the
+            same matrix always gives the same answer.
+
+    Returns:
+        u (m,), sigma (a scalar), v (n,): u and v of norm 1 with the sign described at the top of this file, sigma
+        at least 0, all in the computing dtype (`require_matrix`). For the zero matrix sigma is 0 and any unit
+        vectors are right: the first of each basis.
+
+    Raises:
+        ValueError: see `require_matrix`; or max_steps is below 1.
+    """
+    matrix = require_matrix(matrix)
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    m, n = matrix.shape
+    largest = matrix.abs().max()
+    if largest == 0:
+        return _first(m, matrix), largest, _first(n, matrix)
+    scaled = matrix / largest
+    generator = generator or torch.Generator().manual_seed(0)
+    v = _unit(torch.randn(n, generator=generator, dtype=torch.float64).to(scaled))
+    for _ in range(max_steps):
+        previous = v
+        v = _unit(scaled.T @ _unit(scaled @ v))
+        if (v - previous).norm() <= 8 * torch.finfo(v.dtype).eps:
+            break
+    v = v * _sign_of_largest(v)
+    u = scaled @ v
+    return _unit(u), u.norm() * largest, v
+
+
+def svd_by_deflation(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition, one triplet at a time: find the largest, subtract it, start again.
+
+    `R_0 = M`; `(u, sigma, v)` is the dominant triplet of `R_k`; `R_(k+1) = R_k - sigma u v^T`. It ends when
+    `rank` triplets are found or when sigma is at most `max(m, n) * eps * sigma_1`, which is rounding error and not
+    part of M.
+
+    Two things go wrong in practice. The subtraction leaves a rounding error of `eps sigma_1` along the old directions,
+    and to a sigma of 1e-12 that is large: so after each subtraction project the old directions out of R once more,
+    `R <- (I - U U^T) R (I - V V^T)`. And the random start must be a new one each time: where a singular value is
+    repeated, the old start has nothing left in the directions that are still missing.
+
+    Args:
+        matrix: M, (m, n).
+        rank: at most so many triplets, between 0 and min(m, n); None means all of them.
+
+    Returns:
+        U (m, k), S (k,), Vh (k, n) in the computing dtype, largest sigma first (nearly equal ones in any order), signs
+        as at the top of this file; k is the smaller of `rank` and the number of singular values above the
+        threshold (0 for the zero matrix). `U * S @ Vh` is M if `rank` did not cut it short.
+
+    Raises:
+        ValueError: see `require_matrix`; or the rank is out of range.
+    """
+    matrix = require_matrix(matrix)
+    most = min(matrix.shape) if rank is None else require_rank(rank, min(matrix.shape))
+    U, S, Vh = matrix[:, :0], matrix[0, :0], matrix[:0]  # no triplet yet: (m, 0), (0,), (0, n)
+    generator = torch.Generator().manual_seed(0)
+    residual = matrix
+    while len(S) < most:
+        u, sigma, v = dominant_singular_triplet(residual, generator=generator)
+        if sigma <= rounding_tolerance(matrix, float(S[0] if len(S) else sigma)):
+            break
+        U, S, Vh = torch.column_stack([U, u]), torch.cat([S, sigma[None]]), torch.vstack([Vh, v])
+        residual = residual - sigma * torch.outer(u, v)
+        residual = residual - U @ (U.T @ residual)
+        residual = residual - (residual @ Vh.T) @ Vh
+    return U, S, Vh
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm()
+
+
+def _first(size: int, like: Tensor) -> Tensor:
+    """The first basis vector, (size,)."""
+    return torch.eye(1, size, dtype=like.dtype, device=like.device)[0]
+
+
+def _sign_of_largest(x: Tensor) -> Tensor:
+    """+1 or -1 for every vector along the last axis: the sign of its entry of largest absolute value. (..., 1)"""
+    return x.gather(-1, x.abs().argmax(dim=-1, keepdim=True)).sign()
+
+
+# --- Using it ----------------------------------------------------------------------------------------
+
+
+def truncate(matrix: Tensor, rank: int) -> Tensor:
+    """The nearest matrix of rank at most r: the first r terms of `sum_k S_k U[:, k] Vh[k]`.
+
+    Nearest in the Frobenius and in the spectral norm at once (Eckart and Young 1936; Mirsky 1960).
+
+    Args:
+        matrix: M, (m, n).
+        rank: r, between 0 (the zero matrix) and min(m, n) (M itself, up to rounding).
+
+    Returns:
+        (m, n), the computing dtype.
+
+    Raises:
+        ValueError: see `require_matrix`; or the rank is out of range.
+    """
+    matrix = require_matrix(matrix)
+    require_rank(rank, min(matrix.shape))
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def approximation_error(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    """How far M is from the nearest matrix of rank r, from its singular values alone (Eckart and Young 1936).
+
+    In the Frobenius norm `sqrt(S_(r+1)^2 + S_(r+2)^2 + ...)`, in the spectral norm `S_(r+1)`; 0 if r = min(m, n).
+
+    Args:
+        matrix: M, (m, n).
+        rank: r, between 0 (the error is the norm of M) and min(m, n).
+        norm: "frobenius" or "spectral".
+
+    Raises:
+        ValueError: see `require_matrix`; the rank is out of range; or the norm is another one.
+    """
+    matrix = require_matrix(matrix)
+    require_rank(rank, min(matrix.shape))
+    if norm not in ("frobenius", "spectral"):
+        raise ValueError(f"norm must be 'frobenius' or 'spectral', got {norm!r}")
+    left_out = torch.linalg.svdvals(matrix)[rank:]
+    if norm == "frobenius":
+        return float(left_out.double().norm())
+    return float(left_out[0]) if len(left_out) else 0.0
+
+
+def rank_for_energy(matrix: Tensor, energy: float) -> int:
+    """The smallest rank that keeps a share of the energy: `S_1^2 + ... + S_r^2 >= energy * |M|_F^2`.
+
+    A sum that falls short by rounding, at most `8 eps |M|_F^2`, counts as reached. So with `energy` = 1 the directions
+    that hold less than that together are not asked for.
+
+    Args:
+        matrix: M, (m, n).
+        energy: the share, above 0 and at most 1.
+
+    Returns:
+        r, from 1 to min(m, n); 0 for the zero matrix.
+
+    Raises:
+        ValueError: see `require_matrix`; or energy is out of range.
+    """
+    matrix = require_matrix(matrix)
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy must be above 0 and at most 1 (0.9 keeps 90 %), got {energy}")
+    S = torch.linalg.svdvals(matrix).double()
+    if S[0] == 0:
+        return 0
+    kept = ((S / S[0]) ** 2).cumsum(0)  # kept[r - 1]: what rank r keeps, in units of S_1^2
+    enough = (energy - 8 * torch.finfo(matrix.dtype).eps) * kept[-1]
+    return int((kept < enough).sum()) + 1
+
+
+def pca(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Principal component analysis, which is the SVD of the centred data.
+
+    With `X = data - mean`, the right singular vectors of X are the directions of largest variance, and
+    `S^2 / (N - 1)` is the variance along them: `X^T X / (N - 1)` is the covariance matrix, and
+    `X^T X = V diag(S^2) V^T`. A sample's coordinates are `(data - mean) @ directions.T`.
+
+    Args:
+        data: (N, d), one sample a row, N >= 2.
+        count: how many directions, between 1 and min(N, d).
+
+    Returns:
+        mean (d,); directions (count, d), orthonormal rows, largest variance first, in each row the entry of
+        largest absolute value positive; variances (count,). All in the computing dtype.
+
+    Raises:
+        ValueError: see `require_matrix`; there is only one sample; or count is out of range.
+    """
+    data = require_matrix(data, "data")
+    if len(data) < 2:
+        raise ValueError("data must have at least 2 samples (rows): one sample has no variance")
+    require_rank(count, min(data.shape), smallest=1, name="count")
+    mean = data.mean(dim=0)
+    _, S, Vh = torch.linalg.svd(data - mean, full_matrices=False)
+    directions = Vh[:count] * _sign_of_largest(Vh[:count])
+    return mean, directions, S[:count] ** 2 / (len(data) - 1)
