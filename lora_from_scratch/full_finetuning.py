@@ -53,8 +53,8 @@ class FullFineTuning(Method):
         save_gpt2(model, tokenizer, directory)
 
     @classmethod
-    def from_checkpoint(cls, directory: str | Path) -> tuple[FullFineTuning, dict[str, Tensor]]:
+    def from_checkpoint(cls, directory: Path) -> tuple[FullFineTuning, dict[str, Tensor]]:
         """The method and the weights that `save` wrote."""
-        from lora_from_scratch.gpt2.checkpoint import load_gpt2
+        from lora_from_scratch.gpt2.checkpoint import load_model
 
-        return cls(), {name: p.detach() for name, p in load_gpt2(directory).named_parameters()}
+        return cls(), {name: p.detach() for name, p in load_model(directory.resolve()).named_parameters()}

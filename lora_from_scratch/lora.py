@@ -79,7 +79,8 @@ def add_product(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
         h: (..., r).
         B: (out, r).
     """
-    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scaling).view_as(y)
+    out, rank = B.shape
+    return torch.addmm(y.reshape(-1, out), h.reshape(-1, rank), B.T, alpha=scaling).view_as(y)
 
 
 # --- The layer -----------------------------------------------------------------------------------------

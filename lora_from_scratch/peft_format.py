@@ -81,13 +81,13 @@ def read_adapter(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{config_file} is not a readable JSON file: {error}") from None
+        raise ValueError(f"{CONFIG_FILE} is not a readable JSON file: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{config_file} must hold one JSON object, got a {type(config).__name__}")
+        raise ValueError(f"{CONFIG_FILE} must hold one JSON object, got a {type(config).__name__}")
     try:
         return config, load_file(weights_file)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{weights_file} is damaged: {_first_line(error)}") from None
+        raise ValueError(f"{WEIGHTS_FILE} is damaged: {_first_line(error)}") from None
 
 
 def refuse_unknown_fields(

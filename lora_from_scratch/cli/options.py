@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import types
 import typing
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from lora_from_scratch.method import METHODS, Method, method_class
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="bundled", metavar="MODEL",
-                        help='"bundled", a directory, or a name on the Hugging Face Hub such as gpt2 (%(default)s)')  # fmt: skip
+                        help='"bundled", a directory, or a name on the hub such as gpt2 (%(default)s)')  # fmt: skip
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -85,10 +87,11 @@ def _hyperparameters() -> dict[str, list[tuple[str, type, Any]]]:
 
 
 def _plain_type(hint: Any) -> type | None:
-    for kind in (bool, int, float, str):
-        if hint is kind or kind in typing.get_args(hint):
-            return kind if tuple not in map(typing.get_origin, typing.get_args(hint)) else tuple
-    return tuple if typing.get_origin(hint) is tuple else None
+    """What a flag can hold: bool, int, float, str, or tuple for several words; None for anything else."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if any(typing.get_origin(choice) in (tuple, Sequence) for choice in choices):
+        return tuple
+    return next((kind for kind in (bool, int, float, str) if kind in choices), None)
 
 
 def _flag(name: str) -> str:

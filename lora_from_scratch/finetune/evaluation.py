@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_from_scratch.finetune.completions import Completions, prompt_text
-from lora_from_scratch.finetune.data import Dataset, Example, lexicon_of, references_by_mr
+from lora_from_scratch.finetune.data import Dataset, Example, references_by_mr
 from lora_from_scratch.finetune.metrics import (
     bleu,
     completion_perplexity,
@@ -73,7 +73,7 @@ def evaluate(
     batches = Completions(examples, tokenizer, model.config.n_positions).batches(batch_size=32)
     scores = Scores(
         bleu=bleu(texts, list(references.values())),
-        slot_errors=slot_error_rate(texts, list(references), lexicon_of(dataset)),
+        slot_errors=slot_error_rate(texts, list(references), dataset.lexicon),
         perplexity=completion_perplexity(model, batches),
         tale_perplexity=tale_perplexity(model, tokenizer),
         divergence=divergence_from_base(model, base, text_drawn_from(base, tokenizer)),

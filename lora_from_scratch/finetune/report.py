@@ -24,7 +24,9 @@ def table(reports: Sequence[Report]) -> str:
         padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
         return f"| {' | '.join(padded)} |"
 
-    rule = "|" + "|".join("-" * (w + 2) if column == 0 else "-" * (w + 1) + ":" for column, w in enumerate(widths)) + "|"
+    rule = (
+        "|" + "|".join("-" * (w + 2) if column == 0 else "-" * (w + 1) + ":" for column, w in enumerate(widths)) + "|"
+    )
     return "\n".join([join(HEADINGS), rule, *(join(line) for line in lines[1:])])
 
 

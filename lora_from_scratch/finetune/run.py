@@ -37,7 +37,7 @@ class Run:
     batch_size: int = 16
     gradient_checkpointing: bool = False
     device: str = "cpu"
-    judge: bool = True  # False: train and save only
+    split: str = "test"  # judged on "test" or "validation"; "" trains and saves only
 
 
 @dataclass
@@ -92,7 +92,7 @@ def finetune(run: Run, progress: bool = True) -> Report:
     if trainer.world.rank == 0:
         run.method.save(model, run.output, tokenizer=tokenizer)
         report.saved_bytes = _bytes_in(run.output)
-        if run.judge:
+        if run.split:
             _judge(report, run, model, tokenizer, dataset, device)
         _write_report(report, run)
         (run.output / CHECKPOINT).unlink(missing_ok=True)
@@ -115,8 +115,8 @@ def _judge(report: Report, run: Run, model: GPT2, tokenizer: Tokenizer, dataset:
     base, _ = load_gpt2(run.model)
     base.to(device)
     report.tale_perplexity_before = tale_perplexity(base, tokenizer)
-    test = _first_cards(dataset.test, 300)
-    report.scores, texts = evaluate(model, base, tokenizer, test, dataset)
+    cards = _first_cards(getattr(dataset, run.split), 300)
+    report.scores, texts = evaluate(model, base, tokenizer, cards, dataset)
     mrs = list(texts)[:SAMPLES]
     before = write_texts(base, tokenizer, mrs)
     report.samples = [{"mr": mr, "before": old, "after": texts[mr]} for mr, old in zip(mrs, before, strict=True)]

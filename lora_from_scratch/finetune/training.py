@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora_from_scratch.files import write_atomically
 from lora_from_scratch.finetune.distributed import World
 from lora_from_scratch.finetune.sampling import step_seed
-from lora_from_scratch.files import write_atomically
 from lora_from_scratch.gpt2.model import IGNORE_INDEX, next_token_loss
 
 SCHEDULES = ("linear", "cosine", "trapezoid", "constant")
@@ -75,8 +75,11 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         _need(self.steps >= 1, "steps must be at least 1", self.steps)
-        _need(math.isfinite(self.learning_rate) and self.learning_rate > 0,
-              "learning_rate must be a positive number", self.learning_rate)
+        _need(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            "learning_rate must be a positive number",
+            self.learning_rate,
+        )
         _need(0 <= self.warmup_steps <= self.steps, f"warmup_steps must be from 0 to {self.steps}", self.warmup_steps)
         _need(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}", self.schedule)
         _need(self.precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}", self.precision)
@@ -188,7 +191,9 @@ class Trainer:
                 self.history.tokens += tokens
                 self.step += 1
                 rate = self.history.tokens / self.history.seconds
-                bar.set_postfix_str(f"loss {_recent_mean(self.history.losses):.3f}, {rate:,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(
+                    f"loss {_recent_mean(self.history.losses):.3f}, {rate:,.0f} tokens/s", refresh=False
+                )
                 bar.update()
                 self._after_step(bar)
         return self.history
@@ -228,7 +233,9 @@ class Trainer:
             return
         rate = self.settings.learning_rate * learning_rate_at(step, self.settings)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
-        kept = f" The last good checkpoint is {self.checkpoint}." if self.checkpoint and self.checkpoint.exists() else ""
+        kept = (
+            f" The last good checkpoint is {self.checkpoint}." if self.checkpoint and self.checkpoint.exists() else ""
+        )
         raise NonFiniteLossError(
             f"stopped at step {step}: {what} at learning rate {rate:.3g}. Try a learning rate ten times smaller, "
             f"more warm-up steps, or precision fp32.{kept}"
@@ -264,10 +271,15 @@ class Trainer:
         assert self.checkpoint is not None
         try:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            step, saved = state["step"], TrainingSettings(**{**state["settings"], "betas": tuple(state["settings"]["betas"])})
+            step, saved = (
+                state["step"],
+                TrainingSettings(**{**state["settings"], "betas": tuple(state["settings"]["betas"])}),
+            )
         except Exception as error:  # torch.load raises many types for a damaged file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{self.checkpoint} is not a readable checkpoint ({reason}); delete it to start anew") from None
+            raise ValueError(
+                f"{self.checkpoint} is not a readable checkpoint ({reason}); delete it to start anew"
+            ) from None
         self._refuse_another_run(saved, step, state["tag"], state["trainable"])
         for name, value in state["trainable"].items():
             self.trainable[name].data.copy_(value)

@@ -183,7 +183,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         # A .bin file is a pickle, and a pickle may run any code: weights_only lets nothing but tensors through.
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, KeyError) as error:
+    except PermissionError:
+        raise
+    except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is damaged, or holds more than tensors and was refused for safety") from None
@@ -212,8 +214,8 @@ def _download(name: str) -> Path:
         ) from None
     except Exception as error:  # whatever the network and its libraries come up with
         raise OSError(
-            f"there is no directory {name!r}, and the Hugging Face Hub cannot be reached for a model of that name, which "
-            f"is not in its cache: check the network, or give 'bundled' or a directory ({_first_line(error)})"
+            f"there is no directory {name!r}, and the Hugging Face Hub cannot be reached for a model of that name (its "
+            f"cache has none): check the network, or give 'bundled' or a directory ({_first_line(error)})"
         ) from None
 
 
