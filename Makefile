@@ -7,13 +7,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench install install-dev clean
+.PHONY: help demo readme test lint bench install install-dev clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 
 demo: install
 	$(BIN)/lora-from-scratch demo
+
+readme: demo
+	$(BIN)/python -m benchmarks.readme
 
 test: lint
 	$(BIN)/python -m pytest -n auto

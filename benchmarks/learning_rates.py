@@ -27,17 +27,24 @@ PLACE = Path(__file__).with_suffix(".md")
 def run(method: Method, rate: float, steps: int, seed: int, model: str, output: Path, split: str = "validation") -> Run:
     """One run of the sweep: the demo's, at another learning rate, judged on the validation cards."""
     settings = TrainingSettings(
-        steps=steps, learning_rate=rate, warmup_steps=defaults.warmup_steps_for(steps),
-        weight_decay=defaults.WEIGHT_DECAY, seed=seed,
-    )  # fmt: skip
-    return Run(method=method, settings=settings, output=output, model=model, batch_size=defaults.BATCH_SIZE, split=split)
+        steps=steps,
+        learning_rate=rate,
+        warmup_steps=defaults.warmup_steps_for(steps),
+        weight_decay=defaults.WEIGHT_DECAY,
+        seed=seed,
+    )
+    return Run(
+        method=method, settings=settings, output=output, model=model, batch_size=defaults.BATCH_SIZE, split=split
+    )
 
 
 def row(report: Report) -> str:
     s = report.scores
     assert s is not None
-    return (f"| {report.method} | {report.learning_rate:.1e} | {s.bleu:.1f} | {100 * s.slot_errors:.1f} % | "
-            f"{s.perplexity:.3f} | {s.tale_perplexity:.1f} | {s.divergence:.3f} |")  # fmt: skip
+    return (
+        f"| {report.method} | {report.learning_rate:.1e} | {s.bleu:.1f} | {100 * s.slot_errors:.1f} % | "
+        f"{s.perplexity:.3f} | {s.tale_perplexity:.1f} | {s.divergence:.3f} |"
+    )
 
 
 def main() -> None:
@@ -47,11 +54,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(RATES))
     options = parser.parse_args()
     lines = [
-        f"# Learning rates, {options.steps} steps of batch {defaults.BATCH_SIZE}, validation cards, seed 0", "",
-        "`python -m benchmarks.learning_rates` writes this file.", "",
+        f"# Learning rates, {options.steps} steps of batch {defaults.BATCH_SIZE}, validation cards, seed 0",
+        "",
+        "`python -m benchmarks.learning_rates` writes this file.",
+        "",
         "| method | learning rate | BLEU | slot errors | perplexity | tale perplexity | divergence |",
         "|---|---:|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         for method in methods():
             for rate in RATES[method.name] if method.name in options.methods else ():

@@ -20,6 +20,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.lora import LoRA
 from lora_from_scratch.method import Method
 
+
 def methods() -> list[Method]:
     """The two that the demo compares: every weight, and LoRA of rank 8 on every matrix of every block."""
     return [FullFineTuning(keep_base=False), LoRA(rank=8)]
@@ -34,14 +35,20 @@ def demo(output: str | Path, *, model: str = "bundled", steps: int = defaults.ST
     config = GPT2Config.from_json(checkpoint_directory(model) / "config.json")
     runs = [
         Run(
-            method=method, model=model, output=output / method.name, batch_size=defaults.BATCH_SIZE,
+            method=method,
+            model=model,
+            output=output / method.name,
+            batch_size=defaults.BATCH_SIZE,
             settings=TrainingSettings(
-                steps=steps, learning_rate=defaults.learning_rate_for(method.name, config),
-                warmup_steps=defaults.warmup_steps_for(steps), weight_decay=defaults.WEIGHT_DECAY, seed=seed,
+                steps=steps,
+                learning_rate=defaults.learning_rate_for(method.name, config),
+                warmup_steps=defaults.warmup_steps_for(steps),
+                weight_decay=defaults.WEIGHT_DECAY,
+                seed=seed,
             ),
         )
         for method in methods()
-    ]  # fmt: skip
+    ]
     reports = in_fresh_processes(runs)
     text = table(reports)
     document = json.dumps([asdict(report) for report in reports], indent=1) + "\n"

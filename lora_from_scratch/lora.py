@@ -373,9 +373,7 @@ class LoRA(Method):
 
 def _is_linear(module: nn.Module) -> bool:
     """Linear, Conv1D, or another layer that says what it takes and gives; a LoRA around one is not one itself."""
-    return isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    )
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 
 
 def _last(name: str) -> str:

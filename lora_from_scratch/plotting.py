@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 11,
@@ -42,10 +42,18 @@ def curve(axes: Axes, values: Sequence[float], *, label: str, style: int) -> Non
     """A line over 1, 2, 3, ... with its name at its end."""
     steps = range(1, len(values) + 1)
     colour = COLOURS[style % len(COLOURS)]
-    axes.plot(steps, values, LINES[style % len(LINES)], color=colour, linewidth=1.8)  # type: ignore[arg-type]
+    axes.plot(steps, values, LINES[style % len(LINES)], color=colour, linewidth=1.8)
     above = style % 2 == 0
-    axes.annotate(label, (steps[-1], values[-1]), xytext=(4, 8 if above else -8), textcoords="offset points",
-                  color=colour, va="bottom" if above else "top", ha="right", fontweight="bold")  # fmt: skip
+    axes.annotate(
+        label,
+        (steps[-1], values[-1]),
+        xytext=(4, 8 if above else -8),
+        textcoords="offset points",
+        color=colour,
+        va="bottom" if above else "top",
+        ha="right",
+        fontweight="bold",
+    )
 
 
 def bars(axes: Axes, values: Mapping[str, float], *, unit: str) -> None:

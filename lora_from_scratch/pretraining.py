@@ -56,8 +56,9 @@ def read_books(corpus: str | Path) -> list[str]:
     """
     path = Path(corpus)
     if not path.is_file():
-        raise FileNotFoundError(f"no corpus at {path}: give a text file (or .gz), one paragraph a line, "
-                                "a blank line between books")  # fmt: skip
+        raise FileNotFoundError(
+            f"no corpus at {path}: give a text file (or .gz), one paragraph a line, a blank line between books"
+        )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8")
@@ -105,12 +106,15 @@ def make_optimizers(model: GPT2, settings: PretrainingSettings) -> list[torch.op
     inside = [p for p in model.transformer.h.parameters() if p.ndim == 2]
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    muon = torch.optim.Muon(inside, lr=settings.matrix_learning_rate, weight_decay=settings.weight_decay,
-                            adjust_lr_fn="original")  # fmt: skip
+    muon = torch.optim.Muon(
+        inside, lr=settings.matrix_learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="original"
+    )
     adamw = torch.optim.AdamW(
         [{"params": embeddings, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate, betas=(0.9, 0.95), fused=True,
-    )  # fmt: skip
+        lr=settings.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     return [muon, adamw]
 
 
@@ -133,8 +137,10 @@ def pretrain(
     output = Path(output)
     books = read_books(corpus)
     if not 0 < settings.held_out_books < len(books):
-        raise ValueError(f"held_out_books must be from 1 to {len(books) - 1} (the corpus has {len(books)} books), "
-                         f"got {settings.held_out_books}")  # fmt: skip
+        raise ValueError(
+            f"held_out_books must be from 1 to {len(books) - 1} (the corpus has {len(books)} books), "
+            f"got {settings.held_out_books}"
+        )
     read, held_out = books[: -settings.held_out_books], books[-settings.held_out_books :]
     tokenizer = _tokenizer(read, output, settings)
     tokens, held_out_tokens = _tokens(tokenizer, read), _tokens(tokenizer, held_out)
@@ -153,11 +159,18 @@ def pretrain(
         return {"held-out loss": loss, "perplexity": math.exp(loss)}
 
     trainer = Trainer(
-        model, batch_at, _training_settings(settings), optimizers=make_optimizers(model, settings),
-        checkpoint=output / "checkpoint.pt", checkpoint_every=200, evaluate=evaluate,
-        evaluate_every=evaluate_every, settings_tag=_tag(settings, tokens), progress=progress,
+        model,
+        batch_at,
+        _training_settings(settings),
+        optimizers=make_optimizers(model, settings),
+        checkpoint=output / "checkpoint.pt",
+        checkpoint_every=200,
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+        settings_tag=_tag(settings, tokens),
+        progress=progress,
         description="pretraining",
-    )  # fmt: skip
+    )
     trainer.run()
     if trainer.world.rank == 0:
         from lora_from_scratch.gpt2.checkpoint import save_gpt2
@@ -174,17 +187,28 @@ def pretrain(
 
 def _config(settings: PretrainingSettings, tokenizer: Tokenizer) -> GPT2Config:
     return GPT2Config(
-        vocab_size=tokenizer.vocab_size, n_positions=settings.context, n_embd=settings.n_embd,
-        n_layer=settings.n_layer, n_head=settings.n_head, embd_pdrop=settings.dropout, attn_pdrop=0.0,
-        resid_pdrop=settings.dropout, bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id,
-    )  # fmt: skip
+        vocab_size=tokenizer.vocab_size,
+        n_positions=settings.context,
+        n_embd=settings.n_embd,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=0.0,
+        resid_pdrop=settings.dropout,
+        bos_token_id=tokenizer.eos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
 
 
 def _training_settings(settings: PretrainingSettings) -> TrainingSettings:
     return TrainingSettings(
-        steps=settings.steps, learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps,
-        schedule="trapezoid", precision=settings.precision, seed=settings.seed,
-    )  # fmt: skip
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        schedule="trapezoid",
+        precision=settings.precision,
+        seed=settings.seed,
+    )
 
 
 def _tag(settings: PretrainingSettings, tokens: Tensor) -> str:

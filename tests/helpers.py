@@ -34,9 +34,17 @@ def real_checkpoint() -> Path:
 def tiny_config(**changes: Any) -> GPT2Config:
     """A GPT-2 of a few thousand parameters, without dropout."""
     settings: dict[str, Any] = {
-        "vocab_size": 61, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3,
-        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": 61,
+        "n_positions": 32,
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 3,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return GPT2Config(**(settings | changes))
 
 

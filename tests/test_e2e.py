@@ -201,10 +201,15 @@ def test_the_split_is_the_same_in_every_process_and_another_one_for_another_seed
         "print([[e.mr for e in split_by_meaning('', p, seed).test] for seed in (0, 0, 1)])"
     )
     outputs = [
-        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": s}, capture_output=True,
-                       check=True, text=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": s},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
         for s in ("1", "2")
-    ]  # fmt: skip
+    ]
     assert outputs[0] == outputs[1]
     first, again, other = eval(outputs[0])
     assert first == again != other

@@ -125,8 +125,11 @@ def test_the_same_model_always_gives_the_same_bytes(tmp_path: Path, saved: Path)
     model, tokenizer = load_gpt2(saved)
     save_gpt2(model, tokenizer, tmp_path / "again")
     assert sorted(path.name for path in saved.iterdir()) == [
-        "config.json", "merges.txt", "model.safetensors", "vocab.json"
-    ]  # fmt: skip
+        "config.json",
+        "merges.txt",
+        "model.safetensors",
+        "vocab.json",
+    ]
     for path in saved.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -223,7 +226,7 @@ def without(weights: Weights, name: str) -> Weights:
         (lambda w: w | {"lm_head.weight": w["transformer.wte.weight"] + 1}, r"lm_head\.weight of their own"),
         (lambda w: w | {"wte.weight": w["transformer.wte.weight"].clone()}, r"hold transformer\.wte\.weight twice"),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit_are_named(saved: Path, change: Callable[[Weights], Weights], message: str) -> None:
     save_file(change(load_file(saved / "model.safetensors")), saved / "model.safetensors")
     with pytest.raises(ValueError, match=message) as raised:

@@ -73,10 +73,18 @@ def assert_same_logits_and_gradients(ours: GPT2, theirs: Any, ids: Tensor) -> No
     "shape",
     [
         {"vocab_size": 67, "n_positions": 20, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
-        {"vocab_size": 101, "n_positions": 33, "n_embd": 40, "n_layer": 3, "n_head": 1, "n_inner": 72,
-         "layer_norm_epsilon": 1e-3, "initializer_range": 0.2},
+        {
+            "vocab_size": 101,
+            "n_positions": 33,
+            "n_embd": 40,
+            "n_layer": 3,
+            "n_head": 1,
+            "n_inner": 72,
+            "layer_norm_epsilon": 1e-3,
+            "initializer_range": 0.2,
+        },
     ],
-)  # fmt: skip
+)
 def test_logits_and_gradients_equal_those_of_transformers_on_random_checkpoints(
     tmp_path: Path, shape: dict[str, Any]
 ) -> None:
@@ -270,11 +278,10 @@ def test_the_bf16_path_on_a_cpu_has_the_gradients_of_fp32_within_bf16s_precision
 
 def test_a_new_model_has_the_initialisation_of_the_paper() -> None:
     model = GPT2(GPT2Config(vocab_size=500, n_positions=64, n_embd=128, n_layer=8, n_head=4))
-    block = model.transformer.h[3]
-    for weight in (model.transformer.wte.weight, block.attn.c_attn.weight, block.mlp.c_fc.weight):
-        assert weight.std().item() == pytest.approx(0.02, rel=0.05)  # type: ignore[union-attr,operator]
-    for weight in (block.attn.c_proj.weight, block.mlp.c_proj.weight):
-        assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)  # type: ignore[union-attr,operator]
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            assert not parameter.any(), name
+    weights = dict(model.named_parameters())
+    for name in ("wte.weight", "h.3.attn.c_attn.weight", "h.3.mlp.c_fc.weight"):
+        assert weights[f"transformer.{name}"].std().item() == pytest.approx(0.02, rel=0.05), name
+    for name in ("h.3.attn.c_proj.weight", "h.3.mlp.c_proj.weight"):
+        assert weights[f"transformer.{name}"].std().item() == pytest.approx(0.02 / 4, rel=0.05), name
+    for name, weight in weights.items():
+        assert not (name.endswith("bias") and weight.any()), name

@@ -151,8 +151,11 @@ def test_dropout_has_the_gradient_of_its_own_mask() -> None:
 
 def test_targets_are_ends_of_names_a_pattern_or_all_linear_layers() -> None:
     model = tiny_gpt2()
-    every = [f"transformer.h.{i}.{name}" for i in range(2) for name in
-             ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]  # fmt: skip
+    every = [
+        f"transformer.h.{i}.{name}"
+        for i in range(2)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
     assert list(find_targets(model, ("c_attn", "c_proj", "c_fc"))) == every
     assert list(find_targets(model, "all-linear")) == every
     assert list(find_targets(model, ("c_proj",))) == every[1::2]
@@ -199,9 +202,12 @@ def test_bad_hyperparameters_are_refused_with_the_value_and_what_is_allowed() ->
 def test_rank_and_alpha_patterns_pick_layers_and_the_first_match_counts() -> None:
     model = tiny_gpt2()
     LoRA(
-        rank=4, alpha=8, targets=("c_attn", "c_fc"),
-        rank_pattern={"h.0.mlp.c_fc": 3, "c_fc": 2}, alpha_pattern={r"h\.1\..*": 1},
-    ).adapt(model)  # fmt: skip
+        rank=4,
+        alpha=8,
+        targets=("c_attn", "c_fc"),
+        rank_pattern={"h.0.mlp.c_fc": 3, "c_fc": 2},
+        alpha_pattern={r"h\.1\..*": 1},
+    ).adapt(model)
     found = {name: (layer.rank, layer.scaling) for name, layer in lora_layers(model).items()}
     assert found == {
         "transformer.h.0.attn.c_attn": (4, 8 / 4),
@@ -286,8 +292,9 @@ def test_a_merged_model_gives_the_same_logits_and_unmerges_bit_for_bit(targets: 
     before, logits = snapshot(model), model(tokens)
     method.merge(model)
     method.merge(model)
-    assert not torch.equal(snapshot(model)["transformer.h.0.attn.c_attn.base.weight"],
-                           before["transformer.h.0.attn.c_attn.base.weight"])  # fmt: skip
+    assert not torch.equal(
+        snapshot(model)["transformer.h.0.attn.c_attn.base.weight"], before["transformer.h.0.attn.c_attn.base.weight"]
+    )
     torch.testing.assert_close(model(tokens), logits, atol=1e-5, rtol=1e-5)
     method.unmerge(model)
     method.unmerge(model)

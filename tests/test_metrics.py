@@ -37,8 +37,18 @@ TEXT = "In a high tower there lived a king who was never afraid. For one song, a
 
 def tiny_gpt2(seed: int = 0, dropout: float = 0.1) -> GPT2:
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=100, n_positions=32, n_embd=32, n_layer=2, n_head=2, embd_pdrop=dropout,
-                        attn_pdrop=dropout, resid_pdrop=dropout, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = GPT2Config(
+        vocab_size=100,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        resid_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = GPT2(config)
     with torch.no_grad():
         for parameter in model.parameters():

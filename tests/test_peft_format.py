@@ -26,11 +26,14 @@ METHODS = {
     "all matrices": LoRA(rank=4, alpha=8),
     "rsLoRA": LoRA(rank=4, alpha=8, targets=("c_attn", "mlp.c_proj"), rslora=True),
     "patterns": LoRA(
-        rank=4, alpha=8, targets=("c_attn", "c_fc"), rank_pattern={"h.0.attn.c_attn": 2, r"h\.1\..*": 3},
+        rank=4,
+        alpha=8,
+        targets=("c_attn", "c_fc"),
+        rank_pattern={"h.0.attn.c_attn": 2, r"h\.1\..*": 3},
         alpha_pattern={"c_fc": 5},
     ),
     "a regular expression": LoRA(rank=3, alpha=7, targets=r".*\.h\.1\..*c_(attn|proj)", dropout=0.3),
-}  # fmt: skip
+}
 every_lora = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
 
@@ -191,11 +194,20 @@ def test_every_field_of_pefts_own_configuration_is_known_and_refused_when_it_wou
     load_adapter(tiny_gpt2(), tmp_path)
     written = json.loads((tmp_path / CONFIG_FILE).read_text())
     for name, value in [
-        ("use_dora", True), ("bias", "all"), ("modules_to_save", ["wte"]), ("init_lora_weights", "pissa"),
-        ("exclude_modules", ["h.0"]), ("layers_pattern", "h"), ("lora_bias", True), ("target_parameters", ["w"]),
-        ("layer_replication", [[0, 1]]), ("trainable_token_indices", [1]), ("alora_invocation_tokens", [3]),
-        ("use_qalora", True), ("task_type", "SEQ_CLS"),
-    ]:  # fmt: skip
+        ("use_dora", True),
+        ("bias", "all"),
+        ("modules_to_save", ["wte"]),
+        ("init_lora_weights", "pissa"),
+        ("exclude_modules", ["h.0"]),
+        ("layers_pattern", "h"),
+        ("lora_bias", True),
+        ("target_parameters", ["w"]),
+        ("layer_replication", [[0, 1]]),
+        ("trainable_token_indices", [1]),
+        ("alora_invocation_tokens", [3]),
+        ("use_qalora", True),
+        ("task_type", "SEQ_CLS"),
+    ]:
         assert name in written
         (tmp_path / CONFIG_FILE).write_text(json.dumps({**written, name: value}))
         with pytest.raises(ValueError, match=f"{name}=.*not supported"):
@@ -209,9 +221,14 @@ def test_only_what_differs_from_pefts_defaults_is_written(tmp_path: Path) -> Non
     method = LoRA(rank=4, alpha=8, targets=("c_attn",))
     method.save(adapted(method), tmp_path, base_model="gpt2")
     assert json.loads((tmp_path / CONFIG_FILE).read_text()) == {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn"],
-        "fan_in_fan_out": True, "base_model_name_or_path": "gpt2",
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["c_attn"],
+        "fan_in_fan_out": True,
+        "base_model_name_or_path": "gpt2",
+    }
     shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / WEIGHTS_FILE).items()}
     assert shapes == {
         f"base_model.model.transformer.h.{i}.attn.c_attn.{name}.weight": shape

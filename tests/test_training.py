@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from lora_from_scratch.finetune.training import (
     NonFiniteLossError,
     Trainer,
     TrainingSettings,
-    adamw,
     learning_rate_at,
 )
 from lora_from_scratch.gpt2.config import GPT2Config
@@ -32,8 +32,18 @@ SCRIPT = Path(__file__).parent / "training_script.py"
 
 def tiny_model(dropout: float = 0.1) -> GPT2:
     torch.manual_seed(1)
-    return GPT2(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2,
-                           embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout))  # fmt: skip
+    return GPT2(
+        GPT2Config(
+            vocab_size=50,
+            n_positions=16,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+        )
+    )
 
 
 def random_batch(step: int, rows: int = 8) -> Batch:
@@ -75,8 +85,12 @@ def test_accumulation_gives_the_same_losses_as_one_large_batch(parts: int) -> No
 def test_the_first_steps_equal_plain_pytorch_with_the_same_loss_and_optimiser() -> None:
     ours, theirs = tiny_model(dropout=0), tiny_model(dropout=0)
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.3},
-         {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0}])  # fmt: skip
+        [
+            {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.3},
+            {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        fused=True,
+    )
     for step in range(3):
         batch = random_batch(step)
         logits = theirs(batch.input_ids)[:, :-1]
@@ -110,7 +124,7 @@ def test_a_falling_schedule_warms_up_in_a_line_then_falls_towards_zero(schedule:
     rates = [learning_rate_at(step, s) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == pytest.approx(1.0)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
     assert 0 < rates[-1] < 0.02
     assert rates[55] == pytest.approx(0.5)  # both pass through one half in the middle
 
@@ -138,10 +152,18 @@ def test_every_item_comes_once_an_epoch_and_in_another_order_in_the_next() -> No
 
 @pytest.mark.parametrize(
     ("changes", "name"),
-    [({"steps": 0}, "steps"), ({"learning_rate": 0.0}, "learning_rate"), ({"learning_rate": math.nan}, "learning_rate"),
-     ({"schedule": "triangle"}, "schedule"), ({"precision": "fp8"}, "precision"), ({"accumulation": 0}, "accumulation"),
-     ({"warmup_steps": 7}, "warmup_steps"), ({"clip_norm": -1.0}, "clip_norm"), ({"weight_decay": -1.0}, "weight_decay")],
-)  # fmt: skip
+    [
+        ({"steps": 0}, "steps"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"schedule": "triangle"}, "schedule"),
+        ({"precision": "fp8"}, "precision"),
+        ({"accumulation": 0}, "accumulation"),
+        ({"warmup_steps": 7}, "warmup_steps"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+    ],
+)
 def test_a_setting_out_of_range_is_refused_by_its_name(changes: dict[str, object], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         settings(**changes)
@@ -174,10 +196,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 def test_the_checkpoint_of_another_run_is_refused_and_says_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     Trainer(tiny_model(), random_batch, settings(), checkpoint=path, progress=False).run()
-    for changes, tag, said in [({"learning_rate": 2e-2}, "", "learning_rate"), ({}, "other data", "data, model or method")]:
+    for changes, tag, said in [
+        ({"learning_rate": 2e-2}, "", "learning_rate"),
+        ({}, "other data", "data, model or method"),
+    ]:
         with pytest.raises(ValueError, match=said):
-            Trainer(tiny_model(), random_batch, settings(**changes), checkpoint=path, settings_tag=tag,
-                    progress=False).run()  # fmt: skip
+            Trainer(
+                tiny_model(), random_batch, settings(**changes), checkpoint=path, settings_tag=tag, progress=False
+            ).run()
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it(tmp_path: Path) -> None:
@@ -191,9 +217,16 @@ def test_a_trapezoid_run_may_be_made_longer_before_its_decay_and_not_after(tmp_p
     path = tmp_path / "checkpoint.pt"
 
     def train(steps: int, stop: int) -> None:
-        trainer = Trainer(tiny_model(), random_batch, settings(steps=steps, schedule="trapezoid"), checkpoint=path,
-                          checkpoint_every=1, progress=False, evaluate=lambda: _stop_at(trainer.step, stop),
-                          evaluate_every=1)  # fmt: skip
+        trainer = Trainer(
+            tiny_model(),
+            random_batch,
+            settings(steps=steps, schedule="trapezoid"),
+            checkpoint=path,
+            checkpoint_every=1,
+            progress=False,
+            evaluate=lambda: _stop_at(trainer.step, stop),
+            evaluate_every=1,
+        )
         trainer.run()
 
     with pytest.raises(InterruptedError):

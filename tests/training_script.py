@@ -22,8 +22,9 @@ def main() -> None:
             log.write(f"{step}\n")
         return random_batch(step)
 
-    trainer = Trainer(model, batch_at, settings(steps=60), checkpoint=directory / "checkpoint.pt",
-                      checkpoint_every=1, progress=False)  # fmt: skip
+    trainer = Trainer(
+        model, batch_at, settings(steps=60), checkpoint=directory / "checkpoint.pt", checkpoint_every=1, progress=False
+    )
     losses = trainer.run().losses
     if trainer.world.rank == 0:
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -10,9 +10,10 @@ from lora_from_scratch.finetune import defaults
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        "demo", help="full fine-tuning and LoRA side by side, in three minutes",
+        "demo",
+        help="full fine-tuning and LoRA side by side, in three minutes",
         description="Fine-tune a GPT-2 on the story cards by full fine-tuning and by LoRA, and compare them.",
-    )  # fmt: skip
+    )
     shared.add_model(parser)
     shared.add_output(parser, "runs/demo")
     parser.add_argument("--steps", type=int, default=defaults.STEPS, help="of each method (%(default)s)")

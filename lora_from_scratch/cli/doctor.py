@@ -17,8 +17,10 @@ REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "t
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     return commands.add_parser(
-        "doctor", help="check this installation", description="Check this installation and say how to mend it.",
-    )  # fmt: skip
+        "doctor",
+        help="check this installation",
+        description="Check this installation and say how to mend it.",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

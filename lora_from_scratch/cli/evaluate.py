@@ -11,9 +11,10 @@ from lora_from_scratch.cli import options as shared
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        "evaluate", help="BLEU, slot errors, perplexity, forgetting",
+        "evaluate",
+        help="BLEU, slot errors, perplexity, forgetting",
         description="Judge a model on a task: what it writes, how sure it is, what it forgot.",
-    )  # fmt: skip
+    )
     shared.add_model(parser)
     shared.add_data(parser)
     parser.add_argument("--adapter", metavar="DIRECTORY", help="what finetune wrote, or PEFT; a whole model as well")

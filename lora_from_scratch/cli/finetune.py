@@ -13,8 +13,10 @@ from lora_from_scratch.finetune.training import PRECISIONS, SCHEDULES, TrainingS
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        "finetune", help="fine-tune a GPT-2", description="Fine-tune a GPT-2, judge it, and save what it learned.",
-    )  # fmt: skip
+        "finetune",
+        help="fine-tune a GPT-2",
+        description="Fine-tune a GPT-2, judge it, and save what it learned.",
+    )
     shared.add_model(parser)
     shared.add_data(parser)
     shared.add_output(parser, None)
@@ -47,18 +49,29 @@ def run(options: argparse.Namespace) -> int:
     settings = TrainingSettings(
         steps=options.steps,
         learning_rate=options.learning_rate or defaults.learning_rate_for(method.name, config),
-        schedule=options.schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm,
-        accumulation=options.accumulation, precision=options.precision, seed=options.seed,
-    )  # fmt: skip
+        schedule=options.schedule,
+        weight_decay=options.weight_decay,
+        clip_norm=options.clip_norm,
+        accumulation=options.accumulation,
+        precision=options.precision,
+        seed=options.seed,
+    )
     warmup = options.warmup_steps if options.warmup_steps is not None else defaults.warmup_steps_for(options.steps)
     if options.method == "full":
         method = replace(method, keep_base=False)  # type: ignore[call-arg]  # nothing is undone here: spare the memory
     output = options.output or Path("runs") / f"{Path(options.data).stem}-{options.method}"
-    report = finetune(Run(
-        method=method, settings=replace(settings, warmup_steps=warmup), output=output, model=options.model,
-        data=options.data, batch_size=options.batch_size, gradient_checkpointing=options.gradient_checkpointing,
-        device=options.device,
-    ))  # fmt: skip
+    report = finetune(
+        Run(
+            method=method,
+            settings=replace(settings, warmup_steps=warmup),
+            output=output,
+            model=options.model,
+            data=options.data,
+            batch_size=options.batch_size,
+            gradient_checkpointing=options.gradient_checkpointing,
+            device=options.device,
+        )
+    )
     _say(report)
     return 0
 

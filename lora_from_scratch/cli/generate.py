@@ -10,13 +10,18 @@ from lora_from_scratch.cli import options as shared
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        "generate", help="continue a text",
+        "generate",
+        help="continue a text",
         description="Continue a text. With an adapter or a fine-tuned model, give it a card (--card).",
-    )  # fmt: skip
+    )
     shared.add_model(parser)
     parser.add_argument("--adapter", metavar="DIRECTORY", help="what finetune wrote, or PEFT")
-    parser.add_argument("--prompt", action="append", metavar="TEXT",
-                        help="a text to go on with (may be repeated); else each line of standard input")  # fmt: skip
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a text to go on with (may be repeated); else each line of standard input",
+    )
     parser.add_argument("--card", action="append", metavar="CARD", help="a meaning such as 'hero[fox], wish[a crown]'")
     parser.add_argument("--max-new-tokens", type=int, default=80, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (%(default)s)")
@@ -46,10 +51,18 @@ def run(options: argparse.Namespace) -> int:
         model.eval()
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     new = generate(
-        model, ids, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-        top_p=options.top_p, num_beams=options.beams, length_penalty=options.length_penalty,
-        no_repeat_ngram_size=options.no_repeat_ngram_size, eos_id=tokenizer.eos_id, seed=options.seed,
-    )  # fmt: skip
+        model,
+        ids,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        num_beams=options.beams,
+        length_penalty=options.length_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+        eos_id=tokenizer.eos_id,
+        seed=options.seed,
+    )
     for prompt, tokens in zip(prompts, new, strict=True):
         print(prompt + tokenizer.decode(tokens))
     return 0

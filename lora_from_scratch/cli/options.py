@@ -15,13 +15,21 @@ from lora_from_scratch.method import METHODS, Method, method_class
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="bundled", metavar="MODEL",
-                        help='"bundled", a directory, or a name on the hub such as gpt2 (%(default)s)')  # fmt: skip
+    parser.add_argument(
+        "--model",
+        default="bundled",
+        metavar="MODEL",
+        help='"bundled", a directory, or a name on the hub such as gpt2 (%(default)s)',
+    )
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="story-cards", metavar="DATA",
-                        help='"story-cards" or an E2E CSV file or its directory (%(default)s)')  # fmt: skip
+    parser.add_argument(
+        "--data",
+        default="story-cards",
+        metavar="DATA",
+        help='"story-cards" or an E2E CSV file or its directory (%(default)s)',
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +37,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser, default: str | None) -> None:
-    parser.add_argument("--output", type=Path, default=default, metavar="DIRECTORY",
-                        help=f"where the result goes ({default or 'runs/DATA-METHOD'})")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=default,
+        metavar="DIRECTORY",
+        help=f"where the result goes ({default or 'runs/DATA-METHOD'})",
+    )
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:

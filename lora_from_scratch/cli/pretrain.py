@@ -23,16 +23,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     from lora_from_scratch.pretraining import PretrainingSettings
 
     parser = commands.add_parser(
-        "pretrain", help="make a small GPT-2 from plain text",
+        "pretrain",
+        help="make a small GPT-2 from plain text",
         description="Train a tokenizer and a GPT-2 on a corpus. Killed and started again, it goes on.",
-    )  # fmt: skip
-    parser.add_argument("--corpus", type=Path, required=True, metavar="FILE",
-                        help="text or .gz: one paragraph a line, a blank line between books")  # fmt: skip
+    )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="text or .gz: one paragraph a line, a blank line between books",
+    )
     shared.add_output(parser, "runs/pretrain")
     shared.add_device(parser)
     for f in fields(PretrainingSettings):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default,
-                            help=f"{HELP.get(f.name, '')} (%(default)s)".strip())  # fmt: skip
+        parser.add_argument(
+            f"--{f.name.replace('_', '-')}",
+            type=type(f.default),
+            default=f.default,
+            help=f"{HELP.get(f.name, '')} (%(default)s)".strip(),
+        )
     return parser
 
 

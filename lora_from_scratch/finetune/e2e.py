@@ -184,15 +184,55 @@ def split_by_meaning(name: str, examples: Sequence[Example], seed: int = 0) -> D
 # --- Slots -----------------------------------------------------------------------------------------
 
 _CHEAP = ("cheap", "inexpensive", "low price", "low priced", "low prices", "low cost", "affordable")
-_MODERATE = ("moderate", "moderately priced", "mid price", "mid priced", "mid range", "average price", "average priced",
-             "average prices", "medium priced", "reasonably priced", "reasonable prices")  # fmt: skip
+_MODERATE = (
+    "moderate",
+    "moderately priced",
+    "mid price",
+    "mid priced",
+    "mid range",
+    "average price",
+    "average priced",
+    "average prices",
+    "medium priced",
+    "reasonably priced",
+    "reasonable prices",
+)
 _DEAR = ("expensive", "high price", "high priced", "high prices", "highly priced", "high end", "pricey", "costly")
-_GOOD = ("highly rated", "high rating", "high ratings", "high customer rating", "high customer ratings", "rated high",
-         "rated highly", "rating is high", "rating of high")  # fmt: skip
-_FAIR = ("average rating", "average ratings", "average customer rating", "average customer ratings", "rated average",
-         "average rated", "rating is average", "rating of average")  # fmt: skip
-_BAD = ("low rating", "low ratings", "low customer rating", "low customer ratings", "low rated", "poorly rated",
-        "rated low", "poor rating", "poor ratings", "poor reviews", "rating is low", "rating of low")  # fmt: skip
+_GOOD = (
+    "highly rated",
+    "high rating",
+    "high ratings",
+    "high customer rating",
+    "high customer ratings",
+    "rated high",
+    "rated highly",
+    "rating is high",
+    "rating of high",
+)
+_FAIR = (
+    "average rating",
+    "average ratings",
+    "average customer rating",
+    "average customer ratings",
+    "rated average",
+    "average rated",
+    "rating is average",
+    "rating of average",
+)
+_BAD = (
+    "low rating",
+    "low ratings",
+    "low customer rating",
+    "low customer ratings",
+    "low rated",
+    "poorly rated",
+    "rated low",
+    "poor rating",
+    "poor ratings",
+    "poor reviews",
+    "rating is low",
+    "rating of low",
+)
 
 
 def _stars(digit: str, word: str) -> tuple[str, ...]:

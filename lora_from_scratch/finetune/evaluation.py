@@ -49,8 +49,13 @@ def write_texts(
     texts = [""] * len(prompts)
     for start in range(0, len(prompts), batch_size):
         places = by_length[start : start + batch_size]
-        new = generate(model, [prompts[i] for i in places], max_new_tokens=min(MAX_NEW_TOKENS, room),
-                       num_beams=num_beams, eos_id=tokenizer.eos_id)  # fmt: skip
+        new = generate(
+            model,
+            [prompts[i] for i in places],
+            max_new_tokens=min(MAX_NEW_TOKENS, room),
+            num_beams=num_beams,
+            eos_id=tokenizer.eos_id,
+        )
         for place, ids in zip(places, new, strict=True):
             texts[place] = tokenizer.decode(ids).strip()
     return texts

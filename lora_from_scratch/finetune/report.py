@@ -6,8 +6,19 @@ from collections.abc import Sequence
 
 from lora_from_scratch.finetune.run import Report
 
-HEADINGS = ("method", "trained", "share", "seconds", "peak memory", "saved", "BLEU", "slot errors", "perplexity",
-            "tales: before", "after")  # fmt: skip
+HEADINGS = (
+    "method",
+    "trained",
+    "share",
+    "seconds",
+    "peak memory",
+    "saved",
+    "BLEU",
+    "slot errors",
+    "perplexity",
+    "tales: before",
+    "after",
+)
 
 
 def rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
@@ -42,12 +53,26 @@ def describe(reports: Sequence[Report]) -> str:
 
 def _row(report: Report) -> tuple[str, ...]:
     s = report.scores
-    judged = (f"{s.bleu:.1f}", f"{100 * s.slot_errors:.1f} %", f"{s.perplexity:.2f}",
-              f"{report.tale_perplexity_before:.1f}", f"{s.tale_perplexity:.1f}") if s else ("",) * 5  # fmt: skip
+    judged = (
+        (
+            f"{s.bleu:.1f}",
+            f"{100 * s.slot_errors:.1f} %",
+            f"{s.perplexity:.2f}",
+            f"{report.tale_perplexity_before:.1f}",
+            f"{s.tale_perplexity:.1f}",
+        )
+        if s
+        else ("",) * 5
+    )
     return (
-        report.method, f"{report.trained_parameters:,}", f"{100 * report.share:.2f} %", f"{report.seconds:.0f}",
-        size(report.peak_memory_bytes), size(report.saved_bytes), *judged,
-    )  # fmt: skip
+        report.method,
+        f"{report.trained_parameters:,}",
+        f"{100 * report.share:.2f} %",
+        f"{report.seconds:.0f}",
+        size(report.peak_memory_bytes),
+        size(report.saved_bytes),
+        *judged,
+    )
 
 
 def size(count: int) -> str:

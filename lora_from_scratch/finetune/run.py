@@ -83,11 +83,17 @@ def finetune(run: Run, progress: bool = True) -> Report:
     trainer = _trainer(run, model, tokenizer, dataset, progress)
     history = trainer.run()
     report = Report(
-        method=run.method.name, trained_parameters=trained, total_parameters=total,
-        learning_rate=run.settings.learning_rate, seconds=history.seconds, peak_memory_bytes=memory.bytes(),
-        saved_bytes=0, final_loss=sum(history.losses[-20:]) / len(history.losses[-20:]),
-        output=str(run.output), losses=history.losses,
-    )  # fmt: skip
+        method=run.method.name,
+        trained_parameters=trained,
+        total_parameters=total,
+        learning_rate=run.settings.learning_rate,
+        seconds=history.seconds,
+        peak_memory_bytes=memory.bytes(),
+        saved_bytes=0,
+        final_loss=sum(history.losses[-20:]) / len(history.losses[-20:]),
+        output=str(run.output),
+        losses=history.losses,
+    )
     model.gradient_checkpointing = False
     if trainer.world.rank == 0:
         run.method.save(model, run.output, tokenizer=tokenizer)
@@ -102,13 +108,19 @@ def finetune(run: Run, progress: bool = True) -> Report:
 def _trainer(run: Run, model: GPT2, tokenizer: Tokenizer, dataset: Dataset, progress: bool) -> Trainer:
     completions = Completions(dataset.train, tokenizer, model.config.n_positions)
     if completions.left_out and progress:
-        print(f"{completions.left_out:,} of {len(dataset.train):,} examples are longer than the context of "
-              f"{model.config.n_positions} tokens and are left out")  # fmt: skip
+        print(
+            f"{completions.left_out:,} of {len(dataset.train):,} examples are longer than the context of "
+            f"{model.config.n_positions} tokens and are left out"
+        )
     return Trainer(
-        model, lambda step: completions.batch_at(step, run.batch_size, run.settings.seed), run.settings,
-        checkpoint=run.output / CHECKPOINT, settings_tag=_tag(run), progress=progress,
+        model,
+        lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
+        run.settings,
+        checkpoint=run.output / CHECKPOINT,
+        settings_tag=_tag(run),
+        progress=progress,
         description=run.method.name,
-    )  # fmt: skip
+    )
 
 
 def _judge(report: Report, run: Run, model: GPT2, tokenizer: Tokenizer, dataset: Dataset, device: torch.device) -> None:

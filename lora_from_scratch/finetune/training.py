@@ -181,8 +181,15 @@ class Trainer:
             self._load()
         hidden = not self.progress or self.world.rank != 0
         self.model.train()
-        with tqdm(total=self.settings.steps, initial=self.step, desc=self.description, unit="step",
-                  disable=hidden, mininterval=0.5, dynamic_ncols=True) as bar:  # fmt: skip
+        with tqdm(
+            total=self.settings.steps,
+            initial=self.step,
+            desc=self.description,
+            unit="step",
+            disable=hidden,
+            mininterval=0.5,
+            dynamic_ncols=True,
+        ) as bar:
             while self.step < self.settings.steps:
                 started = time.perf_counter()
                 loss, tokens = self._one_step(self.step)

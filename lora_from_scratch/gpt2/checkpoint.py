@@ -127,13 +127,16 @@ def _check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], directory:
     problems = [
         ("missing", [name for name in expected if name not in given]),
         ("unexpected", [name for name in given if name not in expected]),
-        ("not of the configured shape", [
-            f"{name} {tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in given and given[name].shape != tensor.shape
-        ]),
+        (
+            "not of the configured shape",
+            [
+                f"{name} {tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
+                for name, tensor in expected.items()
+                if name in given and given[name].shape != tensor.shape
+            ],
+        ),
         ("not floating-point", [n for n, tensor in given.items() if n in expected and not tensor.is_floating_point()]),
-    ]  # fmt: skip
+    ]
     found = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
     if found:
         raise ValueError(f"the weights in {directory} do not fit its config.json: {found}")
