@@ -26,7 +26,7 @@ from lora_from_scratch.int8 import (
     to_blocks,
 )
 
-CHUNK = 32768  # weights that are dequantised at a time: 128 KiB of float32, so that they stay in the cache
+CHUNK = 2**20  # weights in flight at a time: 4 MiB of float32, which stay in the cache and never become new pages
 
 # --- The codebooks: what the 16 codes stand for ----------------------------------------------------
 
@@ -175,10 +175,13 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
         uint8, the shape of z.
     """
     values, code_of = codebook.sort(stable=True)
-    interval = torch.bucketize(z, (values[1:] + values[:-1]) / 2, out_int32=True)
-    if torch.equal(values, codebook):
-        return interval.to(torch.uint8)
-    return code_of.to(torch.uint8)[interval]
+    midpoints = (values[1:] + values[:-1]) / 2  # (15,)
+    ascending = torch.equal(values, codebook)
+    codes = []
+    for part in z.reshape(-1).split(CHUNK):
+        interval = torch.bucketize(part, midpoints, out_int32=True)
+        codes.append((interval if ascending else code_of[interval]).to(torch.uint8))
+    return torch.cat(codes).view(z.shape)
 
 
 def dequantize_nf4(
@@ -217,18 +220,20 @@ def dequantize_nf4(
     weight = torch.empty(n, dtype=dtype, device=packed.device)
     step = max(CHUNK, blocksize)
     for start in range(0, n, step):
+        part = weight[start : start + step]
         index = packed[start // 2 : (start + step) // 2].int()
-        values = pairs.index_select(0, index).view(torch.float32)[: n - start]
-        scale_blocks_(values, absmax[start // blocksize : (start + step) // blocksize], blocksize)
-        weight[start : start + step] = values
-    return weight.view(*shape)
+        values = pairs.index_select(0, index).view(torch.float32)[: part.numel()]
+        scales = absmax[start // blocksize : (start + step) // blocksize]
+        scale_blocks(values, scales, blocksize, out=part)
+    return weight.view(tuple(shape))
 
 
-def scale_blocks_(values: Tensor, absmax: Tensor, blocksize: int) -> None:
-    """Multiply each block of (m,) by its own scale, in place; the last block may be short."""
+def scale_blocks(values: Tensor, absmax: Tensor, blocksize: int, out: Tensor) -> None:
+    """Multiply each block of (m,) by its own scale, into `out` (m,); the last block may be short."""
     whole = values.numel() // blocksize
-    values[: whole * blocksize].view(whole, blocksize).mul_(absmax[:whole, None])
-    values[whole * blocksize :].mul_(absmax[-1])
+    cut = whole * blocksize
+    torch.mul(values[:cut].view(whole, blocksize), absmax[:whole, None], out=out[:cut].view(whole, blocksize))
+    torch.mul(values[cut:], absmax[-1], out=out[cut:])
 
 
 def _codebook(codebook: Tensor | None, device: torch.device) -> Tensor:

@@ -140,9 +140,18 @@ def test_saving_over_a_model_replaces_it_and_leaves_other_files(saved: Path) -> 
     other = tiny_model(seed=1, vocab_size=300)
     save_gpt2(other, None, saved)
     assert_same_model(load_model(saved), other)
-    assert_same_model(loaded, tiny_model(vocab_size=300))  # does not look into the file any more
+    assert_same_model(loaded, tiny_model(vocab_size=300))
     assert (saved / "README.md").read_text() == "a card"
     assert (saved / "vocab.json").exists()
+
+
+def test_a_loaded_model_does_not_change_with_the_file(saved: Path) -> None:
+    model = load_model(saved)
+    size = (saved / "model.safetensors").stat().st_size
+    with (saved / "model.safetensors").open("r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    assert_same_model(model, tiny_model(vocab_size=300))
 
 
 def test_saved_files_are_readable_by_whom_the_umask_says(saved: Path, tmp_path: Path) -> None:

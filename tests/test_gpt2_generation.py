@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.checkpoint import load_gpt2
 from lora_from_scratch.gpt2.generation import (
+    _Beams,
+    _BeamSearch,
     filter_top_k,
     filter_top_p,
     generate,
@@ -156,6 +158,16 @@ def test_random_models_write_what_transformers_writes(seed: int, options: dict[s
     for eos_id in (None, an_early_end(model, prompts), 7):
         ours = generate(model, prompts, max_new_tokens=new, eos_id=eos_id, **options)
         assert ours == [by_transformers(twin, prompt, eos_id, max_new_tokens=new, **options) for prompt in prompts]
+
+
+def test_of_the_continuations_that_end_only_those_among_the_best_num_beams_count() -> None:
+    """transformers' rule (`top_num_beam_mask`); it rarely changes a text, so the comparisons above miss it."""
+    beams = _Beams(_BeamSearch(2, 1.0, 0, eos_id=0, max_new_tokens=9), [1])
+    assert beams.step(torch.tensor([[0.02, 0.58, 0.4]]).log()) == [(0, 1), (0, 2)]
+    # Joint probabilities: beam 0 ends 0.29, beam 0 goes on 0.232, beam 1 ends 0.2, beam 1 goes on 0.16.
+    assert beams.step(torch.tensor([[0.5, 0.4, 0.1], [0.5, 0.1, 0.4]]).log()) == [(0, 1), (1, 2)]
+    assert [text for _, text in beams.finished] == [[1]]
+    assert beams.finished[0][0] == pytest.approx(math.log(0.29) / 2)
 
 
 def test_more_beams_find_a_text_that_is_at_least_as_likely_as_the_greedy_one() -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
+
+from lora_from_scratch.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token: the end of a document
 MERGES_HEADER = "#version: 0.2"  # the first line of `merges.txt`; not a merge
@@ -80,12 +83,11 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write `vocab.json` and `merges.txt` into `directory`, which is made where it is missing."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         by_id = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
         lines = [MERGES_HEADER, *(f"{left} {right}" for left, right in self.merges)]
-        (directory / "vocab.json").write_bytes(json.dumps(by_id, ensure_ascii=False).encode())
-        (directory / "merges.txt").write_bytes("\n".join([*lines, ""]).encode())
+        files = {"vocab.json": json.dumps(by_id, ensure_ascii=False), "merges.txt": "\n".join([*lines, ""])}
+        for name, text in files.items():
+            write_atomically(Path(directory) / name, partial(Path.write_bytes, data=text.encode()))
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
