@@ -12,6 +12,8 @@ from lora_from_scratch.finetune.training import Batch
 from lora_from_scratch.gpt2.model import IGNORE_INDEX
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 
+ROUND_UP_TO = 16
+
 
 def prompt_text(mr: str) -> str:
     """What the model is given: the card, and a line break where the completion begins."""
@@ -36,9 +38,10 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], padding_id: int) -> Bat
     """Pad (input ids, labels) on the right to one length.
 
     No attention mask is needed: attention is causal, so nothing sees the padding behind it, and the
-    padding's own labels are -100.
+    padding's own labels are -100. The length is rounded up to a multiple of 16: PyTorch prepares its matrix
+    products for each shape that it meets, and few shapes save time and memory.
     """
-    longest = max(len(ids) for ids, _ in rows)
+    longest = -(-max(len(ids) for ids, _ in rows) // ROUND_UP_TO) * ROUND_UP_TO
     input_ids = torch.full((len(rows), longest), padding_id)
     labels = torch.full((len(rows), longest), IGNORE_INDEX)
     for row, (ids, row_labels) in enumerate(rows):

@@ -91,11 +91,10 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         A scalar; 0 if every label is -100.
     """
-    shifted = labels[:, 1:].reshape(-1)
-    total = F.cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]).float(), shifted, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-    return total / (shifted != IGNORE_INDEX).sum().clamp(min=1)
+    targets = labels[:, 1:]
+    counts = targets != IGNORE_INDEX  # (B, T - 1); only these rows of logits are looked at
+    total = F.cross_entropy(logits[:, :-1][counts].float(), targets[counts], reduction="sum")
+    return total / counts.sum().clamp(min=1)
 
 
 # --- The modules -----------------------------------------------------------------------------------
