@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
-from lora_from_scratch.files import write_atomically
+from lora_from_scratch.files import check_writable, write_atomically, write_json
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.report import describe, table
 from lora_from_scratch.finetune.run import Report, Run, finetune
@@ -21,9 +21,9 @@ from lora_from_scratch.lora import LoRA
 from lora_from_scratch.method import Method
 
 
-def methods() -> list[Method]:
+def methods(seed: int = 0) -> list[Method]:
     """The two that the demo compares: every weight, and LoRA of rank 8 on every matrix of every block."""
-    return [FullFineTuning(keep_base=False), LoRA(rank=8)]
+    return [FullFineTuning(keep_base=False), LoRA(rank=8, seed=seed)]
 
 
 def demo(output: str | Path, *, model: str = "bundled", steps: int = defaults.STEPS, seed: int = 0) -> list[Report]:
@@ -32,6 +32,7 @@ def demo(output: str | Path, *, model: str = "bundled", steps: int = defaults.ST
     Writes `table.md`, `demo.json`, `demo.png` and a directory for each method under `output`.
     """
     output = Path(output)
+    check_writable(output)
     config = GPT2Config.from_json(checkpoint_directory(model) / "config.json")
     runs = [
         Run(
@@ -47,13 +48,12 @@ def demo(output: str | Path, *, model: str = "bundled", steps: int = defaults.ST
                 seed=seed,
             ),
         )
-        for method in methods()
+        for method in methods(seed)
     ]
     reports = in_fresh_processes(runs)
     text = table(reports)
-    document = json.dumps([asdict(report) for report in reports], indent=1) + "\n"
     write_atomically(output / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    write_atomically(output / "demo.json", lambda path: path.write_text(document, encoding="utf-8"))
+    write_json(output / "demo.json", [asdict(report) for report in reports])
     draw(reports, output / "demo.png")
     print(f"\n{text}\n\n{describe(reports)}\n")
     print(f"Table, figure and numbers: {output / 'table.md'}, {output / 'demo.png'}, {output / 'demo.json'}")
@@ -63,10 +63,34 @@ def demo(output: str | Path, *, model: str = "bundled", steps: int = defaults.ST
 
 
 def in_fresh_processes(runs: Sequence[Run]) -> list[Report]:
-    """Carry out runs one after the other, each in a new process."""
+    """Carry out runs one after the other, each in a new process.
+
+    Raises:
+        ChildProcessError: a process was killed.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
-        return list(pool.map(finetune, runs))
+    try:
+        with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
+            return list(pool.map(finetune, runs))
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a training process was killed, perhaps because memory ran out; "
+            "started again, the run goes on from its last checkpoint"
+        ) from None
+
+
+def relative(report: Report, to: Report) -> dict[str, float]:
+    """What one run cost and reached, in % of what another did. What that one has nothing of is left out."""
+    assert report.scores is not None
+    assert to.scores is not None
+    pairs = {
+        "trained parameters": (report.trained_parameters, to.trained_parameters),
+        "bytes on disk": (report.saved_bytes, to.saved_bytes),
+        "peak memory": (report.peak_memory_bytes, to.peak_memory_bytes),
+        "seconds": (report.seconds, to.seconds),
+        "BLEU": (report.scores.bleu, to.scores.bleu),
+    }
+    return {name: 100 * ours / theirs for name, (ours, theirs) in pairs.items() if theirs}
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
@@ -77,16 +101,6 @@ def draw(reports: Sequence[Report], path: Path) -> None:
     for style, report in enumerate(reports):
         plotting.curve(left, plotting.smooth(report.losses), label=report.method, style=style)
     left.set(xlabel="training step", ylabel="loss (nats per token)", title="Both learn the task")
-    full, lora = reports[0], reports[-1]
-    assert full.scores is not None
-    assert lora.scores is not None
-    ratios = {
-        "trained parameters": lora.trained_parameters / full.trained_parameters,
-        "bytes on disk": lora.saved_bytes / full.saved_bytes,
-        "peak memory": lora.peak_memory_bytes / max(1, full.peak_memory_bytes),
-        "seconds": lora.seconds / full.seconds,
-        "BLEU": lora.scores.bleu / full.scores.bleu,
-    }
-    plotting.bars(right, {name: 100 * ratio for name, ratio in ratios.items()}, unit="%")
+    plotting.bars(right, relative(reports[-1], reports[0]), unit="%")
     right.set(xlabel="LoRA in % of full fine-tuning", title="LoRA trains and stores a fraction")
     write_atomically(path, lambda temporary: plotting.save(figure, temporary))

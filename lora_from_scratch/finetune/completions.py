@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -72,6 +73,10 @@ class Completions:
         self.left_out = len(rows) - len(self.rows)
         if not self.rows:
             raise ValueError(f"none of the {len(rows)} examples fits into the model's context of {context} tokens")
+
+    def fingerprint(self) -> int:
+        """A number that other examples, in all likelihood, do not have: a CRC-32 of the token ids."""
+        return zlib.crc32(repr(self.rows).encode())
 
     def batch_at(self, step: int, batch_size: int, seed: int) -> Batch:
         """The batch of one training step: each example once an epoch, the order drawn from the seed."""

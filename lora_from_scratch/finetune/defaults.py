@@ -23,7 +23,13 @@ WEIGHT_DECAY = 0.01
 
 
 def learning_rate_for(method: str, config: GPT2Config) -> float:
-    """The tuned learning rate of a method on a model of this size."""
+    """The tuned learning rate of a method on a model of this size.
+
+    Raises:
+        ValueError: nobody has tuned it.
+    """
+    if method not in LEARNING_RATES:
+        raise ValueError(f"method {method} has no tuned learning rate; give one (--learning-rate)")
     small, large = LEARNING_RATES[method]
     return large if config.n_embd >= LARGE else small
 

@@ -1,8 +1,12 @@
-"""Training in several processes (`torchrun`), without wrapping the model: add up the gradients."""
+"""Where to train: on which device, and in how many processes (`torchrun`).
+
+The model is not wrapped; the processes add up their gradients.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +28,7 @@ class World:
         if size == 1:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), size)
 
     def add_up(self, tensors: list[Tensor]) -> None:
@@ -32,3 +36,22 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a person names: "cpu", "cuda" (under `torchrun`, each process takes one), "cuda:1", or "auto".
+
+    Raises:
+        ValueError: it is none of these, or PyTorch sees no such GPU.
+    """
+    if name not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}; the devices are cpu, cuda, cuda:0, cuda:1, ... and auto")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    if not gpus:
+        raise ValueError(f"device {name} was asked for, but PyTorch sees no GPU here; use --device cpu")
+    index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
+    if index >= gpus:
+        raise ValueError(f"device cuda:{index} was asked for, but the GPUs here are cuda:0 to cuda:{gpus - 1}")
+    return torch.device("cuda", index)

@@ -13,7 +13,7 @@ from lora_from_scratch.finetune.completions import Completions, prompt_text
 from lora_from_scratch.finetune.data import Dataset, Example, references_by_mr
 from lora_from_scratch.finetune.metrics import (
     bleu,
-    completion_perplexity,
+    completion_loss,
     divergence_from_base,
     load_tales,
     slot_error_rate,
@@ -26,25 +26,42 @@ from lora_from_scratch.gpt2.tokenizer import Tokenizer
 MAX_NEW_TOKENS = 110
 
 
+CARDS = 300  # so many meanings are a judgement; more take the afternoon
+
+
 @dataclass(frozen=True)
 class Scores:
     """The measures of one model on one task."""
 
     bleu: float  # 0 to 100, corpus BLEU of greedy texts against all references (sacrebleu's default)
     slot_errors: float  # missing and invented slots over all slots
-    perplexity: float  # of the references' tokens, given their cards
+    perplexity: float  # of the first reference's tokens, given its card
     tale_perplexity: float  # of the project's own tales: what was forgotten shows here
     divergence: float  # nats per token, KL(base || model) on text drawn from the base; 0 for the base itself
+
+
+def first_cards(examples: Sequence[Example], cards: int) -> list[Example]:
+    """The examples of the first so many meanings, with all their references.
+
+    Raises:
+        ValueError: `cards` is not positive.
+    """
+    if cards < 1:
+        raise ValueError(f"the number of cards to judge by must be at least 1, got {cards}")
+    kept = set(list(dict.fromkeys(example.mr for example in examples))[:cards])
+    return [example for example in examples if example.mr in kept]
 
 
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, mrs: Sequence[str], batch_size: int = 64, num_beams: int = 1
 ) -> list[str]:
-    """The model's text for each meaning representation, greedy (or by beam search), in the order given."""
+    """The model's text for each meaning representation, greedy (or by beam search), in the order given.
+
+    Raises:
+        ValueError: a meaning leaves no room for a text in the model's context.
+    """
     prompts = [tokenizer.encode(prompt_text(mr)) for mr in mrs]
-    room = model.config.n_positions - max(len(prompt) for prompt in prompts)
-    if room < 1:
-        raise ValueError(f"a prompt fills the model's context of {model.config.n_positions} tokens; shorten it")
+    room = _room(prompts, mrs, model.config.n_positions)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
     texts = [""] * len(prompts)
     for start in range(0, len(prompts), batch_size):
@@ -61,6 +78,29 @@ def write_texts(
     return texts
 
 
+def check_examples(examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> None:
+    """Find out, before hours of training, whether `evaluate` can judge by these examples.
+
+    Raises:
+        ValueError: a meaning leaves no room for a text in a context of so many tokens, or no example fits into it.
+    """
+    mrs = list(references_by_mr(examples))
+    _room([tokenizer.encode(prompt_text(mr)) for mr in mrs], mrs, context)
+    Completions(examples, tokenizer, context)
+
+
+def _room(prompts: Sequence[Sequence[int]], mrs: Sequence[str], context: int) -> int:
+    """How many tokens the longest prompt leaves for a text."""
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    room = context - len(prompts[longest])
+    if room < 1:
+        raise ValueError(
+            f"a meaning has {len(prompts[longest])} tokens and the model's context is {context}, which leaves no room "
+            f"for a text: {mrs[longest]!r}"
+        )
+    return room
+
+
 def evaluate(
     model: GPT2, base: GPT2, tokenizer: Tokenizer, examples: Sequence[Example], dataset: Dataset, num_beams: int = 1
 ) -> tuple[Scores, dict[str, str]]:
@@ -75,11 +115,12 @@ def evaluate(
     """
     references = references_by_mr(examples)
     texts = write_texts(model, tokenizer, list(references), num_beams=num_beams)
-    batches = Completions(examples, tokenizer, model.config.n_positions).batches(batch_size=32)
+    firsts = [Example(mr, refs[0]) for mr, refs in references.items()]
+    batches = Completions(firsts, tokenizer, model.config.n_positions).batches(batch_size=32)
     scores = Scores(
         bleu=bleu(texts, list(references.values())),
         slot_errors=slot_error_rate(texts, list(references), dataset.lexicon),
-        perplexity=completion_perplexity(model, batches),
+        perplexity=perplexity(completion_loss(model, batches)),
         tale_perplexity=tale_perplexity(model, tokenizer),
         divergence=divergence_from_base(model, base, text_drawn_from(base, tokenizer)),
     )
@@ -93,10 +134,22 @@ def tale_perplexity(model: GPT2, tokenizer: Tokenizer) -> float:
         ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(tale)])
         total += text_loss(model, ids, model.config.n_positions) * (len(ids) - 1)
         tokens += len(ids) - 1
-    return math.exp(total / tokens)
+    return perplexity(total / tokens)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that is beyond what a float holds (a loss above 709)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def text_drawn_from(base: GPT2, tokenizer: Tokenizer, rows: int = 16, tokens: int = 128, seed: int = 0) -> Tensor:
-    """(rows, 1 + tokens) token ids sampled from a model at temperature 1, each row from an empty text."""
+    """(rows, 1 + tokens) token ids sampled from a model at temperature 1, each row from an empty text.
+
+    A context that is shorter gives shorter rows.
+    """
+    tokens = min(tokens, base.config.n_positions - 1)
     drawn = generate(base, [[tokenizer.eos_id]] * rows, max_new_tokens=tokens, temperature=1.0, seed=seed)
     return torch.tensor([[tokenizer.eos_id, *row] for row in drawn])

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_from_scratch.files import write_atomically
+from lora_from_scratch.files import check_writable, remove_leftovers, write_json
+from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
 from lora_from_scratch.finetune.data import Dataset, Example, load_dataset
-from lora_from_scratch.finetune.evaluation import Scores, evaluate, tale_perplexity, write_texts
+from lora_from_scratch.finetune.distributed import find_device
+from lora_from_scratch.finetune.evaluation import (
+    CARDS,
+    Scores,
+    check_examples,
+    evaluate,
+    first_cards,
+    tale_perplexity,
+    write_texts,
+)
 from lora_from_scratch.finetune.memory import PeakMemory
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
-from lora_from_scratch.gpt2.checkpoint import load_gpt2
+from lora_from_scratch.gpt2.checkpoint import BUNDLED, checkpoint_directory, load_gpt2
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.method import Method
+from lora_from_scratch.peft_format import CONFIG_FILE
 
 CHECKPOINT = "training-checkpoint.pt"  # in the output directory while the run is under way
+REPORT = "report.json"
 SAMPLES = 3
 
 
@@ -34,10 +45,15 @@ class Run:
     output: Path
     model: str = "bundled"
     data: str = "story-cards"
-    batch_size: int = 16
+    batch_size: int = defaults.BATCH_SIZE
     gradient_checkpointing: bool = False
     device: str = "cpu"
     split: str = "test"  # judged on "test" or "validation"; "" trains and saves only
+    cards: int = CARDS  # judged by the first so many meanings
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 @dataclass
@@ -71,16 +87,30 @@ def finetune(run: Run, progress: bool = True) -> Report:
         ValueError, OSError: whatever is wrong with the model, the data, the settings or the place to save to,
             before the training where it can be known before.
     """
+    _check_output(run)
+    device = find_device(run.device)
     dataset = load_dataset(run.data)
-    device = _device(run.device)
+    judged = first_cards(getattr(dataset, run.split), run.cards) if run.split else []
     memory = PeakMemory(device)
     model, tokenizer = load_gpt2(run.model)
+    if judged:
+        check_examples(judged, tokenizer, model.config.n_positions)
     model.to(device)
     total = sum(p.numel() for p in model.parameters())
+    completions = _completions(dataset, tokenizer, model.config.n_positions, progress)
+    tag = _tag(run, model, completions)
     run.method.adapt(model)
     model.gradient_checkpointing = run.gradient_checkpointing
     trained = sum(p.numel() for p in run.method.trainable(model).values())
-    trainer = _trainer(run, model, tokenizer, dataset, progress)
+    trainer = Trainer(
+        model,
+        lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
+        run.settings,
+        checkpoint=run.output / CHECKPOINT,
+        settings_tag=tag,
+        progress=progress,
+        description=run.method.name,
+    )
     history = trainer.run()
     report = Report(
         method=run.method.name,
@@ -96,70 +126,68 @@ def finetune(run: Run, progress: bool = True) -> Report:
     )
     model.gradient_checkpointing = False
     if trainer.world.rank == 0:
-        run.method.save(model, run.output, tokenizer=tokenizer)
-        report.saved_bytes = _bytes_in(run.output)
-        if run.split:
-            _judge(report, run, model, tokenizer, dataset, device)
+        report.saved_bytes = _save(run, model, tokenizer)
+        if judged:
+            _judge(report, run, model, tokenizer, dataset, judged)
         _write_report(report, run)
         (run.output / CHECKPOINT).unlink(missing_ok=True)
+        remove_leftovers(run.output)
     return report
 
 
-def _trainer(run: Run, model: GPT2, tokenizer: Tokenizer, dataset: Dataset, progress: bool) -> Trainer:
-    completions = Completions(dataset.train, tokenizer, model.config.n_positions)
+def _check_output(run: Run) -> None:
+    """The place can be written, and what lies there is neither what this run reads nor another kind of result."""
+    check_writable(run.output)
+    if run.output.resolve() == checkpoint_directory(run.model).resolve():
+        raise ValueError(f"the output {run.output} is the model's own directory; choose another place for the result")
+    other, kind = ("config.json", "a whole model") if run.method.peft_type else (CONFIG_FILE, "an adapter")
+    if (run.output / other).exists():
+        raise ValueError(f"{run.output} holds {kind}, which this run would leave beside its own; choose another output")
+
+
+def _completions(dataset: Dataset, tokenizer: Tokenizer, context: int, progress: bool) -> Completions:
+    completions = Completions(dataset.train, tokenizer, context)
     if completions.left_out and progress:
         print(
             f"{completions.left_out:,} of {len(dataset.train):,} examples are longer than the context of "
-            f"{model.config.n_positions} tokens and are left out"
+            f"{context} tokens and are left out"
         )
-    return Trainer(
-        model,
-        lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
-        run.settings,
-        checkpoint=run.output / CHECKPOINT,
-        settings_tag=_tag(run),
-        progress=progress,
-        description=run.method.name,
-    )
+    return completions
 
 
-def _judge(report: Report, run: Run, model: GPT2, tokenizer: Tokenizer, dataset: Dataset, device: torch.device) -> None:
+def _judge(
+    report: Report, run: Run, model: GPT2, tokenizer: Tokenizer, dataset: Dataset, judged: list[Example]
+) -> None:
     base, _ = load_gpt2(run.model)
-    base.to(device)
+    base.to(next(model.parameters()).device)
     report.tale_perplexity_before = tale_perplexity(base, tokenizer)
-    cards = _first_cards(getattr(dataset, run.split), 300)
-    report.scores, texts = evaluate(model, base, tokenizer, cards, dataset)
+    report.scores, texts = evaluate(model, base, tokenizer, judged, dataset)
     mrs = list(texts)[:SAMPLES]
     before = write_texts(base, tokenizer, mrs)
     report.samples = [{"mr": mr, "before": old, "after": texts[mr]} for mr, old in zip(mrs, before, strict=True)]
 
 
-def _first_cards(examples: Sequence[Example], cards: int) -> list[Example]:
-    """The examples of the first so many meanings: enough for a judgement, and not the whole afternoon."""
-    kept = set(list(dict.fromkeys(example.mr for example in examples))[:cards])
-    return [example for example in examples if example.mr in kept]
-
-
 def _write_report(report: Report, run: Run) -> None:
     """`report.json` beside the weights: the numbers and what they were measured with."""
     document: dict[str, Any] = {"report": asdict(report), "run": {**asdict(run), "output": str(run.output)}}
-    text = json.dumps(document, indent=1, default=str) + "\n"
-    write_atomically(run.output / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(run.output / REPORT, document)
 
 
-def _tag(run: Run) -> str:
-    return f"{run.model} {run.data} {run.method} batch {run.batch_size}"
+def _tag(run: Run, model: GPT2, completions: Completions) -> str:
+    """What else makes two runs the same. Not the names of model and data: by now they may stand for something else."""
+    weights = 0
+    for parameter in model.parameters():
+        weights = zlib.crc32(parameter.detach().cpu().contiguous().numpy(), weights)
+    return f"{run.method} batch {run.batch_size} model {weights} data {completions.fingerprint()}"
 
 
-def _bytes_in(directory: Path) -> int:
-    """What has to be kept: the files of the result, without the training checkpoint and the report."""
-    passing = {CHECKPOINT, "report.json"}
-    return sum(file.stat().st_size for file in directory.iterdir() if file.is_file() and file.name not in passing)
+def _save(run: Run, model: GPT2, tokenizer: Tokenizer) -> int:
+    """Write the result and return its size in bytes, that of nothing else that may lie beside it."""
 
+    def files() -> dict[str, int]:
+        return {file.name: file.stat().st_ino for file in run.output.iterdir() if file.is_file()}
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but PyTorch sees no GPU here; use --device cpu")
-    return torch.device(name)
+    before = files()
+    run.method.save(model, run.output, base_model=None if run.model == BUNDLED else run.model, tokenizer=tokenizer)
+    written = [name for name, inode in files().items() if before.get(name) != inode]
+    return sum((run.output / name).stat().st_size for name in written)

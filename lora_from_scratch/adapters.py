@@ -1,0 +1,257 @@
+"""Bottleneck adapters: small new layers inside a frozen model.
+
+Houlsby et al. 2019 (arXiv:1902.00751), figure 2: squeeze the d numbers of a token to a few, bend them,
+stretch them to d again, and add what came in:
+
+    x + W_up gelu(W_down x + b) + b',      W_down: (width, d),  W_up: (d, width)
+
+All start so near zero that the adapter is nearly the identity. There are four places for one in a block:
+
+    houlsby    after the attention and after the MLP, each before it is added to the residual stream
+    pfeiffer   after the MLP only (Pfeiffer et al. 2021, arXiv:2005.00247)
+    lin        on the output of the whole block, reading it through a LayerNorm of its own (Lin et al. 2020,
+               arXiv:2004.03829; "Adapter-L" in the LoRA paper), with relu for gelu
+    parallel   beside the MLP, not behind it (He et al. 2022, arXiv:2110.04366): MLP(x) + s W_up relu(W_down x)
+
+None is a change of the model's weights, because something bends in between: adapters cannot be merged, and an
+adapted model stays slower than its base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.method import Method
+
+PLACES = {  # variant: the modules of a block that get an adapter each; "" is the block itself
+    "houlsby": ("attn", "mlp"),
+    "pfeiffer": ("mlp",),
+    "lin": ("",),
+    "parallel": ("mlp",),
+}
+INIT_STD = 1e-3  # Houlsby et al., section 3.6: the start must be near the identity
+
+# --- The adapters ----------------------------------------------------------------------------------------
+
+
+class BottleneckAdapter(nn.Module):
+    """`x + W_up gelu(W_down x + b) + b'` (Houlsby et al. 2019), nearly the identity at the start.
+
+    The weights start as a normal of standard deviation 1e-3, cut off at two of them; the biases start at 0.
+
+    Args:
+        n_embd: d, the width of what comes in and goes out.
+        width: of the bottleneck.
+        generator: where the random numbers come from; None: PyTorch's own.
+    """
+
+    def __init__(self, n_embd: int, width: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.down = nn.utils.skip_init(nn.Linear, n_embd, width)
+        self.up = nn.utils.skip_init(nn.Linear, width, n_embd)
+        for layer in (self.down, self.up):
+            nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.down(x), approximate="tanh")  # (..., d) -> (..., width)
+        return x + self.up(h)  # (..., d)
+
+
+class NormedAdapter(BottleneckAdapter):
+    """`x + W_up relu(W_down norm(x) + b) + b'`, with a LayerNorm that is learned too (Lin et al. 2020)."""
+
+    def __init__(self, n_embd: int, width: int, generator: torch.Generator | None = None) -> None:
+        super().__init__(n_embd, width, generator)
+        self.norm = nn.LayerNorm(n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.down(self.norm(x)))  # (..., width)
+        return x + self.up(h)
+
+
+class ParallelAdapter(nn.Module):
+    """`s W_up relu(W_down x)` (He et al. 2022), to be added to what a module makes of the same x.
+
+    W_up starts at zero, so that at the start nothing is added; W_down starts as LoRA's A does.
+    """
+
+    def __init__(self, n_embd: int, width: int, scaling: float = 1.0, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.down = nn.utils.skip_init(nn.Linear, n_embd, width, bias=False)
+        self.up = nn.utils.skip_init(nn.Linear, width, n_embd, bias=False)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaling * self.up(F.relu(self.down(x)))  # (..., d)
+
+    def extra_repr(self) -> str:
+        return f"scaling={self.scaling:g}"
+
+
+def adapter_parameter_count(n_embd: int, width: int, adapters: int = 1, bias: bool = True, norms: int = 0) -> int:
+    """How many numbers are learned: `adapters (2 d w + w + d) + 2 norms d` (Hu et al. 2021, section 5.1).
+
+    Args:
+        n_embd: d.
+        width: w, of the bottleneck.
+        adapters: how many there are in the whole model.
+        bias: whether they have biases, w + d in each.
+        norms: how many LayerNorms are learned with them, 2 d in each.
+    """
+    biases = width + n_embd if bias else 0
+    return adapters * (2 * n_embd * width + biases) + 2 * norms * n_embd
+
+
+# --- Putting them into a model -----------------------------------------------------------------------------
+
+
+class AdapterAfter(nn.Module):
+    """A module, kept unchanged as `base`, and an adapter that its output goes through."""
+
+    def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        y: Tensor = self.adapter(self.base(x, *others))
+        return y
+
+
+class AdapterBeside(AdapterAfter):
+    """A module, kept unchanged as `base`, and an adapter that reads the same input; the outputs are added."""
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        y: Tensor = self.base(x, *others) + self.adapter(x)
+        return y
+
+
+def insert_adapters(
+    model: GPT2,
+    width: int = 24,
+    variant: str = "houlsby",
+    *,
+    scaling: float = 1.0,
+    layers: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> dict[str, nn.Module]:
+    """Put adapters into a GPT-2, in place. What is frozen and what is not is left as it is.
+
+    Args:
+        width: of the bottleneck, from 1 to the model's own width.
+        variant: one of `PLACES`; see the head of this file.
+        scaling: s of the variant "parallel".
+        layers: the blocks that get adapters, counted from 0; none named: all.
+        generator: of the first values.
+
+    Returns:
+        The adapters, by the names of the modules that they were put behind or beside.
+
+    Raises:
+        ValueError: the width or a layer is not one that the model can have, or there is no such variant.
+            The model is then as it was.
+    """
+    _check_variant(variant)
+    d, n_layer = model.config.n_embd, model.config.n_layer
+    if not 1 <= width <= d:
+        raise ValueError(f"width must be between 1 and {d} (a bottleneck is no wider than the model), got {width}")
+    for layer in layers:
+        if not 0 <= layer < n_layer:
+            raise ValueError(f"layers must be from 0 to {n_layer - 1} (the model has {n_layer}), got {layer}")
+    adapters: dict[str, nn.Module] = {}
+    for layer in sorted(set(layers)) or range(n_layer):
+        for place in PLACES[variant]:
+            name = f"transformer.h.{layer}.{place}".rstrip(".")
+            adapters[name] = _insert(model, name, variant, width, scaling, generator)
+    return adapters
+
+
+def remove_adapters(model: GPT2) -> None:
+    """Take out what `insert_adapters` put in: every module is in its old place, the very same object."""
+    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, AdapterAfter)}
+    for name, wrapper in wrapped.items():
+        _replace(model, name, wrapper.base)
+
+
+def _insert(
+    model: GPT2, name: str, variant: str, width: int, scaling: float, generator: torch.Generator | None
+) -> nn.Module:
+    base, d = model.get_submodule(name), model.config.n_embd
+    if variant == "parallel":
+        wrapper = AdapterBeside(base, ParallelAdapter(d, width, scaling, generator))
+    elif variant == "lin":
+        wrapper = AdapterAfter(base, NormedAdapter(d, width, generator))
+    else:
+        wrapper = AdapterAfter(base, BottleneckAdapter(d, width, generator))
+    like = model.transformer.ln_f.weight
+    wrapper.adapter.to(like.device, like.dtype)
+    wrapper.train(base.training)
+    _replace(model, name, wrapper)
+    return wrapper.adapter
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in PLACES:
+        raise ValueError(f"variant must be one of {', '.join(PLACES)}, got {variant!r}")
+
+
+# --- The method --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapter(Method):
+    """Adapters in a GPT-2; see the head of this file for the variants.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+    """
+
+    width: int = 24  # of the bottleneck
+    variant: str = "houlsby"
+    scaling: float = 1.0  # s of the variant "parallel"; He et al. 2022 take 4
+    layers: Sequence[int] = ()  # counted from 0; none named: all (to leave some out is AdapterDrop, Rücklé et al. 2021)
+    seed: int = 0  # of the first values
+
+    name: ClassVar[str] = "adapter"
+    peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_ADAPTER"  # PEFT has no such method
+
+    def __post_init__(self) -> None:
+        _check_variant(self.variant)
+        if not isinstance(self.width, int) or isinstance(self.width, bool) or self.width < 1:
+            raise ValueError(f"width must be a whole number of at least 1, got {self.width!r}")
+        if not isinstance(self.scaling, int | float) or not math.isfinite(self.scaling) or self.scaling <= 0:
+            raise ValueError(f"scaling must be a positive number, got {self.scaling!r}")
+        if self.scaling != 1 and self.variant != "parallel":
+            raise ValueError(f"scaling={self.scaling:g} is for the variant 'parallel'; {self.variant!r} has none")
+        object.__setattr__(self, "layers", tuple(_layer_number(layer) for layer in self.layers))
+
+    def _install(self, model: GPT2) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        insert_adapters(model, self.width, self.variant, scaling=self.scaling, layers=self.layers, generator=generator)
+
+    def _uninstall(self, model: GPT2) -> None:
+        remove_adapters(model)
+
+
+def _layer_number(layer: int | str) -> int:
+    """A layer as a number; on the command line it is a word."""
+    if isinstance(layer, str) and layer.isdecimal():
+        return int(layer)
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise ValueError(f"layers must be whole numbers, counted from 0, got {layer!r}")
+    return layer
