@@ -122,7 +122,7 @@ def stratify(n_layer: int, frozen_layers: int, bias_layers: int) -> tuple[range,
     """Cut the layers 0 ... n_layer - 1 into three groups: frozen, biases only, LoRA and biases.
 
     What a layer near the input knows serves every task; what a layer near the output knows is the task's own
-    (Arora and Wang 2024, section 3). So the further a layer is from the input, the more of it is trained.
+    (Arora and Wang 2024). So the further a layer is from the input, the more of it is trained.
 
     Args:
         n_layer: how many layers there are.
@@ -211,7 +211,7 @@ def relative_gradient_norms(
 ) -> dict[str, float]:
     """How large the gradient of each tensor is beside the tensor: the mean of `||g|| / ||p||` over batches.
 
-    That is Lee et al.'s RGN (section 4.1), with Euclidean norms and five batches in the authors' own code.
+    That is Lee et al.'s RGN, with Euclidean norms of whole tensors; their code takes five batches.
     Measured for what has `requires_grad`; no `.grad` and no weight changes.
 
     Args:

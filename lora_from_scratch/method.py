@@ -34,6 +34,13 @@ from lora_from_scratch.gpt2.model import GPT2
 METHODS: dict[str, str] = {  # name: where its class is; imported when it is asked for
     "full": "lora_from_scratch.full_finetuning.FullFineTuning",
     "lora": "lora_from_scratch.lora.LoRA",
+    "qlora": "lora_from_scratch.qlora.QLoRA",
+    "prompt": "lora_from_scratch.prompt_tuning.PromptTuning",
+    "prefix": "lora_from_scratch.prefix_tuning.PrefixTuning",
+    "llama-adapter": "lora_from_scratch.llama_adapter.LlamaAdapter",
+    "adapter": "lora_from_scratch.adapters.Adapter",
+    "bitfit": "lora_from_scratch.bitfit.BitFit",
+    "spafit": "lora_from_scratch.bitfit.SPAFIT",
 }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from lora_from_scratch.files import write_directory_atomically
 
 if TYPE_CHECKING:
+    from lora_from_scratch.gpt2.config import GPT2Config
     from lora_from_scratch.lora import LoRA, LoRALinear
 
 CONFIG_FILE = "adapter_config.json"
@@ -230,3 +231,94 @@ def _refuse_other_values(config: Mapping[str, Any], name: str, allowed: Sequence
 
 def _tidy(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
+
+
+# --- Soft prompt and prefix ----------------------------------------------------------------------------
+
+_PROMPT_KEY = "prompt_embeddings"
+# What a field of the base model's is called in PEFT and in our config; None in a file says nothing.
+_MODEL_FIELDS = {"token_dim": "n_embd", "num_layers": "n_layer", "num_attention_heads": "n_head"}
+_PROMPT_UNDERSTOOD = ("num_virtual_tokens", "num_transformer_submodules", *_MODEL_FIELDS)
+# How the prompt began, and the MLP that PEFT itself throws away when it saves.
+_PROMPT_HARMLESS = (
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+    "prefix_projection",
+    "encoder_hidden_size",
+    "init_weights",
+)
+
+
+def virtual_tokens_to_peft(
+    peft_type: str, length: int, embeddings: Tensor, model: GPT2Config
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's fields and its one tensor for a soft prompt (P, d) or a folded prefix (P, 2 L d)."""
+    config = {
+        "peft_type": peft_type,
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": length,
+        "num_transformer_submodules": 1,
+        **{theirs: getattr(model, ours) for theirs, ours in _MODEL_FIELDS.items()},
+    }
+    return config, {_PROMPT_KEY: embeddings}
+
+
+def virtual_tokens_from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: GPT2Config
+) -> tuple[int, Tensor]:
+    """How many virtual tokens there are, and the tensor.
+
+    Raises:
+        ValueError: a field that is not supported, a prompt made for another model, or other tensors.
+    """
+    refuse_unknown_fields(config, _PROMPT_UNDERSTOOD, _PROMPT_HARMLESS)
+    _refuse_other_values(config, "task_type", ("CAUSAL_LM", None))
+    _refuse_other_values(config, "num_transformer_submodules", (1, None))
+    for theirs, ours in _MODEL_FIELDS.items():
+        given, own = config.get(theirs), getattr(model, ours)
+        if given is not None and given != own:
+            raise ValueError(f"{CONFIG_FILE} has {theirs}={given!r}: made for another model; this one has {own}")
+    if set(tensors) != {_PROMPT_KEY}:
+        raise ValueError(f"{WEIGHTS_FILE} must hold one tensor, {_PROMPT_KEY}; it holds {', '.join(tensors) or 'none'}")
+    length = config.get("num_virtual_tokens")
+    if not isinstance(length, int):
+        raise ValueError(f"{CONFIG_FILE}: num_virtual_tokens must be a whole number, got {length!r}")
+    return length, tensors[_PROMPT_KEY]
+
+
+# --- LLaMA-Adapter -------------------------------------------------------------------------------------
+
+_GATE = "adaption_gate"
+
+
+def llama_adapter_to_peft(length: int, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's fields and tensors: (module).adaption_prompt and (module).adaption_gate."""
+    config = {
+        "peft_type": "ADAPTION_PROMPT",
+        "task_type": "CAUSAL_LM",
+        "target_modules": "attn",
+        "adapter_len": length,
+        "adapter_layers": sum(name.endswith(_GATE) for name in state),
+    }
+    return config, {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
+
+
+def llama_adapter_from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments of `LlamaAdapter`, and its state under our names. One gate for all heads, (1,), is PEFT's form.
+
+    Raises:
+        ValueError: a field that is not supported.
+    """
+    refuse_unknown_fields(config, ("adapter_len", "adapter_layers", "target_modules"))
+    _refuse_other_values(config, "task_type", ("CAUSAL_LM", None))
+    _refuse_other_values(config, "target_modules", ("attn", None))
+    arguments = {
+        "num_virtual_tokens": config.get("adapter_len"),
+        "layers": config.get("adapter_layers"),
+        "as_peft": any(name.endswith(_GATE) and tensor.shape == (1,) for name, tensor in tensors.items()),
+    }
+    return arguments, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}

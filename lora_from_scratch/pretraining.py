@@ -63,8 +63,8 @@ class PretrainingSettings:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.matrix_learning_rate < math.inf:
             raise ValueError(f"matrix_learning_rate must be a positive number, got {self.matrix_learning_rate}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a number of at least 0, got {self.weight_decay}")
 
 
 def read_books(corpus: str | Path) -> list[str]:
@@ -84,7 +84,7 @@ def read_books(corpus: str | Path) -> list[str]:
         text = raw.decode("utf-8")
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from None
-    books = [book.strip("\n") for book in text.split("\n\n") if book.strip()]
+    books = [book.strip("\n") for book in text.replace("\r\n", "\n").split("\n\n") if book.strip()]
     if not books:
         raise ValueError(f"{path} is empty: give at least one book")
     return books

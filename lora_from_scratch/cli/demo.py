@@ -12,12 +12,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "demo",
         help="full fine-tuning and LoRA side by side, in three minutes",
-        description="Fine-tune a GPT-2 on the story cards by full fine-tuning and by LoRA, and compare them.",
+        description="Fine-tune a GPT-2 on the story cards by full fine-tuning and by LoRA, and compare them: "
+        "a table, a figure, a few sentences before and after, and both results to go on with.",
     )
     shared.add_model(parser)
     shared.add_output(parser, "runs/demo")
-    parser.add_argument("--steps", type=int, default=defaults.STEPS, help="of each method (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.STEPS, metavar="N", help="training steps of each method (%(default)s)"
+    )
+    shared.add_seed(parser, "what is random in training")
     return parser
 
 

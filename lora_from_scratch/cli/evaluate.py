@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 
 from lora_from_scratch.cli import options as shared
@@ -13,31 +14,43 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "evaluate",
         help="BLEU, slot errors, perplexity, forgetting",
-        description="Judge a model on a task: what it writes, how sure it is, what it forgot.",
+        description="Judge a model on a task: what it writes, how sure it is, what it forgot. "
+        "The numbers are those of finetune's table.",
     )
     shared.add_model(parser)
+    shared.add_adapter(parser)
     shared.add_data(parser)
-    parser.add_argument("--adapter", metavar="DIRECTORY", help="what finetune wrote, or PEFT; a whole model as well")
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="(%(default)s)")
-    parser.add_argument("--beams", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--json", action="store_true", help="numbers for programs")
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="test", help="the part of the task (%(default)s)"
+    )
+    shared.add_cards(parser)
+    parser.add_argument(
+        "--beams", type=int, default=1, metavar="N", help="write by beam search with so many; 1: greedy (%(default)s)"
+    )
+    shared.add_device(parser)
+    parser.add_argument("--json", action="store_true", help="numbers for programs (off)")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.finetune.data import load_dataset
-    from lora_from_scratch.finetune.evaluation import evaluate
+    from lora_from_scratch.finetune.distributed import find_device
+    from lora_from_scratch.finetune.evaluation import evaluate, first_cards
     from lora_from_scratch.gpt2.checkpoint import load_gpt2
     from lora_from_scratch.method import load_adapter
 
+    device = find_device(options.device)
     dataset = load_dataset(options.data)
+    examples = first_cards(getattr(dataset, options.split), options.cards)
     base, tokenizer = load_gpt2(options.model)
     model, _ = load_gpt2(options.model)
     if options.adapter:
         load_adapter(model, options.adapter)
-    scores, _ = evaluate(model, base, tokenizer, getattr(dataset, options.split), dataset, num_beams=options.beams)
+    base.to(device)
+    model.to(device)
+    scores, _ = evaluate(model, base, tokenizer, examples, dataset, num_beams=options.beams)
     if options.json:
-        print(json.dumps(asdict(scores)))
+        print(json.dumps({k: v if math.isfinite(v) else None for k, v in asdict(scores).items()}, allow_nan=False))
         return 0
     print(f"BLEU              {scores.bleu:8.2f}")
     print(f"slot errors       {100 * scores.slot_errors:8.2f} %")

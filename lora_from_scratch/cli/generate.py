@@ -7,53 +7,79 @@ import sys
 
 from lora_from_scratch.cli import options as shared
 
+NEW_TOKENS = 80
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "generate",
+        usage="%(prog)s [--flag value ...]",
         help="continue a text",
         description="Continue a text. With an adapter or a fine-tuned model, give it a card (--card).",
     )
     shared.add_model(parser)
-    parser.add_argument("--adapter", metavar="DIRECTORY", help="what finetune wrote, or PEFT")
+    shared.add_adapter(parser)
+    shared.add_device(parser)
     parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="a text to go on with (may be repeated); else each line of standard input",
+        help="a text to go on with; may be repeated (without --prompt and --card: each line of standard input)",
     )
-    parser.add_argument("--card", action="append", metavar="CARD", help="a meaning such as 'hero[fox], wish[a crown]'")
-    parser.add_argument("--max-new-tokens", type=int, default=80, help="(%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=None)
-    parser.add_argument("--top-p", type=float, default=None)
-    parser.add_argument("--beams", type=int, default=1, help="beam search with so many (%(default)s)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="of beam search (%(default)s)")
-    parser.add_argument("--no-repeat-ngram-size", type=int, default=0, help="0: repeat freely (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument(
+        "--card", action="append", metavar="CARD", help="a meaning to say, such as 'hero[fox], wish[a crown]'"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"where to stop at the latest ({NEW_TOKENS}, or what the model's context leaves)",
+    )
+    choice = parser.add_argument_group("how the next token is chosen")
+    choice.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest, 1 draws as the model says, above 1 more freely (%(default)s)",
+    )
+    choice.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (all)")
+    choice.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that sum up to P (all)")
+    choice.add_argument(
+        "--beams", type=int, default=1, metavar="N", help="beam search with so many; 1: none (%(default)s)"
+    )
+    choice.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of beam search: above 0 favours long texts (%(default)s)",
+    )
+    choice.add_argument(
+        "--no-repeat-ngram-size", type=int, default=0, metavar="N", help="no N tokens twice; 0: they may (%(default)s)"
+    )
+    shared.add_seed(choice, "what is drawn")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_from_scratch.finetune.completions import prompt_text
+    from lora_from_scratch.finetune.distributed import find_device
     from lora_from_scratch.gpt2.checkpoint import load_gpt2
     from lora_from_scratch.gpt2.generation import generate
     from lora_from_scratch.method import load_adapter
 
-    prompts = [*(options.prompt or []), *(prompt_text(card) for card in options.card or [])]
-    if not prompts:
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()] if not sys.stdin.isatty() else []
-    if not prompts:
-        raise ValueError("nothing to go on with: give --prompt TEXT, --card CARD, or lines on standard input")
+    device = find_device(options.device)
+    prompts = _prompts(options)
     model, tokenizer = load_gpt2(options.model)
     if options.adapter:
         load_adapter(model, options.adapter)
-        model.eval()
+    model.to(device)
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    room = model.config.n_positions - max(map(len, ids))
     new = generate(
         model,
         ids,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=max(1, min(NEW_TOKENS, room)) if options.max_new_tokens is None else options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -66,3 +92,18 @@ def run(options: argparse.Namespace) -> int:
     for prompt, tokens in zip(prompts, new, strict=True):
         print(prompt + tokenizer.decode(tokens))
     return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """The texts to go on with: the flags', or else the lines of standard input."""
+    from lora_from_scratch.finetune.completions import prompt_text
+    from lora_from_scratch.finetune.data import parse_mr
+
+    for card in options.card or []:
+        parse_mr(card)  # its errors
+    prompts = [*(options.prompt or []), *(prompt_text(card) for card in options.card or [])]
+    if not prompts and sys.stdin and not sys.stdin.isatty():
+        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("nothing to go on with: give --prompt TEXT, --card CARD, or lines on standard input")
+    return prompts

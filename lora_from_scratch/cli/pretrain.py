@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,11 +10,20 @@ from lora_from_scratch.cli import options as shared
 from lora_from_scratch.finetune.training import PRECISIONS
 
 HELP = {
+    "steps": "updates of the weights",
+    "batch_size": "windows of text in each step",
     "context": "tokens that the model sees at once",
+    "vocab_size": "tokens of the tokenizer, at most",
+    "n_layer": "blocks",
+    "n_head": "attention heads of a block",
+    "n_embd": "width",
+    "dropout": "share of the activations that is dropped in training",
     "matrix_learning_rate": "Muon's, for the matrices of the blocks",
     "learning_rate": "AdamW's, for everything else",
-    "held_out_books": "so many books at the end of the corpus are not read",
-    "precision": " or ".join(PRECISIONS),
+    "weight_decay": "of both, on matrices",
+    "warmup_steps": "in which the learning rates rise",
+    "held_out_books": "so many books at the end of the corpus are not read, and judge the model",
+    "precision": "of the matrix products: " + " or ".join(PRECISIONS),
 }
 
 
@@ -24,8 +32,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     parser = commands.add_parser(
         "pretrain",
+        usage="%(prog)s --corpus FILE [--flag value ...]",
         help="make a small GPT-2 from plain text",
-        description="Train a tokenizer and a GPT-2 on a corpus. Killed and started again, it goes on.",
+        description="Train a tokenizer and a GPT-2 on a corpus. "
+        "Killed and started again with the same flags, it goes on from its last checkpoint.",
     )
     parser.add_argument(
         "--corpus",
@@ -37,21 +47,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     shared.add_output(parser, "runs/pretrain")
     shared.add_device(parser)
     for f in fields(PretrainingSettings):
+        if f.name == "seed":
+            shared.add_seed(parser, "what is random in training")
+            continue
         parser.add_argument(
             f"--{f.name.replace('_', '-')}",
             type=type(f.default),
             default=f.default,
-            help=f"{HELP.get(f.name, '')} (%(default)s)".strip(),
+            metavar="TEXT" if isinstance(f.default, str) else "N",
+            help=f"{HELP[f.name]} (%(default)s)",
         )
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
+    from lora_from_scratch.finetune.evaluation import perplexity
     from lora_from_scratch.pretraining import PretrainingSettings, pretrain
 
     settings = PretrainingSettings(**{f.name: getattr(options, f.name) for f in fields(PretrainingSettings)})
     losses = pretrain(options.corpus, options.output, settings, device=options.device)
     for name, loss in losses.items():
-        print(f"{name:<12} loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}")
+        print(f"{name:<12} loss {loss:.4f} nats per token, perplexity {perplexity(loss):.2f}")
     print(f"Written to {options.output}")
     return 0

@@ -14,6 +14,7 @@ from lora_from_scratch.gpt2.model import IGNORE_INDEX
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 
 ROUND_UP_TO = 16
+GROUP = 8
 
 
 def prompt_text(mr: str) -> str:
@@ -79,9 +80,15 @@ class Completions:
         return zlib.crc32(repr(self.rows).encode())
 
     def batch_at(self, step: int, batch_size: int, seed: int) -> Batch:
-        """The batch of one training step: each example once an epoch, the order drawn from the seed."""
-        places = shuffled_places(len(self.rows), batch_size, seed, step)
-        return collate([self.rows[item] for _, item in places], self.padding_id)
+        """The batch of one training step: each example once an epoch, the order drawn from the seed.
+
+        The examples of `GROUP` steps that follow one another are dealt out by length, so that little is padded.
+        """
+        group, place = divmod(step, GROUP)
+        items = [item for _, item in shuffled_places(len(self.rows), GROUP * batch_size, seed, group)]
+        items.sort(key=lambda item: len(self.rows[item][0]))
+        turn = shuffled_places(GROUP, GROUP, seed, group)[place][1]  # short and long batches in no order
+        return collate([self.rows[item] for item in items[turn * batch_size :][:batch_size]], self.padding_id)
 
     def batches(self, batch_size: int) -> list[Batch]:
         """All examples once, in their order, for evaluation."""

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_from_scratch.files import check_writable, remove_leftovers, write_json
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
@@ -177,7 +175,7 @@ def _tag(run: Run, model: GPT2, completions: Completions) -> str:
     """What else makes two runs the same. Not the names of model and data: by now they may stand for something else."""
     weights = 0
     for parameter in model.parameters():
-        weights = zlib.crc32(parameter.detach().cpu().contiguous().numpy(), weights)
+        weights = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), weights)
     return f"{run.method} batch {run.batch_size} model {weights} data {completions.fingerprint()}"
 
 

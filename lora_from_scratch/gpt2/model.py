@@ -127,6 +127,8 @@ class KVCache:
     depend only on the tokens before it, so they never change once they are computed.
     """
 
+    grows = True  # whether `append` keeps what it is given; if not, the same text can be read with it again
+
     def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = list(layers or [])  # each (B, H, S, hd)
 
@@ -237,6 +239,7 @@ class GPT2(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.gradient_checkpointing = False
+        self.virtual_tokens: nn.Module | None = None  # a method may put some in front of every text
         self.apply(self._initialise)
 
     def forward(
@@ -278,10 +281,16 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, d) embeddings to the (B, T, d) that the output projection reads."""
+        text = inputs_embeds.shape[1]
+        if self.virtual_tokens is not None:
+            inputs_embeds, attention_mask, position_ids, cache = self.virtual_tokens(
+                inputs_embeds, attention_mask, position_ids, cache
+            )
         tokens = inputs_embeds.shape[1]
         keys = tokens + (len(cache) if cache is not None else 0)
-        if keys > self.config.n_positions:
-            raise ValueError(f"{keys} tokens are more than the model's context of {self.config.n_positions}")
+        context = self.transformer.wpe.num_embeddings
+        if keys > context:
+            raise ValueError(f"{keys} tokens are more than the model's context of {context}")
         if attention_mask is not None and attention_mask.shape != (len(inputs_embeds), keys):
             raise ValueError(
                 f"attention_mask must be {(len(inputs_embeds), keys)}, one row a text and one column a token "
@@ -292,10 +301,12 @@ class GPT2(nn.Module):
         mask = self._attention_mask(attention_mask, tokens, keys, inputs_embeds.device)
         x = self.transformer.drop(inputs_embeds + self.transformer.wpe(position_ids))
         for block in self.transformer.h:
-            if self.gradient_checkpointing and self.training and cache is None:
-                x = torch.utils.checkpoint.checkpoint(block, x, mask, use_reentrant=False)
+            if self.gradient_checkpointing and self.training and (cache is None or not cache.grows):
+                x = torch.utils.checkpoint.checkpoint(block, x, mask, cache, use_reentrant=False)
             else:
                 x = block(x, mask, cache)
+        if tokens > text:
+            x = x[:, tokens - text :]  # (B, T, d): without the virtual tokens
         return self.transformer.ln_f(x)
 
     @staticmethod

@@ -1,0 +1,180 @@
+"""AdamW whose memory lies in a file (Dettmers et al. 2023, QLoRA, section 3, "Paged Optimizers").
+
+Adam keeps two numbers for every parameter, m and v: twice the memory of what is trained. They are needed
+only while their own parameter is updated. So they can lie elsewhere and come in one parameter at a time.
+
+QLoRA takes CUDA's unified memory for that: the GPU's driver moves pages of m and v between the GPU and the computer's
+memory, and only when the GPU runs short. Here the same is done one storey lower, with what every operating system
+has: a memory-mapped file. The pages of a parameter are read when they are touched and given back after the update.
+
+What differs: nobody waits for a shortage, every step moves all of m and v; where the parameters are on a GPU, each
+m and v is copied there and back; and pages that were given back stay in the system's file cache as long as nobody
+else wants the memory, so on a machine with room the file is rarely read from the disk.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # m and v, under PyTorch's names
+
+
+class PagedAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW`, bit for bit, with m and v in memory-mapped files.
+
+    `state_dict` has AdamW's layout: either of the two goes on where the other stopped.
+
+    Args:
+        parameters: as for any optimiser: parameters, or groups of them.
+        lr, betas, eps, weight_decay: as AdamW's, with its defaults.
+        directory: where the files lie, on a disk (a folder in memory, as /tmp is on some systems, saves nothing);
+            None: the system's temporary folder. They have no name and vanish with the process.
+
+    Raises:
+        ValueError: a number out of its range.
+        OSError: there is no such directory, or no room in it.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        directory: str | Path | None = None,
+    ) -> None:
+        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
+        self.directory = directory
+        self.pages: dict[nn.Parameter, Pages] = {}
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A file for the m and v of a group of parameters, all 0. Called by the constructor for each group."""
+        super().add_param_group(param_group)
+        parameters = self.param_groups[-1]["params"]
+        for p, pages in zip(parameters, allocate(parameters, self.directory), strict=True):
+            self.pages[p] = pages
+            self.state[p] = self._fresh_state(pages)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient, one after the other."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] += 1
+                m, v = (state[name].to(p.device) for name in MOMENTS)  # paged in; on a CPU no copy is made
+                options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+                adamw_step(p, p.grad, m, v, int(state["step"]), **options)
+                for name, moment in zip(MOMENTS, (m, v), strict=True):
+                    if moment is not state[name]:  # it came from another device
+                        state[name].copy_(moment)
+                self.pages[p].release()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another PagedAdamW or AdamW stopped; m and v go straight into the files.
+
+        Raises:
+            ValueError: the groups, or the shapes of m and v, are those of another model.
+        """
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        moments = state_dict["state"]  # AdamW's is empty before the first step
+        for place, p in zip(places, parameters, strict=False):
+            if place in moments and moments[place]["exp_avg"].shape != p.shape:
+                raise ValueError(
+                    f"the state of parameter {place} has shape {tuple(moments[place]['exp_avg'].shape)}, and the "
+                    f"parameter has {tuple(p.shape)}: the state belongs to another model"
+                )
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for place, p in zip(places, parameters, strict=True):
+            self.state[p] = state = self._fresh_state(self.pages[p])
+            for name in MOMENTS:
+                state[name].copy_(moments[place][name] if place in moments else torch.zeros(()))
+            if place in moments:
+                state["step"] = torch.tensor(float(moments[place]["step"]))
+            self.pages[p].release()
+
+    @staticmethod
+    def _fresh_state(pages: Pages) -> dict[str, Tensor]:
+        return {"step": torch.tensor(0.0), "exp_avg": pages.m, "exp_avg_sq": pages.v}
+
+
+def adamw_step(
+    p: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One update in place (Loshchilov and Hutter 2019, algorithm 2), in the order of PyTorch's operations.
+
+    Args:
+        p, grad, m, v: of one shape.
+        step: t, from 1.
+    """
+    beta1, beta2 = betas
+    p.mul_(1 - lr * weight_decay)
+    m.lerp_(grad, 1 - beta1)  # m = beta1 m + (1 - beta1) g
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)  # v = beta2 v + (1 - beta2) g^2
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step  # m and v began at 0
+    denominator = (v.sqrt() / correction2**0.5).add_(eps)
+    p.addcdiv_(m, denominator, value=-(lr / correction1))  # p = p - lr m' / (sqrt(v') + eps)
+
+
+# --- The files -------------------------------------------------------------------------------------
+
+
+class Pages:
+    """The m and v of one parameter: tensors on the CPU whose memory is a part of a file."""
+
+    def __init__(self, mapping: mmap.mmap, start: int, like: Tensor) -> None:
+        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
+        both = torch.frombuffer(mapping, dtype=like.dtype, count=2 * like.numel(), offset=start)
+        self.m, self.v = (half.view(like.shape) for half in both.chunk(2))
+
+    def release(self) -> None:
+        """Take the pages out of this process's memory; what was written stays in the file. On Windows: nothing."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED, self.start, self.length)
+
+
+def allocate(parameters: list[nn.Parameter], directory: str | Path | None) -> list[Pages]:
+    """One nameless file, full of zeros, for the m and v of these parameters."""
+    starts = [0]
+    for p in parameters:
+        starts.append(starts[-1] + page_aligned(2 * p.nbytes))
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.truncate(starts[-1])
+        mapping = mmap.mmap(file.fileno(), starts[-1])
+    return [Pages(mapping, start, p) for p, start in zip(parameters, starts, strict=False)]
+
+
+def page_aligned(size: int) -> int:
+    """The next multiple of the size of a page of memory: only whole pages can be released."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
