@@ -117,7 +117,7 @@ class LlamaAdapter(Method):
     """
 
     num_virtual_tokens: int = 10
-    layers: int | None = None  # how many, from the top; None: all but the lowest two, as in the paper
+    top_layers: int | None = None  # how many, from the top; None: all but the lowest two, as in the paper
     as_peft: bool = False
     seed: int = 0  # of the first values
 
@@ -125,21 +125,23 @@ class LlamaAdapter(Method):
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
 
     def __post_init__(self) -> None:
-        for name, value in {"num_virtual_tokens": self.num_virtual_tokens, "layers": self.layers}.items():
-            optional = name == "layers" and value is None
+        for name, value in {"num_virtual_tokens": self.num_virtual_tokens, "top_layers": self.top_layers}.items():
+            optional = name == "top_layers" and value is None
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
     def _install(self, model: GPT2) -> None:
         blocks = model.transformer.h
-        layers = max(1, len(blocks) - LOWEST_WITHOUT) if self.layers is None else self.layers
+        layers = max(1, len(blocks) - LOWEST_WITHOUT) if self.top_layers is None else self.top_layers
         if layers > len(blocks):
-            raise ValueError(f"layers must be between 1 and {len(blocks)}, the model's number of layers, got {layers}")
+            raise ValueError(
+                f"top_layers must be between 1 and {len(blocks)}, the model's number of layers, got {layers}"
+            )
         generator = torch.Generator().manual_seed(self.seed)
         for block in list(blocks)[-layers:]:
-            block.attn = GatedPrefixAttention(
-                block.attn, self.num_virtual_tokens, as_peft=self.as_peft, generator=generator
-            )
+            base = block.attn
+            assert isinstance(base, Attention)
+            block.attn = GatedPrefixAttention(base, self.num_virtual_tokens, as_peft=self.as_peft, generator=generator)
 
     def _uninstall(self, model: GPT2) -> None:
         for block in model.transformer.h:

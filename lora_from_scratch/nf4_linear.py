@@ -121,7 +121,8 @@ class NF4Linear(nn.Module):
         try:
             quantized = QuantizedTensor.from_state_dict(own, f"{prefix}weight")
             if quantized.shape != self.quantized.shape:
-                raise ValueError(f"{prefix}weight has shape {quantized.shape} instead of {self.quantized.shape}")
+                shapes = f"{tuple(quantized.shape)} instead of {tuple(self.quantized.shape)}"
+                raise ValueError(f"{prefix}weight has shape {shapes}")
             self.quantized = quantized.to(self.weight.device)
         except ValueError as error:
             errors.append(str(error))

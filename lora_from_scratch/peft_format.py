@@ -318,7 +318,7 @@ def llama_adapter_from_peft(
     _refuse_other_values(config, "target_modules", ("attn", None))
     arguments = {
         "num_virtual_tokens": config.get("adapter_len"),
-        "layers": config.get("adapter_layers"),
+        "top_layers": config.get("adapter_layers"),
         "as_peft": any(name.endswith(_GATE) and tensor.shape == (1,) for name, tensor in tensors.items()),
     }
     return arguments, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}

@@ -182,7 +182,8 @@ class VirtualTokens(nn.Module):
 
     @staticmethod
     def take_out_of(model: GPT2) -> None:
-        assert isinstance(model.virtual_tokens, VirtualTokens) and model.virtual_tokens.base_config
+        assert isinstance(model.virtual_tokens, VirtualTokens)
+        assert model.virtual_tokens.base_config is not None
         model.config = model.virtual_tokens.base_config
         del model.virtual_tokens  # as a submodule; then it is the attribute again that it was before
         model.virtual_tokens = None

@@ -205,6 +205,7 @@ class QLoRA(LoRA):
         dense = model.__dict__.pop(_DENSE)
         if model.__dict__.pop(_QUANTIZED, None) is None:
             inject_lora(model, dense)
+            model.to(model.transformer.wte.weight.device)  # where the rest has been moved to since
         else:  # merged, so wanted as it is: a plain model, to be trained like the base
             flags = self._adaptation(model).required_grad
             for name, parameter in model.named_parameters():

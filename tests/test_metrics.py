@@ -129,7 +129,7 @@ def test_a_right_text_has_no_slot_errors() -> None:
         (("In a high tower there lived", "There was once"), {"place"}, set()),  # dropped
         (("a great bear", "an owl"), {"helper"}, {("helper", "an owl")}),  # swapped
         (("help him", "give him a crown of gold"), set(), {("wish", "a golden crown")}),  # invented
-        (("never afraid", "afraid of everything"), {"trait"}, {("trait", "timid")}),  # denied
+        (("never afraid", "never sad"), {"trait"}, {("trait", "merry")}),  # another denial
         (("a king who", "a king's son who"), {"hero"}, {("hero", "prince")}),  # the longer phrase counts
         (("bear", "bears"), {"helper"}, set()),  # whole words only
     ],

@@ -6,8 +6,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from lora_from_scratch.finetune import evaluation
 from lora_from_scratch.finetune.data import Example
 from lora_from_scratch.finetune.story_cards import story_cards
 from lora_from_scratch.gpt2.checkpoint import save_gpt2
@@ -49,3 +51,11 @@ def write_data(path: Path, pairs: list[Example] | None = None) -> Path:
 def files_in(directory: Path) -> dict[str, bytes]:
     """Every file under a directory, by its name, with its content."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def short_judgement(patch: pytest.MonkeyPatch) -> None:
+    """The whole judgement of a model, on less: short texts, one short tale, few drawn tokens."""
+    whole = evaluation.text_drawn_from
+    patch.setattr(evaluation, "MAX_NEW_TOKENS", 12)
+    patch.setattr(evaluation, "load_tales", lambda: ["Once there was a fox who wanted a crown."])
+    patch.setattr(evaluation, "text_drawn_from", lambda base, tokenizer: whole(base, tokenizer, rows=2, tokens=8))

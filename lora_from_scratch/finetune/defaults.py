@@ -15,16 +15,16 @@ LEARNING_RATES: dict[str, tuple[float, float]] = {
     "full": (5e-4, 5e-5),
     "lora": (5e-3, 2e-4),  # larger models: Hu et al. 2021, table 11
     "qlora": (5e-3, 2e-4),  # as LoRA; larger models: Dettmers et al. 2023, appendix B
-    "prompt": (3e-2, 1e-1),  # placeholder; larger models: Lester et al. 2021, section 3 (0.3, with Adafactor), lowered
-    "prefix": (5e-3, 5e-5),  # placeholder; larger models: Li and Liang 2021, table-to-text
-    "llama-adapter": (5e-3, 9e-3),  # placeholder; larger models: Zhang et al. 2023, section 4.1
+    "prompt": (3e-2, 1e-1),  # to be tuned; larger models: Lester et al. 2021 have 0.3, with Adafactor
+    "prefix": (5e-3, 5e-5),  # to be tuned; larger models: Li and Liang 2021
+    "llama-adapter": (5e-3, 9e-3),  # to be tuned; larger models: Zhang et al. 2023
     "adapter": (3e-3, 3e-4),  # larger models: the middle of Houlsby et al. 2019's range
     "bitfit": (1e-2, 1e-3),  # larger models: the top of Ben Zaken et al. 2022's range
     "spafit": (5e-3, 2e-4),
 }
 
-STEPS = 300
-BATCH_SIZE = 16
+STEPS = 500
+BATCH_SIZE = 8
 WARMUP_FRACTION = 0.06
 WEIGHT_DECAY = 0.01
 

@@ -58,19 +58,14 @@ HEROES = {
 }
 
 TRAITS = {
-    "brave": Trait(("brave", "bold"), ("was never afraid",)),
+    "brave": Trait(("brave",), ("was never afraid",)),
     "wise": Trait(("wise", "clever"), ("was no fool",)),
-    "kind": Trait(("kind", "gentle"), ("never said a cross word",)),
+    "kind": Trait(("kind",), ("never said a cross word",)),
     "lazy": Trait(("lazy", "idle"), ("did not like to work",)),
-    "proud": Trait(("proud", "haughty"), ("would bow to nobody",)),
+    "proud": Trait(("proud",), ("would bow to nobody",)),
     "merry": Trait(("merry", "cheerful"), ("was never sad",)),
     "lonely": Trait(("lonely",), ("had no friend in the world",)),
-    "honest": Trait(("honest",), ("never told a lie",)),
-    "greedy": Trait(("greedy",), ("never had enough",)),
-    "foolish": Trait(("foolish", "silly"), ("had no sense at all",)),
     "poor": Trait(("poor",), ("had not a penny in the world",)),
-    "curious": Trait(("curious",), ("never stopped asking questions",)),
-    "timid": Trait(("timid", "shy"), ("was afraid of everything",)),
 }
 
 PLACES: dict[str, tuple[str, ...]] = {
@@ -364,6 +359,5 @@ def _fill(frame: str, **phrases: str) -> str:
 
 
 def with_article(noun_phrase: str) -> str:
-    """ "a" or "an" in front, by sound: a king, an idle king, an honest king."""
-    sounds_like_a_vowel = noun_phrase[0] in "aeiou" or noun_phrase.startswith("honest")
-    return f"{'an' if sounds_like_a_vowel else 'a'} {noun_phrase}"
+    """ "a" or "an" in front: a king, an idle king. (No word here is spelt with a vowel and spoken without.)"""
+    return f"{'an' if noun_phrase[0] in 'aeiou' else 'a'} {noun_phrase}"

@@ -1,0 +1,98 @@
+"""The peak memory of fine-tuning GPT-2 small with QLoRA over that with LoRA, each in a fresh process.
+
+    python -m benchmarks.qlora_memory [--batch 1] [--tokens 64] [--steps 2] [--checkpointing]
+
+Counted is the most memory that the process held above what it held before the model was built: loading, forward,
+backward and AdamW. LoRA's model is built in its place, so nothing is ever there twice; QLoRA's comes from a checkpoint
+with the same random weights, one layer at a time (`load_quantized`). Goal: at most 0.75. A longer batch brings the two
+nearer, as the activations are the same; checkpointing takes them apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+
+from benchmarks.lora_vs_peft import MiB, base_model, training_step
+from lora_from_scratch.finetune.memory import PeakMemory
+from lora_from_scratch.gpt2.checkpoint import save_gpt2
+from lora_from_scratch.gpt2.model import next_token_loss
+from lora_from_scratch.lora import LoRA
+from lora_from_scratch.qlora import QLoRA, load_quantized
+
+GOAL = 0.75
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="small", choices=["small", "tiny"])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
+    parser.add_argument("--one", choices=["lora", "qlora"], help=argparse.SUPPRESS)  # what the fresh processes run
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(args)))
+        return
+    with tempfile.TemporaryDirectory() as checkpoint:
+        save_gpt2(base_model(args.model), None, checkpoint)
+        lora, qlora = (in_fresh_process(name, checkpoint) for name in ("lora", "qlora"))
+    print(f"{args.model}, batch {args.batch} x {args.tokens}, {args.steps} steps, checkpointing: {args.checkpointing}")
+    for name, result in (("LoRA", lora), ("QLoRA", qlora)):
+        print(f"{name:6} built {result['built'] / MiB:7.1f} MiB   peak {result['peak'] / MiB:7.1f} MiB", end="")
+        print(f"   loss {result['losses'][0]:.3f}, then {result['losses'][-1]:.3f}")
+    ratio = qlora["peak"] / lora["peak"]
+    print(f"peak ratio {ratio:.3f}  goal <= {GOAL} {'met' if ratio <= GOAL else 'MISSED'}")
+
+
+def in_fresh_process(name: str, checkpoint: str) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.qlora_memory",
+        *sys.argv[1:],
+        "--one",
+        name,
+        "--checkpoint",
+        checkpoint,
+    ]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def one(args: argparse.Namespace) -> dict[str, Any]:
+    """Build, adapt and train one model; the peaks so far after building and at the end."""
+    memory = PeakMemory(torch.device("cpu"))
+    if args.one == "lora":
+        model, method = base_model(args.model), LoRA(rank=8)
+    else:
+        model, method = load_quantized(args.checkpoint), QLoRA(rank=8, keep_base=False)
+    method.adapt(model)
+    model.gradient_checkpointing = args.checkpointing
+    built = memory.bytes()
+    tokens = torch.randint(0, model.config.vocab_size, (args.batch, args.tokens))
+    losses: list[float] = []
+
+    def forward() -> torch.Tensor:
+        loss = next_token_loss(model(tokens), tokens)
+        losses.append(loss.item())
+        return loss
+
+    step = training_step(forward, list(method.trainable(model).values()))
+    model.train()
+    for _ in range(args.steps):
+        step()
+    return {"built": built, "peak": memory.bytes(), "losses": losses}
+
+
+if __name__ == "__main__":
+    main()
