@@ -60,7 +60,8 @@ def load_quantized(
     with torch.device("meta"):  # shapes without memory
         model = GPT2(GPT2Config.from_json(directory / "config.json"))
     in_file = _names_in_file(model, directory)
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:  # names: a list of modules would hold the full weights
+        module = model.get_submodule(name)
         for last, _ in list(module.named_parameters(recurse=False)):
             setattr(module, last, nn.Parameter(_read_tensor(file, in_file[f"{name}.{last}"])))
         if isinstance(module, Conv1D):

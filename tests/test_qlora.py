@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_from_scratch import qlora
 from lora_from_scratch.gpt2.checkpoint import load_model, save_gpt2
 from lora_from_scratch.gpt2.model import GPT2, Conv1D, next_token_loss
 from lora_from_scratch.loftq import best_factors, loftq_init
@@ -23,7 +24,7 @@ from lora_from_scratch.nf4_linear import nf4_layers, quantize_model, weight_of
 from lora_from_scratch.peft_format import read_adapter
 from lora_from_scratch.qlora import QLoRA, load_quantized
 from lora_from_scratch.quantized_tensor import quantize_4bit
-from tests.helpers import real_checkpoint, transformers_twin
+from tests.helpers import real_checkpoint, tiny_model, transformers_twin
 from tests.test_method import assert_same, snapshot, some_tokens, tiny_gpt2, train
 
 
@@ -285,6 +286,20 @@ def test_loading_layer_by_layer_equals_loading_and_quantising(prefix: str, dtype
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="missing"):
         load_quantized(tmp_path)
+
+
+def test_loading_layer_by_layer_never_holds_two_full_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_gpt2(tiny_model(n_embd=30), None, tmp_path)  # a width that no other test has
+    read, held = qlora._read_tensor, []
+
+    def spy(*place: Any) -> Tensor:
+        shapes = [o.shape for o in gc.get_objects() if type(o) is nn.Parameter and not o.is_meta]
+        held.append(sum(shape in [(30, 90), (30, 30), (30, 120), (120, 30)] for shape in shapes))
+        return read(*place)
+
+    monkeypatch.setattr(qlora, "_read_tensor", spy)
+    load_quantized(tmp_path)
+    assert max(held) == 1  # while its bias is read
 
 
 def test_a_quantised_model_can_be_put_back_and_is_not_quantised_twice() -> None:

@@ -47,6 +47,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         ("weight-decay", float, defaults.WEIGHT_DECAY, "AdamW's, on matrices"),
         ("clip-norm", float, 1.0, "the largest norm of the gradient; 0: any"),
         ("accumulation", int, 1, "parts that a batch is cut into: less memory, same result"),
+        ("checkpoint-every", int, 100, "steps from one checkpoint to the next"),
     ]
     for name, kind, default, text in flags:
         shown = text if default is None else f"{text} (%(default)s)"
@@ -78,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
             gradient_checkpointing=options.gradient_checkpointing,
             device=options.device,
             cards=options.cards,
+            checkpoint_every=options.checkpoint_every,
         ),
         progress=first,
     )

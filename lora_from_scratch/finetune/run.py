@@ -48,10 +48,12 @@ class Run:
     device: str = "cpu"
     split: str = "test"  # judged on "test" or "validation"; "" trains and saves only
     cards: int = CARDS  # judged by the first so many meanings
+    checkpoint_every: int = 100  # steps
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        for name in ("batch_size", "cards", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass
@@ -105,6 +107,7 @@ def finetune(run: Run, progress: bool = True) -> Report:
         lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
         run.settings,
         checkpoint=run.output / CHECKPOINT,
+        checkpoint_every=run.checkpoint_every,
         settings_tag=tag,
         progress=progress,
         description=run.method.name,

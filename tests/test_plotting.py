@@ -1,0 +1,64 @@
+"""Figures: the same bytes every time, every line and bar labelled where it is."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from lora_from_scratch import plotting
+
+
+def draw(path: Path) -> None:
+    figure, (left, right) = plotting.panels(2)
+    plotting.curve(left, [3.0, 2.0, 1.5], label="full", style=0)
+    plotting.curve(left, [3.0, 2.5, 2.0], label="lora", style=1)
+    left.set(xlabel="training step", ylabel="loss (nats per token)")
+    plotting.bars(right, {"seconds": 80.0, "BLEU": 101.0}, unit="%")
+    plotting.save(figure, path)
+
+
+def test_the_same_figure_has_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one.png", "two.png"):
+        draw(tmp_path / name)
+    first = (tmp_path / "one.png").read_bytes()
+    assert first == (tmp_path / "two.png").read_bytes()
+    assert first.startswith(b"\x89PNG\r\n")
+    assert b"Matplotlib" not in first  # no version that changes the bytes
+
+
+def test_a_curve_runs_over_the_steps_from_1_and_carries_its_name() -> None:
+    _, (axes,) = plotting.panels(1)
+    plotting.curve(axes, [3.0, 2.0, 1.5], label="lora", style=0)
+    (line,) = axes.get_lines()
+    assert list(line.get_xdata()) == [1, 2, 3]
+    assert list(line.get_ydata()) == [3.0, 2.0, 1.5]
+    assert [text.get_text() for text in axes.texts] == ["lora"]
+
+
+def test_curves_differ_in_lightness_and_in_line_so_that_they_are_readable_in_grey() -> None:
+    def luminance(colour: str) -> float:
+        red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+        return math.fsum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    grey = sorted(luminance(colour) for colour in plotting.COLOURS)
+    assert all(dark < light for dark, light in zip(grey, grey[1:], strict=False))
+    assert len({str(line) for line in plotting.LINES}) == len(plotting.COLOURS)
+
+
+def test_every_bar_carries_its_number_and_its_unit_and_stays_inside() -> None:
+    _, (axes,) = plotting.panels(1)
+    plotting.bars(axes, {"seconds": 80.0, "memory": 250.0}, unit="%")
+    assert [text.get_text() for text in axes.texts] == ["80.0 %", "250.0 %"]
+    assert [bar.get_width() for bar in axes.patches] == [80.0, 250.0]
+    assert axes.get_xlim()[1] > 250
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_smoothing_is_the_mean_of_the_last_values(window: int) -> None:
+    values = [4.0, 2.0, 6.0, 0.0]
+    expected = [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(4)]
+    assert plotting.smooth(values, window) == pytest.approx(expected)
+    assert plotting.smooth([]) == []
