@@ -331,7 +331,13 @@ def test_no_value_in_an_adapter_s_configuration_ends_in_a_traceback(here: Path, 
     def load() -> None:
         load_adapter(model, adapter).undo(model)
 
-    more = {"rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None, "bias": "none", "lora_dropout": 0.0}
+    more: dict[str, Any] = {
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": None,
+        "bias": "none",
+        "lora_dropout": 0.0,
+    }
     assert _with_odd_values(adapter / "adapter_config.json", more, load) == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
@@ -69,19 +71,23 @@ def test_an_example_that_is_too_long_is_left_out_and_counted(tokenizer: Tokenize
 
 
 def test_a_batch_is_a_function_of_seed_and_step_and_an_epoch_has_every_example_once(tokenizer: Tokenizer) -> None:
-    pairs = [Example("hero[fox]", "a" * n) for n in range(1, 8)]
+    pairs = [Example("hero[fox]", "x" * n) for n in range(1, 9)]
     completions = Completions(pairs, tokenizer, 64)
 
-    def lengths(steps: range, seed: int) -> list[int]:
-        batches = [completions.batch_at(step, 2, seed) for step in steps]
-        return [int((row != -100).sum()) for batch in batches for row in batch.labels]
+    def drawn(steps: range, seed: int) -> list[tuple[int, ...]]:
+        batches = [completions.batch_at(step, 3, seed) for step in steps]
+        return [tuple(row[row != -100].tolist()) for batch in batches for row in batch.labels]
 
-    epochs = lengths(range(7), seed=0)  # 14 places, two epochs
-    everything = sorted(int((torch.tensor(labels) != -100).sum()) for _, labels in completions.rows)
-    assert sorted(epochs[:7]) == sorted(epochs[7:]) == everything
-    assert lengths(range(7), seed=0) == epochs
-    assert lengths(range(7), seed=1) != epochs
-    assert lengths(range(3, 7), seed=0) == epochs[6:]  # whatever was asked before
+    three_epochs = drawn(range(8), seed=0)  # 24 examples, in the 8 steps that belong together
+    assert Counter(three_epochs) == Counter(3 * [tuple(ids) for ids in drawn_alone(completions)])
+    assert drawn(range(8), seed=0) == three_epochs
+    assert drawn(range(8), seed=1) != three_epochs
+    assert drawn(range(8, 16), seed=0) != three_epochs
+    assert drawn(range(3, 8), seed=0) == three_epochs[9:]  # whatever was asked before
+
+
+def drawn_alone(completions: Completions) -> list[list[int]]:
+    return [[label for label in labels if label != -100] for _, labels in completions.rows]
 
 
 def test_all_batches_together_are_all_examples_in_their_order(tokenizer: Tokenizer) -> None:
@@ -92,6 +98,15 @@ def test_all_batches_together_are_all_examples_in_their_order(tokenizer: Tokeniz
     rows = [row for batch in batches for row in batch.input_ids.tolist()]
     for row, (ids, _) in zip(rows, completions.rows, strict=True):
         assert row == ids + [tokenizer.eos_id] * (len(row) - len(ids))
+
+
+def test_padding_stays_within_the_context(tokenizer: Tokenizer) -> None:
+    pair = Example("hero[fox]", "A fox.")
+    length = len(Completions([pair], tokenizer, 99).rows[0][0])
+    for context in (length, length + 1):
+        (batch,) = Completions([pair], tokenizer, context).batches(1)
+        assert batch.input_ids.shape[1] <= context
+        assert Completions([pair], tokenizer, context).batch_at(0, 2, 0).input_ids.shape[1] <= context
 
 
 def test_the_fingerprint_tells_other_examples_apart(tokenizer: Tokenizer) -> None:

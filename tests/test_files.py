@@ -69,9 +69,9 @@ def test_a_directory_that_could_not_be_written_is_as_it_was(tmp_path: Path, erro
 def test_a_directory_made_for_the_file_stays_if_somebody_else_has_used_it_meanwhile(tmp_path: Path) -> None:
     def write(path: Path) -> None:
         (path.parent / "mine.txt").write_text("x")
-        raise OSError
+        raise OSError("no more room")
 
-    with pytest.raises(OSError, match=""):
+    with pytest.raises(OSError, match="no more room"):
         write_atomically(tmp_path / "a" / "b" / "c.txt", write)
     assert files_in(tmp_path) == {"a/b/mine.txt": b"x"}
 
@@ -112,9 +112,9 @@ def test_saving_into_a_file_as_if_it_were_a_directory_is_refused(tmp_path: Path)
     file.write_text("mine")
     with pytest.raises(FileExistsError, match="is a file, not a directory"):
         write_directory_atomically(file, lambda folder: None)
-    with pytest.raises(OSError, match=""):
+    with pytest.raises((NotADirectoryError, FileExistsError)):
         write_directory_atomically(file / "below", lambda folder: None)
-    with pytest.raises(OSError, match=""):
+    with pytest.raises((NotADirectoryError, FileExistsError)):
         write_atomically(file / "below", lambda path: None)
     assert files_in(tmp_path) == {"file": b"mine"}
 

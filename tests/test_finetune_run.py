@@ -353,6 +353,15 @@ def test_a_run_without_a_split_trains_and_saves_only(here: Path, tmp_path: Path)
         replace(run, batch_size=0)
 
 
+def test_a_method_that_takes_some_of_the_context_leaves_the_longest_examples_out(here: Path, tmp_path: Path) -> None:
+    _, tokenizer = load_gpt2(here / "model")
+    pairs = examples(8)
+    longest = max(len(ids) for ids, _ in Completions(pairs, tokenizer, 999).rows)
+    model, data = make_model(tmp_path / "model", n_positions=longest), write_data(tmp_path / "data.csv", pairs)
+    command = ["finetune", "--method", "prompt", "--model", model, "--data", data, "--output", tmp_path / "out"]
+    assert main([*map(str, command), *SHORT[:-2], "--steps", "8"]) == 0  # two epochs of 8 examples
+
+
 def test_examples_that_are_too_long_are_left_out_and_counted(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

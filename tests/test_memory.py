@@ -31,7 +31,7 @@ def test_an_allocation_of_200_megabytes_is_seen_within_a_tenth_and_remembered() 
     if held == 0:
         pytest.skip("this system does not say how much memory a process holds")
     assert held == pytest.approx(200e6, rel=0.1)
-    assert after >= held  # a peak does not fall
+    assert after == pytest.approx(held, rel=0.02)  # a peak does not fall, though the block is gone
 
 
 def test_the_peak_is_never_below_what_is_held() -> None:

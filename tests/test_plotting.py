@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,11 +31,11 @@ def test_the_same_figure_has_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_curve_runs_over_the_steps_from_1_and_carries_its_name() -> None:
+    axes: Any
     _, (axes,) = plotting.panels(1)
     plotting.curve(axes, [3.0, 2.0, 1.5], label="lora", style=0)
     (line,) = axes.get_lines()
-    assert list(line.get_xdata()) == [1, 2, 3]
-    assert list(line.get_ydata()) == [3.0, 2.0, 1.5]
+    assert line.get_xydata().tolist() == [[1, 3.0], [2, 2.0], [3, 1.5]]
     assert [text.get_text() for text in axes.texts] == ["lora"]
 
 
@@ -44,11 +46,12 @@ def test_curves_differ_in_lightness_and_in_line_so_that_they_are_readable_in_gre
         return math.fsum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
     grey = sorted(luminance(colour) for colour in plotting.COLOURS)
-    assert all(dark < light for dark, light in zip(grey, grey[1:], strict=False))
+    assert all(dark < light for dark, light in pairwise(grey))
     assert len({str(line) for line in plotting.LINES}) == len(plotting.COLOURS)
 
 
 def test_every_bar_carries_its_number_and_its_unit_and_stays_inside() -> None:
+    axes: Any
     _, (axes,) = plotting.panels(1)
     plotting.bars(axes, {"seconds": 80.0, "memory": 250.0}, unit="%")
     assert [text.get_text() for text in axes.texts] == ["80.0 %", "250.0 %"]

@@ -36,14 +36,15 @@ def completion_labels(prompt_ids: Sequence[int], completion_ids: Sequence[int]) 
     return [*prompt_ids, *completion_ids], [IGNORE_INDEX] * len(prompt_ids) + list(completion_ids)
 
 
-def collate(rows: Sequence[tuple[list[int], list[int]]], padding_id: int) -> Batch:
+def collate(rows: Sequence[tuple[list[int], list[int]]], padding_id: int, context: int | None = None) -> Batch:
     """Pad (input ids, labels) on the right to one length.
 
     No attention mask is needed: attention is causal, so nothing sees the padding behind it, and the
     padding's own labels are -100. The length is rounded up to a multiple of 16: PyTorch prepares its matrix
-    products for each shape that it meets, and few shapes save time and memory.
+    products for each shape that it meets, and few shapes save time and memory. It stays within `context`.
     """
     longest = -(-max(len(ids) for ids, _ in rows) // ROUND_UP_TO) * ROUND_UP_TO
+    longest = min(longest, context or longest)
     input_ids = torch.full((len(rows), longest), padding_id)
     labels = torch.full((len(rows), longest), IGNORE_INDEX)
     for row, (ids, row_labels) in enumerate(rows):
@@ -65,7 +66,7 @@ class Completions:
     """
 
     def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> None:
-        self.padding_id = tokenizer.eos_id
+        self.padding_id, self.context = tokenizer.eos_id, context
         rows = [
             completion_labels(tokenizer.encode(prompt_text(e.mr)), [*tokenizer.encode(e.ref), tokenizer.eos_id])
             for e in examples
@@ -88,9 +89,10 @@ class Completions:
         items = [item for _, item in shuffled_places(len(self.rows), GROUP * batch_size, seed, group)]
         items.sort(key=lambda item: len(self.rows[item][0]))
         turn = shuffled_places(GROUP, GROUP, seed, group)[place][1]  # short and long batches in no order
-        return collate([self.rows[item] for item in items[turn * batch_size :][:batch_size]], self.padding_id)
+        rows = [self.rows[item] for item in items[turn * batch_size :][:batch_size]]
+        return collate(rows, self.padding_id, self.context)
 
     def batches(self, batch_size: int) -> list[Batch]:
         """All examples once, in their order, for evaluation."""
         chunks = (self.rows[i : i + batch_size] for i in range(0, len(self.rows), batch_size))
-        return [collate(chunk, self.padding_id) for chunk in chunks]
+        return [collate(chunk, self.padding_id, self.context) for chunk in chunks]

@@ -117,12 +117,13 @@ def evaluate(
     texts = write_texts(model, tokenizer, list(references), num_beams=num_beams)
     firsts = [Example(mr, refs[0]) for mr, refs in references.items()]
     batches = Completions(firsts, tokenizer, model.config.n_positions).batches(batch_size=32)
+    drawn = text_drawn_from(base, tokenizer)
     scores = Scores(
         bleu=bleu(texts, list(references.values())),
         slot_errors=slot_error_rate(texts, list(references), dataset.lexicon),
         perplexity=perplexity(completion_loss(model, batches)),
         tale_perplexity=tale_perplexity(model, tokenizer),
-        divergence=divergence_from_base(model, base, text_drawn_from(base, tokenizer)),
+        divergence=divergence_from_base(model, base, drawn[:, : model.config.n_positions]),
     )
     return scores, dict(zip(references, texts, strict=True))
 

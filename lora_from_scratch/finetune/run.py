@@ -93,13 +93,13 @@ def finetune(run: Run, progress: bool = True) -> Report:
     judged = first_cards(getattr(dataset, run.split), run.cards) if run.split else []
     memory = PeakMemory(device)
     model, tokenizer = load_gpt2(run.model)
-    if judged:
-        check_examples(judged, tokenizer, model.config.n_positions)
     model.to(device)
-    total = sum(p.numel() for p in model.parameters())
-    completions = _completions(dataset, tokenizer, model.config.n_positions, progress)
-    tag = _tag(run, model, completions)
+    total, base = sum(p.numel() for p in model.parameters()), _fingerprint(model)
     run.method.adapt(model)
+    context = model.config.n_positions  # a method may take some of it
+    if judged:
+        check_examples(judged, tokenizer, context)
+    completions = _completions(dataset, tokenizer, context, progress)
     model.gradient_checkpointing = run.gradient_checkpointing
     trained = sum(p.numel() for p in run.method.trainable(model).values())
     trainer = Trainer(
@@ -108,7 +108,8 @@ def finetune(run: Run, progress: bool = True) -> Report:
         run.settings,
         checkpoint=run.output / CHECKPOINT,
         checkpoint_every=run.checkpoint_every,
-        settings_tag=tag,
+        # Not the names of model and data: by now they may stand for something else.
+        settings_tag=f"{run.method} batch {run.batch_size} model {base} data {completions.fingerprint()}",
         progress=progress,
         description=run.method.name,
     )
@@ -174,12 +175,12 @@ def _write_report(report: Report, run: Run) -> None:
     write_json(run.output / REPORT, document)
 
 
-def _tag(run: Run, model: GPT2, completions: Completions) -> str:
-    """What else makes two runs the same. Not the names of model and data: by now they may stand for something else."""
-    weights = 0
+def _fingerprint(model: GPT2) -> int:
+    """A number that other weights, in all likelihood, do not have: a CRC-32."""
+    crc = 0
     for parameter in model.parameters():
-        weights = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), weights)
-    return f"{run.method} batch {run.batch_size} model {weights} data {completions.fingerprint()}"
+        crc = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), crc)
+    return crc
 
 
 def _save(run: Run, model: GPT2, tokenizer: Tokenizer) -> int:
