@@ -284,7 +284,7 @@ def _read(directory: Path, model: GPT2) -> tuple[Method, dict[str, Tensor]]:
     config, tensors = peft_format.read_adapter(directory)
     classes = {cls.peft_type: cls for cls in map(method_class, METHODS) if cls.peft_type}
     peft_type = config.get("peft_type")
-    if peft_type not in classes:
+    if not isinstance(peft_type, str) or peft_type not in classes:
         raise ValueError(f"peft_type {peft_type!r} is not supported; supported are {', '.join(classes)}")
     return classes[peft_type].from_adapter(config, tensors, model)
 

@@ -81,7 +81,7 @@ def read_adapter(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
             raise FileNotFoundError(f"{directory} is not an adapter directory: {file.name} is not in it")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{CONFIG_FILE} is not a readable JSON file: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG_FILE} must hold one JSON object, got a {type(config).__name__}")
@@ -197,17 +197,23 @@ def lora_from_peft(
     if not isinstance(targets, str | list) or not targets:
         raise ValueError(f"{CONFIG_FILE}: target_modules must be names or a regular expression, got {targets!r}")
     layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or None
+    if layers is not None and not isinstance(layers, list):
+        raise ValueError(f"{CONFIG_FILE}: layers_to_transform must be numbers of blocks, got {layers!r}")
+    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{CONFIG_FILE}: {name} must be an object of names and numbers, got {pattern!r}")
     arguments = {
         "rank": config.get("r", 8),
         "alpha": config.get("lora_alpha", 8),
         "targets": targets,
         "dropout": config.get("lora_dropout", 0.0),
         "rslora": config.get("use_rslora", False),
-        "rank_pattern": config.get("rank_pattern") or {},
-        "alpha_pattern": config.get("alpha_pattern") or {},
+        **patterns,
     }
     state = {_our_lora_name(key): tensor for key, tensor in tensors.items()}
-    return arguments, [layers] if isinstance(layers, int) else layers or None, state
+    return arguments, layers, state
 
 
 def layer_index(module: str) -> int | None:

@@ -252,7 +252,7 @@ NOISE = bytes(Random(0).randrange(256) for _ in range(5000))
         (_reshape, "transformer.h.1.mlp.c_fc.weight (2, 3) instead of (32, 128)"),
         (_remove("vocab.json"), "vocab.json missing"),
         (_cut("vocab.json", 0.5), "vocab.json is not readable JSON"),
-        (_cut("merges.txt", 0.5), "merges"),
+        (_cut("merges.txt", 0.5), "the tokenizer in"),
         (_replace("merges.txt", NOISE), "merges.txt is not UTF-8 text"),
     ],
 )

@@ -28,6 +28,11 @@ HYPERPARAMETERS = {
     "frozen_layers": "so many blocks at the bottom stay as they are",
     "num_virtual_tokens": "so many learned vectors stand before the text",
     "init": "what they are at the start",
+    "double_quantization": "quantise the scales of the blocks too",
+    "blocksize": "weights that share one scale",
+    "quant_type": "the 4-bit code of the base weights",
+    "loftq_iterations": "start A and B from what quantising lost, in so many rounds (LoftQ)",
+    "top_layers": "in so many blocks, counted from the top; not given: all but the lowest two",
     "reparametrise": "let an MLP make the prefix in training",
     "hidden": "width of that MLP",
     "as_peft": "compute as PEFT does, not as the paper",
@@ -196,6 +201,8 @@ def _written(default: Any) -> str:
     """A default as a person would type it."""
     if isinstance(default, bool):
         return "on" if default else "off"
+    if default is None:
+        return "not given"
     return (" ".join(map(str, default)) or "none") if isinstance(default, tuple) else f"{default}"
 
 

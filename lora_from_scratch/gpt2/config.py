@@ -16,7 +16,7 @@ class GPT2Config:
 
     Raises:
         ValueError: a size is not a positive whole number, `n_embd` is not a multiple of `n_head`,
-            or a dropout is outside [0, 1).
+            the epsilon is not a positive number, or a dropout is outside [0, 1).
     """
 
     vocab_size: int = 50257
@@ -33,12 +33,15 @@ class GPT2Config:
     eos_token_id: int | None = 50256
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        inner = () if self.n_inner is None else ("n_inner",)
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", *inner):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}")
+        if not isinstance(self.layer_norm_epsilon, float | int) or not self.layer_norm_epsilon > 0:
+            raise ValueError(f"layer_norm_epsilon must be a positive number, got {self.layer_norm_epsilon!r}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -58,7 +61,7 @@ class GPT2Config:
         """
         try:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a readable JSON file: {error}") from None
         if not isinstance(given, dict) or given.get("model_type", "gpt2") != "gpt2":
             kind = given.get("model_type") if isinstance(given, dict) else type(given).__name__
