@@ -9,9 +9,9 @@ cards are the same.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -49,18 +49,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=defaults.STEPS)
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come, two at once
     config = GPT2Config.from_json(checkpoint_directory(options.model) / "config.json")
     lines: list[str] = []
     before = 0.0
     with tempfile.TemporaryDirectory() as scratch:
-        for method in methods():
+        for place, method in enumerate(methods()):
             rate = defaults.learning_rate_for(method.name, config)
-            runs = []
-            for seed in options.seeds:
-                seeded = replace(method, seed=seed) if hasattr(method, "seed") else method
-                place = Path(scratch) / f"{method.name}-{seed}"
-                runs.append(run(seeded, rate, options.steps, seed, options.model, place, split="test"))
-            reports = in_fresh_processes(runs)
+            runs = [
+                run(
+                    methods(seed)[place],
+                    rate,
+                    options.steps,
+                    seed,
+                    options.model,
+                    Path(scratch) / f"{place}-{seed}",
+                    split="test",
+                )
+                for seed in options.seeds
+            ]
+            reports = in_fresh_processes(runs, at_once=2)
             before = reports[0].tale_perplexity_before
             lines.append(row(reports))
             print(lines[-1], flush=True)

@@ -62,15 +62,15 @@ def demo(output: str | Path, *, model: str = "bundled", steps: int = defaults.ST
     return reports
 
 
-def in_fresh_processes(runs: Sequence[Run]) -> list[Report]:
-    """Carry out runs one after the other, each in a new process.
+def in_fresh_processes(runs: Sequence[Run], at_once: int = 1) -> list[Report]:
+    """Carry out runs, each in a new process; so many of them at the same time.
 
     Raises:
         ChildProcessError: a process was killed.
     """
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
+        with ProcessPoolExecutor(max_workers=at_once, mp_context=context, max_tasks_per_child=1) as pool:
             return list(pool.map(finetune, runs))
     except BrokenProcessPool:
         raise ChildProcessError(
