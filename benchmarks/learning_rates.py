@@ -21,10 +21,10 @@ from lora_from_scratch.lora import LoRA
 from lora_from_scratch.method import Method
 
 GRID: list[tuple[Method, tuple[float, ...]]] = [
-    (FullFineTuning(keep_base=False), (2.5e-4, 5e-4, 1e-3, 2e-3)),
+    (FullFineTuning(keep_base=False), (5e-4, 1e-3, 2e-3)),
     (LoRA(rank=8, alpha=16), (5e-3,)),
-    (LoRA(rank=8, alpha=64), (1e-3, 2e-3, 4e-3)),
-    (LoRA(rank=8, alpha=128), (1e-3, 2e-3)),
+    (LoRA(rank=8, alpha=64), (2e-3, 4e-3)),
+    (LoRA(rank=8, alpha=128), (2e-3,)),
 ]
 PLACE = Path(__file__).with_suffix(".md")
 HEAD = """\

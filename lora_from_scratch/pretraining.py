@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -211,6 +211,8 @@ def pretrain(
         from lora_from_scratch.gpt2.checkpoint import save_gpt2
 
         remove_leftovers(output)
+        # The dropout was this run's; whoever adapts the model decides for themselves.
+        model.config = replace(model.config, embd_pdrop=0.0, resid_pdrop=0.0)
         save_gpt2(model, tokenizer, output, dtype=torch.float16)
     model.half().float()  # what is judged is what was saved
     first = len(books) - len(held_out)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.model import Conv1D
-from lora_from_scratch.nf4_linear import NF4Linear
+from lora_from_scratch.nf4_linear import NF4Linear, quantize_in_parts
 from lora_from_scratch.quantized_tensor import quantize_4bit
 
 few = settings(max_examples=25, deadline=None)
@@ -180,6 +180,21 @@ def test_another_type_changes_the_bias_and_not_the_scales() -> None:
     assert layer.bias is not None
     assert layer.bias.dtype == torch.bfloat16
     assert torch.equal(layer.quantized.dequantize(), before)
+
+
+@pytest.mark.parametrize("shape", [(200, 70), (65, 33), (64, 64), (1, 5), (3, 1)])
+@pytest.mark.parametrize("double", [False, True])
+def test_quantising_in_parts_equals_quantising_at_once_bit_for_bit(shape: tuple[int, int], double: bool) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for blocksize in (32, 64):
+        whole = quantize_4bit(weight, "nf4", blocksize, double).state_dict()
+        for part in (1, 5000, 2**18):
+            parts = quantize_in_parts(weight, "nf4", blocksize, double, part).state_dict()
+            assert parts.keys() == whole.keys()
+            assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    weight[-1, -1] = torch.inf
+    with pytest.raises(ValueError, match=f"rows .* to {shape[0] - 1}: .*not finite.* inf at"):
+        quantize_in_parts(weight, "nf4", 32, double, 1)
 
 
 def test_only_a_matrix_of_a_known_type_and_block_size_becomes_a_layer() -> None:
