@@ -34,13 +34,12 @@ class PretrainingSettings:
     """The bundled model's own settings are the defaults.
 
     The matrices inside the blocks are trained by Muon (Jordan et al. 2024), everything else by AdamW.
-    On this corpus 200 steps of Muon reach 5.08 on held-out text where AdamW (1.5e-3) reaches 5.25.
 
     Raises:
         ValueError: a number out of its range that neither `TrainingSettings` nor `GPT2Config` looks at.
     """
 
-    steps: int = 8000
+    steps: int = 3300
     batch_size: int = 16
     context: int = 256
     vocab_size: int = 4096
