@@ -282,6 +282,9 @@ def _read(directory: Path, model: GPT2) -> tuple[Method, dict[str, Tensor]]:
 
         return FullFineTuning.from_checkpoint(directory)
     config, tensors = peft_format.read_adapter(directory)
+    quantisation = config.get("loftq_config")
+    if isinstance(quantisation, dict) and "quant_type" in quantisation:  # a LoRA on a base that we quantised
+        return method_class("qlora").from_adapter(config, tensors, model)
     classes = {cls.peft_type: cls for cls in map(method_class, METHODS) if cls.peft_type}
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in classes:
