@@ -294,7 +294,7 @@ class LoRA(Method):
     """
 
     rank: int = 8
-    alpha: float = 16
+    alpha: float = 64  # s = 8, as in the paper's GPT-2 runs (r = 4, alpha = 32; table 11)
     targets: Sequence[str] | str = ("c_attn", "c_proj", "c_fc")
     dropout: float = 0.0
     rslora: bool = False

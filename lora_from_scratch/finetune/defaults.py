@@ -13,8 +13,8 @@ LARGE = 512  # a width from which on a model is treated like GPT-2 small and not
 # method: learning rate for the bundled model, for GPT-2 small and larger
 LEARNING_RATES: dict[str, tuple[float, float]] = {
     "full": (5e-4, 5e-5),
-    "lora": (5e-3, 2e-4),  # larger models: Hu et al. 2021, table 11
-    "qlora": (5e-3, 2e-4),  # as LoRA; larger models: Dettmers et al. 2023, appendix B
+    "lora": (4e-3, 2e-4),  # larger models: Hu et al. 2021, table 11
+    "qlora": (4e-3, 2e-4),  # as LoRA; larger models: Dettmers et al. 2023, appendix B
     "prompt": (3e-2, 1e-1),  # to be tuned; larger models: Lester et al. 2021 have 0.3, with Adafactor
     "prefix": (5e-3, 5e-5),  # to be tuned; larger models: Li and Liang 2021
     "llama-adapter": (5e-3, 9e-3),  # to be tuned; larger models: Zhang et al. 2023
