@@ -98,9 +98,11 @@ def draw(reports: Sequence[Report], path: Path) -> None:
     from lora_from_scratch import plotting
 
     figure, (left, right) = plotting.panels(2)
-    for style, report in enumerate(reports):
-        plotting.curve(left, plotting.smooth(report.losses), label=report.method, style=style)
-    left.set(xlabel="training step", ylabel="loss (nats per token)", title="Both learn the task")
+    curves = [plotting.smooth(report.losses) for report in reports]
+    for style, (report, values) in enumerate(zip(reports, curves, strict=True)):
+        highest = values[-1] == max(other[-1] for other in curves)
+        plotting.curve(left, values, label=report.method, style=style, above=highest)
+    left.set(xlabel="training step", ylabel="loss (nats per token)", title="Both learn the task", ylim=(0, None))
     plotting.bars(right, relative(reports[-1], reports[0]), unit="%")
     right.set(xlabel="LoRA in % of full fine-tuning", title="LoRA trains and stores a fraction")
     write_atomically(path, lambda temporary: plotting.save(figure, temporary))

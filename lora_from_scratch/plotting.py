@@ -38,16 +38,15 @@ def panels(columns: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, list(axes)
 
 
-def curve(axes: Axes, values: Sequence[float], *, label: str, style: int) -> None:
-    """A line over 1, 2, 3, ... with its name at its end."""
+def curve(axes: Axes, values: Sequence[float], *, label: str, style: int, above: bool = True) -> None:
+    """A line over 1, 2, 3, ... with its name at its end, above the line or below it."""
     steps = range(1, len(values) + 1)
     colour = COLOURS[style % len(COLOURS)]
     axes.plot(steps, values, LINES[style % len(LINES)], color=colour, linewidth=1.8)
-    above = style % 2 == 0
     axes.annotate(
         label,
         (steps[-1], values[-1]),
-        xytext=(4, 8 if above else -8),
+        xytext=(4, 8 if above else -4),
         textcoords="offset points",
         color=colour,
         va="bottom" if above else "top",
