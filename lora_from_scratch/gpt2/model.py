@@ -178,7 +178,7 @@ class Attention(nn.Module):
 
         `mask` is (B, 1, T, S), True where a query may see a key; None means causal with S = T.
         PyTorch's fused kernel keeps no (T, S) matrix in memory. In bf16 on a CPU, though, its backward pass
-        takes twice as long as the equation written out (`benchmarks/attention.py`), so there we write it out.
+        takes longer than the equation written out (`benchmarks/attention.py`), so there we write it out.
         """
         dropout = self.attn_pdrop if self.training else 0.0
         if mask is None and not dropout and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
