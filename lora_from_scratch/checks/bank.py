@@ -1,0 +1,127 @@
+"""The bank of answers: for each exercise the mistakes that people make, and other right ways to do it.
+
+A wrong answer is code with what is said to whoever wrote it. It tests the check (which has to refuse it, with these
+words), and it is the check's diagnosis: an answer that does the same as it in every case has made this mistake.
+
+An instructor adds to the bank by putting a Python file of such functions into `course/answers/`, or into a
+folder that the environment variable `LORA_FROM_SCRATCH_ANSWERS` names.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+FOLDER = "LORA_FROM_SCRATCH_ANSWERS"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of the bank.
+
+    Attributes:
+        exercise: the exercise's name.
+        object: the function or class.
+        name: what it is called: the function's own name.
+        right: whether it is right.
+        message: of a wrong one, what is said to the learner: the idea that is missing, never the answer.
+        caught_by: of a wrong one, the name of the general rule that finds it, where it is not found by itself.
+        hangs: it does not end; so it is not tried when others are compared with the bank.
+    """
+
+    exercise: str
+    object: Any
+    name: str
+    right: bool
+    message: str = ""
+    caught_by: str = ""
+    hangs: bool = False
+
+    @property
+    def misconception(self) -> str:
+        """The name that the verdict gives it."""
+        return self.caught_by or self.name
+
+
+_bank: dict[str, list[Answer]] = {}
+
+
+def wrong(exercise: str, message: str = "", *, caught_by: str = "", hangs: bool = False) -> Callable[[T], T]:
+    """Enter the function or class below as a wrong answer to the exercise.
+
+    Args:
+        exercise: its name.
+        message: what is said to whoever has made this mistake.
+        caught_by: instead of a message, the general rule that has one ("changes its input", "returns nothing", ...).
+        hangs: it does not end.
+
+    Raises:
+        ValueError: neither or both of message and caught_by are given.
+    """
+    if bool(message) == bool(caught_by):
+        raise ValueError(
+            f"a wrong answer to {exercise} needs a message, or the rule that it is caught by; one of the two"
+        )
+
+    def enter(target: T) -> T:
+        name = getattr(target, "__name__", "").replace("_", " ").strip()
+        _enter(Answer(exercise, target, name, False, message, caught_by, hangs))
+        return target
+
+    return enter
+
+
+def right(exercise: str) -> Callable[[T], T]:
+    """Enter the function or class below as another right answer to the exercise."""
+
+    def enter(target: T) -> T:
+        name = getattr(target, "__name__", "").replace("_", " ").strip()
+        _enter(Answer(exercise, target, name, True))
+        return target
+
+    return enter
+
+
+def wrong_answers(exercise: str) -> list[Answer]:
+    _load()
+    return [answer for answer in _bank.get(exercise, []) if not answer.right]
+
+
+def right_answers(exercise: str) -> list[Answer]:
+    _load()
+    return [answer for answer in _bank.get(exercise, []) if answer.right]
+
+
+def exercises() -> list[str]:
+    """The names of the exercises that have answers in the bank."""
+    _load()
+    return list(_bank)
+
+
+def _enter(answer: Answer) -> None:
+    names = [other.name for other in _bank.setdefault(answer.exercise, [])]
+    if answer.name in names:
+        raise ValueError(f"the bank has two answers to {answer.exercise} with the name {answer.name!r}; rename one")
+    _bank[answer.exercise].append(answer)
+
+
+@functools.cache
+def _load() -> None:
+    from lora_from_scratch.checks import answers
+
+    for module in sorted(info.name for info in pkgutil.iter_modules(answers.__path__)):
+        importlib.import_module(f"{answers.__name__}.{module}")
+    folder = os.environ.get(FOLDER)
+    for file in sorted(Path(folder).glob("*.py")) if folder else []:
+        spec = importlib.util.spec_from_file_location(f"answers_of_{file.stem}", file)
+        assert spec is not None
+        assert spec.loader is not None
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

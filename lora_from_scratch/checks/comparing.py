@@ -1,0 +1,60 @@
+"""Is what was seen as good as what was expected?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_from_scratch.checks.exercise import Case, Exercise
+from lora_from_scratch.checks.observation import Data, Opaque, Seen
+
+
+def agrees(exercise: Exercise, case: Case, seen: Seen, expected: Seen) -> bool:
+    """Is what was seen as good as what was expected? The same error where one is expected, the same value elsewhere."""
+    if seen.stopped or set(seen.changed) - set(expected.changed):
+        return False
+    if expected.raised or seen.raised:
+        return bool(expected.raised and seen.raised and expected.errors[0] in seen.errors)
+    if exercise.agree is not None:
+        try:
+            return bool(exercise.agree(case, seen, expected))
+        except Exception:  # made for the shapes and types that are expected; these were others
+            return False
+    return same(seen.value, expected.value, exercise.tolerance)
+
+
+def same(seen: Data, expected: Data, tolerance: float = 1e-4) -> bool:
+    """Equal up to rounding, whatever the dtype: no entry is off by more than `tolerance` times the largest.
+
+    A number and a tensor of no axes are the same thing, and so are a list and a tuple. Text, truth values and whole
+    numbers have to be equal. NaN equals NaN.
+    """
+    if isinstance(expected, Opaque) or isinstance(seen, Opaque):
+        return isinstance(expected, Opaque) and isinstance(seen, Opaque) and seen == expected
+    if is_number(expected) and is_number(seen):
+        one, other = as_tensor(seen), as_tensor(expected)
+        if one.shape != other.shape or one.is_complex() or other.is_complex():
+            return False
+        if not other.is_floating_point():
+            return bool(torch.equal(one.double(), other.double()))
+        one, other = one.double(), other.double()
+        usual = other[torch.isfinite(other)]
+        scale = float(usual.abs().max()) if usual.numel() else 0.0
+        return bool(torch.allclose(one, other, rtol=0, atol=tolerance * scale + 1e-12, equal_nan=True))
+    if isinstance(expected, list) and isinstance(seen, list):
+        return len(seen) == len(expected) and all(same(s, e, tolerance) for s, e in zip(seen, expected, strict=True))
+    if isinstance(expected, dict) and isinstance(seen, dict):
+        return seen.keys() == expected.keys() and all(same(seen[k], expected[k], tolerance) for k in expected)
+    return type(seen) is type(expected) and seen == expected
+
+
+def is_number(value: Data) -> bool:
+    return isinstance(value, bool | int | float | Tensor)
+
+
+def as_tensor(value: Data) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=_dtype_of(value))
+
+
+def _dtype_of(value: Data) -> torch.dtype:
+    return torch.float64 if isinstance(value, float) else torch.bool if isinstance(value, bool) else torch.int64

@@ -1,0 +1,99 @@
+"""The judge's half of a check: compare what was seen with the library's own answer, and name the misconception.
+
+Nothing here runs a learner's code. What is compared is plain data; what is run is the library and the bank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from lora_from_scratch.checks.comparing import agrees
+from lora_from_scratch.checks.diagnosis import diagnose, kind_of
+from lora_from_scratch.checks.exercise import Exercise, Prediction
+from lora_from_scratch.checks.observation import Data, Seen, observe
+from lora_from_scratch.checks.units import names
+from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict, describe
+
+NOT_STARTED = "NotImplementedError"
+
+
+def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
+    """The verdict on what was seen of an answer when it was tried on the exercise's cases of that seed.
+
+    Raises:
+        ValueError: there are not as many observations as cases.
+    """
+    cases = exercise.inputs(seed)
+    if len(seen) != len(cases):
+        raise ValueError(f"{exercise.name} has {len(cases)} cases of seed {seed}, got {len(seen)} observations")
+    expected = expected_of(exercise, seed)
+    right = [agrees(exercise, *triple) for triple in zip(cases, seen, expected, strict=True)]
+    results = tuple(CaseResult(case.name, case.part, ok) for case, ok in zip(cases, right, strict=True))
+    parts = list(dict.fromkeys(case.part for case in cases))
+    passed = [part for part in parts if all(result.right for result in results if result.part == part)]
+    verdict = functools.partial(
+        Verdict,
+        exercise=exercise.name,
+        points=exercise.points * len(passed) / len(parts),
+        max_points=exercise.points,
+        cases=results,
+        seed=seed,
+    )
+    if all(right):
+        return verdict(status="passed")
+    first = right.index(False)
+    if seen[first].errors[:1] == (NOT_STARTED,):
+        return _not_started(verdict, exercise, seen[first], any(right))
+    failure = Failure(
+        case=cases[first].name,
+        inputs={name: describe(value) for name, value in cases[first].inputs.items()},
+        got=_got(seen[first]),
+        expected=_expected(expected[first]),
+    )
+    name, message = diagnose(exercise, seed, cases, seen, expected, first)
+    status = "stopped" if seen[first].stopped else "failed"
+    return verdict(status=status, failure=failure, misconception=name, message=message)
+
+
+def judge_prediction(prediction: Prediction, given: Data) -> Verdict:
+    """The verdict on a prediction: right or not, and in both cases why."""
+    verdict = functools.partial(Verdict, exercise=prediction.name, max_points=prediction.points, seed=0, cases=())
+    if given is None:
+        allowed = " or ".join(f'"{key}"' for key in prediction.choices) or "a number"
+        return verdict(status="not started", points=0, message=f"Write {allowed} into {prediction.name} first.")
+    if prediction.choices and given not in prediction.choices:
+        allowed = ", ".join(f'"{key}"' for key in prediction.choices)
+        message = f"{prediction.name} is {describe(given)}; it must be one of {allowed}."
+        return verdict(status="not started", points=0, message=message)
+    if not prediction.choices and (isinstance(given, bool) or not isinstance(given, int | float)):
+        message = f"{prediction.name} is {describe(given)}; it must be a number."
+        return verdict(status="not started", points=0, message=message)
+    if prediction.right(given):
+        return verdict(status="passed", points=prediction.points, message=prediction.explanation)
+    return verdict(status="failed", points=0, misconception="another prediction", message=prediction.explanation)
+
+
+@functools.lru_cache(maxsize=512)
+def expected_of(exercise: Exercise, seed: int) -> tuple[Seen, ...]:
+    """What there is to see of the library's own answer."""
+    return tuple(observe(exercise.probe, exercise.object, [c.inputs for c in exercise.inputs(seed)], 60, seed))
+
+
+def _expected(expected: Seen) -> str:
+    return f"a {expected.errors[0]}" if expected.raised else kind_of(expected.value)
+
+
+def _got(seen: Seen) -> str:
+    if seen.stopped:
+        return "nothing in time"
+    return f"{seen.errors[0]}: {seen.message}" if seen.raised else describe(seen.value)
+
+
+def _not_started(verdict: Callable[..., Verdict], exercise: Exercise, seen: Seen, something: bool) -> Verdict:
+    inside = seen.where.split(",")[0]
+    if inside != exercise.name and inside in names():
+        message = f"{inside}, which your code calls, is not written yet. Write it first, or take the library's version."
+        return verdict(status="not started", misconception="needs another exercise", message=message)
+    message = "One part is not written yet." if something else "Write the code in the cell above, then run both cells."
+    return verdict(status="not started", message=message)

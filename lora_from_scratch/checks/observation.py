@@ -1,0 +1,232 @@
+"""The probe's half of a check: run an answer on inputs, and write down what there is to see as plain data.
+
+This half runs beside the learner's code. It knows no right answer and decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import random
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Data = Union[None, bool, int, float, str, Tensor, "list[Data]", "dict[str, Data]"]
+"""Plain data: what can be written as JSON and safetensors, and so cross from the learner's process to the judge's."""
+
+PRINTED = 2_000  # characters of what was printed that are kept
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What there was to see when an answer was tried on one case.
+
+    Attributes:
+        value: what the probe returned, as plain data; None as well when it raised.
+        errors: the names of the exception's classes, the most special first; empty: nothing was raised.
+        message: the exception's text.
+        where: the innermost function of the answer that was running, and its line: "rank, line 7".
+        changed: the inputs that are not what they were before.
+        printed: the beginning of what was printed.
+        stopped: it did not finish in time.
+    """
+
+    value: Data = None
+    errors: tuple[str, ...] = ()
+    message: str = ""
+    where: str = ""
+    changed: tuple[str, ...] = ()
+    printed: str = ""
+    stopped: bool = False
+
+    @property
+    def raised(self) -> bool:
+        return bool(self.errors)
+
+
+class Opaque(str):
+    """The name of a type that is not plain data, in the place of such a value."""
+
+
+class OutOfTime(BaseException):
+    """Not an Exception, so that an answer's own `except Exception` does not swallow it."""
+
+
+def observe(
+    probe: Callable[..., Any], answer: Any, inputs: list[Mapping[str, Data]], seconds: float = 4.0, seed: int = 0
+) -> list[Seen]:
+    """Try an answer on each of the inputs. Nothing that it does ends in an error here, but Ctrl-C by the learner.
+
+    The answer gets copies. Each case starts from the same random state, and the learner's own is put back afterwards.
+
+    Args:
+        seconds: for all inputs together; what is left over when they are used up counts as stopped too.
+    """
+    seen: list[Seen] = []
+    with _state_kept():
+        for place, given in enumerate(inputs):
+            if seen and seen[-1].stopped:
+                seen.append(Seen(stopped=True))
+                continue
+            _seed_everything(seed + place)
+            started = time.monotonic()
+            seen.append(_observe_one(probe, answer, given, seconds))
+            seconds = max(0.05, seconds - (time.monotonic() - started))
+    return seen
+
+
+def _observe_one(probe: Callable[..., Any], answer: Any, given: Mapping[str, Data], seconds: float) -> Seen:
+    theirs = copy.deepcopy(dict(given))
+    printed = _Start()
+    value: Data = None
+    errors: tuple[str, ...] = ()
+    message = where = ""
+    stopped = False
+    try:
+        with time_limit(seconds), _captured(printed):
+            value = plain(probe(answer, **theirs))
+    except KeyboardInterrupt:
+        raise
+    except OutOfTime:
+        stopped = True
+    except BaseException as error:
+        errors = tuple(kind.__name__ for kind in type(error).__mro__ if kind not in (BaseException, object))
+        message, where = _text(error), _where(error)
+    changed = tuple(name for name in given if not stopped and not identical(given[name], plain(theirs[name])))
+    return Seen(value, errors, message, where, changed, printed.getvalue(), stopped)
+
+
+def plain(value: Any) -> Data:
+    """A value as plain data: arrays become tensors, tuples lists, keys text; anything else the name of its type."""
+    if value is None or type(value) in (bool, int, float, str, Opaque):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).as_subclass(Tensor)
+    if isinstance(value, np.generic | np.ndarray):
+        return _from_numpy(np.asarray(value))
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    for kind in (bool, int, float, str):  # a subclass of one of them: only its value crosses
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, torch.Size | range | set | frozenset):
+        return [plain(item) for item in value]
+    return Opaque(type(value).__name__)
+
+
+def identical(one: Data, other: Data) -> bool:
+    """The same value to the bit; NaN equals NaN."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        same_kind = one.shape == other.shape and one.dtype == other.dtype
+        return same_kind and bool(torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)))
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(identical, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(identical(one[key], other[key]) for key in one)
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return False
+    return type(one) is type(other) and (one == other or one != one)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTime` in the block when the time is up, again and again until it ends.
+
+    Needs the main thread and a system with interval timers (not Windows); elsewhere there is no limit.
+    """
+    possible = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not possible:
+        yield
+        return
+
+    def up(number: int, frame: FrameType | None) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, up)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _captured(printed: io.StringIO) -> Iterator[None]:
+    """What is printed goes to `printed`, warnings and stderr to nowhere: they cost nothing."""
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Start(io.StringIO):
+    """Keeps the beginning of what is written, and takes the rest without keeping it."""
+
+    def write(self, text: str) -> int:
+        room = PRINTED - self.tell()
+        if room > 0:
+            super().write(text[:room])
+        return len(text)
+
+
+def _from_numpy(array: np.ndarray) -> Data:
+    if array.ndim == 0 and array.dtype.kind in "biufSU":
+        return array.item()
+    if array.dtype.kind in "biuf":
+        return torch.from_numpy(np.array(array, copy=True, order="C"))
+    return Opaque(f"array of {array.dtype}")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return " ".join(str(error).split())[:300]
+    except Exception:
+        return ""
+
+
+def _where(error: BaseException) -> str:
+    """The last frame that is neither the library's nor an installed package's: the learner's own line."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename and "lora_from_scratch" not in frame.filename
+    ]
+    return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else ""
+
+
+def _seed_everything(seed: int) -> None:
+    torch.default_generator.manual_seed(
+        seed
+    )  # torch.manual_seed also queues calls for every GPU, each with a traceback
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def _state_kept() -> Iterator[None]:
+    """Random states, default dtype and gradient mode are afterwards what they were before."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            torch.set_grad_enabled(True)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(gradients)
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
