@@ -9,16 +9,15 @@ cards are the same.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.learning_rates import run
-from lora_from_scratch.demo import in_fresh_processes, methods
+from lora_from_scratch.demo import methods
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.run import Report
+from lora_from_scratch.finetune.side_by_side import in_fresh_processes, tuned_run
 from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
 from lora_from_scratch.gpt2.config import GPT2Config
 
@@ -49,7 +48,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=defaults.STEPS)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come, two at once
     config = GPT2Config.from_json(checkpoint_directory(options.model) / "config.json")
     lines: list[str] = []
     before = 0.0
@@ -57,18 +55,17 @@ def main() -> None:
         for place, method in enumerate(methods()):
             rate = defaults.learning_rate_for(method.name, config)
             runs = [
-                run(
+                tuned_run(
                     methods(seed)[place],
-                    rate,
-                    options.steps,
-                    seed,
-                    options.model,
                     Path(scratch) / f"{place}-{seed}",
-                    split="test",
+                    rate=rate,
+                    model=options.model,
+                    steps=options.steps,
+                    seed=seed,
                 )
                 for seed in options.seeds
             ]
-            reports = in_fresh_processes(runs, at_once=2)
+            reports = in_fresh_processes(runs)
             before = reports[0].tale_perplexity_before
             lines.append(row(reports))
             print(lines[-1], flush=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
 from lora_from_scratch.files import check_writable, write_atomically, write_json
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.report import describe, table
-from lora_from_scratch.finetune.run import Report, Run, finetune
-from lora_from_scratch.finetune.training import TrainingSettings
+from lora_from_scratch.finetune.run import Report
+from lora_from_scratch.finetune.side_by_side import in_fresh_processes, tuned_run
 from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
 from lora_from_scratch.gpt2.config import GPT2Config
@@ -26,7 +23,9 @@ def methods(seed: int = 0) -> list[Method]:
     return [FullFineTuning(keep_base=False), LoRA(rank=8, seed=seed)]
 
 
-def demo(output: str | Path, *, model: str = "bundled", steps: int = defaults.STEPS, seed: int = 0) -> list[Report]:
+def demo(
+    output: str | Path, *, model: str = "bundled", steps: int = defaults.STEPS, seed: int = 0, jobs: int | None = None
+) -> list[Report]:
     """Fine-tune by each method in a process of its own (so that peak memory is each one's), show and save.
 
     Writes `table.md`, `demo.json`, `demo.png` and a directory for each method under `output`.
@@ -35,22 +34,17 @@ def demo(output: str | Path, *, model: str = "bundled", steps: int = defaults.ST
     check_writable(output)
     config = GPT2Config.from_json(checkpoint_directory(model) / "config.json")
     runs = [
-        Run(
-            method=method,
+        tuned_run(
+            method,
+            output / method.name,
+            rate=defaults.learning_rate_for(method.name, config),
             model=model,
-            output=output / method.name,
-            batch_size=defaults.BATCH_SIZE,
-            settings=TrainingSettings(
-                steps=steps,
-                learning_rate=defaults.learning_rate_for(method.name, config),
-                warmup_steps=defaults.warmup_steps_for(steps),
-                weight_decay=defaults.WEIGHT_DECAY,
-                seed=seed,
-            ),
+            steps=steps,
+            seed=seed,
         )
         for method in methods(seed)
     ]
-    reports = in_fresh_processes(runs)
+    reports = in_fresh_processes(runs, jobs)
     text = table(reports)
     write_atomically(output / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     write_json(output / "demo.json", [asdict(report) for report in reports])
@@ -60,23 +54,6 @@ def demo(output: str | Path, *, model: str = "bundled", steps: int = defaults.ST
     print(f"The LoRA adapter (PEFT reads it too): {output / 'lora'}")
     print(f"The fully fine-tuned model (transformers reads it too): {output / 'full'}")
     return reports
-
-
-def in_fresh_processes(runs: Sequence[Run], at_once: int = 1) -> list[Report]:
-    """Carry out runs, each in a new process; so many of them at the same time.
-
-    Raises:
-        ChildProcessError: a process was killed.
-    """
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(max_workers=at_once, mp_context=context, max_tasks_per_child=1) as pool:
-            return list(pool.map(finetune, runs))
-    except BrokenProcessPool:
-        raise ChildProcessError(
-            "a training process was killed, perhaps because memory ran out; "
-            "started again, the run goes on from its last checkpoint"
-        ) from None
 
 
 def relative(report: Report, to: Report) -> dict[str, float]:
@@ -102,7 +79,8 @@ def draw(reports: Sequence[Report], path: Path) -> None:
     for style, (report, values) in enumerate(zip(reports, curves, strict=True)):
         highest = values[-1] == max(other[-1] for other in curves)
         plotting.curve(left, values, label=report.method, style=style, above=highest)
-    left.set(xlabel="training step", ylabel="loss (nats per token)", title="Both learn the task", ylim=(0, None))
+    left.set_ylim(0, None)
+    plotting.label(left, x="training step", y="loss (nats per token)", title="Both learn the task")
     plotting.bars(right, relative(reports[-1], reports[0]), unit="%")
-    right.set(xlabel="LoRA in % of full fine-tuning", title="LoRA trains and stores a fraction")
+    plotting.label(right, x="LoRA in % of full fine-tuning", title="LoRA trains and stores a fraction")
     write_atomically(path, lambda temporary: plotting.save(figure, temporary))

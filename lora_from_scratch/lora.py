@@ -40,28 +40,6 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return scaling * (B @ A)
 
 
-def batched_lora(x: Tensor, A_stack: Tensor, B_stack: Tensor, scaling: float | Tensor, adapter_index: Tensor) -> Tensor:
-    """Many adapters in one batch: row i of the batch gets adapter `adapter_index[i]`.
-
-    `s x_i A[idx_i]^T B[idx_i]^T`, to be added to the base layer's output for the same `x`; the base is
-    shared, so a thousand tasks can be served by one model (Punica, Chen et al. 2023; S-LoRA, Sheng et al. 2023).
-
-    Args:
-        x: (n, T, in).
-        A_stack: (k, r, in), the A of k adapters.
-        B_stack: (k, out, r), the B of k adapters.
-        scaling: one number, or (k,), one for each adapter.
-        adapter_index: (n,) whole numbers from 0 to k - 1.
-
-    Returns:
-        (n, T, out).
-    """
-    A, B = A_stack[adapter_index], B_stack[adapter_index]  # (n, r, in), (n, out, r)
-    s = scaling[adapter_index, None, None] if isinstance(scaling, Tensor) else scaling
-    h = s * (x @ A.mT)  # (n, T, r): scaled where it is thin
-    return h @ B.mT
-
-
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Each element becomes 0 with probability p, the others x / (1 - p); in training only.
 

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_from_scratch import peft_format
+from lora_from_scratch.gpt2.checkpoint import load_gpt2
 from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.gpt2.tokenizer import Tokenizer
 
 METHODS: dict[str, str] = {  # name: where its class is; imported when it is asked for
     "full": "lora_from_scratch.full_finetuning.FullFineTuning",
@@ -99,6 +101,20 @@ class Method(ABC):
     def _keeps_base(self) -> bool:
         """Whether the base parameters that are trained are copied for `undo`."""
         return True
+
+    # --- Before adapting ---
+
+    def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
+        """`load_gpt2`, in the form that costs this method the least memory. `adapt` takes the full one as well."""
+        return load_gpt2(source)
+
+    def for_tokenizer(self, tokenizer: Tokenizer) -> Method:
+        """This method with its texts, if it has any, as a tokenizer's ids.
+
+        Raises:
+            ValueError: such a text does not fit.
+        """
+        return self
 
     # --- Adapting and undoing ---
 
@@ -285,7 +301,9 @@ def _read(directory: Path, model: GPT2) -> tuple[Method, dict[str, Tensor]]:
     quantisation = config.get("loftq_config")
     if isinstance(quantisation, dict) and "quant_type" in quantisation:  # a LoRA on a base that we quantised
         return method_class("qlora").from_adapter(config, tensors, model)
-    classes = {cls.peft_type: cls for cls in map(method_class, METHODS) if cls.peft_type}
+    classes: dict[str, type[Method]] = {}
+    for cls in filter(lambda cls: cls.peft_type, map(method_class, METHODS)):
+        classes.setdefault(cls.peft_type, cls)  # LORA is LoRA's: a QLoRA's own directory has been recognised above
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in classes:
         raise ValueError(f"peft_type {peft_type!r} is not supported; supported are {', '.join(classes)}")

@@ -15,6 +15,7 @@ else wants the memory, so on a machine with room the file is rarely read from th
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,7 +40,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: a number out of its range.
-        OSError: there is no such directory, or no room in it.
+        OSError: there is no such directory, or no room in it: all that will be needed is taken at the start.
     """
 
     def __init__(
@@ -169,10 +170,23 @@ def allocate(parameters: list[nn.Parameter], directory: str | Path | None) -> li
     starts = [0]
     for p in parameters:
         starts.append(starts[-1] + page_aligned(2 * p.nbytes))
-    with tempfile.TemporaryFile(dir=directory) as file:
-        file.truncate(starts[-1])
-        mapping = mmap.mmap(file.fileno(), starts[-1])
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            _take_room(file.fileno(), starts[-1])
+            mapping = mmap.mmap(file.fileno(), starts[-1])
+    except OSError as error:
+        place = tempfile.gettempdir() if directory is None else directory
+        raise OSError(
+            f"cannot keep {starts[-1]:,} bytes of optimiser state in a file in {place}: {error.strerror}"
+        ) from None
     return [Pages(mapping, start, p) for p, start in zip(parameters, starts, strict=False)]
+
+
+def _take_room(file: int, size: int) -> None:
+    """Make a file so long. Its place on the disk is taken now: later a full disk would be a crash (SIGBUS)."""
+    os.ftruncate(file, size)
+    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+        os.posix_fallocate(file, 0, size)
 
 
 def page_aligned(size: int) -> int:

@@ -236,6 +236,7 @@ class PromptTuning(Method):
     init: str = "vocabulary"
     init_ids: Sequence[int] = ()  # for init="text": the text's token ids
     seed: int = 0  # of the first values
+    init_text: str = ""  # for init="text": the text; `for_tokenizer` turns it into init_ids
 
     name: ClassVar[str] = "prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
@@ -248,14 +249,29 @@ class PromptTuning(Method):
             object.__setattr__(self, "init_ids", tuple(int(token) for token in self.init_ids))
         except (TypeError, ValueError):
             raise ValueError(f"init_ids must be token ids, whole numbers, got {self.init_ids!r}") from None
-        if (self.init == "text") != bool(self.init_ids):
+        if (self.init == "text") != bool(self.init_ids or self.init_text):
+            given = f"init_text={self.init_text!r}" if self.init_text else f"{len(self.init_ids)} init_ids"
             raise ValueError(
-                f'init="text" and init_ids, the token ids of the text, go together; '
-                f"got init={self.init!r} and {len(self.init_ids)} init_ids"
+                f'init="text" and init_text, or init_ids, the token ids of the text, go together; '
+                f"got init={self.init!r} and {given}"
             )
+
+    def for_tokenizer(self, tokenizer: Tokenizer) -> PromptTuning:
+        """With the `init_ids` of `init_text`. A text that is shorter than the prompt is repeated."""
+        if not self.init_text:
+            return self
+        ids = text_ids(self.init_text, tokenizer)
+        if len(ids) > self.num_virtual_tokens:
+            raise ValueError(
+                f"init_text has {len(ids)} tokens and the prompt only {self.num_virtual_tokens}: "
+                f"shorten the text, or set num_virtual_tokens to {len(ids)} or more"
+            )
+        return replace(self, init_ids=ids)
 
     def _install(self, model: GPT2) -> None:
         check_context(self.num_virtual_tokens, model.config)
+        if self.init_text and not self.init_ids:
+            raise ValueError("init_text is words, and the model reads tokens: adapt by method.for_tokenizer(tokenizer)")
         if self.init_ids and not 0 <= min(self.init_ids) <= max(self.init_ids) < model.config.vocab_size:
             raise ValueError(
                 f"init_ids must be token ids from 0 to {model.config.vocab_size - 1}, "

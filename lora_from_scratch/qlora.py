@@ -25,9 +25,11 @@ from lora_from_scratch.gpt2.checkpoint import (
     _read_weights,
     checkpoint_directory,
     load_model,
+    load_tokenizer,
 )
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
+from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.loftq import loftq_init
 from lora_from_scratch.lora import LoRA, inject_lora, lora_layers
 from lora_from_scratch.nf4_linear import NF4Linear, check_quantization, nf4_layers, quantize_model, weight_of
@@ -125,7 +127,6 @@ class QLoRA(LoRA):
     keep_base: bool = True
 
     name: ClassVar[str] = "qlora"
-    peft_type: ClassVar[str] = ""  # on disk it is a LORA
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,6 +135,19 @@ class QLoRA(LoRA):
             raise ValueError(f"double_quantization must be true or false, got {self.double_quantization!r}")
         if not isinstance(self.loftq_iterations, int) or self.loftq_iterations < 0:
             raise ValueError(f"loftq_iterations must be a whole number of at least 0, got {self.loftq_iterations!r}")
+
+    def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
+        """The model in four bits, a layer at a time; in full only for LoftQ, which needs the full weights."""
+        if self.loftq_iterations:
+            return super().load_base(source)
+        tokenizer = load_tokenizer(source)
+        model = load_quantized(source, self.quant_type, self.blocksize, self.double_quantization)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {checkpoint_directory(source)} has {tokenizer.vocab_size} tokens, "
+                f"more than the {model.config.vocab_size} that the model was made for"
+            )
+        return model, tokenizer
 
     def adapt(self, model: GPT2) -> None:
         super().adapt(model)

@@ -2,10 +2,10 @@
 
 M (m, n) = U diag(S) Vh: U (m, k) has orthonormal columns, Vh (k, n) has orthonormal rows, S (k,) is positive and
 descending; these are torch.linalg.svd's names and layout. Inputs are left as they were, and results do not
-carry gradients. The first two functions build the decomposition; the others use torch.linalg as a tool.
+carry gradients. The first three functions build the decomposition; the others use torch.linalg as a tool.
 
-Sign: (u, v) and (-u, -v) are the same triplet. Here the entry of v with the largest absolute value is positive
-(the first, if several are equal), and u has the sign that goes with it.
+Sign: (u, v) and (-u, -v) are the same triplet, and either is right. Here the entry of v with the largest absolute
+value is positive (the first, if several are equal), and u has the sign that goes with it.
 """
 
 from __future__ import annotations
@@ -18,31 +18,61 @@ from lora_from_scratch.rank import require_matrix, require_rank, rounding_tolera
 # --- Building it -------------------------------------------------------------------------------------
 
 
-def dominant_singular_triplet(
-    matrix: Tensor, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular value and its two vectors, by power iteration.
+def dominant_eigenvector(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The direction that a symmetric matrix stretches most, by power iteration.
 
-    Start from a random v and multiply it by `M^T M` again and again, each time divided by its norm. A step shrinks
-    what v has of direction k by `(sigma_k / sigma_1)^2` relative to the first, until only the first is left: v has
-    settled when a step changes it by at most `8 eps` in norm. Then `sigma = |M v|` and `u = M v / sigma`.
+    Start from a random x. Multiply it by G and divide it by its norm, again and again, until a step changes it by at
+    most `8 eps` in norm. A step shrinks what x has of eigenvector k by `lambda_k / lambda_1` relative to the first,
+    until only the first is left (Golub and Van Loan, section 8.2.1).
 
-    - Two singular values that are nearly equal take very many steps, about 14,000 for a difference of 0.1 % in
-      float64. So `G = M^T M` is squared after every step, and step t does the work of 2^t: 14 do instead of 14,000.
-    - A repeated largest singular value: v is some unit vector of its subspace, which one depends on the start and on
-      rounding; `M v = sigma u` and `M^T u = sigma v` hold all the same.
-    - A wide matrix has the smaller product `M M^T`: iterate on u with that, then `v = M^T u / |M^T u|`.
-    - M is divided by its largest entry first, so that squares neither overflow nor vanish.
+    Nearly equal eigenvalues take very many steps, in float64 about 14,000 for a difference of 0.2 %. A trick saves
+    them: square G after every step, and divide it by its norm so that it does not overflow. Then step t does the
+    work of 2^t, and 14 steps do what 14,000 did.
 
     Args:
-        matrix: M, (m, n).
+        G: (k, k), symmetric, with no negative eigenvalue, such as `M^T M`.
         generator: where the random start comes from (on the CPU); None means a fresh one with seed 0, so that the
             same matrix always gives the same answer.
 
     Returns:
-        u (m,), sigma (a scalar), v (n,): u and v of norm 1 with the sign described at the top of this file, sigma
-        at least 0, all in the computing dtype (`require_matrix`). For the zero matrix sigma is 0 and any unit
-        vectors are right: the first of each basis.
+        x (k,) of norm 1 with `G x = lambda_1 x`, in the computing dtype (`require_matrix`); either sign is right. If
+        the largest eigenvalue is repeated, some unit vector of its subspace. For the zero matrix any unit vector.
+
+    Raises:
+        ValueError: see `require_matrix`; or G is not square.
+    """
+    G = require_matrix(G, "G")
+    if G.shape[0] != G.shape[1]:
+        raise ValueError(f"G must be square, got shape {tuple(G.shape)}: for a matrix M take M.T @ M")
+    x = _unit(torch.randn(len(G), generator=generator or torch.Generator().manual_seed(0)).to(G))
+    for _ in range(64 if G.any() else 0):
+        G = G / G.norm()
+        previous, x = x, _unit(G @ x)
+        if (x - previous).norm() <= 8 * torch.finfo(x.dtype).eps:
+            break
+        G = G.T @ G  # G^2, and symmetric whatever rounding did to G
+    return x
+
+
+def dominant_singular_triplet(
+    matrix: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular value and its two vectors.
+
+    `M^T M v = sigma^2 v`, so v is the dominant eigenvector of `M^T M`. Then `sigma = |M v|` and `u = M v / sigma`.
+
+    - M is divided by its largest entry first, so that squares neither overflow nor vanish; sigma is multiplied by it
+      in the end.
+    - A wide matrix has the smaller product `M M^T`: that gives u, and `v = M^T u / |M^T u|`.
+
+    Args:
+        matrix: M, (m, n).
+        generator: as in `dominant_eigenvector`.
+
+    Returns:
+        u (m,), sigma (a scalar), v (n,): u and v of norm 1 with `M v = sigma u` and `M^T u = sigma v`, sigma
+        at least 0, all in the computing dtype (`require_matrix`). (-u, -v) are as right as (u, v). For the zero
+        matrix sigma is 0 and any unit vectors are right: the first of each basis.
 
     Raises:
         ValueError: see `require_matrix`.
@@ -53,15 +83,10 @@ def dominant_singular_triplet(
     if largest == 0:
         return _first(m, matrix), largest, _first(n, matrix)
     scaled = matrix / largest
-    G = scaled.T @ scaled if m >= n else scaled @ scaled.T  # (k, k), k = min(m, n)
-    x = _unit(torch.randn(len(G), generator=generator or torch.Generator().manual_seed(0)).to(G))
-    for _ in range(64):
-        G = G / G.norm()
-        previous, x = x, _unit(G @ x)
-        if (x - previous).norm() <= 8 * torch.finfo(x.dtype).eps:
-            break
-        G = G.T @ G  # G^2, and symmetric whatever rounding did to G
-    v = x if m >= n else _unit(scaled.T @ x)
+    if m >= n:
+        v = dominant_eigenvector(scaled.T @ scaled, generator)
+    else:
+        v = _unit(scaled.T @ dominant_eigenvector(scaled @ scaled.T, generator))
     v = v * _sign_of_largest(v)
     u = scaled @ v
     return _unit(u), u.norm() * largest, v
@@ -76,16 +101,16 @@ def svd_by_deflation(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, T
 
     Two things go wrong in practice. The subtraction leaves a rounding error of `eps sigma_1` along the old directions,
     and to a sigma of 1e-12 that is large: so after each subtraction project the old directions out of R once more,
-    `R <- (I - U U^T) R (I - V V^T)`. And take a new random start each time: where a singular value is repeated, only
-    the rounding error of the old start points in the directions that are still missing.
+    `R <- (I - U U^T) R (I - V V^T)`. And take a new random start each time (give all of them one generator): where
+    a singular value is repeated, only the rounding error of the old start points in the directions still missing.
 
     Args:
         matrix: M, (m, n).
         rank: at most so many triplets, between 0 and min(m, n); None means all of them.
 
     Returns:
-        U (m, k), S (k,), Vh (k, n) in the computing dtype, largest sigma first (equal ones in any order), signs
-        as at the top of this file; k is the smaller of `rank` and the number of singular values above the
+        U (m, k), S (k,), Vh (k, n) in the computing dtype, largest sigma first (equal ones in any order), each
+        pair of vectors with either sign; k is the smaller of `rank` and the number of singular values above the
         threshold (0 for the zero matrix). If `rank` did not cut it short, `U * S @ Vh` is M.
 
     Raises:
@@ -207,8 +232,8 @@ def pca(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         count: how many directions, between 1 and min(N, d).
 
     Returns:
-        mean (d,); directions (count, d), orthonormal rows, largest variance first, in each row the entry of
-        largest absolute value positive; variances (count,). All in the computing dtype.
+        mean (d,); directions (count, d), orthonormal rows, largest variance first, each with either sign (here its entry
+        of largest absolute value is positive); variances (count,). All in the computing dtype.
 
     Raises:
         ValueError: see `require_matrix`; there is only one sample; or count is out of range.

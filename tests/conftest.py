@@ -1,9 +1,16 @@
 """What every test has: one thread (the runner already uses every core), no progress bars from elsewhere."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+from lora_from_scratch.cli import main
+from lora_from_scratch.gpt2.checkpoint import save_gpt2
+from tests.checkpoints import TOKENIZER
+from tests.helpers import tiny_model
+from tests.tiny_runs import SHORT, make_model, run_in, short_judgement, write_data
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -12,3 +19,39 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A sound checkpoint, to be damaged."""
+    save_gpt2(tiny_model(vocab_size=300), TOKENIZER, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def short_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    short_judgement(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def cli_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, `data.csv`, and `adapter`: what a short run of LoRA wrote."""
+    directory = tmp_path_factory.mktemp("cli")
+    model, data = make_model(directory / "model"), write_data(directory / "data.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        short_judgement(patch)
+        run = ["finetune", "--model", str(model), "--data", str(data), "--output", str(directory / "adapter")]
+        assert main([*run, *SHORT, "--steps", "8", "--learning-rate", "0.05"]) == 0
+    return directory
+
+
+@pytest.fixture(scope="session")
+def quiet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, `data.csv`, and `quiet`: what a run wrote that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("finetune")
+    make_model(directory / "model")
+    write_data(directory / "data.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        short_judgement(patch)
+        assert main(run_in(directory, directory / "quiet")) == 0
+    return directory

@@ -17,7 +17,6 @@ from lora_from_scratch.lora import (
     FusedLoRALinear,
     LoRA,
     LoRALinear,
-    batched_lora,
     delta_weight,
     dropout,
     find_targets,
@@ -380,21 +379,3 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 def randomise_with_seed(model: nn.Module) -> None:
     torch.manual_seed(11)
     randomise(model)
-
-
-# --- Many adapters in one batch ------------------------------------------------------------------------
-
-
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(0, 99))
-@few
-def test_batched_adapters_equal_one_at_a_time(rows: int, adapters: int, tokens: int, each: bool, seed: int) -> None:
-    torch.manual_seed(seed)
-    x, index = torch.randn(rows, tokens, 7), torch.randint(0, adapters, (rows,))
-    A, B = torch.randn(adapters, 2, 7), torch.randn(adapters, 5, 2)
-    scaling = torch.rand(adapters) if each else 0.5
-    result = batched_lora(x, A, B, scaling, index)
-    assert result.shape == (rows, tokens, 5)
-    for row, adapter in enumerate(index.tolist()):
-        s = float(scaling[adapter]) if isinstance(scaling, Tensor) else scaling
-        alone = x[row] @ delta_weight(A[adapter], B[adapter], s).T
-        torch.testing.assert_close(result[row], alone, atol=1e-5, rtol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ def draw(path: Path) -> None:
     figure, (left, right) = plotting.panels(2)
     plotting.curve(left, [3.0, 2.0, 1.5], label="full", style=0)
     plotting.curve(left, [3.0, 2.5, 2.0], label="lora", style=1)
-    left.set(xlabel="training step", ylabel="loss (nats per token)")
+    plotting.label(left, x="training step", y="loss (nats per token)", title="Both learn")
     plotting.bars(right, {"seconds": 80.0, "BLEU": 101.0}, unit="%")
-    plotting.save(figure, path)
+    plotting.save(figure, path, "Two curves fall.")
 
 
 def test_the_same_figure_has_the_same_bytes(tmp_path: Path) -> None:
@@ -28,6 +29,36 @@ def test_the_same_figure_has_the_same_bytes(tmp_path: Path) -> None:
     assert first == (tmp_path / "two.png").read_bytes()
     assert first.startswith(b"\x89PNG\r\n")
     assert b"Matplotlib" not in first  # no version that changes the bytes
+    assert b"Description\0Two curves fall." in first  # for those who cannot see it
+
+
+def test_a_title_is_bold_and_on_the_left_whenever_it_is_written() -> None:
+    axes: Any
+    _, (axes,) = plotting.panels(1)
+    plotting.label(axes, x="step", title="What there is to see")
+    assert axes.get_title(loc="left") == "What there is to see"
+    assert axes.get_title(loc="center") == ""
+    assert axes._left_title.get_fontweight() == "bold"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_names_beside_points_hide_neither_each_other_nor_a_point(seed: int) -> None:
+    axes: Any
+    figure, (axes,) = plotting.panels(1, width=7, height=4.4)
+    rng = Random(seed)
+    places = {f"method-{i}": (10 ** rng.uniform(3, 7), rng.uniform(20, 80)) for i in range(7)}
+    places |= {"twin-one": (2e5, 80.0), "twin-two": (2e5, 79.8), "third": (1.5e5, 78.0)}
+    axes.set_xscale("log")
+    plotting.points(axes, places)
+    figure.draw_without_rendering()
+    names = [text for text in axes.texts if text.get_text()]
+    assert [text.get_text() for text in names] == list(places)
+    boxes = [text.get_window_extent() for text in names]
+    frame = figure.bbox
+    for i, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[:i]) == 0
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert not any(box.contains(*axes.transData.transform(place)) for place in places.values())
 
 
 def test_a_curve_runs_over_the_steps_from_1_and_carries_its_name() -> None:

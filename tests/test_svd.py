@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_from_scratch.svd import (
     approximation_error,
+    dominant_eigenvector,
     dominant_singular_triplet,
     pca,
     rank_for_energy,
@@ -63,6 +64,29 @@ def assert_is_the_svd(M: Tensor, rank: int) -> None:
 
 
 # --- Power iteration ---------------------------------------------------------------------------------
+
+
+@both_dtypes
+@pytest.mark.parametrize("eigenvalues", [[5.0, 3.0, 0.5], [1.0, 0.998, 0.3], [7.0], [2.0, 0.0, 0.0]])
+def test_the_dominant_eigenvector_is_numpys(eigenvalues: list[float], dtype: torch.dtype) -> None:
+    V, _ = torch.linalg.qr(randn(6, len(eigenvalues), 4))
+    G = (V * torch.tensor(eigenvalues, dtype=torch.float64) @ V.T).to(dtype)
+    x = dominant_eigenvector(G)
+    expected = np.linalg.eigh(G.double().numpy())[1][:, -1]
+    near = 10 * torch.finfo(dtype).eps / 0.002
+    assert (x.shape, x.dtype) == ((6,), dtype)
+    assert float(x.norm()) == pytest.approx(1, abs=10 * torch.finfo(dtype).eps)
+    assert abs(float(x.double().numpy() @ expected)) == pytest.approx(1, abs=near)
+    torch.testing.assert_close(G @ x, eigenvalues[0] * x, rtol=0, atol=100 * torch.finfo(dtype).eps)
+
+
+def test_the_zero_matrix_has_some_unit_vector_as_its_dominant_one() -> None:
+    assert float(dominant_eigenvector(torch.zeros(3, 3)).norm()) == pytest.approx(1)
+
+
+def test_a_matrix_that_is_not_square_has_no_eigenvector() -> None:
+    with pytest.raises(ValueError, match=r"G must be square, got shape \(3, 2\): for a matrix M take M.T @ M"):
+        dominant_eigenvector(torch.ones(3, 2))
 
 
 @both_dtypes
@@ -136,7 +160,7 @@ def test_the_zero_matrix_has_the_singular_value_zero_and_unit_vectors() -> None:
 
 @both_dtypes
 def test_deflation_is_the_svd_of_100_random_shapes_in_each_precision(dtype: torch.dtype) -> None:
-    draw = np.random.default_rng(11)
+    draw = np.random.default_rng(DTYPES.index(dtype))  # other shapes in each precision: 200 in all
     for seed in range(100):
         m, n = (int(side) for side in draw.integers(1, 13, size=2))
         r = int(draw.integers(1, min(m, n) + 1))
@@ -279,6 +303,7 @@ def test_pca_does_not_mind_where_the_data_lie() -> None:
 def test_the_input_is_not_modified() -> None:
     M = randn(5, 4, 0).requires_grad_()
     before = M.detach().clone()
+    dominant_eigenvector(M[:4])
     dominant_singular_triplet(M)
     svd_by_deflation(M)
     truncate(M, 2)
@@ -299,6 +324,7 @@ def test_the_input_is_not_modified() -> None:
 )
 def test_what_is_no_finite_matrix_is_refused(matrix: Tensor, message: str) -> None:
     for call in (
+        lambda: dominant_eigenvector(matrix),
         lambda: dominant_singular_triplet(matrix),
         lambda: svd_by_deflation(matrix),
         lambda: truncate(matrix, 1),

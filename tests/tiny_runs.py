@@ -16,9 +16,12 @@ from lora_from_scratch.gpt2.checkpoint import save_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
 # A run of a second: three steps, one card to be judged by.
 SHORT = ["--steps", "3", "--batch-size", "2", "--cards", "1", "--precision", "fp32", "--rank", "2"]
+ADAPTER = {CONFIG_FILE, WEIGHTS_FILE}
+RESULT = ADAPTER | {"report.json"}
 
 
 def examples(count: int = 30) -> list[Example]:
@@ -46,6 +49,12 @@ def write_data(path: Path, pairs: list[Example] | None = None) -> Path:
         writer.writerow(["mr", "ref"])
         writer.writerows((e.mr, e.ref) for e in pairs or examples(8))
     return path
+
+
+def run_in(here: Path, output: Path, *more: str) -> list[str]:
+    """The short run with the `model` and the `data.csv` of a directory."""
+    places = ["--model", here / "model", "--data", here / "data.csv", "--output", output]
+    return ["finetune", *map(str, places), *SHORT, *more]
 
 
 def files_in(directory: Path) -> dict[str, bytes]:

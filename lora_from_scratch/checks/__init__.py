@@ -1,5 +1,5 @@
 """What is checked of each exercise; in a notebook: `from lora_from_scratch.checks import check, hint, ...`."""
 
-from lora_from_scratch.checks.notebook import check, hint, library, working
+from lora_from_scratch.checks.notebook import check, hint, library, progress, working
 
-__all__ = ["check", "hint", "library", "working"]
+__all__ = ["check", "hint", "library", "progress", "working"]

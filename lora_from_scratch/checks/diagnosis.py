@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable
 
 from torch import Tensor
@@ -35,6 +37,8 @@ def diagnose(
             and _behaves_alike(exercise, cases, seen, seen_of(answer, exercise, seed))
         ):
             return answer.name, answer.message
+    if (said := _signature(exercise, seen[first])) is not None:
+        return said
     if exercise.explain is not None:
         try:
             said = exercise.explain(cases[first], seen[first], expected[first])
@@ -59,6 +63,25 @@ def _alike(exercise: Exercise, case: Case, one: Seen, other: Seen) -> bool:
     )
 
 
+def _signature(exercise: Exercise, seen: Seen) -> Said | None:
+    """It cannot be called with these arguments: the error is raised before any line of the answer runs."""
+    called = re.match(r"([\w.]+)\(\) ((?:missing|takes|got) .*)", seen.message)
+    if seen.errors[:1] != ("TypeError",) or seen.where or called is None:
+        return None
+    method = called[1].split(".")[-1]
+    target = getattr(exercise.object, method, None) if inspect.isclass(exercise.object) else exercise.object
+    name = f"{exercise.name}.{method}" if inspect.isclass(exercise.object) else exercise.name
+    if target is None:
+        return None
+    signature = inspect.signature(target)
+    bare = [item.replace(annotation=item.empty) for item in signature.parameters.values()]
+    wanted = signature.replace(parameters=bare, return_annotation=signature.empty)
+    return "arguments", (
+        f"Your {name} cannot be called as it has to be: it {called[2]}. "
+        f"The first line of the exercise has the arguments that it takes: `{name}{wanted}`."
+    )
+
+
 def _raised(seen: Seen, expected: Seen) -> Said | None:
     if not seen.raised:
         return None
@@ -68,7 +91,8 @@ def _raised(seen: Seen, expected: Seen) -> Said | None:
             f"This input has to be refused with a {expected.errors[0]}; your code raised {seen.errors[0]}{place}: "
             f"{seen.message}"
         )
-    return "raises", f"Your code raised {seen.errors[0]}{place}: {seen.message}"
+    unknown = " Run the cell that defines or imports it, then this one." if "NameError" in seen.errors else ""
+    return "raises", f"Your code raised {seen.errors[0]}{place}: {seen.message}{unknown}"
 
 
 def _no_error(seen: Seen, expected: Seen) -> Said | None:
@@ -177,6 +201,7 @@ def kind_of(value: Data) -> str:
     if isinstance(value, Opaque):
         return f"a {value!s}"
     if isinstance(value, list):
-        return f"{len(value)} results"
+        each = f": {' and '.join(map(kind_of, value))}" if 2 <= len(value) <= 3 else ""
+        return f"{len(value)} {'result' if len(value) == 1 else 'results'}{each}"
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "text", dict: "a dictionary"}
     return "None" if value is None else names[type(value)]

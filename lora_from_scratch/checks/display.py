@@ -1,28 +1,246 @@
-"""How verdicts and hints look: HTML in a notebook, plain text elsewhere."""
+"""How verdicts, hints and progress look: HTML in a notebook, plain text elsewhere.
+
+Nothing is said by colour alone: every state has a symbol and a word. The text takes the colour that the page has, so
+that it can be read in a light and in a dark theme, and without any of the styles (JupyterLab removes some of them from
+a notebook that it does not trust). Everything that comes from a learner's code is escaped.
+"""
 
 from __future__ import annotations
 
-from lora_from_scratch.checks.verdict import Verdict
+import html
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+
+from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict
+
+WIDTH = 100  # columns of the plain text
+
+# The state's symbol, its words, and the colour of the edge: JupyterLab's own for the theme, or one for elsewhere.
+LOOKS = {
+    "passed": ("✓", "Passed", "var(--jp-success-color1, #2e7d32)"),
+    "failed": ("✗", "Not right yet", "var(--jp-error-color1, #c62828)"),
+    "stopped": ("■", "Stopped", "var(--jp-error-color1, #c62828)"),
+    "not started": ("○", "Not started yet", "var(--jp-border-color1, #757575)"),
+    "missing": ("○", "Not there", "var(--jp-warn-color1, #b26a00)"),
+    "library": ("→", "The library's version", "var(--jp-info-color1, #00796b)"),
+    "unknown": ("?", "No such exercise", "var(--jp-warn-color1, #b26a00)"),
+    "broken": ("!", "The check itself failed", "var(--jp-warn-color1, #b26a00)"),
+}
+PREDICTED = {"passed": "Your prediction is right", "failed": "It comes out differently"}
+
+BOX = "border: 1px solid var(--jp-border-color2, #9e9e9e); border-left: 5px solid {colour}; padding: 0.5em 1em; "
+BOX += "margin: 0.4em 0; max-width: 60em; line-height: 1.5;"
+CELL = "text-align: left; vertical-align: top; padding: 0.15em 1.2em 0.15em 0; white-space: normal;"
+VALUE = CELL + " font-family: var(--jp-code-font-family, monospace); overflow-wrap: anywhere;"
+LIST = "list-style: none; margin: 0.2em 0 0.2em 1em; padding: 0;"
+PARAGRAPH = "margin: 0.4em 0;"
 
 
 def show(verdict: Verdict) -> None:
-    print(as_text(verdict))
-
-
-def as_text(verdict: Verdict) -> str:
-    lines = [f"{verdict.exercise}: {verdict.status} ({verdict.points:g} of {verdict.max_points:g} points)"]
-    lines += [f"  {'ok ' if case.right else 'no '} {case.name}" for case in verdict.cases]
-    if verdict.failure:
-        lines += [f"  {verdict.failure}"]
-    if verdict.message:
-        lines += [f"  {verdict.message}"]
-    return "\n".join(lines)
+    """Show a verdict where the learner looks."""
+    publish(as_html(verdict), as_text(verdict))
 
 
 def show_text(text: str) -> None:
-    print(text)
+    """Show a sentence or two."""
+    publish(_paragraph(text), _wrapped(_no_ticks(text)))
 
 
-def show_hints(name: str, hints: tuple[str, ...], of: int) -> None:
-    for number, text in enumerate(hints, 1):
-        print(f"Hint {number} of {of}: {text}")
+def show_hints(name: str, hints: Sequence[str], of: int) -> None:
+    """Show the hints that are open, the newest last, and how the next one is opened."""
+    left = of - len(hints)
+    then = f'{left} more: `hint("{name}")` again.' if left else "These are all."
+    if not left:
+        then += f' Still stuck? `{name} = library("{name}")` lets you go on; it earns no points until you come back.'
+    items = "".join(f'<li style="{PARAGRAPH}">{_inline(text)}</li>' for text in hints)
+    body = f'<p style="{PARAGRAPH}"><strong>Hints for {_code(name)}</strong></p>'
+    body += f'<ol style="margin: 0.4em 0 0.4em 1.5em; padding: 0;">{items}</ol>{_paragraph(then)}'
+    lines = [_wrapped(_no_ticks(f"Hint {number} of {of}: {text}")) for number, text in enumerate(hints, 1)]
+    publish(_box(body, LOOKS["library"][2]), "\n".join([*lines, _wrapped(_no_ticks(then))]))
+
+
+def publish(as_html: str, as_text: str) -> None:
+    """Both forms to a notebook, which takes the better one; the text to standard output elsewhere."""
+    if _in_notebook():
+        from IPython.display import display
+
+        display({"text/html": as_html, "text/plain": as_text}, raw=True)
+    else:
+        print(as_text)
+
+
+def as_text(verdict: Verdict) -> str:
+    """The verdict in plain text, at most `WIDTH` columns wide where words allow it."""
+    lines = [f"{_title(verdict)}: {verdict.exercise}{_points_after(verdict, ', ')}"]
+    if verdict.message:
+        lines.append(_wrapped(_no_ticks(verdict.message), "  "))
+    if verdict.failure:
+        lines.append(_wrapped(f"First case that is not right: {verdict.failure.case}", "  "))
+        width = max(len(name) for name, _ in _rows(verdict.failure))
+        lines += [_wrapped(f"{name:<{width}}  {value}", "    ", width + 2) for name, value in _rows(verdict.failure)]
+    if verdict.cases:
+        lines.append(f"  {_count(verdict.cases)}")
+        lines += [
+            f"    {mark}" if heading else f"      {mark}" for heading, mark in _case_lines(verdict, verdict.failure)
+        ]
+    lines += [_wrapped(_no_ticks(text), "  ") for text in _after(verdict)]
+    return "\n".join(lines)
+
+
+def as_html(verdict: Verdict) -> str:
+    """The verdict as HTML without scripts, style sheets or anything from elsewhere."""
+    heading = f"<strong>{html.escape(_title(verdict))}</strong> · {_code(verdict.exercise)}"
+    body = f'<p style="{PARAGRAPH}">{heading}{html.escape(_points_after(verdict, " · "))}</p>'
+    if verdict.message:
+        body += _paragraph(verdict.message)
+    if verdict.failure:
+        body += f'<p style="{PARAGRAPH}">First case that is not right: <strong>{html.escape(verdict.failure.case)}'
+        body += f"</strong></p>{_table(_rows(verdict.failure))}"
+    if verdict.cases:
+        opened = " open" if verdict.failure else ""
+        body += f'<details{opened} style="{PARAGRAPH}"><summary>{html.escape(_count(verdict.cases))}</summary>'
+        body += f"{_case_list(verdict)}</details>"
+    body += "".join(_paragraph(text) for text in _after(verdict))
+    return _box(body, LOOKS[verdict.status][2])
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> tuple[str, str]:
+    """A table, as HTML and as text. The first column names the row."""
+    rows = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    text = "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [headings, *rows]
+    )
+    head = "".join(f'<th scope="col" style="{CELL}">{html.escape(cell)}</th>' for cell in headings)
+    body = "".join(
+        f'<tr><th scope="row" style="{CELL} font-weight: normal;">{html.escape(row[0])}</th>'
+        + "".join(f'<td style="{CELL}">{html.escape(cell)}</td>' for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    caption_html = f'<caption style="text-align: left; font-weight: bold;">{html.escape(caption)}</caption>'
+    page = f'<table style="margin: 0.4em 0; border-collapse: collapse;">{caption_html}<thead><tr>{head}</tr></thead>'
+    return f"{page}<tbody>{body}</tbody></table>", f"{caption}\n{text}"
+
+
+def _title(verdict: Verdict) -> str:
+    symbol, words, _ = LOOKS[verdict.status]
+    if not verdict.cases:
+        words = PREDICTED.get(verdict.status, words)
+    return f"{symbol} {words}"
+
+
+def _points_after(verdict: Verdict, separator: str) -> str:
+    return f"{separator}{verdict.points:g} of {verdict.max_points:g} points" if verdict.max_points else ""
+
+
+def _rows(failure: Failure) -> list[tuple[str, str]]:
+    given = [(f"input {name}", value) for name, value in failure.inputs.items()]
+    printed = [("your code printed", failure.printed.strip())] if failure.printed.strip() else []
+    return [*given, ("your code gives", failure.got), *printed, ("expected", failure.expected)]
+
+
+def _count(cases: Sequence[CaseResult]) -> str:
+    right = sum(case.right for case in cases)
+    tried = f"{len(cases)} cases tried" if len(cases) > 1 else "1 case tried"
+    return f"{tried}: {right} right, {len(cases) - right} not" if right < len(cases) else f"{tried}, all right"
+
+
+def _parts(verdict: Verdict) -> Mapping[str, list[CaseResult]]:
+    parts: dict[str, list[CaseResult]] = {}
+    for case in verdict.cases:
+        parts.setdefault(case.part, []).append(case)
+    return parts
+
+
+def _part_heading(verdict: Verdict, part: str, cases: Sequence[CaseResult], parts: int) -> str:
+    """ "elimination: 2.5 of 2.5 points"; nothing where the exercise has one part only."""
+    worth = verdict.max_points / parts
+    earned = worth if all(case.right for case in cases) else 0.0
+    return f"{part}: {earned:.3g} of {worth:.3g} points" if parts > 1 else ""
+
+
+def _mark(case: CaseResult) -> str:
+    return f"✓ right: {case.name}" if case.right else f"✗ not right: {case.name}"
+
+
+def _case_lines(verdict: Verdict, failure: Failure | None) -> list[tuple[bool, str]]:
+    """Headings and cases; where everything is right nobody reads the cases."""
+    lines = []
+    parts = _parts(verdict)
+    for part, cases in parts.items():
+        heading = _part_heading(verdict, part, cases, len(parts))
+        lines += [(True, heading)] if heading else []
+        lines += [(False, _mark(case)) for case in cases] if failure else []
+    return lines
+
+
+def _case_list(verdict: Verdict) -> str:
+    parts = _parts(verdict)
+    page = ""
+    for part, cases in parts.items():
+        heading = _part_heading(verdict, part, cases, len(parts))
+        page += f'<div style="{PARAGRAPH}">{html.escape(heading)}</div>' if heading else ""
+        page += f'<ul style="{LIST}">' + "".join(f"<li>{html.escape(_mark(case))}</li>" for case in cases) + "</ul>"
+    return page
+
+
+def _after(verdict: Verdict) -> list[str]:
+    """What can be done next."""
+    if verdict.status not in ("failed", "stopped") or not verdict.cases:
+        return list(verdict.notes)
+    name = verdict.exercise
+    again = f'Inputs are new every time; these again: `check("{name}", seed={verdict.seed})`.'
+    return [*verdict.notes, f'For a hint: `hint("{name}")`. {again}']
+
+
+def _box(body: str, colour: str) -> str:
+    return f'<div style="{BOX.format(colour=colour)}">{body}</div>'
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    body = "".join(
+        f'<tr><th scope="row" style="{CELL}">{html.escape(name)}</th><td style="{VALUE}">{html.escape(value)}</td></tr>'
+        for name, value in rows
+    )
+    return f'<table style="margin: 0.4em 0 0.4em 1em; border-collapse: collapse;"><tbody>{body}</tbody></table>'
+
+
+def _paragraph(text: str) -> str:
+    return f'<p style="{PARAGRAPH}">{_inline(text)}</p>'
+
+
+def _inline(text: str) -> str:
+    """Escaped, with what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def _code(text: str) -> str:
+    return f"<code>{html.escape(text)}</code>"
+
+
+def _no_ticks(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"\1", text)
+
+
+def _wrapped(text: str, indent: str = "", hanging: int = 0) -> str:
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + " " * hanging,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=hanging == 0,
+    )
+
+
+def _in_notebook() -> bool:
+    """Is there a front end that takes rich output? Not in a terminal, not in a script."""
+    if "IPython" not in sys.modules:
+        return False
+    shell = sys.modules["IPython"].get_ipython()
+    return shell is not None and hasattr(shell, "kernel")

@@ -50,6 +50,7 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
         inputs={name: describe(value) for name, value in cases[first].inputs.items()},
         got=_got(seen[first]),
         expected=_expected(expected[first]),
+        printed=seen[first].printed,
     )
     name, message = diagnose(exercise, seed, cases, seen, expected, first)
     status = "stopped" if seen[first].stopped else "failed"

@@ -1,19 +1,23 @@
-"""What a learner calls in a notebook: `check`, `hint`, `library`, `working`."""
+"""What a learner calls in a notebook: `check`, `hint`, `library`, `progress`, `working`."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
-from lora_from_scratch.checks import display
+from lora_from_scratch.checks import display, progress_file
 from lora_from_scratch.checks.exercise import Exercise, Prediction
 from lora_from_scratch.checks.judge import judge, judge_prediction
 from lora_from_scratch.checks.observation import observe, plain
-from lora_from_scratch.checks.progress import Progress
+from lora_from_scratch.checks.progress_report import report
 from lora_from_scratch.checks.units import find
-from lora_from_scratch.checks.verdict import Verdict
+from lora_from_scratch.checks.verdict import Verdict, describe
+from lora_from_scratch.figures import BUILDING
 
 
 class Points(float):
@@ -33,51 +37,96 @@ class Points(float):
         return f"{self:g} of {self.most:g} points"
 
 
+class UnknownExerciseError(ValueError):
+    """A name that no exercise has. A notebook shows the sentence and no traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
 def check(name: str, seed: int | None = None, namespace: Mapping[str, Any] | None = None) -> Points:
     """Try the notebook's answer to an exercise on fresh inputs, show the verdict, and return the points.
+
+    Whatever goes wrong is a verdict, never an error.
 
     Args:
         name: the exercise's or prediction's name: that of the function, class or variable.
         seed: of the inputs, to see the same ones again; None: fresh ones.
         namespace: where the answer is; None: the notebook.
-
-    Raises:
-        ValueError: there is no exercise of that name.
     """
-    verdict = verdict_on(name, seed, namespace)
-    Progress.load().record(verdict)
+    try:
+        verdict = verdict_on(name, seed, namespace)
+    except UnknownExerciseError as error:
+        verdict = Verdict(name if isinstance(name, str) else "check", "unknown", 0, 0, message=str(error))
+    except Exception as error:  # a mistake in the check, which is no fault of the learner's
+        if os.environ.get("LORA_FROM_SCRATCH_DEBUG"):
+            raise
+        message = f"This is a mistake of the course and not yours; please report it. {type(error).__name__}: {error}"
+        verdict = Verdict(name, "broken", 0, find(name)[1].points, message=message)
+    verdict = dataclasses.replace(verdict, notes=(*verdict.notes, *progress_file.record(verdict)))
     display.show(verdict)
     return Points(verdict.points, verdict.max_points)
 
 
 def verdict_on(name: str, seed: int | None = None, namespace: Mapping[str, Any] | None = None) -> Verdict:
-    """The verdict of `check`, neither shown nor recorded."""
-    _, item = find(name)
+    """The verdict of `check`, neither shown nor recorded.
+
+    Raises:
+        UnknownExerciseError: there is no exercise of that name.
+    """
+    item = _item(name)
     names = notebook() if namespace is None else namespace
     if isinstance(item, Prediction):
         return judge_prediction(item, plain(names.get(name)))
-    if name not in names:
-        message = f"There is no {name} in this notebook yet: run the cell that defines it, then this one."
-        return Verdict(name, "missing", 0, item.points, message=message)
+    if (why := unusable(item, names)) is not None:
+        return why
+    seed = seed % 2**32 if isinstance(seed, int) else 0 if os.environ.get(BUILDING) else fresh_seed()
     answer = names[name]
-    if answer is item.object:
-        message = "This is the library's version. Go on with it; the points are for your own."
-        return Verdict(name, "library", 0, item.points, message=message)
-    seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
     return judge(item, seed, observe(item.probe, answer, [c.inputs for c in item.inputs(seed)], item.seconds, seed))
 
 
-def hint(name: str) -> None:
-    """Show the exercise's next hint, and those that are already open.
+def fresh_seed() -> int:
+    return int.from_bytes(os.urandom(3), "big")
 
-    Raises:
-        ValueError: there is no exercise of that name.
-    """
-    _, item = find(name)
-    if isinstance(item, Prediction):
-        display.show_text("There are no hints for a prediction: a wrong guess is worth as much as a right one.")
+
+def unusable(exercise: Exercise, names: Mapping[str, Any]) -> Verdict | None:
+    """The verdict on what cannot even be tried: it is not there, is no function, or is the library's own."""
+    name, wanted = exercise.name, "class" if inspect.isclass(exercise.object) else "function"
+    status = "missing"
+    answer = names.get(name)
+    if name not in names:
+        message = f"There is no `{name}` in this notebook yet: run the cell that defines it, then this one."
+    elif answer is exercise.object:
+        status = "library"
+        message = "You go on with the library's version, which earns no points. Your own earns them when it passes."
+    elif isinstance(answer, ModuleType):
+        message = (
+            f"`{name}` is a module here: an import has taken the name. Import it under another name, then run the cell "
+            f"that defines your {wanted}."
+        )
+    elif not callable(answer):
+        message = (
+            f"`{name}` is {_in_words(answer)} here, and should be a {wanted}: a line of the notebook has taken the "
+            f"name. Run the cell that defines your {wanted} again."
+        )
+    elif wanted == "class" and not inspect.isclass(answer):
+        message = f"`{name}` is {_in_words(answer)} here, and should be a class: `class {name}: ...`."
+    else:
+        return None
+    return Verdict(name, status, 0, exercise.points, message=message)
+
+
+def hint(name: str) -> None:
+    """Show the exercise's next hint, and those that are already open."""
+    try:
+        item = _item(name)
+    except UnknownExerciseError as error:
+        display.show_text(str(error))
         return
-    display.show_hints(name, item.hints[: Progress.load().open_hint(name, len(item.hints))], len(item.hints))
+    if isinstance(item, Prediction):
+        display.show_text("There are no hints for a prediction: guess, and see what happens.")
+        return
+    display.show_hints(name, item.hints[: progress_file.open_hint(name, len(item.hints))], len(item.hints))
 
 
 def library(name: str) -> Any:
@@ -86,12 +135,14 @@ def library(name: str) -> Any:
     The rest of the notebook works with it. It earns no points; your own version does, whenever it passes.
 
     Raises:
-        ValueError: there is no exercise of that name.
+        UnknownExerciseError: there is no exercise of that name.
     """
     exercise = _exercise(name)
+    progress_file.took_library(name)
     display.show_text(
-        f"This is the library's {name}. The rest of the notebook works with it; it earns none of the {exercise.points} "
-        f"points. You can come back: when your own {name} passes its check, the points are yours."
+        f"This is the library's `{name}`: the rest of the notebook works with it. As long as `{name}` is the "
+        f'library\'s, `check("{name}")` gives 0 of {exercise.points} points. You can come back at any time: take this '
+        "line out, run your own cell, and when it passes its check the points are yours, all of them."
     )
     return exercise.object
 
@@ -100,15 +151,27 @@ def working(name: str, namespace: Mapping[str, Any] | None = None) -> Any:
     """Your own version of an exercise if it is right, otherwise the library's: experiments go on with that.
 
     Raises:
-        ValueError: there is no exercise of that name.
+        UnknownExerciseError: there is no exercise of that name.
     """
     exercise = _exercise(name)
-    verdict = verdict_on(name, 0, namespace)
-    if verdict.passed:
-        display.show_text(f"With your own {name}.")
-        return (notebook() if namespace is None else namespace)[name]
-    display.show_text(f"With the library's {name}, until yours passes its check.")
+    names = notebook() if namespace is None else namespace
+    if verdict_on(name, 0, names).passed:
+        display.show_text(f"With your own `{name}`.")
+        return names[name]
+    display.show_text(f"With the library's `{name}`, until yours passes its check.")
     return exercise.object
+
+
+def progress(unit: str | int | None = None) -> None:
+    """Show how far you have come: per unit and per idea, or each exercise of one unit: `progress("01")`."""
+    try:
+        tables, notes = report(unit)
+    except ValueError as error:
+        display.show_text(str(error))
+        return
+    for as_html, as_text in tables:
+        display.publish(as_html, as_text)
+    display.show_text(" ".join(notes))
 
 
 def notebook() -> Mapping[str, Any]:
@@ -120,8 +183,29 @@ def notebook() -> Mapping[str, Any]:
     return vars(sys.modules["__main__"])
 
 
+def _item(name: Any) -> Exercise | Prediction:
+    if not isinstance(name, str):
+        given = getattr(name, "__name__", "...")
+        raise UnknownExerciseError(f'say the name of the exercise in quotes: "{given}"')
+    try:
+        return find(name)[1]
+    except ValueError as error:
+        raise UnknownExerciseError(str(error)) from None
+
+
 def _exercise(name: str) -> Exercise:
-    _, item = find(name)
+    item = _item(name)
     if isinstance(item, Prediction):
-        raise ValueError(f"{name} is a prediction, not an exercise: there is no library version of a guess")
+        raise UnknownExerciseError(f"{name} is a prediction, not an exercise: there is no library version of a guess")
     return item
+
+
+def _in_words(value: Any) -> str:
+    """ "the number 3", "a list", ...: what a name has become."""
+    if value is None:
+        return "None"
+    if isinstance(value, int | float):
+        return f"the number {describe(plain(value))}"
+    if inspect.isfunction(value):
+        return "a function"
+    return f"a {type(value).__name__}"

@@ -2,6 +2,9 @@
 
 A unit NN is a module `unit_NN.py` beside this file with `TITLE`, `EXERCISES` (a list of `Exercise`) and `PREDICTIONS`
 (a list of `Prediction`). Names are unique in the whole course.
+
+An instructor adds a unit by putting such a file into a folder that the environment variable
+`LORA_FROM_SCRATCH_UNITS` names.
 """
 
 from __future__ import annotations
@@ -9,10 +12,16 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import importlib.util
+import os
 import pkgutil
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 from lora_from_scratch.checks.exercise import Exercise, Prediction
+
+FOLDER = "LORA_FROM_SCRATCH_UNITS"
 
 
 @dataclass(frozen=True)
@@ -33,20 +42,32 @@ class Unit:
 @functools.cache
 def units() -> tuple[Unit, ...]:
     """All units that have checks, in order."""
-    import lora_from_scratch.checks as package
-
-    found = []
-    for name in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
-        if name.startswith("unit_"):
-            module = importlib.import_module(f"{package.__name__}.{name}")
-            found.append(
-                Unit(name.removeprefix("unit_"), module.TITLE, tuple(module.EXERCISES), tuple(module.PREDICTIONS))
-            )
+    modules = sorted(_modules(), key=lambda module: module.__name__.rpartition(".")[2])
+    found = [
+        Unit(module.__name__.rpartition("unit_")[2], module.TITLE, tuple(module.EXERCISES), tuple(module.PREDICTIONS))
+        for module in modules
+    ]
     names = [item.name for unit in found for item in unit.checked]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"two exercises or predictions have the same name: {', '.join(sorted(twice))}")
     return tuple(found)
+
+
+def _modules() -> list[ModuleType]:
+    """The units' modules: the package's, and those of the instructor's folder."""
+    import lora_from_scratch.checks as package
+
+    names = [info.name for info in pkgutil.iter_modules(package.__path__) if info.name.startswith("unit_")]
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    folder = os.environ.get(FOLDER)
+    for file in Path(folder).glob("unit_*.py") if folder else []:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        modules.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(modules[-1])
+    return modules
 
 
 @functools.cache

@@ -27,6 +27,7 @@ class Failure:
     inputs: Mapping[str, str]
     got: str
     expected: str
+    printed: str = ""  # what the answer printed meanwhile, its beginning
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Verdict:
     """What is said of an answer.
 
     Attributes:
-        status: "passed", "failed", "stopped" (out of time), "not started", "missing" (no such name in the notebook) or
-            "library" (it is the library's own version).
+        status: "passed", "failed", "stopped" (out of time), "not started", "missing" (the notebook has no such
+            function), "library" (it is the library's own version), "unknown" (no such exercise) or "broken" (the check
+            itself failed).
         misconception: the name of what is wrong; "" when nothing is, or nothing can be said.
         message: the same in words.
     """

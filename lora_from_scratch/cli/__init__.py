@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = ("demo", "finetune", "generate", "evaluate", "pretrain", "doctor")
+COMMANDS = ("demo", "shootout", "finetune", "generate", "evaluate", "pretrain", "lab", "progress", "build", "doctor")
 
 BAD_INPUT = 2  # the exit code when the person can mend it
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -19,6 +19,7 @@ NOBODY_READS = 141  # and for a pipe that was closed
 EPILOG = """\
 examples:
   lora-from-scratch demo                                     full fine-tuning and LoRA, side by side
+  lora-from-scratch shootout                                 every core method on the same task
   lora-from-scratch finetune --method lora --rank 4          your own adapter, in runs/story-cards-lora
   lora-from-scratch generate --adapter runs/story-cards-lora --card "hero[fox], wish[a crown], ending[happy]"
   lora-from-scratch evaluate --adapter runs/story-cards-lora

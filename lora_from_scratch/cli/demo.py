@@ -20,12 +20,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--steps", type=int, default=defaults.STEPS, metavar="N", help="training steps of each method (%(default)s)"
     )
+    add_jobs(parser)
     shared.add_seed(parser, "what is random in training")
     return parser
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=None,
+        metavar="N",
+        help="methods at a time; they share the cores (2, or 1 on one core)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.demo import demo
 
-    demo(options.output, model=options.model, steps=options.steps, seed=options.seed)
+    demo(options.output, model=options.model, steps=options.steps, seed=options.seed, jobs=options.jobs)
     return 0

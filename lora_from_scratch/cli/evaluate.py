@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"BLEU              {scores.bleu:8.2f}")
     print(f"slot errors       {100 * scores.slot_errors:8.2f} %")
-    print(f"perplexity        {scores.perplexity:8.2f}   of the references, given their cards")
+    print(f"perplexity        {scores.perplexity:8.2f}   of the first reference of each card, given the card")
     print(f"tale perplexity   {scores.tale_perplexity:8.2f}   forgetting: the project's own tales")
     print(f"divergence        {scores.divergence:8.3f}   nats per token from the base model, on its own text")
     return 0

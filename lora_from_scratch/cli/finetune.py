@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_from_scratch.cli import options as shared
 from lora_from_scratch.finetune import defaults
+from lora_from_scratch.finetune.run import OPTIMIZERS
 from lora_from_scratch.finetune.training import PRECISIONS, SCHEDULES, TrainingSettings
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision", choices=PRECISIONS, default="bf16", help="of the matrix products; weights are fp32 (%(default)s)"
     )
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="paged-adamw keeps AdamW's two numbers for each trained parameter in a file beside the output: "
+        "less memory, more time (%(default)s)",
+    )
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time (off)")
     shared.add_seed(group, "what is random in training")
 
@@ -76,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
             model=options.model,
             data=options.data,
             batch_size=options.batch_size,
+            optimizer=options.optimizer,
             gradient_checkpointing=options.gradient_checkpointing,
             device=options.device,
             cards=options.cards,

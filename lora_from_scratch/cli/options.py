@@ -27,7 +27,8 @@ HYPERPARAMETERS = {
     "layers": "the blocks to adapt, counted from 0; none named: all",
     "frozen_layers": "so many blocks at the bottom stay as they are",
     "num_virtual_tokens": "so many learned vectors stand before the text",
-    "init": "what they are at the start",
+    "init": "what they are at the start: vocabulary, text or random",
+    "init_text": "the words that they are at the start, with --init text; repeated if they are fewer",
     "double_quantization": "quantise the scales of the blocks too",
     "blocksize": "weights that share one scale",
     "quant_type": "the 4-bit code of the base weights",
@@ -38,6 +39,7 @@ HYPERPARAMETERS = {
     "as_peft": "compute as PEFT does, not as the paper",
     "bias_layers": "in so many blocks above them the biases are trained",
 }
+METAVARS = {"init_text": "TEXT"}
 # Fields without a flag of their own: --seed sets the first, the others are for programs.
 NOT_FLAGS = ("seed", "keep_base", "init_ids")
 
@@ -121,7 +123,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     for name, uses in _hyperparameters().items():
         defaults = "; ".join(f"{method}: {_written(default)}" for method, _, default in uses)
         kinds = [kind for _, kind, _ in uses]
-        extra: dict[str, Any] = {"metavar": "NAME" if kinds[0][0] is str else "N"}
+        extra: dict[str, Any] = {"metavar": METAVARS.get(name, "NAME" if kinds[0][0] is str else "N")}
         if any(several for _, several in kinds):
             extra["nargs"] = "+"
         if kinds[0][0] is bool:
@@ -203,7 +205,7 @@ def _written(default: Any) -> str:
         return "on" if default else "off"
     if default is None:
         return "not given"
-    return (" ".join(map(str, default)) or "none") if isinstance(default, tuple) else f"{default}"
+    return (" ".join(map(str, default)) if isinstance(default, tuple) else f"{default}") or "none"
 
 
 def _flag(name: str) -> str:

@@ -21,15 +21,15 @@ HEADINGS = (
 )
 
 
-def rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
+def rows(reports: Sequence[Report], headings: Sequence[str] = HEADINGS) -> list[tuple[str, ...]]:
     """The cells of the table, a row for each report."""
-    return [_row(report) for report in reports]
+    return [tuple(_cells(report)[heading] for heading in headings) for report in reports]
 
 
-def table(reports: Sequence[Report]) -> str:
-    """The table in Markdown, padded so that it reads well in a terminal too."""
-    lines = [HEADINGS, *rows(reports)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+def table(reports: Sequence[Report], headings: Sequence[str] = HEADINGS) -> str:
+    """The table in Markdown, padded so that it reads well in a terminal too. "divergence" may be one more heading."""
+    lines = [tuple(headings), *rows(reports, headings)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
 
     def join(cells: Sequence[str]) -> str:
         padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
@@ -38,7 +38,7 @@ def table(reports: Sequence[Report]) -> str:
     rule = (
         "|" + "|".join("-" * (w + 2) if column == 0 else "-" * (w + 1) + ":" for column, w in enumerate(widths)) + "|"
     )
-    return "\n".join([join(HEADINGS), rule, *(join(line) for line in lines[1:])])
+    return "\n".join([join(lines[0]), rule, *(join(line) for line in lines[1:])])
 
 
 def describe(reports: Sequence[Report]) -> str:
@@ -51,28 +51,23 @@ def describe(reports: Sequence[Report]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _row(report: Report) -> tuple[str, ...]:
+def _cells(report: Report) -> dict[str, str]:
+    """What stands under each heading."""
     s = report.scores
-    judged = (
-        (
-            f"{s.bleu:.1f}",
-            f"{100 * s.slot_errors:.1f} %",
-            f"{s.perplexity:.2f}",
-            f"{report.tale_perplexity_before:.1f}",
-            f"{s.tale_perplexity:.1f}",
-        )
-        if s
-        else ("",) * 5
-    )
-    return (
-        report.method,
-        f"{report.trained_parameters:,}",
-        f"{100 * report.share:.2f} %",
-        f"{report.seconds:.0f}",
-        size(report.peak_memory_bytes),
-        size(report.saved_bytes),
-        *judged,
-    )
+    return {
+        "method": report.method,
+        "trained": f"{report.trained_parameters:,}",
+        "share": f"{100 * report.share:.2f} %",
+        "seconds": f"{report.seconds:.0f}",
+        "peak memory": size(report.peak_memory_bytes),
+        "saved": size(report.saved_bytes),
+        "BLEU": f"{s.bleu:.1f}" if s else "",
+        "slot errors": f"{100 * s.slot_errors:.1f} %" if s else "",
+        "perplexity": f"{s.perplexity:.2f}" if s else "",
+        "tales: before": f"{report.tale_perplexity_before:.1f}" if s else "",
+        "after": f"{s.tale_perplexity:.1f}" if s else "",
+        "divergence": f"{s.divergence:.3f}" if s else "",
+    }
 
 
 def size(count: int) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from lora_from_scratch.files import check_writable, remove_leftovers, write_json
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
 from lora_from_scratch.finetune.data import Dataset, Example, load_dataset
-from lora_from_scratch.finetune.distributed import find_device
+from lora_from_scratch.finetune.distributed import World, find_device
 from lora_from_scratch.finetune.evaluation import (
     CARDS,
     Scores,
@@ -22,16 +26,18 @@ from lora_from_scratch.finetune.evaluation import (
     write_texts,
 )
 from lora_from_scratch.finetune.memory import PeakMemory
-from lora_from_scratch.finetune.training import Trainer, TrainingSettings
+from lora_from_scratch.finetune.training import Trainer, TrainingSettings, adamw
 from lora_from_scratch.gpt2.checkpoint import BUNDLED, checkpoint_directory, load_gpt2
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.method import Method
+from lora_from_scratch.paged_optimizer import PagedAdamW
 from lora_from_scratch.peft_format import CONFIG_FILE
 
 CHECKPOINT = "training-checkpoint.pt"  # in the output directory while the run is under way
 REPORT = "report.json"
 SAMPLES = 3
+OPTIMIZERS = ("adamw", "paged-adamw")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Run:
     model: str = "bundled"
     data: str = "story-cards"
     batch_size: int = defaults.BATCH_SIZE
+    optimizer: str = "adamw"  # or "paged-adamw": its state in a file, for where memory is short
     gradient_checkpointing: bool = False
     device: str = "cpu"
     split: str = "test"  # judged on "test" or "validation"; "" trains and saves only
@@ -54,11 +61,13 @@ class Run:
         for name in ("batch_size", "cards", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
 
 
 @dataclass
 class Report:
-    """What came of it. Bytes and seconds are of the training alone."""
+    """What came of it. Peak memory and seconds are of the training alone: judging it needs the whole base model."""
 
     method: str
     trained_parameters: int
@@ -69,6 +78,7 @@ class Report:
     saved_bytes: int
     final_loss: float  # mean of the last 20 steps, nats per token
     output: str
+    saved_parameters: int = 0  # numbers in what was saved: of a prefix, without the MLP that was trained with it
     scores: Scores | None = None
     tale_perplexity_before: float = float("nan")
     samples: list[dict[str, str]] = field(default_factory=list)  # each with mr, before, after
@@ -88,13 +98,17 @@ def finetune(run: Run, progress: bool = True) -> Report:
             before the training where it can be known before.
     """
     _check_output(run)
+    world = World.from_environment()
+    if run.batch_size < world.size:
+        raise ValueError(f"batch_size must be at least {world.size}, one for each process, got {run.batch_size}")
     device = find_device(run.device)
     dataset = load_dataset(run.data)
     judged = first_cards(getattr(dataset, run.split), run.cards) if run.split else []
     memory = PeakMemory(device)
-    model, tokenizer = load_gpt2(run.model)
+    model, tokenizer = run.method.load_base(run.model)
+    run = replace(run, method=run.method.for_tokenizer(tokenizer))
     model.to(device)
-    total, base = sum(p.numel() for p in model.parameters()), _fingerprint(model)
+    total, base = _parameters(model), _fingerprint(model)
     run.method.adapt(model)
     context = model.config.n_positions  # a method may take some of it
     if judged:
@@ -102,18 +116,8 @@ def finetune(run: Run, progress: bool = True) -> Report:
     completions = _completions(dataset, tokenizer, context, progress)
     model.gradient_checkpointing = run.gradient_checkpointing
     trained = sum(p.numel() for p in run.method.trainable(model).values())
-    trainer = Trainer(
-        model,
-        lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
-        run.settings,
-        checkpoint=run.output / CHECKPOINT,
-        checkpoint_every=run.checkpoint_every,
-        # Not the names of model and data: by now they may stand for something else.
-        settings_tag=f"{run.method} batch {run.batch_size} model {base} data {completions.fingerprint()}",
-        progress=progress,
-        description=run.method.name,
-    )
-    history = trainer.run()
+    history = _trainer(run, model, completions, base, progress).run()  # its optimiser state goes: judging needs room
+    world.add_up([torch.zeros(())])  # every process is done with the checkpoint before the first one deletes it
     report = Report(
         method=run.method.name,
         trained_parameters=trained,
@@ -127,8 +131,8 @@ def finetune(run: Run, progress: bool = True) -> Report:
         losses=history.losses,
     )
     model.gradient_checkpointing = False
-    if trainer.world.rank == 0:
-        report.saved_bytes = _save(run, model, tokenizer)
+    if world.rank == 0:
+        report.saved_bytes, report.saved_parameters = _save(run, model, tokenizer)
         if judged:
             _judge(report, run, model, tokenizer, dataset, judged)
         _write_report(report, run)
@@ -175,16 +179,47 @@ def _write_report(report: Report, run: Run) -> None:
     write_json(run.output / REPORT, document)
 
 
+def _trainer(run: Run, model: GPT2, completions: Completions, base: int, progress: bool) -> Trainer:
+    return Trainer(
+        model,
+        lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
+        run.settings,
+        optimizers=_optimizers(run, model),
+        checkpoint=run.output / CHECKPOINT,
+        checkpoint_every=run.checkpoint_every,
+        # Not the names of model and data: by now they may stand for something else.
+        settings_tag=f"{run.method} batch {run.batch_size} model {base} data {completions.fingerprint()}",
+        progress=progress,
+        description=run.method.name,
+    )
+
+
+def _optimizers(run: Run, model: GPT2) -> list[torch.optim.Optimizer] | None:
+    """The optimiser that the run names; None: the trainer's own. The file of a paged one is on the output's disk."""
+    if run.optimizer == "adamw":
+        return None
+    usual = adamw(run.method.trainable(model), run.settings)  # for its groups; it holds no state yet
+    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in usual.param_groups]
+    place = next(place for place in (run.output, *run.output.parents) if place.is_dir())
+    return [PagedAdamW(groups, lr=run.settings.learning_rate, betas=run.settings.betas, directory=place)]
+
+
+def _parameters(model: GPT2) -> int:
+    """How many a model of this shape has; of a quantised one too, whose weights are no parameters of PyTorch's."""
+    with torch.device("meta"):  # shapes without memory
+        return sum(p.numel() for p in GPT2(model.config).parameters())
+
+
 def _fingerprint(model: GPT2) -> int:
     """A number that other weights, in all likelihood, do not have: a CRC-32."""
     crc = 0
-    for parameter in model.parameters():
-        crc = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), crc)
+    for tensor in model.state_dict().values():
+        crc = zlib.crc32(tensor.cpu().contiguous().numpy(), crc)
     return crc
 
 
-def _save(run: Run, model: GPT2, tokenizer: Tokenizer) -> int:
-    """Write the result and return its size in bytes, that of nothing else that may lie beside it."""
+def _save(run: Run, model: GPT2, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Write the result; return its size in bytes, that of nothing else that may lie beside it, and in parameters."""
 
     def files() -> dict[str, int]:
         return {file.name: file.stat().st_ino for file in run.output.iterdir() if file.is_file()}
@@ -192,4 +227,10 @@ def _save(run: Run, model: GPT2, tokenizer: Tokenizer) -> int:
     before = files()
     run.method.save(model, run.output, base_model=None if run.model == BUNDLED else run.model, tokenizer=tokenizer)
     written = [name for name, inode in files().items() if before.get(name) != inode]
-    return sum((run.output / name).stat().st_size for name in written)
+    numbers = sum(_numbers_in(run.output / name) for name in written if name.endswith(".safetensors"))
+    return sum((run.output / name).stat().st_size for name in written), numbers
+
+
+def _numbers_in(file: Path) -> int:
+    with safe_open(file, framework="pt") as tensors:  # reads the table of contents only
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

@@ -53,7 +53,10 @@ def filter_top_p(logits: Tensor, p: float) -> Tensor:
         p: above 0 and at most 1; 1 keeps everything.
 
     Returns:
-        (..., V), a new tensor; minus infinity where a token is dropped.
+        (..., V), a new tensor: the logits where they were, minus infinity where a token is dropped.
+
+    Raises:
+        ValueError: p is not above 0 and at most 1.
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {p}")
@@ -77,10 +80,17 @@ def sample_next_token(
 
     Args:
         logits: (V,).
-        temperature: 0 takes the most likely token; below 1 makes likely tokens likelier, above 1 less likely.
+        temperature: 0 takes the most likely token (the filters change nothing then); below 1 makes likely tokens
+            likelier, above 1 less likely.
         top_k: see `filter_top_k`; None: no filter.
         top_p: see `filter_top_p`; None: no filter. The probabilities are those after temperature and top-k.
-        generator: the source of the randomness, on the CPU.
+        generator: the source of the randomness, on the CPU: the same state gives the same token. None: PyTorch's own.
+
+    Returns:
+        The token's id, 0 to V - 1.
+
+    Raises:
+        ValueError: the temperature is below 0, or a filter refuses its argument.
     """
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")

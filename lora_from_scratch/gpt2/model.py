@@ -8,6 +8,7 @@ of Hugging Face's checkpoints, so that a state dict goes either way without rena
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.utils.checkpoint
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2.config import GPT2Config
 
+Part = Callable[[Tensor], Tensor]  # one of the parts of a block
 IGNORE_INDEX = -100  # a label that the loss leaves out (PyTorch's and Hugging Face's convention)
 
 
@@ -45,9 +47,9 @@ def merge_heads(x: Tensor) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention in which no token sees a later one (Vaswani et al. 2017, eq. 1).
 
-    `softmax(q k^T / sqrt(hd) + mask) v`, where the mask is minus infinity for every key that comes after
-    its query. The last query is aligned with the last key, so that with a cache (S > T) the first T of the
-    queries see the S - T cached keys as well.
+    `softmax(q k^T / sqrt(hd) + mask) v`, with the softmax over the keys, and a mask that is 0 where `causal_mask`
+    lets a query see a key and minus infinity elsewhere. The last query is aligned with the last key, so that with a
+    cache (S > T) every query sees the S - T cached keys as well.
 
     Args:
         q: (B, H, T, hd), the queries.
@@ -64,7 +66,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def causal_mask(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    """(T, S) of booleans: True where a query may see a key. The last query sees every key."""
+    """Which keys each query may see: itself and what stands before it, never what comes after.
+
+    The last query is aligned with the last key: with S > T the first S - T keys come from a cache and stand before
+    all of the queries.
+
+    Args:
+        tokens: T, the number of queries.
+        keys: S, the number of keys, S >= T.
+        device: where the mask shall be; None: on the CPU.
+
+    Returns:
+        (T, S) of booleans, True where query t may see key s. The last row is all True.
+    """
     query_position = torch.arange(keys - tokens, keys, device=device)
     key_position = torch.arange(keys, device=device)
     return key_position[None, :] <= query_position[:, None]
@@ -82,19 +96,38 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy, in nats, of predicting each token from the tokens before it.
 
     The logits at position t are compared with the label at t + 1: the shift happens here and nowhere
-    else. Labels of -100 (`IGNORE_INDEX`) do not count, neither in the sum nor in the mean.
+    else. Labels of -100 (`IGNORE_INDEX`) do not count, neither in the sum nor in the number that it is divided by.
+    All labels of the batch that count weigh the same, whichever row they stand in.
 
     Args:
         logits: (B, T, V).
         labels: (B, T), token ids or -100.
 
     Returns:
-        A scalar; 0 if every label is -100.
+        A scalar that gradients flow through; 0 if no label counts.
     """
     targets = labels[:, 1:]
     counts = targets != IGNORE_INDEX  # (B, T - 1); only these rows of logits are looked at
     total = F.cross_entropy(logits[:, :-1][counts].float(), targets[counts], reduction="sum")
     return total / counts.sum().clamp(min=1)
+
+
+def transformer_block(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
+    """One block of GPT-2: attention, then the MLP, each with its own normalisation (Radford et al. 2019, section 2.3).
+
+    Each of the two reads the normalised stream, and what it returns is added to the stream itself, which no
+    normalisation ever touches ("pre-norm"). The MLP reads what the attention has added to.
+
+    Args:
+        x: (B, T, d), the residual stream; it is left as it is.
+        norm_1, attention, norm_2, mlp: functions of a (B, T, d) tensor that return another. The first normalisation
+            belongs to the attention, the second to the MLP.
+
+    Returns:
+        (B, T, d), the residual stream after the block.
+    """
+    x = x + attention(norm_1(x))
+    return x + mlp(norm_2(x))
 
 
 # --- The modules -----------------------------------------------------------------------------------
@@ -176,14 +209,19 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`causal_attention`, with dropout on its weights. Returns (B, H, T, hd).
 
-        `mask` is (B, 1, T, S), True where a query may see a key; None means causal with S = T.
+        `mask` is (B, 1, T, S), True where a query may see a key; None means causal, the last query sees every key.
         PyTorch's fused kernel keeps no (T, S) matrix in memory. In bf16 on a CPU, though, its backward pass
         takes longer than the equation written out (`benchmarks/attention.py`), so there we write it out.
         """
         dropout = self.attn_pdrop if self.training else 0.0
-        if mask is None and not dropout and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+        learns = q.requires_grad or k.requires_grad
+        if mask is None and not dropout and q.dtype == torch.bfloat16 and q.device.type == "cpu" and learns:
             return causal_attention(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        tokens, keys = q.shape[-2], k.shape[-2]
+        if mask is None and 1 < tokens < keys:  # the kernel's own causal mask is for S = T
+            mask = causal_mask(tokens, keys, q.device)
+        causal = mask is None and tokens == keys
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class MLP(nn.Module):
@@ -201,7 +239,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))` (pre-norm)."""
+    """One `transformer_block`, with its weights."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
@@ -211,8 +249,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+        return transformer_block(x, self.ln_1, lambda h: self.attn(h, mask, cache), self.ln_2, self.mlp)
 
 
 class Transformer(nn.Module):
@@ -318,11 +355,9 @@ class GPT2(nn.Module):
     @staticmethod
     def _attention_mask(attention_mask: Tensor | None, tokens: int, keys: int, device: torch.device) -> Tensor | None:
         """(B or 1, 1, T, S) of booleans; None where plain causal attention is enough."""
-        if attention_mask is None and tokens == keys:
+        if attention_mask is None:
             return None
         causal = causal_mask(tokens, keys, device)[None, None]  # (1, 1, T, S)
-        if attention_mask is None:
-            return causal
         allowed = causal & attention_mask.bool()[:, None, None, :]
         # A padding query in front of its text may see nothing; let it see itself, so that no softmax is 0 / 0.
         return allowed | torch.eye(keys, dtype=torch.bool, device=device)[keys - tokens :][None, None]

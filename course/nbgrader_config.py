@@ -1,0 +1,44 @@
+"""The course's configuration of nbgrader: run nbgrader in the folder of this file."""
+
+from pathlib import Path
+
+from lora_from_scratch.grading.preprocessors import ClearSolutions as CourseClearSolutions
+from nbgrader.preprocessors import (
+    CheckCellMetadata,
+    ClearHiddenTests,
+    ClearMarkScheme,
+    ClearOutput,
+    ComputeChecksums,
+    LockCells,
+    SaveCells,
+)
+
+c = get_config()  # noqa: F821
+
+# The course's root is the nearest folder that holds solutions/: this file's own, or the one above.
+here = Path(__file__).resolve().parent
+c.CourseDirectory.root = str(next((place for place in (here, *here.parents) if (place / "solutions").is_dir()), here))
+c.CourseDirectory.course_id = "lora-from-scratch"
+c.CourseDirectory.source_directory = "solutions"
+c.CourseDirectory.release_directory = "notebooks"
+
+c.ClearSolutions.code_stub = {"python": "# YOUR CODE HERE\nraise NotImplementedError"}
+c.ClearSolutions.text_stub = "*Your answer here.*"
+# nbgrader's own steps without the two that this course does not use (headers and footers, generated tests), and with
+# predictions left as `None` instead of an error.
+c.GenerateAssignment.preprocessors = [
+    LockCells,
+    CourseClearSolutions,
+    ClearOutput,
+    CheckCellMetadata,
+    ComputeChecksums,
+    SaveCells,
+    ClearHiddenTests,
+    ClearMarkScheme,
+    ComputeChecksums,
+    CheckCellMetadata,
+]
+
+# A unit computes for up to five minutes, and a slow grading machine should not cost anybody points.
+c.Execute.timeout = 600
+c.ExecutePreprocessor.timeout = 600

@@ -1,0 +1,88 @@
+"""How far a learner has come: per unit and per idea, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_from_scratch.checks import progress_file
+from lora_from_scratch.checks.display import table
+from lora_from_scratch.checks.exercise import Exercise, Prediction
+from lora_from_scratch.checks.progress_file import Entry, Progress
+from lora_from_scratch.checks.units import Unit, units
+
+Table = tuple[str, str]  # as HTML and as text
+SUMMARY = ("", "passed", "points", "attempts", "hints")
+
+
+def report(unit: str | int | None = None) -> tuple[list[Table], list[str]]:
+    """The tables, and what has to be said below them.
+
+    Args:
+        unit: the number of a unit, to see each of its exercises; None: all units, and all ideas that were begun.
+
+    Raises:
+        ValueError: there is no such unit.
+    """
+    chosen = None if unit is None else _find(unit)
+    progress = progress_file.load()
+    notes = [*progress.notes, _place(progress)]
+    if chosen is not None:
+        return [_exercises(chosen, progress)], notes
+    everything = [item for each in units() for item in each.checked]
+    rows = [_row(f"{each.number} {each.title}", each.checked, progress) for each in units()]
+    tables = [table(("unit", *SUMMARY[1:]), [*rows, _row("all", everything, progress)], "Your progress")]
+    ideas: dict[str, list[Exercise | Prediction]] = {}
+    for item in everything:
+        ideas.setdefault(item.idea, []).append(item)
+    begun = [_row(idea, items, progress) for idea, items in ideas.items() if _begun(items, progress)]
+    if begun:
+        tables.append(table(("idea", *SUMMARY[1:]), begun, "By idea, those that you have begun"))
+    return tables, notes
+
+
+def _find(unit: str | int) -> Unit:
+    number = str(unit).lower().removeprefix("unit").strip("_ ").zfill(2)
+    for each in units():
+        if each.number == number:
+            return each
+    raise ValueError(f"there is no unit {unit!r}; there are {', '.join(each.number for each in units())}")
+
+
+def _row(name: str, items: Sequence[Exercise | Prediction], progress: Progress) -> list[str]:
+    entries = [progress.entries.get(item.name, Entry()) for item in items]
+    passed = sum(entry.passed is not None for entry in entries)
+    symbol = "✓" if items and passed == len(items) else "◐" if _begun(items, progress) else "○"
+    points = sum(min(entry.points, item.points) for entry, item in zip(entries, items, strict=True))
+    return [
+        f"{symbol} {name}",
+        f"{passed} of {len(items)}",
+        f"{points:g} of {sum(item.points for item in items)}",
+        str(sum(entry.attempts for entry in entries)),
+        str(sum(entry.hints for entry in entries)),
+    ]
+
+
+def _exercises(unit: Unit, progress: Progress) -> Table:
+    rows = []
+    for item in unit.checked:
+        entry = progress.entries.get(item.name, Entry())
+        symbol, state = ("◐", "begun") if entry.attempts else ("○", "not begun")
+        if entry.passed:
+            symbol, state = "✓", f"passed on {entry.passed[:10]}"
+        state += ", took the library's" if entry.library else ""
+        points = f"{min(entry.points, item.points):g} of {item.points}"
+        rows.append([f"{symbol} {item.name}", item.idea, state, points, str(entry.attempts), str(entry.hints)])
+    headings = ("exercise", "idea", "state", *SUMMARY[2:])
+    return table(headings, rows, f"Your progress in unit {unit.number}, {unit.title}")
+
+
+def _begun(items: Sequence[Exercise | Prediction], progress: Progress) -> bool:
+    return any(progress.entries[item.name].attempts for item in items if item.name in progress.entries)
+
+
+def _place(progress: Progress) -> str:
+    if progress.kept:
+        return f"Kept in {progress_file.path()}."
+    if progress_file.switched_off():
+        return f"Kept until this kernel ends ({progress_file.SWITCH} is off)."
+    return f"Kept until this kernel ends: {progress_file.path()} is not written."

@@ -1,0 +1,46 @@
+"""`lora-from-scratch shootout`: every core method on the same task."""
+
+from __future__ import annotations
+
+import argparse
+
+from lora_from_scratch.cli import options as shared
+from lora_from_scratch.cli.demo import add_jobs
+from lora_from_scratch.finetune import defaults
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "shootout",
+        help="every core method on the same task and budget",
+        description="Fine-tune a GPT-2 on the story cards by every core method, with the same number of steps, and "
+        "compare them: a table, and a figure of quality against trained parameters. "
+        "Killed and started again with the same flags, it goes on where it was.",
+    )
+    shared.add_model(parser)
+    shared.add_output(parser, "runs/shootout")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="the methods, by their names in the table (all core methods)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=defaults.STEPS, metavar="N", help="training steps of each method (%(default)s)"
+    )
+    shared.add_cards(parser)
+    add_jobs(parser)
+    shared.add_seed(parser, "what is random in training")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    from lora_from_scratch.shootout import CORE, shootout
+
+    shootout(
+        options.output,
+        model=options.model,
+        methods=options.methods or CORE,
+        steps=options.steps,
+        cards=options.cards,
+        seed=options.seed,
+        jobs=options.jobs,
+    )
+    return 0

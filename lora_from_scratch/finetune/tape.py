@@ -1,0 +1,231 @@
+"""Which activations a training step keeps, and for how long: autograd's bookkeeping with sizes instead of tensors.
+
+For the backward pass autograd keeps, of every operation, the tensors from which its derivative is made. Which
+they are follows from the derivative alone. Written for B sequences of T tokens, width d, H heads, MLP width m, w
+bytes a number (4; 2 in autocast's bf16), and only where a gradient flows at all:
+
+    y = x W + b       x if W is trained (dL/dW = x^T dL/dy); W if x has a gradient (dL/dx = dL/dy W^T). W is there
+                      anyway, but autocast has made a copy of 2 bytes a weight. A frozen W needs no x: that, and not
+                      the few trained weights, is what LoRA, adapters and biases save of the activations.
+    s B A x           x for A, the r numbers A x for B
+    4-bit W           nothing: it is dequantised again
+    LayerNorm         x, the mean and the deviation of each token (8 bytes)
+    gelu, add         x; nothing
+    attention         q, k, v, the result, one logarithm (4 bytes) a head and token: PyTorch's fused kernel. The (T, T)
+                      matrices are kept only where `Attention.attend` writes the equation out (bf16 on a CPU), or where
+                      there is dropout on them (the kernel on a CPU has none); a mask costs (T, T) for each sequence.
+    dropout           the noise, in the type of x (on a GPU, and in a LoRA: one byte)
+
+With everything trained, in fp32, without dropout, a block keeps, in bytes,
+
+    4 B T (8 d + 2 m) + 4 B T H + 16 B T        (64 B T d and a little, for m = 4 d)
+
+Korthikanti et al. 2022 (arXiv:2205.05198, eq. 1) count s b h (34 + 5 a s / h) for the same block in 16 bits, with three
+dropouts and attention written out. The backward pass then goes from the top down, frees what it has used and holds the
+gradients of activations that are on their way; the most it ever holds, and where, is what `Tape.backward` finds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+FP32 = 4  # bytes
+
+# --- The tape ------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Shadow:
+    """A tensor of the forward pass without its values: how large it is, and whether a gradient will come to it."""
+
+    rows: int  # mostly B T, the tokens
+    columns: int
+    width: int = FP32  # bytes a number
+    grad: bool = False
+    weight: bool = False  # it is a parameter: to keep it costs nothing more
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.columns * self.width
+
+
+@dataclass
+class Step:
+    """One operation of the forward pass, as the backward pass sees it."""
+
+    where: str  # for people: "block 3"
+    inputs: list[Shadow]
+    output: Shadow
+    saved: list[Shadow]
+    trained: int = 0  # bytes of the gradients of parameters that its derivative makes
+    scratch: int = 0  # bytes that its derivative needs for a moment
+    passes: bool = False  # its inputs get the gradient of the output, itself and no copy: a sum
+    inner: Tape | None = None  # a checkpoint: the operations that are computed again
+
+
+@dataclass
+class Tape:
+    """The operations so far, and what has to be known of the batch to count them."""
+
+    batch: int
+    tokens: int  # that run through the blocks, virtual ones included
+    autocast: bool = False  # matrix products in bf16
+    padded: bool = False  # an attention mask is given
+    cuda: bool = False
+    training: bool = True  # whether there is dropout
+    where: str = ""
+    prefix: Shadow | None = None  # (P, 2 L d), what prefix tuning puts in front
+    steps: list[Step] = field(default_factory=list)
+    kept: dict[Shadow, None] = field(default_factory=dict)  # for the backward pass, so far; an ordered set
+    forward_peak: int = 0  # the most bytes that lived so far: what is kept, and what one operation reads and writes
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def keys(self) -> int:
+        return self.tokens + (self.prefix.rows if self.prefix else 0)
+
+    @property
+    def masked(self) -> bool:
+        return self.padded or self.prefix is not None
+
+    def add(
+        self,
+        inputs: Sequence[Shadow],
+        output: Shadow,
+        saved: Sequence[Shadow] = (),
+        trained: Sequence[Tensor | None] = (),
+        scratch: int = 0,
+        passes: bool = False,
+    ) -> Shadow:
+        """Note an operation, if a gradient flows through it, and return its output."""
+        learned = [p for p in trained if p is not None and p.requires_grad]
+        output.grad = any(x.grad for x in inputs) or bool(learned)
+        if output.grad:
+            made = sum(p.nbytes for p in learned)
+            self._keep(saved)
+            self.steps.append(Step(self.where, list(inputs), output, list(saved), made, scratch, passes))
+        beside = {x: x.nbytes for x in (*inputs, output) if x not in self.kept and not x.weight}
+        self.forward_peak = max(self.forward_peak, self.kept_bytes() + sum(beside.values()))
+        return output
+
+    def _keep(self, saved: Sequence[Shadow]) -> None:
+        self.kept.update(dict.fromkeys(tensor for tensor in saved if not tensor.weight))
+
+    def kept_bytes(self) -> int:
+        """Bytes of activations that are kept, each tensor counted once."""
+        return sum(tensor.nbytes for tensor in self.kept)
+
+    # --- Operations ---
+
+    def parameter(self, p: Tensor) -> Shadow:
+        """A matrix that is learned and takes the place of activations."""
+        return self.add([], Shadow(p.shape[-2], p.shape[-1], p.element_size(), weight=True), trained=[p])
+
+    def like(self, x: Shadow, saved: Sequence[Shadow] = ()) -> Shadow:
+        """Anything that makes of x something of its size."""
+        return self.add([x], Shadow(x.rows, x.columns, x.width), saved)
+
+    def bends(self, x: Shadow) -> Shadow:
+        """relu, tanh, softmax: the derivative is made of the result."""
+        y = Shadow(x.rows, x.columns, x.width)
+        return self.add([x], y, [y])
+
+    def sum(self, x: Shadow, y: Shadow) -> Shadow:
+        width = max(x.width, y.width)
+        return self.add([self.cast(x, width), self.cast(y, width)], Shadow(x.rows, x.columns, width), passes=True)
+
+    def cast(self, x: Shadow, width: int) -> Shadow:
+        return x if x.width == width else self.add([x], Shadow(x.rows, x.columns, width))
+
+    def linear(self, x: Shadow, weight: Tensor, columns: int, bias: Tensor | None = None) -> Shadow:
+        """x W + b with this many columns; in bf16 under autocast."""
+        if self.autocast:
+            x = self.cast(x, 2)
+        saved = [x] if weight.requires_grad else []
+        if x.grad and x.width != weight.element_size():
+            saved.append(Shadow(1, weight.numel(), x.width))  # the copy of W
+        scratch = x.width * weight.numel() if weight.requires_grad and x.width != weight.element_size() else 0
+        return self.add([x], Shadow(x.rows, columns, x.width), saved, [weight, bias], scratch)
+
+    def norm(self, x: Shadow, norm: nn.LayerNorm, stored: Shadow | None = None) -> Shadow:
+        """LayerNorm; `stored` is the tensor that x is a part of, if it is one: it is kept as a whole."""
+        output = Shadow(x.rows, x.columns, x.width)
+        return self.add([x], output, [stored or x, Shadow(x.rows, 2)], [norm.weight, norm.bias])
+
+    def dropout(self, x: Shadow, p: float, noise_width: int | None = None) -> Shadow:
+        if not (self.training and p > 0):
+            return x
+        noise = Shadow(x.rows, x.columns, noise_width or (1 if self.cuda else x.width))
+        return self.like(x, [noise])
+
+    def checkpoint(self, x: Shadow, others: list[Shadow], inner: Tape, output: Shadow) -> Shadow:
+        """Of all that `inner` keeps, keep the arguments alone, and compute the rest again when its turn comes."""
+        self.forward_peak = max(self.forward_peak, self.kept_bytes() + inner.forward_peak - inner.kept_bytes())
+        if output.grad:
+            self._keep([x, *others])
+            self.steps.append(Step(self.where, [x], output, [x, *others], inner=inner))
+        return output
+
+    # --- What is kept, and the backward pass ---
+
+    def savers(self) -> Counter[Shadow]:
+        """How many operations keep each tensor."""
+        return Counter(tensor for step in self.steps for tensor in dict.fromkeys(step.saved) if not tensor.weight)
+
+    def backward(self) -> Iterator[tuple[str, int]]:
+        """For each operation, from the last to the first: where it is, and the most bytes that live meanwhile.
+
+        Counted are activations, gradients of activations and gradients of parameters.
+        """
+        return Backward(self.savers()).through(self.steps)
+
+
+class Backward:
+    """The state of a backward pass: what is still kept, which gradients are on their way, which have arrived."""
+
+    def __init__(self, savers: Counter[Shadow]) -> None:
+        self.savers = savers
+        self.on_the_way: dict[Shadow, Shadow] = {}  # tensor: its gradient
+        self.arrived = 0  # bytes, for parameters
+
+    def through(self, steps: Sequence[Step]) -> Iterator[tuple[str, int]]:
+        for step in reversed(steps):
+            if step.inner is not None:
+                self.savers.update(step.inner.savers())  # computed again
+                yield from self.through(step.inner.steps)
+                self._release(step)
+            else:
+                yield step.where, self._derive(step)
+
+    def _derive(self, step: Step) -> int:
+        """Take the gradient of the output, make those of the inputs; the most bytes that live meanwhile."""
+        before = self._live()
+        inputs = [x for x in dict.fromkeys(step.inputs) if x.grad]
+        incoming = self.on_the_way.pop(step.output, step.output)
+        made = {x: incoming if step.passes else Shadow(x.rows, x.columns, x.width) for x in inputs}
+        new = 0 if step.passes else sum(gradient.nbytes for gradient in made.values())
+        most = before + new + step.trained + step.scratch
+        self._release(step)
+        self.arrived += step.trained
+        for x, gradient in made.items():
+            if x in self.on_the_way:  # from another operation: the sum is a third tensor, for a moment
+                most = max(most, self._live() + 2 * gradient.nbytes)
+            else:
+                self.on_the_way[x] = gradient
+        return most
+
+    def _release(self, step: Step) -> None:
+        for tensor in dict.fromkeys(step.saved):
+            self.savers[tensor] -= 1
+        self.savers = +self.savers  # without those that nobody keeps any more
+
+    def _live(self) -> int:
+        kept = sum(tensor.nbytes for tensor in self.savers)
+        return kept + sum(gradient.nbytes for gradient in set(self.on_the_way.values())) + self.arrived

@@ -1,0 +1,204 @@
+"""From the source's cells to the cells of the solved notebook, with nbgrader's metadata."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_from_scratch.checks.exercise import Exercise, Prediction
+from lora_from_scratch.checks.units import Unit
+from lora_from_scratch.grading.refused import Refused
+from lora_from_scratch.grading.solution import (
+    BEGIN,
+    END,
+    bound_names,
+    needed_imports,
+    refers_to_itself,
+    solved_source,
+    write_imports,
+)
+from lora_from_scratch.grading.source import SourceCell
+
+SCHEMA = 3  # of nbgrader's metadata
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
+
+@dataclass
+class Cell:
+    """A cell of a notebook, and where it comes from.
+
+    Attributes:
+        place: the source's file and cell, for messages.
+        role: "exercise", "prediction", "check", "answer" (to an open question); "" for the others.
+        figure: the file that its picture goes to.
+        volatile: its output differs from run to run.
+    """
+
+    kind: str
+    text: str
+    place: str
+    role: str = ""
+    name: str = ""
+    points: float = 0
+    figure: str = ""
+    volatile: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def as_node(self, cell_id: str) -> Any:
+        import nbformat
+
+        make = nbformat.v4.new_code_cell if self.kind == "code" else nbformat.v4.new_markdown_cell
+        return make(self.text, id=cell_id, metadata=self.metadata)
+
+
+def assemble(unit: Unit, source: Iterable[SourceCell]) -> list[Cell]:
+    """The cells of the solved notebook.
+
+    Raises:
+        Refused: a directive names an exercise or prediction that the unit does not have, or an exercise's object
+            cannot be taken apart.
+    """
+    cells: list[Cell] = []
+    problems: list[str] = []
+    for cell in source:
+        try:
+            cells.extend(_written(unit, cell))
+        except ValueError as error:
+            problems.append(f"{cell.place}: {error}")
+    try:
+        _add_imports(unit, cells)
+    except ValueError as error:
+        problems.append(f"checks/unit_{unit.number}.py: {error}")
+    if problems:
+        raise Refused(problems)
+    return cells
+
+
+def as_notebook(cells: Iterable[Cell]) -> Any:
+    """The notebook, not executed. Cells have ids that change only when the cell does."""
+    import nbformat
+
+    used: dict[str, int] = {}
+    nodes = []
+    for cell in cells:
+        cell_id = f"{cell.role}-{cell.name}"[:50] if cell.role else hashlib.sha256(cell.text.encode()).hexdigest()[:12]
+        used[cell_id] = used.get(cell_id, 0) + 1
+        nodes.append(cell.as_node(cell_id if used[cell_id] == 1 else f"{cell_id}-{used[cell_id]}"))
+    metadata = {"kernelspec": dict(KERNEL), "language_info": {"name": "python"}}
+    return nbformat.v4.new_notebook(cells=nodes, metadata=metadata)
+
+
+def _written(unit: Unit, cell: SourceCell) -> list[Cell]:
+    """What the build writes for a cell of the source."""
+    if cell.get("exercise"):
+        return _exercise(unit, cell)
+    if cell.get("prediction"):
+        return _prediction(_named(unit.predictions, cell, "prediction"), cell)
+    if cell.get("check"):
+        return [_check(_named(unit.predictions, cell, "check"), cell)]
+    if cell.get("open_question"):
+        return _open_question(cell)
+    return [
+        Cell(cell.kind, cell.text, cell.place, figure=cell.get("figure") or "", volatile=bool(cell.get("volatile")))
+    ]
+
+
+def _named(items: Iterable[Any], cell: SourceCell, directive: str) -> Any:
+    items = list(items)
+    for item in items:
+        if item.name == cell.get(directive):
+            return item
+    there = ", ".join(item.name for item in items) or "none"
+    raise ValueError(f"{directive}={cell.get(directive)!r} is not in the unit's list; there are: {there}")
+
+
+def _exercise(unit: Unit, cell: SourceCell) -> list[Cell]:
+    exercise: Exercise = _named(unit.exercises, cell, "exercise")
+    name = exercise.name
+    number = [item.name for item in unit.exercises].index(name) + 1
+    lines = exercise.lines
+    heading = (
+        f"### Exercise {int(unit.number)}.{number}: `{name}`\n\n"
+        f"Difficulty {exercise.difficulty} of 5 · about {exercise.minutes} minutes · "
+        f"{lines} {'line' if lines == 1 else 'lines'} in the library · "
+        f"{exercise.points} {'point' if exercise.points == 1 else 'points'}"
+    )
+    solution = Cell("code", solved_source(exercise.object, exercise.blank), cell.place, "exercise", name)
+    solution.metadata = _nbgrader(name, solution=True)
+    stuck = (
+        "# Stuck? Take away a # and run this cell.\n"
+        f'# hint("{name}")                 # opens the next hint\n'
+        f'# {name} = library("{name}")     # goes on with the library\'s version, which earns no points'
+    )
+    return [
+        Cell("markdown", heading, cell.place),
+        solution,
+        _check(exercise, cell),
+        Cell("code", stuck, cell.place),
+    ]
+
+
+def _prediction(prediction: Prediction, cell: SourceCell) -> list[Cell]:
+    choices = "".join(f'\n- `"{key}"`: {text}' for key, text in prediction.choices.items())
+    allowed = " or ".join(f'"{key}"' for key in prediction.choices) or "a number"
+    question = f"**Predict first.** {prediction.question}"
+    if choices:
+        question += f"\n{choices}"
+    question += (
+        f"\n\nWrite {'your choice' if choices else 'a number'} into the cell below before you go on. "
+        "The experiment gives the answer."
+    )
+    text = (
+        f"{prediction.name} = None  # {allowed}\n{BEGIN}\n{prediction.name} = {_literal(prediction.answer)}\n{END}"
+    )
+    answer = Cell("code", text, cell.place, "prediction", prediction.name)
+    answer.metadata = _nbgrader(prediction.name, solution=True)
+    return [Cell("markdown", question, cell.place), answer]
+
+
+def _literal(answer: str | float) -> str:
+    return f'"{answer}"' if isinstance(answer, str) else repr(answer)
+
+
+def _check(item: Exercise | Prediction, cell: SourceCell) -> Cell:
+    check = Cell("code", f'check("{item.name}")', cell.place, "check", item.name, points=item.points)
+    check.metadata = _nbgrader(f"check-{item.name}", grade=True, locked=True, points=item.points)
+    return check
+
+
+def _open_question(cell: SourceCell) -> list[Cell]:
+    name, points = cell.get("open_question"), cell.get("points") or 0
+    question = Cell("markdown", cell.text, cell.place)
+    answer = Cell("markdown", "*Graded by a person, with the rubric above.*", cell.place, "answer", name, points=points)
+    answer.metadata = _nbgrader(name, grade=True, solution=True, points=points)
+    return [question, answer]
+
+
+def _nbgrader(
+    grade_id: str, *, grade: bool = False, solution: bool = False, locked: bool = False, points: float | None = None
+) -> dict[str, Any]:
+    said: dict[str, Any] = {"grade": grade, "grade_id": grade_id, "locked": locked}
+    if points is not None:
+        said["points"] = points
+    return {"nbgrader": said | {"schema_version": SCHEMA, "solution": solution, "task": False}}
+
+
+def _add_imports(unit: Unit, cells: list[Cell]) -> None:
+    """After the first code cell: what the solutions use of the library, except this unit's exercises."""
+    first = next((index for index, cell in enumerate(cells) if cell.kind == "code"), None)
+    if first is None:
+        return
+    try:
+        own = bound_names(cells[first].text)
+    except SyntaxError as error:
+        raise ValueError(f"{cells[first].place}: {error}") from None
+    objects = [exercise.object for exercise in unit.exercises]
+    defined = own | {exercise.name for exercise in unit.exercises}
+    imports = write_imports(needed_imports(objects, defined))
+    future = any(refers_to_itself(target) for target in objects)
+    parts = ["from __future__ import annotations"] * future + [imports] * bool(imports)
+    if parts:
+        comment = "# Ready-made parts that your code can use."
+        cells.insert(first + 1, Cell("code", "\n\n".join([comment, *parts]), cells[first].place))

@@ -1,0 +1,155 @@
+"""Running a notebook from top to bottom: in a fresh kernel of this interpreter, without a network, the same each time."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_from_scratch.figures import BUILDING
+
+SECONDS_A_CELL = 300
+# How to start a process that has no network (Linux, where users may make namespaces).
+WITHOUT_NETWORK = ("unshare", "--map-root-user", "--net", "--")
+# The same where there is no such thing: for Python code only.
+OFFLINE = """\
+import socket as _socket
+
+def _refuse(*arguments, **keywords):
+    raise OSError("the network is off while a notebook is built")
+
+_socket.getaddrinfo = _socket.create_connection = _refuse
+del _refuse, _socket
+"""
+MEASURE = "import resource as _r; _u = _r.getrusage(_r.RUSAGE_SELF); print(_u.ru_maxrss, _u.ru_utime + _u.ru_stime)"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What running a notebook took: the most memory that the kernel held, and its processor time."""
+
+    mebibytes: float
+    seconds: float
+
+
+def execute(notebook: Any, *, building: bool = True, allow_errors: bool = False) -> Cost:
+    """Run a notebook in place; its cells have their outputs then.
+
+    Args:
+        building: with the fixed seeds and quiet progress bars of a build; otherwise as a learner runs it.
+        allow_errors: go on after a cell that ends in an error. Otherwise stop there; the cell's outputs say why.
+
+    Raises:
+        ValueError: the kernel died, or a cell took longer than `SECONDS_A_CELL`.
+    """
+    import nbformat
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    import_quietly()
+    work = Path(tempfile.mkdtemp(prefix="build-"))  # a short path: sockets live in it
+    notebook.cells.append(nbformat.v4.new_code_cell(MEASURE))
+    try:
+        manager = AsyncKernelManager(
+            kernel_spec_manager=_specs(), transport="ipc", connection_file=str(work / "kernel.json")
+        )
+        client = NotebookClient(
+            notebook,
+            km=manager,
+            timeout=SECONDS_A_CELL,
+            allow_errors=allow_errors,
+            record_timing=False,
+            store_widget_state=False,
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(_folder(work / "run"))}},
+        )
+        client.execute(env=_environment(work, building))
+    except CellExecutionError:
+        pass  # the outputs of the cell say it
+    except (DeadKernelError, CellTimeoutError) as error:
+        raise ValueError(f"{' '.join(str(error).split())[:300]}") from None
+    finally:
+        measured = notebook.cells.pop()
+        shutil.rmtree(work, ignore_errors=True)
+    _normalise(notebook)
+    text = "".join(output.get("text", "") for output in measured.get("outputs", []))
+    mebibytes, seconds = (float(word) for word in text.split()) if text.strip() else (0.0, 0.0)
+    return Cost(mebibytes / 1024, seconds)
+
+
+@functools.cache
+def network_can_be_cut() -> bool:
+    """Can a process be started here that has no network at all?"""
+    if not shutil.which(WITHOUT_NETWORK[0]):
+        return False
+    return subprocess.run([*WITHOUT_NETWORK, "true"], capture_output=True).returncode == 0
+
+
+@functools.cache
+def import_quietly() -> None:
+    """matplotlib's first import on a machine builds a list of fonts, and says so on stderr: here, not in a cell."""
+    import matplotlib.font_manager  # noqa: F401
+
+
+def _specs() -> Any:
+    """A manager that knows one kernel: this interpreter's, whatever else is installed under the name python3."""
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+
+    start = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    argv = [*WITHOUT_NETWORK, *start] if network_can_be_cut() else start
+
+    class ThisInterpreter(KernelSpecManager):
+        def get_kernel_spec(self, kernel_name: str) -> Any:
+            return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+    return ThisInterpreter()
+
+
+def _environment(work: Path, building: bool) -> dict[str, str]:
+    """The kernel's environment: nothing of the person's own settings, one thread, fixed seeds."""
+    import matplotlib
+
+    startup = _folder(work / "ipython" / "profile_default" / "startup")
+    if not network_can_be_cut():
+        (startup / "00-offline.py").write_text(OFFLINE, encoding="utf-8")
+    environment = dict(os.environ)
+    environment.pop(BUILDING, None)
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "IPYTHONDIR": str(work / "ipython"),
+        "LORA_FROM_SCRATCH_HOME": str(work / "home"),
+        "MATPLOTLIBRC": os.path.join(matplotlib.get_data_path(), "matplotlibrc"),
+        "MKL_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONWARNINGS": "default",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+    return environment | ({BUILDING: "1"} if building else {})
+
+
+def _normalise(notebook: Any) -> None:
+    """Take out what differs from run to run without meaning anything."""
+    for key in set(notebook.metadata) - {"kernelspec", "language_info"}:
+        del notebook.metadata[key]
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            output.pop("transient", None)
+            if "metadata" in output:
+                output.metadata.pop("needs_background", None)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,300 @@
+"""What is not fit to be released: in a unit's list, in its cells, in a learner's notebook and in what cells put out.
+
+Every function returns messages; none of them raises or writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from lora_from_scratch.checks.bank import right_answers, wrong_answers
+from lora_from_scratch.checks.exercise import Draw, Exercise
+from lora_from_scratch.checks.units import Unit
+from lora_from_scratch.grading.assemble import Cell
+from lora_from_scratch.grading.solution import bound_names, solution_lines
+from lora_from_scratch.grading.source import SourceCell
+
+WRONG, RIGHT = 5, 2  # answers that the bank must have of an exercise
+FROM_CHECKS = ("check", "hint", "library", "progress", "working")  # what every unit's first code cell imports
+SECTIONS = ("What goes wrong in practice", "Summary", "Go further")
+TELLING = 28  # a line of a solution that is at least so long gives something away
+SCREENFUL = 45  # lines
+
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]*)[^)]*\)")
+HTML_IMAGE = re.compile(r"<img\b(?![^>]*\balt=[\"'][^\"'])", re.IGNORECASE)
+ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}", re.IGNORECASE)
+ABSOLUTE = re.compile(r"(?<![\w.~:/])/(?:home|root|tmp|usr|var|work|opt|mnt|private|Users)/[\w.-]+")
+
+
+# --- The unit's list ---------------------------------------------------------------------------------
+
+
+def in_the_list(unit: Unit) -> list[str]:
+    """Exercises without difficulty, minutes, lines, hints, a check or a bank of answers."""
+    problems = []
+    for exercise in unit.exercises:
+        problems += [f"checks/unit_{unit.number}.py, {exercise.name}: {what}" for what in _lacks(exercise)]
+    return problems
+
+
+def _lacks(exercise: Exercise) -> Iterable[str]:
+    if exercise.difficulty not in range(1, 6):
+        yield "difficulty must be 1 to 5"
+    if exercise.minutes < 1 or exercise.points < 1:
+        yield "minutes and points must be at least 1"
+    if len(exercise.hints) != 3 or not all(hint.strip() for hint in exercise.hints):
+        yield "there must be three hints"
+    if exercise.lines < 1:
+        yield "the library's object has no line of code"
+    if not list(exercise.cases(Draw(0))):
+        yield "it has no check: there is no case to try"
+    wrong, right = len(wrong_answers(exercise.name)), len(right_answers(exercise.name))
+    if wrong < WRONG:
+        yield f"its bank has {wrong} wrong answers, at least {WRONG} are needed"
+    if right < RIGHT:
+        yield f"its bank has {right} other right answers, at least {RIGHT} are needed"
+
+
+# --- The source --------------------------------------------------------------------------------------
+
+
+def in_the_source(unit: Unit, file: str, source: list[SourceCell]) -> list[str]:
+    """Parts that are missing, are there twice or in the wrong order, or that give away an exercise."""
+    return [
+        *_first_screen(unit, file, source),
+        *_cells_of(unit, file, source),
+        *_order(unit, source),
+        *_sections(file, source),
+        *_open_questions(file, source),
+        *_imports(unit, file, source),
+    ]
+
+
+def _first_screen(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
+    title = f"# Unit {unit.number}: {unit.title}"
+    picture = f"unit_{unit.number}.png"
+    if not source or source[0].kind != "markdown" or source[0].text.splitlines()[0].strip() != title:
+        yield f"{file}, cell 1: the first line of the first cell must be {title!r}"
+        return
+    before_code = "\n".join(
+        cell.text for cell in source[: next((i for i, cell in enumerate(source) if cell.kind == "code"), len(source))]
+    )
+    if picture not in [target for _, target in IMAGE.findall(before_code)]:
+        yield f"{source[0].place}: the first screen must show the picture: ![what it shows]({picture})"
+    figures = [cell for cell in source if cell.get("figure") == picture]
+    if len(figures) != 1:
+        yield f'{file}: exactly one cell must have figure="{picture}", got {len(figures)}'
+
+
+def _cells_of(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
+    """Every exercise and prediction has its cell, once."""
+    wanted = [("exercise", item.name) for item in unit.exercises]
+    wanted += [(directive, item.name) for item in unit.predictions for directive in ("prediction", "check")]
+    for directive, name in wanted:
+        places = [cell.place for cell in source if cell.get(directive) == name]
+        if not places:
+            yield f'{file}: there is no cell with {directive}="{name}", which is in the unit\'s list'
+        for place in places[1:]:
+            yield f'{place}: there is another cell with {directive}="{name}" before'
+    if not unit.exercises:
+        yield f"checks/unit_{unit.number}.py: the unit has no exercise"
+    if not unit.predictions:
+        yield f"checks/unit_{unit.number}.py: the unit has no prediction"
+
+
+def _order(unit: Unit, source: list[SourceCell]) -> Iterable[str]:
+    """A prediction is asked before it is checked, and something happens in between."""
+    for item in unit.predictions:
+        asked = [index for index, cell in enumerate(source) if cell.get("prediction") == item.name]
+        checked = [index for index, cell in enumerate(source) if cell.get("check") == item.name]
+        if asked and checked:
+            between = source[asked[0] + 1 : checked[0]]
+            if not any(cell.kind == "code" and cell.text for cell in between):
+                yield f'{source[checked[0]].place}: check="{item.name}" must come after an experiment that shows it'
+
+
+def _sections(file: str, source: list[SourceCell]) -> Iterable[str]:
+    titles = [text for cell in source if cell.kind == "markdown" for level, text in headings(cell.text) if level == 2]
+    for section in SECTIONS:
+        if section not in titles:
+            yield f'{file}: the section "## {section}" is missing'
+
+
+def _open_questions(file: str, source: list[SourceCell]) -> Iterable[str]:
+    questions = [cell for cell in source if cell.get("open_question")]
+    if not questions:
+        yield f"{file}: there is no open question (open_question=... points=...)"
+    for cell in questions:
+        points = cell.get("points")
+        if not isinstance(points, int) or points < 1:
+            yield f"{cell.place}: an open question needs points=..., a whole number of at least 1"
+            continue
+        _, found, rubric = cell.text.partition("**Rubric.**")
+        items = re.findall(r"^\s*[-*] (.*)$", rubric, re.MULTILINE)
+        if not found or not items:
+            yield f"{cell.place}: an open question needs a line **Rubric.** and a list of what earns which points"
+            continue
+        said = [re.search(r"(\d+) points?\b", item) for item in items]
+        total = sum(int(match[1]) for match in said if match)
+        if not all(said) or total != points:
+            yield (
+                f"{cell.place}: every item of the rubric must say its points (`1 point`, `2 points`), {points} in "
+                f"all; found {total}"
+            )
+    for cell in source:
+        if "points" in cell.directives and not cell.get("open_question"):
+            yield f"{cell.place}: points=... belongs to an open question"
+
+
+def _imports(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
+    """The first code cell has what the unit needs, and no cell imports an exercise of this unit."""
+    code = [cell for cell in source if cell.kind == "code" and cell.text]
+    exercises = {exercise.name for exercise in unit.exercises}
+    for index, cell in enumerate(code):
+        try:
+            bound = bound_names(cell.text)
+        except SyntaxError as error:
+            yield f"{cell.place}: {error.msg} (line {error.lineno} of the cell)"
+            continue
+        missing = [name for name in FROM_CHECKS if name not in bound]
+        if index == 0 and missing:
+            line = f"from lora_from_scratch.checks import {', '.join(FROM_CHECKS)}"
+            yield f"{cell.place}: the first code cell must have: {line}"
+        for name in sorted(exercises & bound):
+            yield f'{cell.place}: {name} is an exercise of this unit; use working("{name}") instead of importing it'
+    if not code:
+        yield f"{file}: there is no code cell"
+
+
+# --- What learners read ------------------------------------------------------------------------------
+
+
+def in_the_cells(cells: list[Cell]) -> list[str]:
+    """Headings that skip a level, pictures without alternative text."""
+    problems = []
+    before = 0
+    for cell in cells:
+        if cell.kind != "markdown":
+            continue
+        for level, text in headings(cell.text):
+            if level > before + 1:
+                problems.append(f"{cell.place}: the heading {text!r} is of level {level} after one of level {before}")
+            if level == 1 and before:
+                problems.append(f"{cell.place}: there must be one heading of level 1 only, {text!r} is another")
+            before = level
+        for alternative, target in IMAGE.findall(cell.text):
+            if not alternative.strip():
+                problems.append(f"{cell.place}: the picture {target} has no alternative text")
+        if HTML_IMAGE.search(cell.text):
+            problems.append(f"{cell.place}: a picture (<img>) has no alternative text")
+    return problems
+
+
+def leaks(unit: Unit, learners: Any, cells: list[Cell]) -> list[str]:
+    """Lines of solutions that a learner's notebook shows, and answers to predictions."""
+    lines = {line: exercise.name for exercise in unit.exercises for line in _telling_lines(exercise)}
+    problems = []
+    for node, cell in zip(learners.cells, cells, strict=True):
+        shown = squeeze(node.source + "\n" + "\n".join(text_of(output) for output in node.get("outputs", [])))
+        for line, name in lines.items():
+            if squeeze(line) in shown:
+                problems.append(f"{cell.place}: a learner would see a line of the solution of {name}: {line}")
+        for item in unit.predictions:
+            if re.search(rf"\b{re.escape(item.name)}=[\"']?{re.escape(str(item.answer))}", shown):
+                problems.append(f"{cell.place}: a learner would see the answer to the prediction {item.name}")
+        if cell.role == "exercise" and "raise NotImplementedError" not in node.source:
+            problems.append(f"{cell.place}: the solution of {cell.name} has not been taken out")
+    return problems
+
+
+def _telling_lines(exercise: Exercise) -> list[str]:
+    """The lines of a solution that give something away, and are not part of its own statement."""
+    lines = solution_lines(exercise.object, exercise.blank)
+    plain = ("raise ", "import ", "from ", "super().__init__(", '"""', "for ", "with ")
+    return [line for line in lines if len(squeeze(line)) >= TELLING and not line.startswith(plain)]
+
+
+# --- What cells put out ------------------------------------------------------------------------------
+
+
+def in_the_outputs(node: Any, cell: Cell, folders: Iterable[str] = ()) -> list[str]:
+    """Errors, warnings, pictures without alternative text, too much text, what is never twice the same.
+
+    Args:
+        folders: paths that must not show.
+    """
+    problems = []
+    for output in node.get("outputs", []):
+        text = text_of(output)
+        if output.output_type == "error":
+            problems.append(f"{cell.place}: {output.ename}: {output.evalue}{_line_of(output.traceback)}")
+            continue
+        if output.output_type == "stream" and output.name == "stderr":
+            first = next((line for line in text.splitlines() if line.strip()), "")
+            problems.append(f"{cell.place}: the cell writes to stderr (a warning?): {first.strip()}")
+        found = ADDRESS.search(text) or ABSOLUTE.search(text)
+        shown = found[0] if found else next((folder for folder in folders if folder in text), "")
+        if shown and not cell.volatile:
+            problems.append(f"{cell.place}: the output differs from machine to machine: {shown}")
+        if "data" in output:
+            problems += [f"{cell.place}: {problem}" for problem in _pictures(output)]
+            text = "" if len(output.data) > 1 else text
+        if len(text.splitlines()) > SCREENFUL:
+            problems.append(f"{cell.place}: the cell prints {len(text.splitlines())} lines, more than a screenful")
+    return problems
+
+
+def _pictures(output: Any) -> Iterable[str]:
+    for kind in output.data:
+        if kind.startswith("image/") and not output.metadata.get(kind, {}).get("alt", "").strip():
+            yield "a figure has no alternative text; show it by lora_from_scratch.figures.show(figure, alt)"
+    if HTML_IMAGE.search(output.data.get("text/html", "")):
+        yield "a picture (<img>) has no alternative text"
+
+
+def not_full_points(node: Any, cell: Cell) -> list[str]:
+    """A check that does not give the solution all of its points."""
+    results = [output for output in node.outputs if output.output_type == "execute_result"]
+    points = results[0].data.get("text/plain", "") if results else ""
+    if points and float(points) == cell.points:
+        return []
+    said = " ".join(" ".join(text_of(output) for output in node.outputs).split())
+    return [f"{cell.place}: {cell.text} gives the solution {points or 'no'} of {cell.points:g} points: {said}"]
+
+
+# --- Reading -----------------------------------------------------------------------------------------
+
+
+def headings(text: str) -> list[tuple[int, str]]:
+    """Level and text of the headings of Markdown; what is in a block of code is none."""
+    found = []
+    fenced = False
+    for line in text.splitlines():
+        if line.lstrip().startswith(("```", "~~~")):
+            fenced = not fenced
+        match = re.match(r"(#{1,6})\s+(.*?)\s*#*$", line)
+        if match and not fenced:
+            found.append((len(match[1]), match[2]))
+    return found
+
+
+def text_of(output: Any) -> str:
+    """What an output says, as text."""
+    if "text" in output:
+        return str(output.text)
+    data = output.get("data", {})
+    return "\n".join(str(value) for kind, value in data.items() if kind.startswith("text/"))
+
+
+def squeeze(text: str) -> str:
+    """Without spaces and with one kind of quotes: how a line is laid out does not hide it."""
+    return re.sub(r"[ \t]+", "", text).replace("'", '"')
+
+
+def _line_of(traceback: list[str]) -> str:
+    """Where in the cell an error happened."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
+    match = re.search(r"Cell In\[\d+\], line (\d+)", plain)
+    return f" (line {match[1]} of the cell)" if match else ""

@@ -1,0 +1,30 @@
+"""The command `finetune` as a program of its own, judged on less, that says which process saves the adapter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_from_scratch.cli import main
+from lora_from_scratch.lora import LoRA
+from tests.tiny_runs import short_judgement
+
+whole = LoRA.save
+
+
+def save(self: LoRA, model: Any, directory: Path, **more: Any) -> None:
+    print(f"saved by {os.environ.get('RANK', 'nobody else')}", flush=True)
+    whole(self, model, directory, **more)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        short_judgement(patch)
+        patch.setattr(LoRA, "save", save)
+        sys.exit(main(sys.argv[1:]))
