@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from lora_from_scratch.grading.preprocessors import ClearSolutions as CourseClearSolutions
 from nbgrader.preprocessors import (
     CheckCellMetadata,
     ClearHiddenTests,
@@ -12,6 +11,8 @@ from nbgrader.preprocessors import (
     LockCells,
     SaveCells,
 )
+
+from lora_from_scratch.grading.preprocessors import ClearSolutions as CourseClearSolutions
 
 c = get_config()  # noqa: F821
 

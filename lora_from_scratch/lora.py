@@ -26,6 +26,7 @@ from lora_from_scratch.gpt2.model import GPT2, Conv1D
 from lora_from_scratch.method import Method
 
 FUSED_PARTS = {"c_attn": ("q", "k", "v")}  # equal parts, side by side on the output axis
+LORA_PARAMETERS = ("lora_A", "lora_B")  # the last part of their names
 
 # --- The arithmetic ------------------------------------------------------------------------------------
 
@@ -36,8 +37,67 @@ def lora_scaling(rank: int, alpha: float, rslora: bool = False) -> float:
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """The learned change of the weight, s B A: (r, in) and (out, r) to (out, in)."""
+    """The learned change of the weight, s B A (Hu et al., section 4.1). Gradients flow to A and B.
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+        scaling: s, which is alpha / r already.
+
+    Returns:
+        (out, in), the shape of the weight of an `nn.Linear`.
+    """
     return scaling * (B @ A)
+
+
+def initial_factors(
+    in_features: int, out_features: int, rank: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """A and B before the first step: A random, B zero. So B A is zero, and yet B gets a gradient.
+
+    Each entry of A is uniform between -1/sqrt(in) and 1/sqrt(in), as loralib and PEFT have it, who call it
+    `kaiming_uniform_` with a = sqrt(5). (Hu et al., section 4.1, say "a random Gaussian", without its width.)
+
+    Args:
+        in_features, out_features: of the layer that the two stand beside.
+        rank: r, from 1 to the smaller side of the layer's weight.
+        generator: where the random numbers come from; None: PyTorch's own.
+
+    Returns:
+        A (r, in) and B (out, r), in float32.
+
+    Raises:
+        ValueError: the rank does not fit the layer.
+    """
+    check_rank(rank, min(in_features, out_features), "the smaller side of W")
+    A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
+    return A, torch.zeros(out_features, rank)
+
+
+def block_diagonal_B(B: Tensor, parts: Sequence[str], all_parts: Sequence[str]) -> Tensor:
+    """The B of one LoRA on a whole fused matrix that does what n LoRAs on n of its parts do.
+
+    A fused matrix makes several outputs side by side, each `width` wide: GPT-2's `c_attn` makes q, then k, then v. n
+    of them are adapted, each by an A (r, in) and a B (width, r) of its own. With their A below each other as one
+    (n r, in), h = A x holds n times r numbers, and part i may read its own r of them only:
+
+        for q and v of q, k, v:   B_q   0        rows of q
+                                   0    0        rows of k, which is not adapted
+                                   0   B_v       rows of v
+
+    This is what loralib's `MergedLinear` computes. Gradients flow to B.
+
+    Args:
+        B: (n * width, r): the B of the adapted parts below each other, in the order of the output axis.
+        parts: the names of those n parts, in the same order.
+        all_parts: the names of all the parts of the fused matrix, in the order of the output axis.
+
+    Returns:
+        (len(all_parts) * width, n * r).
+    """
+    blocks = dict(zip(parts, B.chunk(len(parts)), strict=True))  # each (width, r)
+    nothing = B.new_zeros(len(B) // len(parts), 0)  # the rows of a part that is not adapted, and no column
+    return torch.block_diag(*(blocks.get(part, nothing) for part in all_parts))
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -66,6 +126,14 @@ def add_product(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 class LoRALinear(nn.Module):
     """A linear layer with a LoRA beside it. The layer itself is kept, unchanged, as `base`.
+
+    - `forward(x)`, (..., in) to (..., out): y = base(x) + s B A x' (Hu et al., eq. 3). x' is x after `dropout`, which
+      only the way through A and B sees. While merged, the weight has the change in it: then it is base(x) alone.
+    - `merge()` puts W0 + s B A into `base.weight` and keeps W0. The weight of a `Conv1D` is (in, out). The sum
+      is formed in float32 and rounded to the weight's dtype. Merging twice is like once.
+    - `unmerge()` puts W0 back, bit for bit: subtracting s B A again would not. If nothing is merged it does nothing.
+
+    Both leave `base.weight` the same parameter object and change its `.data`.
 
     Args:
         base: `nn.Linear` or GPT-2's `Conv1D`.
@@ -97,9 +165,9 @@ class LoRALinear(nn.Module):
         self.dropout_p = dropout
         self.scaling = lora_scaling(rank, alpha, rslora)
         self._unmerged: Tensor | None = None  # W0, while merged
-        a_shape, b_shape = self._shapes(*in_and_out(base))
-        self.lora_A = nn.Parameter(self._like_base(kaiming(a_shape, generator)))  # (r, in)
-        self.lora_B = nn.Parameter(self._like_base(torch.zeros(b_shape)))  # (out, r)
+        A, B = self._initial_factors(generator)
+        self.lora_A = nn.Parameter(self._like_base(A))  # (r, in)
+        self.lora_B = nn.Parameter(self._like_base(B))  # (out, r)
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +188,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W = W0 + s B A. W0 is kept: subtracting s B A again would not give it back bit for bit."""
+        """W = W0 + s B A. W0 is kept in `_unmerged`."""
         if self._unmerged is not None:
             return
         weight = self.base.weight
@@ -140,9 +208,8 @@ class LoRALinear(nn.Module):
             self.base.weight.data = self._unmerged
             self._unmerged = None
 
-    def _shapes(self, in_features: int, out_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        _check_rank(self.rank, min(in_features, out_features), "the smaller side of W")
-        return (self.rank, in_features), (out_features, self.rank)
+    def _initial_factors(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        return initial_factors(*in_and_out(self.base), self.rank, generator)
 
     def _like_base(self, values: Tensor) -> Tensor:
         weight = self.base.weight
@@ -170,20 +237,15 @@ class FusedLoRALinear(LoRALinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (n r, in), and B (out, n r), which is zero outside its blocks."""
-        width = self.lora_B.shape[0] // len(self.parts)
-        blocks = dict(zip(self.parts, self.lora_B.split(width), strict=True))
-        nothing = self.lora_B.new_zeros(width, 0)  # rows of a part that is not adapted, and no column
-        return self.lora_A, torch.block_diag(*(blocks.get(part, nothing) for part in self.all_parts))
+        return self.lora_A, block_diagonal_B(self.lora_B, self.parts, self.all_parts)
 
-    def _shapes(self, in_features: int, out_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _initial_factors(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """A (n r, in) and B (n width, r): those of each part, one below the other."""
+        in_features, out_features = in_and_out(self.base)
         n, width = len(self.parts), out_features // len(self.all_parts)
-        _check_rank(self.rank, min(in_features, out_features) // n, f"{n} parts share the smaller side of W")
-        return (n * self.rank, in_features), (n * width, self.rank)
-
-
-def kaiming(shape: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
-    """A's first values: uniform within 1/sqrt(in) of 0, as loralib and PEFT have it (the paper: a Gaussian)."""
-    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+        check_rank(self.rank, min(in_features, out_features) // n, f"{n} parts share the smaller side of W")
+        pairs = [initial_factors(in_features, width, self.rank, generator) for _ in self.parts]
+        return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs])
 
 
 def in_and_out(layer: nn.Module) -> tuple[int, int]:
@@ -191,7 +253,7 @@ def in_and_out(layer: nn.Module) -> tuple[int, int]:
     return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
 
-def _check_rank(rank: int, largest: int, why: str) -> None:
+def check_rank(rank: int, largest: int, why: str) -> None:
     if not 1 <= rank <= largest:
         raise ValueError(f"rank must be between 1 and {largest} ({why}), got {rank}")
 
@@ -238,7 +300,16 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
 
 
 def inject_lora(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put these layers into the model, each in the place of the layer that has its name."""
+    """Put these layers into the model, each in the place of the layer that has its name. The model is changed in place.
+
+    Whatever held the old layer holds the new one afterwards, so that the model's own `forward` calls it. All other
+    modules stay the objects that they are.
+
+    Args:
+        model: any module.
+        layers: by the full name of the place, as `model.named_modules()` has it: "transformer.h.0.attn.c_attn", or
+            "head" for a layer of the model itself. A layer may hold the one that it takes the place of.
+    """
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -250,14 +321,25 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """`requires_grad` on every A and B, and on nothing else."""
+    """Train every A and B, and nothing else: `requires_grad` is True on them and False on all other parameters.
+
+    Args:
+        model: any module with LoRA layers in it, whatever `requires_grad` its parameters have before. Their parameters
+            are recognised by their names, whose last part is "lora_A" or "lora_B" and nothing else.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_last(name) in ("lora_A", "lora_B"))
+        parameter.requires_grad_(name.rpartition(".")[2] in LORA_PARAMETERS)
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every A and B of the model by name, and nothing else."""
-    return {name: p.detach() for name, p in model.named_parameters() if _last(name) in ("lora_A", "lora_B")}
+    """What has to be saved: every A and B of the model, and nothing else, whether it is trained at the moment or not.
+
+    Returns:
+        The tensors as they are, outside the graph of gradients, by their full names in the model
+        ("transformer.h.0.attn.c_attn.lora_A"), in the model's order.
+    """
+    named = model.named_parameters()
+    return {name: p.detach() for name, p in named if name.rpartition(".")[2] in LORA_PARAMETERS}
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def rank(matrix: Tensor, tolerance: float | None = None) -> int:
 
 
 def rank_deficiency(matrix: Tensor, tolerance: float | None = None) -> int:
-    """How many independent rows (or columns) are missing: `min(m, n) - rank(M)`, 0 for a matrix of full rank.
+    """How many independent rows or columns a matrix lacks: 0 for one of full rank, the highest that its shape allows.
 
     Args:
         matrix: M, (m, n).
@@ -180,10 +180,10 @@ def outer_product_sum(B: Tensor, A: Tensor) -> Tensor:
 
 
 def low_rank_parameter_count(out_features: int, in_features: int, rank: int) -> int:
-    """How many numbers it takes to store `B A` as its two factors: `rank * (out_features + in_features)`.
+    """How many numbers it takes to store `B A` as its two factors instead of multiplied out.
 
-    The full matrix takes `out_features * in_features`; the factors are fewer only while
-    `rank < out_features * in_features / (out_features + in_features)`, half the side of a square matrix.
+    B has `out_features` rows and a column for each unit of rank; A has a row for each and `in_features` columns. For a
+    square matrix the two have fewer numbers than the product only while the rank is below half the side.
 
     Args:
         out_features: the rows of B, at least 1.

@@ -232,8 +232,8 @@ def pca(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         count: how many directions, between 1 and min(N, d).
 
     Returns:
-        mean (d,); directions (count, d), orthonormal rows, largest variance first, each with either sign (here its entry
-        of largest absolute value is positive); variances (count,). All in the computing dtype.
+        mean (d,); directions (count, d), orthonormal rows, largest variance first, each with either sign (here
+        the entry of largest absolute value is positive); variances (count,). All in the computing dtype.
 
     Raises:
         ValueError: see `require_matrix`; there is only one sample; or count is out of range.

@@ -91,7 +91,7 @@ def _raised(seen: Seen, expected: Seen) -> Said | None:
             f"This input has to be refused with a {expected.errors[0]}; your code raised {seen.errors[0]}{place}: "
             f"{seen.message}"
         )
-    unknown = " Run the cell that defines or imports it, then this one." if "NameError" in seen.errors else ""
+    unknown = ". Run the cell that defines or imports it, then this one." if "NameError" in seen.errors else ""
     return "raises", f"Your code raised {seen.errors[0]}{place}: {seen.message}{unknown}"
 
 

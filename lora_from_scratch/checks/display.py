@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict
 
 WIDTH = 100  # columns of the plain text
+FIXED = "\N{NO-BREAK SPACE}"
 
 # The state's symbol, its words, and the colour of the edge: JupyterLab's own for the theme, or one for elsewhere.
 LOOKS = {
@@ -33,7 +34,7 @@ PREDICTED = {"passed": "Your prediction is right", "failed": "It comes out diffe
 BOX = "border: 1px solid var(--jp-border-color2, #9e9e9e); border-left: 5px solid {colour}; padding: 0.5em 1em; "
 BOX += "margin: 0.4em 0; max-width: 60em; line-height: 1.5;"
 CELL = "text-align: left; vertical-align: top; padding: 0.15em 1.2em 0.15em 0; white-space: normal;"
-VALUE = CELL + " font-family: var(--jp-code-font-family, monospace); overflow-wrap: anywhere;"
+VALUE = CELL + " font-family: var(--jp-code-font-family, monospace); overflow-wrap: anywhere; white-space: pre-wrap;"
 LIST = "list-style: none; margin: 0.2em 0 0.2em 1em; padding: 0;"
 PARAGRAPH = "margin: 0.4em 0;"
 
@@ -80,7 +81,7 @@ def as_text(verdict: Verdict) -> str:
         lines.append(_wrapped(f"First case that is not right: {verdict.failure.case}", "  "))
         width = max(len(name) for name, _ in _rows(verdict.failure))
         lines += [_wrapped(f"{name:<{width}}  {value}", "    ", width + 2) for name, value in _rows(verdict.failure)]
-    if verdict.cases:
+    if _shows_cases(verdict):
         lines.append(f"  {_count(verdict.cases)}")
         lines += [
             f"    {mark}" if heading else f"      {mark}" for heading, mark in _case_lines(verdict, verdict.failure)
@@ -98,7 +99,7 @@ def as_html(verdict: Verdict) -> str:
     if verdict.failure:
         body += f'<p style="{PARAGRAPH}">First case that is not right: <strong>{html.escape(verdict.failure.case)}'
         body += f"</strong></p>{_table(_rows(verdict.failure))}"
-    if verdict.cases:
+    if _shows_cases(verdict):
         opened = " open" if verdict.failure else ""
         body += f'<details{opened} style="{PARAGRAPH}"><summary>{html.escape(_count(verdict.cases))}</summary>'
         body += f"{_case_list(verdict)}</details>"
@@ -143,10 +144,16 @@ def _rows(failure: Failure) -> list[tuple[str, str]]:
     return [*given, ("your code gives", failure.got), *printed, ("expected", failure.expected)]
 
 
+def _shows_cases(verdict: Verdict) -> bool:
+    return bool(verdict.cases) and verdict.status != "not started"
+
+
 def _count(cases: Sequence[CaseResult]) -> str:
     right = sum(case.right for case in cases)
-    tried = f"{len(cases)} cases tried" if len(cases) > 1 else "1 case tried"
-    return f"{tried}: {right} right, {len(cases) - right} not" if right < len(cases) else f"{tried}, all right"
+    tried = sum(case.tried for case in cases)
+    words = f"{tried} of {len(cases)} cases tried" if tried < len(cases) else f"{tried} cases tried"
+    words = words.replace("1 cases", "1 case") if tried == 1 else words
+    return f"{words}, all right" if right == len(cases) else f"{words}: {right} right, {tried - right} not"
 
 
 def _parts(verdict: Verdict) -> Mapping[str, list[CaseResult]]:
@@ -164,17 +171,19 @@ def _part_heading(verdict: Verdict, part: str, cases: Sequence[CaseResult], part
 
 
 def _mark(case: CaseResult) -> str:
-    return f"✓ right: {case.name}" if case.right else f"✗ not right: {case.name}"
+    if case.right:
+        return f"✓ right: {case.name}"
+    return f"✗ not right: {case.name}" if case.tried else f"– not tried: {case.name}"
 
 
 def _case_lines(verdict: Verdict, failure: Failure | None) -> list[tuple[bool, str]]:
-    """Headings and cases; where everything is right nobody reads the cases."""
-    lines = []
+    """Headings and cases; where everything is right nobody reads them."""
+    lines: list[tuple[bool, str]] = []
     parts = _parts(verdict)
-    for part, cases in parts.items():
+    for part, cases in parts.items() if failure else []:
         heading = _part_heading(verdict, part, cases, len(parts))
         lines += [(True, heading)] if heading else []
-        lines += [(False, _mark(case)) for case in cases] if failure else []
+        lines += [(False, _mark(case)) for case in cases]
     return lines
 
 
@@ -190,9 +199,11 @@ def _case_list(verdict: Verdict) -> str:
 
 def _after(verdict: Verdict) -> list[str]:
     """What can be done next."""
-    if verdict.status not in ("failed", "stopped") or not verdict.cases:
+    if verdict.status not in ("failed", "stopped", "not started") or not verdict.cases:
         return list(verdict.notes)
     name = verdict.exercise
+    if verdict.status == "not started":
+        return [*verdict.notes, f'For a hint: `hint("{name}")`.']
     again = f'Inputs are new every time; these again: `check("{name}", seed={verdict.seed})`.'
     return [*verdict.notes, f'For a hint: `hint("{name}")`. {again}']
 
@@ -223,19 +234,20 @@ def _code(text: str) -> str:
 
 
 def _no_ticks(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"\1", text)
+    """Without the backticks; what stood between them is not broken into two lines (`_wrapped` ends that)."""
+    return re.sub(r"`([^`]+)`", lambda found: found[1].replace(" ", FIXED), text)
 
 
 def _wrapped(text: str, indent: str = "", hanging: int = 0) -> str:
-    return textwrap.fill(
-        text,
+    filled = textwrap.fill(
+        text.replace("\n", " | "),
         WIDTH,
         initial_indent=indent,
         subsequent_indent=indent + " " * hanging,
         break_long_words=False,
         break_on_hyphens=False,
-        replace_whitespace=hanging == 0,
     )
+    return filled.replace(FIXED, " ")
 
 
 def _in_notebook() -> bool:

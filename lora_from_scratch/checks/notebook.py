@@ -185,12 +185,12 @@ def notebook() -> Mapping[str, Any]:
 
 def _item(name: Any) -> Exercise | Prediction:
     if not isinstance(name, str):
-        given = getattr(name, "__name__", "...")
-        raise UnknownExerciseError(f'say the name of the exercise in quotes: "{given}"')
+        given = getattr(name, "__name__", "name_of_the_exercise")
+        raise UnknownExerciseError(f'Write the name of the exercise in quotes: `check("{given}")`.')
     try:
         return find(name)[1]
     except ValueError as error:
-        raise UnknownExerciseError(str(error)) from None
+        raise UnknownExerciseError(str(error)[0].upper() + str(error)[1:]) from None
 
 
 def _exercise(name: str) -> Exercise:

@@ -29,6 +29,7 @@ Data = Union[None, bool, int, float, str, Tensor, "list[Data]", "dict[str, Data]
 """Plain data: what can be written as JSON and safetensors, and so cross from the learner's process to the judge's."""
 
 PRINTED = 2_000  # characters of what was printed that are kept
+LONGEST_RANGE = 100_000  # a longer one is not written out
 AGAIN = (20e-6, 50e-6, 0.02, 100e-6, 200e-6, 0.005)  # seconds after which somebody out of time is told so once more
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -117,6 +118,9 @@ def plain(value: Any) -> Data:
     if value is None or type(value) in (bool, int, float, str, Opaque):
         return value
     if isinstance(value, Tensor):
+        if value.is_meta:
+            return Opaque("tensor without values, on the device meta")
+        value = value if value.layout == torch.strided else value.to_dense()
         return value.detach().to("cpu", copy=True).as_subclass(Tensor)
     if isinstance(value, np.generic | np.ndarray):
         return _from_numpy(np.asarray(value))
@@ -127,7 +131,7 @@ def plain(value: Any) -> Data:
     for kind in (bool, int, float, str):  # a subclass of one of them: only its value crosses
         if isinstance(value, kind):
             return kind(value)
-    if isinstance(value, torch.Size | range | set | frozenset):
+    if isinstance(value, torch.Size | set | frozenset) or (isinstance(value, range) and len(value) <= LONGEST_RANGE):
         return [plain(item) for item in value]
     return Opaque(type(value).__name__)
 

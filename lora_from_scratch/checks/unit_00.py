@@ -160,7 +160,7 @@ EXERCISES = [
         minutes=8,
         points=3,
         hints=(
-            "`model.parameters()` walks over every parameter of a model, and `p.numel()` says how many numbers one has.",
+            "`model.parameters()` walks over every parameter; `p.numel()` says how many numbers are in one.",
             "Whether a parameter is trained is its attribute `p.requires_grad`.",
             "Two sums over the same walk: one with a condition, one without. The trained ones come first.",
         ),
@@ -175,7 +175,7 @@ EXERCISES = [
         minutes=12,
         points=3,
         hints=(
-            "Write a table first: for each of the three precisions, the bytes of one weight, of one gradient, of Adam's.",
+            "Write a table first: for each precision, the bytes of one weight, one gradient, and Adam's for one.",
             "Frozen parameters appear in one of the four results only. In which?",
             "In mixed precision Adam holds three numbers for each trained parameter, and they are not 16-bit ones.",
         ),
@@ -190,7 +190,7 @@ EXERCISES = [
         points=3,
         hints=(
             "Name two sizes first: how many numbers (B, T, d) has, and how many (B, H, T, T) has.",
-            "Go through the docstring line by line: how many of either size, and is it 2 bytes a number or a mask of 1?",
+            "Go through the docstring line by line: which of the two sizes, how often, and 2 bytes or a mask of 1?",
             "Of (B, T, d) there are 2 in the normalisations, 5 and a mask in attention; (B, T, 4 d) is four of them.",
         ),
         cases=activation_cases,
@@ -217,15 +217,15 @@ PREDICTIONS = [
     Prediction(
         name="size_of_the_change",
         question=(
-            "GPT-3's checkpoint is about 350 GB. Somebody fine-tunes it with LoRA: beside two of the matrices in each of its "
-            "96 layers they train a pair of thin ones, and save only those. How large is that file, in **megabytes**? "
-            "(1 GB is 1,000 MB. Any guess within a factor of 3 counts.)"
+            "GPT-3's checkpoint is about 350 GB. Somebody fine-tunes it with LoRA: beside two of the matrices in each "
+            "of its 96 layers they train a pair of thin ones, and save only those. How large is that file, in "
+            "**megabytes**? (1 GB is 1,000 MB. Any guess within a factor of 3 counts.)"
         ),
         answer=37.7,
         within=3,
         explanation=(
-            "18.9 million numbers in 16 bits are 38 MB, one part in 9,300 of the model. The paper says 35 MB and "
-            "\"roughly 10,000x\" (Hu et al. 2021, section 4.2). A hundred such changes fit beside one copy of the model "
+            "18.9 million numbers in 16 bits are 38 MB, one part in 9,300 of the model. The paper says 35 MB, and "
+            '"roughly 10,000x" (Hu et al. 2021, section 4.2). A hundred such changes fit beside one copy of the model '
             "in 354 GB; a hundred fine-tuned copies of the model would take 35 TB."
         ),
         idea="cost",
@@ -234,8 +234,8 @@ PREDICTIONS = [
         name="what_stays",
         question=(
             "You train the bundled GPT-2 twice on the same batch: once every weight, once with LoRA, which freezes the "
-            "model and trains a small share beside it. Memory goes to weights, gradients, the optimiser and activations. "
-            "What does LoRA make small?"
+            "model and trains a small share beside it. Memory goes to weights, gradients, the optimiser and "
+            "activations. What does LoRA make small?"
         ),
         choices={
             "all": "all four, as it trains so few parameters",
@@ -245,9 +245,9 @@ PREDICTIONS = [
         },
         answer="two",
         explanation=(
-            "Gradients and Adam's m and v exist for trained parameters only, so they all but vanish. The weights are needed "
-            "for the forward pass whether they are trained or not. And the gradient of a matrix in the first block has to "
-            "come back through all the blocks above it, frozen or not, so most of what the forward pass keeps is needed."
+            "Gradients and Adam's m and v exist for trained parameters only, so they all but vanish. The weights are "
+            "needed for the forward pass, trained or not. And to reach a matrix in the first block the gradient has to "
+            "come back through every block above it, frozen or not, so most of what the forward pass keeps is needed."
         ),
         idea="cost",
     ),

@@ -29,7 +29,9 @@ def echelon_cases(draw: Draw) -> Iterator[Case]:
     yield Case("the matrix [[1, 2, 3], [4, 5, 6], [7, 8, 9]]", {"matrix": COUNTING}, "elimination")
     yield Case("a random 4 x 4 matrix", {"matrix": draw.normal(4, 4, dtype=torch.float64)}, "elimination")
     yield Case("a wide 3 x 6 matrix, mostly negative", {"matrix": negative(draw, 3, 6)}, "elimination")
-    yield Case("a tall 6 x 3 matrix of whole numbers", {"matrix": draw.integers(-9, 9, 6, 3) + 10 * TALL}, "elimination")
+    yield Case(
+        "a tall 6 x 3 matrix of whole numbers", {"matrix": draw.integers(-9, 9, 6, 3) + 10 * TALL}, "elimination"
+    )
     yield Case("a wide 3 x 6 matrix of rank 2", {"matrix": draw.low_rank(3, 6, 2)}, "what counts as zero")
     yield Case("a tall 6 x 3 matrix of rank 1", {"matrix": draw.low_rank(6, 3, 1)}, "what counts as zero")
     yield Case("zeros", {"matrix": torch.zeros(2, 3)}, "what counts as zero")
@@ -55,6 +57,7 @@ def rank_cases(draw: Draw) -> Iterator[Case]:
     yield Case("a random 3 x 5 matrix", {"matrix": draw.normal(3, 5)}, "rank")
     yield Case("a 6 x 4 matrix of rank 2", {"matrix": draw.low_rank(6, 4, 2)}, "rank")
     yield Case("the columns of the identity, swapped", {"matrix": torch.eye(4)[[1, 2, 3, 0]]}, "rank")
+    yield Case("two rows, each of them twice", {"matrix": draw.normal(2, 5)[[0, 1, 0, 1]]}, "rank")
     yield Case("zeros", {"matrix": torch.zeros(2, 3)}, "rank")
     tiny = 1e-20 * draw.low_rank(5, 5, 3)
     yield Case("a 5 x 5 matrix of rank 3 with tiny entries", {"matrix": tiny}, "tolerance")
@@ -214,7 +217,8 @@ PREDICTIONS = [
     Prediction(
         name="rank_of_a_trained_weight",
         question=(
-            "The bundled GPT-2 has matrices of 256 rows and 256, 768 or 1,024 columns, and back. They started as random "
+            "The bundled GPT-2 has matrices of 256 rows and 256, 768 or 1,024 columns, and back. They started as "
+            "random "
             "numbers and were trained for hours. What are their numerical ranks now?"
         ),
         choices={
@@ -224,7 +228,8 @@ PREDICTIONS = [
         },
         answer="full",
         explanation=(
-            "Every trained matrix has full rank: not a single row can be made of the others to within rounding. The rank "
+            "Every trained matrix has full rank: not a single row can be made of the others to within rounding. The "
+            "rank "
             "asks whether anything at all is left, however small, and in a trained matrix something always is. "
             "What is low in LoRA is not the rank of the weight."
         ),

@@ -22,7 +22,7 @@ from lora_from_scratch.gpt2.model import (
 )
 
 TITLE = "GPT-2"
-DRAWS = 32  # how often a token is drawn: enough to see every token that can come, half of the time or nearly
+DRAWS = 24  # how often a token is drawn: enough to see every token that comes half of the time or nearly
 
 # --- Attention ---------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ def sampling_cases(draw: Draw) -> Iterator[Case]:
         return torch.tensor(probabilities).log().tolist()
 
     yield case("two tokens alike, the others hopeless", "temperature", [9.0, 9.0, -20.0, -20.0, -21.0, -22.0])
-    yield case("temperature 0.02", "temperature", [2.0, 1.0, 0.5, 0.0, -0.5, -1.0], temperature=0.02)
+    yield case("temperature 0.02", "temperature", [1.0, 0.5, -20.0, -20.5, -21.0, -21.5], temperature=0.02)
     yield case("temperature 100", "temperature", [0.0, -30.0, -1e4, -1e4, -1e4, -1e4], temperature=100)
     yield case("temperature 0", "temperature", [1.0, 0.9, 0.8, 0.0, 0.0, 0.0], temperature=0)
     falling = [1.0, 0.9, 0.7, 0.6, 0.5, 0.4]
@@ -287,7 +287,7 @@ EXERCISES = [
         minutes=8,
         points=3,
         hints=(
-            "The order is the docstring's: temperature, top-k, top-p, softmax, draw. Temperature 0 is a case of its own.",
+            "The docstring's order: temperature, top-k, top-p, softmax, draw. Temperature 0 is a case of its own.",
             "`filter_top_k` and `filter_top_p` take logits and return logits, so that one can follow the other.",
             "`torch.multinomial(probabilities, 1, generator=generator)` draws one index; `int(...)` makes it a number.",
         ),

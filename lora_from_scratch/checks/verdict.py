@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_from_scratch.checks.observation import Data, Opaque
 
 SHOWN = 12  # a tensor of at most so many entries is shown whole
+LONGEST = 600  # characters of a description
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class CaseResult:
     name: str
     part: str
     right: bool
+    tried: bool = True  # False: an earlier one did not end in time
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,37 @@ class Verdict:
 
 def describe(value: Data) -> str:
     """A value in at most a few lines: small ones whole, large ones by shape, dtype and range."""
+    text = _describe(value)
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+
+
+def _describe(value: Data) -> str:
     if isinstance(value, Tensor):
-        kind = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-        if value.numel() <= SHOWN:
-            return f"{_numbers(value.tolist())}, {kind}"
-        if value.is_floating_point() or not value.is_complex():
-            low, high = value.double().min().item(), value.double().max().item()
-            return f"tensor {kind}, from {low:.4g} to {high:.4g}"
-        return f"tensor {kind}"
+        return _describe_tensor(value)
     if isinstance(value, Opaque):
         return f"a {value!s}"
+    if isinstance(value, list) and any(isinstance(item, Tensor | list | dict) for item in value):
+        more = "; ..." if len(value) > 6 else ""
+        return f"{len(value)} results: " + "; ".join(describe(item) for item in value[:6]) + more
     if isinstance(value, list):
         return "[" + ", ".join(describe(item) for item in value[:6]) + (", ...]" if len(value) > 6 else "]")
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in list(value.items())[:6]) + "}"
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _describe_tensor(value: Tensor) -> str:
+    kind = f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
+    if value.numel() <= SHOWN:
+        return f"{_numbers(value.tolist())} ({kind})"
+    if value.is_complex():
+        return f"a tensor ({kind})"
+    finite = value.double()[value.isfinite()]
+    strange = value.numel() - finite.numel()
+    odd = f", {strange} of them NaN or infinite" if strange else ""
+    between = f", from {finite.min():.4g} to {finite.max():.4g}" if finite.numel() else ""
+    return f"{value.numel():,} numbers ({kind}{between}{odd})"
 
 
 def _numbers(value: object) -> str:

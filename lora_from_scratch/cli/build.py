@@ -16,7 +16,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "from top to bottom, and nothing is written when anything is wrong. course/README.md says how a "
         "unit is written.",
     )
-    parser.add_argument("units", nargs="*", metavar="UNIT", help='units, such as "01" (default: all that have a source)')
+    parser.add_argument(
+        "units", nargs="*", metavar="UNIT", help='units, such as "01" (default: all that have a source)'
+    )
     parser.add_argument("--check", action="store_true", help="check the sources only; run and write nothing")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the project's folder (default: found from here)")
     return parser

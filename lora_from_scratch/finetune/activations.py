@@ -109,10 +109,10 @@ def attention(module: Attention, qkv: Shadow, tape: Tape) -> Shadow:
     grad = any(x.grad for x in sources)
     dropout = module.attn_pdrop if tape.training and not tape.cuda else 0.0
     output = Shadow(tape.rows, d, w)
-    if dropout or (grad and w == 2 and not tape.masked and not tape.cuda):
+    if dropout or (grad and w == 2 and not tape.padded and not tape.cuda):
         return written_out_attention(qkv, sources, output, heads, dropout, tape)
     kept = [qkv, *sources[1:], output, Shadow(heads, 1)]
-    if tape.masked:  # as numbers to be added to the scores
+    if tape.padded or tape.prefix:  # as numbers to be added to the scores
         kept.append(Shadow(tape.batch if tape.padded else 1, tape.tokens * tape.keys, w))
     return tape.add(sources, output, kept)
 
@@ -210,15 +210,15 @@ def record(
         x = forward(virtual, x, tape)
     places = tape.add([], Shadow(tape.tokens, x.columns), [Shadow(tape.tokens, 1, 8)], [body.wpe.weight])
     x = tape.dropout(tape.sum(x, places), body.drop.p)
-    mask = Shadow(batch if padded else 1, tape.tokens * tape.keys, 1)  # of booleans
+    shared = [tape.prefix] if tape.prefix else []  # what every block is given beside x
+    if padded:
+        shared.append(Shadow(batch, tape.tokens * tape.keys, 1))  # the mask, of booleans
     for layer, block in enumerate(body.h):
         tape.where = f"block {layer}"
         if checkpointing:
             inner = replace(tape, steps=[], kept={}, forward_peak=0)
             output = forward(block, x, inner)
-            x = tape.checkpoint(
-                x, [*([tape.prefix] if tape.prefix else []), *([mask] if tape.masked else [])], inner, output
-            )
+            x = tape.checkpoint(x, shared, inner, output)
         else:
             x = forward(block, x, tape)
     tape.where = "head"

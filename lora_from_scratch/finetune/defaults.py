@@ -1,7 +1,7 @@
 """What a method is trained with unless somebody says otherwise.
 
 The learning rates for the bundled model come from the sweep in `benchmarks/learning_rates.md`, each method
-tuned by itself on the validation cards. Those for larger models are the papers'.
+tuned by itself on the validation cards. Those for larger models are from the authors' code, where they have one.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ LARGE = 512  # a width from which on a model is treated like GPT-2 small and not
 
 # method: learning rate for the bundled model, for GPT-2 small and larger
 LEARNING_RATES: dict[str, tuple[float, float]] = {
-    "full": (5e-4, 5e-5),
-    "lora": (4e-3, 2e-4),  # larger models: Hu et al. 2021, table 11
-    "qlora": (4e-3, 2e-4),  # as LoRA; larger models: Dettmers et al. 2023, appendix B
-    "prompt": (3e-2, 1e-1),  # to be tuned; larger models: Lester et al. 2021 have 0.3, with Adafactor
-    "prefix": (5e-3, 5e-5),  # to be tuned; larger models: Li and Liang 2021
-    "llama-adapter": (5e-3, 9e-3),  # to be tuned; larger models: Zhang et al. 2023
-    "adapter": (3e-3, 3e-4),  # larger models: the middle of Houlsby et al. 2019's range
-    "bitfit": (1e-2, 1e-3),  # larger models: the top of Ben Zaken et al. 2022's range
-    "spafit": (5e-3, 2e-4),
+    "full": (5e-4, 5e-5),  # larger models: a usual choice, of no one paper
+    "lora": (4e-3, 2e-4),  # larger models: GPT-2 medium on E2E in microsoft/LoRA
+    "qlora": (4e-3, 2e-4),  # as LoRA; larger models: finetune_guanaco_7b.sh in artidoro/qlora
+    "prompt": (3e-2, 1e-1),  # larger models: a guess; Lester et al. 2021 have 0.3, but with Adafactor
+    "prefix": (5e-3, 5e-5),  # larger models: train_e2e.py in XiangLi1999/PrefixTuning
+    "llama-adapter": (5e-3, 1e-3),  # larger models: 9e-3 for a batch of 256 in OpenGVLab/LLaMA-Adapter, here of 32
+    "adapter": (3e-3, 3e-4),  # larger models: the example in google-research/adapter-bert
+    "bitfit": (1e-2, 1e-3),  # larger models: run_glue.py in benzakenelad/BitFit
+    "spafit": (5e-3, 2e-4),  # larger models: as LoRA
 }
 
 STEPS = 500

@@ -56,7 +56,7 @@ def _cells(report: Report) -> dict[str, str]:
     s = report.scores
     return {
         "method": report.method,
-        "trained": f"{report.trained_parameters:,}",
+        "trained": _trained(report),
         "share": f"{100 * report.share:.2f} %",
         "seconds": f"{report.seconds:.0f}",
         "peak memory": size(report.peak_memory_bytes),
@@ -68,6 +68,13 @@ def _cells(report: Report) -> dict[str, str]:
         "after": f"{s.tale_perplexity:.1f}" if s else "",
         "divergence": f"{s.divergence:.3f}" if s else "",
     }
+
+
+def _trained(report: Report) -> str:
+    """What was trained; and what is kept of it, where that is less (a prefix's MLP is thrown away)."""
+    kept = report.saved_parameters
+    aside = f" ({kept:,} kept)" if 0 < kept < report.trained_parameters else ""
+    return f"{report.trained_parameters:,}{aside}"
 
 
 def size(count: int) -> str:

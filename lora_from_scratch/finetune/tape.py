@@ -91,10 +91,6 @@ class Tape:
     def keys(self) -> int:
         return self.tokens + (self.prefix.rows if self.prefix else 0)
 
-    @property
-    def masked(self) -> bool:
-        return self.padded or self.prefix is not None
-
     def add(
         self,
         inputs: Sequence[Shadow],

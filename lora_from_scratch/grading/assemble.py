@@ -127,11 +127,13 @@ def _exercise(unit: Unit, cell: SourceCell) -> list[Cell]:
     )
     solution = Cell("code", solved_source(exercise.object, exercise.blank), cell.place, "exercise", name)
     solution.metadata = _nbgrader(name, solution=True)
-    stuck = (
-        "# Stuck? Take away a # and run this cell.\n"
-        f'# hint("{name}")                 # opens the next hint\n'
-        f'# {name} = library("{name}")     # goes on with the library\'s version, which earns no points'
-    )
+    advice = {
+        f'# hint("{name}")': "# opens the next hint",
+        f'# {name} = library("{name}")': "# goes on with the library's version, which earns no points",
+    }
+    width = max(map(len, advice))
+    stuck = "# Stuck? Take away the # before one of these and run the cell.\n"
+    stuck += "\n".join(f"{line:{width}}  {what}" for line, what in advice.items())
     return [
         Cell("markdown", heading, cell.place),
         solution,
@@ -150,9 +152,7 @@ def _prediction(prediction: Prediction, cell: SourceCell) -> list[Cell]:
         f"\n\nWrite {'your choice' if choices else 'a number'} into the cell below before you go on. "
         "The experiment gives the answer."
     )
-    text = (
-        f"{prediction.name} = None  # {allowed}\n{BEGIN}\n{prediction.name} = {_literal(prediction.answer)}\n{END}"
-    )
+    text = f"{prediction.name} = None  # {allowed}\n{BEGIN}\n{prediction.name} = {_literal(prediction.answer)}\n{END}"
     answer = Cell("code", text, cell.place, "prediction", prediction.name)
     answer.metadata = _nbgrader(prediction.name, solution=True)
     return [Cell("markdown", question, cell.place), answer]
@@ -195,8 +195,12 @@ def _add_imports(unit: Unit, cells: list[Cell]) -> None:
     except SyntaxError as error:
         raise ValueError(f"{cells[first].place}: {error}") from None
     objects = [exercise.object for exercise in unit.exercises]
-    defined = own | {exercise.name for exercise in unit.exercises}
-    imports = write_imports(needed_imports(objects, defined))
+    exercises = {exercise.name for exercise in unit.exercises}
+    needed = needed_imports(objects, own | exercises)
+    for item in needed:
+        if item.attribute in exercises:
+            raise ValueError(f"{item.attribute} is used as {item.name}: call an exercise of this unit by its own name")
+    imports = write_imports(needed)
     future = any(refers_to_itself(target) for target in objects)
     parts = ["from __future__ import annotations"] * future + [imports] * bool(imports)
     if parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def build(unit: Unit, root: Path) -> Cost:
             files[root / folder / made.name / name] = picture
     for path, content in files.items():
         if not path.is_file() or path.read_bytes() != content:
-            write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))
+            write_atomically(path, functools.partial(Path.write_bytes, data=content))
     return cost
 
 
@@ -129,7 +130,9 @@ def run(made: Draft, root: Path) -> tuple[Any, dict[str, bytes], Cost]:
         if cell.figure:
             shown = [output.data["image/png"] for output in node.outputs if "image/png" in output.get("data", {})]
             if len(shown) != 1:
-                problems.append(f"{cell.place}: figure={cell.figure!r}: the cell must show one figure, got {len(shown)}")
+                problems.append(
+                    f"{cell.place}: figure={cell.figure!r}: the cell must show one figure, got {len(shown)}"
+                )
             pictures[cell.figure] = base64.b64decode(shown[0]) if shown else b""
     if problems:
         raise Refused(problems)

@@ -1,4 +1,4 @@
-"""Running a notebook from top to bottom: in a fresh kernel of this interpreter, without a network, the same each time."""
+"""Running a notebook from top to bottom: in a fresh kernel, without a network, and the same each time."""
 
 from __future__ import annotations
 
@@ -67,10 +67,11 @@ def execute(notebook: Any, *, building: bool = True, allow_errors: bool = False)
             allow_errors=allow_errors,
             record_timing=False,
             store_widget_state=False,
+            shutdown_kernel="immediate",
             coalesce_streams=True,
             resources={"metadata": {"path": str(_folder(work / "run"))}},
         )
-        client.execute(env=_environment(work, building))
+        client.execute(env=_environment(work, building), cleanup_kc=True)
     except CellExecutionError:
         pass  # the outputs of the cell say it
     except (DeadKernelError, CellTimeoutError) as error:
@@ -120,7 +121,8 @@ def _environment(work: Path, building: bool) -> dict[str, str]:
     if not network_can_be_cut():
         (startup / "00-offline.py").write_text(OFFLINE, encoding="utf-8")
     environment = dict(os.environ)
-    environment.pop(BUILDING, None)
+    for name in (BUILDING, "PYTHONWARNINGS"):
+        environment.pop(name, None)
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "IPYTHONDIR": str(work / "ipython"),
@@ -130,7 +132,6 @@ def _environment(work: Path, building: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "PYTHONHASHSEED": "0",
-        "PYTHONWARNINGS": "default",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
     }

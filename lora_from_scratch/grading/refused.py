@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-class Refused(ValueError):
+class Refused(ValueError):  # noqa: N818
     """A unit that is not fit to be released: one message for each thing that has to be mended.
 
     Attributes:

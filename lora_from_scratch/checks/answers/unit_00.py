@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
 
 from lora_from_scratch.checks.bank import right, wrong
 
@@ -213,7 +212,9 @@ def in_floating_point(parameters, trained, activations=0, precision="float32"):
     return memory(parameters * bits / 8, trained * bits / 8, moment + moment + copy, float(activations))
 
 
-@wrong("training_memory", "You give frozen parameters a gradient. What is not trained has none, and no state of Adam's.")
+@wrong(
+    "training_memory", "You give frozen parameters a gradient. What is not trained has none, and no state of Adam's."
+)
 def everything_has_a_gradient(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
     number = 4 if precision == "float32" else 2
@@ -234,7 +235,9 @@ def adam_for_everything(parameters, trained, activations=0, precision="float32")
     )
 
 
-@wrong("training_memory", "Adam keeps two numbers for each trained parameter, m and v. You count one: that is momentum.")
+@wrong(
+    "training_memory", "Adam keeps two numbers for each trained parameter, m and v. You count one: that is momentum."
+)
 def one_state_as_in_momentum(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
     number = 4 if precision == "float32" else 2
@@ -262,7 +265,9 @@ def mixed_without_a_copy(parameters, trained, activations=0, precision="float32"
     )
 
 
-@wrong("training_memory", "In mixed precision you keep the optimiser's numbers in 16 bits. Only weights and gradients are.")
+@wrong(
+    "training_memory", "In mixed precision you keep the optimiser's numbers in 16 bits. Only weights and gradients are."
+)
 def mixed_all_in_16_bits(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
     number = 4 if precision == "float32" else 2
@@ -271,7 +276,9 @@ def mixed_all_in_16_bits(parameters, trained, activations=0, precision="float32"
     )
 
 
-@wrong("training_memory", "In mixed precision you copy the frozen weights as well. What is never updated needs no copy.")
+@wrong(
+    "training_memory", "In mixed precision you copy the frozen weights as well. What is never updated needs no copy."
+)
 def copies_frozen_weights(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
     number = 4 if precision == "float32" else 2
@@ -303,7 +310,8 @@ def refuses_only_precisions(parameters, trained, activations=0, precision="float
 
 @wrong(
     "training_memory",
-    "An unknown precision is treated as if it were a known one. A misspelt name then gives a wrong number, and no word.",
+    "An unknown precision is treated as if it were a known one. A misspelt name then gives a wrong number, and no "
+    "word.",
 )
 def refuses_no_precision(parameters, trained, activations=0, precision="float32"):
     known = precision in ("float32", "bfloat16", "mixed")
@@ -332,7 +340,9 @@ def line_by_line(batch, tokens, width, heads, layers):
     return one_block * layers
 
 
-@wrong("activation_bytes", "This is one block. Each block keeps its own activations until the backward pass reaches it.")
+@wrong(
+    "activation_bytes", "This is one block. Each block keeps its own activations until the backward pass reaches it."
+)
 def one_block_only(batch, tokens, width, heads, layers):
     return the_papers_formula(batch, tokens, width, heads, 1)
 

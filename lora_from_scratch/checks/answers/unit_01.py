@@ -131,7 +131,8 @@ def forgets_the_order(matrix: Tensor, tolerance: float | None = None) -> tuple[T
 
 @wrong(
     "row_echelon",
-    "The order that you return says where each column of M went; it has to say where each column of the result came from.",
+    "The order that you return says where each column of M went; it has to say where each column of the result came "
+    "from.",
 )
 def gives_the_inverse_order(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     echelon, columns = row_echelon(matrix, tolerance)
@@ -174,7 +175,10 @@ def swaps_windows(matrix: Tensor, tolerance: float | None = None) -> tuple[Tenso
     return M, columns
 
 
-@wrong("row_echelon", "You clear the column above the pivot as well. That is the reduced form; only rows below change here.")
+@wrong(
+    "row_echelon",
+    "You clear the column above the pivot as well. That is the reduced form; only rows below change here.",
+)
 def gauss_jordan(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
     for k in range(min(M.shape)):
@@ -188,7 +192,9 @@ def gauss_jordan(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor
     return M, columns
 
 
-@wrong("row_echelon", "You divide each row by its pivot. Here the pivots stay as they are: their size says what is left.")
+@wrong(
+    "row_echelon", "You divide each row by its pivot. Here the pivots stay as they are: their size says what is left."
+)
 def pivots_of_one(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
     for k in range(min(M.shape)):
@@ -302,7 +308,9 @@ def smaller_side(matrix: Tensor, tolerance: float | None = None) -> int:
     return min(two_axes(matrix).shape)
 
 
-@wrong("rank", "You count the rows of the matrix itself that are not zero. A row may be a sum of others and not be zero.")
+@wrong(
+    "rank", "You count the rows of the matrix itself that are not zero. A row may be a sum of others and not be zero."
+)
 def rows_that_are_not_zero(matrix: Tensor, tolerance: float | None = None) -> int:
     return int(two_axes(matrix).any(dim=1).sum())
 
@@ -325,7 +333,8 @@ def counts_zero_rows(matrix: Tensor, tolerance: float | None = None) -> int:
 
 @wrong(
     "rank",
-    "You count what is not exactly zero. Rounding leaves something behind almost everywhere: what is too small to count?",
+    "You count what is not exactly zero. Rounding leaves something behind almost everywhere: what is too small to "
+    "count?",
 )
 def nothing_counts_as_zero(matrix: Tensor, tolerance: float | None = None) -> int:
     return counted(matrix, 0.0 if tolerance is None else tolerance)
@@ -333,7 +342,8 @@ def nothing_counts_as_zero(matrix: Tensor, tolerance: float | None = None) -> in
 
 @wrong(
     "rank",
-    "Your tolerance is the same for every matrix. What is tiny beside entries of 1e20 is everything beside entries of 1e-20.",
+    "Your tolerance is the same for every matrix. What is tiny beside entries of 1e20 is everything beside entries "
+    "of 1e-20.",
 )
 def a_fixed_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
     return counted(matrix, 1e-8 if tolerance is None else tolerance)
@@ -341,7 +351,8 @@ def a_fixed_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
 
 @wrong(
     "rank",
-    "Your tolerance grows with the entries, which is right, but not with the dtype: float64 tells much smaller things apart.",
+    "Your tolerance grows with the entries, which is right, but not with the dtype: float64 tells much smaller "
+    "things apart.",
 )
 def float32s_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
     two_axes(matrix)
@@ -359,7 +370,7 @@ def diagonal_of_the_matrix(matrix: Tensor, tolerance: float | None = None) -> in
     return int(torch.count_nonzero(two_axes(matrix).diagonal()))
 
 
-@wrong("rank", caught_by="number of results")
+@wrong("rank", caught_by="shape")
 def gives_the_rows(matrix: Tensor, tolerance: float | None = None) -> Tensor:
     return row_echelon(matrix, tolerance)[0].any(dim=1)
 
@@ -389,13 +400,16 @@ def from_the_larger_side(matrix: Tensor, tolerance: float | None = None) -> int:
 
 @wrong(
     "rank_deficiency",
-    "You compare with the number of columns: that is the dimension of the null space. A wide matrix of full rank lacks none.",
+    "You compare with the number of columns: that is the dimension of the null space. A wide matrix of full rank "
+    "lacks none.",
 )
 def nullity(matrix: Tensor, tolerance: float | None = None) -> int:
     return matrix.shape[1] - library_rank(matrix, tolerance)
 
 
-@wrong("rank_deficiency", "You compare with the number of rows. A tall matrix of full rank has more rows than its rank.")
+@wrong(
+    "rank_deficiency", "You compare with the number of rows. A tall matrix of full rank has more rows than its rank."
+)
 def missing_rows(matrix: Tensor, tolerance: float | None = None) -> int:
     return matrix.shape[0] - library_rank(matrix, tolerance)
 
@@ -405,7 +419,10 @@ def the_rank_itself(matrix: Tensor, tolerance: float | None = None) -> int:
     return library_rank(matrix, tolerance)
 
 
-@wrong("rank_deficiency", "The difference is the wrong way round: something that is missing is counted as a positive number.")
+@wrong(
+    "rank_deficiency",
+    "The difference is the wrong way round: something that is missing is counted as a positive number.",
+)
 def negative(matrix: Tensor, tolerance: float | None = None) -> int:
     return library_rank(matrix, tolerance) - min(matrix.shape)
 
@@ -453,7 +470,8 @@ def by_einstein(B: Tensor, A: Tensor) -> Tensor:
 
 @wrong(
     "outer_product_sum",
-    "You sum the columns of B and the rows of A first, and multiply once. That mixes column k with rows that are not its own.",
+    "You sum the columns of B and the rows of A first, and multiply once. That mixes column k with rows that are not "
+    "its own.",
 )
 def sums_first(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
@@ -489,7 +507,8 @@ def turned_round(B: Tensor, A: Tensor) -> Tensor:
 
 @wrong(
     "outer_product_sum",
-    "The values are right, but nothing flows back to B and A: somewhere they leave the graph. What is learned in LoRA is these two.",
+    "The values are right, but nothing flows back to B and A: somewhere they leave the graph. What is learned in "
+    "LoRA is these two.",
 )
 def without_gradients(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
@@ -508,7 +527,10 @@ def gradient_of_one_factor(B: Tensor, A: Tensor) -> Tensor:
     return B.detach() @ A
 
 
-@wrong("outer_product_sum", "Two columns and three rows: `zip` stops at the shorter of the two, and nobody notices. Refuse it.")
+@wrong(
+    "outer_product_sum",
+    "Two columns and three rows: `zip` stops at the shorter of the two, and nobody notices. Refuse it.",
+)
 def stops_at_the_shorter(B: Tensor, A: Tensor) -> Tensor:
     total = torch.zeros(B.shape[0], A.shape[1], dtype=B.dtype)
     for column, row in zip(B.T, A):
@@ -525,7 +547,7 @@ def needs_a_term(B: Tensor, A: Tensor) -> Tensor:
     return total
 
 
-@wrong("outer_product_sum", caught_by="number of results")
+@wrong("outer_product_sum", caught_by="another type")
 def a_list_of_terms(B: Tensor, A: Tensor) -> list[Tensor]:
     return [torch.outer(B[:, k], A[k]) for k in range(B.shape[1])]
 
@@ -576,7 +598,9 @@ def without_parentheses(out_features: int, in_features: int, rank: int) -> int:
     return rank * out_features + in_features
 
 
-@wrong("low_rank_parameter_count", "You count each of the r terms multiplied out. They are stored as a column and a row.")
+@wrong(
+    "low_rank_parameter_count", "You count each of the r terms multiplied out. They are stored as a column and a row."
+)
 def terms_multiplied_out(out_features: int, in_features: int, rank: int) -> int:
     possible(out_features, in_features, rank)
     return rank * out_features * in_features

@@ -1,0 +1,501 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Unit 00: Start here: what fine-tuning costs
+#
+# **When you are through, you can**
+#
+# - work with this course: write an answer, check it, read a verdict, open a hint, go on when you are stuck;
+# - count what training a model needs: parameters, bytes of memory, bytes on disk;
+# - say why fine-tuning GPT-3 takes more than a terabyte of memory, what LoRA takes instead, and which part LoRA
+#   does *not* make smaller.
+#
+# **You need** Python, and to know what a matrix, a gradient and a neural network are. Nothing of LoRA.
+#
+# **Time**: about 60 minutes. 5 exercises, 2 predictions, one open question.
+#
+# ![Left, bars of memory for training GPT-3 175B: 1.4 terabytes when everything is trained, of which the weights are
+# a quarter; 350 gigabytes with LoRA, nearly all of it weights. Right, the file that is saved: 350 gigabytes
+# against 38 megabytes.](unit_00.png)
+
+# %%
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lora_from_scratch import plotting
+from lora_from_scratch.checks import check, hint, library, progress, working
+from lora_from_scratch.figures import show, slider
+from lora_from_scratch.full_finetuning import FullFineTuning
+from lora_from_scratch.gpt2 import GPT2, GPT2Config, load_gpt2
+from lora_from_scratch.gpt2.model import next_token_loss
+from lora_from_scratch.lora import LoRA
+
+# %% [markdown]
+# ## How this course works
+#
+# An exercise is a function (later also a class) whose body is missing. Its text between the `"""` is the
+# specification: shapes, units, what has to be refused. Everything you need to know stands there.
+#
+# Below it stands a cell with `check(...)`. Run it whenever you like, as often as you like. It tries your function on
+# inputs that are drawn afresh each time, and tells you what it saw.
+#
+# Begin with something small. Everything that fine-tuning costs comes down to one question: **how many bytes is that?**
+
+# %% exercise="tensor_bytes"
+
+# %% [markdown]
+# **Try the check three times**, to meet the three verdicts:
+#
+# 1. Run it before you write anything: the exercise is *not started*, which is no failure.
+# 2. Write `return sum(shape) * bytes_per_number`, which is wrong, run the cell and then the check.
+# 3. Write what is right.
+#
+# This is the second verdict, in case you skipped it. It names the case that failed, what went in and what came out, and
+# which idea is missing. It never shows the answer.
+
+# %%
+def adds_the_lengths(shape, bytes_per_number=4):
+    return sum(shape) * bytes_per_number
+
+
+check("tensor_bytes", seed=0, namespace={"tensor_bytes": adds_the_lengths});
+
+# %% [markdown]
+# `seed=0` draws the same inputs again, so that you can look at one case for as long as you like. Without it they are new.
+#
+# **A hint** opens on request. There are three for each exercise, each gives away more, and they cost nothing.
+
+# %%
+hint("tensor_bytes")
+
+# %% [markdown]
+# **Stuck?** Take the library's version and go on: `tensor_bytes = library("tensor_bytes")`. Everything that follows
+# works with it. It earns no points; yours does, on the day it passes. You can come back at any time.
+#
+# Later cells say `working("tensor_bytes")`. That is *your* function if it passes its check, and the library's
+# otherwise. So every experiment runs, whatever you have solved.
+
+# %%
+bytes_of = working("tensor_bytes")
+print(f"GPT-2's token embedding, 50,257 x 768 in float32: {bytes_of([50257, 768]) / 1e6:.0f} MB")
+
+# %% [markdown]
+# **How far you are** is kept on this computer: what passed, and how often you tried.
+
+# %%
+progress("00")
+
+# %% [markdown]
+# ## Count the parameters
+#
+# A model is a list of tensors. Some are trained, some may be *frozen*: they take part in every computation, but the
+# optimiser never changes them. In PyTorch a frozen parameter has `requires_grad == False`. The methods of this course
+# differ in nothing more than in which numbers they train, so this pair of counts is the first thing to ask of each.
+
+# %% exercise="count_parameters"
+
+# %% [markdown]
+# Now count the model that you will work on in this whole course: a GPT-2 of six layers that has read fairy tales. Then
+# adapt it with LoRA. What that does is the subject of unit 09; here it freezes the model and puts pairs of thin
+# matrices beside some of its weights.
+
+# %%
+count = working("count_parameters")
+
+model, tokenizer = load_gpt2("bundled")
+trained, total = count(model)
+print(f"before:    {trained:>9,} of {total:,} parameters are trained")
+
+LoRA(rank=4, targets=("c_attn.q", "c_attn.v")).adapt(model)
+trained, total = count(model)
+print(f"with LoRA: {trained:>9,} of {total:,} ({trained / total:.2%})")
+
+# %% [markdown]
+# And the model that the question began with. GPT-3 does not fit into your memory, but its *shapes* do: on PyTorch's
+# device "meta" a tensor has a shape and no numbers. 96 layers of width 12,288 with 96 heads, for 2,048 tokens
+# (Brown et al. 2020, table 2.1):
+
+# %%
+with torch.device("meta"):
+    gpt3 = GPT2(GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048))
+_, gpt3_parameters = count(gpt3)
+print(f"GPT-3: {gpt3_parameters:,} parameters, {2 * gpt3_parameters / 1e9:,.0f} GB in 16 bits")
+
+# %% [markdown]
+# ## What training holds in memory
+#
+# To *use* a model you need its weights. To *train* it with Adam you need, for each trained parameter $w$ at step $t$,
+#
+# - its gradient $g_t$;
+# - two running means, $m_t = \beta_1 m_{t-1} + (1 - \beta_1)\, g_t$ and
+#   $v_t = \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2$, each as large as $w$ ($\beta_1$ and $\beta_2$ are two numbers just
+#   below 1; Kingma and Ba 2015, algorithm 1);
+#
+# and, for all of them together, the **activations**: what the forward pass computed on its way and the backward pass
+# will need again.
+
+# %% exercise="training_memory"
+
+# %% [markdown]
+# What is it for GPT-3, when everything is trained? Leave the activations aside for a moment.
+
+# %%
+memory = working("training_memory")
+
+
+def terabytes(parts):
+    return ", ".join(f"{name} {size / 1e12:.2f}" for name, size in parts.items() if size)
+
+
+for precision in ("float32", "bfloat16", "mixed"):
+    parts = memory(gpt3_parameters, gpt3_parameters, precision=precision)
+    print(f"{precision:>8}: {sum(parts.values()) / 1e12:.1f} TB ({terabytes(parts)})")
+
+# %% [markdown]
+# Look at the first line and the last: *mixed* precision, which is how large models are trained, needs as much as
+# float32 here. Its 16-bit weights and gradients save exactly what the optimiser's copy costs.
+#
+# The LoRA paper says that fine-tuning GPT-3 with Adam took **1.2 TB**, and 350 GB with LoRA (Hu et al. 2021, section
+# 4.2). It does not say how it counts. With 16 bits for everything you get 1.4 TB; without the gradients 1.05 TB.
+# 1.2 TB lies between, and 350 GB is the weights alone in 16 bits.
+#
+# Either way it is the number of *trained* parameters that is expensive: a frozen one costs 2 bytes in 16 bits, a trained
+# one 8, and 16 in mixed precision. An A100 has 80 GB.
+#
+# Now the activations. They depend on the text, not on what is trained. Add them up for one block and multiply.
+
+# %% exercise="activation_bytes"
+
+# %%
+activations = working("activation_bytes")
+
+for texts, tokens in ((1, 512), (1, 1024), (1, 2048), (8, 2048)):
+    size = activations(texts, tokens, width=12288, heads=96, layers=96)
+    print(f"GPT-3, {texts} x {tokens:>4} tokens: {size / 1e9:>5,.0f} GB of activations")
+
+# %% [markdown]
+# Twice the texts, twice the bytes. Twice the *length*, more than twice: the tables of attention, (T, T) for each head,
+# grow with the square. So the activations of a single long text are nearly as large as the weights, and none of this is
+# in the 350 GB of the paper. In practice one does not keep them all: modern kernels never write the (T, T) tables down,
+# and gradient checkpointing computes the rest twice instead of keeping it (unit 13).
+
+# %% [markdown]
+# ## What is saved
+#
+# After training something goes to disk. After full fine-tuning it is the whole model; for a hundred tasks, a hundred
+# whole models. Whoever froze the model needs to save only what was trained.
+
+# %% prediction="size_of_the_change"
+
+# %% exercise="checkpoint_bytes"
+
+# %% [markdown]
+# The experiment: put LoRA on GPT-3, as in the paper, with rank 4 on the matrices that make queries and values, and look.
+
+# %%
+stored = working("checkpoint_bytes")
+
+gpt3 = gpt3.bfloat16()
+whole = stored(gpt3)
+LoRA(rank=4, targets=("c_attn.q", "c_attn.v")).adapt(gpt3)
+gpt3_trained, gpt3_total = count(gpt3)
+change = stored(gpt3, only_trained=True)
+print(f"trained: {gpt3_trained:,} of {gpt3_total:,}, one in {gpt3_total / gpt3_trained:,.0f}")
+print(f"saved:   {change / 1e6:.1f} MB instead of {whole / 1e9:,.0f} GB")
+
+# %% check="size_of_the_change"
+
+# %% [markdown]
+# Keep this picture. On the left what has to be in memory, on the right what goes to disk. LoRA takes away gradients and
+# optimiser, three quarters of the left; it takes away all but one part in nine thousand of the right; and it leaves the
+# weights where they were.
+
+# %% figure="unit_00.png"
+PARTS = {"weights": "", "gradients": "///", "optimizer": "...", "activations": "xx"}
+SHADES = {"weights": "#0072B2", "gradients": "#E69F00", "optimizer": "#CFE8F5", "activations": "#FFFFFF"}
+
+
+def stacked(axes, runs, unit, smallest=0.09):
+    """A bar for each run, cut into its parts; a part is named inside if it is at least a share `smallest` of the axis."""
+    widest = max(sum(parts.values()) for parts in runs.values()) / unit
+    for place, parts in enumerate(runs.values()):
+        left = 0.0
+        for name, size in parts.items():
+            width = size / unit
+            colour = SHADES[name]
+            axes.barh(place, width, 0.55, left, color=colour, hatch=PARTS[name], edgecolor="black", linewidth=0.7)
+            if width >= smallest * widest:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                axes.text(left + width / 2, place, name, ha="center", va="center", fontsize=8, bbox=box)
+            left += width
+        axes.text(left + 0.01 * widest, place, f"{left:,.4g}", va="center", fontweight="bold")
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.set_xlim(0, 1.14 * widest)
+    axes.invert_yaxis()
+
+
+runs = {
+    "full": memory(gpt3_parameters, gpt3_parameters, precision="bfloat16"),
+    "LoRA": memory(gpt3_total, gpt3_trained, precision="bfloat16"),
+}
+figure, (left, right) = plotting.panels(2, width=5.0, height=2.5)
+stacked(left, runs, 1e9)
+left.axvline(1200, color="black", linestyle=":", linewidth=1)
+left.text(1190, 0.62, "the paper's\n1.2 TB", ha="right", va="center", fontsize=8)
+plotting.label(left, x="gigabytes of memory, without activations", title="To train GPT-3 in 16 bits")
+right.barh(["full", "LoRA"], [whole / 1e6, change / 1e6], 0.55, color=SHADES["weights"], edgecolor="black")
+for place, size in enumerate((whole, change)):
+    right.text(1.2 * size / 1e6, place, f"{size / 1e6:,.0f}", va="center", fontweight="bold")
+right.set(xscale="log", xlim=(1, 1e7))
+right.invert_yaxis()
+plotting.label(right, x="megabytes (each mark is ten times the last)", title="To save the result")
+show(
+    figure,
+    "Left, bars of memory for training GPT-3 in 16 bits: about 1,400 gigabytes for full fine-tuning, a quarter each for "
+    "weights and gradients and half for the optimiser; about 350 with LoRA, all weights. A dotted line marks the "
+    "paper's 1.2 terabytes. Right, on a scale of powers of ten, what is saved: 350,000 megabytes against 38.",
+)
+
+# %% [markdown]
+# ## Count, then measure
+#
+# So far you have trusted arithmetic. The bundled GPT-2 is small enough to look: train it for one step, and ask every
+# tensor how large it is.
+
+# %% prediction="what_stays"
+
+# %% [markdown]
+# Weights, gradients and Adam's states can be asked directly. For the activations PyTorch has a hook that sees each
+# tensor at the moment when it is kept for the backward pass. Tensors can share memory, so count each piece of memory
+# once, and leave out those that are weights.
+
+# %%
+ids = torch.tensor([tokenizer.encode("Once upon a time there was a king who had three daughters. " * 6)[:64]] * 4)
+
+
+def one_step(method):
+    """Adapt a fresh model, train it for one step on 4 texts of 64 tokens, and weigh what there is."""
+    model, _ = load_gpt2("bundled")
+    method.adapt(model)
+    model.train()
+    optimizer = torch.optim.Adam(method.trainable(model).values())
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = next_token_loss(model(ids), ids)
+    loss.backward()
+    optimizer.step()
+    return model, {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "optimizer": sum(state.nbytes for each in optimizer.state.values() for state in each.values()),
+        "activations": sum(kept.values()),
+    }
+
+
+methods = {
+    "full": FullFineTuning(keep_base=False),
+    "LoRA, all matrices": LoRA(rank=8),
+    "LoRA, q and v": LoRA(rank=4, targets=("c_attn.q", "c_attn.v")),
+}
+adapted, measured = {}, {}
+for name, method in tqdm(methods.items(), desc="one step each"):
+    adapted[name], measured[name] = one_step(method)
+
+# %% [markdown]
+# Put what you counted beside what was measured, in bytes:
+
+# %%
+for name, parts in measured.items():
+    trained, total = count(adapted[name])
+    counted = memory(total, trained)
+    said = [f"{part} {counted[part]:>10,} ({parts[part] - counted[part]:+})" for part in list(counted)[:3]]
+    print(f"{name:<18}  " + "  ".join(said))
+
+# %% [markdown]
+# In brackets: how many bytes more there are than you counted. Weights and gradients are right to the byte. The optimiser
+# has a few hundred more: PyTorch's Adam also keeps, for each tensor, the number of the step in 4 bytes.
+#
+# And the activations?
+
+# %%
+figure, (axes,) = plotting.panels(1, width=8, height=3.0)
+stacked(axes, measured, 1e6, smallest=0.07)
+plotting.label(axes, x="megabytes, measured after one step on 4 x 64 tokens", title="The activations stay")
+show(
+    figure,
+    "Bars of the measured memory of one training step of the bundled GPT-2. Full fine-tuning: weights, gradients, an "
+    "optimiser twice as large, and activations. Both kinds of LoRA: the same weights, next to no gradients and optimiser, "
+    "and activations that are at least two thirds as large as before.",
+)
+
+# %%
+before = measured["full"]["activations"]
+for name, parts in measured.items():
+    print(f"{name:<18} keeps {parts['activations'] / before:.0%} of the activations of full fine-tuning")
+
+# %% check="what_stays"
+
+# %% [markdown]
+# Why are they a little smaller at all? The gradient of a weight matrix is made from its *input*, which therefore has to
+# be kept. A frozen matrix needs no gradient, so its input may go, unless something trained beside it needs it. With LoRA
+# on q and v only, the inputs of the MLP's matrices are let go; with LoRA everywhere nearly nothing is.
+#
+# So LoRA's saving depends on what fills your memory. A large model and short texts: weights, gradients and optimiser
+# dominate, and LoRA takes two thirds to three quarters away. A small model and long texts: activations dominate, and
+# LoRA does little. Move the slider to see the first become the second.
+
+# %%
+MODELS = {  # layers, width, heads: Radford et al. 2019, table 2; Brown et al. 2020, table 2.1
+    "GPT-2 small": (12, 768, 12),
+    "GPT-2 medium": (24, 1024, 16),
+    "GPT-2 large": (36, 1280, 20),
+    "GPT-2 XL": (48, 1600, 25),
+    "GPT-3 6.7B": (32, 4096, 32),
+    "GPT-3 175B": (96, 12288, 96),
+}
+
+
+def what_fits(name):
+    layers, width, heads = MODELS[name]
+    total = 12 * layers * width**2 + (50257 + 1024) * width  # blocks and embeddings, without biases
+    pairs = 2 * layers * 4 * 2 * width  # rank 4 beside q and v of each layer
+    kept = activations(1, 1024, width, heads, layers)
+    runs = {
+        "full": memory(total, total, kept, "mixed"),
+        "LoRA": memory(total + pairs, pairs, kept, "mixed"),
+    }
+    figure, (axes,) = plotting.panels(1, width=8, height=2.4)
+    stacked(axes, runs, 1e9)
+    axes.axvline(24, color="black", linestyle=":", linewidth=1)
+    axes.text(24, 1.42, " 24 GB", va="center", fontsize=8)
+    plotting.label(axes, x="gigabytes, mixed precision, one text of 1,024 tokens", title=f"{name}: does it fit?")
+    return figure
+
+
+slider(
+    what_fits,
+    "model",
+    list(MODELS),
+    "GPT-2 XL",
+    "Bars of the memory for training a GPT of the chosen size, full and with LoRA, beside a dotted line at 24 gigabytes. "
+    "For GPT-2 XL full fine-tuning is beyond the line and LoRA before it; the activations are the same in both.",
+)
+
+# %% [markdown]
+# And on disk? Save what LoRA trained, and the whole model, as real files.
+
+# %%
+model = adapted["LoRA, q and v"]
+lora = methods["LoRA, q and v"]
+with tempfile.TemporaryDirectory() as folder:
+    lora.save(model, Path(folder) / "lora")
+    methods["full"].save(adapted["full"], Path(folder) / "full")
+    for name, counted in (("lora", stored(model, only_trained=True)), ("full", stored(adapted["full"]))):
+        file = next((Path(folder) / name).glob("*.safetensors"))
+        print(f"{name}: {counted:>10,} bytes counted, {file.stat().st_size:>10,} in {file.name}")
+
+# %% [markdown]
+# The rest is the header: names, shapes and dtypes.
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# **A state dict counts what is shared twice.** Many checkpoints list the output layer and the embedding under two names,
+# though they are one tensor.
+
+# %%
+tied = nn.ModuleDict({"embedding": nn.Embedding(4096, 256), "head": nn.Linear(256, 4096, bias=False)})
+tied["head"].weight = tied["embedding"].weight
+print("in the state dict:", sum(t.numel() for t in tied.state_dict().values()))
+print("in the model:     ", count(tied)[1])
+
+# %% [markdown]
+# **A small piece of a large tensor takes the large one with it.** `weight[:8]` is a window onto the whole weight, and
+# `torch.save` writes the memory behind the window. A copy is small.
+
+# %%
+weight = torch.zeros(4096, 256)
+with tempfile.TemporaryDirectory() as folder:
+    for name, piece in {"window": weight[:8], "copy": weight[:8].clone()}.items():
+        file = Path(folder) / name
+        torch.save(piece, file)
+        print(f"{name}: {bytes_of(piece.shape):,} bytes of numbers, {round(file.stat().st_size, -3):,} bytes in the file")
+
+# %% [markdown]
+# **It fits, and then it does not.** Adam makes m and v at its first step. Whoever measures memory after the backward
+# pass, and finds room, runs out of memory one line later.
+
+# %%
+layer = nn.Linear(1000, 1000)
+adam = torch.optim.Adam(layer.parameters())
+layer(torch.ones(1, 1000)).sum().backward()
+for moment in ("after backward", "after the step"):
+    print(f"{moment}: {sum(t.nbytes for each in adam.state.values() for t in each.values()):>9,} bytes in the optimiser")
+    adam.step()
+
+# %% [markdown]
+# **Not given to the optimiser is not frozen.** A parameter that still has `requires_grad` gets its gradient computed and
+# kept, even when nobody uses it.
+
+# %%
+body, head = nn.Linear(1000, 1000), nn.Linear(1000, 10)
+adam = torch.optim.Adam(head.parameters())  # only the head is meant to be trained
+head(body(torch.ones(1, 1000))).sum().backward()
+print(f"gradients nobody asked for: {sum(p.grad.nbytes for p in body.parameters()):,} bytes")
+body.requires_grad_(False)  # this is freezing
+
+# %% [markdown]
+# **GB or GiB?** Disks count in GB of $10^9$ bytes, many tools for memory in GiB of $2^{30}$. At this size the difference
+# is a whole graphics card.
+
+# %%
+print(f"GPT-3 in 16 bits: {whole / 1e9:.0f} GB = {whole / 2**30:.0f} GiB")
+
+# %% [markdown]
+# ## Summary
+#
+# - Training with Adam holds weights, gradients, two numbers of Adam's for each parameter, and activations.
+# - In 16 bits a frozen parameter costs 2 bytes and a trained one 8; in mixed precision, 2 and 16.
+# - Freezing takes away gradients and optimiser. It leaves the weights, and most of the activations.
+# - GPT-3 needs more than a terabyte to fine-tune fully, and about 350 GB with LoRA: the weights.
+# - What is saved shrinks with the number of trained parameters: 350 GB become 38 MB.
+#
+# ## Go further
+#
+# - Hu et al. 2021, *LoRA* (arXiv:2106.09685): section 1, and section 4.2 on memory and disk.
+# - Rajbhandari et al. 2020, *ZeRO* (arXiv:1910.02054): section 3, where the memory goes.
+# - Korthikanti et al. 2022, *Reducing Activation Recomputation* (arXiv:2205.05198): section 4.
+# - `lora_from_scratch/finetune/accounting.py`: the exact account of a step, every tensor of it, moment by moment.
+#
+# You have counted that 18.9 million numbers say how 175 billion have to change. How can so few numbers change
+# *every* entry of a large matrix? The answer is a property of matrices, their **rank**, and it is the next unit.
+
+# %% [markdown] open_question="what_gets_cheaper" points=4
+# ### Open question
+#
+# A colleague writes: "LoRA trains 10,000 times fewer parameters, so fine-tuning gets 10,000 times cheaper. I'll put our
+# 13-billion-parameter model on my 24 GB card, with texts of 4,000 tokens." Answer in about ten lines, with numbers of
+# your own: which costs fall by about 10,000, which do not, and what will happen on the card?
+#
+# **Rubric.**
+# - 1 point: names what falls in proportion to the trained parameters (gradients, optimiser, the saved file).
+# - 1 point: names what does not (weights; activations; the time of the forward pass and most of the backward pass).
+# - 1 point: computes the weights (26 GB in 16 bits) and sees that they alone do not fit.
+# - 1 point: says something about the activations of long texts, or names a way out (fewer bits a weight, checkpointing).

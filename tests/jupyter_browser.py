@@ -1,0 +1,203 @@
+"""JupyterLab in headless Chromium: a server of its own, and what a learner does with a mouse and a keyboard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+SCREENSHOTS = "LORA_FROM_SCRATCH_SCREENSHOTS"  # a folder that keeps them
+PATIENCE = 60.0  # seconds for anything that the browser does
+# All cells in the page, also those that are scrolled away; no brackets that close themselves; no offers of help.
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none", "codeCellConfig": {"autoClosingBrackets": False}},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "docmanager-extension/plugin": {"autosave": False},
+}
+
+
+@contextlib.contextmanager
+def served(root: Path, home: Path) -> Iterator[str]:
+    """JupyterLab on `root`, with settings, runtime files and progress in `home`; its address."""
+    for name, values in SETTINGS.items():
+        file = home / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "LORA_FROM_SCRATCH_HOME": str(home / "progress"),
+        "OMP_NUM_THREADS": "1",
+    }
+    options = ["--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0"]
+    options += ["--IdentityProvider.token=", f"--ServerApp.root_dir={root}"]
+    with (home / "server.log").open("wb") as log:
+        command = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            _wait_for_server(server, address, home / "server.log")
+            yield address
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _wait_for_server(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until and server.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api", timeout=5):
+            return
+        time.sleep(0.3)
+    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by selenium."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    # No sandbox: tests run as root in CI, and open nothing but this project's own pages.
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+class Lab:
+    """A notebook that is open in JupyterLab."""
+
+    def __init__(self, driver: Any, address: str, notebook: str) -> None:
+        self.driver = driver
+        driver.get(f"{address}/lab/tree/{notebook}?reset")
+        self.wait_until(lambda: self.cells() and self._kernel() == "idle", "the notebook is open and its kernel ready")
+
+    def wait_until(self, holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with contextlib.suppress(Exception):  # the page is drawn anew while we look at it
+                if found := holds():
+                    return found
+            time.sleep(0.2)
+        raise AssertionError(f"waited {seconds:g} seconds in vain until {what}")
+
+    def cells(self) -> list[Any]:
+        return self._all(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
+
+    def cell(self, text: str) -> Any:
+        """The first code cell whose source has this text."""
+        for cell in self.cells():
+            if text in self._source(cell):
+                return cell
+        raise AssertionError(f"no code cell has {text!r}")
+
+    def write(self, cell: Any, source: str) -> None:
+        """Replace what is in a cell, by keyboard."""
+        from selenium.webdriver import ActionChains, Keys
+
+        editor = cell.find_element("css selector", ".cm-content")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", editor)
+        editor.click()
+        ActionChains(self.driver).key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL).perform()
+        self.driver.execute_cdp_cmd("Input.insertText", {"text": source})
+        self.wait_until(lambda: self._source(cell).split() == source.split(), "the cell has the new code")
+
+    def run(self, cell: Any, seconds: float = PATIENCE) -> str:
+        """Run a cell with Shift+Enter; the text of its output."""
+        from selenium.webdriver import ActionChains, Keys
+
+        before = self._prompt(cell)
+        editor = cell.find_element("css selector", ".cm-content")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", editor)
+        editor.click()
+        ActionChains(self.driver).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+        self.wait_until(lambda: self._prompt(cell) not in (before, "[*]:", "[ ]:"), "the cell has run", seconds)
+        self.wait_until(lambda: self._kernel() == "idle", "the kernel is idle", seconds)
+        return self.output(cell)
+
+    def run_all(self, seconds: float) -> None:
+        """Run > Run All Cells, from the menu."""
+        self._menu("Run", "Run All Cells")
+        last = [cell for cell in self.cells() if "jp-CodeCell" in cell.get_attribute("class")][-1]
+        self.wait_until(lambda: self._prompt(last) not in ("[*]:", "[ ]:"), "the last cell has run", seconds)
+        self.wait_until(lambda: self._kernel() == "idle", "the kernel is idle", seconds)
+
+    def theme(self, name: str) -> None:
+        self._menu("Settings", "Theme", name)
+        light = "true" if name.endswith("Light") else "false"
+        self.wait_until(lambda: self._all(f'body[data-jp-theme-light="{light}"]'), f"the theme is {name}")
+
+    def output(self, cell: Any) -> str:
+        return "\n".join(area.text for area in cell.find_elements("css selector", ".jp-OutputArea-output"))
+
+    def errors(self) -> list[str]:
+        """The text of every output that is an error."""
+        return [found.text for found in self._all('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')]
+
+    def images(self) -> list[Any]:
+        return self._all(".jp-OutputArea-output img")
+
+    def show(self, element: Any) -> None:
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+
+    def screenshot(self, name: str, element: Any = None) -> None:
+        """Kept where the environment variable says, otherwise not made."""
+        folder = os.environ.get(SCREENSHOTS)
+        if folder:
+            if element is not None:
+                self.show(element)
+            time.sleep(0.5)  # for animations
+            self.driver.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+    def _menu(self, *path: str) -> None:
+        from selenium.webdriver import ActionChains
+
+        for depth, label in enumerate(path):
+            where = ".lm-MenuBar-itemLabel" if depth == 0 else ".lm-Menu-itemLabel"
+            item = self.wait_until(
+                lambda: next((found for found in self._all(where) if found.text == label), None), f"the menu has {label}"
+            )
+            if depth == 0 or depth == len(path) - 1:
+                item.click()
+            else:
+                ActionChains(self.driver).move_to_element(item).perform()
+
+    def _kernel(self) -> str:
+        found = self._all(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-ExecutionIndicator")
+        return found[0].get_attribute("data-status") if found else ""
+
+    def _prompt(self, cell: Any) -> str:
+        return cell.find_element("css selector", ".jp-InputPrompt").text.strip()
+
+    def _source(self, cell: Any) -> str:
+        if "jp-CodeCell" not in cell.get_attribute("class"):
+            return ""
+        return cell.find_element("css selector", ".cm-content").text
+
+    def _all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
