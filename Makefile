@@ -1,4 +1,5 @@
 # make demo   fine-tune the bundled GPT-2 by full fine-tuning and by LoRA, and compare
+# make lab    open JupyterLab on the first unit of the course
 # make test   everything that has to hold
 # Each does its own set-up: a virtual environment in .venv and the pinned packages. Needs Python 3.11 or newer.
 
@@ -7,13 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo readme test lint bench install install-dev clean
+.PHONY: help demo lab readme test lint bench install install-course install-dev clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 
 demo: install
 	$(BIN)/lora-from-scratch demo
+
+lab: install-course
+	$(BIN)/lora-from-scratch lab
 
 readme: demo
 	$(BIN)/python -m benchmarks.readme
@@ -31,6 +35,7 @@ bench: install-dev
 	$(BIN)/python -m benchmarks.lora_vs_peft
 
 install: $(VENV)/.installed
+install-course: $(VENV)/.installed-course
 install-dev: $(VENV)/.installed-dev
 
 $(BIN)/python:
@@ -43,10 +48,15 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	@$(INSTALL) -e .
 	@touch $@
 
+$(VENV)/.installed-course: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing JupyterLab and what the course needs (once; PyTorch is large) ..."
+	@$(INSTALL) -e '.[course]'
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing what the tests need (once) ..."
-	@$(INSTALL) -e '.[dev]'
-	@touch $@ $(VENV)/.installed
+	@$(INSTALL) -e '.[course,dev]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-course
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

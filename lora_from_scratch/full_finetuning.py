@@ -1,4 +1,7 @@
-"""Full fine-tuning: every parameter is trained. What all the other methods are measured against."""
+"""Full fine-tuning: every parameter is trained. What all the other methods are measured against.
+
+And its oldest economy: to train the last blocks only.
+"""
 
 from __future__ import annotations
 
@@ -58,3 +61,31 @@ class FullFineTuning(Method):
         from lora_from_scratch.gpt2.checkpoint import load_model
 
         return cls(), {name: p.detach() for name, p in load_model(directory.resolve()).named_parameters()}
+
+
+# --- The last blocks only ----------------------------------------------------------------------------------
+
+
+def freeze_all_but_last(model: GPT2, layers: int) -> None:
+    """Train the last blocks and the last LayerNorm, and freeze the rest, in place.
+
+    Sets `requires_grad` of every parameter, whatever it was before: True in the last `layers` of the blocks
+    `model.transformer.h` and in `model.transformer.ln_f`, False in everything else. The embeddings stand before the
+    first block, so they are frozen with it; that the token embedding `wte` is the output layer too changes nothing.
+
+    With the last two blocks it is the "FT-Top2" of Li and Liang 2021 (arXiv:2101.00190, section 5.2) and of Hu et al.
+    2021 (arXiv:2106.09685, table 3).
+
+    Args:
+        layers: from 0, which trains the last LayerNorm alone, to the number of blocks.
+
+    Raises:
+        ValueError: there are not so many blocks, or the number is negative.
+    """
+    blocks = model.transformer.h
+    if not 0 <= layers <= len(blocks):
+        raise ValueError(f"layers must be from 0 to {len(blocks)}, the number of blocks, got {layers}")
+    model.requires_grad_(False)
+    model.transformer.ln_f.requires_grad_(True)
+    for block in blocks[len(blocks) - layers :]:
+        block.requires_grad_(True)

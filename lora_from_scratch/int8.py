@@ -20,24 +20,27 @@ GRID = 65535  # bitsandbytes on a CPU first rounds to this many steps between -1
 
 
 def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise to 8-bit integers with one scale for the whole tensor (QLoRA, equation 1).
+    """Quantise to 8-bit integers with one scale for the whole tensor (QLoRA, section 2, equation 1).
 
-    `q = round(127 / absmax * x)` with `absmax = max |x|`, computed in float32; ties round to the even integer
-    (`torch.round`). The value -128 is never used: the range is symmetric and 0 stays 0.
+    The largest absolute value of `x` becomes 127 or -127. Every other number keeps its proportion to it and is
+    rounded to the nearest integer, a tie to the even one (`torch.round`). -128 is never used: the range is symmetric,
+    and 0 stays 0. The arithmetic is done in float32, whatever the dtype of `x`.
 
     Args:
         x: any shape; float32, float16 or bfloat16.
 
     Returns:
         q: int8, the shape of `x`; all 0 if `x` is all 0.
-        absmax: float32, a scalar tensor.
+        absmax: float32, a scalar tensor: the largest absolute value of `x`.
 
     Raises:
         ValueError: `x` is empty, has another dtype, or holds a value that is not finite.
     """
-    absmax = blockwise_absmax(x, blocksize=_whole(x))[0]
-    q = torch.round(x.detach().float() * (127 / absmax.clamp(min=TINY)))
-    return q.to(torch.int8), absmax
+    check_numbers(x)
+    x = x.detach().float()
+    absmax = x.abs().max()
+    scale = 127 / absmax.clamp(min=127 * TINY)  # finite for a tensor of zeros, too
+    return torch.round(x * scale).to(torch.int8), absmax
 
 
 def dequantize_int8(q: Tensor, absmax: Tensor) -> Tensor:
@@ -65,37 +68,39 @@ def blockwise_absmax(x: Tensor, blocksize: int = 64) -> Tensor:
             `blocksize` is not a power of two.
     """
     check_blocksize(blocksize)
-    absmax = to_blocks(x, blocksize).abs().amax(dim=1)
-    if not torch.isfinite(absmax).all():  # a NaN or an infinity survives abs and amax
-        bad = (~torch.isfinite(x.detach().reshape(-1))).nonzero().flatten()
+    check_numbers(x)
+    magnitudes = x.detach().reshape(-1).float().abs()  # (n,), row by row
+    missing = -len(magnitudes) % blocksize  # zeros to fill up the last block: they are never larger than what is in it
+    return F.pad(magnitudes, (0, missing)).view(-1, blocksize).amax(dim=1)
+
+
+def to_blocks(x: Tensor, blocksize: int) -> Tensor:
+    """(blocks, blocksize) float32: `x` row by row; a short last block is filled up with zeros."""
+    flat = x.detach().reshape(-1).float()
+    missing = -flat.numel() % blocksize
+    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, blocksize)
+
+
+def check_numbers(x: Tensor) -> None:
+    """Raise a ValueError unless `x` holds finite numbers in float32, float16 or bfloat16, at least one."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"can quantise float32, float16 or bfloat16, got {x.dtype}; convert first: tensor.float()")
+    if x.numel() == 0:
+        raise ValueError(f"cannot quantise an empty tensor, got shape {tuple(x.shape)}; at least 1 number is needed")
+    finite = torch.isfinite(x.detach().reshape(-1))
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
         value = x.detach().reshape(-1)[bad[0]].item()
         raise ValueError(
             f"cannot quantise a tensor with values that are not finite: {len(bad)} of {x.numel()} are NaN or infinite, "
             f"the first is {value} at position {int(bad[0])} (row-major); every value must be finite"
         )
-    return absmax
-
-
-def to_blocks(x: Tensor, blocksize: int) -> Tensor:
-    """(blocks, blocksize) float32: `x` row by row; a short last block is filled up with zeros."""
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"can quantise float32, float16 or bfloat16, got {x.dtype}; convert first: tensor.float()")
-    if x.numel() == 0:
-        raise ValueError(f"cannot quantise an empty tensor, got shape {tuple(x.shape)}; at least 1 number is needed")
-    flat = x.detach().reshape(-1).float()
-    missing = -flat.numel() % blocksize
-    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, blocksize)
 
 
 def check_blocksize(blocksize: int) -> None:
     """Raise a ValueError unless `blocksize` is a power of two (1, 2, 4, 8, ...)."""
     if not isinstance(blocksize, int) or blocksize < 1 or blocksize & (blocksize - 1):
         raise ValueError(f"blocksize must be a power of two (such as 32, 64, 128 or 256), got {blocksize!r}")
-
-
-def _whole(x: Tensor) -> int:
-    """The smallest power of two that makes one block of all of `x`."""
-    return 1 << max(x.numel() - 1, 0).bit_length()
 
 
 # --- The dynamic map: 256 values that are dense near zero -------------------------------------------

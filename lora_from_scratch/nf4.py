@@ -140,12 +140,15 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = 
         ValueError: the weight is empty, has another dtype, or holds a value that is not finite; `blocksize` is not
             a power of two; the codebook does not have 16 values.
     """
+    values, code_of = as_codebook(codebook, weight.device).sort(stable=True)  # FP4's codes are not ascending
+    midpoints = (values[1:] + values[:-1]) / 2  # (15,): they cut the line into 16 intervals, one for each code
     absmax = blockwise_absmax(weight, blocksize)
     if weight.numel() % blocksize:
         absmax[-1:].clamp_(min=TINY)  # bitsandbytes stores this for a short block of zeros
     z = normalize_blocks(weight, absmax, blocksize)  # (n,)
-    z = F.pad(z, (0, 1)) if z.numel() % 2 else z
-    return pack_nibbles(nearest_code(z, _codebook(codebook, weight.device))), absmax
+    z = F.pad(z, (0, z.numel() % 2))
+    interval = torch.bucketize(z, midpoints, out_int32=True)  # a z on a midpoint belongs to the lower interval
+    return pack_nibbles(code_of.to(torch.uint8)[interval]), absmax
 
 
 def normalize_blocks(weight: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
@@ -162,28 +165,6 @@ def normalize_blocks(weight: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
     return z.view(-1)[: weight.numel()]
 
 
-def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
-    """The code of the codebook's value that is nearest to each z; a tie goes to the lower value.
-
-    The midpoints between neighbouring values cut the line into 16 intervals; the interval of z is the answer.
-
-    Args:
-        z: float32, any shape.
-        codebook: (16,) float32 in the order of the codes, which need not be ascending (FP4 is not).
-
-    Returns:
-        uint8, the shape of z.
-    """
-    values, code_of = codebook.sort(stable=True)
-    midpoints = (values[1:] + values[:-1]) / 2  # (15,)
-    ascending = torch.equal(values, codebook)
-    codes = []
-    for part in z.reshape(-1).split(CHUNK):
-        interval = torch.bucketize(part, midpoints, out_int32=True)
-        codes.append((interval if ascending else code_of[interval]).to(torch.uint8))
-    return torch.cat(codes).view(z.shape)
-
-
 def dequantize_nf4(
     packed: Tensor,
     absmax: Tensor,
@@ -192,9 +173,10 @@ def dequantize_nf4(
     dtype: torch.dtype = torch.float32,
     codebook: Tensor | None = None,
 ) -> Tensor:
-    """Undo `quantize_nf4`: `codebook[code] * absmax` of the block, in float32, then to `dtype`.
+    """Undo `quantize_nf4`: each code's value times the absmax of its block, in float32, then to `dtype`.
 
-    One look-up in a table of 256 rows gives both weights of a byte at once.
+    (One look-up in a table of 256 rows gives both weights of a byte at once, and the work is done piece by piece: that
+    is for speed, and changes no number.)
 
     Args:
         packed: ceil(n / 2) bytes, uint8, any shape.
@@ -212,10 +194,8 @@ def dequantize_nf4(
             is not a power of two.
     """
     n = math.prod(shape)
-    _check_parts(packed, absmax, tuple(shape), blocksize)
-    every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
-    pairs = _codebook(codebook, packed.device)[unpack_nibbles(every_byte).int()]  # (512,): the two values of each byte
-    pairs = pairs.view(torch.float64)  # (256,): two float32 moved about as one item of 8 bytes
+    check_parts(packed, absmax, tuple(shape), blocksize)
+    pairs = values_of_bytes(as_codebook(codebook, packed.device))
     packed = packed.reshape(-1)
     weight = torch.empty(n, dtype=dtype, device=packed.device)
     step = max(CHUNK, blocksize)
@@ -228,6 +208,12 @@ def dequantize_nf4(
     return weight.view(tuple(shape))
 
 
+def values_of_bytes(codebook: Tensor) -> Tensor:
+    """(256,) items of 8 bytes: the two float32 values that each byte stands for, as one item (it is no float64)."""
+    every_byte = torch.arange(256, dtype=torch.uint8, device=codebook.device)
+    return codebook[unpack_nibbles(every_byte).int()].view(torch.float64)
+
+
 def scale_blocks(values: Tensor, absmax: Tensor, blocksize: int, out: Tensor) -> None:
     """Multiply each block of (m,) by its own scale, into `out` (m,); the last block may be short."""
     whole = values.numel() // blocksize
@@ -236,7 +222,8 @@ def scale_blocks(values: Tensor, absmax: Tensor, blocksize: int, out: Tensor) ->
     torch.mul(values[cut:], absmax[-1], out=out[cut:])
 
 
-def _codebook(codebook: Tensor | None, device: torch.device) -> Tensor:
+def as_codebook(codebook: Tensor | None, device: torch.device) -> Tensor:
+    """(16,) float32 on the device: the codebook that was given, or NF4's."""
     if codebook is None:
         codebook = nf4_codebook()
     if codebook.shape != (16,):
@@ -244,7 +231,8 @@ def _codebook(codebook: Tensor | None, device: torch.device) -> Tensor:
     return codebook.to(device=device, dtype=torch.float32)
 
 
-def _check_parts(packed: Tensor, absmax: Tensor, shape: tuple[int, ...], blocksize: int) -> None:
+def check_parts(packed: Tensor, absmax: Tensor, shape: tuple[int, ...], blocksize: int) -> None:
+    """Raise a ValueError unless the packed codes and the scales are those of a weight of this shape."""
     check_blocksize(blocksize)
     if packed.dtype != torch.uint8:
         raise ValueError(f"packed codes must be uint8, got {packed.dtype}")
@@ -273,8 +261,8 @@ class NestedAbsmax(NamedTuple):
 def double_quantize(absmax: Tensor, blocksize: int = 256) -> NestedAbsmax:
     """Quantise the scales themselves to 8 bits (QLoRA, section 3, "Double Quantization").
 
-    The scales are all positive; without their mean they are spread around 0 and use the signs, too.
-    `offset = mean(absmax)`, then `absmax - offset` in blocks of 256 scales with `quantize_dynamic`.
+    The scales are all positive, but the 8-bit map (`dynamic_map`) has as many negative values as positive ones. So
+    their mean, the offset, is taken away first; what is left lies around 0, and is quantised with `quantize_dynamic`.
 
     Args:
         absmax: (blocks,) float32, the scales of `quantize_nf4`.
@@ -299,10 +287,17 @@ def double_dequantize(nested: NestedAbsmax, blocksize: int = 256) -> Tensor:
 def bits_per_weight(
     bits: int = 4, blocksize: int = 64, double_quant: bool = False, nested_blocksize: int = 256
 ) -> float:
-    """What a weight costs with its share of the scales, in bits (QLoRA, section 3).
+    """What a weight costs with its share of the scales, in bits (QLoRA, section 3, "Double Quantization").
 
-    Plain: `bits + 32 / blocksize`, 4.5 for NF4. With double quantisation:
-    `bits + 8 / blocksize + 32 / (blocksize * nested_blocksize)`, 4.127. The one offset of a matrix is not counted.
+    Each block of `blocksize` weights has one scale: a float32, or with double quantisation one byte. Then each
+    `nested_blocksize` scales share a second scale, a float32. The one offset of a matrix is not counted.
+    NF4 in blocks of 64: 4.5 bits plain, 4.127 with double quantisation.
+
+    Args:
+        bits: of a code.
+        blocksize: weights that share a scale; a power of two.
+        double_quant: whether the scales are quantised, too.
+        nested_blocksize: scales that share a second scale; a power of two.
 
     Raises:
         ValueError: `bits` is not 1 to 32, or a block size is not a power of two.

@@ -85,7 +85,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 m, v = (state[name].to(p.device) for name in MOMENTS)  # paged in; on a CPU no copy is made
                 options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-                adamw_step(p, p.grad, m, v, int(state["step"]), **options)
+                update_in_place(p, p.grad, m, v, int(state["step"]), **options)
                 for name, moment in zip(MOMENTS, (m, v), strict=True):
                     if moment is not state[name]:  # it came from another device
                         state[name].copy_(moment)
@@ -121,7 +121,7 @@ class PagedAdamW(torch.optim.Optimizer):
         return {"step": torch.tensor(0.0), "exp_avg": pages.m, "exp_avg_sq": pages.v}
 
 
-def adamw_step(
+def update_in_place(
     p: Tensor,
     grad: Tensor,
     m: Tensor,
@@ -133,7 +133,9 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One update in place (Loshchilov and Hutter 2019, algorithm 2), in the order of PyTorch's operations.
+    """What `finetune.adamw.adamw_step` computes, in place and in the order of PyTorch's operations.
+
+    In place, because m and v lie in a file; in this order, because then it is PyTorch's result bit for bit.
 
     Args:
         p, grad, m, v: of one shape.

@@ -39,7 +39,7 @@ class PretrainingSettings:
         ValueError: a number out of its range that neither `TrainingSettings` nor `GPT2Config` looks at.
     """
 
-    steps: int = 3300
+    steps: int = 5000
     batch_size: int = 16
     context: int = 256
     vocab_size: int = 4096

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 SCREENSHOTS = "LORA_FROM_SCRATCH_SCREENSHOTS"  # a folder that keeps them
-PATIENCE = 60.0  # seconds for anything that the browser does
+PATIENCE = 180.0  # seconds for anything that the browser does
 # All cells in the page, also those that are scrolled away; no brackets that close themselves; no offers of help.
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none", "codeCellConfig": {"autoClosingBrackets": False}},
@@ -80,7 +81,13 @@ def browser() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     # No sandbox: tests run as root in CI, and open nothing but this project's own pages.
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,1000",
+    ):
         options.add_argument(flag)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
@@ -156,8 +163,9 @@ class Lab:
         return "\n".join(area.text for area in cell.find_elements("css selector", ".jp-OutputArea-output"))
 
     def errors(self) -> list[str]:
-        """The text of every output that is an error."""
-        return [found.text for found in self._all('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')]
+        """The text of every output that is an error; progress bars go to the same place and are none."""
+        found = self._all('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
+        return [output.text for output in found if "Traceback" in output.text or "Error" in output.text]
 
     def images(self) -> list[Any]:
         return self._all(".jp-OutputArea-output img")
@@ -179,13 +187,14 @@ class Lab:
 
         for depth, label in enumerate(path):
             where = ".lm-MenuBar-itemLabel" if depth == 0 else ".lm-Menu-itemLabel"
-            item = self.wait_until(
-                lambda: next((found for found in self._all(where) if found.text == label), None), f"the menu has {label}"
-            )
+            item = self.wait_until(functools.partial(self._labelled, where, label), f"the menu has {label}")
             if depth == 0 or depth == len(path) - 1:
                 item.click()
             else:
                 ActionChains(self.driver).move_to_element(item).perform()
+
+    def _labelled(self, selector: str, label: str) -> Any:
+        return next((found for found in self._all(selector) if found.text == label), None)
 
     def _kernel(self) -> str:
         found = self._all(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-ExecutionIndicator")

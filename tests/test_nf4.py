@@ -25,7 +25,6 @@ from lora_from_scratch.nf4 import (
     double_dequantize,
     double_quantize,
     int4_codebook,
-    nearest_code,
     nf4_codebook,
     pack_nibbles,
     quantize_nf4,
@@ -191,9 +190,10 @@ def test_a_single_number_without_a_shape_comes_back() -> None:
 
 
 def test_ties_go_to_the_lower_value() -> None:
-    codebook = int4_codebook() * 7  # whole numbers: the midpoints are exact
-    codes = nearest_code(torch.tensor([-0.5, 0.5, 1.5, 0.5000001]), codebook)
-    assert (codes.int() - 8).tolist() == [-1, 0, 1, 1]
+    eighths = torch.arange(-8, 8) / 8  # the midpoints, odd sixteenths, are exact
+    weight = torch.tensor([-16, -1, 1, 3, 1.000001, 0]) / 16
+    packed, _ = quantize_nf4(weight, codebook=eighths)
+    assert (unpack_nibbles(packed).int() - 8).tolist() == [-8, -1, 0, 1, 1, 0]
 
 
 def test_the_layout_in_memory_does_not_matter_and_gradients_do_not_leak() -> None:

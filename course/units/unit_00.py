@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
@@ -62,15 +62,16 @@ from lora_from_scratch.lora import LoRA
 # This is the second verdict, in case you skipped it. It names the case that failed, what went in and what came out, and
 # which idea is missing. It never shows the answer.
 
+
 # %%
 def adds_the_lengths(shape, bytes_per_number=4):
     return sum(shape) * bytes_per_number
 
 
-check("tensor_bytes", seed=0, namespace={"tensor_bytes": adds_the_lengths});
-
+check("tensor_bytes", seed=0, namespace={"tensor_bytes": adds_the_lengths})
 # %% [markdown]
-# `seed=0` draws the same inputs again, so that you can look at one case for as long as you like. Without it they are new.
+# `seed=0` draws the same inputs again, so that you can look at one case for as long as you like. Without it they are
+# new.
 #
 # **A hint** opens on request. There are three for each exercise, each gives away more, and they cost nothing.
 
@@ -91,7 +92,7 @@ print(f"GPT-2's token embedding, 50,257 x 768 in float32: {bytes_of([50257, 768]
 # %% [markdown]
 # **How far you are** is kept on this computer: what passed, and how often you tried.
 
-# %%
+# %% volatile=true
 progress("00")
 
 # %% [markdown]
@@ -168,8 +169,8 @@ for precision in ("float32", "bfloat16", "mixed"):
 # 4.2). It does not say how it counts. With 16 bits for everything you get 1.4 TB; without the gradients 1.05 TB.
 # 1.2 TB lies between, and 350 GB is the weights alone in 16 bits.
 #
-# Either way it is the number of *trained* parameters that is expensive: a frozen one costs 2 bytes in 16 bits, a trained
-# one 8, and 16 in mixed precision. An A100 has 80 GB.
+# Either way it is the number of *trained* parameters that is expensive: a frozen one costs 2 bytes in 16 bits, a
+# trained one 8, and 16 in mixed precision. An A100 has 80 GB.
 #
 # Now the activations. They depend on the text, not on what is trained. Add them up for one block and multiply.
 
@@ -199,7 +200,8 @@ for texts, tokens in ((1, 512), (1, 1024), (1, 2048), (8, 2048)):
 # %% exercise="checkpoint_bytes"
 
 # %% [markdown]
-# The experiment: put LoRA on GPT-3, as in the paper, with rank 4 on the matrices that make queries and values, and look.
+# The experiment: put LoRA on GPT-3, as in the paper, with rank 4 on the matrices that make queries and values, and
+# look.
 
 # %%
 stored = working("checkpoint_bytes")
@@ -225,7 +227,7 @@ SHADES = {"weights": "#0072B2", "gradients": "#E69F00", "optimizer": "#CFE8F5", 
 
 
 def stacked(axes, runs, unit, smallest=0.09):
-    """A bar for each run, cut into its parts; a part is named inside if it is at least a share `smallest` of the axis."""
+    """A bar for each run, cut into its parts; a part is named if it takes at least this share of the axis."""
     widest = max(sum(parts.values()) for parts in runs.values()) / unit
     for place, parts in enumerate(runs.values()):
         left = 0.0
@@ -237,7 +239,8 @@ def stacked(axes, runs, unit, smallest=0.09):
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
                 axes.text(left + width / 2, place, name, ha="center", va="center", fontsize=8, bbox=box)
             left += width
-        axes.text(left + 0.01 * widest, place, f"{left:,.4g}", va="center", fontweight="bold")
+        said = f"{left:,.0f}" if left >= 100 else f"{left:.1f}"
+        axes.text(left + 0.01 * widest, place, said, va="center", fontweight="bold")
     axes.set_yticks(range(len(runs)), list(runs))
     axes.set_xlim(0, 1.14 * widest)
     axes.invert_yaxis()
@@ -260,8 +263,8 @@ right.invert_yaxis()
 plotting.label(right, x="megabytes (each mark is ten times the last)", title="To save the result")
 show(
     figure,
-    "Left, bars of memory for training GPT-3 in 16 bits: about 1,400 gigabytes for full fine-tuning, a quarter each for "
-    "weights and gradients and half for the optimiser; about 350 with LoRA, all weights. A dotted line marks the "
+    "Left, bars of memory for training GPT-3 in 16 bits: about 1,400 gigabytes for full fine-tuning, a quarter each "
+    "for weights and gradients and half for the optimiser; about 350 with LoRA, all weights. A dotted line marks the "
     "paper's 1.2 terabytes. Right, on a scale of powers of ten, what is saved: 350,000 megabytes against 38.",
 )
 
@@ -329,8 +332,8 @@ for name, parts in measured.items():
     print(f"{name:<18}  " + "  ".join(said))
 
 # %% [markdown]
-# In brackets: how many bytes more there are than you counted. Weights and gradients are right to the byte. The optimiser
-# has a few hundred more: PyTorch's Adam also keeps, for each tensor, the number of the step in 4 bytes.
+# In brackets: how many bytes more there are than you counted. Weights and gradients are right to the byte. The
+# optimiser has a few hundred more: PyTorch's Adam also keeps, for each tensor, the number of the step in 4 bytes.
 #
 # And the activations?
 
@@ -341,8 +344,8 @@ plotting.label(axes, x="megabytes, measured after one step on 4 x 64 tokens", ti
 show(
     figure,
     "Bars of the measured memory of one training step of the bundled GPT-2. Full fine-tuning: weights, gradients, an "
-    "optimiser twice as large, and activations. Both kinds of LoRA: the same weights, next to no gradients and optimiser, "
-    "and activations that are at least two thirds as large as before.",
+    "optimiser twice as large, and activations. Both kinds of LoRA: the same weights, next to no gradients and optimiser, and "
+    "activations that are at least two thirds as large as before.",
 )
 
 # %%
@@ -354,12 +357,14 @@ for name, parts in measured.items():
 
 # %% [markdown]
 # Why are they a little smaller at all? The gradient of a weight matrix is made from its *input*, which therefore has to
-# be kept. A frozen matrix needs no gradient, so its input may go, unless something trained beside it needs it. With LoRA
-# on q and v only, the inputs of the MLP's matrices are let go; with LoRA everywhere nearly nothing is.
+# be kept. A frozen matrix needs no gradient, so its input may go, unless something trained beside it needs it. With
+# LoRA on q and v only, the inputs of the MLP's matrices are let go; with LoRA everywhere nearly nothing is.
 #
 # So LoRA's saving depends on what fills your memory. A large model and short texts: weights, gradients and optimiser
 # dominate, and LoRA takes two thirds to three quarters away. A small model and long texts: activations dominate, and
-# LoRA does little. Move the slider to see the first become the second.
+# LoRA does little. Move the slider to see the second become the first.
+#
+# (The sum is a little pessimistic: gradients come as activations go, so not all of it is there at the same moment.)
 
 # %%
 MODELS = {  # layers, width, heads: Radford et al. 2019, table 2; Brown et al. 2020, table 2.1
@@ -384,7 +389,7 @@ def what_fits(name):
     figure, (axes,) = plotting.panels(1, width=8, height=2.4)
     stacked(axes, runs, 1e9)
     axes.axvline(24, color="black", linestyle=":", linewidth=1)
-    axes.text(24, 1.42, " 24 GB", va="center", fontsize=8)
+    axes.text(24, 0.5, " a card of 24 GB", va="center", fontsize=8)
     plotting.label(axes, x="gigabytes, mixed precision, one text of 1,024 tokens", title=f"{name}: does it fit?")
     return figure
 
@@ -394,18 +399,17 @@ slider(
     "model",
     list(MODELS),
     "GPT-2 XL",
-    "Bars of the memory for training a GPT of the chosen size, full and with LoRA, beside a dotted line at 24 gigabytes. "
-    "For GPT-2 XL full fine-tuning is beyond the line and LoRA before it; the activations are the same in both.",
+    "Bars of the memory for training a GPT of the chosen size, full and with LoRA, beside a dotted line at 24 GB. "
+    "For GPT-2 XL full fine-tuning is beyond the line and LoRA before it; both are counted with the same activations.",
 )
 
 # %% [markdown]
 # And on disk? Save what LoRA trained, and the whole model, as real files.
 
 # %%
-model = adapted["LoRA, q and v"]
-lora = methods["LoRA, q and v"]
+model = adapted["LoRA, all matrices"]
 with tempfile.TemporaryDirectory() as folder:
-    lora.save(model, Path(folder) / "lora")
+    methods["LoRA, all matrices"].save(model, Path(folder) / "lora")
     methods["full"].save(adapted["full"], Path(folder) / "full")
     for name, counted in (("lora", stored(model, only_trained=True)), ("full", stored(adapted["full"]))):
         file = next((Path(folder) / name).glob("*.safetensors"))
@@ -417,8 +421,8 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **A state dict counts what is shared twice.** Many checkpoints list the output layer and the embedding under two names,
-# though they are one tensor.
+# **A state dict counts what is shared twice.** Many checkpoints list the output layer and the embedding under two
+# names, though they are one tensor.
 
 # %%
 tied = nn.ModuleDict({"embedding": nn.Embedding(4096, 256), "head": nn.Linear(256, 4096, bias=False)})
@@ -436,7 +440,9 @@ with tempfile.TemporaryDirectory() as folder:
     for name, piece in {"window": weight[:8], "copy": weight[:8].clone()}.items():
         file = Path(folder) / name
         torch.save(piece, file)
-        print(f"{name}: {bytes_of(piece.shape):,} bytes of numbers, {round(file.stat().st_size, -3):,} bytes in the file")
+        print(
+            f"{name}: {bytes_of(piece.shape):,} bytes of numbers, {round(file.stat().st_size, -3):,} bytes in the file"
+        )
 
 # %% [markdown]
 # **It fits, and then it does not.** Adam makes m and v at its first step. Whoever measures memory after the backward
@@ -447,12 +453,14 @@ layer = nn.Linear(1000, 1000)
 adam = torch.optim.Adam(layer.parameters())
 layer(torch.ones(1, 1000)).sum().backward()
 for moment in ("after backward", "after the step"):
-    print(f"{moment}: {sum(t.nbytes for each in adam.state.values() for t in each.values()):>9,} bytes in the optimiser")
+    print(
+        f"{moment}: {sum(t.nbytes for each in adam.state.values() for t in each.values()):>9,} bytes in the optimiser"
+    )
     adam.step()
 
 # %% [markdown]
-# **Not given to the optimiser is not frozen.** A parameter that still has `requires_grad` gets its gradient computed and
-# kept, even when nobody uses it.
+# **Not given to the optimiser is not frozen.** A parameter that still has `requires_grad` gets its gradient computed
+# and kept, even when nobody uses it.
 
 # %%
 body, head = nn.Linear(1000, 1000), nn.Linear(1000, 10)
@@ -462,8 +470,8 @@ print(f"gradients nobody asked for: {sum(p.grad.nbytes for p in body.parameters(
 body.requires_grad_(False)  # this is freezing
 
 # %% [markdown]
-# **GB or GiB?** Disks count in GB of $10^9$ bytes, many tools for memory in GiB of $2^{30}$. At this size the difference
-# is a whole graphics card.
+# **GB or GiB?** Disks count in GB of $10^9$ bytes, many tools for memory in GiB of $2^{30}$. At this size the
+# difference is a whole graphics card.
 
 # %%
 print(f"GPT-3 in 16 bits: {whole / 1e9:.0f} GB = {whole / 2**30:.0f} GiB")
@@ -498,4 +506,5 @@ print(f"GPT-3 in 16 bits: {whole / 1e9:.0f} GB = {whole / 2**30:.0f} GiB")
 # - 1 point: names what falls in proportion to the trained parameters (gradients, optimiser, the saved file).
 # - 1 point: names what does not (weights; activations; the time of the forward pass and most of the backward pass).
 # - 1 point: computes the weights (26 GB in 16 bits) and sees that they alone do not fit.
-# - 1 point: says something about the activations of long texts, or names a way out (fewer bits a weight, checkpointing).
+# - 1 point: says something about the activations of long texts, or names a way out (fewer bits a weight,
+#   checkpointing).

@@ -34,6 +34,7 @@ PREDICTED = {"passed": "Your prediction is right", "failed": "It comes out diffe
 BOX = "border: 1px solid var(--jp-border-color2, #9e9e9e); border-left: 5px solid {colour}; padding: 0.5em 1em; "
 BOX += "margin: 0.4em 0; max-width: 60em; line-height: 1.5;"
 CELL = "text-align: left; vertical-align: top; padding: 0.15em 1.2em 0.15em 0; white-space: normal;"
+NAME = CELL.replace("normal", "nowrap")
 VALUE = CELL + " font-family: var(--jp-code-font-family, monospace); overflow-wrap: anywhere; white-space: pre-wrap;"
 LIST = "list-style: none; margin: 0.2em 0 0.2em 1em; padding: 0;"
 PARAGRAPH = "margin: 0.4em 0;"
@@ -214,7 +215,7 @@ def _box(body: str, colour: str) -> str:
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
     body = "".join(
-        f'<tr><th scope="row" style="{CELL}">{html.escape(name)}</th><td style="{VALUE}">{html.escape(value)}</td></tr>'
+        f'<tr><th scope="row" style="{NAME}">{html.escape(name)}</th><td style="{VALUE}">{html.escape(value)}</td></tr>'
         for name, value in rows
     )
     return f'<table style="margin: 0.4em 0 0.4em 1em; border-collapse: collapse;"><tbody>{body}</tbody></table>'
@@ -226,7 +227,8 @@ def _paragraph(text: str) -> str:
 
 def _inline(text: str) -> str:
     """Escaped, with what stands between backticks as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    short = r'<code style="white-space: nowrap;">\1</code>'
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", re.sub(r"`([^`]{1,60})`", short, html.escape(text)))
 
 
 def _code(text: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from torch import Tensor
+
 from lora_from_scratch.checks.comparing import agrees
 from lora_from_scratch.checks.diagnosis import diagnose, kind_of
 from lora_from_scratch.checks.exercise import Exercise, Prediction
@@ -65,10 +67,11 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
 def judge_prediction(prediction: Prediction, given: Data) -> Verdict:
     """The verdict on a prediction: right or not, and in both cases why."""
     verdict = functools.partial(Verdict, exercise=prediction.name, max_points=prediction.points, seed=0, cases=())
+    given = _guess(prediction, given)
     if given is None:
         allowed = " or ".join(f'"{key}"' for key in prediction.choices) or "a number"
         return verdict(status="not started", points=0, message=f"Write {allowed} into {prediction.name} first.")
-    if prediction.choices and given not in prediction.choices:
+    if prediction.choices and (not isinstance(given, str) or given not in prediction.choices):
         allowed = ", ".join(f'"{key}"' for key in prediction.choices)
         message = f"{prediction.name} is {describe(given)}; it must be one of {allowed}."
         return verdict(status="not started", points=0, message=message)
@@ -78,6 +81,16 @@ def judge_prediction(prediction: Prediction, given: Data) -> Verdict:
     if prediction.right(given):
         return verdict(status="passed", points=prediction.points, message=prediction.explanation)
     return verdict(status="failed", points=0, misconception="another prediction", message=prediction.explanation)
+
+
+def _guess(prediction: Prediction, given: Data) -> Data:
+    """The prediction as it was meant: " B" is "b" where there are choices, and a tensor of one number that number."""
+    if isinstance(given, str):
+        named = {key.lower(): key for key in prediction.choices}
+        return named.get(given.strip().lower(), given)
+    if isinstance(given, Tensor) and given.ndim == 0 and not given.is_complex():
+        return given.item()
+    return given
 
 
 @functools.lru_cache(maxsize=512)

@@ -8,7 +8,6 @@ folder, LORA_FROM_SCRATCH_PROGRESS=off keeps nothing on the disk.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -62,7 +61,10 @@ class Progress:
     kept: bool = True
 
 
-_memory: Progress | None = None  # stands in for the file where there can be none
+Change = tuple[str, Callable[[Entry], None]]  # the exercise, and what is done to its entry
+
+_waiting: list[Change] = []  # what could not be written yet
+_never: list[Change] = []  # what was done while switched off
 
 
 def folder() -> Path:
@@ -84,7 +86,7 @@ def switched_off() -> bool:
 def load() -> Progress:
     """What was done so far."""
     if switched_off():
-        return _in_memory(Progress(kept=False))
+        return _changed(Progress(kept=False), _never)
     progress, damage = _read()
     if damage:
         try:
@@ -95,7 +97,8 @@ def load() -> Progress:
         except OSError as error:
             progress.notes.append(f"{path()} {damage}, and could not be set aside ({error.strerror or error}).")
             progress.kept = False
-    return progress if progress.kept else _in_memory(progress)
+    progress.kept = progress.kept and not _waiting
+    return _changed(progress, _waiting)
 
 
 def record(verdict: Verdict) -> list[str]:
@@ -103,8 +106,9 @@ def record(verdict: Verdict) -> list[str]:
     if verdict.status not in COUNTS:
         return []
 
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+
     def enter(entry: Entry) -> None:
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
         entry.last = now
         entry.attempts += entry.passed is None
         entry.points = max(entry.points, float(verdict.points))
@@ -134,27 +138,24 @@ def took_library(name: str) -> None:
 
 
 def _change(name: str, enter: Callable[[Entry], None]) -> tuple[Entry, list[str]]:
-    progress = load()
-    notes = progress.notes
-    if progress.kept:
-        try:
-            with _locked():
-                progress, _ = _read()  # another notebook may have written meanwhile
-                enter(progress.entries.setdefault(name, Entry()))
-                _write(progress)
-            return progress.entries[name], notes
-        except OSError:
-            progress = _in_memory(load())
-    enter(progress.entries.setdefault(name, Entry()))
-    return progress.entries[name], notes
+    """Make a change in the file, after those that could not be written before; where it cannot be, keep it."""
+    notes = load().notes  # a damaged file is set aside here
+    if switched_off():
+        _never.append((name, enter))
+    else:
+        _waiting.append((name, enter))
+        with contextlib.suppress(OSError), _locked():
+            progress, _ = _read()  # another notebook may have written meanwhile
+            if progress.kept:
+                _write(_changed(progress, _waiting))
+                _waiting.clear()
+    return load().entries[name], notes
 
 
-def _in_memory(start: Progress) -> Progress:
-    global _memory
-    if _memory is None:
-        _memory = Progress(copy.deepcopy(start.entries), kept=False)
-    _memory.notes = list(start.notes)
-    return _memory
+def _changed(progress: Progress, changes: list[Change]) -> Progress:
+    for name, enter in changes:
+        enter(progress.entries.setdefault(name, Entry()))
+    return progress
 
 
 def _read() -> tuple[Progress, str]:

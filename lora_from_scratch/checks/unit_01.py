@@ -217,9 +217,8 @@ PREDICTIONS = [
     Prediction(
         name="rank_of_a_trained_weight",
         question=(
-            "The bundled GPT-2 has matrices of 256 rows and 256, 768 or 1,024 columns, and back. They started as "
-            "random "
-            "numbers and were trained for hours. What are their numerical ranks now?"
+            "The bundled GPT-2 has 24 large matrices, each with 256 as its smaller side. They began as random numbers "
+            "and were trained for hours. What are their numerical ranks now?"
         ),
         choices={
             "low": "below 32 for most of them: training has found the few directions that matter",
@@ -228,9 +227,8 @@ PREDICTIONS = [
         },
         answer="full",
         explanation=(
-            "Every trained matrix has full rank: not a single row can be made of the others to within rounding. The "
-            "rank "
-            "asks whether anything at all is left, however small, and in a trained matrix something always is. "
+            "Every trained matrix has full rank: no row can be made of the others to within rounding. The rank asks "
+            "whether anything at all is left, however small, and in a trained matrix something always is. "
             "What is low in LoRA is not the rank of the weight."
         ),
         idea="low rank",

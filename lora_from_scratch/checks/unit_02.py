@@ -393,9 +393,10 @@ PREDICTIONS = [
         answer="update",
         choices={"weight": "the weight", "noise": "the noise", "update": "the update"},
         explanation=(
-            "The update. Noise needs the most, the weight somewhat fewer, the update far fewer. Aghajanyan et al. 2020 "
+            "The update. Noise needs the most, the weight fewer, the update far fewer. Aghajanyan et al. 2020 "
             "found that fine-tuning has a low *intrinsic dimension*, and LoRA is built on that (Hu et al. 2021, "
-            "section 4.1). Its rank in the strict sense of unit 01 is still full; it is its energy that lies in few directions."
+            "section 4.1). Its rank in the strict sense of unit 01 is still full; it is its energy that lies in few "
+            "directions."
         ),
         idea="low-rank approximation",
     ),

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -114,9 +114,8 @@ def memory_of(
     """
     _check(model, batch_size, tokens, precision)
     weights = sum(storage.nbytes() for storage in _storages(held_tensors(model)))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.nbytes for p in trained)
-    optimizer = 2 * gradients + 4 * len(trained)  # m and v, and the number of the step, of each tensor
+    learning = trainable_memory(model)
+    gradients, optimizer = learning["gradients"], learning["optimizer"]
     tape, logits = record(
         model,
         batch_size,
@@ -135,6 +134,21 @@ def memory_of(
     moments = {where: held + weights + optimizer + logits.nbytes for where, held in moments.items()}
     moments[UPDATE] = weights + gradients + optimizer + logits.nbytes  # the loop still holds the logits
     return MemoryBudget(weights, gradients, optimizer, activations, transient, moments)
+
+
+def trainable_memory(model: nn.Module) -> dict[str, int]:
+    """The bytes that training with `torch.optim.AdamW` needs because something is trained: none for what is frozen.
+
+    A parameter with `requires_grad` has a gradient of its own shape and dtype, and in the optimiser m and v, both of
+    its shape and dtype as well. Besides, the optimiser counts the steps of each *tensor* in one float32 number.
+    A parameter that several modules share is one parameter. Weights and activations are not counted here.
+
+    Returns:
+        the bytes of "gradients" and "optimizer", under these names.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    return {"gradients": gradients, "optimizer": 2 * gradients + 4 * len(trained)}
 
 
 def blank_model(config: GPT2Config, method: Method) -> GPT2:

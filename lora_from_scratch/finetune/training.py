@@ -89,17 +89,48 @@ class TrainingSettings:
         _need(self.accumulation >= 1, "accumulation must be at least 1", self.accumulation)
 
 
+def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
+    """The learning rate of one step, as a fraction of the highest: a line up, then half a cosine down.
+
+    Steps are counted from 0. With W warm-up steps out of T:
+
+    - the first W steps rise in a line: the first has 1 / W, not 0, and the last of them, number W - 1, has 1;
+    - from step W on it falls along half a cosine: step W still has 1, the steps halfway between W and T have 1/2, and 0
+      would come at step T, the first that is not taken any more (Loshchilov and Hutter 2017, arXiv:1608.03983,
+      equation 5, for one restart).
+
+    With W = 0 there is no warm-up and step 0 has 1.
+
+    Args:
+        step: 0 to T - 1.
+        steps: T.
+        warmup_steps: W, 0 to T.
+
+    Raises:
+        ValueError: the step or the number of warm-up steps is out of its range.
+    """
+    if not (0 <= step < steps and 0 <= warmup_steps <= steps):
+        raise ValueError(
+            f"step must be from 0 to steps - 1 and warmup_steps from 0 to steps, got step {step}, steps {steps} and "
+            f"warmup_steps {warmup_steps}"
+        )
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / (steps - warmup_steps)  # of the fall, from 0 to almost 1
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
 def learning_rate_at(step: int, settings: TrainingSettings) -> float:
     """The learning rate of step 0, 1, ... `steps - 1`, as a fraction of the highest.
 
     Warm-up is linear. Then `linear` and `cosine` fall to zero over the rest; `trapezoid` stays at the top
     and falls in a line over the last `decay_fraction` of the steps (Hägele et al. 2024, arXiv:2405.18392).
     """
+    if settings.schedule == "cosine":
+        return warmup_cosine(step, settings.steps, settings.warmup_steps)
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     left = (settings.steps - step) / max(1, settings.steps - settings.warmup_steps)  # from 1 down to almost 0
-    if settings.schedule == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * left))
     if settings.schedule == "trapezoid":
         return min(1.0, (settings.steps - step) / (settings.decay_fraction * settings.steps))
     return left if settings.schedule == "linear" else 1.0

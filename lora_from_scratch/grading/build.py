@@ -76,10 +76,12 @@ def draft(unit: Unit, root: Path) -> Draft:
         cells = assemble(unit, source)
     except Refused as refused:
         raise Refused(problems + [p for p in refused.problems if p not in problems]) from None
+    problems += refusals.in_the_cells(cells)
+    if problems:
+        raise Refused(problems)
     solved = as_notebook(cells)
     learners = release(solved, root / CONFIG)
-    problems += refusals.in_the_cells(cells)
-    problems += refusals.leaks(unit, nbformat.reads(learners, as_version=4), cells)
+    problems = refusals.leaks(unit, nbformat.reads(learners, as_version=4), cells)
     if problems:
         raise Refused(problems)
     return Draft(unit, cells, solved, learners)

@@ -75,7 +75,7 @@ def execute(notebook: Any, *, building: bool = True, allow_errors: bool = False)
     except CellExecutionError:
         pass  # the outputs of the cell say it
     except (DeadKernelError, CellTimeoutError) as error:
-        raise ValueError(f"{' '.join(str(error).split())[:300]}") from None
+        raise ValueError("the notebook could not be run: " + " ".join(str(error).split())[:300].lower()) from None
     finally:
         measured = notebook.cells.pop()
         shutil.rmtree(work, ignore_errors=True)

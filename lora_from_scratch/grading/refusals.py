@@ -19,7 +19,7 @@ from lora_from_scratch.grading.source import SourceCell
 WRONG, RIGHT = 5, 2  # answers that the bank must have of an exercise
 FROM_CHECKS = ("check", "hint", "library", "progress", "working")  # what every unit's first code cell imports
 SECTIONS = ("What goes wrong in practice", "Summary", "Go further")
-TELLING = 28  # a line of a solution that is at least so long gives something away
+TELLING = 24  # a line of a solution that is at least so long, without spaces, gives something away
 SCREENFUL = 45  # lines
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]*)[^)]*\)")
@@ -172,8 +172,10 @@ def _imports(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
 
 
 def in_the_cells(cells: list[Cell]) -> list[str]:
-    """Headings that skip a level, pictures without alternative text."""
-    problems = []
+    """Headings that skip a level, pictures without alternative text, two graded cells of one name."""
+    graded = [(cell.metadata["nbgrader"]["grade_id"], cell.place) for cell in cells if "nbgrader" in cell.metadata]
+    names = [name for name, _ in graded]
+    problems = [f"{place}: {name!r} is a name twice" for n, (name, place) in enumerate(graded) if name in names[:n]]
     before = 0
     for cell in cells:
         if cell.kind != "markdown":
@@ -210,8 +212,8 @@ def leaks(unit: Unit, learners: Any, cells: list[Cell]) -> list[str]:
 
 
 def _telling_lines(exercise: Exercise) -> list[str]:
-    """The lines of a solution that give something away, and are not part of its own statement."""
-    lines = solution_lines(exercise.object, exercise.blank)
+    """The lines of a solution that give something away; of `return x` it is `x` that does."""
+    lines = [line.removeprefix("return ") for line in solution_lines(exercise.object, exercise.blank)]
     plain = ("raise ", "import ", "from ", "super().__init__(", '"""', "for ", "with ")
     return [line for line in lines if len(squeeze(line)) >= TELLING and not line.startswith(plain)]
 
@@ -234,6 +236,7 @@ def in_the_outputs(node: Any, cell: Cell, folders: Iterable[str] = ()) -> list[s
         if output.output_type == "stream" and output.name == "stderr":
             first = next((line for line in text.splitlines() if line.strip()), "")
             problems.append(f"{cell.place}: the cell writes to stderr (a warning?): {first.strip()}")
+            continue
         found = ADDRESS.search(text) or ABSOLUTE.search(text)
         shown = found[0] if found else next((folder for folder in folders if folder in text), "")
         if shown and not cell.volatile:

@@ -1,0 +1,648 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Unit 02: The singular value decomposition
+#
+# **When you are through, you can**
+#
+# - take any matrix apart into directions, sorted by how much each matters, with a method that you wrote yourself;
+# - give the nearest matrix of rank $r$, and its error before you compute it;
+# - say how many directions a weight needs, how many noise needs, and how many the *update* needs that fine-tuning
+#   adds.
+#
+# **You need** unit 01 (or its idea: a matrix of rank $r$ is a sum of $r$ outer products), matrix products and norms.
+#
+# **Time**: about 90 minutes. 7 exercises, 2 predictions, one open question.
+#
+# ![Left, share of the energy over the number of directions, up to 256, mean of all matrices of the model's blocks:
+# the update of fine-tuning rises far faster than the pretrained weight, which is a little above noise. Right, loss
+# on story cards over the rank: an update cut to a few directions is nearly as good as the whole one; a weight cut
+# to the same rank is useless.](unit_02.png)
+
+# %%
+import torch
+from tqdm.auto import tqdm
+
+from lora_from_scratch import plotting
+from lora_from_scratch.checks import check, hint, library, progress, working  # noqa: F401
+from lora_from_scratch.figures import show, slider
+from lora_from_scratch.finetune.completions import Completions
+from lora_from_scratch.finetune.defaults import learning_rate_for
+from lora_from_scratch.finetune.metrics import completion_loss
+from lora_from_scratch.finetune.story_cards import story_cards
+from lora_from_scratch.finetune.training import Trainer, TrainingSettings
+from lora_from_scratch.full_finetuning import FullFineTuning
+from lora_from_scratch.gpt2 import load_gpt2
+from lora_from_scratch.rank import low_rank_parameter_count
+
+
+def doubles(*results):
+    """Results of your functions, whatever they are made of, as float64 tensors."""
+    return [torch.as_tensor(result, dtype=torch.float64) for result in results]
+
+
+# %% [markdown]
+# ## What a matrix does
+#
+# Unit 01 ended with a whole number. Add a speck of noise to a matrix of rank 2 and that number jumps to full, though
+# nothing that matters has changed. So ask a better question: not *how many* directions there are, but **how much each
+# of them counts**.
+#
+# Send a circle through a matrix and look.
+
+
+# %%
+def draw_circle(M):
+    turn = torch.linspace(0, 2 * torch.pi, 200)
+    circle = torch.stack([turn.cos(), turn.sin()])  # (2, 200): one point a column
+    U, S, Vh = torch.linalg.svd(M)
+    figure, (before, after) = plotting.panels(2, width=4.2, height=3.8)
+    for axes, curve, arrows, names in (
+        (before, circle, Vh, ("v1", "v2")),
+        (after, M @ circle, (U * S).T, ("sigma1 u1", "sigma2 u2")),
+    ):
+        axes.plot(*curve, color="0.4", linewidth=1.5)
+        for arrow, name, colour in zip(arrows.tolist(), names, plotting.COLOURS, strict=False):
+            axes.annotate("", arrow, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2})
+            axes.annotate(name, arrow, xytext=(5, 5), textcoords="offset points", color=colour, fontweight="bold")
+        axes.set(xlim=(-2.4, 2.4), ylim=(-2.2, 2.2), aspect="equal")
+    plotting.label(before, x="first input", y="second input", title="Inputs x of length 1")
+    plotting.label(after, x="first output", y="second output", title="Outputs M x")
+    return figure
+
+
+show(
+    draw_circle(torch.tensor([[-1.7, 0.9], [-0.4, -0.9]])),
+    alt="Left, a circle of inputs with two arrows at right angles, v1 and v2. Right, the ellipse of outputs: the "
+    "matrix has turned v1 into its longest half-axis, sigma1 u1, and v2 into its shortest, sigma2 u2, again at "
+    "right angles.",
+)
+
+# %% [markdown]
+# A circle becomes an ellipse, and two directions at right angles become its half-axes, *again at right angles*. That
+# holds for every matrix $M$ of shape $(m, n)$ (Golub and Van Loan, section 2.4):
+#
+# $$M = \sum_{k=1}^{\min(m, n)} \sigma_k\, u_k v_k^\top = U\, \mathrm{diag}(S)\, V^\top,
+# \qquad \sigma_1 \ge \sigma_2 \ge \dots \ge 0.$$
+#
+# - $v_k$, of length $n$: the *right singular vectors*, directions of the input, at right angles to one another. As
+#   rows they are `Vh`, which is $V^\top$.
+# - $u_k$, of length $m$: the *left singular vectors*, directions of the output, also at right angles. The columns
+#   of `U`.
+# - $\sigma_k$, a number: the *singular value*, how much $M$ stretches: $M v_k = \sigma_k u_k$. All of them are `S`.
+#
+# It is a sum of outer products, as in unit 01, but a sorted one. How do you find it?
+
+# %% [markdown]
+# ## Multiply, again and again
+#
+# Take $G = M^\top M$, of shape $(n, n)$. It is symmetric, and $G v_k = \sigma_k^2 v_k$: the $v_k$ are its
+# *eigenvectors*, with the *eigenvalues* $\lambda_k = \sigma_k^2$. Write any vector $x$ as a mixture of them. Every
+# multiplication by $G$ stretches the part along $v_1$ most. So what becomes of $x$?
+
+# %%
+G = torch.tensor([[2.0, -1.0], [-1.0, 2.0]])  # eigenvalues 3 and 1; the eigenvector of 3 is (0.7071, -0.7071)
+for times in (0, 1, 2, 4, 8):
+    x = torch.linalg.matrix_power(G, times) @ torch.tensor([1.0, 0.0])
+    print(f"{times} multiplications: ({x[0]:>7.0f}, {x[1]:>7.0f}), of length 1: {(x / x.norm()).tolist()}")
+
+# %% [markdown]
+# It turns to $v_1$, and it grows without end. So divide it by its length at every step, and stop when it no longer
+# moves. How many steps is that? The part along $v_2$ shrinks by $\lambda_2 / \lambda_1$ at each:
+
+# %%
+for ratio in (0.5, 0.9, 0.99, 0.998):
+    steps = torch.log(torch.tensor(1e-12)) / torch.log(torch.tensor(ratio))
+    print(f"lambda2 / lambda1 = {ratio:<5}: about {steps:>6,.0f} steps until 1e-12 of it is left")
+
+# %% [markdown]
+# You write this as a function. A loop that multiplies and divides is right; the docstring has a trick that makes it
+# fast, too. Where several answers are right (either sign, any vector of a repeated eigenvalue), the check takes any.
+
+# %% exercise="dominant_eigenvector"
+
+# %% [markdown]
+# With $v_1$ you have the other two as well: $M v_1$ is $\sigma_1 u_1$, and $u_1$ has length 1.
+
+# %% exercise="dominant_singular_triplet"
+
+# %% [markdown]
+# Compare it with the library's decomposition, on a random matrix:
+
+# %%
+triplet = working("dominant_singular_triplet")
+M = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+u, sigma, v = doubles(*triplet(M))
+print(f"sigma: {sigma:.6f}, torch has {torch.linalg.svdvals(M)[0]:.6f}")
+print(f"M v - sigma u: {(M @ v - sigma * u).norm():.1e},  M^T u - sigma v: {(M.T @ u - sigma * v).norm():.1e}")
+
+# %% [markdown]
+# ## Take it out, and start again
+#
+# Subtract $\sigma_1 u_1 v_1^\top$ from $M$. What is left has $\sigma_2$ as its largest singular value. This is
+# *deflation*. It ends when nothing is left but rounding error. Say *what* counts as rounding error: that is the
+# tolerance of unit 01 again.
+
+# %% exercise="svd_by_deflation"
+
+# %% [markdown]
+# The hardest small matrix there is: the Hilbert matrix of unit 01, whose singular values fall by a factor of about 30
+# each. Yours against torch's, on 12 x 12:
+
+# %%
+deflation = working("svd_by_deflation")
+i = torch.arange(12, dtype=torch.float64)
+hilbert = 1 / (i[:, None] + i + 1)
+U, S, Vh = doubles(*deflation(hilbert))
+print("yours: ", " ".join(f"{value:.1e}" for value in S))
+print("torch: ", " ".join(f"{value:.1e}" for value in torch.linalg.svdvals(hilbert)))
+print(f"{len(S)} above rounding. U^T U - I: {(U.T @ U - torch.eye(len(S), dtype=U.dtype)).abs().max():.1e}")
+
+# %% [markdown]
+# You have written a singular value decomposition. From here on `torch.linalg.svd` does the work, only because it is
+# faster.
+
+# %% [markdown]
+# ## The nearest matrix of low rank
+#
+# Stop the sum after $r$ terms:
+#
+# $$M_r = \sum_{k=1}^{r} \sigma_k\, u_k v_k^\top, \qquad
+# \lVert M - M_r \rVert_F = \sqrt{\sigma_{r+1}^2 + \sigma_{r+2}^2 + \dots}, \qquad
+# \lVert M - M_r \rVert_2 = \sigma_{r+1}.$$
+#
+# $\lVert\cdot\rVert_F$, the *Frobenius* norm, is the root of the sum of all squared entries;
+# $\lVert\cdot\rVert_2$, the *spectral* norm, is the most that a matrix stretches any vector of length 1. **No other
+# matrix of rank $r$ is nearer, in either norm** (Eckart and Young 1936; Mirsky 1960). It is one of the rare places
+# where the best answer to a hard question is a slice.
+
+# %% exercise="truncate"
+
+# %% [markdown]
+# To see what that does, use a matrix that you can look at. This one is a picture, made of a few formulas:
+
+
+# %%
+def paint(height=96, width=128):
+    y, x = torch.meshgrid(torch.linspace(1, 0, height), torch.linspace(0, 1.33, width), indexing="ij")
+    sky = 0.55 + 0.4 * y
+    sun = ((x - 1.05) ** 2 + (y - 0.78) ** 2) < 0.012
+    hills = y < 0.36 + 0.10 * torch.sin(5 * x) + 0.05 * torch.sin(13 * x + 1)
+    field = 0.35 + 0.1 * torch.sin(60 * (x + 2 * y))
+    tower = ((x - 0.42).abs() < 0.09) & (y > 0.25) & (y < 0.68 + 0.04 * torch.sign(torch.sin(105 * x)))
+    window = ((x - 0.42).abs() < 0.025) & ((y - 0.55).abs() < 0.05)
+    roof = (y < 0.80 - 1.3 * (x - 0.66).abs()) & (y > 0.45) & ((x - 0.66).abs() < 0.16)
+    picture = torch.where(hills, field, sky)
+    for shape, grey in ((sun, 1.0), (roof, 0.05), (tower, 0.15), (window, 0.9)):
+        picture = torch.where(shape, torch.tensor(grey), picture)
+    return picture.double()
+
+
+picture = paint()
+cut = working("truncate")
+
+
+def draw_picture(rank):
+    figure, axes = plotting.panels(2, width=4.4, height=3.7)
+    stored = low_rank_parameter_count(*picture.shape, rank)
+    for place, shown, title in (
+        (axes[0], picture, f"The matrix: {picture.numel():,} numbers"),
+        (axes[1], cut(picture, rank), f"Rank {rank}: {stored:,} numbers"),
+    ):
+        place.imshow(shown, cmap="gray", vmin=0, vmax=1)
+        plotting.label(place, x=f"{picture.shape[1]} columns", y=f"{picture.shape[0]} rows", title=title)
+        place.set(xticks=[], yticks=[])
+    return figure
+
+
+slider(
+    draw_picture,
+    "rank",
+    (1, 2, 3, 5, 8, 12, 16, 24, 32, 48, 64, 96),
+    start=8,
+    alt="Left, a drawn picture in grey: hills with a striped field, a tower, a pointed roof and a sun. "
+    "Right, the same as a matrix of low rank: large shapes and straight edges are there, slanted edges are smeared "
+    "into horizontal and vertical streaks.",
+)
+
+# %% [markdown]
+# Move the slider. What runs along rows and columns (tower, sky) is there at once; what is slanted or round (roof,
+# sun, stripes) takes many terms. Low rank is not the same as simple to the eye.
+#
+# The error needs no second look at the picture: the singular values know it.
+
+# %% exercise="approximation_error"
+
+# %%
+predicted = working("approximation_error")
+for rank in (1, 8, 32):
+    left = picture - torch.as_tensor(cut(picture, rank))
+    print(
+        f"rank {rank:>2}: Frobenius {predicted(picture, rank):.4f} (measured {left.norm():.4f}), "
+        f"spectral {predicted(picture, rank, 'spectral'):.4f} (measured {torch.linalg.matrix_norm(left, 2):.4f})"
+    )
+
+# %% [markdown]
+# ## How much is enough?
+#
+# The squares of the singular values add up to the squared Frobenius norm, $\sigma_1^2 + \sigma_2^2 + \dots =
+# \lVert M \rVert_F^2$. Call that the *energy* of $M$. Then you can ask for the smallest rank that keeps, say, 90 %
+# of it.
+
+# %% exercise="rank_for_energy"
+
+# %%
+needed = working("rank_for_energy")
+for share in (0.9, 0.99, 0.999):
+    print(f"the picture, {share:.1%} of its energy: rank {needed(picture, share)} of {min(picture.shape)}")
+
+# %% [markdown]
+# A rank of 2 or 3 for 90 %: nine tenths of the energy are the grey average and a few bands. Keep that in mind
+# when a paper says "90 % of the energy". Before you measure a weight, find out what this number is worth.
+
+# %% prediction="noise_energy"
+
+# %%
+noise = torch.randn(256, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+S = torch.linalg.svdvals(noise)
+print(f"the largest singular value {S[0]:.1f}, the middle one {S[127]:.1f}, the smallest {S[-1]:.2f}")
+print(f"the first 128 of 256 directions hold {(S[:128] ** 2).sum() / (S**2).sum():.1%} of the energy")
+
+# %% check="noise_energy"
+
+# %% [markdown]
+# ## The weights of a trained model
+#
+# So compare with noise. Load the bundled GPT-2 and look at a weight of its third block, `mlp.c_fc`, which takes 256
+# numbers to 1,024, beside noise of the same shape and the same norm.
+
+# %%
+model, tokenizer = load_gpt2("bundled")
+W = model.get_parameter("transformer.h.2.mlp.c_fc.weight").detach()
+R = torch.randn(W.shape, generator=torch.Generator().manual_seed(2))
+R *= W.norm() / R.norm()
+print(f"shape {tuple(W.shape)}; rank for 90 %: weight {needed(W, 0.9)}, noise {needed(R, 0.9)} of {min(W.shape)}")
+
+tails = {}
+for name, matrix in (("weight", W), ("noise", R)):
+    energy = torch.linalg.svdvals(matrix).double() ** 2
+    tails[name] = (1 - energy.cumsum(0) / energy.sum()).clamp(min=0).sqrt()  # relative error at rank 1, 2, ...
+
+
+# %%
+def draw_weight(rank):
+    figure, (left, middle, right) = plotting.panels(3, width=3.6, height=3.5)
+    limit = float(3 * W.std())
+    for axes, shown, title in ((left, W, "A corner of the weight"), (middle, cut(W, rank), f"The same at rank {rank}")):
+        axes.imshow(shown[:64, :64], cmap="gray", vmin=-limit, vmax=limit)
+        plotting.label(axes, x="64 outputs", y="64 inputs", title=title)
+        axes.set(xticks=[], yticks=[])
+    for (name, tail), line, colour, side in zip(tails.items(), ("-", "--"), plotting.COLOURS, (-1, 1), strict=False):
+        right.plot(range(1, len(tail) + 1), tail, line, color=colour)
+        right.plot(rank, tail[rank - 1], "o", color=colour)
+        place = (110, float(tail[109]))
+        right.annotate(
+            name,
+            place,
+            xytext=(14 * side, 10 * side),
+            textcoords="offset points",
+            color=colour,
+            fontweight="bold",
+            ha="left" if side > 0 else "right",
+            va="center",
+        )
+    plotting.label(right, x="rank", y="relative error", title="Error of the nearest matrix")
+    right.set_ylim(0, 1)
+    return figure
+
+
+slider(
+    draw_weight,
+    "rank",
+    (1, 4, 8, 16, 32, 64, 96, 128, 192, 256),
+    start=32,
+    alt="Left, a corner of a weight of GPT-2 as grey squares: it looks like noise. Middle, at low rank: paler. "
+    "Right, relative error over the rank for the weight and for noise of the same shape: two curves that fall slowly "
+    "from 1 to 0 at rank 256, that of the weight a little below that of noise.",
+)
+
+# %% [markdown]
+# No house appears in there. A trained weight is **not** a matrix of low rank: it is a little nearer to one than noise
+# is. How much, differs from matrix to matrix. So look at all of them: `c_attn` (queries, keys and values),
+# `attn.c_proj`, `mlp.c_fc` and `mlp.c_proj` in each of the six blocks. The smaller side is 256 everywhere.
+
+# %%
+KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+NAMES = [f"transformer.h.{layer}.{kind}.weight" for layer in range(model.config.n_layer) for kind in KINDS]
+before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+generator = torch.Generator().manual_seed(3)
+noises = {name: torch.randn(before[name].shape, generator=generator) for name in NAMES}
+
+
+def ranks_by_kind(matrices, share=0.9):
+    """Kind -> the ranks of its six matrices, sorted."""
+    ranks = {name: needed(matrices[name], share) for name in NAMES}
+    return {kind: sorted(ranks[name] for name in NAMES if kind in name) for kind in KINDS}
+
+
+print("rank for 90 % of the energy, of 256: the lowest and the highest of the six blocks")
+for (kind, weight), noisy in zip(ranks_by_kind(before).items(), ranks_by_kind(noises).values(), strict=True):
+    print(f"{kind:12}  weight {weight[0]:>3} to {weight[-1]:>3}   noise {noisy[0]:>3} to {noisy[-1]:>3}")
+
+# %% [markdown]
+# How far below the noise a weight lies depends on the training as well. The matrices of this model were trained with
+# Muon, an optimiser whose steps have nearly equal singular values; weights that were trained with Adam usually have
+# steeper spectra. The comparison with noise is the habit to keep.
+
+# %% [markdown]
+# ## The same for data: principal components
+#
+# Singular vectors also say in which directions *data* vary. Let the rows of $X$, of shape $(N, d)$, be $N$ samples
+# with their mean subtracted. Their covariance matrix is $X^\top X / (N - 1)$, of shape $(d, d)$; its eigenvectors are
+# the $v_k$ of $X$, and the variance along $v_k$ is $\sigma_k^2 / (N - 1)$. That is *principal component analysis*.
+
+# %% exercise="pca"
+
+# %% [markdown]
+# Let it look at something that nobody can see: the 256 numbers with which the model begins each word. Two directions
+# out of 256, chosen by variance alone; the method is told nothing about the words.
+
+# %%
+words = "king queen prince princess woman boy girl dog cat fox two three four seven red green white black golden "
+words += "said cried asked answered went came ran"
+tokens = {word: tokenizer.encode(f" {word}") for word in words.split()}
+tokens = {word: ids[0] for word, ids in tokens.items() if len(ids) == 1}  # words that are one token each
+embeddings = model.transformer.wte.weight.detach()[list(tokens.values())].double()  # (N, 256)
+
+mean, directions, variances = doubles(*working("pca")(embeddings, 2))
+coordinates = (embeddings - mean) @ directions.T  # (N, 2)
+share = variances.sum() / (embeddings - mean).square().sum() * (len(embeddings) - 1)
+print(f"two of {embeddings.shape[1]} directions hold {share:.0%} of the variance of these {len(embeddings)} words")
+
+figure, (axes,) = plotting.panels(1, width=6.4, height=4.6)
+plotting.label(axes, x="first principal component", y="second principal component", title="Words of the bundled GPT-2")
+plotting.points(axes, dict(zip(tokens, coordinates.tolist(), strict=True)))
+show(
+    figure,
+    alt="A map of words by the first two principal components of their embeddings. Words of a kind lie near one "
+    "another: people and animals, verbs of saying and going, numbers and colours.",
+)
+
+# %% [markdown]
+# Kings with foxes, numbers with colours, saying with going: the strongest directions are those of *grammar*, of which
+# words can stand in the same place.
+
+# %% [markdown]
+# ## What fine-tuning changes
+#
+# Now the question on which this whole course rests. Fine-tuning turns a weight $W_0$ into $W_0 + \Delta W$. You saw
+# that $W_0$ itself has no low rank. And $\Delta W$?
+
+# %% prediction="lowest_rank"
+
+# %% [markdown]
+# Fine-tune the whole model, every one of its parameters, for a minute: it learns to turn a *story card* into the
+# opening of a tale. Nothing in this training knows of ranks.
+
+# %%
+STEPS = 60
+cards = story_cards(train=480, validation=16, test=8)
+print(cards.train[0].mr, "\n  ->", cards.train[0].ref)
+
+completions = Completions(cards.train, tokenizer, model.config.n_positions)
+held_out = Completions(cards.validation, tokenizer, model.config.n_positions).batches(8)
+loss_before = completion_loss(model, held_out)
+
+FullFineTuning(keep_base=False).adapt(model)
+settings = TrainingSettings(steps=STEPS, learning_rate=learning_rate_for("full", model.config), warmup_steps=4)
+bar = tqdm(total=STEPS, desc="fine-tuning", unit="step")
+
+
+def batch_at(step):
+    bar.update()
+    return completions.batch_at(step, batch_size=8, seed=0)
+
+
+Trainer(model, batch_at, settings, progress=False).run()
+bar.close()
+
+after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+updates = {name: after[name] - before[name] for name in NAMES}
+loss_after = completion_loss(model, held_out)
+print(f"loss on cards that it has not seen, nats per token: {loss_before:.2f} before, {loss_after:.2f} after")
+
+# %%
+print("rank for 90 % of the energy, of 256: the lowest and the highest of the six blocks")
+for kind in KINDS:
+    row = {"weight": before, "update": updates, "noise": noises}
+    ranks = {name: ranks_by_kind(matrices)[kind] for name, matrices in row.items()}
+    print(f"{kind:12}" + "".join(f"  {name} {low[0]:>3} to {low[-1]:>3}" for name, low in ranks.items()))
+strict = [int(torch.linalg.matrix_rank(update)) for update in updates.values()]
+print(f"and the rank of unit 01: {min(strict)} to {max(strict)}")
+
+# %% check="lowest_rank"
+
+# %% [markdown]
+# The rank in the strict sense says nothing here; the energy does. But energy is a number about numbers. What counts
+# is the *loss*. So cut every update to rank $r$, put the model together again, $W_0 + (\Delta W)_r$, and measure. For
+# comparison, cut the finished weight $W_0 + \Delta W$ to rank $r$ instead. Embeddings, biases and norms stay as
+# the fine-tuning left them, in both.
+
+# %%
+RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def loss_with(weights):
+    """The loss on the held-out cards with these matrices in the blocks."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+    return completion_loss(model, held_out)
+
+
+def factors(matrix):
+    """The decomposition with the singular values multiplied into U: cut at any rank by a slice."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left * values, right
+
+
+split_updates = {name: factors(update) for name, update in updates.items()}
+split_weights = {name: factors(after[name]) for name in NAMES}
+loss_of_update, loss_of_weight = [], []
+for r in tqdm(RANKS, desc="cutting", unit="rank"):
+    loss_of_update.append(
+        loss_with({name: before[name] + left[:, :r] @ right[:r] for name, (left, right) in split_updates.items()})
+    )
+    loss_of_weight.append(loss_with({name: left[:, :r] @ right[:r] for name, (left, right) in split_weights.items()}))
+print("rank r:         " + " ".join(f"{r:>5}" for r in RANKS))
+print("update cut to r:" + " ".join(f"{loss:>5.2f}" for loss in loss_of_update))
+print("weight cut to r:" + " ".join(f"{loss:>5.2f}" for loss in loss_of_weight))
+
+
+# %%
+def mean_energy(matrices):
+    """The share of the energy in the first 1, 2, ... 256 directions, mean over the matrices of all blocks."""
+    shares = []
+    for name in NAMES:
+        energy = torch.linalg.svdvals(matrices[name]).double() ** 2
+        shares.append(energy.cumsum(0) / energy.sum())
+    return torch.stack(shares).mean(dim=0)  # (256,)
+
+
+# %% figure="unit_02.png"
+figure, (left, right) = plotting.panels(2, width=5.0, height=3.9)
+for style, (name, matrices, at, side) in enumerate(
+    (("update of fine-tuning", updates, 16, -1), ("weight", before, 70, -1), ("noise", noises, 100, 1))
+):
+    curve, colour = mean_energy(matrices), plotting.COLOURS[style]
+    left.plot(range(1, 257), curve, linestyle=plotting.LINES[style], color=colour, linewidth=1.8)
+    left.annotate(
+        name,
+        (at, float(curve[at - 1])),
+        xytext=(-8 * -side, 8 * -side),
+        textcoords="offset points",
+        color=colour,
+        fontweight="bold",
+        ha="left" if side > 0 else "right",
+        va="center",
+    )
+plotting.label(left, x="directions kept, of 256", y="share of the energy", title="The update lies in few directions")
+left.set(xlim=(-90, 260), ylim=(0, 1.02), xticks=(0, 64, 128, 192, 256))
+
+places = range(len(RANKS))  # one step to the right: twice the rank
+curves = {"update cut to rank r": loss_of_update, "weight cut to rank r": loss_of_weight}
+for style, (name, losses) in enumerate(curves.items()):
+    colour = plotting.COLOURS[style]
+    right.plot(places, losses, marker="o", markersize=4, linestyle=plotting.LINES[style], color=colour, linewidth=1.8)
+    at = (5, 4)[style]
+    right.annotate(
+        name,
+        (at, losses[at]),
+        xytext=(0, 12),
+        textcoords="offset points",
+        color=colour,
+        fontweight="bold",
+    )
+right.axhline(loss_before, color="0.5", linewidth=1, linestyle=":")
+right.annotate(
+    "before fine-tuning", (9, loss_before), xytext=(0, 4), textcoords="offset points", color="0.3", ha="right"
+)
+plotting.label(
+    right, x="rank r", y="loss on story cards (nats per token)", title="and those few carry what was learned"
+)
+right.set_xticks(places, [str(r) for r in RANKS])
+right.set_ylim(0, 1.08 * max(loss_of_weight))
+show(
+    figure,
+    alt="Left, share of the energy over the number of directions, mean over all matrices of the blocks: the update of "
+    "fine-tuning rises far faster than the weight, which is a little above noise. Right, loss on story cards over "
+    "the rank: an update cut to a few directions is nearly as good as the whole one; the weight cut to the same rank "
+    "is far worse than the model before fine-tuning.",
+)
+
+# %% [markdown]
+# Read it with care. *An update can be cut* after training: that is what you measured. It does not follow that a
+# training which is only *allowed* rank $r$ finds an update as good: that is the hypothesis of LoRA (Hu et al.
+# 2021, section 4.1), and units 09 and 10 test it. And at $r = 0$ the loss is already below that before fine-tuning,
+# because the embeddings, biases and norms have kept what they learned.
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# **`Vh` is not `V`.** On a square matrix nothing complains:
+
+# %%
+square = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+left, values, rows = torch.linalg.svd(square)
+print(f"U diag(S) Vh:   off by {(left * values @ rows - square).norm():.1e}")
+print(f"U diag(S) Vh^T: off by {(left * values @ rows.T - square).norm():.1e}, and no error")
+
+# %% [markdown]
+# **Signs are free.** Compare products, never vectors. (Two checkpoints, two libraries, two versions of one library
+# may differ.)
+
+# %%
+flipped_left, flipped_rows = -left, -rows  # as right as the other
+print(f"the vectors differ by {(flipped_left - left).abs().max():.2f}")
+print(f"their products by {(flipped_left * values @ flipped_rows - left * values @ rows).abs().max():.0e}")
+
+# %% [markdown]
+# **$M^\top M$ squares the singular values, and loses the small ones.** What is 1e-10 of the largest becomes
+# 1e-20, which float64 cannot hold beside 1. For the largest one (your power iteration) that does no harm. For
+# the others it does:
+
+# %%
+generator = torch.Generator().manual_seed(5)
+Q1, Q2 = torch.linalg.qr(torch.randn(2, 5, 3, dtype=torch.float64, generator=generator))[0]
+M = Q1 * torch.tensor([1.0, 1e-5, 1e-10], dtype=torch.float64) @ Q2.T
+gram = torch.linalg.eigvalsh(M.T @ M).flip(0)[:3].abs().sqrt()
+print("true:          1.0e+00 1.0e-05 1.0e-10")
+print("roots of M^T M:", " ".join(f"{value:.1e}" for value in gram))
+print("by deflation:  ", " ".join(f"{value:.1e}" for value in doubles(deflation(M)[1])[0]))
+
+# %% [markdown]
+# **PCA without subtracting the mean** finds the mean:
+
+# %%
+first = torch.linalg.svd(embeddings + 1)[2][0]  # the same words, moved by 1 in every direction
+direction = (embeddings + 1).mean(dim=0)
+print(f"cosine of the first direction and the mean: {abs(float(first @ direction / direction.norm())):.4f}")
+
+# %% [markdown]
+# **A low rank that saves nothing.** Two factors of rank $r$ hold $r (m + n)$ numbers. That is less than $m n$ only
+# for $r < m n / (m + n)$:
+
+# %%
+r = needed(W, 0.9)
+print(f"the weight: {W.numel():,} numbers. 90 % of its energy, as factors of rank {r}: ", end="")
+print(f"{low_rank_parameter_count(*W.shape, r):,}")
+
+# %% [markdown]
+# ## Summary
+#
+# 1. Every matrix is a sorted sum of outer products at right angles: $M = \sum_k \sigma_k u_k v_k^\top$.
+# 2. Power iteration finds the first term, deflation the others; squares, tiny values and repeated values are where
+#    it breaks.
+# 3. The first $r$ terms are the nearest matrix of rank $r$; its error is made of the singular values left out.
+# 4. A share of the energy means something only beside that of noise: a trained weight has no low rank.
+# 5. The update of fine-tuning lies in far fewer directions than the weight, and a few of them carry nearly all that
+#    was learned.
+#
+# ## Go further
+#
+# - Eckart and Young 1936, *The approximation of one matrix by another of lower rank*: four pages.
+# - Golub and Van Loan, *Matrix Computations*, 4th edition, sections 2.4 (the decomposition) and 8.2 (power
+#   iteration).
+# - Aghajanyan, Zettlemoyer and Gupta 2020, *Intrinsic Dimensionality Explains the Effectiveness of Language Model
+#   Fine-Tuning* (arXiv:2012.13255), sections 3 and 4.
+# - Hu et al. 2021, *LoRA* (arXiv:2106.09685), sections 4.1 and 7.2.
+# - Martin and Mahoney 2021, *Implicit Self-Regularization in Deep Neural Networks* (arXiv:1810.01075), section 1:
+#   what the spectra of trained weights look like beside those of noise.
+
+# %% [markdown] open_question="update_rank_argument" points=4
+# **Open question.** A colleague measures the updates of a fine-tuned model: 90 % of their energy lies in about 60
+# of 256 directions. "So LoRA needs rank 60 here", she says. Another answers: "Your picture of the loss says that
+# rank 8 is enough." What does each of the two measurements show, and what does it not show? Which experiment would
+# settle it? (Six to twelve sentences; use the numbers of this unit.)
+#
+# **Rubric.**
+#
+# - 1 point: energy is not loss; many weak directions can hold energy that does nothing for the task. Numbers from
+#   the unit.
+# - 1 point: a share of the energy is compared with that of noise, or of the weight, of the same shape.
+# - 1 point: cutting a finished update is not the same as training within rank r (either may be better: the training
+#   can make up for the limit, or not find the way); or: what embeddings, biases and norms learned was kept.
+# - 1 point: an experiment that would settle it: train with rank r for several r, everything else equal, the
+#   learning rate tuned for each, the loss on cards that were not trained on, more than one seed.
+
+# %% [markdown]
+# You took six blocks of matrices apart without asking what they are for. What *is* `c_attn`, and why is it 256 by
+# 768? In unit 03 you build the model around these matrices, until yours computes what the checkpoint computes.
+
+# %%
+progress("02")

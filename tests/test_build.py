@@ -1,0 +1,448 @@
+"""Building a unit: what comes out, that it comes out the same, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lora_from_scratch.checks import bank
+from lora_from_scratch.checks.exercise import Exercise
+from lora_from_scratch.checks.units import Unit
+from lora_from_scratch.cli import main
+from lora_from_scratch.grading import build, refusals
+from lora_from_scratch.grading.assemble import Cell
+from lora_from_scratch.grading.execution import execute
+from lora_from_scratch.grading.refused import Refused
+from lora_from_scratch.grading.solution import needed_imports, solved_source, write_imports
+from tests.tiny_course import ROOT, SOURCE, enter_course, make_course
+
+
+@dataclasses.dataclass
+class Course:
+    root: Path
+    unit: Unit
+
+    def draft(self, source: str = SOURCE, **changes: object) -> build.Draft:
+        (self.root / "course/units/unit_99.py").write_text(source)
+        return build.draft(dataclasses.replace(self.unit, **changes), self.root)  # type: ignore[arg-type]
+
+    def refusal(self, source: str = SOURCE, **changes: object) -> list[str]:
+        """Everything that is said against a source."""
+        with pytest.raises(Refused) as refused:
+            self.draft(source, **changes)
+        return refused.value.problems
+
+
+@pytest.fixture
+def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
+    return Course(make_course(tmp_path), enter_course(tmp_path, monkeypatch))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny course, built."""
+    root = make_course(tmp_path_factory.mktemp("built"))
+    with pytest.MonkeyPatch.context() as patch:
+        build.build(enter_course(root, patch), root)
+    return root
+
+
+def notebook(root: Path, kind: str) -> nbformat.NotebookNode:
+    return nbformat.read(root / kind / "unit_99" / "unit_99.ipynb", as_version=4)
+
+
+def source_of(cells: nbformat.NotebookNode, cell_id: str) -> str:
+    return next(cell.source for cell in cells.cells if cell.id == cell_id)
+
+
+# --- What comes out ----------------------------------------------------------------------------------
+
+
+def test_a_learner_gets_signature_and_docstring_and_not_a_line_of_the_body(course: Course) -> None:
+    learners = nbformat.reads(course.draft().learners, as_version=4)
+    stub = source_of(learners, "exercise-fourfold_root")
+    assert stub.startswith("def fourfold_root(x: Tensor, scale: float = 4.0) -> Tensor:\n")
+    assert "ValueError: an entry is below zero." in stub
+    assert stub.endswith('"""\n    # YOUR CODE HERE\n    raise NotImplementedError')
+    assert "comment" not in stub
+
+
+def test_of_a_class_only_the_methods_named_are_taken_out(course: Course) -> None:
+    made = course.draft()
+    solved = source_of(made.solved, "exercise-Counter")
+    assert solved.count("### BEGIN SOLUTION") == solved.count("### END SOLUTION") == 1
+    stub = source_of(nbformat.reads(made.learners, as_version=4), "exercise-Counter")
+    assert "return self.count == other.count" in stub
+    assert stub.endswith("def step(self) -> int:\n        # YOUR CODE HERE\n        raise NotImplementedError")
+
+
+def test_of_a_class_all_methods_are_taken_out_when_none_is_named(course: Course) -> None:
+    counter = dataclasses.replace(course.unit.exercises[1], blank=())
+    assert solved_source(counter.object).count("### BEGIN SOLUTION") == 3
+    stub = source_of(
+        nbformat.reads(course.draft(exercises=(course.unit.exercises[0], counter)).learners, as_version=4),
+        "exercise-Counter",
+    )
+    assert stub.count("raise NotImplementedError") == 3
+    assert '"""As far as the other?"""' in stub
+
+
+def test_a_prediction_is_none_in_the_learners_notebook_and_no_error(course: Course) -> None:
+    made = course.draft()
+    assert 'guess_root = "b"' in source_of(made.solved, "prediction-guess_root")
+    learners = nbformat.reads(made.learners, as_version=4)
+    assert source_of(learners, "prediction-guess_root") == 'guess_root = None  # "a" or "b"'
+    assert source_of(learners, "prediction-guess_number") == "guess_number = None  # a number"
+
+
+def test_what_solutions_use_is_imported_and_no_exercise_of_the_unit_is(course: Course) -> None:
+    cell = course.draft().solved.cells[2].source
+    assert cell.splitlines()[2:] == [
+        "from __future__ import annotations",  # Counter names itself in an annotation
+        "",
+        "import math",
+        "",
+        "from tiny_library import LARGEST",
+        "from torch import Tensor",
+        "",
+        "from lora_from_scratch.rank import require_rank",
+    ]
+    names = {item.name for item in needed_imports([exercise.object for exercise in course.unit.exercises])}
+    assert "torch" in names  # which the first cell of the source has
+
+
+def test_long_imports_are_wrapped_and_run() -> None:
+    from lora_from_scratch.lora import LoRALinear
+
+    text = write_imports(needed_imports([LoRALinear], defined={"LoRALinear"}))
+    assert max(map(len, text.splitlines())) <= 100
+    exec(text, {})
+
+
+def test_an_exercise_says_what_it_asks_for(course: Course) -> None:
+    heading = next(cell.source for cell in course.draft().solved.cells if "Exercise 99.1" in cell.source)
+    assert "Difficulty 1 of 5 · about 5 minutes · 3 lines in the library · 4 points" in heading
+
+
+def test_building_twice_changes_no_byte(built: Path) -> None:
+    files = [path for kind in ("notebooks", "solutions") for path in sorted((built / kind).rglob("*.*"))]
+    before = [path.read_bytes() for path in files]
+    assert [path.name for path in files] == ["unit_99.ipynb", "unit_99.png"] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        build.build(enter_course(built, patch), built)
+    assert [path.read_bytes() for path in files] == before
+    assert not list(built.rglob("*.part"))
+
+
+def test_the_solved_notebook_is_executed_and_holds_nothing_of_the_machine(built: Path) -> None:
+    solved = notebook(built, "solutions")
+    code = [cell for cell in solved.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert solved.metadata == {"kernelspec": solved.metadata.kernelspec, "language_info": {"name": "python"}}
+    assert not any(set(cell.metadata) - {"nbgrader"} for cell in solved.cells)
+    results = {cell.id: cell.outputs[-1].data["text/plain"] for cell in code if cell.id.startswith("check-")}
+    assert {name: float(points) for name, points in results.items()} == {
+        "check-fourfold_root": 4,
+        "check-guess_root": 1,
+        "check-Counter": 2,
+        "check-guess_number": 2,
+    }
+
+
+def test_the_picture_of_the_first_screen_is_the_figure(built: Path) -> None:
+    picture = (built / "solutions/unit_99/unit_99.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert (built / "notebooks/unit_99/unit_99.png").read_bytes() == picture
+
+
+def test_a_learners_notebook_has_no_outputs(built: Path) -> None:
+    assert not any(cell.get("outputs") for cell in notebook(built, "notebooks").cells)
+
+
+def test_the_unsolved_notebook_runs_to_its_end_and_says_not_started(built: Path) -> None:
+    learners = notebook(built, "notebooks")
+    with pytest.MonkeyPatch.context() as patch:
+        enter_course(built, patch)
+        execute(learners, building=False)
+    outputs = [output for cell in learners.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    checks = [cell for cell in learners.cells if cell.id.startswith("check-")]
+    assert [float(cell.outputs[-1].data["text/plain"]) for cell in checks] == [0, 0, 0, 0]
+    assert all("not started" in str(cell.outputs).lower() for cell in checks)
+
+
+def test_a_volatile_cell_keeps_its_output_until_its_source_changes(tmp_path: Path) -> None:
+    def with_output(source: str, text: str) -> nbformat.NotebookNode:
+        cell = nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output("stream", text=text)])
+        return nbformat.v4.new_notebook(cells=[cell])
+
+    nbformat.write(with_output("clock()", "before"), tmp_path / "old.ipynb")
+    for source, volatile, expected in (
+        ("clock()", True, "before"),
+        ("clock()", False, "now"),
+        ("clock(2)", True, "now"),
+    ):
+        new = with_output(source, "now")
+        build.keep_volatile(new, [Cell("code", source, "here", volatile=volatile)], tmp_path / "old.ipynb")
+        assert new.cells[0].outputs[0].text == expected
+
+
+def test_cells_have_ids_that_other_cells_do_not_change(course: Course) -> None:
+    before = [cell.id for cell in course.draft().solved.cells]
+    after = [cell.id for cell in course.draft(SOURCE.replace("# Nothing.", "# Something.")).solved.cells]
+    assert len(set(before)) == len(before)
+    assert sum(one != other for one, other in zip(before, after, strict=True)) == 1
+
+
+def test_a_kernel_has_no_network_and_nothing_of_the_persons_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    code = (
+        "import os, socket\n"
+        "try:\n    socket.create_connection(('127.0.0.1', 9), 1)\n"
+        "except OSError as error:\n    print(error, '|', [name for _, name in socket.if_nameindex()])\n"
+        "print(os.listdir('.'), os.environ.get('PYTHONWARNINGS'), os.environ['OMP_NUM_THREADS'])"
+    )
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    execute(made)
+    first, second = made.cells[0].outputs[0].text.splitlines()
+    assert "network is off" in first or "| ['lo']" in first
+    assert second == "[] None 1"
+
+
+# --- What is refused ---------------------------------------------------------------------------------
+
+
+def shorter(course: Course, **changes: object) -> tuple[Exercise, ...]:
+    first, second = course.unit.exercises
+    broken = object.__new__(Exercise)  # past the checks of its own constructor
+    vars(broken).update(vars(first) | changes)
+    return broken, second
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"difficulty": 0}, "difficulty must be 1 to 5"),
+        ({"minutes": 0}, "minutes and points must be at least 1"),
+        ({"hints": ("One.", "Two.", " ")}, "there must be three hints"),
+        ({"cases": lambda draw: []}, "it has no check"),
+    ],
+)
+def test_an_exercise_is_refused_without(course: Course, changes: dict, message: str) -> None:
+    problems = course.refusal(exercises=shorter(course, **changes))
+    assert any(problem.startswith("checks/unit_99.py, fourfold_root: ") and message in problem for problem in problems)
+
+
+@pytest.mark.parametrize(("right", "message"), [(False, "4 wrong answers"), (True, "1 other right answers")])
+def test_an_exercise_is_refused_without_a_bank(course: Course, right: bool, message: str) -> None:
+    answers = bank._bank["fourfold_root"]
+    answers.remove(next(answer for answer in answers if answer.right == right))
+    assert [message in problem for problem in course.refusal()] == [True]
+
+
+def without(start: str, end: str = "\n\n# %%") -> str:
+    """The source without what begins with `start`."""
+    first = SOURCE.index(start)
+    last = SOURCE.find(end, first + 1)
+    return SOURCE[:first] + (SOURCE[last + 2 :] if last >= 0 else "")
+
+
+BROKEN = {
+    "title": (SOURCE.replace("Unit 99: Tiny", "Unit 99: Huge"), "cell 1: the first line of the first cell must be"),
+    "picture": (SOURCE.replace("(unit_99.png)", "(other.png)"), "the first screen must show the picture"),
+    "no alternative": (SOURCE.replace("A line that rises from 0 to 9.](", "]("), "unit_99.png has no alternative text"),
+    "html": (SOURCE.replace("# Nothing.", '# <img src="x.png">'), "(<img>) has no alternative text"),
+    "figure": (SOURCE.replace('# %% figure="unit_99.png"', "# %%"), 'one cell must have figure="unit_99.png", got 0'),
+    "imports": (SOURCE.replace("progress, working", "working"), "the first code cell must have: from lora_from"),
+    "level": (SOURCE.replace("## Roots", "### Roots"), "(line 15): the heading 'Roots' is of level 3 after one of le"),
+    "second title": (SOURCE.replace("## Roots", "# Roots"), "one heading of level 1 only, 'Roots' is another"),
+    "practice": (SOURCE.replace("goes wrong in practice", "is"), '"## What goes wrong in practice" is missing'),
+    "summary": (SOURCE.replace("## Summary", "## End"), '"## Summary" is missing'),
+    "further": (SOURCE.replace("## Go further", "## More"), '"## Go further" is missing'),
+    "no exercise": (without('# %% exercise="Counter"'), 'there is no cell with exercise="Counter"'),
+    "twice": (SOURCE + '\n# %% exercise="Counter"\n', 'there is another cell with exercise="Counter" before'),
+    "unknown exercise": (SOURCE + '\n# %% exercise="Count"\n', "exercise='Count' is not in the unit's list"),
+    "unknown check": (SOURCE + '\n# %% check="Counter"\n', "check='Counter' is not in the unit's list"),
+    "no prediction": (without('# %% prediction="guess_root"'), 'there is no cell with prediction="guess_root"'),
+    "no check": (without('# %% check="guess_root"'), 'there is no cell with check="guess_root"'),
+    "too early": (
+        SOURCE.replace('# %% check="guess_number"\n', "").replace(
+            '# %% exercise="Counter"', '# %% check="guess_number"\n\n# %% exercise="Counter"'
+        ),
+        'check="guess_number" must come after an experiment',
+    ),
+    "no question": (without("# %% [markdown] open_question"), "there is no open question"),
+    "no points": (SOURCE.replace(" points=3", ""), "an open question needs points=..."),
+    "no rubric": (SOURCE.replace("**Rubric.**", "Rubric:"), "needs a line **Rubric.** and a list"),
+    "wrong sum": (SOURCE.replace("2 points:", "3 points:"), "3 in all; found 4"),
+    "no points said": (SOURCE.replace("2 points:", "good:"), "every item of the rubric must say its points"),
+    "name": (SOURCE.replace('open_question="why_count"', 'open_question="Counter"'), "'Counter' is a name twice"),
+    "directive": (SOURCE.replace("# %% volatile", "# %% volatil"), "there is no directive 'volatil'"),
+    "wrong kind": (SOURCE.replace("# %% volatile", "# %% [markdown] volatile"), "volatile belongs on a code cell"),
+    "not empty": (SOURCE.replace('exercise="Counter"', 'exercise="Counter"\nx = 1'), "must be empty: the build writes"),
+    "empty": (SOURCE + "\n# %%\n", "the cell is empty"),
+    "syntax": (SOURCE + "\n# %%\nfor x in\n", "invalid syntax (line 1 of the cell)"),
+    "leak in code": (
+        SOURCE + "\n# %%\nx = torch.ones(1)\nprint(torch.sqrt(x.double())*scale/math.cos(0.0))\n"
+        "def f(x):\n    return torch.sqrt( x.double() ) * scale / math.cos(0.0)\n",
+        "a learner would see a line of the solution of fourfold_root: torch.sqrt",
+    ),
+    "leak in prose": (
+        SOURCE.replace("# Nothing.", "# Try `self.count = (self.count + 1) % (self.largest + 1)` once."),
+        "a learner would see a line of the solution of Counter",
+    ),
+    "leak of a guess": (
+        SOURCE.replace("# Nothing.", '# `guess_root = "b"`'),
+        "the answer to the prediction guess_root",
+    ),
+    "imported": (
+        SOURCE.replace("import torch\n", "import torch\nfrom tiny_library import Counter\n"),
+        'Counter is an exercise of this unit; use working("Counter")',
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_source_is_refused_with_file_and_cell(course: Course, fault: str) -> None:
+    source, message = BROKEN[fault]
+    assert source != SOURCE
+    problems = course.refusal(source)
+    assert any(message in problem for problem in problems), problems
+    assert all(problem.startswith("course/units/unit_99.py") for problem in problems)
+    assert len(problems) <= 3, problems
+
+
+def test_a_unit_without_exercises_or_predictions_is_refused(course: Course) -> None:
+    said = " ".join(course.refusal(exercises=(), predictions=()))
+    assert "the unit has no exercise" in said
+    assert "the unit has no prediction" in said
+
+
+def test_outputs_are_refused_for() -> None:
+    faults = {
+        "1 / 0": "here: ZeroDivisionError: division by zero (line 2 of the cell)",
+        "import warnings; warnings.warn('beware')": "here: the cell writes to stderr",
+        "print(object())": "here: the output differs from machine to machine: at 0x",
+        "print('/home/somebody/file')": "here: the output differs from machine to machine: /home/somebody",
+        "print('x\\n' * 80)": "here: the cell prints 81 lines",
+        "from IPython.display import HTML, display; display(HTML('<img src=x>'))": "here: a picture (<img>) has no alt",
+        "from IPython.display import display; display({'image/png': b'x'}, raw=True)": "here: a figure has no alt",
+    }
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"# first\n{code}") for code in faults])
+    execute(made, allow_errors=True)
+    for cell, message in zip(made.cells, faults.values(), strict=True):
+        problems = refusals.in_the_outputs(cell, Cell("code", cell.source, "here"))
+        assert [problem[: len(message)] for problem in problems] == [message]
+        address = refusals.in_the_outputs(cell, Cell("code", cell.source, "here", volatile=True))
+        assert ("machine" in message) == (address == [])
+
+
+def test_a_cell_that_ends_in_an_error_stops_the_build_and_nothing_is_written(course: Course) -> None:
+    (course.root / "course/units/unit_99.py").write_text(SOURCE.replace("import torch\n", "import torch\n1 / 0\n"))
+    with pytest.raises(Refused) as refused:
+        build.build(course.unit, course.root)
+    assert refused.value.problems == [
+        "course/units/unit_99.py, cell 2 (line 8): ZeroDivisionError: division by zero (line 2 of the cell)"
+    ]
+    assert not (course.root / "solutions").exists()
+    assert not (course.root / "notebooks").exists()
+
+
+def test_a_kernel_that_dies_is_said() -> None:
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import os; os._exit(1)")])
+    with pytest.raises(ValueError, match="kernel died"):
+        execute(made)
+
+
+def test_a_check_that_the_solution_does_not_pass_is_refused() -> None:
+    cell = Cell("code", 'check("x")', "here", "check", "x", points=4)
+    node = nbformat.v4.new_code_cell('check("x")')
+    for points, refused in (("4.0", False), ("2.0", True), (None, True)):
+        data = {"text/plain": points}
+        node.outputs = [nbformat.v4.new_output("execute_result", data=data)] if points else []
+        assert bool(refusals.not_full_points(node, cell)) == refused
+
+
+def test_headings_in_blocks_of_code_are_none() -> None:
+    assert refusals.headings("# One\n```\n# no\n```\n## Two ##\n#no") == [(1, "One"), (2, "Two")]
+
+
+# --- Solutions ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], object]:
+    """Make the last function or class of a piece of code an object that `inspect` can read."""
+    import importlib
+
+    def write(code: str) -> object:
+        name = f"written_{abs(hash(code))}"
+        (tmp_path / f"{name}.py").write_text(code)
+        importlib.invalidate_caches()
+        module = importlib.import_module(name)
+        return getattr(module, "f", None) or module.C
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return write
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ('def f():\n    """Only this."""\n', "no body but its docstring"),
+        ("def f(): return 1\n", "stands on one line"),
+        ("class C:\n    x = 1\n", "has no methods"),
+    ],
+)
+def test_what_has_no_solution_is_refused(written: Callable[[str], object], code: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        solved_source(written(code))
+
+
+def test_a_method_that_is_not_there_cannot_be_taken_out(written: Callable[[str], object]) -> None:
+    with pytest.raises(ValueError, match="no method run, which its `blank` names"):
+        solved_source(written("class C:\n    def step(self):\n        return 1\n"), ("run",))
+
+
+def test_decorators_and_inner_functions_are_kept_whole(written: Callable[[str], object]) -> None:
+    code = (
+        "import functools\n\n\n@functools.cache\ndef f(\n    x,\n):\n    # why\n    @functools.cache\n"
+        "    def g():\n        return x\n\n    return g()\n"
+    )
+    marked = solved_source(written(code)).splitlines()
+    assert marked[:5] == ["@functools.cache", "def f(", "    x,", "):", "    ### BEGIN SOLUTION"]
+    assert marked[5:8] == ["    # why", "    @functools.cache", "    def g():"]
+    assert marked[-1] == "    ### END SOLUTION"
+
+
+# --- The command -------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_everything_that_is_wrong(
+    course: Course, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "units", lambda: (course.unit,))
+    (course.root / "course/units/unit_99.py").write_text(SOURCE.replace("## Summary", "## S").replace("## Go", "## G"))
+    assert main(["build", "99", "--check", "--root", str(course.root)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    (course.root / "course/units/unit_99.py").write_text(SOURCE)
+    assert main(["build", "--check", "--root", str(course.root)]) == 0
+    assert "unit 99: nothing to mend" in capsys.readouterr().out
+    assert main(["build", "98", "--root", str(course.root)]) == 2
+    assert "there is no unit 98" in capsys.readouterr().err
+
+
+def test_the_projects_folder_is_found_from_inside_it_and_from_outside(tmp_path: Path) -> None:
+    assert build.course_root(ROOT / "tests") == ROOT
+    assert build.course_root(tmp_path) == ROOT
+
+
+def test_the_tiny_course_is_json_that_other_tools_read(built: Path) -> None:
+    for path in built.rglob("*.ipynb"):
+        assert json.loads(path.read_text())["nbformat_minor"] == 5
+        nbformat.validate(nbformat.read(path, as_version=4))

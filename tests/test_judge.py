@@ -1,0 +1,296 @@
+"""The judge's half: points, the first case that fails, what is said of it, and what is never said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_from_scratch.checks import bank, judge
+from lora_from_scratch.checks.comparing import same
+from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
+from lora_from_scratch.checks.observation import Seen, observe
+from lora_from_scratch.checks.verdict import Verdict
+
+NUMBERS = st.lists(st.integers(-1000, 1000).map(lambda n: n / 8), min_size=1, max_size=5)
+
+
+def halves(values: Tensor, keep: int = 0) -> Tensor:
+    """Half of every entry; a negative `keep` is refused."""
+    if keep < 0:
+        raise ValueError(f"keep must be at least 0, got {keep}")
+    result = values / 2
+    result[:keep] = values[:keep]
+    return result
+
+
+def cases(draw: Draw) -> Iterator[Case]:
+    yield Case("four numbers", {"values": draw.normal(4)}, "halving")
+    yield Case("one number", {"values": torch.tensor([3.0])}, "halving")
+    yield Case("the first two kept", {"values": draw.normal(4), "keep": 2}, "keeping")
+    yield Case("a negative number to keep", {"values": draw.normal(2), "keep": -1}, "refusing")
+
+
+HALVES = Exercise(halves, "an idea", 1, 5, 6, ("one", "two", "three"), cases)
+
+
+def verdict(answer: Any, exercise: Exercise = HALVES, seed: int = 3) -> Verdict:
+    seen = observe(exercise.probe, answer, [case.inputs for case in exercise.inputs(seed)], 0.5, seed)
+    return judge.judge(exercise, seed, seen)
+
+
+@pytest.fixture
+def wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank in which somebody doubles."""
+
+    def doubles(values: Tensor, keep: int = 0) -> Tensor:
+        return values * 2
+
+    bank.exercises()  # loads the real one
+    monkeypatch.setitem(bank._bank, "halves", [bank.Answer("halves", doubles, "doubles", False, "You double.")])
+
+
+# --- comparing ------------------------------------------------------------------------------------------
+
+
+@given(NUMBERS)
+def test_a_value_is_the_same_in_another_dtype_and_another_container(numbers: list[float]) -> None:
+    exact = torch.tensor(numbers, dtype=torch.float64)
+    assert same(exact.float(), exact)
+    assert same([*numbers], [*numbers])
+    assert same([exact, 1], [exact.float(), torch.tensor(1)])
+
+
+@given(NUMBERS, st.integers(0, 4), st.floats(1e-3, 10))
+def test_an_error_of_a_thousandth_of_the_largest_entry_is_seen(numbers: list[float], place: int, size: float) -> None:
+    exact = torch.tensor(numbers, dtype=torch.float64)
+    scale = float(exact.abs().max())
+    off = exact.clone()
+    off[place % len(numbers)] += size * scale + (size if scale == 0 else 0)
+    assert not same(off, exact)
+
+
+def test_what_is_not_the_same() -> None:
+    assert not same(torch.zeros(3), torch.zeros(1, 3))
+    assert not same([1, 2], [1, 2, 3])
+    assert not same(2, 3)
+    assert not same(True, "True")
+    assert not same(torch.tensor([1 + 0j]), torch.ones(1))
+    assert not same(torch.tensor([float("nan")]), torch.tensor([1.0]))
+    assert not same({"a": 1}, {"b": 1})
+    assert same(torch.tensor([float("nan"), 1]), torch.tensor([float("nan"), 1]))
+
+
+# --- points ---------------------------------------------------------------------------------------------
+
+
+def test_the_librarys_own_answer_earns_everything() -> None:
+    seen = verdict(halves)
+    assert (seen.status, seen.points, seen.max_points) == ("passed", 6, 6)
+
+
+def test_each_part_that_is_all_right_earns_its_share() -> None:
+    def refuses_nothing(values: Tensor, keep: int = 0) -> Tensor:
+        return torch.cat([values[: max(0, keep)], values[max(0, keep) :] / 2])
+
+    seen = verdict(refuses_nothing)
+    assert seen.points == pytest.approx(4)
+    assert seen.failure is not None
+    assert seen.failure.case == "a negative number to keep"
+    assert seen.failure.expected == "a ValueError"
+    assert seen.misconception == "no error"
+
+    one_of_two = verdict(lambda values, keep=0: values / 2 if len(values) == 4 else values)
+    assert one_of_two.points == 0
+
+
+@given(st.integers(0, 2**31))
+def test_an_answer_is_judged_alike_on_whatever_seed(seed: int) -> None:
+    assert verdict(halves, seed=seed).passed
+    assert verdict(lambda values, keep=0: -values / 2, seed=seed).points == 0
+
+
+def test_the_judge_wants_an_observation_of_every_case() -> None:
+    with pytest.raises(ValueError, match="has 4 cases of seed 0, got 1 observations"):
+        judge.judge(HALVES, 0, [Seen()])
+
+
+# --- what is said ---------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_does_what_one_of_the_bank_does_gets_its_message(wrong_answer: None) -> None:
+    assert verdict(lambda values, keep=0: values + values).message == "You double."
+
+    def doubles_and_refuses(values: Tensor, keep: int = 0) -> Tensor:
+        return 4 * halves(values, abs(keep)) if keep < 0 else values * 2
+
+    assert verdict(doubles_and_refuses).message == "You double."  # the same wherever nothing has to be refused
+    assert verdict(lambda values, keep=0: 3 * values).message != "You double."
+
+
+def _in_place(values: Tensor, keep: int = 0) -> Tensor:
+    result = halves(values, keep)
+    values.zero_()
+    return result
+
+
+def _prints(values: Tensor, keep: int = 0) -> None:
+    print(halves(values, keep))
+
+
+def _wrong_error(values: Tensor, keep: int = 0) -> Tensor:
+    if keep < 0:
+        raise KeyError("keep")
+    return halves(values, keep)
+
+
+def _raises(values: Tensor, keep: int = 0) -> Tensor:
+    return values / unknown  # type: ignore[name-defined]  # noqa: F821
+
+
+def _loops(values: Tensor, keep: int = 0) -> Tensor:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("answer", "misconception", "said"),
+    [
+        (lambda values, keep=0: None, "returns nothing", "`return`"),
+        (_prints, "prints", "returns nothing"),
+        (lambda values, keep=0: "text", "another type", "should be a tensor of shape (4,), your code returns text"),
+        (lambda values, keep=0: [values, values], "another type", "your code returns 2 results"),
+        (lambda values, keep=0: values[None] / 2, "shape", "should be (4,), your code returns (1, 4)"),
+        (lambda values, keep=0: values / 0, "not finite", "divided by zero"),
+        (lambda values, keep=0: -halves(values, abs(keep)), "sign", "opposite sign"),
+        (lambda values, keep=0: halves(values, abs(keep)) * 3, "factor", "constant factor"),
+        (lambda values, keep=0: values.sin(), "values", "by hand"),
+        (_in_place, "changes its input", "values, which belongs to whoever called it"),
+        (_wrong_error, "another error", "refused with a ValueError; your code raised KeyError"),
+        (_raises, "raises", "Run the cell that defines or imports it"),
+        (_loops, "too slow", "stopped after"),
+        (lambda: None, "arguments", "`halves(values, keep=0)`"),
+        (lambda data: None, "arguments", "got an unexpected keyword argument 'values'"),
+    ],
+)
+def test_a_general_rule_says(answer: Any, misconception: str, said: str) -> None:
+    seen = verdict(answer, dataclasses.replace(HALVES, seconds=0.5))
+    assert seen.misconception == misconception
+    assert said in seen.message
+    assert seen.status == ("stopped" if answer is _loops else "failed")
+
+
+def test_a_matrix_that_is_the_right_one_turned_round_is_called_transposed() -> None:
+    def doubled(matrix: Tensor) -> Tensor:
+        """Twice the matrix."""
+        return 2 * matrix
+
+    exercise = dataclasses.replace(
+        HALVES, object=doubled, cases=lambda draw: [Case("2 x 3", {"matrix": draw.normal(2, 3)})]
+    )
+    assert verdict(lambda matrix: 2 * matrix.T, exercise).misconception == "transposed"
+
+
+def test_what_the_exercise_explains_comes_before_the_general_rules_and_may_fail() -> None:
+    explains = dataclasses.replace(HALVES, explain=lambda case, seen, expected: ("own", f"In {case.name}."))
+    assert verdict(lambda values, keep=0: values, explains).message == "In four numbers."
+    fails = dataclasses.replace(HALVES, explain=lambda case, seen, expected: [("never", "")][1])
+    assert verdict(lambda values, keep=0: values, fails).misconception == "factor"
+
+
+@given(st.integers(0, 1000))
+def test_the_right_values_are_never_said(seed: int) -> None:
+    seen = verdict(lambda values, keep=0: values.sin(), seed=seed)
+    answer = halves(HALVES.inputs(seed)[0].inputs["values"])  # type: ignore[arg-type]
+    everything = f"{seen.message} {seen.failure}"
+    assert not any(f"{number:.4g}"[:6] in everything.split("got=")[1] for number in answer.tolist())
+
+
+def test_what_was_printed_in_the_first_case_that_fails_is_kept() -> None:
+    def answer(values: Tensor, keep: int = 0) -> Tensor:
+        print(f"keep is {keep}")
+        return halves(values)
+
+    seen = verdict(answer).failure
+    assert seen is not None
+    assert seen.printed == "keep is 2\n"
+
+
+# --- not started ----------------------------------------------------------------------------------------
+
+
+def _stub(*arguments: Any, **keywords: Any) -> None:
+    raise NotImplementedError
+
+
+def test_a_stub_is_not_started_yet_and_no_failure() -> None:
+    seen = verdict(_stub)
+    assert (seen.status, seen.failure, seen.misconception) == ("not started", None, "")
+
+
+def test_an_answer_that_calls_another_exercise_that_is_not_written_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row_echelon(matrix: Tensor) -> None:
+        raise NotImplementedError
+
+    seen = verdict(lambda values, keep=0: row_echelon(values))
+    assert seen.status == "not started"
+    assert seen.message.startswith("row_echelon, which your code calls, is not written yet.")
+
+
+def test_an_error_of_pytorchs_own_is_not_taken_for_not_started() -> None:
+    seen = verdict(lambda values, keep=0: values.to("meta").cpu())
+    assert seen.status == "failed"
+
+
+def test_cases_that_were_not_tried_any_more_are_told_from_those_that_failed() -> None:
+    seen = verdict(_loops)
+    assert [(case.right, case.tried) for case in seen.cases] == [(False, True)] + [(False, False)] * 3
+
+
+# --- predictions ----------------------------------------------------------------------------------------
+
+CHOICE = Prediction("guess", "Which?", "b", "Because.", "an idea", {"a": "one", "b": "two"}, points=2)
+NUMBER = Prediction("guess", "How many?", 100, "Because.", "an idea", within=2)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "given_", "status", "points"),
+    [
+        (CHOICE, "b", "passed", 2),
+        (CHOICE, " B", "passed", 2),
+        (CHOICE, "a", "failed", 0),
+        (CHOICE, None, "not started", 0),
+        (CHOICE, "c", "not started", 0),
+        (CHOICE, [1], "not started", 0),
+        (NUMBER, 100, "passed", 1),
+        (NUMBER, 199.9, "passed", 1),
+        (NUMBER, 51, "passed", 1),
+        (NUMBER, torch.tensor(120), "passed", 1),
+        (NUMBER, 201, "failed", 0),
+        (NUMBER, -100, "failed", 0),
+        (NUMBER, 0, "failed", 0),
+        (NUMBER, float("nan"), "failed", 0),
+        (NUMBER, True, "not started", 0),
+        (NUMBER, "100", "not started", 0),
+    ],
+)
+def test_a_prediction(prediction: Prediction, given_: Any, status: str, points: int) -> None:
+    seen = judge.judge_prediction(prediction, given_)
+    assert (seen.status, seen.points) == (status, points)
+    assert (seen.message == "Because.") == (status in ("passed", "failed"))
+
+
+@given(st.floats(0.01, 1e6), st.floats(1, 100), st.floats(0.5, 2))
+def test_a_number_counts_within_its_factor_on_either_side(answer: float, within: float, off: float) -> None:
+    prediction = Prediction("guess", "How many?", answer, "Because.", "an idea", within=within)
+    inside = within**0.99
+    assert prediction.right(answer * inside)
+    assert prediction.right(answer / inside)
+    assert not prediction.right(answer * within * (1 + off))
+    assert not prediction.right(-answer)
