@@ -1,5 +1,6 @@
 # make demo   fine-tune the bundled GPT-2 by full fine-tuning and by LoRA, and compare
 # make lab    open JupyterLab on the first unit of the course
+# make build  make notebooks/ and solutions/ from course/units and the library
 # make test   everything that has to hold
 # Each does its own set-up: a virtual environment in .venv and the pinned packages. Needs Python 3.11 or newer.
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo lab readme test lint bench install install-course install-dev clean
+.PHONY: help demo lab build readme test lint bench install install-course install-dev clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -18,6 +19,9 @@ demo: install
 
 lab: install-course
 	$(BIN)/lora-from-scratch lab
+
+build: install-course
+	$(BIN)/lora-from-scratch build
 
 readme: demo
 	$(BIN)/python -m benchmarks.readme

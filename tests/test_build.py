@@ -83,12 +83,12 @@ def test_of_a_class_only_the_methods_named_are_taken_out(course: Course) -> None
 
 def test_of_a_class_all_methods_are_taken_out_when_none_is_named(course: Course) -> None:
     counter = dataclasses.replace(course.unit.exercises[1], blank=())
-    assert solved_source(counter.object).count("### BEGIN SOLUTION") == 3
+    assert solved_source(counter.object).count("### BEGIN SOLUTION") == 4
     stub = source_of(
         nbformat.reads(course.draft(exercises=(course.unit.exercises[0], counter)).learners, as_version=4),
         "exercise-Counter",
     )
-    assert stub.count("raise NotImplementedError") == 3
+    assert stub.count("raise NotImplementedError") == 4
     assert '"""As far as the other?"""' in stub
 
 

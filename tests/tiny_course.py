@@ -59,6 +59,10 @@ class Counter:
         """As far as the other?"""
         return self.count == other.count
 
+    def root(self) -> Tensor:
+        """The fourfold root of the count."""
+        return fourfold_root(torch.tensor(self.count))
+
     def step(self) -> int:
         # The comment above a body belongs to it.
         self.count = (self.count + 1) % (self.largest + 1)

@@ -344,8 +344,8 @@ plotting.label(axes, x="megabytes, measured after one step on 4 x 64 tokens", ti
 show(
     figure,
     "Bars of the measured memory of one training step of the bundled GPT-2. Full fine-tuning: weights, gradients, an "
-    "optimiser twice as large, and activations. Both kinds of LoRA: the same weights, next to no gradients and optimiser, and "
-    "activations that are at least two thirds as large as before.",
+    "optimiser twice as large, and activations. Both kinds of LoRA: the same weights, next to no gradients and "
+    "optimiser, and activations that are at least two thirds as large as before.",
 )
 
 # %%

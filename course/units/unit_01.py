@@ -266,8 +266,8 @@ slider(
     [10.0**-k for k in range(1, 16)],
     1e-6,
     "The same three curves with a tolerance to choose, now a millionth. The product has rank 24, as at any tolerance "
-    "from a hundredth down to rounding; the rank of the Hilbert matrix changes with nearly every step; the trained weight "
-    "keeps full rank.",
+    "from a hundredth down to rounding; the rank of the Hilbert matrix changes with nearly every step; the trained "
+    "weight keeps full rank.",
 )
 
 # %% [markdown]

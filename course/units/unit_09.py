@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working  # noqa: F401
@@ -45,7 +45,7 @@ from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.lora import find_targets
 
-MODEL = "bundled"  # or "gpt2", or a directory; with "gpt2" on two cores expect about 20 minutes for this unit
+MODEL = "bundled"  # or "gpt2", or a directory; with "gpt2" on two cores expect about half an hour (an estimate)
 
 # %% [markdown]
 # ## A change that is thin
@@ -236,7 +236,7 @@ W0 = base.weight.detach().clone()
 with torch.no_grad():
     layer = Layer(base, rank=8, alpha=64, generator=torch.Generator().manual_seed(0))
     print("at the start, the same bits:  ", torch.equal(layer(x), base(x)))
-    layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
+    layer.lora_B.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
     changed = layer(x)
     print(f"with B, it changes by          {(changed - base(x)).abs().max():.2f}")
     layer.merge()
@@ -371,14 +371,21 @@ def train(model, method):
         learning_rate=defaults.learning_rate_for(method, model.config),
         warmup_steps=defaults.warmup_steps_for(STEPS),
     )
-    trainer = Trainer(model, lambda step: examples.batch_at(step, BATCH, 0), settings, progress=False)
-    return [trainer.run().losses, completion_loss(model, held_out)]
+    bar = tqdm(total=STEPS, desc=method, unit="step")
+
+    def batch_at(step):
+        bar.update()
+        return examples.batch_at(step, BATCH, 0)
+
+    losses = Trainer(model, batch_at, settings, progress=False).run().losses
+    bar.close()
+    return losses, completion_loss(model, held_out)
 
 
 full, _ = load_gpt2(MODEL)
 before = completion_loss(full, held_out)
 results = {}
-for name, each in tqdm({"full": full, "lora": model}.items(), desc="two runs"):
+for name, each in {"full": full, "lora": model}.items():
     results[name] = train(each, name)
     print(f"{name}: held-out loss {before:.3f} -> {results[name][1]:.3f}")
 
@@ -407,21 +414,21 @@ for style, (name, text) in enumerate({"lora": "LoRA, r = 8", "full": "full fine-
     left.annotate(
         text,
         (at + 1, losses[at]),
-        xytext=(14, 26) if above else (-14, -26),
+        xytext=(14, 24) if above else (-14, -20),
         textcoords="offset points",
         ha="left" if above else "right",
         color=plotting.COLOURS[style],
         fontweight="bold",
         arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.8},
     )
-left.margins(y=0.12)
-plotting.label(left, x="step", y="loss, nats per token (mean of 8 steps)", title="It learns")
+left.set_ylim(bottom=0)
+plotting.label(left, x="step (the curves are means of 8 steps)", y="loss, nats per token", title="The same steps")
 plotting.bars(right, {name: 100 * share for name, share in shares.items()}, unit="%")
-plotting.label(right, x="LoRA, per cent of full fine-tuning", title="It costs")
+plotting.label(right, x="LoRA, per cent of full fine-tuning", title="What LoRA costs")
 show(
     figure,
     f"Left, the training loss over {STEPS} steps: LoRA of rank 8 ends at {results['lora'][0][-1]:.2f} nats "
-    f"and full fine-tuning to {results['full'][0][-1]:.2f}. Right, bars of LoRA's share of full fine-tuning: "
+    f"and full fine-tuning at {results['full'][0][-1]:.2f}. Right, bars of LoRA's share of full fine-tuning: "
     + ", ".join(f"{name} {100 * share:.1f} per cent" for name, share in shares.items())
     + ".",
 )
@@ -432,8 +439,9 @@ fallen = (before - results["lora"][1]) / (before - results["full"][1])
 print(f"on held-out cards LoRA has come {fallen:.0%} of the way of full fine-tuning (difference in loss: {gap:+.3f})")
 
 # %% [markdown]
-# The last line says how far a few per cent of the numbers have carried you in the same steps. What the literature
-# says of longer runs on larger models, on E2E with GPT-2 medium (Hu et al. 2021, table 3, BLEU):
+# The last line says how far a few per cent of the numbers have carried you in the same steps. After so few steps, with
+# one seed each, a gap in the loss says little about where the two would end. What the literature says of longer runs
+# on a larger model, GPT-2 medium on E2E (Hu et al. 2021, table 3, BLEU):
 #
 # | | trained | BLEU |
 # |---|---|---|
@@ -458,12 +466,12 @@ print(f"on held-out cards LoRA has come {fallen:.0%} of the way of full fine-tun
 card = dataset.validation[0].mr
 
 
-def turned_to(volume):
-    """The held-out loss and a text with every change times `volume`; afterwards it is as before."""
+def turned_to(volume, write=True):
+    """The held-out loss (of 32 cards) and a text with every change times `volume`; afterwards it is as before."""
     usual = {name: layer.scaling for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.scaling = volume * usual[name]
-    seen = completion_loss(model, held_out[:2]), write_texts(model, tokenizer, [card])[0]
+    seen = completion_loss(model, held_out[:2]), write_texts(model, tokenizer, [card])[0] if write else ""
     for name, layer in layers.items():
         layer.scaling = usual[name]
     return seen
@@ -507,8 +515,8 @@ slider(
 )
 
 # %% [markdown]
-# Between 0 and 1 you fade the task in. Near 1 the curve is flat: alpha need not be exact. Far beyond, every layer
-# overshoots, and the language goes first.
+# Between 0 and 1 you fade the task in: half of the change is already a good part of the way. Near 1 the curve is flat,
+# so alpha need not be exact. Far beyond, every layer overshoots: move the slider to 2 and read.
 
 # %% [markdown]
 # ## q and v of a fused matrix
@@ -588,7 +596,7 @@ wrong = {
     "alpha without r, or alpha / r twice": s * 8,
 }
 for name, scaling in wrong.items():
-    print(f"{name:<36} s = {scaling:>5.1f}: held-out loss {turned_to(scaling / s)[0]:.2f}")
+    print(f"{name:<36} s = {scaling:>5.1f}: held-out loss {turned_to(scaling / s, write=False)[0]:.2f}")
 
 # %% [markdown]
 # (r = 8 and alpha = 64 here, so that two of the mistakes coincide.) PEFT's `adapter_config.json` stands beside the
@@ -615,7 +623,7 @@ for name in ("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"):
 
 # %% [markdown]
 # **Unmerging by subtraction drifts.** Add the change, subtract it, ten times, as a server does that switches tasks.
-# In bfloat16, with eight bits for the digits, most of the bits do not come back. Keeping $W_0$ costs memory for a
+# In bfloat16, with eight bits for the digits, many do not come back as they were. Keeping $W_0$ costs memory for a
 # copy, and gives back every one.
 
 # %%

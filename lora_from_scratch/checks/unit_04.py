@@ -288,7 +288,7 @@ PREDICTIONS = [
         answer="worse",
         explanation=(
             "It gets worse, and from the beginning of the run. Nothing in the loss asks the model to keep what it "
-            "knew, and every weight may move. The cards share their subject with tales; but their few sentence patterns "
+            "knew, and every weight may move. The cards share the tales' subject, but their few patterns "
             "are much narrower, and the model now expects them everywhere."
         ),
         idea="forgetting",

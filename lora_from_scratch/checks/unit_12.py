@@ -49,8 +49,8 @@ def int8_cases(draw: Draw) -> Iterator[Case]:
     yield Case("numbers half-way between two integers", {"x": ties}, "the numbers")
     yield Case("zeros", {"x": torch.zeros(2, 3)}, "the ends of the range")
     yield Case("tiny numbers", {"x": 1e-20 * draw.normal(6)}, "the ends of the range")
-    large = 60000 * (2 * torch.rand(8, generator=draw.generator) - 1)
-    large[draw.integer(0, 7)] = 60000
+    large = 60000 * (2 * torch.rand(100, generator=draw.generator) - 1)
+    large[draw.integer(0, 99)] = 60000
     yield Case("float16, close to the largest that it can hold", {"x": large.half()}, "the ends of the range")
     broken = draw.normal(5)
     broken[3] = float("nan")
@@ -172,7 +172,10 @@ def double_cases(draw: Draw) -> Iterator[Case]:
 
 
 def nearly_the_same_codes(case: Case, seen: Seen, expected: Seen) -> bool:
-    """A mean that is rounded differently may move a code to its neighbour; the rest has to be the same."""
+    """A mean that is rounded differently may move a code to its neighbour; the rest has to be the same.
+
+    In a block whose second scale is 0 any code is as good as any other.
+    """
     assert isinstance(seen.value, list)
     assert isinstance(expected.value, list)
     if len(seen.value) != len(expected.value):
@@ -181,7 +184,8 @@ def nearly_the_same_codes(case: Case, seen: Seen, expected: Seen) -> bool:
     wanted = as_tensor(expected.value[0])
     if codes.shape != wanted.shape or not same(others, expected.value[1:]):
         return False
-    off = (codes.double() - wanted.double()).abs()
+    second = as_tensor(expected.value[1]).repeat_interleave(int(str(case.inputs.get("blocksize", 256))))[: len(wanted)]
+    off = (codes.double() - wanted.double()).abs() * (second > 0)
     return bool((off <= 1).all()) and int((off > 0).sum()) <= 1 + len(off) // 50
 
 
