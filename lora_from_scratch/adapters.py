@@ -43,19 +43,26 @@ INIT_STD = 1e-3  # the authors' code; they find everything below 1e-2 to be near
 
 
 class BottleneckAdapter(nn.Module):
-    """`x + W_up gelu(W_down x + b) + b'` (Houlsby et al. 2019), nearly the identity at the start.
+    """`x + W_up gelu(W_down x + b) + b'` (Houlsby et al. 2019, figure 2), nearly the identity at the start.
 
-    The weights start as a normal of standard deviation 1e-3, cut off at two of them; the biases start at 0.
+    It has two `nn.Linear`, both with a bias: `down`, from d to the width of the bottleneck, and `up`, from there to d.
+    The gelu between them is GPT-2's, the tanh approximation.
+
+    Both weights start as numbers of a normal distribution of standard deviation 1e-3 (`INIT_STD`) that is cut off at
+    two of them: no number is beyond +-2e-3 (section 3.6 of the paper). Both biases start at 0. The same seed of the
+    generator gives the same start.
 
     Args:
         n_embd: d, the width of what comes in and goes out.
         width: of the bottleneck.
         generator: where the random numbers come from; None: PyTorch's own.
+
+    `forward(x)` takes and returns (..., d).
     """
 
     def __init__(self, n_embd: int, width: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.down = nn.utils.skip_init(nn.Linear, n_embd, width)
+        self.down = nn.utils.skip_init(nn.Linear, n_embd, width)  # not drawn from PyTorch's own generator first
         self.up = nn.utils.skip_init(nn.Linear, width, n_embd)
         for layer in (self.down, self.up):
             nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
@@ -79,9 +86,19 @@ class NormedAdapter(BottleneckAdapter):
 
 
 class ParallelAdapter(nn.Module):
-    """`s W_up relu(W_down x)` (He et al. 2022), to be added to what a module makes of the same x.
+    """`s W_up relu(W_down x)` (He et al. 2022, section 3.3), to be added to what a module makes of the same x.
 
-    W_up starts at zero, so that at the start nothing is added; W_down starts as LoRA's A does.
+    It has two `nn.Linear` without biases: `down`, from d to the width of the bottleneck, and `up`, from there to d.
+    `up` starts at zero, so that at the start nothing is added. `down` starts uniform between -1/sqrt(d) and
+    1/sqrt(d): PyTorch's `kaiming_uniform_` with a = sqrt(5), as LoRA's A does.
+
+    Args:
+        n_embd: d, the width of what comes in and goes out.
+        width: of the bottleneck.
+        scaling: s, a number that is not learned; kept as `scaling`.
+        generator: where the random numbers come from; None: PyTorch's own.
+
+    `forward(x)` takes and returns (..., d). It does not add x: whoever adds the result to something has that.
     """
 
     def __init__(self, n_embd: int, width: int, scaling: float = 1.0, generator: torch.Generator | None = None) -> None:
@@ -107,7 +124,10 @@ def adapter_parameter_count(n_embd: int, width: int, adapters: int = 1, bias: bo
         width: w, of the bottleneck.
         adapters: how many there are in the whole model.
         bias: whether they have biases, w + d in each.
-        norms: how many LayerNorms are learned with them, 2 d in each.
+        norms: how many LayerNorms are learned with them in the whole model, 2 d in each.
+
+    Returns:
+        A whole number.
     """
     biases = width + n_embd if bias else 0
     return adapters * (2 * n_embd * width + biases) + 2 * norms * n_embd
@@ -129,7 +149,11 @@ class AdapterAfter(nn.Module):
 
 
 class AdapterBeside(AdapterAfter):
-    """A module, kept unchanged as `base`, and an adapter that reads the same input; the outputs are added."""
+    """A module, kept unchanged as `base`, and an adapter that reads the same input; the two outputs are added.
+
+    `forward(x, *others)`: x is (..., d). What else the module is called with (the attention gets a mask and a cache)
+    is for the base alone: the adapter knows nothing but x.
+    """
 
     def forward(self, x: Tensor, *others: Any) -> Tensor:
         y: Tensor = self.base(x, *others) + self.adapter(x)
@@ -147,12 +171,17 @@ def insert_adapters(
 ) -> dict[str, nn.Module]:
     """Put adapters into a GPT-2, in place. What is frozen and what is not is left as it is.
 
+    `adapter_places` says where, `new_adapter` makes one, and `replace_module` puts a module into the place of another.
+    What stands there afterwards is an `AdapterBeside` for the variant "parallel" and an `AdapterAfter` for the others;
+    its `base` is the module that stood there before, the very same object. Each place gets an adapter of its own, of
+    the dtype and on the device of the model.
+
     Args:
-        width: of the bottleneck, from 1 to the model's own width.
+        width: of the bottleneck, from 1 to the model's own width d (`model.config.n_embd`).
         variant: one of `PLACES`; see the head of this file.
         scaling: s of the variant "parallel".
         layers: the blocks that get adapters, counted from 0; none named: all.
-        generator: of the first values.
+        generator: of the first values; the places draw from it one after the other.
 
     Returns:
         The adapters, by the names of the modules that they were put behind or beside.
@@ -161,46 +190,58 @@ def insert_adapters(
         ValueError: the width or a layer is not one that the model can have, or there is no such variant.
             The model is then as it was.
     """
-    _check_variant(variant)
-    d, n_layer = model.config.n_embd, model.config.n_layer
+    places = adapter_places(model.config.n_layer, variant, layers)
+    d = model.config.n_embd
     if not 1 <= width <= d:
         raise ValueError(f"width must be between 1 and {d} (a bottleneck is no wider than the model), got {width}")
-    for layer in layers:
-        if not 0 <= layer < n_layer:
-            raise ValueError(f"layers must be from 0 to {n_layer - 1} (the model has {n_layer}), got {layer}")
+    like = model.transformer.ln_f.weight
     adapters: dict[str, nn.Module] = {}
-    for layer in sorted(set(layers)) or range(n_layer):
-        for place in PLACES[variant]:
-            name = f"transformer.h.{layer}.{place}".rstrip(".")
-            adapters[name] = _insert(model, name, variant, width, scaling, generator)
+    for name in places:
+        base = model.get_submodule(name)
+        adapter = new_adapter(variant, d, width, scaling, generator).to(like.device, like.dtype)
+        wrapper = AdapterBeside(base, adapter) if variant == "parallel" else AdapterAfter(base, adapter)
+        replace_module(model, name, wrapper.train(base.training))
+        adapters[name] = adapter
     return adapters
 
 
-def remove_adapters(model: GPT2) -> None:
-    """Take out what `insert_adapters` put in: every module is in its old place, the very same object."""
-    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, AdapterAfter)}
-    for name, wrapper in wrapped.items():
-        _replace(model, name, wrapper.base)
+def remove_adapters(model: nn.Module) -> None:
+    """Take out, in place, what `insert_adapters` put in.
+
+    Every module that is an `AdapterAfter` (an `AdapterBeside` is one) makes way for its `base`: the very same object,
+    under its old name. Adapters may have been put in more than once, one behind the other or inside each other; all
+    of them go. Without adapters nothing happens. `replace_module` puts a module into the place of another.
+    """
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, AdapterAfter)]
+    for name, wrapper in reversed(wrapped):  # the inner ones first: their names hold as long as the outer ones stand
+        replace_module(model, name, wrapper.base)
 
 
-def _insert(
-    model: GPT2, name: str, variant: str, width: int, scaling: float, generator: torch.Generator | None
+def adapter_places(n_layer: int, variant: str, layers: Sequence[int] = ()) -> list[str]:
+    """The full names of the modules of a GPT-2 that an adapter is put behind or beside, in the order of the blocks.
+
+    Raises:
+        ValueError: there is no such variant, or no such layer.
+    """
+    _check_variant(variant)
+    for layer in layers:
+        if not 0 <= layer < n_layer:
+            raise ValueError(f"layers must be from 0 to {n_layer - 1} (the model has {n_layer}), got {layer}")
+    chosen = sorted(set(layers)) or range(n_layer)
+    return [f"transformer.h.{layer}.{place}".rstrip(".") for layer in chosen for place in PLACES[variant]]
+
+
+def new_adapter(
+    variant: str, n_embd: int, width: int, scaling: float = 1.0, generator: torch.Generator | None = None
 ) -> nn.Module:
-    base, d = model.get_submodule(name), model.config.n_embd
+    """An adapter of the kind that the variant has."""
     if variant == "parallel":
-        wrapper: AdapterAfter = AdapterBeside(base, ParallelAdapter(d, width, scaling, generator))
-    elif variant == "lin":
-        wrapper = AdapterAfter(base, NormedAdapter(d, width, generator))
-    else:
-        wrapper = AdapterAfter(base, BottleneckAdapter(d, width, generator))
-    like = model.transformer.ln_f.weight
-    wrapper.adapter.to(like.device, like.dtype)
-    wrapper.train(base.training)
-    _replace(model, name, wrapper)
-    return wrapper.adapter
+        return ParallelAdapter(n_embd, width, scaling, generator)
+    return (NormedAdapter if variant == "lin" else BottleneckAdapter)(n_embd, width, generator)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where another one stands, by its full name: "transformer.h.0.mlp"."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

@@ -19,8 +19,8 @@ from lora_from_scratch.method import Method
 
 
 def methods(seed: int = 0) -> list[Method]:
-    """The two that the demo compares: every weight, and LoRA of rank 8 on every matrix of every block."""
-    return [FullFineTuning(keep_base=False), LoRA(rank=8, seed=seed)]
+    """The two that the demo compares: every weight, and LoRA of rank 16 on the attention of every block."""
+    return [FullFineTuning(keep_base=False), LoRA(seed=seed)]
 
 
 def demo(

@@ -43,8 +43,8 @@ def contestants(seed: int = 0) -> dict[str, Method]:
     """All that can take part, by the name in the table: the core methods and a third kind of adapter."""
     return {
         "full": FullFineTuning(keep_base=False),
-        "lora": LoRA(rank=8, seed=seed),
-        "qlora": QLoRA(rank=8, seed=seed, keep_base=False),
+        "lora": LoRA(seed=seed),
+        "qlora": QLoRA(seed=seed, keep_base=False),
         "adapter-houlsby": Adapter(variant="houlsby", seed=seed),
         "adapter-parallel": Adapter(variant="parallel", seed=seed),
         "adapter-pfeiffer": Adapter(variant="pfeiffer", seed=seed),

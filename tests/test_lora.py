@@ -339,9 +339,9 @@ def test_the_seed_alone_decides_how_a_starts() -> None:
         return method.state_dict(model)
 
     assert_same(starts(0), starts(0))
-    assert not torch.equal(*(starts(seed)["transformer.h.0.mlp.c_fc.lora_A"] for seed in (0, 1)))
+    assert not torch.equal(*(starts(seed)["transformer.h.0.attn.c_attn.lora_A"] for seed in (0, 1)))
     first = starts(0)
-    assert not torch.equal(first["transformer.h.0.mlp.c_fc.lora_A"], first["transformer.h.1.mlp.c_fc.lora_A"])
+    assert not torch.equal(first["transformer.h.0.attn.c_attn.lora_A"], first["transformer.h.1.attn.c_attn.lora_A"])
 
 
 def test_without_the_protocol_lora_can_be_put_into_any_model_and_marked() -> None:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from lora_from_scratch.checks.display import LOOKS, WIDTH, as_html, as_text, table
 from lora_from_scratch.checks.verdict import LONGEST, CaseResult, Failure, Verdict, describe
 
-WILD = st.text(max_size=60)
+WILD = st.text(max_size=30) | st.lists(
+    st.sampled_from(["<b>", "</p>", "<img src=x onerror=y>", "&", '"', "'", "`", "\n", "a"])
+).map("".join)
 CASES = (CaseResult("<first>", "one & part", True), CaseResult("second", "other", False))
 FAILED = Verdict(
     "rank",

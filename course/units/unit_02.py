@@ -19,17 +19,17 @@
 #
 # **Time**: about 90 minutes. 7 exercises, 2 predictions, one open question.
 #
-# ![Left, share of the energy over the number of directions, up to 256, mean of all matrices of the model's blocks:
-# the update of fine-tuning rises far faster than the pretrained weight, which is a little above noise. Right, loss
-# on story cards over the rank: an update cut to a few directions is nearly as good as the whole one; a weight cut
-# to the same rank is useless.](unit_02.png)
+# ![Left, share of the energy over the number of directions, up to 256, mean of all matrices of the model's blocks: the
+# update of fine-tuning rises far faster than the pretrained weight, which lies between it and noise, nearer to noise.
+# Right, loss on story cards over the rank: the first few directions of an update bring most of what was learned; a
+# weight that is cut to the same rank is useless.](unit_02.png)
 
 # %%
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lora_from_scratch import plotting
-from lora_from_scratch.checks import check, hint, library, progress, working  # noqa: F401
+from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune.completions import Completions
 from lora_from_scratch.finetune.defaults import learning_rate_for
@@ -61,16 +61,17 @@ def draw_circle(M):
     turn = torch.linspace(0, 2 * torch.pi, 200)
     circle = torch.stack([turn.cos(), turn.sin()])  # (2, 200): one point a column
     U, S, Vh = torch.linalg.svd(M)
-    figure, (before, after) = plotting.panels(2, width=4.2, height=3.8)
+    figure, (before, after) = plotting.panels(2, width=4.4, height=3.2)
     for axes, curve, arrows, names in (
-        (before, circle, Vh, ("v1", "v2")),
-        (after, M @ circle, (U * S).T, ("sigma1 u1", "sigma2 u2")),
+        (before, circle, Vh, ("$v_1$", "$v_2$")),
+        (after, M @ circle, (U * S).T, (r"$\sigma_1 u_1$", r"$\sigma_2 u_2$")),
     ):
         axes.plot(*curve, color="0.4", linewidth=1.5)
         for arrow, name, colour in zip(arrows.tolist(), names, plotting.COLOURS, strict=False):
             axes.annotate("", arrow, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2})
-            axes.annotate(name, arrow, xytext=(5, 5), textcoords="offset points", color=colour, fontweight="bold")
-        axes.set(xlim=(-2.4, 2.4), ylim=(-2.2, 2.2), aspect="equal")
+            away = (0.25 * torch.tensor(arrow) / torch.tensor(arrow).norm() + torch.tensor(arrow)).tolist()
+            axes.text(*away, name, color=colour, fontsize=13, ha="center", va="center")
+        axes.set(xlim=(-2.7, 2.7), ylim=(-1.5, 1.5), aspect="equal")
     plotting.label(before, x="first input", y="second input", title="Inputs x of length 1")
     plotting.label(after, x="first output", y="second output", title="Outputs M x")
     return figure
@@ -109,7 +110,8 @@ show(
 G = torch.tensor([[2.0, -1.0], [-1.0, 2.0]])  # eigenvalues 3 and 1; the eigenvector of 3 is (0.7071, -0.7071)
 for times in (0, 1, 2, 4, 8):
     x = torch.linalg.matrix_power(G, times) @ torch.tensor([1.0, 0.0])
-    print(f"{times} multiplications: ({x[0]:>7.0f}, {x[1]:>7.0f}), of length 1: {(x / x.norm()).tolist()}")
+    unit = x / x.norm()
+    print(f"G x, {times} times: ({x[0]:5.0f}, {x[1]:5.0f}), of length 1: ({unit[0]:.4f}, {unit[1]:7.4f})")
 
 # %% [markdown]
 # It turns to $v_1$, and it grows without end. So divide it by its length at every step, and stop when it no longer
@@ -196,7 +198,7 @@ def paint(height=96, width=128):
     field = 0.35 + 0.1 * torch.sin(60 * (x + 2 * y))
     tower = ((x - 0.42).abs() < 0.09) & (y > 0.25) & (y < 0.68 + 0.04 * torch.sign(torch.sin(105 * x)))
     window = ((x - 0.42).abs() < 0.025) & ((y - 0.55).abs() < 0.05)
-    roof = (y < 0.80 - 1.3 * (x - 0.66).abs()) & (y > 0.45) & ((x - 0.66).abs() < 0.16)
+    roof = (y < 0.80 - 1.3 * (x - 0.66).abs()) & (y > 0.33) & ((x - 0.66).abs() < 0.16)
     picture = torch.where(hills, field, sky)
     for shape, grey in ((sun, 1.0), (roof, 0.05), (tower, 0.15), (window, 0.9)):
         picture = torch.where(shape, torch.tensor(grey), picture)
@@ -262,8 +264,8 @@ for share in (0.9, 0.99, 0.999):
     print(f"the picture, {share:.1%} of its energy: rank {needed(picture, share)} of {min(picture.shape)}")
 
 # %% [markdown]
-# One direction or two hold 90 %, and you know what the picture looks like at rank 2: a grey smear. Keep that in mind when
-# somebody says "90 % of the energy". And before you measure a weight, find out what this number is worth.
+# One direction or two hold 90 %, and you know what the picture looks like at rank 2: a grey smear. Keep that in mind
+# when somebody says "90 % of the energy". And before you measure a weight, find out what this number is worth.
 
 # %% prediction="noise_energy"
 
@@ -361,8 +363,8 @@ print_ranks(ranks)
 
 # %% [markdown]
 # How far below the noise a weight lies depends on the training as well. The matrices of this model were trained with
-# Muon, an optimiser whose steps have nearly equal singular values; weights that were trained with Adam usually have
-# steeper spectra. The comparison with noise is the habit to keep.
+# Muon, whose steps have nearly equal singular values, and that makes flatter spectra than Adam does (Liu et al. 2025,
+# arXiv:2502.16982, compare the two). The comparison with noise is the habit to keep.
 
 # %% [markdown]
 # ## The same for data: principal components
@@ -485,6 +487,9 @@ for r in tqdm(RANKS, desc="cutting", unit="rank"):
 print("rank r:         " + " ".join(f"{r:>5}" for r in RANKS))
 print("update cut to r:" + " ".join(f"{loss:>5.2f}" for loss in loss_of_update))
 print("weight cut to r:" + " ".join(f"{loss:>5.2f}" for loss in loss_of_weight))
+gain = loss_of_update[0] - loss_of_update[-1]
+kept = {r: (loss_of_update[0] - loss) / gain for r, loss in zip(RANKS, loss_of_update, strict=True)}
+print("of what the matrices gained: " + ", ".join(f"rank {r} {kept[r]:.0%}" for r in (1, 4, 16, 64)))
 
 
 # %%
@@ -499,60 +504,47 @@ def mean_energy(matrices):
 
 # %% figure="unit_02.png"
 figure, (left, right) = plotting.panels(2, width=5.0, height=3.9)
-for style, (name, matrices, at, side) in enumerate(
-    (("update of fine-tuning", updates, 16, -1), ("weight", before, 70, -1), ("noise", noises, 100, 1))
-):
-    curve, colour = mean_energy(matrices), plotting.COLOURS[style]
-    left.plot(range(1, 257), curve, linestyle=plotting.LINES[style], color=colour, linewidth=1.8)
-    left.annotate(
-        name,
-        (at, float(curve[at - 1])),
-        xytext=(-8 * -side, 8 * -side),
-        textcoords="offset points",
-        color=colour,
-        fontweight="bold",
-        ha="left" if side > 0 else "right",
-        va="center",
-    )
+labels = {"update of fine-tuning": (60, 1.03, "left"), "weight": (62, 0.66, "right"), "noise": (104, 0.62, "left")}
+for style, (name, matrices) in enumerate(zip(labels, (updates, before, noises), strict=True)):
+    colour, line = plotting.COLOURS[style], plotting.LINES[style]
+    left.plot(range(1, 257), mean_energy(matrices), linestyle=line, color=colour, linewidth=1.8)
+    x, y, side = labels[name]
+    left.text(x, y, name, color=colour, fontweight="bold", ha=side, va="center")
 plotting.label(left, x="directions kept, of 256", y="share of the energy", title="The update lies in few directions")
-left.set(xlim=(-90, 260), ylim=(0, 1.02), xticks=(0, 64, 128, 192, 256))
+left.set(xlim=(0, 260), ylim=(0, 1.1), xticks=(1, 64, 128, 192, 256))
 
 places = range(len(RANKS))  # one step to the right: twice the rank
-curves = {"update cut to rank r": loss_of_update, "weight cut to rank r": loss_of_weight}
-for style, (name, losses) in enumerate(curves.items()):
-    colour = plotting.COLOURS[style]
-    right.plot(places, losses, marker="o", markersize=4, linestyle=plotting.LINES[style], color=colour, linewidth=1.8)
-    at = (5, 4)[style]
-    right.annotate(
-        name,
-        (at, losses[at]),
-        xytext=(0, 12),
-        textcoords="offset points",
-        color=colour,
-        fontweight="bold",
-    )
+for style, losses in enumerate((loss_of_update, loss_of_weight)):
+    colour, line = plotting.COLOURS[style], plotting.LINES[style]
+    right.plot(places, losses, marker="o", markersize=4, linestyle=line, color=colour, linewidth=1.8)
+top = 2 * loss_before  # the weight's curve comes from far above
+right.text(1.2, loss_of_update[1] + 0.35, "update cut to rank r", color=plotting.COLOURS[0], fontweight="bold")
+right.text(4.8, 0.93 * top, "weight cut to rank r", color=plotting.COLOURS[1], fontweight="bold", ha="right")
 right.axhline(loss_before, color="0.5", linewidth=1, linestyle=":")
-right.annotate(
-    "before fine-tuning", (9, loss_before), xytext=(0, 4), textcoords="offset points", color="0.3", ha="right"
-)
+right.text(0, loss_before + 0.1, "whole model before fine-tuning", color="0.3")
 plotting.label(
-    right, x="rank r", y="loss on story cards (nats per token)", title="and those few carry what was learned"
+    right, x="rank r", y="loss on story cards (nats per token)", title="A few carry most of what was learned"
 )
 right.set_xticks(places, [str(r) for r in RANKS])
-right.set_ylim(0, 1.08 * max(loss_of_weight))
+right.set_ylim(0, top)
 show(
     figure,
     alt="Left, share of the energy over the number of directions, mean over all matrices of the blocks: the update of "
-    "fine-tuning rises far faster than the weight, which is a little above noise. Right, loss on story cards over "
-    "the rank: an update cut to a few directions is nearly as good as the whole one; the weight cut to the same rank "
-    "is far worse than the model before fine-tuning.",
+    "fine-tuning rises far faster than the weight, which lies between it and noise, nearer to noise. Right, loss on "
+    "story cards over the rank: the first few directions of the update bring most of what was learned; the weight cut "
+    "to the same rank is far worse than the model before fine-tuning, until nearly all directions are kept.",
 )
 
 # %% [markdown]
-# Read it with care. *An update can be cut* after training: that is what you measured. It does not follow that a
-# training which is only *allowed* rank $r$ finds an update as good: that is the hypothesis of LoRA (Hu et al.
-# 2021, section 4.1), and units 09 and 10 test it. And at $r = 0$ the loss is already below that before fine-tuning,
-# because the embeddings, biases and norms have kept what they learned.
+# Read it with care.
+#
+# - *An update can be cut* after training: that is what you measured. It does not follow that a training which is only
+#   *allowed* rank $r$ finds an update as good. That is the hypothesis of LoRA (Hu et al. 2021, section 4.1), and units
+#   09 and 10 test it.
+# - The loss falls with every doubling of $r$, only less and less. There is no rank at which "all" of the update is in.
+# - At $r = 0$ the loss is already below that before fine-tuning: embeddings, biases and norms have kept what they
+#   learned.
+# - One model, one task, one short training with AdamW. Another optimiser makes other updates.
 
 # %% [markdown]
 # ## What goes wrong in practice
@@ -613,8 +605,8 @@ print(f"{low_rank_parameter_count(*W.shape, r):,}")
 #    it breaks.
 # 3. The first $r$ terms are the nearest matrix of rank $r$; its error is made of the singular values left out.
 # 4. A share of the energy means something only beside that of noise: a trained weight has no low rank.
-# 5. The update of fine-tuning lies in far fewer directions than the weight, and a few of them carry nearly all that
-#    was learned.
+# 5. The update of fine-tuning lies in far fewer directions than the weight, and a few of them carry most of what was
+#    learned.
 #
 # ## Go further
 #

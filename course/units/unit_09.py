@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lora_from_scratch import plotting
-from lora_from_scratch.checks import check, hint, library, progress, working  # noqa: F401
+from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
@@ -453,8 +453,8 @@ print(f"on held-out cards LoRA has come {fallen:.0%} of the way of full fine-tun
 # (The paper prints 0.35 M; r = 4 on q and v of GPT-2 medium counts 393,216.) That LoRA is *better* there is no law:
 # full fine-tuning of a large model on a small data set also overfits and forgets.
 #
-# What did *not* shrink: the weights in memory, most of the activations, and the time of a step (unit 00). LoRA's
-# backward pass still goes through every layer.
+# What did *not* shrink: the weights in memory, most of the activations (unit 00), and most of the time of a step.
+# LoRA's backward pass still goes through every layer; it is spared the products that make the large weights' gradients.
 
 # %% [markdown]
 # ## Alpha after training: a volume knob

@@ -211,15 +211,16 @@ class Trainer:
         if self.checkpoint and self.checkpoint.exists():
             self._load()
         hidden = not self.progress or self.world.rank != 0
+        quiet: dict[str, Any] = {"disable": True} if hidden else {}  # not said: then tqdm's own TQDM_DISABLE decides
         self.model.train()
         with tqdm(
             total=self.settings.steps,
             initial=self.step,
             desc=self.description,
             unit="step",
-            disable=hidden,
             mininterval=0.5,
             dynamic_ncols=True,
+            **quiet,
         ) as bar:
             while self.step < self.settings.steps:
                 started = time.perf_counter()

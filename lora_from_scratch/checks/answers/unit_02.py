@@ -56,7 +56,7 @@ def by_a_high_power_in_float64(G: Tensor, generator: torch.Generator | None = No
 )
 def starts_from_ones(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     x = torch.ones(len(G), dtype=G.dtype) / math.sqrt(len(G))
-    for _ in range(400 if G.any() else 0):
+    for _ in range(100 if G.any() else 0):
         x = G @ x
         x = x / x.norm()
     return x

@@ -1,0 +1,622 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Unit 12: Quantisation
+#
+# **When you are through, you can**
+#
+# - store a weight matrix in 8 and in 4 bits a number, and get it back, with the same bytes as bitsandbytes;
+# - derive the 16 values of NF4, and say why they lie where they lie;
+# - count what a weight really costs, scales included, and bring 4.5 bits down to 4.127;
+# - say which error in the weights the model notices, and how to measure it when perplexity is too blunt.
+#
+# **You need** PyTorch tensors and, for one paragraph, the quantiles of the normal distribution. Nothing of LoRA.
+#
+# **Time**: about 90 minutes. 8 exercises, 2 predictions, one open question.
+#
+# ![Left, the weights of a matrix over the largest of their block: a bell around zero, with a small peak at each end.
+# Below it the 16 values of NF4, dense in the middle like the bell; those of INT4, at equal steps; those of FP4, crowded
+# at zero and far apart outside. Right, the error of the weights against the divergence of the model, rising together:
+# NF4 lowest, then INT4, then FP4, and E3M0 highest.](unit_12.png)
+
+# %%
+import math
+
+import torch
+from tqdm.auto import tqdm
+
+from lora_from_scratch import plotting
+from lora_from_scratch.checks import check, hint, library, progress, working
+from lora_from_scratch.figures import show, slider
+from lora_from_scratch.finetune.metrics import load_tales
+from lora_from_scratch.gpt2 import load_gpt2
+from lora_from_scratch.gpt2.model import Conv1D
+from lora_from_scratch.int8 import dequantize_int8, dynamic_map
+from lora_from_scratch.nf4 import NestedAbsmax, double_dequantize, fp4_codebook, int4_codebook, unpack_nibbles
+
+# %% [markdown]
+# ## What LoRA leaves
+#
+# LoRA takes away most gradients and most of the optimiser. What stays in memory are the frozen weights. For a model of
+# 65 billion parameters these are 130 GB in 16 bits, and no graphics card has room for them.
+#
+# The frozen weights are only *read*. So the question of this unit is: **how few bits does a weight need, if nobody has
+# to change it?** Dettmers et al. 2023 (QLoRA) say four, and fine-tune such a model in less than 48 GB instead of more
+# than 780 (abstract and section 1). You will build their storage format, from the first rounded number on.
+
+# %%
+model, tokenizer = load_gpt2("bundled")
+layers = {name: m for name, m in model.named_modules() if isinstance(m, Conv1D)}
+original = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+weight = original["transformer.h.2.mlp.c_fc"].T.contiguous()  # (out, in), the usual orientation
+
+print(f"{len(layers)} matrices, {sum(w.numel() for w in original.values()):,} weights")
+print(f"one of them: {tuple(weight.shape)}, from {weight.min():.2f} to {weight.max():.2f}, {weight.nbytes:,} bytes")
+
+# %% [markdown]
+# ## Eight bits and one scale
+#
+# An `int8` holds whole numbers from -128 to 127, and a weight is not whole. So you keep two things: integers $q$, and
+# one number that says how large they are. With $x \in \mathbb{R}^n$ the weights and $c = \max_i |x_i|$ their
+# **absmax**,
+#
+# $$ q_i = \mathrm{round}\!\left(\frac{127}{c}\, x_i\right), \qquad \hat{x}_i = \frac{c}{127}\, q_i $$
+#
+# (QLoRA, section 2, equations 1 and 2). $\hat x$ is what you get back. No weight is off by more than half a step,
+# $c / 254$.
+
+# %% exercise="absmax_int8"
+
+# %%
+to_int8 = working("absmax_int8")
+
+
+def relative_error(back, x):
+    """||back - x|| / ||x||, for weights in any shape."""
+    return float((back - x).norm() / x.norm())
+
+
+q, absmax = to_int8(weight)
+back = dequantize_int8(q, absmax)
+print(f"{weight.nbytes:,} bytes become {q.nbytes + 4:,}; relative error {relative_error(back, weight):.2%}")
+print(f"largest error {float((back - weight).abs().max()):.5f}, half a step {float(absmax) / 254:.5f}")
+
+# %% [markdown]
+# A quarter of the bytes, and an error of about a hundredth. That is hard to beat. What can go wrong?
+
+# %% prediction="after_an_outlier"
+
+# %%
+spoiled = weight.clone()
+spoiled[100, 7] = 300 * weight.abs().max()
+
+q, absmax = to_int8(spoiled)
+back = dequantize_int8(q, absmax)
+print(f"the outlier {float(spoiled[100, 7]):.1f} comes back as {float(back[100, 7]):.1f}")
+print(f"of the {weight.numel() - 1:,} others, {int((q != 0).sum()) - 1:,} are not 0")
+
+# %% check="after_an_outlier"
+
+# %% [markdown]
+# This is no invention. Transformers of billions of parameters have a few features that are up to twenty times as large
+# as the rest (Dettmers et al. 2022, *LLM.int8()*, section 4), and one scale for everything has to serve them.
+#
+# The way out is to let an outlier spoil only its neighbours. Cut the numbers into **blocks** and give each block a
+# scale of its own (Dettmers et al. 2021, section 2.1). Read the matrix row by row as one long row of $n$ numbers;
+# block $b$ is the numbers from $bB$ to $(b+1)B - 1$, where $B$ is the block size. The last block may be short.
+
+# %% exercise="blockwise_absmax"
+
+# %%
+scales_of = working("blockwise_absmax")
+
+scales, spoiled_scales = scales_of(weight, blocksize=64), scales_of(spoiled, blocksize=64)
+print(f"{weight.numel():,} weights, {len(scales):,} scales, from {scales.min():.3f} to {scales.max():.3f}")
+print(f"scales that the outlier changes: {int((scales != spoiled_scales).sum())}")
+
+# %% [markdown]
+# ## Which sixteen values?
+#
+# With 8 bits there are 255 levels, and equal steps are fine enough. With 4 bits there are 16. Where should they lie?
+#
+# A list of the values that the codes 0 to 15 stand for is a **codebook** $v \in \mathbb{R}^{16}$. A weight $x$ of a
+# block with scale $c$ gets the code of the nearest value, and comes back as that value times the scale:
+#
+# $$ k = \arg\min_j \left| \frac{x}{c} - v_j \right|, \qquad \hat{x} = c\, v_k . $$
+#
+# Two codebooks suggest themselves. INT4 has equal steps. FP4 is a floating-point number of four bits, one for the sign,
+# two for the exponent and one for the mantissa ("E2M1"), and is finest near zero.
+
+# %%
+for name, codebook in {"INT4": int4_codebook(), "FP4": fp4_codebook()}.items():
+    values = codebook.sort().values.tolist()
+    print(f"{name}: " + " ".join(f"{value:.2f}" for value in values))
+
+# %% [markdown]
+# (INT4's -8 lies outside of -1 to 1 and is never used. FP4 has two zeros, and next to them 1/192, printed as 0.01: it
+# is bitsandbytes' version, in which the smallest number is far smaller than in the textbook's E2M1.)
+#
+# Now look at what has to be stored: the weights of a trained matrix over the absmax of their block.
+
+# %%
+z = (weight.reshape(-1, 64) / scales_of(weight, blocksize=64)[:, None]).flatten()
+
+figure, (axes,) = plotting.panels(1, width=6.5, height=2.6)
+axes.hist(z.numpy(), bins=81, density=True, color="0.75", edgecolor="0.4", linewidth=0.4)
+grid = torch.linspace(-1, 1, 200)
+axes.plot(grid, torch.exp(-((grid / z.std()) ** 2) / 2) / (z.std() * math.sqrt(2 * math.pi)), "k--", linewidth=1.3)
+axes.text(1.05 * float(z.std()), 0.95 / float(z.std()) / math.sqrt(2 * math.pi), "normal distribution", va="top")
+plotting.label(axes, x="weight / absmax of its block of 64", y="density", title="Weights are nearly normal")
+show(
+    figure,
+    "Histogram of the weights of one matrix, each over the largest of its block: a bell between -1 and 1 that "
+    "follows the dashed curve of a normal distribution, with a small bar at each end for the largest weight of "
+    "every block.",
+)
+
+# %% [markdown]
+# Half of the weights lie in the middle third. Equal steps spend as many codes on the empty sides as on the crowded
+# middle. The idea of **NormalFloat** (NF4; QLoRA, section 3) is to cut the *probability* into equal parts instead of
+# the line: if each value is used equally often, none of the 16 codes is wasted. A value is then a **quantile** of the
+# normal distribution: $Q(p)$ is the number below which a share $p$ of all normal numbers lies, so $Q(0.5) = 0$.
+#
+# Two details. The outermost quantiles, $Q(0)$ and $Q(1)$, are infinite, so one stops a little before. And zero has to
+# be among the values, exactly, for padding and pruned weights. Sixteen is even, so the two sides cannot be alike:
+# eight positive values, zero, and seven negative ones.
+
+# %% exercise="nf4_codebook"
+
+# %%
+NF4 = working("nf4_codebook")()
+
+print("NF4:  " + " ".join(f"{value:.2f}" for value in NF4.tolist()))
+print("gaps:  " + " ".join(f"{gap:.2f}" for gap in NF4.diff().tolist()))
+
+# %% [markdown]
+# Narrow gaps in the middle, wide ones outside. These are the 16 numbers that the paper prints (appendix E), and that
+# every model in "NF4" on the hub uses.
+#
+# Before you measure: three codebooks, and weights that are nearly normal.
+
+# %% prediction="order_of_the_errors"
+
+# %% [markdown]
+# ## Store them
+#
+# No computer has a 4-bit number. Two codes share a byte: the first in the high half (each half is called a *nibble*),
+# the second in the low half. In bits, the codes 3 and 10 make `0011` and `1010`, and the byte `00111010`.
+
+# %% exercise="pack_nibbles"
+
+# %% [markdown]
+# Now put it together: scales, nearest values, bytes. The import cell at the top brings `normalize_blocks`, which
+# divides every weight by the scale of its block, if you would rather not write that yourself. If you do, think of a
+# block in which all weights are zero.
+
+# %% exercise="quantize_nf4"
+
+# %% [markdown]
+# And back. This is what runs each time that a layer is used, so the library's version is made for speed. Yours needs
+# four plain lines.
+
+# %% exercise="dequantize_nf4"
+
+# %%
+quantize, dequantize = working("quantize_nf4"), working("dequantize_nf4")
+
+packed, absmax = quantize(weight)
+back = dequantize(packed, absmax, weight.shape)
+print(f"{weight.nbytes:,} bytes become {packed.nbytes:,} of codes and {absmax.nbytes:,} of scales")
+print("before:", [f"{value:.4f}" for value in weight[0, :6].tolist()])
+print("after: ", [f"{value:.4f}" for value in back[0, :6].tolist()])
+
+# %% [markdown]
+# Do that with all matrices of the model, for each codebook. The second column says how much of the four bits is used:
+# the *entropy* of the codes, $-\sum_k f_k \log_2 f_k$, where $f_k$ is the share of the weights with code $k$. It is 4
+# when all codes come equally often.
+
+# %%
+CODEBOOKS = {"NF4": NF4, "INT4": int4_codebook(), "FP4": fp4_codebook()}
+
+
+def error_and_entropy(x, codebook, blocksize=64):
+    packed, absmax = quantize(x, blocksize, codebook)
+    back = dequantize(packed, absmax, x.shape, blocksize, codebook=codebook)
+    share = unpack_nibbles(packed).int().bincount(minlength=16) / x.numel()
+    return relative_error(back, x), float(-(share * share.clamp(min=1e-9).log2()).sum())
+
+
+errors = {name: [] for name in CODEBOOKS}
+used = {name: [] for name in CODEBOOKS}
+for matrix in tqdm(original.values(), desc="matrices"):
+    for name, codebook in CODEBOOKS.items():
+        error, entropy = error_and_entropy(matrix.T.contiguous(), codebook)
+        errors[name].append(error)
+        used[name].append(entropy)
+
+best = [min(errors, key=lambda name: errors[name][i]) for i in range(len(layers))]
+for name in CODEBOOKS:
+    mean, low, high = sum(errors[name]) / len(layers), min(errors[name]), max(errors[name])
+    bits_used = sum(used[name]) / len(layers)
+    print(
+        f"{name:<5} error {mean:.2%} ({low:.2%} to {high:.2%}), best in {best.count(name):>2} of {len(layers)}", end=""
+    )
+    print(f"   {bits_used:.2f} bits used")
+
+# %% check="order_of_the_errors"
+
+# %% [markdown]
+# Look at the last column, too. NF4 does not reach 4 bits: its values are the quantiles of normal numbers, but what is
+# stored are normal numbers *over the largest of 64*, and that is another distribution. So the word "optimal" in the
+# paper holds for the idea, not for these 16 numbers (Yoshida 2023, arXiv:2306.06965). They are good all the same.
+
+# %% [markdown]
+# ## The scales cost bits as well
+#
+# Four bits a weight was not the whole truth: each block has a scale.
+
+# %% exercise="bits_per_weight"
+
+# %%
+bits = working("bits_per_weight")
+
+for blocksize in (16, 64, 256, 4096):
+    print(
+        f"blocks of {blocksize:>4}: {bits(4, blocksize):.3f} bits, of which {bits(4, blocksize) - 4:.3f} for the scales"
+    )
+
+# %% [markdown]
+# With blocks of 64 it is half a bit: for 65 billion parameters 4 GB of scales. Larger blocks cost less, but then an
+# outlier has more neighbours to spoil.
+#
+# The paper's answer is **double quantisation** (section 3): the scales are numbers, too, so quantise *them*. 256 scales
+# of 64 weights each become bytes, and share one second scale. Eight bits are enough when their levels lie well:
+# `dynamic_map()` has 256 of them, fine near zero and coarse at the ends.
+
+# %%
+table = dynamic_map()
+print(f"{len(table)} values, {int((table < 0).sum())} of them negative, from {table[0]:.4f} to {table[-1]:.4f}")
+print("next to zero:", [f"{value:.1e}" for value in table[126:131].tolist()])
+print("at the end:  ", [f"{value:.3f}" for value in table[-4:].tolist()])
+
+# %% [markdown]
+# Nearly half of these values are negative, and no scale ever is. That is what the offset is for.
+
+# %% exercise="double_quantize"
+
+# %%
+double = working("double_quantize")
+
+
+def there_and_back(x, codebook, blocksize=64, nested=False):
+    """Quantise and dequantise a weight, with double quantisation if asked for."""
+    packed, absmax = quantize(x, blocksize, codebook)
+    if nested:
+        absmax = double_dequantize(NestedAbsmax(*double(absmax)))
+    return dequantize(packed, absmax, x.shape, blocksize, codebook=codebook)
+
+
+for nested in (False, True):
+    error = relative_error(there_and_back(weight, NF4, nested=nested), weight)
+    print(f"{bits(double_quant=nested):.3f} bits, error {error:.3%}")
+
+# %% [markdown]
+# The overhead falls from 0.5 to 0.127 bits, and the error hardly moves. What could you buy with the bits you saved?
+# Smaller blocks. Move the slider, and compare the two curves at the same number of bits.
+
+# %%
+SIZES = (16, 32, 64, 128, 256, 512, 1024, 4096)
+error_at = {
+    (size, nested): relative_error(there_and_back(weight, NF4, size, nested), weight)
+    for size in SIZES
+    for nested in (False, True)
+}
+
+
+def at_block_size(chosen):
+    figure, (left, right) = plotting.panels(2, width=4.6, height=3.0)
+    flat = weight.reshape(-1, chosen)
+    left.hist((flat / flat.abs().amax(dim=1, keepdim=True)).flatten().numpy(), 81, density=True, color="0.75")
+    left.vlines(NF4, 0, left.get_ylim()[1], color=plotting.COLOURS[0], linewidth=0.9)
+    plotting.label(left, x=f"weight / absmax of its block of {chosen}", y="density", title="Lines: the values of NF4")
+    for style, (nested, name) in enumerate({False: "plain", True: "doubly quantised"}.items()):
+        xs = [bits(4, size, nested) for size in SIZES]
+        ys = [100 * error_at[size, nested] for size in SIZES]
+        right.plot(xs, ys, plotting.LINES[style], color=plotting.COLOURS[style], marker=".", linewidth=1.6)
+        here = SIZES.index(chosen)
+        right.plot(xs[here], ys[here], "o", markersize=9, color=plotting.COLOURS[style])
+        at = (xs[0], ys[0])
+        right.annotate(name, at, xytext=(0, 7), textcoords="offset points", ha="center", color=plotting.COLOURS[style])
+    right.margins(x=0.15, y=0.15)
+    plotting.label(right, x="bits per weight", y="error (%)", title=f"Dots: blocks of {chosen}")
+    return figure
+
+
+slider(
+    at_block_size,
+    "block size",
+    SIZES,
+    64,
+    "Left, a histogram of the weights over the absmax of their block, with lines at the 16 values of NF4: the "
+    "larger the block, the narrower the bell, and the more lines lie outside it. Right, error against bits per "
+    "weight for block sizes from 4096 to 16: both curves fall, and the one with double quantisation lies to the "
+    "left of the plain one.",
+)
+
+# %%
+for size, nested in ((128, False), (32, True)):
+    kind = "doubly quantised" if nested else "plain"
+    print(f"blocks of {size:>3}, {kind:<16} {bits(4, size, nested):.3f} bits, error {error_at[size, nested]:.3%}")
+
+# %% [markdown]
+# The same price, a smaller error. The paper takes blocks of 64 and keeps the bits.
+
+# %% [markdown]
+# ## What the model notices
+#
+# An error of the weights is not an error of the model. So quantise all its matrices, as QLoRA does (embeddings and
+# normalisation stay), and let it read text that it was not trained on: the project's own tales.
+#
+# Measure two things at each token. The **loss**, whose mean gives the perplexity, is what the paper reports. The
+# **divergence** $\sum_t p_t \log (p_t / q_t)$ compares the original's whole prediction $p$ with the quantised
+# model's $q$, over all tokens $t$ of the vocabulary; it is 0 only where nothing has changed.
+
+# %%
+ids = [i for tale in load_tales() for i in (tokenizer.eos_id, *tokenizer.encode(tale))]
+windows = torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256)
+targets = [part[:, 1:, None] for part in windows.split(3)]
+
+
+@torch.no_grad()
+def log_probabilities():
+    return [torch.log_softmax(model(part)[:, :-1], dim=-1) for part in windows.split(3)]
+
+
+def losses(predictions):
+    pairs = zip(predictions, targets, strict=True)
+    return torch.cat([-log_q.gather(-1, target).flatten() for log_q, target in pairs])
+
+
+@torch.no_grad()
+def compare(before, after):
+    """Divergence (nats a token), and how much the loss of each token has changed."""
+    pairs = zip(before, after, strict=True)
+    divergence = torch.cat([(log_p.exp() * (log_p - log_q)).sum(-1).flatten() for log_p, log_q in pairs])
+    return float(divergence.mean()), losses(after) - losses(before)
+
+
+base = log_probabilities()
+print(f"{targets[0].shape[1] * len(windows):,} predictions, perplexity {losses(base).mean().exp():.2f}")
+
+# %% [markdown]
+# One more codebook, for the paper's sake: E3M0 has three bits of exponent and no mantissa, so its values are powers of
+# two. And one more precaution. Quantisation is not random, but where the blocks begin is arbitrary. Begin them at three
+# different places, and you see how much of a result is luck.
+
+# %%
+powers = torch.tensor([0.0] + [2.0**-k for k in range(6, -1, -1)])
+E3M0 = torch.cat([powers, -powers])
+KINDS = {
+    "INT4": (int4_codebook(), False),
+    "FP4 (E2M1)": (fp4_codebook(), False),
+    "FP4 (E3M0)": (E3M0, False),
+    "NF4": (NF4, False),
+    "NF4, double": (NF4, True),
+}
+
+
+def quantise_the_model(codebook, nested=False, blocksize=64, start=0):
+    """Every matrix there and back, blocks beginning at `start`; the error of all weights together."""
+    off = size = 0.0
+    for name, layer in layers.items():
+        flat = original[name].T.reshape(-1).roll(-start)
+        back = there_and_back(flat, codebook, blocksize, nested)
+        off, size = off + (back - flat).square().sum(), size + flat.square().sum()
+        layer.weight.data = back.roll(start).view(original[name].T.shape).T.contiguous()
+    return float((off / size).sqrt())
+
+
+measured = {name: [] for name in KINDS}
+for name, (codebook, nested) in tqdm(KINDS.items(), desc="quantised models"):
+    for start in (0, 21, 42):
+        error = quantise_the_model(codebook, nested, start=start)
+        measured[name].append((error, *compare(base, log_probabilities())))
+
+# %%
+PAPER = {"INT4": 34.34, "FP4 (E2M1)": 31.07, "FP4 (E3M0)": 29.48, "NF4, double": 27.41}
+
+print("              weight    divergence in             perplexity            the paper's")
+print("              error     millinats a token         (three starts)        perplexity")
+for name, runs in measured.items():
+    error, kl = sum(run[0] for run in runs) / 3, [1000 * run[1] for run in runs]
+    ppl = sorted(float((losses(base) + change).mean().exp()) for _, _, change in runs)
+    shown = f"{min(kl):.1f} to {max(kl):.1f}"
+    said = f"{PAPER[name]:.2f}" if name in PAPER else "-"
+    print(f"{name:<12}  {error:6.2%}    {sum(kl) / 3:5.1f} ({shown})".ljust(50), end="")
+    print(f"{ppl[0]:.2f}, {ppl[1]:.2f}, {ppl[2]:.2f}".ljust(24) + said)
+
+change = measured["NF4"][0][2]
+print(f"\nNF4 changes the loss by {1000 * change.mean():.1f} millinats, ", end="")
+print(f"with a standard error of {1000 * change.std() / math.sqrt(len(change)):.1f} over the tokens")
+
+# %% [markdown]
+# The paper's column is table 2 of QLoRA: the mean perplexity of OPT, BLOOM, LLaMA and Pythia models from 125 million to
+# 13 billion parameters on text of the web. It is not the same text, so compare the order and not the size.
+#
+# Read your columns from left to right.
+#
+# - **Weight error and divergence agree**: the codebook with the smaller error gives the model that has changed less,
+#   and three starts hardly differ. Double quantisation costs next to nothing.
+# - **Perplexity is blunt.** All differences are small, and those between neighbouring codebooks are about as large as
+#   the luck of the start. An error of the weights makes some tokens more likely and others less; the loss adds up
+#   both, the divergence counts each. Perplexity needs far more text than a few thousand tokens to tell codebooks
+#   apart.
+# - **With the paper we share the winner and not the rest.** There E3M0 comes second and INT4 last. Here E3M0 is last by
+#   far, and INT4 is no worse than FP4. Our weights are nearly normal, and on those powers of two are a poor
+#   choice. Among the paper's models are large ones, with outliers that INT4's equal steps cannot follow, and a mean
+#   of perplexities is ruled by the worst of them. Which of the two it was, the table does not say.
+
+# %% figure="unit_12.png"
+figure, (left, right) = plotting.panels(2, width=5.0, height=3.4)
+left.hist(z.numpy(), bins=81, density=True, color="0.8")
+top = left.get_ylim()[1]
+for row, (name, codebook) in enumerate(CODEBOOKS.items()):
+    middle = -(0.13 + 0.17 * row) * top
+    inside = codebook[codebook.abs() <= 1]
+    left.vlines(inside, middle - 0.05 * top, middle + 0.05 * top, color=plotting.COLOURS[row], linewidth=1.8)
+    left.text(1.1, middle, name, va="center", color=plotting.COLOURS[row], fontweight="bold")
+left.set(xlim=(-1.05, 1.4), ylim=(-0.58 * top, top), yticks=[])
+plotting.label(left, x="weight / absmax of its block of 64", title="Where the weights are, and 16 values")
+places = {name: [(100 * run[0], 1000 * run[1]) for run in runs] for name, runs in measured.items()}
+for runs in places.values():
+    right.plot(*zip(*runs, strict=True), ".", color="0.3", markersize=4, zorder=4)
+del places["NF4, double"]  # it lies on NF4
+right.set(xscale="log", yscale="log", xticks=[10, 15, 20], yticks=[10, 20, 40])
+right.set(xticklabels=[10, 15, 20], yticklabels=[10, 20, 40])
+right.minorticks_off()
+plotting.label(
+    right, x="error of the weights (%)", y="divergence (millinats a token)", title="The model notices the same"
+)
+plotting.points(right, {name: runs[0] for name, runs in places.items()})
+show(
+    figure,
+    "Left, a histogram of one matrix's weights over the absmax of their block, a bell around zero. Below it three "
+    "rows of marks: NF4 dense in the middle, INT4 at equal steps, FP4 crowded at zero and sparse outside. Right, "
+    "the weight error against the divergence of the quantised model, both on scales of powers: NF4 is lowest in "
+    "both, E3M0 highest in both, INT4 and FP4 between, near a rising line.",
+)
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# **One scale for a whole matrix.** It saves half a bit, and it is the first thing that people try.
+
+# %%
+for blocksize, name in ((64, "blocks of 64"), (2**20, "one scale a matrix")):
+    error = quantise_the_model(NF4, blocksize=blocksize)
+    print(
+        f"{name:<19} error {error:.2%}, divergence {1000 * compare(base, log_probabilities())[0]:.1f} millinats a token"
+    )
+for name, layer in layers.items():
+    layer.weight.data = original[name]
+
+# %% [markdown]
+# **The last block is short.** A bias, or a matrix of 100 x 33, does not fill whole blocks. `view` refuses, which is the
+# better case. Cutting off the rest does not complain, and those weights have no scale.
+
+# %%
+bias = torch.randn(100, generator=torch.Generator().manual_seed(0))
+try:
+    bias.view(-1, 64)
+except RuntimeError as refused:
+    print("view:", refused)
+print("scales without the rest:", len(bias[: 100 // 64 * 64].view(-1, 64)), " scales needed:", len(scales_of(bias)))
+
+# %% [markdown]
+# **A block of zeros.** 0 / 0 is not a number, and a search sorts it behind everything: code 15, the value 1. Times a
+# scale of 0 that is still 0, so no test finds it. Until the scales are doubly quantised, and 0 comes back as nearly
+# 0.
+
+# %%
+pruned = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+pruned[2] = 0
+packed, absmax = quantize(pruned)
+nested = double_dequantize(NestedAbsmax(*double(absmax)))
+careless = packed.clone()
+careless[64:96] = 0xFF  # the codes 15 and 15: what 0 / 0 becomes
+for name, codes in (("with care", packed), ("0 / 0", careless)):
+    plain_scales, nested_scales = (dequantize(codes, s, pruned.shape)[2].abs().max() for s in (absmax, nested))
+    print(f"{name:<9} largest 'zero': {plain_scales:.4f}, doubly quantised {nested_scales:.4f}")
+
+# %% [markdown]
+# **The halves of the bytes are swapped.** Other formats put the first code into the *low* half. Nothing raises, each
+# number is a possible weight, and the histogram is the same.
+
+# %%
+packed, absmax = quantize(weight)
+swapped = (packed >> 4) | (packed << 4)
+print(f"right order:   error {relative_error(dequantize(packed, absmax, weight.shape), weight):.0%}")
+print(f"halves swapped: error {relative_error(dequantize(swapped, absmax, weight.shape), weight):.0%}")
+
+# %% [markdown]
+# **The scales are read wrongly.** The 8-bit codes are places in a map with negative values, around an offset. Whoever
+# forgets the offset, or takes the codes for equal steps from -1 to 1, gets a model that still runs.
+
+# %%
+codes, second, offset = double(absmax)
+wide = second.repeat_interleave(256)[: len(codes)]
+readings = {
+    "as stored": dynamic_map()[codes.int()] * wide + offset,
+    "without the offset": dynamic_map()[codes.int()] * wide,
+    "as equal steps": (codes.float() / 127.5 - 1) * wide + offset,
+}
+for name, scales in readings.items():
+    print(f"{name:<19} error {relative_error(dequantize(packed, scales, weight.shape), weight):.1%}")
+
+# %% [markdown]
+# **The matrix lies the other way.** GPT-2's layers store (in, out), most others (out, in). The blocks run along the
+# rows, so the same matrix gives other blocks. Both are right, and neither program can read the other's bytes.
+
+# %%
+turned, turned_absmax = quantize(weight.T.contiguous())
+same_code = unpack_nibbles(packed).view(weight.shape) == unpack_nibbles(turned).view(weight.T.shape).T
+print(f"weights with the same code in both: {same_code.float().mean():.0%}")
+
+# %% [markdown]
+# **Ties.** `torch.round` sends a half to the even neighbour, NF4 to the lower value. In bfloat16 weights lie exactly
+# on a border quite often. Whoever always rounds up moves the mean, and has other bytes than everybody else.
+
+# %%
+half = torch.arange(-50, 50) + 0.5
+for name, rounded in {"to the even one": torch.round(half), "always up": torch.floor(half + 0.5)}.items():
+    print(f"{name:<16} mean error {float((rounded - half).mean()):+.2f}")
+
+# %% [markdown]
+# ## Summary
+#
+# - Absmax quantisation stores integers and a scale. The scale belongs to the largest weight, so one outlier takes the
+#   precision of all that share it: hence blocks.
+# - A 4-bit code is a place in a codebook of 16 values. NF4's are quantiles of the normal distribution and an exact
+#   zero; on real weights they beat equal steps, and these beat FP4.
+# - Scales cost 32 / 64 = 0.5 bits a weight; quantised themselves, 0.127.
+# - What the model notices goes with the error of the weights. A divergence shows it; perplexity needs much more text.
+# - Zeros, short blocks, nibbles, offsets and orientation: each goes wrong without an error message.
+#
+# ## Go further
+#
+# - Dettmers et al. 2023, *QLoRA* (arXiv:2305.14314): section 3 for NF4 and double quantisation, table 2, appendix E.
+# - Dettmers et al. 2021, *8-bit Optimizers via Block-wise Quantization* (arXiv:2110.02861): sections 1.3 and 2.1.
+# - Dettmers et al. 2022, *LLM.int8()* (arXiv:2208.07339): section 4, the outliers of large models.
+# - Yoshida 2023, *NF4 Isn't Information Theoretically Optimal (and that's Good)* (arXiv:2306.06965).
+# - Frantar et al. 2022, *GPTQ* (arXiv:2210.17323): rounding that looks at the layer's inputs, not at the weights alone.
+#
+# The weights are now small, and they are stuck. Rounding is flat almost everywhere, so no gradient passes it:
+
+# %%
+x = torch.randn(5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+torch.round(x * 127 / x.detach().abs().max()).sum().backward()
+print("gradient through rounding:", x.grad.tolist())
+
+# %% [markdown]
+# How do you fine-tune a model whose weights cannot be trained, and cannot even be multiplied before they are unpacked?
+# That is **QLoRA**, the next unit.
+
+# %% [markdown] open_question="four_bits_for_a_phone" points=4
+# ### Open question
+#
+# A team wants a model of 7 billion parameters on a phone with 4 GB for its weights. They propose INT4 with one scale
+# for each matrix, "since it is exactly 4 bits", and want to prove that nothing is lost by the perplexity on three web
+# pages. Write about ten lines: what you would store instead, how many GB that is, and how you would test it. When
+# would INT4 in blocks be a better choice than NF4?
+#
+# **Rubric.**
+# - 1 point: names what is wrong with one scale a matrix, and chooses a block size (and double quantisation or not).
+# - 1 point: computes the bytes with scales (4.5 bits are 3.9 GB, 4.127 are 3.6 GB) and mentions what stays in 16 bits.
+# - 1 point: criticises the test (too little text, losses cancel) and proposes a sharper one (divergence, tasks, more
+#   text).
+# - 1 point: a case for INT4: hardware that multiplies integers, no look-up in a table, or weights that are not normal.
