@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 def _grid() -> list[Entry]:
     rates: dict[str, tuple[float, ...]] = {
-        "full": (2.5e-4, 5e-4, 1e-3, 2e-3),
+        "full": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
         "qlora": (2e-3, 4e-3, 8e-3),
         "adapter-houlsby": (1e-3, 3e-3, 1e-2),
         "adapter-parallel": (1e-3, 3e-3, 1e-2),

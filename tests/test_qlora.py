@@ -89,7 +89,7 @@ def test_loftq_starts_nearer_to_the_base_models_logits_than_plain_qlora() -> Non
     with torch.no_grad():
         base = model(tokens)
         for iterations in (0, 1):
-            method = QLoRA(rank=16, alpha=4, loftq_iterations=iterations)
+            method = QLoRA(rank=16, alpha=4, targets="all-linear", loftq_iterations=iterations)
             method.adapt(model)
             distances.append((model(tokens) - base).norm().item())
             method.undo(model)

@@ -12,7 +12,7 @@ LARGE = 512  # a width from which on a model is treated like GPT-2 small and not
 
 # method: learning rate for the bundled model, for GPT-2 small and larger
 LEARNING_RATES: dict[str, tuple[float, float]] = {
-    "full": (5e-4, 5e-5),  # larger models: a usual choice, of no one paper
+    "full": (2.5e-4, 5e-5),  # larger models: a usual choice, of no one paper
     "lora": (4e-3, 2e-4),  # larger models: GPT-2 medium on E2E in microsoft/LoRA
     "qlora": (4e-3, 2e-4),  # as LoRA; larger models: finetune_guanaco_7b.sh in artidoro/qlora
     "prompt": (3e-2, 1e-1),  # larger models: a guess; Lester et al. 2021 have 0.3, but with Adafactor
