@@ -62,8 +62,8 @@ class BottleneckAdapter(nn.Module):
 
     def __init__(self, n_embd: int, width: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.down = nn.utils.skip_init(nn.Linear, n_embd, width)  # not drawn from PyTorch's own generator first
-        self.up = nn.utils.skip_init(nn.Linear, width, n_embd)
+        self.down = nn.Linear(n_embd, width)
+        self.up = nn.Linear(width, n_embd)
         for layer in (self.down, self.up):
             nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
             nn.init.zeros_(layer.bias)
@@ -104,8 +104,8 @@ class ParallelAdapter(nn.Module):
     def __init__(self, n_embd: int, width: int, scaling: float = 1.0, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.scaling = scaling
-        self.down = nn.utils.skip_init(nn.Linear, n_embd, width, bias=False)
-        self.up = nn.utils.skip_init(nn.Linear, width, n_embd, bias=False)
+        self.down = nn.Linear(n_embd, width, bias=False)
+        self.up = nn.Linear(width, n_embd, bias=False)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.up.weight)
 

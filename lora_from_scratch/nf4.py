@@ -96,7 +96,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     if codes.numel() % 2:
         raise ValueError(f"two codes make a byte, so their number must be even, got {codes.numel()}; add one code")
     if codes.is_floating_point() or (codes.numel() and not 0 <= codes.min() <= codes.max() <= 15):
-        raise ValueError(f"codes must be whole numbers from 0 to 15, got {_range_of(codes)}")
+        raise ValueError(f"codes must be whole numbers from 0 to 15, got {range_of(codes)}")
     pairs = codes.reshape(-1, 2).to(torch.uint8)  # (n / 2, 2)
     return (pairs[:, :1] << 4) | pairs[:, 1:]
 
@@ -113,7 +113,8 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack([packed >> 4, packed & 0x0F], dim=1).view(-1)
 
 
-def _range_of(codes: Tensor) -> str:
+def range_of(codes: Tensor) -> str:
+    """What the codes are, for a message: "0 to 16 as torch.int64"."""
     return f"{codes.min().item()} to {codes.max().item()} as {codes.dtype}" if codes.numel() else f"{codes.dtype}"
 
 
@@ -175,9 +176,6 @@ def dequantize_nf4(
 ) -> Tensor:
     """Undo `quantize_nf4`: each code's value times the absmax of its block, in float32, then to `dtype`.
 
-    (One look-up in a table of 256 rows gives both weights of a byte at once, and the work is done piece by piece: that
-    is for speed, and changes no number.)
-
     Args:
         packed: ceil(n / 2) bytes, uint8, any shape.
         absmax: (ceil(n / blocksize),) float32.
@@ -195,7 +193,8 @@ def dequantize_nf4(
     """
     n = math.prod(shape)
     check_parts(packed, absmax, tuple(shape), blocksize)
-    pairs = values_of_bytes(as_codebook(codebook, packed.device))
+    # For speed, one look-up gives both weights of a byte, and the work is done piece by piece. It changes no number.
+    pairs = values_of_bytes(as_codebook(codebook, packed.device))  # (256,)
     packed = packed.reshape(-1)
     weight = torch.empty(n, dtype=dtype, device=packed.device)
     step = max(CHUNK, blocksize)

@@ -199,6 +199,14 @@ def test_cells_have_ids_that_other_cells_do_not_change(course: Course) -> None:
     assert sum(one != other for one, other in zip(before, after, strict=True)) == 1
 
 
+def test_progress_bars_and_other_widgets_leave_no_trace() -> None:
+    code = "from tqdm.auto import tqdm\nfrom tqdm import tqdm as plain\nprint([*tqdm(range(3)), *plain(range(2))])"
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    execute(made)
+    assert [output.text for output in made.cells[0].outputs] == ["[0, 1, 2, 0, 1]\n"]
+    assert "widgets" not in made.metadata
+
+
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_kernel_has_no_network_and_nothing_of_the_persons_settings(
     monkeypatch: pytest.MonkeyPatch, cut: bool

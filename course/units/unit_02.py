@@ -32,7 +32,6 @@ from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.defaults import learning_rate_for
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.story_cards import story_cards
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
@@ -427,7 +426,7 @@ held_out = Completions(one_text_each, tokenizer, model.config.n_positions).batch
 loss_before = completion_loss(model, held_out)
 
 FullFineTuning(keep_base=False).adapt(model)
-settings = TrainingSettings(steps=STEPS, learning_rate=learning_rate_for("full", model.config), warmup_steps=4)
+settings = TrainingSettings(steps=STEPS, learning_rate=5e-4, warmup_steps=4)
 bar = tqdm(total=STEPS, desc="fine-tuning", unit="step")
 
 

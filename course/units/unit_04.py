@@ -140,7 +140,8 @@ step_of = working("adamw_step")
 
 theta, zeros = torch.zeros(2), torch.zeros(2)
 moved, m, v = step_of(theta, torch.tensor([0.001, 1.0]), zeros, zeros, 1, learning_rate=0.1, weight_decay=0.0)
-print("gradients 0.001 and 1.0, learning rate 0.1; the first step moves them to", torch.as_tensor(moved).tolist())
+moved = [round(float(place), 3) for place in moved]
+print("gradients 0.001 and 1.0, learning rate 0.1; the first step moves the two weights from 0 to", moved)
 
 # %% check="first_adam_step"
 
@@ -354,8 +355,8 @@ slider(
     "trained blocks",
     list(budgets),
     2,
-    "Bars of the memory for weights, gradients, optimiser and activations. The fewer blocks are trained, the shorter "
-    "all but the bar of the weights; the activations are the longest bar, and shrink in proportion to the blocks.",
+    "Bars of the memory for weights, gradients, optimiser and activations, in MiB. All but the bar of the weights "
+    "shrink with the number of blocks that are trained.",
 )
 
 # %% [markdown]
@@ -412,8 +413,8 @@ show(
 # %% [markdown]
 # Three things to see. More trained parameters give a lower loss here; the 68.1 against 68.2 of the paper is a much
 # larger model, trained for much longer. Less trained also means less forgotten. And look at the step from all blocks to
-# everything: what it adds are the embeddings. Words such as *goose-girl* are rare in the books, and nothing above the
-# embedding can make up for all of that.
+# everything: what it adds are the embeddings. One guess is that words such as *goose-girl* are too rare in the books to
+# have an embedding worth the name, and that the blocks above cannot make up for all of that.
 #
 # ## Surgery: which blocks?
 #
@@ -455,7 +456,7 @@ print(f"the last two blocks:                      loss {results['last 2'][1]:.2f
 # %% [markdown]
 # Compare the two numbers before you believe a heuristic. The gradient says where the loss is steepest *now*, for one
 # tiny step; it does not say how far the way goes down from there. Lee et al. find that the right blocks depend on what
-# has changed: the first ones when the input looks different, the last ones when the answers do (their section 3). The
+# has changed: the first ones when the input looks different, the last ones when the answers do (their section 2). The
 # cards change both: a new kind of text to read, and new answers to it.
 #
 # ## What goes wrong in practice
@@ -549,8 +550,14 @@ for g in (1.0, 1e-3, 1e-5, 1e-7):
 figure, (axes,) = plotting.panels(1, width=6, height=3.2)
 for style, warmup in enumerate((0, 6)):
     _, losses = train_on_cards(lambda model: None, steps=12, rate=6 * RATE, warmup=warmup)
-    plotting.curve(axes, losses, label=f"{warmup} steps of warm-up", style=style)
-    print(f"{warmup} steps of warm-up:", " ".join(f"{loss:.1f}" for loss in losses))
+    colour, name = plotting.COLOURS[style], f"{warmup} steps of warm-up"
+    axes.plot(range(12), losses, plotting.LINES[style], color=colour, linewidth=1.8)
+    place = max(range(1, 12), key=losses.__getitem__) if warmup == 0 else 5
+    offset = (8, 0) if warmup == 0 else (-8, -14)  # beside the peak, below the other line
+    where = {"xytext": offset, "textcoords": "offset points", "ha": "left" if warmup == 0 else "right"}
+    axes.annotate(name, (place, losses[place]), color=colour, fontweight="bold", **where)
+    print(f"{name}:", " ".join(f"{loss:.1f}" for loss in losses))
+axes.set_ylim(0, None)
 plotting.label(axes, x="step", y="loss of the batch (nats per token)", title="Six times the tuned learning rate")
 show(
     figure,
@@ -563,6 +570,7 @@ show(
 # but their `.grad`.
 
 # %%
+torch.manual_seed(0)
 layer = torch.nn.Linear(3, 1)
 optimiser = torch.optim.AdamW(layer.parameters(), lr=0.1)
 layer(torch.ones(3)).backward()
@@ -617,9 +625,10 @@ print(f"the batch reads {len(batch.input_ids.unique())} different tokens; {rows}
 #
 # - Loshchilov and Hutter 2019, *Decoupled weight decay regularization* (arXiv:1711.05101): sections 2 and 4.
 # - Kingma and Ba 2015, *Adam* (arXiv:1412.6980): section 2.1 on the size of a step, section 3 on the bias.
-# - Lee et al. 2023, *Surgical fine-tuning improves adaptation to distribution shifts* (arXiv:2210.11466): section 3.
-# - Howard and Ruder 2018, *Universal language model fine-tuning* (arXiv:1801.06146): section 3.2, gradual unfreezing
-#   and a rate of its own for each layer.
+# - Lee et al. 2023, *Surgical fine-tuning improves adaptation to distribution shifts* (arXiv:2210.11466): sections 2
+#   and 4.
+# - Howard and Ruder 2018, *Universal language model fine-tuning* (arXiv:1801.06146): section 3.2,
+#   a rate of its own for each layer, and section 3.3, gradual unfreezing.
 #
 # What you have trained is a second model: 23 MB for one task on this small one, 350 GB on GPT-3, and one copy for each
 # task, each of them with something forgotten. What if no weight of the model moved at all, and only what it *reads*

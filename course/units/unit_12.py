@@ -28,7 +28,7 @@
 import math
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
@@ -103,8 +103,9 @@ print(f"of the {weight.numel() - 1:,} others, {int((q != 0).sum()) - 1:,} are no
 # %% check="after_an_outlier"
 
 # %% [markdown]
-# This is no invention. Transformers of billions of parameters have a few features that are up to twenty times as large
-# as the rest (Dettmers et al. 2022, *LLM.int8()*, section 4), and one scale for everything has to serve them.
+# This is no invention. In the hidden states of transformers with billions of parameters a few features are up to twenty
+# times as large as the rest, and one scale cannot serve both (Dettmers et al. 2022, *LLM.int8()*, section 4). Weights
+# are tamer, but a weight matrix, too, is as coarse as its largest entry makes it.
 #
 # The way out is to let an outlier spoil only its neighbours. Cut the numbers into **blocks** and give each block a
 # scale of its own (Dettmers et al. 2021, section 2.1). Read the matrix row by row as one long row of $n$ numbers;
@@ -160,10 +161,11 @@ show(
 )
 
 # %% [markdown]
-# Half of the weights lie in the middle third. Equal steps spend as many codes on the empty sides as on the crowded
-# middle. The idea of **NormalFloat** (NF4; QLoRA, section 3) is to cut the *probability* into equal parts instead of
-# the line: if each value is used equally often, none of the 16 codes is wasted. A value is then a **quantile** of the
-# normal distribution: $Q(p)$ is the number below which a share $p$ of all normal numbers lies, so $Q(0.5) = 0$.
+# More than half of the weights lie in the middle third. Equal steps spend as many codes on the empty sides as on the
+# crowded middle. The idea of **NormalFloat** (NF4; QLoRA, section 3) is to cut the *probability* into equal parts
+# instead of the line: if each value is used equally often, none of the 16 codes is wasted. A value is then a
+# **quantile** of the normal distribution: $Q(p)$ is the number below which a share $p$ of all normal numbers lies, so
+# $Q(0.5) = 0$.
 #
 # Two details. The outermost quantiles, $Q(0)$ and $Q(1)$, are infinite, so one stops a little before. And zero has to
 # be among the values, exactly, for padding and pruned weights. Sixteen is even, so the two sides cannot be alike:
@@ -179,7 +181,7 @@ print("gaps:  " + " ".join(f"{gap:.2f}" for gap in NF4.diff().tolist()))
 
 # %% [markdown]
 # Narrow gaps in the middle, wide ones outside. These are the 16 numbers that the paper prints (appendix E), and that
-# every model in "NF4" on the hub uses.
+# bitsandbytes uses.
 #
 # Before you measure: three codebooks, and weights that are nearly normal.
 
@@ -197,6 +199,9 @@ print("gaps:  " + " ".join(f"{gap:.2f}" for gap in NF4.diff().tolist()))
 # Now put it together: scales, nearest values, bytes. The import cell at the top brings `normalize_blocks`, which
 # divides every weight by the scale of its block, if you would rather not write that yourself. If you do, think of a
 # block in which all weights are zero.
+#
+# It builds on what you have written. Where something is missing, take the library's for now, for example
+# `pack_nibbles = library("pack_nibbles")`.
 
 # %% exercise="quantize_nf4"
 
@@ -323,6 +328,7 @@ def at_block_size(chosen):
     flat = weight.reshape(-1, chosen)
     left.hist((flat / flat.abs().amax(dim=1, keepdim=True)).flatten().numpy(), 81, density=True, color="0.75")
     left.vlines(NF4, 0, left.get_ylim()[1], color=plotting.COLOURS[0], linewidth=0.9)
+    left.set_xticks([-1, -0.5, 0, 0.5, 1])
     plotting.label(left, x=f"weight / absmax of its block of {chosen}", y="density", title="Lines: the values of NF4")
     for style, (nested, name) in enumerate({False: "plain", True: "doubly quantised"}.items()):
         xs = [bits(4, size, nested) for size in SIZES]
@@ -330,8 +336,8 @@ def at_block_size(chosen):
         right.plot(xs, ys, plotting.LINES[style], color=plotting.COLOURS[style], marker=".", linewidth=1.6)
         here = SIZES.index(chosen)
         right.plot(xs[here], ys[here], "o", markersize=9, color=plotting.COLOURS[style])
-        at = (xs[0], ys[0])
-        right.annotate(name, at, xytext=(0, 7), textcoords="offset points", ha="center", color=plotting.COLOURS[style])
+        side = {"xytext": (8, -2), "ha": "left"} if nested else {"xytext": (0, 8), "ha": "center"}
+        right.annotate(name, (xs[0], ys[0]), textcoords="offset points", color=plotting.COLOURS[style], **side)
     right.margins(x=0.15, y=0.15)
     plotting.label(right, x="bits per weight", y="error (%)", title=f"Dots: blocks of {chosen}")
     return figure
@@ -456,10 +462,10 @@ print(f"with a standard error of {1000 * change.std() / math.sqrt(len(change)):.
 #   the luck of the start. An error of the weights makes some tokens more likely and others less; the loss adds up
 #   both, the divergence counts each. Perplexity needs far more text than a few thousand tokens to tell codebooks
 #   apart.
-# - **With the paper we share the winner and not the rest.** There E3M0 comes second and INT4 last. Here E3M0 is last by
-#   far, and INT4 is no worse than FP4. Our weights are nearly normal, and on those powers of two are a poor
-#   choice. Among the paper's models are large ones, with outliers that INT4's equal steps cannot follow, and a mean
-#   of perplexities is ruled by the worst of them. Which of the two it was, the table does not say.
+# - **With the paper we share the winner and not the rest.** There E3M0 comes second and INT4 last. Here E3M0 is last
+#   by far, and INT4 is no worse than FP4. Our weights are nearly normal, and on those powers of two are a poor
+#   choice. Why is it different there? Larger models may have heavier tails than ours, and then equal steps suffer
+#   most; and a mean of perplexities is ruled by the worst models among many. The table does not say which it was.
 
 # %% figure="unit_12.png"
 figure, (left, right) = plotting.panels(2, width=5.0, height=3.4)

@@ -203,11 +203,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def tiny_gpt2(seed: int, dtype: str = "float32") -> GPT2:
     """A model of a few hundred numbers, all of them random."""
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # PyTorch's own is left to go on
     model = GPT2(TINY)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.4)
+            parameter.normal_(std=0.4, generator=generator)
     return model.to(DTYPES[dtype]).eval()
 
 
@@ -381,8 +381,8 @@ EXERCISES = [
         hints=(
             "First everything that can be refused, then a loop over the places. In the loop: fetch what stands there, "
             "make an adapter, wrap the two, put the wrapper back.",
-            "`adapter_places` refuses a wrong variant and a wrong layer; the width is yours. `model.get_submodule(name)` "
-            "fetches a module.",
+            "`adapter_places` refuses a wrong variant and a wrong layer; the width is yours. "
+            "`model.get_submodule(name)` fetches a module.",
             "Make the adapter inside the loop: `new_adapter(variant, d, width, scaling, generator)`, then "
             "`.to(device, dtype)` of any parameter of the model. What is returned holds adapters, not wrappers.",
         ),

@@ -15,6 +15,7 @@ from typing import Any
 from lora_from_scratch.figures import BUILDING
 
 SECONDS_A_CELL = 300
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar or a slider: nothing once the kernel has ended
 # How to start a process that has no network (Linux, where users may make namespaces).
 WITHOUT_NETWORK = ("unshare", "--map-root-user", "--net", "--")
 # The same where there is no such thing: for Python code only.
@@ -66,7 +67,6 @@ def execute(notebook: Any, *, building: bool = True, allow_errors: bool = False)
             timeout=SECONDS_A_CELL,
             allow_errors=allow_errors,
             record_timing=False,
-            store_widget_state=False,
             shutdown_kernel="immediate",
             coalesce_streams=True,
             resources={"metadata": {"path": str(_folder(work / "run"))}},
@@ -145,10 +145,10 @@ def _normalise(notebook: Any) -> None:
     notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         for output in cell.get("outputs", []):
             output.pop("transient", None)
-            if "metadata" in output:
-                output.metadata.pop("needs_background", None)
 
 
 def _folder(path: Path) -> Path:

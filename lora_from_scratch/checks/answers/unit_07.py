@@ -210,8 +210,8 @@ class Starts(BottleneckAdapter):
 
 @wrong(
     "BottleneckAdapter",
-    "Both of your weights are zero at the start. Then each of the two waits for the other: only the last bias ever gets "
-    "a gradient.",
+    "Both of your weights are zero at the start. Then each of the two waits for the other: only the last bias ever "
+    "gets a gradient.",
 )
 class all_zero(Starts):
     def start(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
@@ -669,7 +669,7 @@ def the_outer_ones_first(model: nn.Module) -> None:
 
 @wrong(
     "remove_adapters",
-    "After one round there are adapters left: a wrapper can hold a wrapper, and a block that was wrapped can hold some.",
+    "After one round there are adapters left: a wrapper can hold a wrapper, and a wrapped block can hold some.",
 )
 def one_layer_of_them(model: nn.Module) -> None:
     gone: list[str] = []

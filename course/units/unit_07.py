@@ -1,0 +1,568 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Unit 07: Adapters
+#
+# **When you are through, you can**
+#
+# - write a bottleneck adapter that changes next to nothing at its start, and say why it must not be exactly zero;
+# - put adapters into a GPT-2 at the places of three papers, and take them out again without a trace;
+# - say what they cost: in numbers, in operations, and in time, which are three different things.
+#
+# **You need** one block of GPT-2 (unit 03) and a training run (unit 04).
+#
+# **Time**: about 75 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
+#
+# ![Left, three falling loss curves, one for each variant of adapters. Right, bars of the longest chain of operations in
+# a forward pass: every kind of adapter makes it longer than the base, and LoRA merged into the weights does
+# not.](unit_07.png)
+
+# %%
+import copy
+import inspect
+import time
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from lora_from_scratch import plotting
+from lora_from_scratch.adapters import PLACES, AdapterAfter
+from lora_from_scratch.checks import check, hint, library, progress, working
+from lora_from_scratch.figures import show, slider
+from lora_from_scratch.finetune import defaults
+from lora_from_scratch.finetune.completions import Completions
+from lora_from_scratch.finetune.data import load_dataset
+from lora_from_scratch.finetune.metrics import completion_loss
+from lora_from_scratch.finetune.training import Trainer, TrainingSettings
+from lora_from_scratch.gpt2 import load_gpt2
+from lora_from_scratch.lora import LoRA
+
+MODEL = "bundled"  # or "gpt2", or a directory; with "gpt2" on two cores expect about half an hour (an estimate)
+
+# %% [markdown]
+# ## New layers in an old model
+#
+# In units 05 and 06 the model stayed as it was and *read* something else. That is cheap, and it eats context. There is
+# another place for something new: between the layers. Freeze everything, and put small layers of your own in.
+#
+# A layer that is put into a stream of d numbers must give d numbers. A full matrix for that is expensive: with d =
+# 1024, as in GPT-2 medium, it has 1024 x 1024 = 1,048,576 weights, and there are dozens of places. Houlsby et al.
+# (2019, arXiv:1902.00751, section 2.1) squeeze d to a few numbers and stretch them again, 1024 -> 24 -> 1024. This
+# shape is called a **bottleneck**. How many numbers is that?
+
+# %% exercise="adapter_parameter_count"
+
+# %%
+count = working("adapter_parameter_count")
+
+print(f"a dense matrix:         {1024 * 1024:>9,}")
+print(f"1024 -> 24 -> 1024:     {count(1024, 24, bias=False):>9,}")
+print(f"and its two biases:     {count(1024, 24):>9,}")
+
+# %% [markdown]
+# Now you can count the adapters in the LoRA paper's table (Hu et al. 2021, table 3; its formula is in section 5.1).
+# Adapter-H is Houlsby's, two in each of the 24 blocks of GPT-2 medium. Adapter-L (Lin et al. 2020) has one in each,
+# with a LayerNorm. The paper does not print the widths; these are the whole numbers that come nearest.
+
+# %%
+rows = [
+    ("Adapter-L, narrow", 0.37, {"width": 6, "adapters": 24, "norms": 24}),
+    ("Adapter-L, wide", 11.09, {"width": 224, "adapters": 24, "norms": 24}),
+    ("Adapter-H", 11.09, {"width": 112, "adapters": 48}),
+]
+print("                    width      counted   the paper prints")
+for name, printed, given in rows:
+    print(f"{name:<18}  {given['width']:>5}  {count(1024, **given):>11,}   {printed:>5.2f} M")
+
+# %% [markdown]
+# Two of the three agree to the last printed digit. No width gives the third one: the paper may have printed the row
+# above twice. Always recount a table before you compare with it.
+#
+# Move the slider: what would each variant cost on GPT-2 medium, of 354.8 M parameters?
+
+
+# %%
+def draw_costs(width):
+    costs = {
+        "Houlsby: 2 a block": count(1024, width, adapters=48),
+        "Pfeiffer: 1 a block": count(1024, width, adapters=24),
+        "Lin: 1, with LayerNorm": count(1024, width, adapters=24, norms=24),
+        "parallel: 1, no biases": count(1024, width, adapters=24, bias=False),
+    }
+    figure, (axes,) = plotting.panels(1, width=6.5, height=2.5)
+    places = range(len(costs))
+    axes.barh(places, [number / 1e6 for number in costs.values()], color=plotting.COLOURS[0], height=0.6)
+    axes.set_yticks(places, costs)
+    axes.invert_yaxis()
+    for place, number in zip(places, costs.values(), strict=True):
+        text = f"{number / 1e6:.2f} M, {number / 354.8e6:.2%}"
+        axes.annotate(text, (number / 1e6, place), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, 1.5 * max(costs.values()) / 1e6)
+    plotting.label(axes, x="millions of trained numbers", title=f"GPT-2 medium, width {width}")
+    return figure
+
+
+slider(
+    draw_costs,
+    "width",
+    [1, 6, 24, 64, 112, 224],
+    24,
+    "Bars of the trained numbers of four variants of adapters in GPT-2 medium. Houlsby's has twice as many as the "
+    "others, which are nearly equal; all grow in proportion to the width.",
+)
+
+# %% [markdown]
+# ## The bottleneck
+#
+# With x (d), $W_{down}$ (width, d), $W_{up}$ (d, width) and the biases b (width) and b' (d), Houlsby's adapter is
+# (section 2.1 and figure 2 of the paper)
+#
+# $$x \;\mapsto\; x + W_{up}\, \mathrm{gelu}(W_{down}\, x + b) + b' .$$
+#
+# Two things make it work. **It bends**: without the gelu, two matrices would be one. And **it adds x**: whatever the
+# bottleneck does not pass still gets through. If its weights are small, the whole is *nearly the identity*, and the
+# adapted model begins as the model that you loaded.
+
+# %% exercise="BottleneckAdapter"
+
+# %%
+Bottleneck = working("BottleneckAdapter")
+
+adapter = Bottleneck(256, 24, torch.Generator().manual_seed(0))
+x = torch.randn(1000, 256, generator=torch.Generator().manual_seed(1))
+with torch.no_grad():
+    print(f"a new adapter moves a number of size 1 by at most {(adapter(x) - x).abs().max():.1e}")
+
+# %% [markdown]
+# Why the *near*? Exactly the identity would be safer still. Guess first.
+
+# %% prediction="both_weights_zero"
+
+# %% [markdown]
+# To try it you need adapters in a model. A module of the model is kept, and something is wrapped around it. Here is
+# the wrapper for an adapter that stands *behind* its module, as the library has it:
+
+# %%
+print(inspect.getsource(AdapterAfter))
+
+# %% [markdown]
+# ## Behind or beside
+#
+# Where does an adapter go? The residual stream of a block is $x + \mathrm{attn}(\mathrm{norm}(x))$, then the same with
+# the MLP (unit 03). An adapter acts on what attention or MLP return, *before* that is added.
+#
+# | variant | the place | source |
+# |---|---|---|
+# | houlsby | behind the attention and behind the MLP | Houlsby et al. 2019, figure 2 |
+# | pfeiffer | behind the MLP only | Pfeiffer et al. 2021, arXiv:2005.00247 |
+# | parallel | beside the MLP, reading what the MLP reads | He et al. 2022, arXiv:2110.04366, section 3.3 |
+#
+# The third one does not wait for the MLP. He et al. write it with a relu and a scaling s:
+#
+# $$\mathrm{MLP}(x) + s\, W_{up}\, \mathrm{relu}(W_{down}\, x)$$
+
+# %% exercise="ParallelAdapter"
+
+# %% [markdown]
+# And its wrapper.
+
+# %% exercise="AdapterBeside"
+
+# %% [markdown]
+# ## Into the model, and out again
+#
+# The library knows the names of the places. What puts adapters there is yours.
+
+# %%
+for variant, parts in PLACES.items():
+    print(f"{variant:<9} {[part or 'the whole block' for part in parts]}")
+
+# %% exercise="insert_adapters"
+
+# %%
+insert = working("insert_adapters")
+
+base, tokenizer = load_gpt2(MODEL)
+d, total = base.config.n_embd, sum(p.numel() for p in base.parameters())
+dataset = load_dataset("story-cards")
+examples = Completions(dataset.train, tokenizer, base.config.n_positions)
+held_out = Completions(dataset.validation[: 8 * 32 : 8], tokenizer, base.config.n_positions).batches(16)
+before = completion_loss(base, held_out)
+
+
+def adapted(variant, width, seed=0):
+    """A copy of the base with adapters, of which nothing else is trained."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    return model, insert(model, width, variant, generator=torch.Generator().manual_seed(seed))
+
+
+print(f"the base, on cards that no training sees: {before:.4f} nats per token")
+for variant in ("houlsby", "pfeiffer", "parallel"):
+    model, adapters = adapted(variant, 24)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    loss = completion_loss(model, held_out)
+    print(f"{variant:<9} {len(adapters):>2} adapters, {learned:>7,} numbers ({learned / total:.2%}), loss {loss:.4f}")
+
+# %% [markdown]
+# They are in, and the model still is what it was. You will now change adapters often. Taking them out must leave
+# nothing behind: the same modules, the same names.
+
+# %% exercise="remove_adapters"
+
+# %%
+remove = working("remove_adapters")
+
+model, _ = adapted("houlsby", 24)
+print("with adapters:   ", [name for name in model.state_dict() if "h.0.mlp" in name][:2])
+remove(model)
+print("without them:    ", [name for name in model.state_dict() if "h.0.mlp" in name][:2])
+same = all(torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
+print("the same bits:   ", same)
+
+# %% [markdown]
+# ## How near is near?
+#
+# Draw the weights of Houlsby's adapters from wider and wider distributions, and do not train at all. The loss says what
+# is left of the model. Beside it stand the sizes of the first gradients.
+
+
+# %%
+def start_at(deviation):
+    model, adapters = adapted("houlsby", 24)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for adapter in adapters.values():
+            for layer in (adapter.down, adapter.up):
+                layer.weight.normal_(std=deviation, generator=generator)
+    return model, adapters
+
+
+def gradient_sizes(model, adapters):
+    batch = examples.batch_at(0, 8, 0)
+    with torch.enable_grad():
+        loss = nn.functional.cross_entropy(model(batch.input_ids)[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+        loss.backward()
+    names = ("down.weight", "up.weight", "up.bias")
+    return [max(float(a.get_parameter(name).grad.abs().max()) for a in adapters.values()) for name in names]
+
+
+print("deviation   loss at the start   largest gradient of W_down      W_up        b'")
+for deviation in (0, 1e-3, 1e-2, 0.1, 0.3, 1):
+    model, adapters = start_at(deviation)
+    down, up, bias = gradient_sizes(model, adapters)
+    loss = completion_loss(model, held_out)
+    print(f"{deviation:>9g}   {loss:>17.3f}   {down:>26.1e}   {up:>7.1e}   {bias:>7.1e}")
+
+# %% [markdown]
+# Read it from below. Wide starts break the model. Houlsby et al. saw the same: below 1e-2 the deviation hardly
+# matters, above it hurts (section 3.6). Narrow ones leave the model alone, and their gradients shrink with them, which
+# Adam can live with (unit 04). In the first line two of the three are exactly zero, and Adam cannot do anything about
+# that. Now train from the first line and from the second.
+
+# %%
+STEPS, BATCH = 32, 8
+
+
+def train(model, what, seed=0):
+    settings = TrainingSettings(
+        steps=STEPS,
+        learning_rate=defaults.learning_rate_for("adapter", model.config),
+        warmup_steps=defaults.warmup_steps_for(STEPS),
+        seed=seed,
+    )
+    bar = tqdm(total=STEPS, desc=what, unit="step")
+
+    def batch_at(step):
+        bar.update()
+        return examples.batch_at(step, BATCH, seed)
+
+    losses = Trainer(model, batch_at, settings, progress=False).run().losses
+    bar.close()
+    return losses, completion_loss(model, held_out)
+
+
+for name, deviation in {"all zero": 0, "nearly zero": 1e-3}.items():
+    model, adapters = start_at(deviation)
+    _, loss = train(model, name)
+    moved = {
+        part: any(bool(a.get_parameter(part).any()) for a in adapters.values()) for part in ("down.bias", "up.bias")
+    }
+    print(f"{name:<11}: loss {before:.2f} -> {loss:.2f}; b has moved: {moved['down.bias']}, b': {moved['up.bias']}")
+
+# %% check="both_weights_zero"
+
+# %% [markdown]
+# ## Three variants, one budget
+#
+# Houlsby has twice as many adapters. To compare places and not sizes, give it half the width. The runs are short, and
+# one seed says little, so the first variant is trained with three: the spread is the yardstick for the differences.
+
+# %%
+WIDTHS = {"houlsby": 12, "pfeiffer": 24, "parallel": 24}
+results = {}
+for variant, width in WIDTHS.items():
+    model, adapters = adapted(variant, width)
+    results[variant] = train(model, variant)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{variant:<9} width {width}: {learned:,} numbers, held-out loss {before:.2f} -> {results[variant][1]:.3f}")
+
+others = [train(adapted("houlsby", WIDTHS["houlsby"], seed)[0], "houlsby", seed)[1] for seed in (1, 2)]
+seeds = [results["houlsby"][1], *others]
+spread = max(seeds) - min(seeds)
+gap = max(r[1] for r in results.values()) - min(r[1] for r in results.values())
+print(f"houlsby with three seeds: {', '.join(f'{loss:.3f}' for loss in seeds)}; spread {spread:.3f}")
+print(f"best to worst variant: {gap:.3f}, {'more' if gap > spread else 'not more'} than the spread")
+
+# %% [markdown]
+# Under one percent or so of the numbers, and all of them learn. Which place is best is a question for longer runs, each
+# with a learning rate tuned for it; here one rate serves all three. He et al. (2022, section 4) find the parallel place
+# better than the sequential one, and the MLP a better place than the attention when there are many numbers to spend.
+#
+# ## What they cost afterwards
+#
+# A trained adapter is for ever in the way: the gelu bends, so nothing can be merged into a weight. How much time is
+# that? Count the multiplications first, for the widths of the LoRA paper's Adapter-H on GPT-2 medium: each weight of a
+# matrix costs one multiplication for each token.
+
+# %%
+share = count(1024, 112, adapters=48, bias=False) / (24 * 12 * 1024**2)
+print(f"additional multiplications in the matrices of the blocks: {share:.1%}")
+
+# %% prediction="time_of_adapters"
+
+# %% [markdown]
+# A stopwatch measures the weather of your machine. So count first. PyTorch carries out a forward pass as a series of
+# **kernels**, one after the other: a matrix product is one, a gelu is one. And ask for the **longest chain**: the
+# number of kernels each of which needs the result of the one before. No amount of parallel hardware gets below it.
+
+
+# %%
+class Kernels(TorchDispatchMode):
+    """Counts what is really computed, and how long the chain to each result is. Views compute nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.chain = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        read = [place(t) for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        if isinstance(first, torch.Tensor) and place(first) not in read:
+            self.count += 1
+            self.chain[place(first)] = 1 + max([self.chain.get(p, 0) for p in read], default=0)
+        return result
+
+
+def place(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def kernels_of(model):
+    ids = torch.arange(32)[None]
+    with torch.no_grad(), Kernels() as seen:
+        logits = model(ids)
+    return seen.count, seen.chain[place(logits)]
+
+
+# %%
+def with_lora(merged):
+    model = copy.deepcopy(base)
+    method = LoRA(rank=8)
+    method.adapt(model)
+    if merged:
+        method.merge(model)
+    return model
+
+
+candidates = {"the base": base}
+candidates |= {f"{variant} adapters": adapted(variant, width)[0] for variant, width in WIDTHS.items()}
+candidates |= {"LoRA": with_lora(False), "LoRA, merged": with_lora(True)}
+chains = {}
+print("                     kernels   longest chain")
+for name, model in candidates.items():
+    kernels, chains[name] = kernels_of(model)
+    print(f"{name:<19}  {kernels:>7}   {chains[name]:>13}")
+
+# %% [markdown]
+# Each sequential adapter is four kernels in a row: down, gelu, up, and the sum. A parallel one has as many kernels or
+# more, but most of them can run *while* the MLP runs, if the hardware and the software do that; PyTorch by itself
+# starts one after the other. (One of them only multiplies by s. Folding s into $W_{up}$ after training would save it.)
+# LoRA without merging adds kernels as well; merged, there is nothing left to count.
+
+# %% figure="unit_07.png"
+figure, (left, right) = plotting.panels(2, width=5.2, height=3.3)
+heights = {variant: plotting.smooth(losses, 6) for variant, (losses, _) in results.items()}
+left.set_xlim(0, STEPS + 11)
+lowest, highest = min(h[-1] for h in heights.values()), max(max(h) for h in heights.values())
+last = None
+for style, (variant, values) in enumerate(sorted(heights.items(), key=lambda item: item[1][-1])):
+    left.plot(range(1, STEPS + 1), values, plotting.LINES[style], color=plotting.COLOURS[style], linewidth=1.8)
+    at = values[-1] if last is None else max(values[-1], last + 0.08 * (highest - lowest))
+    last = at
+    left.text(STEPS + 1, at, variant, color=plotting.COLOURS[style], fontweight="bold", va="center")
+plotting.label(left, x="step (means of 6 steps)", y="loss, nats per token", title="Three places, one budget")
+places = range(len(chains))
+right.barh(places, list(chains.values()), color=plotting.COLOURS[0], height=0.6)
+right.set_yticks(places, chains)
+right.invert_yaxis()
+for row, length in zip(places, chains.values(), strict=True):
+    right.annotate(str(length), (length, row), xytext=(4, 0), textcoords="offset points", va="center")
+right.axvline(chains["the base"], color="0.4", linewidth=1, linestyle=":")
+right.set_xlim(0, 1.15 * max(chains.values()))
+plotting.label(right, x="longest chain of operations", title="What has to wait for what")
+show(
+    figure,
+    f"Left, the training loss of three variants of adapters over {STEPS} steps: all of them fall. Right, bars of the "
+    "longest chain of operations in a forward pass: " + ", ".join(f"{name} {n}" for name, n in chains.items()) + ".",
+)
+
+# %% check="time_of_adapters"
+
+# %% [markdown]
+# Now the stopwatch, for one text of 128 tokens. The models take turns, so that a busy moment hits all of them, and the
+# median of 15 rounds is taken. The last column has one token only, as in every step of generation. Your numbers will be
+# others than these, and others again tomorrow: look for an order, not for digits.
+
+
+# %% volatile=true
+def milliseconds(tokens, rounds=15):
+    ids = torch.arange(tokens)[None]
+    taken = {name: [] for name in candidates}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name, model in candidates.items():
+                started = time.perf_counter()
+                model(ids)
+                taken[name].append(1000 * (time.perf_counter() - started))
+    return {name: sorted(times)[rounds // 2] for name, times in taken.items()}
+
+
+long, short = milliseconds(128), milliseconds(1)
+print("                     128 tokens            1 token")
+for name in candidates:
+    print(
+        f"{name:<19}  {long[name]:6.2f} ms {long[name] / long['the base'] - 1:+7.1%}   "
+        f"{short[name]:6.2f} ms {short[name] / short['the base'] - 1:+7.1%}"
+    )
+
+# %% [markdown]
+# Beside it, what Hu et al. measured with GPT-2 medium on a GPU (2021, table 1):
+#
+# | one forward pass | 32 texts of 512 | 16 texts of 256 | 1 text of 128 |
+# |---|---|---|---|
+# | Adapter-L | +2.2 % | +5.0 % | +20.7 % |
+# | Adapter-H | +3.0 % | +8.4 % | +30.3 % |
+# | LoRA, merged | 0 | 0 | 0 |
+#
+# The rightmost column is what one person sees who waits for an answer. The bundled model is small and runs on a
+# processor, which starts an operation faster than a GPU does; so the percentages need not agree, and the reason for
+# them does.
+#
+# ## What goes wrong in practice
+#
+# **Nothing is frozen.** `insert_adapters` puts adapters in, and that is all. Who trains now trains everything.
+
+# %%
+model = copy.deepcopy(base)
+adapters = insert(model, 24, "houlsby")
+learned = sum(p.numel() for adapter in adapters.values() for p in adapter.parameters())
+trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+print(f"in the adapters: {learned:,} numbers; trained: {trained:,}")
+
+# %% [markdown]
+# **The optimiser came first.** It has the parameters that the model had when it was made.
+
+# %%
+model = copy.deepcopy(base)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+adapters = insert(model, 24, "houlsby")
+known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+strangers = [p for adapter in adapters.values() for p in adapter.parameters() if id(p) not in known]
+print(f"tensors of the adapters that the optimiser does not know: {len(strangers)} of {4 * len(adapters)}")
+
+# %% [markdown]
+# **x is added twice.** A bottleneck brings its own x. Put it *beside* a module, and the module's input is added to the
+# module's output. Shapes fit, nothing complains.
+
+# %%
+Beside, Parallel = working("AdapterBeside"), working("ParallelAdapter")
+
+for name, kind in {"parallel": Parallel, "bottleneck": Bottleneck}.items():
+    model = copy.deepcopy(base)
+    for block in model.transformer.h:
+        block.mlp = Beside(block.mlp, kind(d, 24))
+    print(f"a new {name:<10} beside each MLP: loss {before:.2f} -> {completion_loss(model, held_out):.2f}")
+
+# %% [markdown]
+# **The checkpoint has other names.** A wrapper adds a step to every name below it. Save the whole model while adapters
+# are in it, and the plain model does not find its own weights.
+
+# %%
+model, _ = adapted("houlsby", 24)
+plain = copy.deepcopy(base)
+found = plain.load_state_dict(model.state_dict(), strict=False)
+print(f"missing: {len(found.missing_keys)}, for instance {found.missing_keys[0]}")
+print(f"there instead: {next(n for n in found.unexpected_keys if 'adapter' not in n)}")
+
+# %% [markdown]
+# With `strict=False` this passes in silence. Save what was learned and nothing else, or take the adapters out first.
+#
+# **"I merge it anyway."** Leave out the gelu, and an adapter behind `c_proj` is a matrix, $I + W_{up} W_{down}$, that
+# could be multiplied into the weight. How far off is that, for an adapter that has learned something?
+
+# %%
+model, adapters = adapted("pfeiffer", 24)
+train(model, "pfeiffer")
+adapter = adapters[f"transformer.h.{base.config.n_layer - 1}.mlp"]
+x = torch.randn(500, d, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    change = adapter(x) - x
+    linear = adapter.up(adapter.down(x))
+    print(f"the merged change is off by {(linear - change).norm() / change.norm():.0%} of the change")
+
+# %% [markdown]
+# ## Summary
+#
+# - An adapter is a bottleneck with a bend and a skip: 1024 -> 24 -> 1024 has 49,152 weights instead of 1,048,576.
+# - It starts nearly as the identity: far from it breaks the model, and with both weights zero only a bias learns.
+# - Behind attention and MLP (Houlsby), behind the MLP (Pfeiffer), or beside the MLP (parallel); a few lines insert it.
+# - It cannot be merged. Its operations are few, but each waits for the one before, and that is what takes the time.
+# - Freeze, insert, then make the optimiser; and take adapters out before anybody else looks for the weights by name.
+#
+# ## Go further
+#
+# - Houlsby et al. 2019, *Parameter-efficient transfer learning for NLP* (arXiv:1902.00751): sections 2.1 and 3.6.
+# - Pfeiffer et al. 2021, *AdapterFusion* (arXiv:2005.00247): where one adapter a block is enough, and how to mix tasks.
+# - He et al. 2022, *Towards a unified view of parameter-efficient transfer learning* (arXiv:2110.04366): section 3
+#   shows prefixes (unit 06), adapters and LoRA (unit 09) as one formula.
+# - Rücklé et al. 2021, *AdapterDrop* (arXiv:2010.11918): leave out the adapters of the lower blocks, and save time.
+# - Hu et al. 2021, *LoRA* (arXiv:2106.09685): section 3 and appendix B on latency.
+#
+# One result of this unit should not leave you: adapters that could learn nothing but a constant vector brought the
+# loss down all the same. GPT-2 is full of such vectors already, the biases of its layers. What if you train these, put
+# nothing in, and wait for nothing? That is unit 08.
+
+# %% [markdown] open_question="adapters_or_not" points=4
+# ### Open question
+#
+# A hospital runs one language model for twelve departments, each with Houlsby adapters of its own. Doctors type a
+# question and wait; at night the same model summarises 40,000 letters in large batches. Somebody proposes to replace
+# all adapters by twelve merged LoRAs "because LoRA is 30 % faster". Write at most 150 words: for which of the two uses
+# is that true and why, what would the twelve merged models cost, and what would you measure before you decide?
+#
+# **Rubric.**
+#
+# - 1 point: for single questions the additional time is real: few tokens at once, and every kernel waits for another.
+# - 1 point: for large batches it is a few per cent, since the operations themselves take the time.
+# - 1 point: a merged weight belongs to one department: twelve copies of the model, or a change of weights in between;
+#   adapters share one base.
+# - 1 point: names a measurement that decides: time per token on their hardware at their batch sizes, with the quality
+#   of both methods on their task beside it.
