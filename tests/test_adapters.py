@@ -20,6 +20,7 @@ from lora_from_scratch.adapters import (
     ParallelAdapter,
     adapter_parameter_count,
     insert_adapters,
+    remove_adapters,
 )
 from lora_from_scratch.gpt2.generation import generate
 from lora_from_scratch.gpt2.model import GPT2
@@ -270,6 +271,16 @@ def test_adapters_can_be_left_out_of_layers() -> None:
     method.adapt(model)
     assert sorted({name.split(".")[2] for name in method.trainable(model)}) == ["1", "3"]
     assert len(insert_adapters(tiny_model(), 3, "pfeiffer")) == 2
+
+
+@pytest.mark.parametrize("variants", [("pfeiffer", "pfeiffer"), ("houlsby", "lin"), ("parallel", "houlsby", "lin")])
+def test_adapters_that_were_put_in_more_than_once_all_come_out(variants: tuple[str, ...]) -> None:
+    model = tiny_model()
+    objects = [(name, id(module)) for name, module in model.named_modules()]
+    for variant in variants:
+        insert_adapters(model, 3, variant)
+    remove_adapters(model)
+    assert [(name, id(module)) for name, module in model.named_modules()] == objects
 
 
 def test_adapters_cannot_be_merged() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from lora_from_scratch.checks import bank, units
 from lora_from_scratch.checks.units import Unit
+from lora_from_scratch.grading import build
+from lora_from_scratch.grading.refused import Refused
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -224,6 +227,22 @@ print(time.time())
 # - 1 point: a reason.
 # - 2 points: a good one.
 """
+
+
+@dataclasses.dataclass
+class Course:
+    root: Path
+    unit: Unit
+
+    def draft(self, source: str = SOURCE, **changes: object) -> build.Draft:
+        (self.root / "course/units/unit_99.py").write_text(source)
+        return build.draft(dataclasses.replace(self.unit, **changes), self.root)  # type: ignore[arg-type]
+
+    def refusal(self, source: str = SOURCE, **changes: object) -> list[str]:
+        """Everything that is said against a source."""
+        with pytest.raises(Refused) as refused:
+            self.draft(source, **changes)
+        return refused.value.problems
 
 
 def make_course(root: Path, source: str = SOURCE) -> Path:

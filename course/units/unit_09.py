@@ -382,12 +382,15 @@ def train(model, method):
     return losses, completion_loss(model, held_out)
 
 
+# %%
 full, _ = load_gpt2(MODEL)
 before = completion_loss(full, held_out)
-results = {}
-for name, each in {"full": full, "lora": model}.items():
-    results[name] = train(each, name)
-    print(f"{name}: held-out loss {before:.3f} -> {results[name][1]:.3f}")
+results = {"full": train(full, "full")}
+print(f"full fine-tuning: held-out loss {before:.3f} -> {results['full'][1]:.3f}")
+
+# %%
+results["lora"] = train(model, "lora")
+print(f"LoRA:             held-out loss {before:.3f} -> {results['lora'][1]:.3f}")
 
 # %%
 sizes = {
