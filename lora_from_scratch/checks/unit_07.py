@@ -46,8 +46,8 @@ START, FORWARD = "the start", "what it computes"
 
 def bottleneck_cases(draw: Draw) -> Iterator[Case]:
     # Where the two kinds of gelu differ most, and one number goes through one.
-    one = {"down": [1.0], "up": [1.0], "biases": [0.0, 0.0], "x": torch.tensor([-2.2])}
-    yield Case("d = 1, width 1, both weights 1: x = -2.2", {"n_embd": 1, "width": 1, "what": FORWARD} | one, FORWARD)
+    one: dict[str, Data] = {"down": [1.0], "up": [1.0], "biases": [0.0, 0.0], "x": torch.tensor([-2.2])}
+    yield Case("d = 1, width 1, both weights 1: x = -2.2", one | {"n_embd": 1, "width": 1, "what": FORWARD}, FORWARD)
     for n_embd, width, shape in ((4, 2, ()), (3, 5, (2, 3))):
         given: dict[str, Data] = {"n_embd": n_embd, "width": width, "what": FORWARD}
         given |= {"down": draw.normal(width, n_embd), "up": draw.normal(n_embd, width)}
