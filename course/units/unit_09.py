@@ -442,9 +442,9 @@ fallen = (before - results["lora"][1]) / (before - results["full"][1])
 print(f"on held-out cards LoRA has come {fallen:.0%} of the way of full fine-tuning (difference in loss: {gap:+.3f})")
 
 # %% [markdown]
-# The last line says how far a few per cent of the numbers have carried you in the same steps. It does *not* say that one
-# method is better. Both rates were chosen for 500 steps, and this run has 80: with twice its rate, full fine-tuning is
-# clearly ahead of LoRA here (it was when this unit was written; change `learning_rate` for "full" and see). Every
+# The last line says how far a few per cent of the numbers have carried you in the same steps. It does *not* say that
+# one method is better. Both rates were chosen for 500 steps, and this run has 80: with twice its rate, full fine-tuning
+# was clearly ahead of LoRA when this unit was written (one seed; change `learning_rate` for "full" and see). Every
 # comparison of two methods is also one of two learning rates, and a paper that tunes only its own method will win.
 #
 # What the literature says of longer runs on a larger model, GPT-2 medium on E2E (Hu et al. 2021, table 3, BLEU):
