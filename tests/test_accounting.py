@@ -35,7 +35,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),
     ("full", {"keep_base": False}),
     ("lora", {}),
-    ("lora", {"targets": ("c_attn.q", "c_attn.v"), "dropout": 0.1}),
+    ("lora", {"targets": ("c_attn.q", "c_attn.v"), "rank": 4, "dropout": 0.1}),
     ("qlora", {}),
     ("qlora", {"keep_base": False, "double_quantization": False}),
     ("prompt", FEW_TOKENS),

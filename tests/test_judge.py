@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -206,10 +207,10 @@ def test_what_the_exercise_explains_comes_before_the_general_rules_and_may_fail(
 
 @given(st.integers(0, 1000))
 def test_the_right_values_are_never_said(seed: int) -> None:
-    seen = verdict(lambda values, keep=0: values.sin(), seed=seed)
+    seen = verdict(lambda values, keep=0: values + 100, seed=seed)  # no entry comes near one that is right
     answer = halves(HALVES.inputs(seed)[0].inputs["values"])  # type: ignore[arg-type]
-    everything = f"{seen.message} {seen.failure}"
-    assert not any(f"{number:.4g}"[:6] in everything.split("got=")[1] for number in answer.tolist())
+    said = f"{seen.message} {seen.failure}".split("got=")[1]
+    assert {f"{number:.4g}" for number in answer.tolist()}.isdisjoint(re.findall(r"-?[\d.]+(?:e-?\d+)?", said))
 
 
 def test_what_was_printed_in_the_first_case_that_fails_is_kept() -> None:
