@@ -28,7 +28,12 @@ def _refuse(*arguments, **keywords):
 _socket.getaddrinfo = _socket.create_connection = _refuse
 del _refuse, _socket
 """
-MEASURE = "import resource as _r; _u = _r.getrusage(_r.RUSAGE_SELF); print(_u.ru_maxrss, _u.ru_utime + _u.ru_stime)"
+# Asked of the kernel at its end. Its own count of memory, not getrusage's: a child inherits that from its parent.
+MEASURE = """\
+import time as _time
+from lora_from_scratch.finetune.memory import peak_resident_bytes as _peak
+print(_peak(), _time.process_time())
+"""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def execute(notebook: Any, *, building: bool = True, allow_errors: bool = False)
         shutil.rmtree(work, ignore_errors=True)
     _normalise(notebook)
     text = "".join(output.get("text", "") for output in measured.get("outputs", []))
-    mebibytes, seconds = (float(word) for word in text.split()) if text.strip() else (0.0, 0.0)
-    return Cost(mebibytes / 1024, seconds)
+    peak, seconds = (float(word) for word in text.split()) if text.strip() else (0.0, 0.0)
+    return Cost(peak / 2**20, seconds)
 
 
 @functools.cache
