@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ from types import ModuleType
 from lora_from_scratch.checks.exercise import Exercise, Prediction
 
 FOLDER = "LORA_FROM_SCRATCH_UNITS"
+UNIT = re.compile(r"unit_\w\w")  # a file such as unit_06_probes.py is a part of one
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ def _modules() -> list[ModuleType]:
     """The units' modules: the package's, and those of the instructor's folder."""
     import lora_from_scratch.checks as package
 
-    names = [info.name for info in pkgutil.iter_modules(package.__path__) if info.name.startswith("unit_")]
+    names = [info.name for info in pkgutil.iter_modules(package.__path__) if UNIT.fullmatch(info.name)]
     modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
     folder = os.environ.get(FOLDER)
-    for file in Path(folder).glob("unit_*.py") if folder else []:
+    for file in Path(folder).glob("unit_??.py") if folder else []:
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None
         assert spec.loader is not None

@@ -1,0 +1,53 @@
+"""`lora-from-scratch leaderboard`: the capstone's entries, scored and placed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lora_from_scratch.cli import options as shared
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "leaderboard",
+        help="the capstone's leaderboard: score entries and place them",
+        description="Score entries of the capstone (unit 14) on its hidden cards, and place them, a board for each "
+        "brief. Without files: what was submitted on this computer.",
+    )
+    parser.add_argument("entries", nargs="*", type=Path, metavar="ENTRY", help="files that learners handed in")
+    parser.add_argument("--brief", help="only this brief")
+    parser.add_argument("--cards-seed", type=int, metavar="N", help="of a class's own cards, kept by the instructor")
+    parser.add_argument(
+        "--write-cards", type=Path, metavar="FILE", help="write the cards of --cards-seed, and nothing else"
+    )
+    shared.add_model(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    from lora_from_scratch.capstone import hidden, leaderboard
+    from lora_from_scratch.capstone.budget import BRIEFS
+    from lora_from_scratch.files import write_atomically
+    from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
+    from lora_from_scratch.gpt2.config import GPT2Config
+
+    seed = hidden.HOME_SEED if options.cards_seed is None else options.cards_seed
+    if options.write_cards:
+        text = "\n".join(hidden.hidden_cards(seed)) + "\n"
+        write_atomically(options.write_cards, lambda path: path.write_text(text, encoding="utf-8"))
+        print(f"{hidden.CARDS} cards: {options.write_cards}")
+        return 0
+    if options.brief and options.brief not in BRIEFS:
+        raise ValueError(f"there is no brief {options.brief!r}; there are {', '.join(BRIEFS)}")
+    config = GPT2Config.from_json(checkpoint_directory(options.model) / "config.json")
+    files = options.entries or sorted(leaderboard.own_folder().glob("*.json"))
+    complaints: dict[str, None] = {}
+    for brief in [options.brief] if options.brief else BRIEFS:
+        lines, wrong = leaderboard.board_of(brief, config, files, seed)
+        print(f"{brief}: {BRIEFS[brief]}\n\n{leaderboard.board(lines)}\n")
+        complaints |= dict.fromkeys(wrong)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0

@@ -1,0 +1,39 @@
+"""What is said of the course as a whole is what its units say."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lora_from_scratch.checks.units import names, units
+from lora_from_scratch.grading import syllabus
+from tests.tiny_course import ROOT
+
+
+def test_the_table_of_the_syllabus_is_what_the_units_give() -> None:
+    text = (ROOT / "course" / "syllabus.md").read_text(encoding="utf-8")
+    assert syllabus.renewed(text, ROOT) == text, "python -m lora_from_scratch.grading.syllabus writes it"
+
+
+def test_a_syllabus_without_a_place_for_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="no place for the table"):
+        syllabus.renewed("# Syllabus\n", ROOT)
+
+
+@pytest.mark.parametrize("page", ["workshops.md", "teaching_notes.md", "syllabus.md"])
+def test_every_exercise_that_a_page_for_teachers_names_exists(page: str) -> None:
+    text = (ROOT / "course" / page).read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| \d\d \|", line)]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named <= names()
+
+
+def test_no_unit_of_the_core_has_more_than_two_exercises_of_difficulty_one() -> None:
+    for unit in units():
+        if int(unit.number) >= 5:
+            assert sum(exercise.difficulty == 1 for exercise in unit.exercises) <= 2, unit.number
+
+
+def test_the_units_05_to_14_have_at_least_45_exercises() -> None:
+    assert sum(len(unit.exercises) for unit in units() if int(unit.number) >= 5) >= 45
