@@ -15,12 +15,12 @@ LEARNING_RATES: dict[str, tuple[float, float]] = {
     "full": (2.5e-4, 5e-5),  # larger models: a usual choice, of no one paper
     "lora": (4e-3, 2e-4),  # larger models: GPT-2 medium on E2E in microsoft/LoRA
     "qlora": (4e-3, 2e-4),  # as LoRA; larger models: finetune_guanaco_7b.sh in artidoro/qlora
-    "prompt": (3e-2, 1e-1),  # larger models: a guess; Lester et al. 2021 have 0.3, but with Adafactor
+    "prompt": (3e-1, 1e-1),  # larger models: a guess; Lester et al. 2021 have 0.3, but with Adafactor
     "prefix": (5e-3, 5e-5),  # larger models: train_e2e.py in XiangLi1999/PrefixTuning
-    "llama-adapter": (5e-3, 1e-3),  # larger models: 9e-3 for a batch of 256 in OpenGVLab/LLaMA-Adapter, here of 32
-    "adapter": (3e-3, 3e-4),  # larger models: the example in google-research/adapter-bert
-    "bitfit": (1e-2, 1e-3),  # larger models: run_glue.py in benzakenelad/BitFit
-    "spafit": (5e-3, 2e-4),  # larger models: as LoRA
+    "llama-adapter": (8e-2, 1e-3),  # larger models: 9e-3 for a batch of 256 in OpenGVLab/LLaMA-Adapter, here of 32
+    "adapter": (1e-2, 3e-4),  # larger models: the example in google-research/adapter-bert
+    "bitfit": (6e-2, 1e-3),  # larger models: run_glue.py in benzakenelad/BitFit
+    "spafit": (1e-2, 2e-4),  # larger models: as LoRA
 }
 
 STEPS = 500
