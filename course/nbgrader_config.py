@@ -3,16 +3,23 @@
 from pathlib import Path
 
 from nbgrader.preprocessors import (
+    AssignLatePenalties,
     CheckCellMetadata,
     ClearHiddenTests,
     ClearMarkScheme,
     ClearOutput,
     ComputeChecksums,
+    DeduplicateIds,
+    LimitOutput,
     LockCells,
+    OverwriteCells,
+    OverwriteKernelspec,
+    SaveAutoGrades,
     SaveCells,
 )
 
 from lora_from_scratch.grading.preprocessors import ClearSolutions as CourseClearSolutions
+from lora_from_scratch.grading.preprocessors import MarkInSandbox, MatchRelease
 
 c = get_config()  # noqa: F821
 
@@ -40,6 +47,24 @@ c.GenerateAssignment.preprocessors = [
     CheckCellMetadata,
 ]
 
-# A unit computes for up to five minutes, and a slow grading machine should not cost anybody points.
+# nbgrader's own steps with two of this course's. MatchRelease puts a damaged notebook right before nbgrader looks at
+# it; MarkInSandbox stands where nbgrader would run the notebook, tests included, in a process of the learner's.
+c.Autograde.sanitize_preprocessors = [
+    MatchRelease,
+    ClearOutput,
+    DeduplicateIds,
+    OverwriteKernelspec,
+    OverwriteCells,
+    CheckCellMetadata,
+]
+c.Autograde.autograde_preprocessors = [
+    MarkInSandbox,
+    LimitOutput,
+    SaveAutoGrades,
+    AssignLatePenalties,
+    CheckCellMetadata,
+]
+
+# `nbgrader validate` runs a notebook as a whole, which takes up to five minutes.
 c.Execute.timeout = 600
 c.ExecutePreprocessor.timeout = 600

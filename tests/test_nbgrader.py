@@ -22,7 +22,13 @@ from nbgrader.api import Gradebook
 from nbgrader.validator import Validator
 from traitlets.config import Config
 
+from lora_from_scratch.checks import units
 from lora_from_scratch.grading import build
+from lora_from_scratch.grading.cohort import secret_of
+from lora_from_scratch.grading.marking import Settings, mark_file
+from lora_from_scratch.grading.sandbox.stripped import find_unit
+from tests.damages import after, by_id, copied, metadata_stripped
+from tests.sandboxes import needs_bubblewrap
 from tests.tiny_course import enter_course, make_course
 
 NOTEBOOK = "unit_99/unit_99.ipynb"
@@ -95,14 +101,46 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
         shutil.copytree(built / "solutions", root / "solutions")
         made = Course(root, built, patch)
         made.nbgrader("generate_assignment", "unit_99")
+        units.units.cache_clear()
+        units.names.cache_clear()
         yield made
+    units.units.cache_clear()
+    units.names.cache_clear()
+
+
+def crash(notebook: nbformat.NotebookNode) -> None:
+    answer("exercise-fourfold_root", PARTLY)(notebook)
+    after(notebook, by_id(notebook, "check-fourfold_root"), nbformat.v4.new_code_cell("import os\nos._exit(0)"))
+
+
+def copy_the_solution(notebook: nbformat.NotebookNode) -> None:
+    cell = by_id(notebook, "Counter")
+    after(notebook, cell, copied(cell))
+
+
+def cheat(notebook: nbformat.NotebookNode) -> None:
+    """Wrong everywhere, but for a test that says otherwise."""
+    for name in ("fourfold_root", "Counter"):
+        by_id(notebook, name).source = f"def {name}(*arguments):\n    return 1"
+        by_id(notebook, f"check-{name}").source = "100.0"
+        by_id(notebook, f"check-{name}").metadata.nbgrader.points = 100
+
+
+SUBMISSIONS: dict[str, Callable[[nbformat.NotebookNode], None]] = {
+    "all": answer("answer-why_count", "To know how many there are."),
+    "cheat": cheat,
+    "copied": copy_the_solution,
+    "crash": crash,
+    "part": answer("exercise-fourfold_root", PARTLY),
+    "stripped": metadata_stripped,
+}
 
 
 @pytest.fixture(scope="module")
 def graded(course: Course) -> Course:
-    """Three learners: all solved and the open question answered, one answer partly right, nothing done."""
-    course.hand_in("all", course.submission(answer("answer-why_count", "To know how many there are.")))
-    course.hand_in("part", course.submission(answer("exercise-fourfold_root", PARTLY)))
+    """Seven learners: solved, damaged, partly right, wrong, and nothing done."""
+    for learner, change in SUBMISSIONS.items():
+        course.hand_in(learner, course.submission(change))
     course.hand_in("none", nbformat.read(course.root / "notebooks" / NOTEBOOK, as_version=4))
     course.nbgrader("autograde", "unit_99", "--create")
     return course
@@ -132,6 +170,7 @@ def test_validate_fails_for_the_unsolved_notebook_and_passes_for_the_solved_one(
     assert len(results.get("failed", [])) == (0 if solved else 5)  # four checks and the open question
 
 
+@needs_bubblewrap
 def test_a_solution_gets_full_points_and_a_person_is_asked_for_the_open_question(graded: Course) -> None:
     assert grades(graded, "all") == {
         "check-fourfold_root": 4,
@@ -145,14 +184,36 @@ def test_a_solution_gets_full_points_and_a_person_is_asked_for_the_open_question
         assert gradebook.find_assignment("unit_99").max_score == 12
 
 
+@needs_bubblewrap
 def test_part_of_the_points_for_part_of_the_answer_and_none_lost_to_warnings(graded: Course) -> None:
     assert grades(graded, "part") == grades(graded, "all") | {"check-fourfold_root": 2, "why_count": 0}
 
 
+@needs_bubblewrap
 def test_nothing_done_is_nothing_earned(graded: Course) -> None:
     assert set(grades(graded, "none").values()) == {0}
 
 
+@needs_bubblewrap
+def test_a_damaged_notebook_keeps_its_points_and_stops_nobodys_grading(graded: Course) -> None:
+    full = grades(graded, "all") | {"why_count": 0}
+    assert grades(graded, "copied") == grades(graded, "stripped") == full
+    assert grades(graded, "crash") == grades(graded, "part")
+    assert grades(graded, "cheat") == full | {"check-fourfold_root": 0, "check-Counter": 0}
+
+
+@needs_bubblewrap
+def test_the_courses_own_marking_gives_the_same_points(graded: Course) -> None:
+    release = nbformat.read(graded.root / "notebooks" / NOTEBOOK, as_version=4)
+    unit, settings = find_unit("99"), Settings(graded.root / "graded" / ".cache")
+    for learner in ("part", "cheat"):
+        path = graded.root / "submitted" / learner / NOTEBOOK
+        marked = mark_file(path, release, unit, learner, secret_of(graded.root), settings)
+        points = {name: verdict.points for name, verdict in marked.verdicts.items()}
+        assert points == {name: score for name, score in grades(graded, learner).items() if name != "why_count"}
+
+
+@needs_bubblewrap
 def test_feedback_shows_the_verdict_and_no_solution(graded: Course) -> None:
     graded.nbgrader("generate_feedback", "unit_99")
     page = (graded.root / "feedback" / "part" / "unit_99" / "unit_99.html").read_text()
@@ -160,15 +221,19 @@ def test_feedback_shows_the_verdict_and_no_solution(graded: Course) -> None:
     empty = (graded.root / "feedback" / "none" / "unit_99" / "unit_99.html").read_text()
     assert "not started" in empty.lower()
     assert "math.cos" not in empty + page
+    assert "is there 2 times" in (graded.root / "feedback" / "copied" / "unit_99" / "unit_99.html").read_text()
 
 
+@needs_bubblewrap
 def test_export_writes_the_points_of_everybody(graded: Course) -> None:
     graded.nbgrader("export", f"--to={graded.root / 'grades.csv'}")
     with (graded.root / "grades.csv").open() as file:
         scores = {row["student_id"]: (float(row["score"]), float(row["max_score"])) for row in csv.DictReader(file)}
-    assert scores == {"all": (9, 12), "part": (7, 12), "none": (0, 12)}
+    expected = {"all": 9, "cheat": 3, "copied": 9, "crash": 7, "none": 0, "part": 7, "stripped": 9}
+    assert scores == {learner: (score, 12) for learner, score in expected.items()}
 
 
+@needs_bubblewrap
 def test_the_formgrader_shows_the_unit(graded: Course) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -183,7 +248,7 @@ def test_the_formgrader_shows_the_unit(graded: Course) -> None:
     try:
         assert "formgrader" in fetch(f"http://127.0.0.1:{port}/formgrader", server).lower()
         units = json.loads(fetch(f"http://127.0.0.1:{port}/formgrader/api/assignments", server))
-        assert [(unit["name"], unit["num_submissions"], unit["max_score"]) for unit in units] == [("unit_99", 3, 12)]
+        assert [(unit["name"], unit["num_submissions"], unit["max_score"]) for unit in units] == [("unit_99", 7, 12)]
     finally:
         server.terminate()
         server.wait(30)

@@ -73,8 +73,12 @@ def publish(as_html: str, as_text: str) -> None:
         print(as_text)
 
 
-def as_text(verdict: Verdict) -> str:
-    """The verdict in plain text, at most `WIDTH` columns wide where words allow it."""
+def as_text(verdict: Verdict, advice: bool = True) -> str:
+    """The verdict in plain text, at most `WIDTH` columns wide where words allow it.
+
+    Args:
+        advice: with what can be done next, the seed for seeing the same inputs again included.
+    """
     lines = [f"{_title(verdict)}: {verdict.exercise}{_points_after(verdict, ', ')}"]
     if verdict.message:
         lines.append(_wrapped(_no_ticks(verdict.message), "  "))
@@ -87,12 +91,12 @@ def as_text(verdict: Verdict) -> str:
         lines += [
             f"    {mark}" if heading else f"      {mark}" for heading, mark in _case_lines(verdict, verdict.failure)
         ]
-    lines += [_wrapped(_no_ticks(text), "  ") for text in _after(verdict)]
+    lines += [_wrapped(_no_ticks(text), "  ") for text in (_after(verdict) if advice else verdict.notes)]
     return "\n".join(lines)
 
 
-def as_html(verdict: Verdict) -> str:
-    """The verdict as HTML without scripts, style sheets or anything from elsewhere."""
+def as_html(verdict: Verdict, advice: bool = True) -> str:
+    """The verdict as HTML without scripts, style sheets or anything from elsewhere. `advice`: see `as_text`."""
     heading = f"<strong>{html.escape(_title(verdict))}</strong> · {_code(verdict.exercise)}"
     body = f'<p style="{PARAGRAPH}">{heading}{html.escape(_points_after(verdict, " · "))}</p>'
     if verdict.message:
@@ -104,7 +108,7 @@ def as_html(verdict: Verdict) -> str:
         opened = " open" if verdict.failure else ""
         body += f'<details{opened} style="{PARAGRAPH}"><summary>{html.escape(_count(verdict.cases))}</summary>'
         body += f"{_case_list(verdict)}</details>"
-    body += "".join(_paragraph(text) for text in _after(verdict))
+    body += "".join(_paragraph(text) for text in (_after(verdict) if advice else verdict.notes))
     return _box(body, LOOKS[verdict.status][2])
 
 

@@ -10,7 +10,21 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = ("demo", "shootout", "finetune", "generate", "evaluate", "pretrain", "lab", "progress", "build", "doctor")
+COMMANDS = (
+    "demo",
+    "shootout",
+    "finetune",
+    "generate",
+    "evaluate",
+    "pretrain",
+    "lab",
+    "progress",
+    "check-submission",
+    "leaderboard",
+    "build",
+    "grade",
+    "doctor",
+)
 
 BAD_INPUT = 2  # the exit code when the person can mend it
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -48,7 +62,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name in commands:
-        module = importlib.import_module(f"lora_from_scratch.cli.{name}")
+        module = importlib.import_module(f"lora_from_scratch.cli.{name.replace('-', '_')}")
         module.add_parser(subparsers).set_defaults(run=module.run)
     return parser
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 from nbgrader import preprocessors
+from nbgrader.coursedir import CourseDirectory
+from nbgrader.preprocessors.base import NbGraderPreprocessor
+from traitlets import Enum
+
+FINDINGS = "lora_from_scratch_findings"  # of the notebook's metadata, from the first step to the second
 
 
 class ClearSolutions(preprocessors.ClearSolutions):
@@ -30,3 +37,61 @@ class ClearSolutions(preprocessors.ClearSolutions):
         removed = len(kept) < len(cell.source.split("\n"))
         cell.source = "\n".join(kept)
         return super()._replace_solution_region(cell, language) or removed
+
+
+class MatchRelease(NbGraderPreprocessor):
+    """The first of autograde's sanitizing steps: moved, merged, duplicated and deleted cells are put right."""
+
+    def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
+        from lora_from_scratch.grading.graded import Finding
+        from lora_from_scratch.grading.matching import match
+        from lora_from_scratch.grading.submission import normal
+
+        found: list[Finding] = []
+        matched = match(normal(nb, found), _released(self, resources))
+        findings = [dataclasses.asdict(finding) for finding in (*found, *matched.findings)]
+        matched.notebook.metadata[FINDINGS] = findings
+        return matched.notebook, resources
+
+
+class MarkInSandbox(NbGraderPreprocessor):
+    """In the place of nbgrader's Execute: run the notebook in the sandbox, and write what the judge says into it."""
+
+    isolation: Any = Enum(("bubblewrap", "none"), "bubblewrap", help='"bubblewrap", or "none": without a sandbox').tag(
+        config=True
+    )
+
+    def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
+        import nbformat
+
+        from lora_from_scratch.grading import marking
+        from lora_from_scratch.grading.autograded import shown
+        from lora_from_scratch.grading.cohort import secret_of
+        from lora_from_scratch.grading.graded import Finding
+        from lora_from_scratch.grading.matching import match
+        from lora_from_scratch.grading.sandbox.stripped import find_unit
+
+        said, directory = resources["nbgrader"], CourseDirectory(config=self.config)
+        released, root = _released(self, resources), Path(directory.root)
+        handed_in = directory.format_path(directory.submitted_directory, said["student"], said["assignment"])
+        settings = marking.Settings(root / "graded" / ".cache", self.isolation)
+        graded = marking.mark(
+            match(nb, released),
+            released,
+            find_unit(said["assignment"].removeprefix("unit_")),
+            said["student"],
+            secret_of(root),
+            settings,
+            findings=[Finding(**finding) for finding in nb.metadata.get(FINDINGS, [])],
+            data=marking.data_beside(Path(handed_in) / f"{said['notebook']}.ipynb"),
+        )
+        return nbformat.reads(shown(graded, released), as_version=4), resources
+
+
+def _released(step: NbGraderPreprocessor, resources: Any) -> Any:
+    """The notebook that learners got."""
+    import nbformat
+
+    said, directory = resources["nbgrader"], CourseDirectory(config=step.config)
+    folder = Path(directory.format_path(directory.release_directory, ".", said["assignment"]))
+    return nbformat.read(folder / f"{said['notebook']}.ipynb", as_version=4)

@@ -1,0 +1,200 @@
+"""Grading N submissions of unit 09: our command, sandbox included, against stock nbgrader; wall time and memory.
+
+    python -m benchmarks.grading_speed [--submissions 60] [--workers 2] [--feedback]
+
+Both grade the same submissions, one after the other, in one run. Stock nbgrader is `nbgrader autograde` with its own
+steps (its Execute and no other), in the one process that it has; `--feedback` adds `nbgrader generate_feedback` to it
+and the pages of feedback to ours. Goal: ours takes at most 0.6 of its time on two cores.
+
+The class: of every ten submissions six are solved, two have a wrong answer, one is not started, one has the cells'
+metadata stripped. Memory is the high-water mark of each process, read from /proc while it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+GOAL = 0.6
+STOCK = """
+from nbgrader.converters import Autograde
+c.Autograde.sanitize_preprocessors = Autograde.sanitize_preprocessors.default()
+c.Autograde.autograde_preprocessors = Autograde.autograde_preprocessors.default()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unit", default="09")
+    parser.add_argument("--submissions", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--feedback", action="store_true", help="make the pages of feedback too, in both")
+    parser.add_argument("--isolation", default="bubblewrap", choices=["bubblewrap", "none"])
+    args = parser.parse_args()
+    unit = f"unit_{args.unit}"
+    with tempfile.TemporaryDirectory() as folder:
+        ours, stock = (make_course(Path(folder) / name, unit, args.submissions) for name in ("ours", "stock"))
+        with (stock / "course" / "nbgrader_config.py").open("a") as config:
+            config.write(STOCK)
+        command = [sys.executable, "-m", "lora_from_scratch", "grade", args.unit, f"--workers={args.workers}"]
+        command += [f"--isolation={args.isolation}"] + ["--no-feedback"] * (not args.feedback)
+        seconds, memory = run([command], ours)
+        report("ours", args.submissions, seconds, memory)
+        nbgrader = [sys.executable, "-m", "nbgrader"]
+        commands = [[*nbgrader, "autograde", unit]] + [[*nbgrader, "generate_feedback", unit]] * args.feedback
+        stock_seconds, stock_memory = run(commands, stock)
+        report("stock nbgrader", args.submissions, stock_seconds, stock_memory)
+        same_points(ours, stock, unit)
+    ratio = seconds / stock_seconds
+    print(f"ratio {ratio:.2f}  goal <= {GOAL} {'met' if ratio <= GOAL else 'MISSED'}")
+
+
+def make_course(root: Path, unit: str, count: int) -> Path:
+    """A course folder with the unit released, in the gradebook, and handed in by a class."""
+    import nbformat
+
+    for folder in ("solutions", "notebooks"):
+        shutil.copytree(ROOT / folder / unit, root / folder / unit)
+    (root / "course").mkdir()
+    shutil.copy(ROOT / "course" / "nbgrader_config.py", root / "course")
+    run([[sys.executable, "-m", "nbgrader", "generate_assignment", unit, "--force"]], root)
+    name = f"{unit}.ipynb"
+    released = nbformat.read(root / "notebooks" / unit / name, as_version=4)
+    solved = nbformat.read(root / "solutions" / unit / name, as_version=4)
+    for number in range(count):
+        path = root / "submitted" / f"learner{number:03}" / unit / name
+        path.parent.mkdir(parents=True)
+        nbformat.write(submission(released, solved, number), path)
+    return root
+
+
+def submission(released: Any, solved: Any, number: int) -> Any:
+    """What learner `number` hands in."""
+    import nbformat
+
+    notebook = nbformat.from_dict(json.loads(nbformat.writes(released)))
+    kind = number % 10
+    if kind == 9:
+        return notebook
+    answers = {cell.metadata.nbgrader["grade_id"]: cell.source for cell in solved.cells if is_solution(cell)}
+    places = [cell for cell in notebook.cells if is_solution(cell)]
+    for place, cell in enumerate(places):
+        cell.source = answers[cell.metadata.nbgrader["grade_id"]]
+        if kind in (6, 7) and cell.source.startswith("def ") and place % 3 == kind - 6:
+            cell.source = cell.source.replace("return ", "return 2 * ", 1)
+    if kind == 8:
+        for cell in notebook.cells:
+            cell.metadata.pop("nbgrader", None)
+    return notebook
+
+
+def is_solution(cell: Any) -> bool:
+    return cell.cell_type == "code" and bool(cell.metadata.get("nbgrader", {}).get("solution"))
+
+
+def run(commands: list[list[str]], root: Path) -> tuple[float, dict[str, float]]:
+    """Run commands in the course; their wall time, and the most MiB of each kind of process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    began, peaks = time.perf_counter(), Peaks()
+    for command in commands:
+        log = root / "log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, cwd=root / "course", env=environment, stdout=file, stderr=file)
+            with peaks.of(process.pid):
+                code = process.wait()
+        # 1: something needs a human, or nbgrader could not grade somebody
+        assert code in (0, 1), log.read_text(errors="replace")[-3000:]
+    return time.perf_counter() - began, peaks.most
+
+
+class Peaks:
+    """The high-water mark of the memory of a process and everything below it, by kind, sampled while it runs."""
+
+    def __init__(self) -> None:
+        self.most: dict[str, float] = defaultdict(float)
+        self.pid = 0
+
+    def of(self, pid: int) -> Peaks:
+        self.pid = pid
+        return self
+
+    def __enter__(self) -> None:
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.05):
+            below = [self.pid]
+            for pid in below:
+                below += children(pid)
+            for pid in below:
+                kind, mebibytes = look(pid, self.pid)
+                self.most[kind] = max(self.most[kind], mebibytes)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except OSError:
+        return []
+
+
+def look(pid: int, first: int) -> tuple[str, float]:
+    """What kind of process this is, and the most MiB that it held."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "other", 0.0
+    peak = next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
+    line = b" ".join(words)
+    if pid == first:
+        return "command", peak
+    if b"spawn_main" in line:
+        return "worker", peak
+    if b"bwrap" in words[0] or b"resource_tracker" in line:
+        return "other", peak
+    return "kernel" if b"ipykernel" in line else "sandbox", peak
+
+
+def report(name: str, count: int, seconds: float, memory: dict[str, float]) -> None:
+    said = ", ".join(f"{kind} {mebibytes:.0f} MiB" for kind, mebibytes in sorted(memory.items()) if kind != "other")
+    print(f"{name:15} {seconds:7.1f} s  {seconds / count:5.2f} s a submission   most memory of a process: {said}")
+
+
+def same_points(ours: Path, stock: Path, unit: str) -> None:
+    """How many submissions have the same points in both; where stock nbgrader cannot, ours should have more."""
+    from nbgrader.api import Gradebook
+
+    totals = []
+    for root in (ours, stock):
+        with Gradebook(f"sqlite:///{root / 'gradebook.db'}") as gradebook:
+            totals.append({one.student.id: round(one.score, 2) for one in gradebook.assignment_submissions(unit)})
+    mine, theirs = totals
+    other = [f"{who}: {mine[who]:g} and {theirs.get(who, 0):g}" for who in sorted(mine) if mine[who] != theirs.get(who)]
+    print(f"the same points: {len(mine) - len(other)} of {len(mine)}" + (f"; {'; '.join(other[:6])}" if other else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Which cell of a submission is which cell of the release: by metadata, by id, by what it defines, by its text."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_from_scratch.grading.definitions import binds, checks, is_python, pieces
+from lora_from_scratch.grading.released import Place, Release
+
+ALIKE = 0.6  # difflib's ratio from which two texts are versions of one another
+COMPARED = 1_000  # characters of a text that are compared
+PAIRS = 4_000  # comparisons of texts in one submission
+
+
+@dataclass(eq=False)
+class Cell:
+    """A cell of the submission on its way into the result.
+
+    Attributes:
+        place: the released cell that it is; None: the learner's own.
+        restored: it was not in the submission.
+        dropped: it is not in the result.
+    """
+
+    kind: str
+    source: str
+    cell_id: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    attachments: dict[str, Any] | None = None
+    place: Place | None = None
+    restored: bool = False
+    dropped: bool = False
+
+    @property
+    def grade_id(self) -> str:
+        said = self.metadata.get("nbgrader")
+        found = said.get("grade_id") if isinstance(said, dict) else None
+        return found if isinstance(found, str) else ""
+
+    @property
+    def changed(self) -> bool:
+        """Is it the learner's own, or has the learner changed it?"""
+        return self.place is None or self.source.strip() != self.place.source.strip()
+
+
+def claim(cells: list[Cell], release: Release) -> None:
+    """Set every cell's `place`. Several cells may have the same one if it is graded: duplicates, or a cell in parts."""
+    _by_metadata(cells, release)
+    _by_cell_id(cells, release)
+    _by_other_definition(cells, release)
+    _by_same_text(cells, release)
+    for solution in _unclaimed(cells, release.solutions):
+        _by_definition(cells, release, solution)
+    for check in _unclaimed(cells, release.checks):
+        _by_call(cells, check)
+    _by_likeness(cells, release)
+    _parts_of_a_split(cells)
+    for answer in _unclaimed(cells, release.answers):
+        _by_position(cells, release, answer)
+
+
+def _unclaimed(cells: Iterable[Cell], places: Iterable[Place]) -> list[Place]:
+    taken = {cell.place.index for cell in cells if cell.place is not None}
+    return [place for place in places if place.index not in taken]
+
+
+def _free(cells: Iterable[Cell], kind: str = "") -> list[Cell]:
+    return [cell for cell in cells if cell.place is None and kind in ("", cell.kind)]
+
+
+def _by_metadata(cells: list[Cell], release: Release) -> None:
+    places = {place.grade_id: place for place in release.places if place.grade_id}
+    for cell in cells:
+        cell.place = places.get(cell.grade_id)
+
+
+def _by_cell_id(cells: list[Cell], release: Release) -> None:
+    places = {place.cell_id: place for place in release.places if place.cell_id}
+    for cell in _free(cells):
+        place = places.get(cell.cell_id)
+        if place is not None and (place.graded or place in _unclaimed(cells, [place])):
+            cell.place = place
+
+
+def _by_other_definition(cells: list[Cell], release: Release) -> None:
+    """A solution cell that holds another exercise's answer, and not its own, is that one's cell."""
+    for cell in cells:
+        if cell.place is None or cell.place.role != "solution":
+            continue
+        if release.kind_of(cell.place.name, cell.source):
+            continue
+        others = [place for place in release.solutions if release.kind_of(place.name, cell.source) == "real"]
+        there = [c for c in cells if others and c.place is others[0] and c is not cell]
+        if others and all(release.kind_of(others[0].name, c.source) != "real" for c in there):
+            cell.place = others[0]
+
+
+def _by_same_text(cells: list[Cell], release: Release) -> None:
+    waiting: dict[tuple[str, str], list[Place]] = {}
+    for place in _unclaimed(cells, release.places):
+        waiting.setdefault((place.kind, place.source.strip()), []).append(place)
+    for cell in _free(cells):
+        places = waiting.get((cell.kind, cell.source.strip()))
+        if places:
+            cell.place = places.pop(0)
+
+
+def _by_definition(cells: list[Cell], release: Release, solution: Place) -> None:
+    """The last cell that defines the name, of those before its check if there are any there."""
+    found = [cell for cell in _free(cells, "code") if release.kind_of(solution.name, cell.source) == "real"]
+    if not found:
+        found = [cell for cell in _free(cells, "code") if release.kind_of(solution.name, cell.source) == "stub"]
+    alone = [cell for cell in found if _solutions_in(cell, release) == 1]
+    found = alone or found
+    if found:
+        check = next((place for place, cell in enumerate(cells) if _is_check_of(cell, solution)), len(cells))
+        early = [cell for cell in found if cells.index(cell) <= check]
+        (early or found)[-1].place = solution
+
+
+def _solutions_in(cell: Cell, release: Release) -> int:
+    return len({place.name for place in release.solutions} & binds(cell.source).keys())
+
+
+def _is_check_of(cell: Cell, solution: Place) -> bool:
+    if cell.place is not None and cell.place.role == "check" and cell.place.name == solution.name:
+        return True
+    return cell.kind == "code" and solution.name in checks(cell.source)
+
+
+def _by_call(cells: list[Cell], check: Place) -> None:
+    """A cell that does nothing but check, this name last."""
+    for cell in _free(cells, "code"):
+        called = checks(cell.source)
+        if check.name in called and len(called) == len(pieces(cell.source) or ()):
+            cell.place = check
+            return
+
+
+def _by_likeness(cells: list[Cell], release: Release) -> None:
+    """Solutions, and the questions that stand before open answers, whose text is nearly the release's."""
+    questions = [release.places[answer.index - 1] for answer in release.answers if answer.index]
+    wanted = _unclaimed(cells, [*release.solutions, *questions])
+    free = _free(cells)
+    scores = []
+    for place in wanted[: PAIRS // max(1, len(free)) + 1]:
+        scores += [(_likeness(place.source, cell.source), -place.index, number) for number, cell in enumerate(free)]
+    for score, index, number in sorted(scores, reverse=True):
+        place = release.places[-index]
+        if score >= ALIKE and free[number].place is None and place in _unclaimed(cells, [place]):
+            free[number].place = place
+
+
+def _likeness(one: str, other: str) -> float:
+    matcher = difflib.SequenceMatcher(None, one[:COMPARED], other[:COMPARED], autojunk=False)
+    bounds: tuple[Callable[[], float], ...] = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+    return min(bound() if bound() >= ALIKE else 0.0 for bound in bounds[:2]) and matcher.ratio()
+
+
+def _parts_of_a_split(cells: list[Cell]) -> None:
+    """Code that begins indented is the rest of the cell above, if the two make sense together."""
+    for above, cell in itertools.pairwise(cells):
+        first = next((line for line in cell.source.split("\n") if line.strip()), "")
+        inside = first[:1].isspace() and cell.place is None and cell.kind == "code"
+        solution = above.place is not None and above.place.role == "solution"
+        if inside and solution and not is_python(cell.source) and is_python(f"{above.source}\n{cell.source}"):
+            cell.place = above.place
+
+
+def _by_position(cells: list[Cell], release: Release, answer: Place) -> None:
+    """The text that follows the question."""
+    earlier = [number for number, cell in enumerate(cells) if cell.place and cell.place.index < answer.index]
+    question = [number for number in earlier if cells[number].place is release.places[answer.index - 1]]
+    if not earlier:
+        return
+    following = cells[(question or earlier)[-1] + 1 :]
+    first = following[0] if following else None
+    if first is not None and first.place is None and (first.kind != "code" or not is_python(first.source)):
+        first.place = answer

@@ -1,0 +1,200 @@
+"""The instructor's course folder: nbgrader's configuration, and where everything lies that grading reads and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG = "nbgrader_config.py"
+LONGEST_NAME = 128  # characters of a learner's name in nbgrader's gradebook
+
+
+@dataclass(frozen=True)
+class CourseFolder:
+    """A course as nbgrader sees it, for one unit.
+
+    Attributes:
+        assignment: nbgrader's name for the unit: "unit_09".
+        place: the folder of nbgrader_config.py.
+        config: all of nbgrader's settings (traitlets' Config).
+        directory: nbgrader's own CourseDirectory, which knows the folders.
+    """
+
+    assignment: str
+    place: Path
+    config: Any
+    directory: Any
+
+    @property
+    def root(self) -> Path:
+        return Path(self.directory.root)
+
+    @property
+    def db_url(self) -> str:
+        return self.directory.db_url
+
+    @property
+    def released(self) -> Path:
+        """The notebook that learners got."""
+        folder = self.directory.format_path(self.directory.release_directory, ".", self.assignment)
+        return Path(os.path.normpath(folder)) / f"{self.assignment}.ipynb"
+
+    @property
+    def submitted(self) -> Path:
+        """The folder below which no path may be a symbolic link."""
+        return self.root / self.directory.submitted_directory
+
+    def handed_in(self, learner: str) -> Path:
+        return Path(self.directory.format_path(self.directory.submitted_directory, learner, self.assignment))
+
+    def autograded(self, learner: str) -> Path:
+        return Path(self.directory.format_path(self.directory.autograded_directory, learner, self.assignment))
+
+    def feedback(self, learner: str) -> Path:
+        return Path(self.directory.format_path(self.directory.feedback_directory, learner, self.assignment))
+
+    def record(self, learner: str) -> Path:
+        """The file of the learner's `Graded`."""
+        return self.root / "graded" / learner / f"{self.assignment}.json"
+
+    def feedback_mark(self, learner: str) -> Path:
+        """The file that says what the learner's feedback page was made of."""
+        return self.root / "graded" / learner / f"{self.assignment}.feedback"
+
+    @property
+    def baseline(self) -> Path:
+        """The points before the grading that is going on; gone when it is finished."""
+        return self.root / "graded" / f".{self.assignment}.before.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "graded" / f".{self.assignment}.lock"
+
+    @property
+    def cache(self) -> Path:
+        """What grading keeps to be faster the next time."""
+        return self.root / "graded" / ".cache"
+
+    def report(self, suffix: str) -> Path:
+        return self.root / "reports" / f"{self.assignment}{suffix}"
+
+    def learners(self) -> tuple[list[str], list[str]]:
+        """Who has handed the unit in, in order; and for each name that the gradebook cannot hold, a sentence."""
+        pattern = self.directory.format_path(
+            self.directory.submitted_directory, self.directory.student_id, self.assignment
+        )
+        wanted = self.directory.format_path(
+            self.directory.submitted_directory, "(?P<student>.*)", re.escape(self.assignment), escape=True
+        )
+        excluded = [name for name in self.directory.student_id_exclude.split(",") if name]
+        names, refused = [], []
+        for path in sorted(glob.glob(pattern)):
+            found = re.fullmatch(wanted, path)
+            if not found or found["student"] in excluded:
+                continue
+            why = _unfit(found["student"])
+            if why:
+                refused.append(f"{path.encode(errors='replace').decode()}: {why}; rename the folder")
+            else:
+                names.append(found["student"])
+        return names, refused
+
+
+def open_course(assignment: str, place: Path | None = None, db: str | None = None) -> CourseFolder:
+    """Read the course's configuration as nbgrader does: the person's own settings, then the course's.
+
+    Args:
+        place: the folder of nbgrader_config.py, or the one above its folder `course`; None: found from here.
+        db: the URL of the gradebook, instead of the configured one.
+
+    Raises:
+        FileNotFoundError: there is no configuration.
+        ValueError: it cannot be read, or the gradebook's URL is none.
+    """
+    from nbgrader.coursedir import CourseDirectory
+
+    file = _find_config(place)
+    config = _load(file)
+    if db:
+        config.CourseDirectory.db_url = db
+    directory = CourseDirectory(config=config)
+    if "root" not in config.CourseDirectory:
+        directory.root = str(file.parent)
+    directory.assignment_id = assignment
+    _require_url(directory.db_url)
+    return CourseFolder(assignment, file.parent, config, directory)
+
+
+def hidden(url: str) -> str:
+    """A gradebook's URL without its password."""
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def _find_config(place: Path | None) -> Path:
+    start = (place or Path.cwd()).resolve()
+    for folder in (start, *([] if place else start.parents)):
+        for file in (folder / CONFIG, folder / "course" / CONFIG):
+            if file.is_file():
+                return file
+    where = f"in {place} or its folder course" if place else "here or above"
+    raise FileNotFoundError(f"there is no {CONFIG} {where}; name the course's folder with --course")
+
+
+def _load(file: Path) -> Any:
+    from nbgrader.apps.baseapp import NbGrader
+
+    quiet = logging.Logger("nbgrader", logging.ERROR)
+    app = NbGrader(log=quiet)
+    app.raise_config_file_errors = True
+    try:
+        with _inside(file.parent):
+            app.load_config_file()
+    except Exception as error:  # the file is Python: anything can go wrong in it
+        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+    return app.config
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """nbgrader looks for its configuration in the current folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _require_url(url: str) -> None:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    try:
+        dialect = make_url(url).get_dialect()
+        dialect.import_dbapi()
+    except (ArgumentError, NoSuchModuleError):
+        example = "sqlite:////home/me/gradebook.db or postgresql://user:password@host/gradebook"
+        raise ValueError(f"the gradebook's URL cannot be read; it looks like {example}") from None
+    except ImportError:
+        install = "for PostgreSQL: pip install -e '.[postgresql]' -c constraints.txt"
+        raise ValueError(f"the database driver of {make_url(url).drivername} is not installed; {install}") from None
+
+
+def _unfit(name: str) -> str:
+    """Why the gradebook cannot hold a learner of this name; "" if it can."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "the learner's name is not UTF-8"
+    if name != name.strip() or not name.isprintable():
+        return "a learner's name must not begin or end with a space or hold what cannot be printed"
+    return f"a learner's name must have at most {LONGEST_NAME} characters" if len(name) > LONGEST_NAME else ""

@@ -1,0 +1,277 @@
+"""What a cell of code binds and what it refers to, and how it is taken apart. Nothing is run.
+
+The code is a learner's: it may not be Python at all, may be Python with IPython's magics, and may be made to be hard to
+read. Every function here gives an answer for any text.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import re
+import symtable
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+LONGEST = 200_000  # characters of a cell that is still parsed
+BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__", "In", "Out", "get_ipython", "display", "_"}
+_MAGIC = re.compile(r"^([ \t]*)(?:[%!?].*|[\w.]+\?{1,2}[ \t]*)$", re.MULTILINE)
+_ANOTHER_LANGUAGE = re.compile(r"\s*%%(?!time\b|capture\b|prun\b)")  # %%bash, %%writefile, ...: it binds nothing
+LIBRARYS = ("library", "working")  # a name that is assigned from a call of these is the library's version
+COMPOUND = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Match)
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A statement at the top of a cell, with the comments above it.
+
+    Attributes:
+        text: its lines, as they stand.
+        binds: the names that it binds, each with what it is bound to: "real" (a function, a class, another name for
+            one), "stub" (nothing written yet), "library" (the library's own), "value" (anything else).
+        needs: the global names that it refers to and does not bind itself.
+        checks: the name in `check("name")`, if it is such a call.
+    """
+
+    text: str
+    binds: dict[str, str]
+    needs: frozenset[str]
+    checks: str = ""
+
+
+@functools.lru_cache(maxsize=4096)
+def pieces(source: str) -> tuple[Piece, ...] | None:
+    """The statements at the top of a cell, in order; None if it is not Python. Together they are its text."""
+    if _ANOTHER_LANGUAGE.match(source):
+        return (Piece(source, {}, frozenset()),)
+    tree = _parsed(source)
+    if tree is None:
+        return None
+    lines = source.split("\n")
+    made: list[Piece] = []
+    begin = 0
+    for place, node in enumerate(tree.body):
+        end = len(lines) if place == len(tree.body) - 1 else _last_line(node)
+        if end <= begin:  # two statements on one line: one piece
+            made[-1] = _joined(made[-1], _piece(node, ""))
+            continue
+        made.append(_piece(node, "\n".join(lines[begin:end])))
+        begin = end
+    return tuple(made)
+
+
+def binds(source: str) -> dict[str, str]:
+    """What a cell leaves bound, by name; see `Piece.binds`. Where it is not Python, what looks like a definition."""
+    found = pieces(source)
+    if found is None:
+        return dict.fromkeys(_look_like_definitions(source), "real")
+    bound: dict[str, str] = {}
+    for piece in found:
+        bound.update(piece.binds)
+    return bound
+
+
+def needs(source: str) -> frozenset[str]:
+    """The global names that a cell refers to before it binds them itself, builtins left out."""
+    found = pieces(source)
+    if found is None:
+        return frozenset(re.findall(r"\b[A-Za-z_]\w*\b", source[:LONGEST])) - BUILTINS
+    everything = set(binds(source))
+    bound: set[str] = set()
+    needed: set[str] = set()
+    for piece in found:
+        late = "def " in piece.text or "class " in piece.text or "lambda" in piece.text  # looked up when it is called
+        needed |= piece.needs - (everything if late else bound)
+        bound |= piece.binds.keys()
+    return frozenset(needed) - BUILTINS
+
+
+def checks(source: str) -> tuple[str, ...]:
+    """The names of `check("name")` at the top of a cell."""
+    return tuple(piece.checks for piece in pieces(source) or () if piece.checks)
+
+
+def is_python(source: str) -> bool:
+    return pieces(source) is not None
+
+
+def imports_only(source: str) -> bool:
+    """Does a cell nothing but import?"""
+    tree = _parsed(source)
+    return tree is not None and bool(tree.body) and all(isinstance(n, ast.Import | ast.ImportFrom) for n in tree.body)
+
+
+def same_code(one: str, other: str) -> bool:
+    """The same but for white space and comments."""
+    if one.strip() == other.strip():
+        return True
+    first, second = _parsed(one), _parsed(other)
+    if first is None or second is None:
+        return " ".join(one.split()) == " ".join(other.split())
+    return _dump(first) == _dump(second)
+
+
+def cut(source: str, name: str) -> tuple[str, str] | None:
+    """Take what binds a name out of a cell: that text, and the rest. None: it cannot be done."""
+    found = pieces(source)
+    if found is None:
+        return _cut_by_lines(source, name)
+    taken = [piece for piece in found if name in piece.binds]
+    if not taken or any(set(piece.binds) != {name} for piece in taken):
+        return None
+    rest = [piece.text for piece in found if name not in piece.binds]
+    return "\n".join(piece.text for piece in taken).strip("\n"), "\n".join(rest).strip("\n")
+
+
+def helpers(source: str, text: str, values: bool, besides: Iterable[str] = ()) -> str:
+    """The statements of a cell, in order, that `text` (taken out of it) refers to, directly or through others.
+
+    Args:
+        values: with those that compute a value; otherwise only functions, classes and imports.
+        besides: names that are not looked for.
+    """
+    found = pieces(source) or ()
+    wanted = set(needs(text)) - set(besides)
+    chosen: set[int] = set()
+    while True:
+        more = {
+            place
+            for place, piece in enumerate(found)
+            if piece.binds.keys() & wanted and (values or "value" not in piece.binds.values())
+        }
+        if more <= chosen:
+            return "\n".join(found[place].text for place in sorted(chosen)).strip("\n")
+        chosen |= more
+        wanted |= {name for place in more for name in found[place].needs} - set(besides)
+
+
+def _parsed(source: str) -> ast.Module | None:
+    if len(source) > LONGEST:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for text in (source, _without_magics(source)):
+            try:
+                return ast.parse(text)
+            except UNREADABLE:
+                continue
+    return None
+
+
+def _without_magics(source: str) -> str:
+    """Lines that only IPython understands become ones that do nothing, so that line numbers stay."""
+    return _MAGIC.sub(lambda found: f"{found[1]}pass", source)
+
+
+def _last_line(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
+def _piece(node: ast.stmt, text: str) -> Piece:
+    bound, used = _names(node)
+    if isinstance(node, DEFINITIONS):
+        kinds = {node.name: "stub" if _is_stub(node) else "real"}
+    elif isinstance(node, ast.Assign | ast.AnnAssign) and len(bound) == 1:
+        kinds = dict.fromkeys(bound, _kind_of_value(node.value))
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        kinds = dict.fromkeys(bound, "library")
+    else:
+        kinds = dict.fromkeys(bound, "value")
+    loop_variables = bound if isinstance(node, (*COMPOUND, *DEFINITIONS)) else set()
+    return Piece(text, kinds, frozenset(used - loop_variables), _checked(node))
+
+
+def _joined(one: Piece, other: Piece) -> Piece:
+    needed = one.needs | (other.needs - one.binds.keys())
+    return Piece(one.text, one.binds | other.binds, needed, one.checks or other.checks)
+
+
+def _names(node: ast.stmt) -> tuple[set[str], set[str]]:
+    """The names that a statement binds at the top, and the global ones that it refers to, inside functions too."""
+    try:
+        tables = [symtable.symtable(ast.unparse(node), "<cell>", "exec")]
+    except UNREADABLE:
+        return set(), set()
+    top = tables[0]
+    bound = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    used: set[str] = set()
+    while tables:
+        table = tables.pop()
+        tables.extend(table.get_children())
+        used |= {
+            symbol.get_name()
+            for symbol in table.get_symbols()
+            if symbol.is_referenced() and (table is top or symbol.is_global())
+        }
+    return bound, used
+
+
+def _kind_of_value(value: ast.expr | None) -> str:
+    if isinstance(value, ast.Constant) and value.value in (None, ...):
+        return "stub"
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in LIBRARYS:
+        return "library"
+    if isinstance(value, ast.Lambda | ast.Name | ast.Attribute):
+        return "real"
+    return "value"
+
+
+def _is_stub(node: ast.stmt) -> bool:
+    """Is a function, or are all methods of a class, still to be written?"""
+    if isinstance(node, ast.ClassDef):
+        methods = [item for item in node.body if isinstance(item, DEFINITIONS)]
+        return all(map(_is_stub, methods)) if methods else all(map(_does_nothing, node.body))
+    return isinstance(node, DEFINITIONS) and all(map(_does_nothing, node.body))
+
+
+def _does_nothing(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Raise) and node.exc is not None:
+        raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        return isinstance(raised, ast.Name) and raised.id == "NotImplementedError"
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def _checked(node: ast.stmt) -> str:
+    call = node.value if isinstance(node, ast.Expr) else None
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "check" and call.args:
+        first = call.args[0]
+        if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            return first.value
+    return ""
+
+
+def _dump(tree: ast.Module) -> str:
+    try:
+        return ast.dump(tree)
+    except RecursionError:
+        return str(id(tree))
+
+
+# --- Text that is not Python ------------------------------------------------------------------------------
+
+_DEFINITION = re.compile(r"^(?:async\s+def|def|class)\s+([A-Za-z_]\w*)|^([A-Za-z_]\w*)\s*=[^=]", re.MULTILINE)
+_BEGINS = re.compile(r"^(?:@|def\b|async\s+def\b|class\b|check\()")
+
+
+def _look_like_definitions(source: str) -> list[str]:
+    return [found[1] or found[2] for found in _DEFINITION.finditer(source[:LONGEST])]
+
+
+def _cut_by_lines(source: str, name: str) -> tuple[str, str] | None:
+    """The same where one of several definitions is not Python: each begins at the left margin."""
+    blocks: list[list[str]] = [[]]
+    for line in source[:LONGEST].split("\n"):
+        decorated = blocks[-1] and all(text.startswith("@") for text in blocks[-1])
+        if _BEGINS.match(line) and not decorated:
+            blocks.append([])
+        blocks[-1].append(line)
+    texts = ["\n".join(block) for block in blocks]
+    taken = [text for text in texts if name in _look_like_definitions(text)]
+    rest = [text for text in texts if name not in _look_like_definitions(text)]
+    if not taken:
+        return None
+    return "\n".join(taken).strip("\n"), "\n".join(rest).strip("\n")

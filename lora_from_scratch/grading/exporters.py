@@ -1,0 +1,111 @@
+"""Grades for learning management systems, as plugins of `nbgrader export`.
+
+    nbgrader export --exporter=lora_from_scratch.grading.exporters.CanvasExport --to canvas.csv
+    nbgrader export --exporter=lora_from_scratch.grading.exporters.MoodleExport --to moodle.csv
+
+A score is what nbgrader's own export gives: with what persons gave, without the penalty for being late. Who has handed
+in nothing has an empty cell, which neither system takes for a grade. Names of columns are set in nbgrader_config.py:
+
+    c.GradeExport.columns = {"unit_09": "Unit 09: LoRA (48213)"}
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from typing import Any
+
+from nbgrader.plugins import ExportPlugin
+from traitlets import Dict, Unicode
+
+
+class GradeExport(ExportPlugin):
+    """A table with one row a learner and one column a unit."""
+
+    columns = Dict(help="by nbgrader's name of a unit, the name of its column").tag(config=True)
+    file_name = "grades.csv"
+    encoding = "utf-8"
+
+    def export(self, gradebook: Any) -> None:
+        """Write the table to the file that --to names."""
+        units = [unit for unit in gradebook.assignments if self._wanted(unit.name, self.assignment)]
+        students = [one for one in gradebook.students if self._wanted(one.id, self.student)]
+        if not units:
+            self.log.warning("the gradebook has no unit to export")
+        scores = {unit.name: self._scores(gradebook, unit.name) for unit in units}
+        target = self.to or self.file_name
+        with open(target, "w", newline="", encoding=self.encoding) as file:
+            writer = csv.writer(file)
+            writer.writerows(self.head(units))
+            for student in sorted(students, key=lambda one: one.id):
+                points = [scores[unit.name].get(student.id, "") for unit in units]
+                writer.writerow([*self.learner(student), *points])
+        self.log.info("Exported %d learners and %d units to %s", len(students), len(units), target)
+
+    def head(self, units: list[Any]) -> Iterator[list[str]]:
+        """The rows above the learners'."""
+        raise NotImplementedError
+
+    def learner(self, student: Any) -> list[str]:
+        """The columns that say who it is."""
+        raise NotImplementedError
+
+    def column(self, unit: Any) -> str:
+        return self.columns.get(unit.name, unit.name)
+
+    def _scores(self, gradebook: Any, unit: str) -> dict[str, str]:
+        found, waiting = {}, 0
+        for submission in gradebook.assignment_submissions(unit):
+            score = max(0.0, submission.score - submission.late_submission_penalty)
+            found[submission.student.id] = _number(score)
+            waiting += bool(submission.needs_manual_grade)
+        if waiting:
+            self.log.warning("%s: %d submissions still wait for a person", unit, waiting)
+        return found
+
+    @staticmethod
+    def _wanted(name: str, chosen: list[Any]) -> bool:
+        return not chosen or name in [str(one) for one in chosen]
+
+
+class CanvasExport(GradeExport):
+    """What Canvas's gradebook imports.
+
+    Its format (Canvas guides, "How do I import grades in the Gradebook?"): who it is in the first five columns, one
+    column a unit; a name with Canvas's number in brackets is that assignment, another name makes a new one. The row of
+    the possible points comes first. Canvas finds a learner by ID (nbgrader's lms_user_id) or by SIS Login ID.
+    """
+
+    section = Unicode("", help="the section of every learner; empty: Canvas leaves it as it is").tag(config=True)
+    file_name = "canvas.csv"
+
+    def head(self, units: list[Any]) -> Iterator[list[str]]:
+        yield ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *(self.column(unit) for unit in units)]
+        yield ["    Points Possible", "", "", "", "", *(_number(unit.max_score) for unit in units)]
+
+    def learner(self, student: Any) -> list[str]:
+        names = [name for name in (student.last_name, student.first_name) if name]
+        return [", ".join(names) or student.id, student.lms_user_id or "", "", student.id, self.section]
+
+
+class MoodleExport(GradeExport):
+    """What Moodle's gradebook imports (Grades > Import > CSV file).
+
+    Its columns have the names of Moodle's own export (MoodleDocs, "Grade import"). On its page map one of "Username",
+    "ID number" or "Email address" to the user, and each unit to a grade item.
+    """
+
+    file_name = "moodle.csv"
+
+    def head(self, units: list[Any]) -> Iterator[list[str]]:
+        who = ["First name", "Last name", "ID number", "Username", "Email address"]
+        yield [*who, *(f"{self.column(unit)} (Real)" for unit in units)]
+
+    def learner(self, student: Any) -> list[str]:
+        names = [student.first_name or "", student.last_name or ""]
+        return [*names, student.lms_user_id or student.id, student.id, student.email or ""]
+
+
+def _number(points: float) -> str:
+    """Two digits at most, with a point, as both systems read them."""
+    return f"{points:.2f}".rstrip("0").rstrip(".")

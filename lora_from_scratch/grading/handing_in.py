@@ -1,0 +1,72 @@
+"""What grading will say of a notebook's structure, before it is handed in. Nothing is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_from_scratch.grading.definitions import is_python
+from lora_from_scratch.grading.graded import Finding
+from lora_from_scratch.grading.matching import match
+from lora_from_scratch.grading.released import Place, Release
+from lora_from_scratch.grading.submission import read
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What can be said of a notebook without running it.
+
+    Attributes:
+        readable: can it be read at all?
+        findings: what grading will find, and what it will do.
+        to_do: what is not written yet, one sentence each.
+        written: how many exercises, predictions and open questions have something in them, of `all`.
+    """
+
+    readable: bool
+    findings: tuple[Finding, ...]
+    to_do: tuple[str, ...] = ()
+    written: int = 0
+    all: int = 0
+
+
+def look_at(path: Path, released: Any) -> Outlook:
+    """Read a notebook as grading will.
+
+    Args:
+        released: the notebook of the release, read by nbformat.
+    """
+    submission = read(path)
+    if submission.notebook is None:
+        return Outlook(False, submission.findings)
+    matched = match(submission.notebook, released)
+    release = Release.of(released)
+    places = [*release.solutions, *release.answers]
+    to_do = [sentence for place in places if (sentence := _to_do(release, place, matched.notebook))]
+    return Outlook(True, submission.findings + matched.findings, tuple(to_do), len(places) - len(to_do), len(places))
+
+
+def _to_do(release: Release, place: Place, notebook: Any) -> str:
+    """What is missing in one place; "" if something is written there."""
+    own = next(cell for cell in notebook.cells if cell.id == place.cell_id)
+    if place.role == "answer":
+        empty = own.source.strip() in ("", place.source.strip()) and not own.get("attachments")
+        return f"The open question `{place.grade_id}` has no answer yet." if empty else ""
+    check = release.check_of(place)
+    early = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if check is not None:
+        early = early[: next(number for number, cell in enumerate(early) if cell.id == check.cell_id)]
+    kinds = [kind for cell in early if (kind := release.kind_of(place.name, cell.source))]
+    kind = kinds[-1] if kinds else ""
+    if release.is_guess(place):
+        return f"The prediction `{place.name}` is not made yet." if kind in ("", "stub") else ""
+    if not is_python(own.source):
+        return f"The cell of `{place.name}` is not Python as it stands: run it, and mend what the error says."
+    return {
+        "real": "",
+        "value": "",
+        "stub": f"`{place.name}` is not written yet.",
+        "library": f"`{place.name}` is the library's version, which earns no points.",
+        "": f"No cell above its check defines `{place.name}`.",
+    }[kind]

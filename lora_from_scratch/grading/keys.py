@@ -1,0 +1,131 @@
+"""What the grading of a submission depends on, as a key: the same key, the same result.
+
+The key is readable, so that two of them say what has changed: "submission:1f... release:88... checks:...".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import platform
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lora_from_scratch.checks import answers, bank, units
+from lora_from_scratch.checks.units import Unit
+
+PACKAGE = Path(answers.__file__).resolve().parents[2]
+# Of the library's own files, those that no verdict depends on.
+WITHOUT = ("cli", "grading/report", "grading/exporters", "grading/gradebook", "grading/grade.py", "grading/feedback")
+LARGEST_FILE = 25_000_000  # bytes of a file that is read; of a larger one only its size counts
+MOST_FILES = 2_000
+DEEPEST = 8
+DIGITS = 16
+REASONS = {
+    "submission": "handed in again",
+    "release": "the released notebook has changed",
+    "checks": "the checks have changed",
+    "library": "the library or its versions have changed",
+    "seed": "the cohort's secret is another one",
+    "isolation": "graded in another isolation",
+}
+
+
+def key_of(submission: Path, course: str) -> str:
+    """The key of one submission.
+
+    Args:
+        submission: the folder that was handed in.
+        course: what `course_key` gave.
+    """
+    return f"submission:{_digest(_entries(submission))} {course}"
+
+
+def course_key(released: Path, unit: Unit, secret: str, isolation: str) -> str:
+    """The part of the key that all submissions to a unit share."""
+    checks, library = _sources(unit)
+    parts = {
+        "release": _digest([released.read_bytes()]),
+        "checks": _digest(_files(checks)),
+        "library": _digest([*_versions(), *_files(library)]),
+        "seed": _digest([secret.encode()]),
+        "isolation": isolation,
+    }
+    return " ".join(f"{name}:{value}" for name, value in parts.items())
+
+
+def why_changed(before: str, now: str) -> str:
+    """In words, what differs between two keys; "" if nothing does."""
+    old, new = (dict(part.split(":", 1) for part in key.split() if ":" in part) for key in (before, now))
+    if not old:
+        return "the grading before was not finished" if new else ""
+    return "; ".join(words for name, words in REASONS.items() if old.get(name) != new.get(name))
+
+
+def _sources(unit: Unit) -> tuple[list[Path], list[Path]]:
+    """The files that say what is checked in the unit, and all others of the library that a verdict depends on."""
+    name = f"unit_{unit.number}"
+    own = {Path(inspect.getfile(exercise.object)).resolve() for exercise in unit.exercises}
+    folders = [Path(os.environ[variable]) for variable in (units.FOLDER, bank.FOLDER) if os.environ.get(variable)]
+    own |= {path.resolve() for folder in folders for path in folder.glob("*.py")}
+    package = [path for path in sorted(PACKAGE.rglob("*")) if path.suffix in (".py", ".safetensors", ".json", ".txt")]
+    own |= {path for path in package if path.parent.name in ("checks", "answers") and path.name.startswith(name)}
+    library = [
+        path
+        for path in package
+        if path not in own
+        and not path.relative_to(PACKAGE).as_posix().startswith(WITHOUT)
+        and not (path.parent.name in ("checks", "answers") and path.name.startswith("unit_"))
+    ]
+    return sorted(own), library
+
+
+def _versions() -> list[bytes]:
+    import numpy
+    import torch
+
+    return [platform.python_version().encode(), torch.__version__.encode(), numpy.__version__.encode()]
+
+
+def _files(paths: Iterable[Path]) -> Iterator[bytes]:
+    for path in paths:
+        yield path.name.encode()
+        yield hashlib.sha256(path.read_bytes()).digest()
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()[:DIGITS]
+
+
+def _entries(folder: Path, depth: int = 0) -> Iterator[bytes]:
+    """What was handed in, whatever it is: no link is followed, and nothing is opened but files."""
+    if folder.is_symlink():
+        yield os.fsencode(os.readlink(folder))
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)[:MOST_FILES] if depth < DEEPEST else []
+    except OSError as error:
+        yield type(error).__name__.encode()
+        return
+    for entry in entries:
+        path = Path(entry.path)
+        yield os.fsencode(entry.name)
+        try:
+            found = entry.stat(follow_symlinks=False)
+            yield stat.filemode(found.st_mode)[0].encode()
+            if entry.is_symlink():
+                yield os.fsencode(os.readlink(path))
+            elif entry.is_dir():
+                yield from _entries(path, depth + 1)
+            elif entry.is_file() and found.st_size <= LARGEST_FILE:
+                yield hashlib.sha256(path.read_bytes()).digest()
+            else:
+                yield str(found.st_size).encode()
+        except OSError as error:
+            yield type(error).__name__.encode()

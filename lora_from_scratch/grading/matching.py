@@ -1,0 +1,98 @@
+"""The released structure with a learner's sources put where they belong.
+
+Learners copy, move, merge, split and delete cells, and some editors lose the metadata that nbgrader goes by. As long as
+what a learner wrote is somewhere in the notebook, it is found and counts. Nothing is run here: what a cell defines is
+read off its code.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from lora_from_scratch.grading import ordering, repairs
+from lora_from_scratch.grading.claiming import Cell, claim
+from lora_from_scratch.grading.graded import Finding
+from lora_from_scratch.grading.released import Release
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A submission, put right.
+
+    Attributes:
+        notebook: every graded cell of the release exactly once, in the release's order, with its metadata and ids;
+            the learner's own cells between them; no outputs.
+        findings: what was put right, and what could not be.
+    """
+
+    notebook: Any
+    findings: tuple[Finding, ...]
+
+
+def match(submitted: Any, released: Any) -> Matched:
+    """Put the cells of a submitted notebook where the released one has them. Neither is changed.
+
+    To match a result again changes nothing, and a submission whose structure is undamaged comes back with every source
+    as it is and no finding.
+
+    Args:
+        submitted: as `submission.read` gives it.
+        released: the notebook of notebooks/unit_NN/, read by nbformat.
+    """
+    release = Release.of(released)
+    work = repairs.Work(release, [_cell(node) for node in submitted.cells])
+    repairs.take_prose_out_of_code(work)
+    claim(work.cells, release)
+    repairs.report_metadata(work)
+    repairs.keep_one_of_each(work)
+    repairs.complete_answers(work)
+    ordering.arrange(work)
+    ordering.find_definitions(work)
+    ordering.bring_helpers_forward(work)
+    repairs.report_kernel(work, submitted, released)
+    return Matched(_notebook(work.cells, released), tuple(work.findings))
+
+
+def _cell(node: Any) -> Cell:
+    return Cell(
+        node.cell_type,
+        node.source,
+        node.get("id", ""),
+        dict(node.metadata),
+        copy.deepcopy(node.get("attachments")),
+    )
+
+
+def _notebook(cells: list[Cell], released: Any) -> Any:
+    import nbformat
+
+    ids: set[str] = {cell.place.cell_id for cell in cells if cell.place is not None}
+    nodes = []
+    for cell in cells:
+        if cell.place is not None:
+            cell_id, metadata = cell.place.cell_id, copy.deepcopy(dict(cell.place.metadata))
+        else:
+            cell_id, metadata = _new_id(cell, ids), {}
+            ids.add(cell_id)
+        kind = cell.place.kind if cell.place is not None else cell.kind
+        node: dict[str, Any] = {"id": cell_id, "cell_type": kind, "metadata": metadata, "source": cell.source}
+        if kind == "code":
+            node |= {"execution_count": None, "outputs": []}
+        elif cell.attachments:
+            node["attachments"] = cell.attachments
+        nodes.append(node)
+    metadata = copy.deepcopy(dict(released.metadata))
+    return nbformat.from_dict({"cells": nodes, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
+
+
+def _new_id(cell: Cell, taken: set[str]) -> str:
+    """The cell's own id, or where it has none or another cell has it, one made of what stands in it."""
+    wanted = cell.cell_id
+    number = 0
+    while not wanted or wanted in taken:
+        wanted = hashlib.sha256(f"{number}{cell.kind}{cell.source}".encode()).hexdigest()[:12]
+        number += 1
+    return wanted

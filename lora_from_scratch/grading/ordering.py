@@ -1,0 +1,249 @@
+"""The order of the cells, and whether each check finds what the learner wrote for it.
+
+The second half of the steps of `matching.match`; `repairs` has the first.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+from lora_from_scratch.grading.claiming import Cell
+from lora_from_scratch.grading.definitions import binds, cut, helpers, is_python, needs
+from lora_from_scratch.grading.released import Place
+from lora_from_scratch.grading.repairs import RELOAD, Work, named, upper
+
+
+def arrange(work: Work) -> None:
+    """Bring the released cells into the release's order, and put back those that are gone."""
+    order = [cell for cell in work.cells if cell.place is not None]
+    kept = set(_longest_rising([cell.place.index for cell in order if cell.place is not None]))
+    moved = [cell for number, cell in enumerate(order) if number not in kept]
+    for cell in moved:
+        if cell.place is not None and not cell.place.graded and cell.changed:
+            cell.place = None  # the learner's version of an experiment stays where the learner has put it
+        else:
+            work.cells.remove(cell)
+    back = [cell for cell in moved if cell.place is not None]
+    graded = [cell.place for cell in back if cell.place is not None and cell.place.graded]
+    work.say_of(
+        "moved cell",
+        graded,
+        "{} stands in another place than in the released notebook. Grading moves it back.",
+        "{} stand in other places than in the released notebook. Grading moves them back.",
+    )
+    back += _missing(work, back)
+    for cell in sorted(back, key=lambda cell: cell.place.index if cell.place else 0):
+        work.cells.insert(_where(work, cell), cell)
+
+
+def _longest_rising(numbers: list[int]) -> list[int]:
+    """The places of a longest rising subsequence."""
+    tails: list[int] = []  # the smallest last number of a rising sequence of each length
+    at: list[int] = []
+    before: list[int] = []
+    for place, number in enumerate(numbers):
+        length = bisect.bisect_left(tails, number)
+        tails[length : length + 1] = [number]
+        at[length : length + 1] = [place]
+        before.append(at[length - 1] if length else -1)
+    found = at[-1:]
+    while found and before[found[-1]] >= 0:
+        found.append(before[found[-1]])
+    return found[::-1]
+
+
+def _missing(work: Work, moved: list[Cell]) -> list[Cell]:
+    """New cells for those of the release that are needed and not there."""
+    there = {cell.place.index for cell in [*work.cells, *moved] if cell.place is not None}
+    bound = {name for cell in [*work.cells, *moved] if cell.kind == "code" for name in binds(cell.source)}
+    restored, tests, imports = [], [], []
+    for place in work.release.places:
+        if place.index in there or not (
+            place.graded or (place.role == "imports" and binds(place.source).keys() - bound)
+        ):
+            continue
+        restored.append(Cell(place.kind, place.source, place=place, restored=True))
+        if place.role == "answer":
+            message = f"{upper(named(place))} is not there, and no text that could be it. It gives no points. {RELOAD}."
+            work.say("deleted answer", "lost", place, message)
+        tests += [place] if place.role == "check" else []
+        imports += [place] if place.role == "imports" else []
+    work.say_of(
+        "deleted test",
+        tests,
+        "{} is not there any more. Grading puts it back; nothing is lost.",
+        "{} with checks are not there any more. Grading puts them back; nothing is lost.",
+    )
+    if imports:
+        message = "A cell of imports is not there any more, and nothing else imports what it did. Grading puts it back."
+        work.say("deleted imports", "repaired", None, message)
+    return restored
+
+
+def _where(work: Work, cell: Cell) -> int:
+    """Graded cells as late as the order allows, after the learner's own; others as early."""
+    index = cell.place.index if cell.place is not None else 0
+    places = [(number, other.place.index) for number, other in enumerate(work.cells) if other.place is not None]
+    if cell.place is not None and cell.place.graded:
+        return next((number for number, other in places if other > index), len(work.cells))
+    return next((number + 1 for number, other in reversed(places) if other < index), 0)
+
+
+# --- Does each check find what was written for it? --------------------------------------------------------
+
+
+def find_definitions(work: Work) -> None:
+    """Where a check would find nothing, or only the stub, though the answer is elsewhere: put that into its cell."""
+    found = {place: _find_definition(work, place) for place in work.release.solutions}
+    work.say_of(
+        "merged cell",
+        [place for place in found if found[place] == "merged"],
+        "The code of {} stands with other code in one cell, where its check does not find it. Grading takes it out of "
+        "there; give it a cell of its own before you hand in.",
+        "The code of {} stands with other code in one cell, where its check does not find it. Grading takes it out of "
+        "there; give each exercise a cell of its own before you hand in.",
+    )
+    work.say_of(
+        "moved code",
+        [place for place in found if found[place] == "moved"],
+        "The code of {} stands in another cell than the one for it, where its check does not find it. Grading moves "
+        "it; do the same before you hand in.",
+        "The code of {} stands in other cells than those for it, where the checks do not find it. Grading moves it; "
+        "do the same before you hand in.",
+    )
+
+
+def _find_definition(work: Work, place: Place) -> str:
+    """Put the answer to one exercise where its check finds it, and say what that took: "", "moved" or "merged"."""
+    own = work.at(place)[0]
+    kinds = {
+        cell: kind
+        for cell in work.cells
+        if cell.kind == "code" and (kind := work.release.kind_of(place.name, cell.source))
+    }
+    check = work.release.check_of(place)
+    end = work.cells.index(work.at(check)[0]) if check else len(work.cells)
+    early = [cell for cell in work.cells[:end] if cell in kinds]
+    if early and kinds[early[-1]] != "stub" and not (own.restored and kinds[early[-1]] == "real"):
+        return ""
+    written = [cell for cell in kinds if kinds[cell] == "real" and (cell.place is None or cell.changed)]
+    if own in written:
+        _take_stubs_out(work, place, own, [cell for cell in early if kinds[cell] == "stub"])
+    elif written:
+        return _take_over(work, place, own, ([cell for cell in written if cell in early] or written)[-1])
+    elif (text := _written_as_text(work, place)) is not None:
+        return _take_over(work, place, own, text)
+    elif own.restored and all(cell is own for cell in early):
+        message = (
+            f"{upper(named(place))} is not there, nor code that defines `{place.name}`. It gives no points. {RELOAD}."
+        )
+        work.say("deleted cell", "lost", place, message)
+    return ""
+
+
+def _take_stubs_out(work: Work, place: Place, own: Cell, stubs: list[Cell]) -> None:
+    """A stub between the answer and its check would undo the answer."""
+    for cell in stubs:
+        parts = cut(cell.source, place.name)
+        if cell is own or parts is None:
+            continue
+        cell.source = parts[1]
+        if cell.place is None and not parts[1]:
+            work.cells.remove(cell)
+    work.say(
+        "duplicated cell",
+        "repaired",
+        place,
+        f"Between {named(place)} and its check there is another one in which nothing is written yet. The one with your "
+        "code counts. Delete the other before you hand in.",
+    )
+
+
+def _take_over(work: Work, place: Place, own: Cell, found: Cell) -> str:
+    """Move what defines the name into its own cell: the whole cell it stands in, or only that part of it."""
+    others = [other for other in work.release.solutions if other is not place and other.name in binds(found.source)]
+    here, there = work.cells.index(own), work.cells.index(found)
+    merged = bool(others) or found.place is not None
+    if found.kind != "code" or (not merged and here < there):
+        own.source, own.attachments = found.source, None
+        if found.place is not None:
+            found.source = found.place.source
+        elif here < there < _end(work, place):  # it runs where it stands
+            work.cells.remove(own)
+            work.replace(found, own)
+        else:
+            work.cells.remove(found)
+    else:
+        _cut_over(work, place, own, found)
+    return "merged" if merged else "moved"
+
+
+def _end(work: Work, place: Place) -> int:
+    check = work.release.check_of(place)
+    return work.cells.index(work.at(check)[0]) if check else len(work.cells)
+
+
+def _cut_over(work: Work, place: Place, own: Cell, found: Cell) -> None:
+    parts = cut(found.source, place.name)
+    if parts is None:  # it cannot be taken apart: the whole of it, and it stays where it is too
+        own.source = found.source
+        return
+    text, rest = parts
+    answers = [solution.name for solution in work.release.solutions]
+    needed = helpers(rest, text, work.cells.index(found) > work.cells.index(own), answers)
+    own.source = f"{needed}\n\n\n{text}" if needed else text
+    found.source = rest
+    if not rest and found.place is None:
+        work.cells.remove(found)
+    elif not rest and found.place is not None:
+        found.source = found.place.source
+
+
+def _written_as_text(work: Work, place: Place) -> Cell | None:
+    """The last cell of text that is Python and defines the name: code whose cell has changed its type."""
+    found = [
+        cell
+        for cell in work.cells
+        if cell.kind != "code" and is_python(cell.source) and work.release.kind_of(place.name, cell.source) == "real"
+    ]
+    return found[-1] if found else None
+
+
+# --- Helpers that stand too late --------------------------------------------------------------------------
+
+
+def bring_helpers_forward(work: Work) -> None:
+    """The learner's own cells that define what an answer needs, and stand after its check, go before the answer."""
+    for place in work.release.solutions:
+        own = work.at(place)[0]
+        while (helper := _late_helper(work, place, own)) is not None:
+            work.cells.remove(helper)
+            work.cells.insert(work.cells.index(own), helper)
+            work.say(
+                "late helper",
+                "repaired",
+                place,
+                f"The code of `{place.name}` needs a cell that stands after its check. Grading runs that cell before; "
+                "move it up before you hand in.",
+            )
+
+
+def _late_helper(work: Work, place: Place, own: Cell) -> Cell | None:
+    end = _end(work, place)
+    early = [cell for cell in work.cells[:end] if cell.kind == "code"]
+    bound = {name for cell in early for name in binds(cell.source)}
+    start = work.cells.index(own)
+    wanted = set(needs(own.source)) | {
+        name for cell in work.cells[:start] if cell.kind == "code" and cell.place is None for name in needs(cell.source)
+    }
+    missing = wanted - bound
+    if not missing or not is_python(own.source):
+        return None
+    for cell in work.cells[end + 1 :]:
+        if cell.place is None and cell.kind == "code" and missing & _definitely(cell):
+            return cell
+    return None
+
+
+def _definitely(cell: Cell) -> set[str]:
+    return set(binds(cell.source)) if is_python(cell.source) else set()

@@ -1,0 +1,203 @@
+"""Long-lived worker processes: each imports PyTorch once, then does one task after the other.
+
+A worker that dies takes nothing with it but the task it had, which is tried once more in a new one. Workers end with
+the process that started them, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import multiprocessing
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any
+
+SECONDS = 3600.0  # a task that takes longer has lost its way: the sandbox has limits of its own, far below this
+ATTEMPTS = 2
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something for a worker to do.
+
+    Attributes:
+        name: what it is about, for whoever gets the outcome.
+        function: "module:function", which the worker imports.
+        arguments: anything that can be pickled.
+    """
+
+    name: str
+    function: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: what the function returned, or why there is nothing."""
+
+    task: Task
+    value: Any = None
+    error: str = ""
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    task: Task | None = None
+    since: float = 0.0
+    ready: bool = False
+
+
+@dataclass
+class Pool:
+    """At most `workers` processes, started as tasks come.
+
+    Attributes:
+        start: how: "spawn", a new Python each; "fork" is for tests.
+        peak_bytes: the most memory that a worker has held.
+    """
+
+    workers: int
+    seconds: float = SECONDS
+    start: str = "spawn"
+    peak_bytes: int = 0
+    _waiting: deque[Task] = field(default_factory=deque)
+    _running: list[_Worker] = field(default_factory=list)
+    _attempts: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def submit(self, task: Task, *, first: bool = False) -> None:
+        """Have a task done: after the others that wait, or before them."""
+        if first:
+            self._waiting.appendleft(task)
+        else:
+            self._waiting.append(task)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Do all tasks, those that are submitted meanwhile too; what becomes of each, as it ends.
+
+        Raises:
+            OSError: no worker can be started here.
+        """
+        while self._waiting or any(worker.task for worker in self._running):
+            self._hand_out()
+            heard: dict[Any, _Worker] = {worker.pipe: worker for worker in self._running}
+            heard |= {worker.process.sentinel: worker for worker in self._running}
+            for worker in {id(heard[end]): heard[end] for end in wait(list(heard), timeout=1.0)}.values():
+                yield from self._hear(worker)
+            for worker in [w for w in self._running if w.task and time.monotonic() - w.since > self.seconds]:
+                yield from self._lost(worker, f"it took longer than {self.seconds:g} seconds")
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for worker in self._running:
+            if kind is None:
+                with contextlib.suppress(OSError):
+                    worker.pipe.send(None)  # it ends by itself
+                worker.process.join(10)
+            _end(worker)
+        self._running.clear()
+
+    def _hand_out(self) -> None:
+        idle = [worker for worker in self._running if worker.task is None]
+        while self._waiting and (idle or len(self._running) < self.workers):
+            worker = idle.pop() if idle else self._start()
+            worker.task, worker.since = self._waiting.popleft(), time.monotonic()
+            self._attempts[_name(worker.task)] = self._attempts.get(_name(worker.task), 0) + 1
+            with contextlib.suppress(OSError):  # it has died: `_hear` finds out
+                worker.pipe.send(worker.task)
+
+    def _start(self) -> _Worker:
+        context: Any = multiprocessing.get_context(self.start)
+        here, there = context.Pipe()
+        process = context.Process(target=work, args=(there,), daemon=True)
+        process.start()
+        there.close()
+        self._running.append(_Worker(process, here))
+        return self._running[-1]
+
+    def _hear(self, worker: _Worker) -> Iterator[Outcome]:
+        try:
+            while worker.pipe.poll():
+                kind, value, peak = worker.pipe.recv()
+                self.peak_bytes = max(self.peak_bytes, peak)
+                worker.ready = True
+                if kind == "ready":
+                    continue
+                task, worker.task = worker.task, None
+                assert task is not None
+                yield Outcome(task, value if kind == "done" else None, value if kind == "failed" else "")
+        except (EOFError, OSError):
+            worker.process.join(10)
+            if not worker.ready:
+                _end(worker)
+                self._running.remove(worker)
+                raise OSError(f"a grading process ended before it could begin ({_how(worker)})") from None
+            yield from self._lost(worker, f"the process that graded it ended ({_how(worker)})")
+
+    def _lost(self, worker: _Worker, why: str) -> Iterator[Outcome]:
+        _end(worker)
+        self._running.remove(worker)
+        task = worker.task
+        if task is None:
+            return
+        if self._attempts[_name(task)] < ATTEMPTS:
+            self._waiting.append(task)
+        else:
+            yield Outcome(task, error=why)
+
+
+def work(pipe: Connection) -> None:
+    """What a worker does until it gets None, or the other end of the pipe is closed."""
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; one of them decides
+    import torch
+
+    from lora_from_scratch.finetune.memory import peak_resident_bytes
+
+    torch.set_num_threads(1)
+    try:
+        pipe.send(("ready", None, peak_resident_bytes()))
+        while task := pipe.recv():
+            try:
+                module, _, name = task.function.partition(":")
+                answer = ("done", getattr(importlib.import_module(module), name)(*task.arguments))
+            except Exception as error:  # whatever goes wrong belongs to this task
+                answer = ("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000])
+            pipe.send((*answer, peak_resident_bytes()))
+    except (EOFError, OSError):
+        return
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end(worker: _Worker) -> None:
+    worker.pipe.close()
+    if worker.process.is_alive():
+        worker.process.kill()
+    worker.process.join(10)
+
+
+def _name(task: Task) -> tuple[str, str]:
+    return task.name, task.function
+
+
+def _how(worker: _Worker) -> str:
+    code = worker.process.exitcode
+    if code is not None and -code in {int(number) for number in signal.Signals}:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"

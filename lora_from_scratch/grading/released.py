@@ -1,0 +1,119 @@
+"""What the released notebook says of its cells: which are graded, and what is to be written into which."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_from_scratch.grading.definitions import binds, checks, imports_only, pieces, same_code
+
+FLAGS = ("grade", "solution", "locked", "task", "points")  # of nbgrader's metadata: what must not change
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A cell of the release.
+
+    Attributes:
+        index: from 0, in the release's order.
+        role: "solution" (the learner writes code), "check" (locked, graded by the judge), "answer" (a person grades
+            it), "imports" (imports only), "" for everything else.
+        grade_id: nbgrader's name of it; "" if it has none.
+        name: of a solution, the function, class or variable that is to be written there; of a check, what it checks.
+    """
+
+    index: int
+    role: str
+    grade_id: str
+    name: str
+    kind: str
+    source: str
+    cell_id: str
+    metadata: Mapping[str, Any]
+
+    @property
+    def graded(self) -> bool:
+        """Is it one that a submission has to have, exactly once?"""
+        return self.role in ("solution", "check", "answer")
+
+
+@dataclass(frozen=True)
+class Release:
+    places: tuple[Place, ...]
+
+    @classmethod
+    def of(cls, notebook: Any) -> Release:
+        return cls(tuple(_place(index, cell) for index, cell in enumerate(notebook.cells)))
+
+    @property
+    def solutions(self) -> list[Place]:
+        return [place for place in self.places if place.role == "solution"]
+
+    @property
+    def checks(self) -> list[Place]:
+        return [place for place in self.places if place.role == "check"]
+
+    @property
+    def answers(self) -> list[Place]:
+        return [place for place in self.places if place.role == "answer"]
+
+    def check_of(self, solution: Place) -> Place | None:
+        return next((place for place in self.checks if place.name == solution.name), None)
+
+    def kind_of(self, name: str, source: str) -> str:
+        """What a source binds a solution's name to: "real", "stub", "library", "value"; "" if it does not bind it."""
+        kind = binds(source).get(name, "")
+        solution = next((place for place in self.solutions if place.name == name), None)
+        if solution is None or kind not in ("real", "value"):
+            return kind
+        if kind == "value" and self.is_guess(solution):
+            return "real"
+        return "stub" if kind == "real" and _binding(source, name) == _binding(solution.source, name) else kind
+
+    def is_guess(self, solution: Place) -> bool:
+        """Is a value to be written there (a prediction), and no function or class?"""
+        found = pieces(solution.source) or ()
+        return not any(piece.text.lstrip().startswith(("def ", "class ", "@", "async ")) for piece in found)
+
+    def is_stub(self, solution: Place, source: str) -> bool:
+        """Is nothing written there yet?"""
+        return not source.strip() or same_code(source, solution.source)
+
+
+def _place(index: int, cell: Any) -> Place:
+    said = cell.metadata.get("nbgrader", {})
+    role = _role(said, cell)
+    name = ""
+    if role == "solution":
+        bound = list(binds(cell.source))
+        name = said["grade_id"] if said["grade_id"] in bound or not bound else bound[0]
+    elif role == "check":
+        name = next(iter(checks(cell.source)), said["grade_id"].removeprefix("check-"))
+    return Place(
+        index, role, said.get("grade_id", ""), name, cell.cell_type, cell.source, cell.get("id", ""), cell.metadata
+    )
+
+
+def _role(said: Mapping[str, Any], cell: Any) -> str:
+    if said.get("grade") and not said.get("solution"):
+        return "check"
+    if said.get("task") or (said.get("grade") and said.get("solution")):
+        return "answer"
+    if said.get("solution"):
+        return "solution"
+    if said.get("locked"):
+        return "check"
+    return "imports" if cell.cell_type == "code" and imports_only(cell.source) else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _binding(source: str, name: str) -> str:
+    """The code that binds a name, in one form whatever its white space and comments."""
+    found = [piece.text for piece in pieces(source) or () if name in piece.binds]
+    try:
+        return "\n".join(ast.dump(ast.parse(text)) for text in found)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "\n".join(found)

@@ -1,0 +1,322 @@
+"""What is done about a damaged submission, one step after the other, and what is said of it.
+
+The steps of `matching.match`, in its order. Each changes `Work.cells`; each finding says what was found, what grading
+does about it, and what to do before handing in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_from_scratch.grading.claiming import Cell
+from lora_from_scratch.grading.definitions import binds, is_python, same_code
+from lora_from_scratch.grading.graded import Finding, Severity
+from lora_from_scratch.grading.released import FLAGS, Place, Release
+
+NAMED = 3  # of more cells than that one finding tells, not one each
+RELOAD = "Before you hand in, download the unit's notebook afresh and copy your code into it"
+
+
+@dataclass
+class Work:
+    """A submission that is being put right: its cells in order, and what was found so far."""
+
+    release: Release
+    cells: list[Cell]
+    findings: list[Finding] = field(default_factory=list)
+
+    def say(self, kind: str, severity: Severity, place: Place | None, message: str) -> None:
+        self.findings.append(Finding(kind, severity, place.grade_id if place else "", message))
+
+    def say_of(self, kind: str, places: Sequence[Place], one: str, several: str) -> None:
+        """One finding for each of a few places, or one for all of many. `{}` stands for their names."""
+        if len(places) <= NAMED:
+            for place in places:
+                self.say(kind, "repaired", place, upper(one.format(named(place))))
+        else:
+            self.say(kind, "repaired", None, upper(several.format(f"{len(places)} cells")))
+
+    def at(self, place: Place) -> list[Cell]:
+        return [cell for cell in self.cells if cell.place is place]
+
+    def replace(self, cell: Cell, *others: Cell) -> None:
+        number = self.cells.index(cell)
+        self.cells[number : number + 1] = others
+
+
+def named(place: Place) -> str:
+    """What a learner knows the cell as."""
+    if place.role == "check":
+        return f"the check of `{place.name}`"
+    return (
+        f"the answer to the open question `{place.grade_id}`"
+        if place.role == "answer"
+        else f"the cell of `{place.name}`"
+    )
+
+
+def upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+# --- Metadata ---------------------------------------------------------------------------------------------
+
+
+def report_metadata(work: Work) -> None:
+    """Say where nbgrader's marks are gone or changed, or the type of a cell is another."""
+    present = [(place, work.at(place)) for place in work.release.places if place.graded and work.at(place)]
+    lost = [place for place, cells in present if not any(cell.grade_id for cell in cells)]
+    renamed = [p for p, cells in present if p not in lost and all(cell.grade_id != p.grade_id for cell in cells)]
+    changed = [p for p, cells in present if p not in lost + renamed and not any(_same_flags(p, c) for c in cells)]
+    retyped = [place for place, cells in present if all(cell.kind != place.kind for cell in cells)]
+    if lost and len(lost) == len(present):
+        work.say(
+            "metadata lost",
+            "repaired",
+            None,
+            "The marks that say which cell is graded are gone; some editors remove them. Grading knows the cells by "
+            f"what is in them, and no points are lost. {RELOAD}.",
+        )
+    elif lost:
+        work.say_of(
+            "metadata lost",
+            lost,
+            "The mark that {} is graded is gone. Grading knows the cell by what is in it.",
+            "The marks that {} are graded are gone. Grading knows the cells by what is in them.",
+        )
+    work.say_of(
+        "renamed cell",
+        renamed,
+        "{} has another mark than in the released notebook. Grading knows it by what is in it.",
+        "{} have other marks than in the released notebook. Grading knows them by what is in them.",
+    )
+    work.say_of(
+        "changed metadata",
+        changed,
+        "The mark of {} was changed, such as its points. Grading goes by the released notebook.",
+        "The marks of {} were changed, such as their points. Grading goes by the released notebook.",
+    )
+    work.say_of(
+        "changed type",
+        retyped,
+        "The type of {} was changed, to text or to code. Grading changes it back; do the same before you hand in.",
+        "The type of {} was changed, to text or to code. Grading changes it back; do the same before you hand in.",
+    )
+    for place, cells in present:
+        for cell in cells:
+            cell.kind = place.kind
+
+
+def _same_flags(place: Place, cell: Cell) -> bool:
+    said, wanted = cell.metadata.get("nbgrader"), place.metadata["nbgrader"]
+    return isinstance(said, dict) and all(said.get(flag) == wanted.get(flag) for flag in FLAGS)
+
+
+def report_kernel(work: Work, submitted: Any, released: Any) -> None:
+    languages = []
+    for notebook in (submitted, released):
+        spec, info = notebook.metadata.get("kernelspec"), notebook.metadata.get("language_info")
+        found = [part.get(key) for part, key in ((spec, "language"), (info, "name")) if isinstance(part, dict)]
+        languages.append(next((str(name).lower() for name in found if name), "python"))
+    if languages[0] != languages[1]:
+        work.say(
+            "changed kernel",
+            "repaired",
+            None,
+            f"The notebook says that it is written in {languages[0][:30]}. It is run with {upper(languages[1])}, as it "
+            'was released. Choose the kernel "Python 3" before you hand in.',
+        )
+
+
+# --- Cells that are there several times, or in parts ------------------------------------------------------
+
+
+def keep_one_of_each(work: Work) -> None:
+    """Of the cells that are the same cell of the release, keep the one that counts."""
+    for place in work.release.places:
+        cells = work.at(place)
+        if place.role == "check" and cells:
+            _keep_one_check(work, place, cells)
+        elif place.role == "answer" and len(cells) > 1:
+            _keep_whole_answer(work, place, cells)
+        elif place.role == "solution" and len(cells) > 1:
+            _keep_one_solution(work, place, cells)
+
+
+def _keep_one_check(work: Work, place: Place, cells: list[Cell]) -> None:
+    """The released test, once; what a learner has defined there becomes a cell of its own above it."""
+    edited = [cell for cell in cells if not same_code(cell.source, place.source)]
+    kept = next((cell for cell in cells if cell not in edited), cells[0])
+    for cell in cells:
+        own = [Cell("code", cell.source)] if cell in edited and binds(cell.source) else []
+        work.replace(cell, *own, *([cell] if cell is kept else []))
+    kept.source = place.source
+    if edited:
+        work.say(
+            "edited test",
+            "repaired",
+            place,
+            f"{upper(named(place))} was edited. Grading uses the released one. Write your own code into other cells.",
+        )
+    elif len(cells) > 1:
+        work.say(
+            "duplicated cell", "repaired", place, f"{upper(named(place))} is there {len(cells)} times. It counts once."
+        )
+
+
+def _keep_whole_answer(work: Work, place: Place, cells: list[Cell]) -> None:
+    texts = list(dict.fromkeys(cell.source.strip() for cell in cells if not _unanswered(place, cell.source)))
+    kept = next((cell for cell in cells if not _unanswered(place, cell.source)), cells[0])
+    for cell in cells:
+        kept.attachments = kept.attachments or cell.attachments
+        if cell is not kept:
+            work.cells.remove(cell)
+    if len(texts) > 1:
+        kept.source = "\n\n".join(texts)
+    joined = "Their texts are put together into one" if len(texts) > 1 else "The one with text in it counts"
+    work.say(
+        "duplicated cell",
+        "repaired",
+        place,
+        f"{upper(named(place))} is there {len(cells)} times. {joined}. Keep one of them before you hand in.",
+    )
+
+
+def _keep_one_solution(work: Work, place: Place, cells: list[Cell]) -> None:
+    written = [cell for cell in cells if not work.release.is_stub(place, cell.source)]
+    if _put_together(work, place, cells, written):
+        return
+    answers = [cell for cell in written if work.release.kind_of(place.name, cell.source) in ("real", "library")]
+    last = (answers or written or cells)[-1]
+    alike = [cell for cell in cells if same_code(cell.source, last.source)]
+    kept = next((cell for cell in alike if cell.cell_id == place.cell_id), last)
+    others = [cell for cell in answers if not same_code(cell.source, kept.source)]
+    for cell in cells:
+        if cell in answers or cell not in written:
+            work.cells[:] = [other for other in work.cells if other is not cell or cell is kept]
+        elif cell is not kept:
+            cell.place = None  # it defines something else, which may be needed
+    work.replace(kept, kept, *(Cell("raw", cell.source) for cell in others))
+    differ = bool(others)
+    which = "the last one counts, and the others are not run" if differ else "the one with your code counts"
+    if not written:
+        which = "none of them has code of yours in it"
+    how = ", with different code" if differ else ""
+    work.say(
+        "duplicated cell",
+        "repaired",
+        place,
+        f"{upper(named(place))} is there {len(cells)} times{how}: {which}. Delete all but one before you hand in.",
+    )
+
+
+def _put_together(work: Work, place: Place, cells: list[Cell], written: list[Cell]) -> bool:
+    """Is it one cell that was split? Then join the parts."""
+    joined = "\n".join(cell.source for cell in written)
+    broken = [cell for cell in written if not is_python(cell.source)]
+    if len(written) < 2 or not broken or work.release.kind_of(place.name, joined) != "real" or not is_python(joined):
+        return False
+    written[0].source = joined
+    for cell in cells:
+        if cell is not written[0]:
+            work.cells.remove(cell)
+    work.say(
+        "split cell",
+        "repaired",
+        place,
+        f"{upper(named(place))} was split in two. Grading puts the parts together; do the same before you hand in.",
+    )
+    return True
+
+
+# --- Open questions ---------------------------------------------------------------------------------------
+
+
+def _unanswered(place: Place, text: str) -> bool:
+    return text.strip() in ("", place.source.strip())
+
+
+def complete_answers(work: Work) -> None:
+    """An answer that stands beside its cell, or in the question's, goes into it."""
+    for place in work.release.answers:
+        cells = work.at(place)
+        if cells and not _unanswered(place, cells[0].source):
+            continue
+        beside = _beside(work, place, cells)
+        added = "" if beside else _added_to_question(work, place)
+        if not beside and not added:
+            continue
+        if not cells:
+            cells = [Cell(place.kind, place.source, place=place)]
+            work.replace(beside[0], *cells, beside[0]) if beside else work.cells.append(cells[0])
+        cells[0].source = added or "\n\n".join(cell.source.strip() for cell in beside)
+        cells[0].attachments = next((cell.attachments for cell in beside if cell.attachments), cells[0].attachments)
+        for cell in beside:
+            work.cells.remove(cell)
+        where = "in the cell of the question" if added else "in another cell than the one for it"
+        work.say(
+            "moved answer",
+            "repaired",
+            place,
+            f"{upper(named(place))} stands {where}. Grading puts it into its cell; do the same before you hand in.",
+        )
+
+
+def _beside(work: Work, place: Place, cells: list[Cell]) -> list[Cell]:
+    """The learner's own cells of text around the answer's cell and after the question, in order."""
+    found: list[Cell] = []
+    for number, cell in enumerate(work.cells):
+        if cell in cells:
+            found += [*_run(reversed(work.cells[:number])), *_run(work.cells[number + 1 :])]
+        elif cell.place is not None and cell.place.index == place.index - 1:
+            found += _run(work.cells[number + 1 :])
+    return [cell for cell in work.cells if cell in found and not _unanswered(place, cell.source)]
+
+
+def _run(cells: Iterable[Cell]) -> list[Cell]:
+    """The learner's own cells of text at the beginning."""
+    return list(itertools.takewhile(lambda cell: cell.place is None and cell.kind != "code", cells))
+
+
+def _added_to_question(work: Work, place: Place) -> str:
+    """What a learner has written into the question's own cell; that cell becomes what it was."""
+    question = next((c for c in work.cells if c.place and c.place.index == place.index - 1 and c.kind != "code"), None)
+    if question is None or question.place is None or question.place.role or not question.changed:
+        return ""
+    old, new = question.place.source.split("\n"), question.source.split("\n")
+    added = [line[2:] for line in difflib.ndiff(old[:500], new[:500]) if line.startswith("+ ")]
+    text = "\n".join(added).strip()
+    if text:
+        question.source = question.place.source
+    return text
+
+
+# --- Code and prose in one cell ---------------------------------------------------------------------------
+
+
+def take_prose_out_of_code(work: Work) -> None:
+    """A cell of code that was merged with one of the release's texts: without that text it is Python again."""
+    texts = [place.source.strip() for place in work.release.places if place.kind == "markdown"]
+    for cell in work.cells:
+        if is_python(cell.source) and cell.kind == "code":
+            continue
+        code = cell.source
+        for text in texts:
+            code = code.replace(text, "")
+        defined = {place.name for place in work.release.solutions} & binds(code).keys()
+        if code == cell.source or not defined or not is_python(code):
+            continue
+        prose = [place.cell_id for place in work.release.places if place.kind == "markdown"]
+        cell.kind, cell.source = "code", code.strip("\n")
+        cell.cell_id = "" if cell.cell_id in prose else cell.cell_id
+        work.say(
+            "merged cell",
+            "repaired",
+            None,
+            f"Text and code are in one cell, with `{min(defined)}` in it. Grading takes the code out; before you hand "
+            "in, split the cell.",
+        )

@@ -1,0 +1,39 @@
+"""The sandbox in which a learner's notebook runs when it is graded.
+
+    observed = observe_notebook(Job("09", (Run("cell-1", "..."), Probe("rank", seed, "check-rank")), cache))
+
+What comes out is data, never objects: observations of each exercise, which `checks.judge.judge` turns into verdicts
+outside. Nothing of the learner's runs in this process.
+"""
+
+from lora_from_scratch.grading.sandbox.job import (
+    Ending,
+    Guess,
+    Isolation,
+    Job,
+    Limits,
+    Observed,
+    Output,
+    Probe,
+    Run,
+    Step,
+    Tried,
+)
+from lora_from_scratch.grading.sandbox.observing import SandboxError, observe_notebook, unavailable
+
+__all__ = [
+    "Ending",
+    "Guess",
+    "Isolation",
+    "Job",
+    "Limits",
+    "Observed",
+    "Output",
+    "Probe",
+    "Run",
+    "SandboxError",
+    "Step",
+    "Tried",
+    "observe_notebook",
+    "unavailable",
+]

@@ -1,0 +1,214 @@
+"""The runner inside the sandbox: runs a notebook's cells, tries its answers, and sends what it sees, step by step.
+
+`main(folder, frames)` is what is started: the folder holds `job` (what to do, as `wire` packs it) and `files` (the
+learner's own); `frames` is the file descriptor of the pipe for the frames. The key of their seals comes through
+standard input. This module is copied into the sandbox's library, where `checks.notebook` is a stand-in.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import io
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
+
+from lora_from_scratch.checks.notebook import unusable
+from lora_from_scratch.checks.observation import OutOfTime, Seen, _seed_everything, observe, plain, time_limit
+from lora_from_scratch.grading.sandbox import lockdown, wire
+from lora_from_scratch.grading.sandbox.pristine import Pristine
+
+PACKAGE = __name__.partition(".")[0]
+TRACEBACK = 4_000  # characters of a traceback that are kept: its end
+
+
+class Beginning(io.TextIOBase):
+    """Keeps the beginning of what is written."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.parts: list[str] = []
+        self.dropped = 0
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        kept = text[: self.room]
+        self.room -= len(kept)
+        self.dropped += len(text) - len(kept)
+        if kept:
+            self.parts.append(kept)
+        return len(text)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def text(self) -> str:
+        more = f"\n... ({self.dropped:,} more characters)" if self.dropped else ""
+        return "".join(self.parts).encode("utf-8", "replace").decode() + more
+
+
+class Shell(InteractiveShell):
+    """IPython without a kernel, a terminal or a history. What ends a cell is kept instead of being printed."""
+
+    error: BaseException | None = None
+
+    def showtraceback(self, *arguments: Any, **options: Any) -> None:
+        self.error = self.error or sys.exc_info()[1]
+
+    def showsyntaxerror(self, *arguments: Any, **options: Any) -> None:
+        self.error = self.error or sys.exc_info()[1]
+
+
+class Runner:
+    """Does the steps of a job.
+
+    Args:
+        job: see `observing.describe_job`.
+        send: sends a frame.
+    """
+
+    def __init__(self, job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        self.job, self.send = job, send
+        checks = importlib.import_module(f"{PACKAGE}.checks.unit_{job['unit']}")
+        self.exercises = {exercise.name: exercise for exercise in checks.EXERCISES}
+        self.called: set[str] = importlib.import_module(f"{PACKAGE}.taken_out").called
+        settings = Config()
+        settings.HistoryManager.enabled = False
+        settings.InteractiveShell.colors = "nocolor"
+        self.shell: Shell = Shell.instance(config=settings)
+        self.names = self.shell.user_ns
+        self.pristine = Pristine(PACKAGE)
+
+    def run(self) -> None:
+        for number, step in enumerate(self.job["steps"]):
+            self.send({"kind": "started", "step": number})
+            do = {"run": self.run_cell, "probe": self.try_answer, "guess": self.read_guess}[step["kind"]]
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            try:
+                frame = do(step)
+            except BaseException as error:  # a learner's thread can raise anything here
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                frame = {"kind": "broken", "message": f"{type(error).__name__}: {str(error)[:300]}"}
+            self.send(frame | {"step": number})
+        self.send({"kind": "done"})
+
+    def run_cell(self, step: dict[str, Any]) -> dict[str, Any]:
+        out, err = Beginning(self.job["printed"]), Beginning(self.job["printed"])
+        before = sys.stdout, sys.stderr
+        self.shell.error = None
+        self.called.clear()
+        stopped = False
+        sys.stdout, sys.stderr = out, err
+        try:
+            with time_limit(step["seconds"]):
+                self.shell.run_cell(step["source"], store_history=True)
+        except OutOfTime:
+            stopped = True
+        except BaseException as raised:
+            self.shell.error = self.shell.error or raised
+        finally:
+            sys.stdout, sys.stderr = before
+        error = self.shell.error
+        stopped = stopped or isinstance(error, OutOfTime)
+        return {
+            "kind": "output",
+            "status": "stopped" if stopped else "error" if error is not None else "ran",
+            "stdout": out.text(),
+            "stderr": err.text(),
+            "error": "" if error is None or stopped else _in_a_line(error),
+            "traceback": "" if error is None or stopped else _traceback(error),
+            "called": sorted(self.called),
+        }
+
+    def try_answer(self, step: dict[str, Any]) -> dict[str, Any]:
+        exercise = self.exercises[step["name"]]
+        changed = self.pristine.restore()
+        frame: dict[str, Any] = {"kind": "tried", "changed": changed, "called": [], "seen": [], "message": ""}
+        gc.enable()
+        if (why := unusable(exercise, self.names)) is not None:
+            return frame | {"status": why.status, "message": why.message[:1000]}
+        self.called.clear()
+        inputs = step["inputs"]
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                seen = observe(exercise.probe, self.names[exercise.name], inputs, step["seconds"], step["seed"])
+        except KeyboardInterrupt:  # which `observe` leaves to the learner at the keyboard
+            seen = [Seen(errors=("KeyboardInterrupt",))] * len(inputs)
+        return frame | {"status": "seen", "seen": [wire.from_seen(s) for s in seen], "called": sorted(self.called)}
+
+    def read_guess(self, step: dict[str, Any]) -> dict[str, Any]:
+        value = plain(self.names.get(step["name"]))
+        return {"kind": "guess", "value": wire.from_seen(Seen(value))["value"]}
+
+
+def _in_a_line(error: BaseException) -> str:
+    try:
+        text = " ".join(str(error).split())
+    except BaseException:
+        text = ""
+    return f"{type(error).__name__}: {text}"[:500].encode("utf-8", "replace").decode()
+
+
+def _traceback(error: BaseException) -> str:
+    """Of the notebook's own code only, and without what the sandbox looks like."""
+    try:
+        parts = traceback.TracebackException.from_exception(error, limit=-12, compact=True)
+        parts.stack = traceback.StackSummary.from_list(
+            [frame for frame in parts.stack if "IPython" not in frame.filename and __file__ != frame.filename]
+        )
+        return "".join(parts.format())[-TRACEBACK:].encode("utf-8", "replace").decode()
+    except BaseException:
+        return ""
+
+
+def copy_files(source: Path, target: Path, room: int) -> None:
+    """The learner's own files: regular ones, as many as fit."""
+    for folder, _, names in os.walk(source):
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.is_symlink() or not path.is_file() or path.stat().st_size > room:
+                continue
+            room -= path.stat().st_size
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def main(folder: str, frames: int) -> None:
+    key = os.read(0, wire.KEY)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    writer = wire.Writer(key)
+    os.set_inheritable(frames, False)
+    write = os.write
+
+    def send(frame: dict[str, Any]) -> None:
+        content = memoryview(writer.frame(frame))
+        while content:
+            content = content[write(frames, content) :]
+
+    job: Any = wire.unpack(Path(folder, "job").read_bytes())
+    torch.set_num_threads(1)
+    _seed_everything(0)
+    runner = Runner(job, send)
+    copy_files(Path(folder, "matplotlib"), Path(os.environ["MPLCONFIGDIR"]), job["folder"] // 4)
+    copy_files(Path(folder, "files"), Path.cwd(), job["folder"] // 2)
+    sys.path.insert(0, "")
+    lockdown.lock(job["memory"], job["processor_seconds"], job["file"])
+    send({"kind": "ready"})
+    runner.run()
+    os._exit(0)  # no exit handlers

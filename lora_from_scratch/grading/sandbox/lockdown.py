@@ -1,0 +1,74 @@
+"""What a process gives up before it runs a learner's code: memory, files, processor time, system calls."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Mapping
+
+from lora_from_scratch.grading.sandbox import seccomp
+
+OPEN_FILES = 256
+SIGNALS_WAITING = 256
+MIB = 2**20
+
+
+def lock(memory: int, processor_seconds: int, file: int, filtered: bool = True) -> None:
+    """Limit this process for good.
+
+    Args:
+        memory: bytes beyond what the process has now.
+        processor_seconds: from its start. (Who is watching from outside is a little faster.)
+        file: the most bytes of a file that it writes.
+        filtered: with the filter of system calls.
+
+    Raises:
+        OSError: a limit cannot be set.
+    """
+    now = sizes()
+    limits = {
+        "DATA": int(now["data"]) + memory,  # private memory that can be written
+        "AS": int(now["all"]) + memory + 512 * MIB,  # what is shared as well
+        "CPU": processor_seconds + 2,
+        "FSIZE": file,
+        "NOFILE": OPEN_FILES,
+        "CORE": 0,
+        "MEMLOCK": 0,
+        "MSGQUEUE": 0,
+        "SIGPENDING": SIGNALS_WAITING,
+    }
+    for name, limit in limits.items():
+        if hasattr(resource, f"RLIMIT_{name}"):
+            _set(getattr(resource, f"RLIMIT_{name}"), limit)
+    if filtered and sys.platform == "linux":
+        seccomp.install()
+
+
+def sizes(process: str = "self") -> Mapping[str, float]:
+    """Of a process: bytes of its address space and of its private memory that can be written, threads, seconds of
+    processor time (Linux; 0 elsewhere)."""
+    try:
+        with open(f"/proc/{process}/status", encoding="ascii", errors="replace") as file:
+            fields = dict(line.split(":", 1) for line in file if ":" in line)
+        with open(f"/proc/{process}/stat", encoding="ascii", errors="replace") as file:
+            ticks = file.read().rpartition(")")[2].split()[11:13]
+    except OSError:
+        return {"all": 0, "data": 0, "threads": 0, "processor": 0.0}
+    return {
+        "all": _kibibytes(fields.get("VmSize", "0")),
+        "data": _kibibytes(fields.get("VmData", "0")),
+        "threads": int(fields.get("Threads", "0")),
+        "processor": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
+    }
+
+
+def _kibibytes(text: str) -> int:
+    return int(text.split()[0]) * 1024
+
+
+def _set(which: int, limit: int) -> None:
+    """Soft and hard, and never more than there was."""
+    _, hard = resource.getrlimit(which)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(which, (limit, limit))

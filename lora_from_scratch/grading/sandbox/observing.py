@@ -1,0 +1,392 @@
+"""Observe a notebook in the sandbox: start it, again after a crash, and look again where the library was needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lora_from_scratch
+from lora_from_scratch.checks.exercise import Exercise
+from lora_from_scratch.checks.observation import Data, Seen
+from lora_from_scratch.checks.units import Unit
+from lora_from_scratch.figures import BUILDING
+from lora_from_scratch.grading.sandbox import bubblewrap, supervisor, wire
+from lora_from_scratch.grading.sandbox.job import Ending, Guess, Job, Observed, Output, Probe, Run, Step, Tried
+from lora_from_scratch.grading.sandbox.messages import NOT_RUN, TIME_IS_UP, ending_message, stopped_message
+from lora_from_scratch.grading.sandbox.stripped import ASSETS, TAKEN_OUT, Stripped, find_unit, stripped
+
+MOST_STARTS = 8  # of one submission's notebook, after as many crashes less one
+GRACE = 5.0  # seconds that the process has, beyond its own limit, to say that the time of a cell is up
+JOB = "/job"  # where the job is seen inside
+LIBRARY = "/library"  # where an instructor's own modules are
+BOOT = "from lora_from_scratch.grading.sandbox.inside import main; main({folder!r}, {frames})"
+
+
+class SandboxError(OSError):
+    """The sandbox itself does not work: no fault of the learner's. One line."""
+
+
+def unavailable() -> str | None:
+    """Why there can be no sandbox here, in words with what to do; None: there can."""
+    return bubblewrap.unavailable()
+
+
+def observe_notebook(job: Job) -> Observed:
+    """Run a notebook in the sandbox and give back what was seen of it. Nothing that a learner does is an error here.
+
+    Call it from the main thread, or from one that lives longer than the call: bubblewrap ends with its thread.
+
+    Raises:
+        ValueError: there is no such unit or exercise, or the steps have no ids of their own.
+        SandboxError: the sandbox cannot be started here.
+    """
+    unit = find_unit(job.unit)
+    exercises = {exercise.name: exercise for exercise in unit.exercises}
+    ids = [step.cell_id for step in job.steps]
+    unknown = [step.name for step in job.steps if isinstance(step, Probe) and step.name not in exercises]
+    if unknown or len(set(ids)) != len(ids):
+        raise ValueError(f"unknown exercises: {unknown}" if unknown else "two steps have the same cell_id")
+    if job.isolation == "bubblewrap" and (why := unavailable()) is not None:
+        raise SandboxError(why)
+    observing = _Observing(job, unit, exercises)
+    observing.look(frozenset(exercises) if job.without is None else job.without)
+    if job.without is None:
+        observing.look_again()
+    return observing.observed()
+
+
+@dataclass
+class _Found:
+    """What one look at a notebook has found so far."""
+
+    tried: dict[str, Tried] = field(default_factory=dict)
+    guesses: dict[str, Data] = field(default_factory=dict)
+    outputs: dict[str, Output] = field(default_factory=dict)
+    endings: list[Ending] = field(default_factory=list)
+    called: dict[str, set[str]] = field(default_factory=dict)  # by step: exercises whose taken-out bodies it called
+
+
+class _Observing:
+    """One submission.
+
+    The first look has the bodies of all of the unit's exercises taken out. An answer that calls another exercise's,
+    which the learner has taken from the library, is looked at again with only its own taken out; and so is one whose
+    probe needs another exercise's.
+    """
+
+    def __init__(self, job: Job, unit: Unit, exercises: Mapping[str, Exercise]) -> None:
+        self.job, self.unit, self.exercises = job, unit, exercises
+        self.left = job.limits.seconds
+        self.found = _Found()
+
+    def observed(self) -> Observed:
+        found, job = self.found, self.job
+        for step in job.steps:
+            if isinstance(step, Run):
+                found.outputs.setdefault(step.cell_id, Output("not run", error=NOT_RUN))
+            elif isinstance(step, Probe):
+                found.tried.setdefault(step.cell_id, Tried(step.name, "lost", NOT_RUN))
+        return Observed(found.tried, found.guesses, found.outputs, tuple(found.endings), job.isolation)
+
+    # --- Looks
+
+    def look_again(self) -> None:
+        """With bodies in: first of all answers that need it at once, then of those that need each other's alone."""
+        probes = {step.cell_id: step for step in self.job.steps if isinstance(step, Probe)}
+        again = {cell for cell in probes if self._needs_more(cell)}
+        if not again:
+            return
+        names = frozenset(probes[cell].name for cell in again)
+        called = self._look_at(again, names)
+        if len(names) > 1:
+            for name in sorted({probes[cell].name for cell in again if called.get(cell, set()) - {probes[cell].name}}):
+                self._look_at({cell for cell in again if probes[cell].name == name}, frozenset({name}))
+
+    def _needs_more(self, cell: str) -> bool:
+        """Did a body of another exercise that was not there keep this answer from being seen?"""
+        tried = self.found.tried.get(cell)
+        if tried is None or tried.status in ("library", "lost"):
+            return False
+        if self.found.called.get(cell, set()) - {tried.name}:
+            return True
+        failed = False  # a cell above ended in such a body
+        for step in self.job.steps:
+            if step.cell_id == cell:
+                break
+            output = self.found.outputs.get(step.cell_id)
+            failed = failed or (output is not None and TAKEN_OUT in output.error)
+        return failed and (tried.status == "missing" or any(seen.raised for seen in tried.seen))
+
+    def _look_at(self, cells: set[str], without: frozenset[str]) -> dict[str, set[str]]:
+        """Look at these answers only; what is seen now takes the place of what was seen before."""
+        first, died = self.found, {cell for cell, output in self.found.outputs.items() if output.status == "died"}
+        steps = [s for s in self.job.steps if s.cell_id in cells or (isinstance(s, Run) and s.cell_id not in died)]
+        while steps and isinstance(steps[-1], Run):
+            steps.pop()
+        self.found = _Found()
+        self.look(without, steps)
+        second, self.found = self.found, first
+        first.tried |= {cell: tried for cell, tried in second.tried.items() if tried.status == "seen"}
+        return second.called
+
+    def look(self, without: frozenset[str], steps: Iterable[Step] | None = None) -> None:
+        """Run the steps, as often as it takes to get past what ends the process."""
+        waiting = list(self.job.steps if steps is None else steps)
+        library = stripped(self.unit, without, self.job.cache, assets=self.job.isolation == "none")
+        left_out: list[tuple[Step, Ending]] = []
+        for _ in range(MOST_STARTS):
+            if self.left <= 0:
+                self.found.endings.append(Ending("wall time", "", TIME_IS_UP))
+                return
+            following = Following(self, [step for step in waiting if not self._is_known(step)], left_out)
+            end = self._start(following, library)
+            self.left -= end.seconds
+            if end.why == "finished":
+                return
+            if end.why == "not started":
+                raise SandboxError(f"the sandbox did not start ({end.detail}): {end.said[-500:]}")
+            at = following.current
+            ending = Ending(end.why, at.cell_id if at else "", ending_message(end.why, end.detail, self.job.limits))  # type: ignore[arg-type]
+            self.found.endings.append(ending)
+            if at is None:
+                return
+            self._leave_out(at, ending)
+            left_out.append((at, ending))
+            waiting.remove(at)
+
+    def _is_known(self, step: Step) -> bool:
+        """Cells run again after a crash; what was seen before it stays as it was seen."""
+        return step.cell_id in self.found.tried or step.cell_id in self.found.guesses
+
+    def _leave_out(self, step: Step, ending: Ending) -> None:
+        if isinstance(step, Run):
+            self.found.outputs[step.cell_id] = Output("died", error=ending.message)
+        elif isinstance(step, Probe):
+            self.found.tried[step.cell_id] = Tried(step.name, "lost", ending.message)
+
+    # --- One process
+
+    def _start(self, following: Following, library: Stripped) -> supervisor.End:
+        with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as made:
+            folder = Path(made)
+            (folder / "job").write_bytes(wire.pack(self._describe(following.steps)))
+            (folder / "files").mkdir()
+            shutil.copytree(fonts(self.job.cache), folder / "matplotlib")
+            key = os.urandom(wire.KEY)
+            begin = self._in_walls if self.job.isolation == "bubblewrap" else self._without_walls
+            try:
+                started = begin(folder, library, key)
+            except OSError as error:
+                raise SandboxError(f"the sandbox cannot be started: {error}") from None
+            return supervisor.Watch(started, key, self.job.limits, following).run()
+
+    def _in_walls(self, folder: Path, library: Stripped, key: bytes) -> supervisor.Started:
+        package = os.path.dirname(os.path.abspath(lora_from_scratch.__file__))
+        own = Path(lora_from_scratch.__file__).resolve().parent
+        bound = [(library.package, package), (own / ASSETS, f"{package}/{ASSETS}"), (library.extra, LIBRARY)]
+        bound += bubblewrap.mounted([(cover, str(path)) for path, cover in library.hidden])
+        bound += [(folder, JOB)] + ([(self.job.files, f"{JOB}/files")] if self.job.files else [])
+        environment = environment_of(bubblewrap.HOME, LIBRARY)
+        limits = self.job.limits
+
+        def walls(filtered: int, info: int) -> list[str]:
+            return bubblewrap.command(limits.folder, limits.shared, bound, environment, filtered, info)
+
+        return supervisor.start(walls, lambda frames: python(JOB, frames), key)
+
+    def _without_walls(self, folder: Path, library: Stripped, key: bytes) -> supervisor.Started:
+        work, home = folder / "notebook", folder / "home"
+        work.mkdir()
+        home.mkdir()
+        if self.job.files:
+            (folder / "files").rmdir()
+            shutil.copytree(self.job.files, folder / "files", symlinks=True)
+        environment = environment_of(str(home), os.pathsep.join((str(library.folder), str(library.extra))))
+        return supervisor.start(None, lambda frames: python(str(folder), frames), key, str(work), environment)
+
+    def _describe(self, steps: Iterable[Step]) -> dict[str, Data]:
+        """The job as the runner reads it."""
+        limits = self.job.limits
+        return {
+            "unit": self.unit.number,
+            "steps": [self._describe_step(step) for step in steps],
+            "printed": limits.printed,
+            "folder": limits.folder,
+            "memory": limits.memory,
+            "processor_seconds": limits.processor_seconds,
+            "file": limits.file,
+        }
+
+    def _describe_step(self, step: Step) -> dict[str, Data]:
+        if isinstance(step, Run):
+            return {"kind": "run", "source": step.source, "seconds": self.job.limits.cell_seconds}
+        if isinstance(step, Guess):
+            return {"kind": "guess", "name": step.name}
+        exercise = self.exercises[step.name]
+        inputs: list[Data] = [dict(case.inputs) for case in exercise.inputs(step.seed)]
+        seconds = exercise.seconds * self.job.limits.patience
+        return {"kind": "probe", "name": step.name, "seed": step.seed, "seconds": seconds, "inputs": inputs}
+
+
+class Following:
+    """Takes the frames of one process, which must be those of its steps in their order.
+
+    Args:
+        left_out: steps that an earlier process ended in, and how.
+    """
+
+    def __init__(self, observing: _Observing, steps: list[Step], left_out: list[tuple[Step, Ending]]) -> None:
+        self.observing, self.steps, self.left_out = observing, steps, left_out
+        self.current: Step | None = None
+        self.place = 0
+        self.state = "starting"
+        self.step_until = 0.0
+        self.all_until = 0.0
+
+    def ready(self) -> bool:
+        return self.state != "starting"
+
+    def done(self) -> bool:
+        return self.state == "done"
+
+    def until(self) -> float:
+        return min(self.step_until, self.all_until)
+
+    def take(self, frame: Data) -> None:
+        if not isinstance(frame, dict) or type(frame.get("kind")) is not str or type(frame.get("step", 0)) is not int:
+            raise ValueError("a frame is not what the runner sends")
+        kind = str(frame["kind"])
+        if self.state == "starting" and kind == "ready":
+            self.state, self.all_until = "between", time.monotonic() + self.observing.left
+            self.step_until = self.all_until
+        elif self.state == "between" and kind == "done" and self.place == len(self.steps):
+            self.state = "done"
+        elif self.state == "between" and kind == "started" and frame.get("step") == self.place < len(self.steps):
+            self.current, self.state = self.steps[self.place], "in a step"
+            self.step_until = time.monotonic() + self._seconds(self.current) + GRACE
+        elif self.state == "in a step" and frame.get("step") == self.place:
+            assert self.current is not None
+            self._keep(self.current, frame)
+            self.state, self.place = "between", self.place + 1
+            self.step_until = time.monotonic() + GRACE
+        else:
+            raise ValueError(f"a frame of kind {kind[:30]!r} came while the process was {self.state}")
+
+    def _seconds(self, step: Step) -> float:
+        limits = self.observing.job.limits
+        if isinstance(step, Probe):
+            return self.observing.exercises[step.name].seconds * limits.patience
+        return limits.cell_seconds if isinstance(step, Run) else 0.0
+
+    def _keep(self, step: Step, frame: dict[str, Data]) -> None:
+        found = self.observing.found
+        if frame["kind"] == "broken":
+            raise ValueError(f"the runner was disturbed: {_text(frame, 'message', 400)}")
+        if isinstance(step, Run) and frame["kind"] == "output":
+            found.called[step.cell_id] = self._called(frame)
+            found.outputs.setdefault(step.cell_id, self._output(frame))
+        elif isinstance(step, Probe) and frame["kind"] == "tried":
+            found.called[step.cell_id] = self._called(frame)
+            found.tried[step.cell_id] = self._tried(step, frame)
+        elif isinstance(step, Guess) and frame["kind"] == "guess":
+            found.guesses[step.cell_id] = frame.get("value")
+        else:
+            raise ValueError("a frame is not of the kind that its step has")
+
+    def _called(self, frame: dict[str, Data]) -> set[str]:
+        return {name for name in _texts(frame, "called") if name in self.observing.exercises}
+
+    def _output(self, frame: dict[str, Data]) -> Output:
+        limits, status = self.observing.job.limits, _text(frame, "status", 20)
+        if status not in ("ran", "error", "stopped"):
+            raise ValueError("an output has a status that there is not")
+        error = stopped_message(limits) if status == "stopped" else _text(frame, "error", 1_000)
+        printed = limits.printed + 100
+        return Output(
+            status,  # type: ignore[arg-type]
+            _text(frame, "stdout", printed),
+            _text(frame, "stderr", printed),
+            error,
+            _text(frame, "traceback", 10_000),
+        )
+
+    def _tried(self, step: Probe, frame: dict[str, Data]) -> Tried:
+        status, message, changed = _text(frame, "status", 20), _text(frame, "message", 1_000), _texts(frame, "changed")
+        if status == "seen":
+            seen = frame.get("seen")
+            cases = len(self.observing.exercises[step.name].inputs(step.seed))
+            if not isinstance(seen, list) or len(seen) != cases:
+                raise ValueError(f"there are not {cases} observations")
+            read: list[Seen] = [wire.to_seen(one) for one in seen]
+            return Tried(step.name, "seen", "", tuple(read), changed)
+        if status not in ("missing", "library"):
+            raise ValueError("an answer has a status that there is not")
+        for other, ending in self.left_out if status == "missing" else ():
+            if isinstance(other, Run) and step.name in other.source:
+                return Tried(step.name, "lost", ending.message, (), changed)
+        return Tried(step.name, status, message, (), changed)  # type: ignore[arg-type]
+
+
+def _text(frame: dict[str, Data], name: str, most: int) -> str:
+    text = frame.get(name)
+    if type(text) is not str or len(text) > most:
+        raise ValueError(f"a frame's {name} is not a text of at most {most:,} characters")
+    return text
+
+
+def _texts(frame: dict[str, Data], name: str) -> tuple[str, ...]:
+    texts: Any = frame.get(name)
+    if not isinstance(texts, list) or len(texts) > 100 or any(type(t) is not str or len(t) > 300 for t in texts):
+        raise ValueError(f"a frame's {name} is not a short list of short texts")
+    return tuple(texts)
+
+
+def fonts(cache: Path) -> Path:
+    """A folder with matplotlib's list of fonts, which takes seconds to make. It is empty if there is none."""
+    folder = cache / "matplotlib"
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(ImportError, OSError):
+            import matplotlib.font_manager
+
+            for file in Path(matplotlib.get_cachedir()).glob("fontlist-*.json"):
+                shutil.copy(file, folder)
+    return folder
+
+
+def python(folder: str, frames: int) -> list[str]:
+    """The command that starts the runner. -P: what lies in the working folder does not take the place of a library."""
+    boot = BOOT.format(folder=folder, frames=frames)
+    return [sys.executable, "-X", "frozen_modules", "-B", "-P", "-s", "-c", boot]
+
+
+def environment_of(home: str, path: str) -> dict[str, str]:
+    """The runner's whole environment."""
+    return {
+        BUILDING: "1",  # nobody is there to move a slider
+        "HF_HUB_OFFLINE": "1",
+        "HOME": home,
+        "IPYTHONDIR": f"{home}/ipython",
+        "LANG": "C.UTF-8",
+        "LOGNAME": "learner",
+        "LORA_FROM_SCRATCH_HOME": f"{home}/lora-from-scratch",
+        "MKL_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+        "MPLCONFIGDIR": f"{home}/matplotlib",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": path,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+        "USER": "learner",
+    }

@@ -1,0 +1,296 @@
+"""Watch over one process in the sandbox: take its frames, keep its time, end it, and say what ended it.
+
+Nothing here waits for the process: pipes are read as they fill, with caps, and every limit ends in a kill of the whole
+sandbox. When `Watch.run` returns, nothing of it is running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.grading.sandbox import lockdown, seccomp, wire
+from lora_from_scratch.grading.sandbox.job import Limits
+
+POLL = 0.1  # seconds between two looks at threads and files
+SAID = 4_000  # bytes kept of what the process writes to stdout and stderr themselves: the end
+STARTING = 180.0  # seconds that it may take until it is ready
+PIECE = 1 << 16
+
+
+class Listener(Protocol):
+    """Who takes the frames."""
+
+    def take(self, frame: Data) -> None:
+        """A frame has come. ValueError: it is not what can come now."""
+
+    def until(self) -> float | None:
+        """When the process has to be ended if nothing comes before, on the clock `time.monotonic`."""
+
+    def ready(self) -> bool:
+        """Has the start ended?"""
+
+    def done(self) -> bool:
+        """Has everything come?"""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended.
+
+    Attributes:
+        why: "finished", or as `job.Why` has it; "not started" if it ended before it was ready.
+        detail: what it was ended for, or with.
+        seconds: from when it was ready to its end.
+        said: the end of what the process wrote to its own stdout and stderr.
+    """
+
+    why: str
+    detail: str
+    seconds: float
+    said: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """A process that was started: itself, its pipes' reading ends.
+
+    Attributes:
+        info: where bubblewrap says which process is the first inside; None without bubblewrap.
+    """
+
+    process: subprocess.Popen[bytes]
+    frames: int
+    info: int | None
+
+
+def start(
+    walls: Callable[[int, int], Sequence[str]] | None,
+    inside: Callable[[int], Sequence[str]],
+    key: bytes,
+    folder: str = "/",
+    environment: Mapping[str, str] | None = None,
+) -> Started:
+    """Start a process that sends frames.
+
+    Args:
+        walls: bubblewrap's command, given the file descriptors of the filter and of the information; or None.
+        inside: what is started in it, given the file descriptor of the frames.
+        key: of the seals; the process reads it from its standard input.
+        folder, environment: of the process; bubblewrap has its own way of saying them to what is inside.
+    """
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+
+        def pipe() -> tuple[int, int]:
+            reader, writer = os.pipe()
+            ours.callback(os.close, reader)
+            theirs.callback(os.close, writer)
+            return reader, writer
+
+        frames, to_frames = pipe()
+        info, passed, command = None, [to_frames], []
+        if walls is not None:
+            info, to_info = pipe()
+            filtered = _readable(seccomp.program(starting=True))
+            theirs.callback(os.close, filtered)
+            passed += [to_info, filtered]
+            command = [*walls(filtered, to_info), "--"]
+        process = subprocess.Popen(
+            [*command, *inside(to_frames)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=passed,
+            cwd=folder,
+            env=dict(environment or {}) | {"PATH": os.environ.get("PATH", os.defpath)},
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.write(key)
+            process.stdin.close()
+        ours.pop_all()
+        return Started(process, frames, info)
+
+
+def _readable(content: bytes) -> int:
+    """A file descriptor from which this can be read."""
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    return reader
+
+
+class Watch:
+    """One process under watch."""
+
+    def __init__(self, started: Started, key: bytes, limits: Limits, listener: Listener) -> None:
+        self.started, self.limits, self.listener = started, limits, listener
+        largest = limits.observation + wire.LARGEST_JSON + 1024
+        self.reader = wire.Reader(key, largest, limits.sent)
+        self.said = bytearray()
+        self.first: int | None = None  # the process inside
+        self.handle: int | None = None  # its pidfd
+        self.data = 0.0  # its private memory when last looked at
+        self.most = 0  # what it may have
+        self.begun = time.monotonic()
+        self.at_ready: float | None = None
+
+    def run(self) -> End:
+        """Until the end, whatever it is."""
+        try:
+            why, detail = self._watch()
+        finally:
+            self._kill()
+            self._close()
+        code = self.started.process.returncode
+        if why == "ended":
+            why, detail = self._why(code)
+        if self.at_ready is None and why != "finished":
+            why = "not started"
+        said = " ".join(self.said.decode("utf-8", "replace").split())
+        return End(why, detail, time.monotonic() - (self.at_ready or time.monotonic()), said)
+
+    def _watch(self) -> tuple[str, str]:
+        process = self.started.process
+        assert process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            for source, take in self._sources(process.stdout.fileno()):
+                os.set_blocking(source, False)
+                selector.register(source, selectors.EVENT_READ, take)
+            looked = 0.0
+            while True:
+                if not selector.get_map():
+                    time.sleep(POLL)
+                for ready, _ in selector.select(POLL):
+                    try:
+                        if not ready.data():
+                            selector.unregister(ready.fileobj)
+                    except Exception as error:  # whatever it was that came
+                        return "frames", " ".join(str(error).split())[:300]
+                now = time.monotonic()
+                if self.listener.ready() and self.at_ready is None:
+                    self.at_ready = now
+                if self.listener.done():
+                    return "finished", ""
+                if (until := self._until()) is not None and now > until:
+                    return "wall time", "the time was up"
+                if now - looked >= POLL:
+                    looked = now
+                    if (found := self._look()) is not None:
+                        return found
+                if process.poll() is not None and not (selector.get_map() and selector.select(0)):
+                    return "ended", ""
+
+    def _sources(self, output: int) -> list[tuple[int, Callable[[], bool]]]:
+        sources = [(output, self._take_output(output)), (self.started.frames, self._take_frames)]
+        if self.started.info is not None:
+            sources.append((self.started.info, self._take_info))
+        return sources
+
+    def _take_output(self, output: int) -> Callable[[], bool]:
+        def take() -> bool:
+            content = os.read(output, PIECE)
+            self.said = (self.said + content)[-SAID:]
+            return bool(content)
+
+        return take
+
+    def _take_frames(self) -> bool:
+        content = os.read(self.started.frames, PIECE)
+        for frame in self.reader.feed(content):
+            self.listener.take(frame)
+            if self.listener.ready() and self.at_ready is None:
+                self.at_ready = time.monotonic()
+        return bool(content)
+
+    def _take_info(self) -> bool:
+        assert self.started.info is not None
+        content = os.read(self.started.info, PIECE)
+        if content:
+            with contextlib.suppress(ValueError, KeyError, OSError):
+                self.first = int(json.loads(content)["child-pid"])
+                self.handle = os.pidfd_open(self.first)
+        return bool(content)
+
+    def _until(self) -> float | None:
+        return self.listener.until() if self.at_ready is not None else self.begun + STARTING
+
+    # --- What no limit of the process itself covers
+
+    def _look(self) -> tuple[str, str] | None:
+        if self.at_ready is None:
+            return None
+        runner = self.started.process.pid if self.started.info is None else self.first
+        if runner is not None:
+            sizes = lockdown.sizes(str(runner))
+            self.data = sizes["data"] or self.data
+            with contextlib.suppress(OSError):
+                self.most = resource.prlimit(runner, resource.RLIMIT_DATA)[0]
+            if sizes["threads"] > self.limits.threads:
+                return "threads", f"{sizes['threads']:g} threads"
+            if sizes["processor"] > self.limits.processor_seconds:
+                return "processor time", f"{sizes['processor']:.0f} seconds"
+        if self.first is not None:
+            with contextlib.suppress(OSError):
+                folder = os.statvfs(f"/proc/{self.first}/root/tmp")
+                if folder.f_files and folder.f_files - folder.f_ffree > self.limits.files:
+                    return "files", f"{folder.f_files - folder.f_ffree} files in /tmp"
+        return None
+
+    # --- The end
+
+    def _kill(self) -> None:
+        """The process inside, with which everything inside ends, or bubblewrap, which takes it along; then wait."""
+        process = self.started.process
+        if self.handle is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+        if process.poll() is None and self.handle is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        if self.handle is not None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.handle, selectors.EVENT_READ)
+                selector.select(10)
+            os.close(self.handle)
+            self.handle = None
+
+    def _close(self) -> None:
+        assert self.started.process.stdout is not None
+        self.started.process.stdout.close()
+        os.close(self.started.frames)
+        if self.started.info is not None:
+            os.close(self.started.info)
+
+    def _why(self, code: int) -> tuple[str, str]:
+        """What ended it, from the exit status; bubblewrap says 128 + the signal."""
+        number = -code if code < 0 else code - 128 if code > 128 else 0
+        try:
+            name = signal.Signals(number).name if number else ""
+        except ValueError:
+            name = ""
+        if name == "SIGXCPU":
+            return "processor time", "SIGXCPU"
+        if name == "SIGXFSZ":
+            return "exited", "SIGXFSZ"
+        if name and self.data > self.most - 0.2 * self.limits.memory > 0:
+            return "memory", f"{name} with {self.data:,.0f} bytes in use"
+        if name:
+            return "crashed", name
+        return "exited", f"it ended with {code}"

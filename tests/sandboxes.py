@@ -1,0 +1,158 @@
+"""What the tests of the sandbox share: notebooks that hold answers of the bank, and scripts run in the walls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+from lora_from_scratch.checks.bank import Answer
+from lora_from_scratch.checks.exercise import Exercise
+from lora_from_scratch.checks.judge import judge
+from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.units import Unit, find
+from lora_from_scratch.checks.verdict import Verdict
+from lora_from_scratch.grading.sandbox import (
+    Job,
+    Limits,
+    Observed,
+    Probe,
+    Run,
+    bubblewrap,
+    observe_notebook,
+    supervisor,
+    unavailable,
+)
+from lora_from_scratch.grading.sandbox.stripped import find_unit, stripped
+from lora_from_scratch.grading.solution import source_of
+
+needs_bubblewrap = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+BANK = Path(__file__).with_name("bank_in_notebook.py").read_text()
+
+
+def notebook_of(unit: Unit, answers: Sequence[Answer], seed: int, solved: bool = False) -> list[Run | Probe]:
+    """The steps of a notebook in which each answer of the bank takes its exercise's name, and is tried.
+
+    Args:
+        solved: an answer that is built on the library's version of its own exercise has it in the notebook.
+    """
+    steps: list[Run | Probe] = [Run("bank", BANK)]
+    for exercise in unit.exercises:
+        name = exercise.name
+        mine = [answer for answer in answers if answer.exercise == name]
+        if solved and mine:
+            home = exercise.object.__module__
+            steps.append(Run(f"solve {name}", f"solve({home!r}, {name!r}, {source_of(exercise.object)!r})"))
+        for module in dict.fromkeys(answer.object.__module__ for answer in mine):
+            source = inspect.getsource(sys.modules[module])
+            steps.append(Run(f"{module}, {name}", f"run({source!r}, {(name if solved else None)!r})"))
+        for answer in mine:
+            taken = f"{name} = ANSWERS[{name!r}, {answer.name!r}]"
+            steps += [Run(f"take {cell_of(answer)}", taken), Probe(name, seed, cell_of(answer))]
+    return steps
+
+
+def cell_of(answer: Answer) -> str:
+    return f"{answer.exercise}: {answer.name}"
+
+
+def verdict_of(observed: Observed, cell: str, seed: int) -> Verdict:
+    """The judge's verdict on what was seen; it must have been seen."""
+    tried = observed.tried[cell]
+    assert tried.status == "seen", f"{cell}: {tried.message} {observed.endings}"
+    exercise = find(tried.name)[1]
+    assert isinstance(exercise, Exercise)
+    return judge(exercise, seed, list(tried.seen))
+
+
+def script(
+    text: str, folder: Path, limits: Limits | None = None, walls: bool = True
+) -> tuple[supervisor.End, list[Data]]:
+    """Run a script in the walls as the runner is, locked down, but without PyTorch; how it ended, and what it sent.
+
+    It has `send(data)`, and `frames`, the file descriptor; an error that it does not catch is sent.
+    """
+    limits = limits or Limits()
+    listener = Collecting(limits)
+    key = os.urandom(32)
+    library = stripped(find_unit("00"), (), folder / "cache")
+    started = supervisor.start(
+        functools.partial(_walls, library.package, limits) if walls else None,
+        lambda frames: [sys.executable, "-B", "-P", "-s", "-c", _program(text, frames, limits)],
+        key,
+    )
+    return supervisor.Watch(started, key, limits, listener).run(), listener.frames
+
+
+@dataclasses.dataclass
+class Collecting:
+    """Takes frames as they come; the first says that the process is ready, the text "done" that it has ended."""
+
+    limits: Limits
+    frames: list[Data] = dataclasses.field(default_factory=list)
+    begun: float = 0.0
+
+    def take(self, frame: Data) -> None:
+        import time
+
+        self.begun = self.begun or time.monotonic()
+        self.frames.append(frame)
+
+    def ready(self) -> bool:
+        return bool(self.frames)
+
+    def done(self) -> bool:
+        return self.frames[-1:] == ["done"]
+
+    def until(self) -> float:
+        return self.begun + self.limits.seconds
+
+
+def _walls(package: Path, limits: Limits, filtered: int, info: int) -> list[str]:
+    import lora_from_scratch
+
+    bound = [(package, os.path.dirname(os.path.abspath(lora_from_scratch.__file__)))]
+    return bubblewrap.command(limits.folder, limits.shared, bound, {"HOME": bubblewrap.HOME}, filtered, info)
+
+
+def _program(text: str, frames: int, limits: Limits) -> str:
+    """`wire` needs PyTorch; a script sends plain JSON, sealed in the same way."""
+    begin = f"""
+        import hashlib, json, os, struct
+        from lora_from_scratch.grading.sandbox import lockdown
+
+        frames, key, sent = {frames}, os.read(0, 32), []
+
+        def send(data):
+            text = json.dumps(data).encode()
+            body = struct.pack(">I", len(text)) + text
+            seal = hashlib.blake2b(struct.pack(">I", len(sent)) + body, key=key, digest_size=16).digest()
+            sent.append(1)
+            content = struct.pack(">I", len(body)) + seal + body
+            while content:
+                content = content[os.write(frames, content):]
+
+        lockdown.lock({limits.memory}, {limits.processor_seconds}, {limits.file})
+        send("ready")
+        try:
+    """
+    end = """
+        except BaseException as error:
+            send(f"{type(error).__name__}: {error}")
+        send("done")
+        os._exit(0)
+    """
+    inner = textwrap.indent(textwrap.dedent(text).strip("\n"), "    ")
+    return "\n".join((textwrap.dedent(begin).strip("\n"), inner, textwrap.dedent(end).strip("\n")))
+
+
+def observe(unit: str, steps: Iterable[Run | Probe], cache: Path, **more: object) -> Observed:
+    return observe_notebook(Job(unit, tuple(steps), cache, **more))  # type: ignore[arg-type]

@@ -1,0 +1,113 @@
+"""Exports: nbgrader's own, Canvas and Moodle; from a gradebook on SQLite, and on PostgreSQL."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -e '.[course]'")
+
+from tests.grading_course import NAME, RIGHT, GradingCourse, template
+from tests.postgres import postgres
+
+EXPORTERS = "lora_from_scratch.grading.exporters"
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GradingCourse]:
+    with template(tmp_path_factory.mktemp("course") / "course") as made:
+        fill(made)
+        yield made
+
+
+def fill(course: GradingCourse) -> None:
+    def enrol(gradebook: object) -> None:
+        gradebook.add_student("ada", first_name="Ada", last_name="Lovelace", lms_user_id="4711")  # type: ignore[attr-defined]
+        gradebook.add_student("zoe", first_name="Zoë", email="zoe@example.org")  # type: ignore[attr-defined]
+
+    course.as_a_person(enrol)
+    course.hand_in("ada", **(RIGHT | {"fourfold_root": "half"}), why_count="To know how many.")
+    course.hand_in("bob, jr.", **RIGHT)
+    course.grade()
+    course.give("ada", "why_count", 2.25)
+
+
+def export(course: GradingCourse, *options: str, target: str = "out.csv") -> list[list[str]]:
+    """Run `nbgrader export` as an instructor does."""
+    command = [sys.executable, "-m", "nbgrader", "export", f"--db={course.url}", f"--to={target}", *options]
+    done = subprocess.run(command, cwd=course.root / "course", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (course.root / "course" / target).open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_canvas_gets_its_columns_the_possible_points_and_empty_cells_for_who_handed_in_nothing(
+    course: GradingCourse,
+) -> None:
+    config = course.root / "course" / "nbgrader_config.py"
+    before = config.read_text()
+    config.write_text(before + f'\nc.GradeExport.columns = {{"{NAME}": "Tiny (48213)"}}\n')
+    rows = export(course, f"--exporter={EXPORTERS}.CanvasExport")
+    config.write_text(before)
+    assert rows == [
+        ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", "Tiny (48213)"],
+        ["    Points Possible", "", "", "", "", "12"],
+        ["Lovelace, Ada", "4711", "", "ada", "", "7.25"],
+        ["bob, jr.", "", "", "bob, jr.", "", "7"],
+        ["Zoë", "", "", "zoe", "", ""],
+    ]
+
+
+def test_moodle_gets_the_columns_of_its_own_export(course: GradingCourse) -> None:
+    rows = export(course, f"--exporter={EXPORTERS}.MoodleExport", '--student=["ada", "zoe"]')
+    assert rows == [
+        ["First name", "Last name", "ID number", "Username", "Email address", f"{NAME} (Real)"],
+        ["Ada", "Lovelace", "4711", "ada", "", "7.25"],
+        ["Zoë", "", "zoe", "zoe", "zoe@example.org", ""],
+    ]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with postgres() as url:
+        yield url
+
+
+def test_a_gradebook_on_postgresql_holds_what_one_on_sqlite_holds_and_is_exported_by_nbgrader(
+    course: GradingCourse, server: str, tmp_path: Path
+) -> None:
+    there = GradingCourse(shutil.copytree(course.root, tmp_path / "course"), db=server)
+    shutil.rmtree(there.root / "graded")
+    shutil.rmtree(there.root / "autograded")
+    fill(there)
+    assert there.rows() == course.rows()
+    there.hand_in("ada", **RIGHT, why_count="I have changed my mind.")
+    summary = there.grade(feedback=True)
+    assert there.scores("ada")["why_count"] == (None, 2.25, None, True)
+    assert [row.learner for row in summary.rows if row.needs_a_human] == ["ada"]
+    assert "(Score: 9.25 / 12.0)" in (there.root / "feedback" / "ada" / NAME / f"{NAME}.html").read_text()
+    head, *rows = export(there)
+    named = [dict(zip(head, row, strict=True)) for row in rows]
+    scores = {row["student_id"]: (row["score"], row["max_score"]) for row in named}
+    assert scores == {"ada": ("9.25", "12.0"), "bob, jr.": ("7.0", "12.0"), "zoe": ("0.0", "12.0")}
+
+
+def test_the_formgraders_own_queries_work_on_postgresql(course: GradingCourse, server: str, tmp_path: Path) -> None:
+    from nbgrader.apps import NbGraderAPI
+    from nbgrader.coursedir import CourseDirectory
+
+    there = GradingCourse(shutil.copytree(course.root, tmp_path / "course"), db=server)
+    there.grade()
+    there.as_a_person(lambda gradebook: gradebook.add_assignment("unit_98"))  # two units, so that sums have to be right
+    api = NbGraderAPI(CourseDirectory(root=str(there.root), db_url=server))
+    found = {one["student"]: one for one in api.get_submissions(NAME)}
+    assert found["ada"]["autograded"]
+    assert {one["id"]: one["max_score"] for one in api.get_students()}["zoe"] == 12
+    assert [unit["max_score"] for unit in api.get_assignments() if unit["name"] == NAME] == [12]
+    assert len(api.get_notebook_submissions(NAME, NAME)) == 2
