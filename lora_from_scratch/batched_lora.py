@@ -12,6 +12,8 @@ other, each on its own rows, is many small products; here there are two larger o
     y   = y + h [s_1 B_1, ..., s_K B_K]^T          expand: zeros times the other B
 
 That is K times the arithmetic of one LoRA, still little beside W, and no A or B is copied for a row.
+
+Where all rows want the same adapter there is a cheaper way: `switch_task` puts it into the weights.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.lora import LoRA, add_product, in_and_out, inject_lora, lora_layers
+from lora_from_scratch.gpt2.model import GPT2, Conv1D
+from lora_from_scratch.lora import LoRA, add_product, delta_weight, in_and_out, inject_lora, lora_layers
 from lora_from_scratch.method import adaptation_of, load_adapter
 
 NO_ADAPTER = -1  # the index of a row that gets the base model alone
@@ -59,13 +61,16 @@ def batched_lora(x: Tensor, A_stack: Tensor, B_stack: Tensor, scaling: float | T
 
 
 def shrink(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tensor) -> Tensor:
-    """Every row by every A, and then only what its own A made.
+    """Every row of the batch by every A, and then only what its own A made: the rest is set to zero.
+
+    Example: adapter 0 has rank 1 and adapter 1 rank 2, so R = 3 and `owner` is (0, 1, 1). Of a row whose adapter is 1
+    the first number is zero, for each of its T tokens, and the other two are what its A made.
 
     Args:
-        x: (n, T, in).
-        A_T: (in, R), the A of all adapters, transposed, side by side; R is the sum of their ranks.
-        owner: (R,) whose column that is.
-        adapter_index: (n,).
+        x: (n, T, in): n rows of T tokens.
+        A_T: (in, R), the A of all adapters, transposed, side by side. R is the sum of their ranks, which may differ.
+        owner: (R,), the number of the adapter that each column belongs to.
+        adapter_index: (n,), the number of each row's adapter; -1: none, and the whole row is zero.
 
     Returns:
         (n, T, R).
@@ -136,6 +141,36 @@ def read_lora(model: GPT2, directory: str | Path) -> Factors:
     return factors
 
 
+@torch.no_grad()
+def switch_task(model: nn.Module, old: Factors, new: Factors) -> None:
+    """From a model with one LoRA in its weights to the model with another: W - s B A + s' B' A', in place.
+
+    "When we need to switch to another downstream task, we can recover W0 by subtracting BA and then adding a different
+    B'A'" (Hu et al. 2021, section 4.1). What comes back is W0 up to rounding; whoever needs every bit keeps W0 itself.
+
+    The old and the new LoRA may be of different ranks and on different layers. Nothing but the weights of these layers
+    changes, and they stay the same parameters. The sums are formed in float32 and rounded to the weight's dtype.
+
+    Args:
+        model: its layers are `nn.Linear`, or `Conv1D` with a weight (in, out).
+        old: what is in the weights now: by the layer's full name, A (r, in) and s B (out, r). {}: nothing, the base.
+        new: what shall be in them. {}: nothing.
+
+    Raises:
+        ValueError: a layer that the model does not have, or that is of another shape; `check_fit` says so. Nothing is
+            changed then.
+    """
+    modules = dict(model.named_modules())
+    check_fit("old", old, modules)
+    check_fit("new", new, modules)
+    for sign, factors in ((-1, old), (1, new)):
+        for name, (A, B) in factors.items():
+            change = delta_weight(A.float(), B.float(), sign)  # (out, in); s is in B
+            layer = modules[name]
+            weight = layer.get_parameter("weight")
+            weight.copy_(weight.float() + (change.T if isinstance(layer, Conv1D) else change))
+
+
 class ServedAdapters:
     """Several LoRAs on one model, in place:
 
@@ -164,7 +199,7 @@ class ServedAdapters:
         self.model, self.names = model, tuple(adapters)
         modules = dict(model.named_modules())
         for name, factors in adapters.items():
-            _check_fit(name, factors, modules)
+            check_fit(name, factors, modules)
         layers = dict.fromkeys(layer for factors in adapters.values() for layer in factors)
         self.layers = {
             layer: BatchedLoRALinear(modules[layer], [factors.get(layer) for factors in adapters.values()])
@@ -200,7 +235,17 @@ class ServedAdapters:
             layer.adapter_index = index
 
 
-def _check_fit(adapter: str, factors: Factors, modules: Mapping[str, nn.Module]) -> None:
+def check_fit(adapter: str, factors: Factors, modules: Mapping[str, nn.Module]) -> None:
+    """Stop where a LoRA is for a layer that these modules do not have, or for one of another shape.
+
+    Args:
+        adapter: what the LoRA is called in the error.
+        factors: by the layer's full name, A (r, in) and B (out, r).
+        modules: by their full names.
+
+    Raises:
+        ValueError: names the adapter, the layer and the sizes.
+    """
     for layer, (A, B) in factors.items():
         if layer not in modules:
             raise ValueError(f"the adapter {adapter!r} is for a layer {layer}, which this model does not have")

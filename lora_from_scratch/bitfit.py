@@ -28,7 +28,14 @@ VARIANTS = ("all", "two")
 
 
 def select_biases(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every bias of a model by name, those of the LayerNorms included (Ben Zaken et al., section 3)."""
+    """Every bias of a model by its full name, those of the LayerNorms included (Ben Zaken et al., section 3).
+
+    A bias is a parameter that its module calls `bias`, so that its full name ends in `.bias`, or is `bias` for a
+    module by itself. Nothing about the parameters changes, `requires_grad` included: choosing is not training.
+
+    Returns:
+        name -> the parameter itself, not a copy of it; in the order of `model.named_parameters()`.
+    """
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
 
 
@@ -37,6 +44,17 @@ class QueryBias(nn.Module):
 
     The bias of `c_attn` is (3 d,), `[q | k | v]`, in one tensor, and PyTorch trains a tensor as a whole. So the
     first third is copied out and learned; the tensor itself, with the parts of k and v, stays frozen in `base`.
+
+    - `bias()`: the (3 d,) that the layer works with: `bias_q` for the queries, what `base` has for keys and values.
+    - `forward(x)`: (..., d) to (..., 3 d), what `base` computes, with `bias()` for its bias. The weight of `base`, a
+      `Conv1D`, is (d, 3 d).
+    - `merge()`: `base.bias` gets the numbers of `bias()` and stays the same parameter, so that `base` alone computes
+      what the layer does. The numbers as they were are kept in `_unmerged`. Merging twice is like merging once.
+    - `unmerge()`: every bit of `base.bias` as it was before, and `_unmerged` is None again. Without a merge before it,
+      it does nothing.
+
+    Args:
+        base: the `c_attn` that it stands for; frozen by whoever puts this layer into a model.
     """
 
     def __init__(self, base: Conv1D) -> None:
@@ -50,18 +68,18 @@ class QueryBias(nn.Module):
         return F.linear(x, self.base.weight.T, self.bias())  # (..., 3 d)
 
     def bias(self) -> Tensor:
-        """(3 d,): what is learned for q, what was there for k and v."""
+        """(3 d,), `[q | k | v]`."""
         return torch.cat([self.bias_q, self.base.bias[len(self.bias_q) :]])
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the learned part into the bias. The bias as it was is kept."""
+        """Put what is learned into `base`, and keep what was there."""
         if self._unmerged is None:
             self._unmerged, self.base.bias.data = self.base.bias.data, self.bias()
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """The bias as it was, bit for bit."""
+        """Put back what was there."""
         if self._unmerged is not None:
             self.base.bias.data, self._unmerged = self._unmerged, None
 
@@ -126,11 +144,14 @@ def stratify(n_layer: int, frozen_layers: int, bias_layers: int) -> tuple[range,
 
     Args:
         n_layer: how many layers there are.
-        frozen_layers: how many, from the input, stay frozen (the paper's N1).
-        bias_layers: how many after these train their biases only (N2 - N1).
+        frozen_layers: how many, from the input, stay frozen (the paper's N1); 0 is allowed.
+        bias_layers: how many after these train their biases only (N2 - N1); 0 is allowed.
+
+    Returns:
+        The numbers of the layers of each group, counted from 0, in this order. All the rest is the third group.
 
     Raises:
-        ValueError: a number is negative, or none is left for the third group.
+        ValueError: a number is negative or not whole, or no layer is left for the third group.
     """
     for name, count in (("frozen_layers", frozen_layers), ("bias_layers", bias_layers)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
@@ -209,14 +230,19 @@ class SPAFIT(Method):
 def relative_gradient_norms(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]
 ) -> dict[str, float]:
-    """How large the gradient of each tensor is beside the tensor: the mean of `||g|| / ||p||` over batches.
+    """How large the gradient g of each tensor p is beside the tensor: the mean of `||g|| / ||p||` over batches.
 
-    That is Lee et al.'s RGN, with Euclidean norms of whole tensors; their code takes five batches.
-    Measured for what has `requires_grad`; no `.grad` and no weight changes.
+    That is Lee et al.'s RGN, with Euclidean norms of whole tensors; their code takes five batches. g is the gradient of
+    `next_token_loss` on one batch: each batch has a quotient of its own, and these are averaged. Measured for what has
+    `requires_grad`; no `.grad` and no weight changes. A tensor that the loss does not depend on has the gradient 0.
 
     Args:
-        model: any module with `model(input_ids, attention_mask=...) -> logits`.
+        model: any module with `model(input_ids, attention_mask=...) -> logits` (B, T, V).
         batches: each input_ids (B, T), labels (B, T), attention_mask (B, T) or None, as in `finetune.training.Batch`.
+            They can be gone through once.
+
+    Returns:
+        name -> number, for each parameter that has `requires_grad`.
 
     Raises:
         ValueError: no batch, nothing to train, or a tensor of zeros, beside which nothing is large or small.
@@ -245,6 +271,12 @@ def relative_gradient_norms(
 def auto_rgn_weights(norms: Mapping[str, float]) -> dict[str, float]:
     """The norms divided by the largest: for each tensor the share, 0 to 1, of the learning rate that it gets.
 
+    Args:
+        norms: name -> relative gradient norm; left as it is.
+
+    Returns:
+        name -> share, for the same names.
+
     Raises:
         ValueError: no norm is above zero, or one is not a number.
     """
@@ -264,9 +296,14 @@ def surgical_parameter_groups(
     Lee et al. measure again at the beginning of each epoch and make the optimiser anew.
 
     Args:
-        weights: by the names of parameters, from `auto_rgn_weights`; a tensor without one is not trained.
+        weights: by the full names of parameters, from `auto_rgn_weights`; a tensor without one is not trained, so it
+            gets no group.
         learning_rate: of a tensor of weight 1.
-        weight_decay: on the matrices; vectors get none.
+        weight_decay: on the matrices, whatever their weight; tensors with fewer than two axes get 0.
+
+    Returns:
+        One dictionary for each of the weights, in their order, with the keys "name" (the full name), "params" (a list
+        with the parameter itself), "lr" and "weight_decay".
 
     Raises:
         ValueError: a name that is no parameter of the model.

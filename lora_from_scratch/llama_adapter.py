@@ -45,10 +45,13 @@ def prompt_attention(q: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
 def gated_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
     """Causal attention to the text, plus tanh(gate) times attention to the prompt, with a softmax each.
 
+    `softmax(q K^T / sqrt(hd) + mask) V + tanh(g) softmax(q K_a^T / sqrt(hd)) V_a` (Zhang et al. 2023, section 3.2).
+    Nothing of the prompt is hidden from any token, and the text's part is not made smaller to make room for it.
+
     Args:
         q, k, v: (B, H, T, hd), of the text.
-        prompt_k, prompt_v: (1 or B, H, P, hd).
-        gate: (1, H, 1, 1), one number for each head; with zeros the result is `causal_attention(q, k, v)` exactly.
+        prompt_k, prompt_v: K_a and V_a, (1 or B, H, P, hd).
+        gate: g, (1, H, 1, 1), one number for each head; with zeros the result is `causal_attention(q, k, v)` exactly.
 
     Returns:
         (B, H, T, hd), before the output projection.

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lora_from_scratch.lora import LoRALinear
+from lora_from_scratch.nf4_linear import NF4Linear
 from lora_from_scratch.quantized_tensor import QuantizedTensor, quantize_4bit
 
 
@@ -19,18 +21,19 @@ def loftq_init(
 ) -> tuple[QuantizedTensor, Tensor, Tensor]:
     """Alternate `Q = quant(W - B A)` and `B A = SVD_r(W - Q)`, from B A = 0 (algorithm 1).
 
-    The second half is the best there is for its Q (Eckart and Young); the first is not, because rounding each
-    weight to its nearest code takes no account of what B A could hold. In practice the error falls at every
-    iteration, most of all at the first.
+    `SVD_r(M)` is the nearest matrix of rank r to M. The second half is the best there is for its Q (Eckart and Young);
+    the first is not, because rounding each weight to its nearest code takes no account of what B A could hold. In
+    practice the error falls at every iteration, most of all at the first.
 
     Args:
         W: (out, in), floating-point, on any device; the work is done where it is, and needs no GPU.
         rank: r, from 1 to the smaller side of W.
         iterations: T, at least 1.
-        quantize: what makes Q of a matrix.
+        quantize: what makes Q of a matrix; `Q.dequantize()` is a matrix again. Called once an iteration.
 
     Returns:
-        Q, A (r, in) and B (out, r), both float32: the layer is `Q x + B A x`, without any alpha / r.
+        Q of the last iteration, A (r, in) and B (out, r), both float32: the layer is `Q x + B A x`, without any
+        alpha / r. Which A and B share the product between them is not laid down.
 
     Raises:
         ValueError: W is not a matrix, rank or iterations are out of their range, or `quantize` refuses W (not finite).
@@ -55,3 +58,31 @@ def best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     root = S[:rank].sqrt()  # (r,)
     return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+@torch.no_grad()
+def begin_with_loftq(
+    layer: LoRALinear, W: Tensor, iterations: int = 1, quantize: Callable[[Tensor], QuantizedTensor] = quantize_4bit
+) -> None:
+    """Let a LoRA on a 4-bit layer begin with `loftq_init` of the weight W that was there before. Changed in place.
+
+    The layer gets a new Q (`layer.base.quantized`), and its A and B get new values; they stay the parameters that
+    they are, and in their dtype. The layer computes `Q x + s B A x` with its own scaling s = alpha / r, and LoftQ knows
+    of no s: after this, Q + s B A is what LoftQ wants Q + B A to be.
+
+    Args:
+        layer: a LoRA of rank r around an `NF4Linear`, not merged.
+        W: (out, in), the full weight.
+        iterations, quantize: as `loftq_init`.
+
+    Raises:
+        ValueError: `layer.base` is no `NF4Linear`, or has another shape than W; or as `loftq_init`. The layer is then
+            as it was.
+    """
+    base = layer.base
+    if not isinstance(base, NF4Linear) or base.quantized.shape != W.shape:
+        raise ValueError(f"the LoRA must be on a 4-bit layer whose weight is {tuple(W.shape)}, got one on {base}")
+    Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    base.quantized = Q
+    layer.lora_A.copy_(A)
+    layer.lora_B.copy_(B / layer.scaling)

@@ -12,7 +12,6 @@ GPT-2's Conv1D stores the transpose.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,8 +23,8 @@ from torch.nn import functional as F
 from lora_from_scratch import peft_format
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
 from lora_from_scratch.method import Method
+from lora_from_scratch.placement import FUSED_PARTS, compile_pattern, describe_names, find_targets, last_part
 
-FUSED_PARTS = {"c_attn": ("q", "k", "v")}  # equal parts, side by side on the output axis
 LORA_PARAMETERS = ("lora_A", "lora_B")  # the last part of their names
 
 # --- The arithmetic ------------------------------------------------------------------------------------
@@ -261,44 +260,6 @@ def check_rank(rank: int, largest: int, why: str) -> None:
 # --- A whole model -------------------------------------------------------------------------------------
 
 
-def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
-    """The linear layers that are meant, in the model's order, each with its parts (none: the whole layer).
-
-    Args:
-        targets: names, each the end of a module's name at a dot, as in PEFT: "c_attn", "mlp.c_proj". A part
-            of a fused layer is written behind its name: "c_attn.q". One string is a regular expression
-            for the whole name; "all-linear" means every linear layer.
-
-    Raises:
-        ValueError: a name or the expression matches nothing.
-    """
-    layers = [name for name, module in model.named_modules() if _is_linear(module)]
-    part_of = {f"{name}.{part}": (name, part) for name in layers for part in FUSED_PARTS.get(_last(name), ())}
-    known = [*layers, *part_of]
-    if targets == "all-linear":
-        chosen = set(layers)
-    elif isinstance(targets, str):
-        chosen = {name for name in known if _compile(targets).fullmatch(name)}
-        if not chosen:
-            hint = f" (one string is a regular expression for the whole name; for a name, give ({targets!r},))"
-            raise ValueError(f"the target {targets!r} matches nothing{hint}; {_describe(known)}")
-    else:
-        chosen = set()
-        for target in targets:
-            found = {name for name in known if name == target or name.endswith(f".{target}")}
-            if not found:
-                raise ValueError(f"the target {target!r} matches nothing; {_describe(known)}")
-            chosen |= found
-    plan: dict[str, tuple[str, ...]] = {}
-    for name in layers:
-        parts = tuple(part for full, (layer, part) in part_of.items() if layer == name and full in chosen)
-        if name in chosen:
-            plan[name] = ()
-        elif parts:
-            plan[name] = parts
-    return plan
-
-
 def inject_lora(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put these layers into the model, each in the place of the layer that has its name. The model is changed in place.
 
@@ -384,7 +345,7 @@ class LoRA(Method):
         plan = find_targets(model, self.targets)
         for pattern in [*self.rank_pattern, *self.alpha_pattern]:
             if not any(_matches(pattern, name) for name in plan):
-                raise ValueError(f"the pattern {pattern!r} matches none of the targets; {_describe(plan)}")
+                raise ValueError(f"the pattern {pattern!r} matches none of the targets; {describe_names(plan)}")
         generator = torch.Generator().manual_seed(self.seed)
         inject_lora(model, {name: self._layer(model, name, parts, generator) for name, parts in plan.items()})
 
@@ -399,7 +360,7 @@ class LoRA(Method):
         }
         try:
             if parts:
-                return FusedLoRALinear(base, parts, FUSED_PARTS[_last(name)], **options)
+                return FusedLoRALinear(base, parts, FUSED_PARTS[last_part(name)], **options)
             return LoRALinear(base, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -431,30 +392,9 @@ class LoRA(Method):
         return cls(**arguments), state
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Linear, Conv1D, or another layer that says what it takes and gives; a LoRA around one is not one itself."""
-    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def _matches(pattern: str, name: str) -> bool:
-    return _compile(rf"(.*\.)?({pattern})").fullmatch(name) is not None
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
 
 
 def _in_pattern(name: str, what: str) -> str:
     return what if name == what else f"{what} of the pattern {name!r}"
-
-
-def _describe(names: Sequence[str] | Mapping[str, Any]) -> str:
-    """The names that exist, those of all blocks together."""
-    return "the model has " + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".(n).", name) for name in names))

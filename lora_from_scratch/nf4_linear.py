@@ -25,10 +25,21 @@ from lora_from_scratch.quantized_tensor import (
 
 
 class FourBitProduct(torch.autograd.Function):
-    """`y = x W^T + b` for a 4-bit W that is not trained. W is dequantised twice and kept never.
+    """`y = x W^T + b` for a 4-bit W that is not trained. W is dequantised twice and kept never (QLoRA, eq. 5).
 
-    `F.linear` would keep the dequantised W from the forward to the backward pass, in every layer at the same
-    time: all of the memory that quantising had saved. Only `grad_x = grad_y W` needs it, so it is made again there.
+    `F.linear` would keep the dequantised W from the forward to the backward pass, in every layer at the same time: all
+    of the memory that quantising had saved. Only the gradient of x needs it, so it is made again there.
+
+    `FourBitProduct.apply(x, bias, quantized)` calls `forward`, and later PyTorch calls `backward`, with the same `ctx`:
+
+    - `forward`: x (..., in), bias (out,) or None, and a `QuantizedTensor` of shape (out, in), whose
+      `dequantize(dtype)` makes W. Returns y (..., out). W is made in the dtype of x, which is that of y.
+    - `backward`: grad_y = dL/dy (..., out). Returns dL/dx (..., in), dL/dbias (out,) and None for the weight, in this
+      order. A gradient that nobody needs, as `ctx.needs_input_grad` says (one truth value for each argument of
+      `apply`), is None and costs nothing; without that of x nothing is dequantised.
+
+    Between the two, `ctx` may hold the `QuantizedTensor`, but nothing that `forward` has made, and not x either: no
+    gradient depends on x.
     """
 
     @staticmethod
@@ -44,7 +55,7 @@ class FourBitProduct(torch.autograd.Function):
             W = ctx.quantized.dequantize(grad_y.dtype)
             grad_x = grad_y @ W  # (..., out) -> (..., in)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad_y.flatten(0, -2).sum(dim=0)
+            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(dim=0)
         return grad_x, grad_bias, None
 
 
@@ -182,15 +193,20 @@ def check_quantization(quant_type: str, blocksize: int) -> None:
 def quantize_model(
     model: GPT2, quant_type: str = "nf4", blocksize: int = 64, double_quantization: bool = True
 ) -> dict[str, nn.Module]:
-    """Put an `NF4Linear` in the place of every Conv1D; embeddings (so the head, too) and normalisation stay.
+    """Put an `NF4Linear` in the place of every Conv1D of a GPT-2, in place. All else stays the object that it is:
+    embeddings (and with them the head), normalisation, and the biases, which the new layers share with the old ones.
+
+    Args:
+        model: not adapted by a method. It may be in four bits already; then there is nothing to do.
+        quant_type, blocksize, double_quantization: as `NF4Linear.from_layer`.
 
     Returns:
-        The layers that were there, by name. Drop them and their weights leave the memory; keep them, and
-        `inject_lora(model, layers)` puts them back. Empty if the model was in four bits already.
+        The layers that were there, by name ("transformer.h.0.attn.c_attn"). Drop them and their weights leave the
+        memory; keep them, and `inject_lora(model, layers)` puts them back. Empty if the model was in four bits already.
 
     Raises:
         ValueError: the type or block size is unknown, a weight is not finite (the message names the layer), or
-            the model is adapted. The model is then as it was.
+            the model is adapted (`adaptation_of` returns something). The model is then as it was.
     """
     before = adaptation_of(model)
     if before is not None:

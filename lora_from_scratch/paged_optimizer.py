@@ -154,7 +154,21 @@ def update_in_place(
 
 
 class Pages:
-    """The m and v of one parameter: tensors on the CPU whose memory is a part of a file."""
+    """The m and v of one parameter, on the CPU, whose memory is a part of a memory-mapped file.
+
+    - `Pages(mapping, start, like)`: from byte `start` of the file lies m, and right behind it v, both in the shape and
+      dtype of the parameter `like`. They are attributes, `m` and `v`, and tensors that share the file's memory: what
+      is written into them is in the file, and the other way round (`torch.frombuffer` makes such a tensor). `length`
+      is the bytes that they take in the file, rounded up to whole pages (`page_aligned`).
+    - `release()`: takes these `length` bytes, and no others, out of the process's memory; what was written stays
+      in the file, and comes back when it is touched. That is `mapping.madvise(mmap.MADV_DONTNEED, start, length)`,
+      which wants whole pages. On Windows, where the module `mmap` has no MADV_DONTNEED, it does nothing.
+
+    Args:
+        mapping: `mmap.mmap`, with room for `length` bytes from `start` on.
+        start: a multiple of the size of a page.
+        like: a tensor of any shape and dtype, with at least one number. Its values do not matter.
+    """
 
     def __init__(self, mapping: mmap.mmap, start: int, like: Tensor) -> None:
         self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
@@ -162,7 +176,6 @@ class Pages:
         self.m, self.v = (half.view(like.shape) for half in both.chunk(2))
 
     def release(self) -> None:
-        """Take the pages out of this process's memory; what was written stays in the file. On Windows: nothing."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self.mapping.madvise(mmap.MADV_DONTNEED, self.start, self.length)
 

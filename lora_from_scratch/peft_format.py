@@ -212,21 +212,41 @@ def lora_from_peft(
         "rslora": config.get("use_rslora", False),
         **patterns,
     }
-    state = {_our_lora_name(key): tensor for key, tensor in tensors.items()}
-    return arguments, layers, state
+    return arguments, layers, lora_state_from_peft(tensors)
+
+
+def lora_state_from_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a PEFT adapter file under the names that they have in the model.
+
+    PEFT writes "base_model.model." (`PREFIX`) in front of a module's name, and ".weight" behind lora_A and lora_B:
+
+        base_model.model.transformer.h.0.attn.c_attn.lora_A.weight   ->   transformer.h.0.attn.c_attn.lora_A
+
+    A is (r, in) and B is (out, r) in both, also where the base weight is a Conv1D's and so (in, out).
+
+    Args:
+        tensors: by PEFT's names. The name of a module may be anything.
+
+    Returns:
+        The same tensors, in the same order.
+
+    Raises:
+        ValueError: a name that is not made like this. It belongs to something that a plain LoRA does not have, such as
+            the `lora_magnitude_vector` of DoRA, and without it the adapter would be another one.
+    """
+    state = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX).removesuffix(".weight")
+        if key != f"{PREFIX}{name}.weight" or not name.endswith((".lora_A", ".lora_B")):
+            raise ValueError(f"{WEIGHTS_FILE} has {key!r}; a LoRA has only names like {PREFIX}(module).lora_A.weight")
+        state[name] = tensor
+    return state
 
 
 def layer_index(module: str) -> int | None:
     """The number of the block that a module is in, as PEFT's `layers_to_transform` counts: the first in its name."""
     found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
     return int(found[1]) if found else None
-
-
-def _our_lora_name(key: str) -> str:
-    found = re.fullmatch(re.escape(PREFIX) + r"(.+\.lora_[AB])\.weight", key)
-    if not found:
-        raise ValueError(f"{WEIGHTS_FILE} has {key!r}; a LoRA has only names like {PREFIX}(module).lora_A.weight")
-    return found[1]
 
 
 def _refuse_other_values(config: Mapping[str, Any], name: str, allowed: Sequence[Any]) -> None:

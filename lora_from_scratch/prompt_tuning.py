@@ -33,15 +33,19 @@ COMMON_TOKENS = 5000  # "vocabulary" draws from the most common ones (Lester et 
 
 
 def few_shot_prompt(examples: Sequence[tuple[str, str]], mr: str, instruction: str = "") -> str:
-    """A hard prompt: an instruction, solved examples, and the card to be solved, with empty lines between.
+    """A hard prompt: an instruction, solved examples, and the card to be solved, with an empty line between two.
+
+    A solved example is its card, a line break, and its text. The card to be solved looks the same, up to where its
+    text would begin: the prompt ends with the line break behind that card, and with nothing after it.
 
     Args:
-        examples: (card, text) pairs, the shots; without one this is a zero-shot prompt.
+        examples: (card, text) pairs, the shots, in the order in which they shall stand; without one this is a
+            zero-shot prompt.
         mr: the card whose text is wanted.
-        instruction: what to do, in words.
+        instruction: what to do, in words; it comes first. Empty: there is none, and no empty line for it either.
 
     Returns:
-        Text that ends where the answer begins, with the line break that the fine-tuned models expect there.
+        The text of the prompt.
     """
     shots = [f"{card}\n{text}" for card, text in examples]
     return "\n\n".join([*([instruction] if instruction else []), *shots, f"{mr}\n"])
@@ -51,11 +55,11 @@ def few_shot_prompt(examples: Sequence[tuple[str, str]], mr: str, instruction: s
 
 
 def prepend_prompt(embeddings: Tensor, inputs: Tensor) -> Tensor:
-    """[E; X] for every row of the batch.
+    """[E; X]: the same soft prompt in front of every row of the batch.
 
     Args:
-        embeddings: (P, d), the soft prompt E.
-        inputs: (B, T, d), the token embeddings X.
+        embeddings: (P, d), the soft prompt E, which gradients shall reach.
+        inputs: (B, T, d), the token embeddings X, B rows of T tokens each.
 
     Returns:
         (B, P + T, d).
@@ -64,9 +68,17 @@ def prepend_prompt(embeddings: Tensor, inputs: Tensor) -> Tensor:
 
 
 def prompt_labels(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    """Labels for logits that include the virtual positions: (B, T) to (B, P + T), -100 in front.
+    """Labels for logits that include the virtual positions: P labels more, in front of every row.
 
-    A virtual token is no token: there is nothing to predict at its place, and the loss must not count it.
+    A virtual token is no token: there is nothing to predict at its place, and the loss must not count it. So its label
+    is -100 (`IGNORE_INDEX`). The text's own labels stay as they are; the loss shifts them, not this function.
+
+    Args:
+        labels: (B, T) of int64, token ids or -100; left as it is.
+        num_virtual_tokens: P.
+
+    Returns:
+        (B, P + T) of int64.
     """
     return F.pad(labels, (num_virtual_tokens, 0), value=IGNORE_INDEX)
 
@@ -88,14 +100,22 @@ def initial_prompt(
     Args:
         table: (V, d), the token embeddings.
         num_virtual_tokens: P.
-        init: "random", from N(0, 1) as in PEFT, much larger than the embeddings of a GPT-2; "vocabulary", the rows of
-            P random tokens among the 5,000 most common (the lowest ids of a BPE, about); "text", the rows of
-            `init_ids`, repeated or cut to P.
+        init: one of
+            "random": numbers from N(0, 1), as in PEFT; much larger than the embeddings of a GPT-2;
+            "vocabulary": the rows of P random tokens among the `COMMON_TOKENS` = 5,000 lowest ids, which are the most
+            common tokens of a BPE, about. No token comes twice, unless P is larger than their number;
+            "text": the rows of `init_ids`, in their order: cut after P of them, or begun again until there are P.
         init_ids: the token ids of that text; see `text_ids`.
+        generator: where random numbers come from (`torch.randn` and `torch.randperm` take it); None: PyTorch's own.
 
     Returns:
-        (P, d), a new tensor.
+        (P, d), a new tensor outside of any graph: nothing that happens to it later reaches the table.
+
+    Raises:
+        ValueError: `init` is none of the three, or it is "text" and there are no ids.
     """
+    if init not in INITS or (init == "text" and not len(init_ids)):
+        raise ValueError(f"init must be one of {', '.join(INITS)}, and text needs init_ids; got {init!r}, {init_ids}")
     if init == "random":
         return torch.randn(num_virtual_tokens, table.shape[1], generator=generator).to(table)
     if init == "text":
@@ -114,14 +134,17 @@ def text_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def nearest_tokens(prompt: Tensor, table: Tensor) -> Tensor:
-    """The token whose embedding points most nearly the way of each row of a soft prompt: what it "says".
+    """For each row of a soft prompt the token whose embedding points most nearly the same way: what it "says".
+
+    The nearest is the one with the largest cosine, so that neither the length of the row matters nor those of the
+    embeddings, which differ a lot.
 
     Args:
-        prompt: (P, d).
+        prompt: (P, d), no row all zeros.
         table: (V, d), the token embeddings.
 
     Returns:
-        (P,) token ids, by the largest cosine.
+        (P,) token ids, 0 to V - 1.
     """
     return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=-1)
 
@@ -199,6 +222,16 @@ class VirtualTokens(nn.Module):
 
 class SoftPrompt(VirtualTokens):
     """P learned embeddings in front of the embeddings of every text.
+
+    `VirtualTokens` does what does not depend on the kind of virtual token: it tells the model of them, checks that
+    there is room, and leaves their positions out of the result. Its `__init__(length)` wants to know P. What is the
+    soft prompt's own:
+
+    - `self.embeddings` (P, d), a parameter, which begins with the values that are given;
+    - `enter`, which the model calls where a text begins. `attention_mask` has P columns more already, `position_ids`
+      are moved up by P already, and the cache is empty or None. It returns the four of them, in this order:
+      `inputs_embeds` (B, P + T, d), with the prompt in front of every row; the mask and the cache as they came; and
+      `position_ids` (B, P + T), whose first P are 0 ... P - 1 in every row, or None if it came as None.
 
     Args:
         embeddings: (P, d), the first values.

@@ -30,7 +30,7 @@ from lora_from_scratch.gpt2.checkpoint import (
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
-from lora_from_scratch.loftq import loftq_init
+from lora_from_scratch.loftq import begin_with_loftq
 from lora_from_scratch.lora import LoRA, inject_lora, lora_layers
 from lora_from_scratch.nf4_linear import NF4Linear, check_quantization, nf4_layers, quantize_model, weight_of
 from lora_from_scratch.peft_format import CONFIG_FILE
@@ -197,7 +197,7 @@ class QLoRA(LoRA):
 
     @torch.no_grad()
     def _begin_with_loftq(self, model: GPT2, dense: Mapping[str, nn.Module]) -> None:
-        """Q, A and B of every layer with a LoRA; B is divided by s, which the layer multiplies by."""
+        """New Q, A and B for every layer with a LoRA."""
 
         def quantize(W: Tensor) -> QuantizedTensor:
             return quantize_4bit(W, self.quant_type, self.blocksize, self.double_quantization)
@@ -208,12 +208,7 @@ class QLoRA(LoRA):
                     f"{name}: LoftQ adapts whole layers, and the targets name its parts {', '.join(layer.parts)}; "
                     f"name the layer, or set loftq_iterations to 0"
                 )
-            Q, A, B = loftq_init(weight_of(dense[name]), layer.rank, self.loftq_iterations, quantize)
-            base = layer.base
-            assert isinstance(base, NF4Linear)
-            base.quantized = Q
-            layer.lora_A.copy_(A)
-            layer.lora_B.copy_(B / layer.scaling)
+            begin_with_loftq(layer, weight_of(dense[name]), self.loftq_iterations, quantize)
 
     def _uninstall(self, model: GPT2) -> None:
         super()._uninstall(model)

@@ -45,8 +45,8 @@ def subspace_similarity(A: Tensor, B: Tensor, i: int, j: int) -> float:
     random ones. For two subspaces of one size p it is `1 - d^2 / p`, with d their projection distance on the
     Grassmannian (the set of all subspaces of that size).
 
-    Both matrices are laid out as `lora_A`, (r, in). For the subspace of the *outputs* of `lora_B` (out, r),
-    give its transpose.
+    Both matrices are laid out as `lora_A`, (r, in), or as a whole update, (out, in). For the subspace of the *outputs*
+    of `lora_B` (out, r), give its transpose.
 
     Args:
         A: (r_A, n).
@@ -61,13 +61,40 @@ def subspace_similarity(A: Tensor, B: Tensor, i: int, j: int) -> float:
         ValueError: see `require_matrix`; the two have not the same number of columns; or i or j is out of range.
             Beyond the rank (singular values of at most `max(shape) * eps * S_1`) directions are arbitrary.
     """
-    A, B = require_matrix(A, "A"), require_matrix(B, "B")
-    if A.shape[1] != B.shape[1]:
-        raise ValueError(f"A and B must have the same number of columns, got {tuple(A.shape)} and {tuple(B.shape)}")
-    _, _, V_A = _top_directions(A, i, "i", "A")  # (i, n): rows, so V_A here is the transpose of the equation's
-    _, _, V_B = _top_directions(B, j, "j", "B")  # (j, n)
+    A, B = require_same_columns(A, B)
+    _, _, V_A = top_directions(A, i, "i", "A")  # (i, n): rows, so V_A here is the transpose of the equation's
+    _, _, V_B = top_directions(B, j, "j", "B")  # (j, n)
     cosines = V_A.double() @ V_B.double().T  # (i, j)
     return min(1.0, float(cosines.square().sum()) / min(i, j))  # rounding can give 1 + 1e-16
+
+
+def similarity_grid(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    """`subspace_similarity` for every pair of sizes at once: the heat maps of the LoRA paper (figures 3 and 4).
+
+    Entry (i - 1, j - 1) is phi(A, B, i, j), for i from 1 to `rows` and j from 1 to `columns`. One singular value
+    decomposition of A and one of B are enough: going from i to i + 1 adds the squared cosines of one more direction
+    of A, and the singular vectors themselves stay what they are.
+
+    Args:
+        A: (r_A, n).
+        B: (r_B, n), the same n.
+        rows: the largest i, between 1 and the numerical rank of A.
+        columns: the largest j, between 1 and the numerical rank of B.
+
+    Returns:
+        (rows, columns), float64.
+
+    Raises:
+        ValueError: as `subspace_similarity`.
+    """
+    A, B = require_same_columns(A, B)
+    _, _, V_A = top_directions(A, rows, "rows", "A")  # (rows, n)
+    _, _, V_B = top_directions(B, columns, "columns", "B")  # (columns, n)
+    cosines = V_A.double() @ V_B.double().T  # (rows, columns)
+    sums = cosines.square().cumsum(dim=0).cumsum(dim=1)  # over the first i directions of A and the first j of B
+    i = torch.arange(1, rows + 1)[:, None]
+    j = torch.arange(1, columns + 1)[None, :]
+    return sums / torch.minimum(i, j)
 
 
 def amplification_factor(W: Tensor, delta_W: Tensor, rank: int) -> float:
@@ -92,17 +119,39 @@ def amplification_factor(W: Tensor, delta_W: Tensor, rank: int) -> float:
     W, delta_W = require_matrix(W, "W"), require_matrix(delta_W, "delta_W")
     if W.shape != delta_W.shape:
         raise ValueError(f"W and delta_W must have one shape, got {tuple(W.shape)} and {tuple(delta_W.shape)}")
-    U, S, Vh = _top_directions(delta_W, rank, "rank", "delta_W")
+    U, S, Vh = top_directions(delta_W, rank, "rank", "delta_W")
     update = float(S.double().norm())  # U^T delta_W V = diag(S)
     before = float((U.T @ W.to(U) @ Vh.T).double().norm())  # (r, r)
     return update / before if before > 0 else math.inf
 
 
-def _top_directions(matrix: Tensor, count: int, name: str, of: str) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, count), S (count,), Vh (count, n) of the largest singular values, all of them well defined."""
+def top_directions(
+    matrix: Tensor, count: int, name: str = "count", of: str = "the matrix"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular vectors and values of a matrix M (m, n) that are largest, as long as they are well defined.
+
+    Args:
+        matrix: M, from `require_matrix`.
+        count: how many, between 1 and the numerical rank of M.
+        name, of: what an error calls the count and the matrix.
+
+    Returns:
+        U (m, count), S (count,), Vh (count, n): the left vectors are columns of U, the right ones *rows* of Vh.
+
+    Raises:
+        ValueError: M is zero, or the count is out of range.
+    """
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     known = int(S.gt(rounding_tolerance(matrix, float(S[0]))).sum())
     if known == 0:
         raise ValueError(f"{of} must not be zero: a zero matrix has no directions")
     require_rank(count, known, smallest=1, name=f"{name} (at most the numerical rank of {of})")
     return U[:, :count], S[:count], Vh[:count]
+
+
+def require_same_columns(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """`require_matrix` of both, which also have to have the same number of columns; otherwise ValueError."""
+    A, B = require_matrix(A, "A"), require_matrix(B, "B")
+    if A.shape[1] != B.shape[1]:
+        raise ValueError(f"A and B must have the same number of columns, got {tuple(A.shape)} and {tuple(B.shape)}")
+    return A, B

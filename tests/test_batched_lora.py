@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_from_scratch.adapters import Adapter
-from lora_from_scratch.batched_lora import BatchedLoRALinear, Factors, ServedAdapters, batched_lora, read_lora
+from lora_from_scratch.batched_lora import (
+    BatchedLoRALinear,
+    Factors,
+    ServedAdapters,
+    batched_lora,
+    lora_factors,
+    read_lora,
+    switch_task,
+)
 from lora_from_scratch.gpt2.generation import generate
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.lora import LoRA, delta_weight
@@ -136,6 +144,34 @@ def test_a_mixed_batch_equals_pefts(directories: dict[str, Path]) -> None:
     model, adapters = served(directories)
     with adapters.rows(names):
         torch.testing.assert_close(model(tokens()), expected, atol=1e-5, rtol=1e-5)
+
+
+# --- One after the other -----------------------------------------------------------------------------------
+
+
+def test_a_switched_model_is_the_one_that_is_adapted_and_merged(directories: dict[str, Path]) -> None:
+    model = tiny_model()
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    factors: dict[str, Factors] = {"": {}}
+    factors |= {name: read_lora(tiny_model(), place) for name, place in directories.items()}
+    now = ""
+    for name in ("king", "fox", "", "dove", "king"):
+        switch_task(model, factors[now], factors[name])
+        now = name
+        expected = adapted(name) if name else tiny_model()
+        torch.testing.assert_close(model(tokens()), expected(tokens()), atol=1e-4, rtol=1e-4)
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+
+
+def test_a_switch_that_does_not_fit_changes_nothing() -> None:
+    model, good = tiny_model(), lora_factors(adapted("king"))
+    before = snapshot(model)
+    A, B = next(iter(good.values()))
+    for bad in ({"transformer.h.9.attn.c_attn": (A, B)}, {next(iter(good)): (A[:, 1:], B)}):
+        for old, new in ((good, good | bad), (bad, good)):
+            with pytest.raises(ValueError, match=r"adapter '(old|new)' is for a"):
+                switch_task(model, old, new)
+    assert_same(snapshot(model), before)
 
 
 # --- What does not fit -----------------------------------------------------------------------------------

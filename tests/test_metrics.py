@@ -22,6 +22,7 @@ from lora_from_scratch.finetune.metrics import (
     completion_loss,
     completion_perplexity,
     divergence_from_base,
+    kl_divergence,
     load_tales,
     slot_error_rate,
     text_loss,
@@ -241,6 +242,17 @@ def test_text_loss_refuses_a_text_without_a_token_to_predict(shape: tuple[int, .
 
 
 # --- Divergence ------------------------------------------------------------------------------------
+
+
+def test_the_kl_divergence_at_each_position_is_that_of_torchs_distributions() -> None:
+    draw = torch.Generator().manual_seed(0)
+    p, q = 3 * torch.randn(2, 3, 7, generator=draw), torch.randn(2, 3, 7, generator=draw)
+    categorical = torch.distributions.Categorical
+    expected = torch.distributions.kl_divergence(categorical(logits=p), categorical(logits=q))
+    torch.testing.assert_close(kl_divergence(p, q), expected)
+    torch.testing.assert_close(kl_divergence(p + 5, q - 5), expected, atol=1e-5, rtol=1e-5)
+    extreme = kl_divergence(torch.tensor([0.0, 300.0]), torch.tensor([0.0, -300.0]))
+    assert float(extreme) == pytest.approx(300)
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
-from lora_from_scratch.paged_optimizer import PagedAdamW
+from lora_from_scratch.paged_optimizer import PagedAdamW, Pages, page_aligned
 from tests.helpers import tiny_model
 
 Parameters = list[nn.Parameter]
@@ -144,6 +145,23 @@ def test_after_a_step_m_and_v_have_left_the_process_and_keep_their_values(tmp_pa
     assert touched - mapped_bytes() > 12 * 2**20
     assert torch.equal(m[:3], torch.full((3,), 0.1).lerp_(torch.ones(3), 1 - 0.9))
     assert list(tmp_path.iterdir()) == []  # the file has no name
+
+
+def test_m_and_v_are_the_files_bytes_at_their_place_and_nowhere_else() -> None:
+    p, start = torch.empty(3, 5, dtype=torch.float64), mmap.PAGESIZE
+    mapping = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+    pages = Pages(mapping, start, p)
+    assert pages.length == page_aligned(2 * p.nbytes) == mmap.PAGESIZE
+    pages.m.fill_(1.5)
+    pages.v.fill_(-2.0)
+    pages.release()
+    written = torch.frombuffer(bytearray(mapping[:]), dtype=torch.float64)
+    first = start // 8
+    assert written[first : first + 30].tolist() == [1.5] * 15 + [-2.0] * 15
+    assert written.count_nonzero() == 30
+    mapping[start : start + 8] = bytes(8)
+    assert pages.m[0, 0] == 0
+    assert (pages.m.shape, pages.v.dtype) == (p.shape, p.dtype)
 
 
 def test_parameters_can_be_added_and_a_closure_is_called() -> None:

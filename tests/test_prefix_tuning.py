@@ -5,6 +5,8 @@ What every method with virtual tokens has to keep is in test_prompt_tuning.py.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, causal_attention, next_token_loss
 from lora_from_scratch.method import load_adapter
 from lora_from_scratch.peft_format import WEIGHTS_FILE
-from lora_from_scratch.prefix_tuning import PrefixEncoder, PrefixTuning, fold_prefix, prefix_attention, split_prefix
+from lora_from_scratch.prefix_tuning import (
+    PrefixEncoder,
+    PrefixTuning,
+    fold_prefix,
+    prefix_attention,
+    prefix_parameter_count,
+    prefix_share,
+    split_prefix,
+)
 from tests.helpers import tiny_config, tiny_model, transformers_twin
 from tests.test_prompt_tuning import P, adapted, assert_close, read_by_peft, tokens, without_first
 
@@ -32,13 +42,14 @@ both_ways = pytest.mark.parametrize("method", WAYS.values(), ids=WAYS.keys())
 def test_attention_with_a_prefix_is_a_weighted_mean_of_attention_to_the_text_and_to_the_prefix(
     batch: int, heads: int, length: int, prefix: int, seed: int
 ) -> None:
-    """He et al. 2022 (arXiv:2110.04366), equation 7: the weight is the prefix's share of the softmax."""
+    """He et al. 2022 (arXiv:2110.04366), section 3.1: the weight is the prefix's share of the softmax."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, batch, heads, length, 5, generator=generator, dtype=torch.float64)
     pk, pv = torch.randn(2, 1, heads, prefix, 5, generator=generator, dtype=torch.float64)
     of_text = (q @ k.mT / 5**0.5).exp().tril()  # (B, H, T, T)
     of_prefix = (q @ pk.mT / 5**0.5).exp()  # (B, H, T, P)
     share = of_prefix.sum(-1, keepdim=True) / (of_prefix.sum(-1, keepdim=True) + of_text.sum(-1, keepdim=True))
+    torch.testing.assert_close(prefix_share(q, k, pk), share[..., 0])
     to_prefix = of_prefix / of_prefix.sum(-1, keepdim=True) @ pv
     expected = (1 - share) * causal_attention(q, k, v) + share * to_prefix
     torch.testing.assert_close(prefix_attention(q, k, v, pk, pv), expected)
@@ -98,6 +109,27 @@ def test_gpt2_medium_with_five_virtual_tokens_has_the_papers_number_of_parameter
     method = PrefixTuning(5, reparametrise=False)
     method.adapt(model)
     assert sum(p.numel() for p in method.trainable(model).values()) == 245_760
+    assert prefix_parameter_count(24, 1024, 5) == 245_760
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.none() | st.integers(1, 7))
+def test_the_count_of_a_prefix_is_that_of_its_encoders_parameters(
+    n_layer: int, n_head: int, length: int, hidden: int | None
+) -> None:
+    config = GPT2Config(vocab_size=5, n_positions=20, n_embd=6 * n_head, n_layer=n_layer, n_head=n_head)
+    encoder = PrefixEncoder(config, length, hidden)
+    assert prefix_parameter_count(n_layer, 6 * n_head, length, hidden) == sum(p.numel() for p in encoder.parameters())
+
+
+def test_a_new_encoder_does_not_import_sympy_which_takes_seconds() -> None:
+    code = (
+        "import sys, torch; before = 'sympy' in sys.modules\n"
+        "from lora_from_scratch.prefix_tuning import seeded_linear\n"
+        "seeded_linear(3, 4, None)\n"
+        "assert before or 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_first_values_depend_on_the_seed_alone() -> None:

@@ -225,6 +225,12 @@ def test_a_soft_prompt_begins_with_the_rows_that_were_asked_for() -> None:
     assert abs(float(random.std()) - 1) < 0.05
 
 
+@pytest.mark.parametrize(("init", "ids"), [("zeros", (1, 2)), ("text", ())])
+def test_a_start_that_does_not_exist_and_a_text_without_tokens_are_refused(init: str, ids: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=f"init must be one of vocabulary, text, random.*got '{init}'"):
+        initial_prompt(torch.randn(40, 6), 3, init, ids)
+
+
 def test_the_first_values_depend_on_the_seed_alone_and_are_no_view_of_the_embeddings() -> None:
     def start(seed: int) -> Tensor:
         torch.manual_seed(torch.seed())

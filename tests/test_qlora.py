@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from lora_from_scratch import qlora
 from lora_from_scratch.gpt2.checkpoint import load_model, save_gpt2
 from lora_from_scratch.gpt2.model import GPT2, Conv1D, next_token_loss
-from lora_from_scratch.loftq import best_factors, loftq_init
-from lora_from_scratch.lora import LoRA, inject_lora, lora_layers
+from lora_from_scratch.loftq import begin_with_loftq, best_factors, loftq_init
+from lora_from_scratch.lora import LoRA, LoRALinear, inject_lora, lora_layers
 from lora_from_scratch.method import adaptation_of, load_adapter
-from lora_from_scratch.nf4_linear import nf4_layers, quantize_model, weight_of
+from lora_from_scratch.nf4_linear import NF4Linear, nf4_layers, quantize_model, weight_of
 from lora_from_scratch.peft_format import read_adapter
 from lora_from_scratch.qlora import QLoRA, load_quantized
 from lora_from_scratch.quantized_tensor import quantize_4bit
@@ -80,6 +80,24 @@ def test_the_quantiser_is_the_callers_and_bad_arguments_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             loftq_init(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alpha", [4.0, 1.0, 40.0])
+def test_a_layer_that_begins_with_loftq_computes_q_and_b_a_whatever_its_alpha(alpha: float) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(40, 24)
+    layer = LoRALinear(NF4Linear.from_layer(dense), rank=4, alpha=alpha)
+    parameters = [layer.lora_A, layer.lora_B]
+    begin_with_loftq(layer, dense.weight, 3)
+    Q, A, B = loftq_init(dense.weight, 4, 3)
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(layer(x), x @ (Q.dequantize() + B @ A).T + dense.bias, atol=1e-5, rtol=1e-5)
+    assert all(p.requires_grad and p is q for p, q in zip(parameters, [layer.lora_A, layer.lora_B], strict=True))
+    before = layer(x)
+    for other, W in [(LoRALinear(dense, 4), dense.weight), (layer, dense.weight.T), (layer, dense.weight / 0)]:
+        with pytest.raises(ValueError, match=r"on a 4-bit layer|not finite"):
+            begin_with_loftq(other, W)
+    assert torch.equal(layer(x), before)
 
 
 def test_loftq_starts_nearer_to_the_base_models_logits_than_plain_qlora() -> None:

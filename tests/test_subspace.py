@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_from_scratch.subspace import amplification_factor, effective_rank, subspace_similarity
+from lora_from_scratch.subspace import amplification_factor, effective_rank, similarity_grid, subspace_similarity
 
 
 def randn(m: int, n: int, seed: int) -> Tensor:
@@ -113,6 +113,17 @@ def test_rounding_never_makes_a_similarity_larger_than_one() -> None:
     assert 1 - 1e-12 < min(values) <= max(values) <= 1
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(6, 12), st.integers(0, 2**31))
+def test_every_entry_of_the_grid_is_the_similarity_of_its_sizes(rows: int, columns: int, n: int, seed: int) -> None:
+    A, B = randn(5, n, seed), randn(6, n, seed + 1)
+    grid = similarity_grid(A, B, rows, columns)
+    assert grid.shape == (rows, columns)
+    for i in range(1, rows + 1):
+        for j in range(1, columns + 1):
+            assert float(grid[i - 1, j - 1]) == pytest.approx(subspace_similarity(A, B, i, j), abs=1e-9)
+
+
 # --- Amplification -----------------------------------------------------------------------------------
 
 
@@ -158,6 +169,8 @@ def test_directions_beyond_the_rank_are_refused() -> None:
         subspace_similarity(A, A, 3, 1)
     with pytest.raises(ValueError, match=r"j \(at most the numerical rank of B\) must be .* between 1 and 2, got 0"):
         subspace_similarity(A, A, 1, 0)
+    with pytest.raises(ValueError, match=r"rows \(at most the numerical rank of A\) must be .* between 1 and 2, got 3"):
+        similarity_grid(A, A, 3, 1)
     with pytest.raises(ValueError, match="A must not be zero"):
         subspace_similarity(torch.zeros(2, 3), torch.ones(2, 3), 1, 1)
     with pytest.raises(ValueError, match=r"rank \(at most the numerical rank of delta_W\) must be .* 1 and 2, got 3"):
@@ -187,6 +200,7 @@ def test_the_inputs_are_not_modified() -> None:
     before = M.detach().clone(), N.detach().clone()
     effective_rank(M)
     subspace_similarity(M, N, 2, 3)
+    similarity_grid(M, N, 2, 3)
     amplification_factor(M, N, 2)
     assert torch.equal(M, before[0])
     assert torch.equal(N, before[1])

@@ -179,6 +179,26 @@ def text_loss(model: nn.Module, token_ids: Tensor, context: int) -> float:
     return completion_loss(model, ((batch, batch) for batch in batches))
 
 
+def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
+    """How far a prediction has moved from the base model's, at every position: `KL(p || q) = sum_v p_v ln(p_v / q_v)`.
+
+    p is what the base model predicts, `softmax(base_logits)`, and q what the other one does; v runs over the
+    vocabulary. In words: how many nats worse than p itself q predicts a token that is drawn from p. It is 0 where
+    p = q and positive elsewhere, and it is not symmetric (Kullback and Leibler 1951). It stays finite where a
+    probability is too small for a float, since no logarithm of a probability is taken.
+
+    Args:
+        base_logits: (..., V).
+        logits: (..., V).
+
+    Returns:
+        (...), in nats.
+    """
+    log_p = F.log_softmax(base_logits.float(), dim=-1)
+    log_q = F.log_softmax(logits.float(), dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
 def divergence_from_base(model: nn.Module, base_model: nn.Module, token_ids: Tensor) -> float:
     """`mean_t KL(p_base(. | x_<=t) || p_model(. | x_<=t))` in nats per token: how far the model has moved.
 
@@ -199,9 +219,9 @@ def divergence_from_base(model: nn.Module, base_model: nn.Module, token_ids: Ten
     total = 0.0
     with _measuring(base_model), _measuring(model):
         for part in rows.split(ROWS_AT_ONCE):
-            log_p = F.log_softmax(base_model(part.to(_device(base_model))).float(), dim=-1)  # (B, T, V)
-            log_q = F.log_softmax(model(part.to(_device(model))).float(), dim=-1).to(log_p.device)
-            total += (log_p.exp() * (log_p - log_q)).sum(dim=-1).double().sum().item()
+            base_logits = base_model(part.to(_device(base_model)))  # (B, T, V)
+            logits = model(part.to(_device(model))).to(base_logits.device)
+            total += kl_divergence(base_logits, logits).double().sum().item()
     return max(0.0, total / rows.numel())  # rounding may leave -1e-9
 
 

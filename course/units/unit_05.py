@@ -1,0 +1,591 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Unit 05: Prompts
+#
+# **When you are through, you can**
+#
+# - write a few-shot prompt, and say what it costs and what a small model makes of it;
+# - write soft prompts: vectors in front of the text, learned, while no weight of the model moves;
+# - start one from noise, from the vocabulary or from a text, and say why the start matters;
+# - read what a soft prompt "says", and say why that explains little.
+#
+# **You need** the loss and a training run (unit 04). Unit 03 shows what a block does with a token's vector.
+#
+# **Time**: about 80 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
+#
+# ![Left, the training loss over the same steps: full fine-tuning falls steeply, soft prompts hardly at all, and one that
+# starts from noise begins far above the model without a prompt. Right, the loss after training against the length of
+# the prompt: longer prompts do better, each row by less.](unit_05.png)
+
+# %%
+import copy
+import os
+
+import torch
+from tqdm import tqdm
+
+from lora_from_scratch import plotting
+from lora_from_scratch.checks import check, hint, library, progress, working
+from lora_from_scratch.figures import show, slider
+from lora_from_scratch.finetune import defaults
+from lora_from_scratch.finetune.completions import Completions, collate, completion_labels, prompt_text
+from lora_from_scratch.finetune.data import load_dataset
+from lora_from_scratch.finetune.metrics import completion_loss
+from lora_from_scratch.finetune.training import Trainer, TrainingSettings
+from lora_from_scratch.gpt2 import load_gpt2
+from lora_from_scratch.gpt2.model import next_token_loss
+from lora_from_scratch.prompt_tuning import VirtualTokens
+
+MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")  # or "gpt2" (with a network), or a directory:
+STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 24))  # with "gpt2" on two cores about half an hour (an estimate)
+
+# %% [markdown]
+# ## Say it with words
+#
+# Unit 04 ended with a second model for one task, and with something forgotten. What if no weight moved at all, and only
+# what the model *reads* were changed?
+#
+# The first way needs no training. A language model goes on with whatever pattern it is given. So give it the pattern:
+# some cards with their texts, and then a card without one. Brown et al. (2020, arXiv:2005.14165) call this few-shot
+# learning; each example is a *shot*.
+
+# %% exercise="few_shot_prompt"
+
+# %%
+few_shot = working("few_shot_prompt")
+
+model, tokenizer = load_gpt2(MODEL)
+dataset = load_dataset("story-cards")
+context = model.config.n_positions
+by_length = sorted(dataset.train[:500], key=lambda example: len(example.ref) + len(example.mr))
+shots = [(example.mr, example.ref) for example in by_length[::5][:8]]  # short ones, so that some fit
+print(few_shot(shots[:2], dataset.validation[0].mr, "Each card is told as a tale."))
+
+# %% [markdown]
+# Does it help? Measure the loss on the text of cards that no training sees, with k shots in front of each card. Only
+# the text after the last card counts. (Which cards? 24 short ones, so that the same cards fit under all prompts.)
+
+# %%
+judged = sorted(dataset.validation[:300], key=lambda example: len(example.ref) + len(example.mr))[:24]
+
+
+def rows_with(shots, instruction=""):
+    return [
+        completion_labels(
+            tokenizer.encode(few_shot(shots, example.mr, instruction)),
+            [*tokenizer.encode(example.ref), tokenizer.eos_id],
+        )
+        for example in judged
+    ]
+
+
+def loss_with(shots, instruction=""):
+    """The loss on the judged texts and the longest row; no loss where it is longer than the context."""
+    rows = rows_with(shots, instruction)
+    longest = max(len(ids) for ids, _ in rows)
+    if longest > context:
+        return None, longest
+    return completion_loss(model, [collate(rows[i : i + 8], tokenizer.eos_id, context) for i in (0, 8, 16)]), longest
+
+
+few = {"no shot": loss_with([]), "an instruction": loss_with([], "Each card is told as a tale.")}
+for k in tqdm((1, 2, 3, 8), desc="shots"):
+    few[f"{k} shot{'s' if k > 1 else ''}"] = loss_with(shots[:k])
+cards_only = [mr for mr, _ in shots[:3]]
+few["1 shot, but of another card's text"] = loss_with([(shots[0][0], shots[3][1])])
+for name, (loss, longest) in few.items():
+    said = "does not fit" if loss is None else f"loss {loss:.2f}"
+    print(f"{name:<36} longest row {longest:>4} of {context} tokens   {said}")
+
+# %% [markdown]
+# Three things to see.
+#
+# - Nothing was trained, so whatever the loss has fallen by is free. But how little it is, on the bundled model! Learning
+#   from shots is something that large models can do (Brown et al. compare sizes up to 175 billion parameters; this one
+#   has six million).
+# - Look at the last line. A shot whose text does not belong to its card does about as much as a right one. So the model
+#   takes from a shot what such texts sound like, and not what a card *means*. (Min et al. 2022, arXiv:2202.12837, see
+#   this on much larger models: there, too, wrong labels in the examples cost surprisingly little.)
+# - Every shot stands in the context, for every card, for ever. Soon nothing more fits.
+#
+# Words are a poor tool here: an instruction costs you a guess, and no gradient tells you how to change it. Could you
+# *train* a prompt?
+
+# %% [markdown]
+# ## Say it with vectors
+#
+# A token id has no gradient: there is no token 17.3. But the first thing that the model does with an id is to look up
+# its embedding, and *that* is a vector, in which you can take a small step. Lester et al. (2021, arXiv:2104.08691,
+# section 2) put P vectors in front of the text and train these alone:
+#
+# $$h_0 = [E;\, X] + [p_0; \dots; p_{P+T-1}]$$
+#
+# - $X$ (T, d): the embeddings of the text's T tokens;
+# - $E$ (P, d): the soft prompt, **trained**;
+# - $p_i$ (d): the model's own position embeddings, frozen like everything else.
+#
+# Everything above $h_0$ is the model, untouched. The P rows are called *virtual tokens*.
+
+# %% exercise="prepend_prompt"
+
+# %% [markdown]
+# What is there before the first step of training?
+
+# %% prediction="typed_or_learned"
+
+# %%
+prepend = working("prepend_prompt")
+
+table = model.transformer.wte.weight.detach()
+instruction = tokenizer.encode("Each card is told as a tale.\n\n")
+card = tokenizer.encode(prompt_text(dataset.validation[0].mr))
+with torch.no_grad():
+    typed = model(torch.tensor([[*instruction, *card]]))[0, len(instruction) :]
+    vectors = prepend(table[instruction], model.transformer.wte(torch.tensor([card])))
+    learned = model(inputs_embeds=vectors)[0, len(instruction) :]
+    without = model(torch.tensor([card]))[0]
+print(f"{len(instruction)} tokens typed, or {len(instruction)} rows put in front: the logits at the card's tokens")
+print(f"differ by up to {(typed - learned).abs().max():.1e}; without any prompt by {(typed - without).abs().max():.1f}")
+
+# %% check="typed_or_learned"
+
+# %% [markdown]
+# ## How to begin
+#
+# So a soft prompt can begin as a text. Or as tokens drawn at random. Or as noise. Lester et al. (section 3.2) compare
+# such starts; for classification they also begin with the names of the classes.
+
+# %% exercise="initial_prompt"
+
+# %%
+initial = working("initial_prompt")
+
+P = 20
+words = tokenizer.encode(
+    "Here is a card, and then the tale of it, as it was told in the old books, with all that is on it."
+)
+start = {
+    init: initial(table, P, init, words if init == "text" else (), torch.Generator().manual_seed(0))
+    for init in ("text", "vocabulary", "random")
+}
+print(f"an embedding of the model has a mean length of {table.norm(dim=1).mean():.1f}")
+for init, E in start.items():
+    print(f"{init:<11} rows of length {E.norm(dim=1).mean():.1f}")
+
+# %% [markdown]
+# N(0, 1) is what a library draws when nobody says otherwise: `nn.Embedding` does, and so PEFT's random start. A row of
+# it is many times as long as any token that the model has ever read. Keep that in mind for the experiment.
+#
+# ## The module
+#
+# What you have is a function. The model needs a module that holds E and that comes in where a text begins. The library
+# has the half that every kind of virtual token needs, `VirtualTokens` (prefix tuning, the next unit, uses it as well).
+# Yours is the half that makes a soft prompt of it.
+
+# %% exercise="SoftPrompt"
+
+# %%
+Soft = working("SoftPrompt")
+
+soft = Soft(start["vocabulary"].clone())
+model.requires_grad_(False)
+soft.put_into(model)
+ids = torch.tensor([card])
+print("logits", tuple(model(ids).shape), "for", len(card), "tokens: the virtual positions are left out of the result")
+trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+total = sum(p.numel() for p in model.parameters())
+print(f"trained: {trained}, {soft.embeddings.numel() / total:.3%} of the numbers, {soft.embeddings.nbytes:,} bytes")
+print("room for text:", model.config.n_positions, "of", context, "tokens")
+VirtualTokens.take_out_of(model)
+
+# %% [markdown]
+# Those few bytes are the whole of what you store for a task. And since the model is the same for all tasks, texts of
+# *different* tasks can go through it together, each with its own prompt in front (Lester et al., figure 2). No method
+# that changes weights can do that so easily.
+
+# %%
+with torch.no_grad():
+    X = model.transformer.wte(ids)
+    one, other = prepend(start["text"], X), prepend(start["vocabulary"], X)
+    together = model(inputs_embeds=torch.cat([one, other]))
+    apart = torch.cat([model(inputs_embeds=one), model(inputs_embeds=other)])
+print(f"two tasks in one batch or in two: the logits differ by {(together - apart).abs().max():.1e}")
+
+# %% [markdown]
+# ## Where there is nothing to predict
+#
+# Our model leaves the virtual positions out of its result. Most libraries do not: there the logits are
+# (B, P + T, V), and the labels have to say that the first P positions mean nothing.
+
+# %% exercise="prompt_labels"
+
+# %%
+labels_with = working("prompt_labels")
+
+batch = Completions(dataset.train[:64], tokenizer, context - P).batch_at(0, 4, seed=0)
+E = start["vocabulary"].clone().requires_grad_(True)
+logits = model(inputs_embeds=prepend(E, model.transformer.wte(batch.input_ids)))  # (B, P + T, V)
+print("logits", tuple(logits.shape[:2]), " labels", tuple(batch.labels.shape), "->", end=" ")
+print(tuple(labels_with(batch.labels, P).shape))
+
+# %% [markdown]
+# And if you get it wrong? Three ways that run without an error. The last column is the cosine between the gradient that
+# each of them gives to E and the right one.
+
+# %%
+counted = torch.nn.functional.pad(batch.labels, (P, 0), value=tokenizer.eos_id)
+typed_labels = batch.labels.clone()
+versions = {
+    "virtual positions at -100": (logits, labels_with(batch.labels, P)),
+    "virtual positions count": (logits, counted),
+    "logits cut at the end": (logits[:, : batch.labels.shape[1]], typed_labels),
+    "one position off": (logits[:, P - 1 : -1], typed_labels),
+}
+right = None
+for name, (some, labels) in versions.items():
+    loss = next_token_loss(some, labels)
+    gradient = torch.autograd.grad(loss, E, retain_graph=True)[0]
+    right = gradient if right is None else right
+    alike = torch.nn.functional.cosine_similarity(gradient.flatten(), right.flatten(), dim=0)
+    print(f"{name:<26} {int((labels[:, 1:] != -100).sum()):>4} labels count   loss {loss:5.2f}   cosine {alike:+.2f}")
+
+# %% [markdown]
+# Each of the wrong ones looks like a loss and can be brought down by training. In the first of them the prompt is
+# trained to predict the filler at its own places; in the other two, the text is compared with the predictions for
+# other tokens. None of them is your task: look at the cosines.
+#
+# ## The experiment
+#
+# Now train. The same batches in the same order for everybody; the learning rates are the library's, each tuned for its
+# method. A soft prompt wants a hundred times that of full fine-tuning or more: there is no weight that it could spoil.
+# Three starts of 20 rows, each with three seeds; full fine-tuning with one. The rates are meant for 500 steps and this run
+# is far shorter, so read it for what it shows first, not for where the methods end.
+
+# %% prediction="how_far_a_prompt_comes"
+
+# %%
+BATCH, LONGEST = 4, 60
+examples = Completions(dataset.train, tokenizer, context - LONGEST)
+held_out = Completions(dataset.validation[:24], tokenizer, context - LONGEST).batches(8)
+
+
+def train(model, method, seed, bar, rate=None):
+    """Train what is not frozen for STEPS steps; the losses on the way."""
+    settings = TrainingSettings(
+        steps=STEPS,
+        learning_rate=rate or defaults.learning_rate_for(method, model.config),
+        warmup_steps=STEPS // 4,  # of so few steps a large part: the rates were tuned with 30 of 500
+        seed=seed,
+    )
+
+    def batch_at(step):
+        bar.update()
+        return examples.batch_at(step, BATCH, seed)
+
+    return Trainer(model, batch_at, settings, progress=False).run().losses
+
+
+def train_prompt(E, seed=0, bar=None, **more):
+    """The losses, the loss on unseen cards afterwards, and the prompt that was learned."""
+    soft = Soft(E.clone())
+    soft.put_into(model)
+    losses = train(model, "prompt", seed, bar, **more)
+    result = losses, completion_loss(model, held_out), soft.embeddings.detach().clone()
+    VirtualTokens.take_out_of(model)
+    return result
+
+
+def start_of(init, seed, length=P):
+    return initial(table, length, init, words if init == "text" else (), torch.Generator().manual_seed(seed))
+
+
+# %%
+before = completion_loss(model, held_out)
+runs = {}
+
+
+def three_seeds(init):
+    with tqdm(total=3 * STEPS, desc=f"from {init}", unit="step") as bar:
+        runs[init] = [train_prompt(start_of(init, seed), seed, bar) for seed in range(3)]
+
+
+three_seeds("text")
+
+# %%
+three_seeds("vocabulary")
+
+# %%
+three_seeds("random")
+
+# %%
+full = copy.deepcopy(model).requires_grad_(True)
+with tqdm(total=STEPS, desc="full", unit="step") as bar:
+    full_losses = train(full, "full", 0, bar)
+full_loss = completion_loss(full, held_out)
+del full
+
+# %%
+print(f"{'no prompt':<22} loss {before:.2f}")
+for init, three in runs.items():
+    losses = [loss for _, loss, _ in three]
+    print(f"{'soft, from ' + init:<22} loss {min(losses):.2f} to {max(losses):.2f} (three seeds)")
+print(f"{'full fine-tuning':<22} loss {full_loss:.2f}")
+best = min(loss for three in runs.values() for _, loss, _ in three)
+print(f"the best soft prompt has come {(before - best) / (before - full_loss):.0%} of the way of full fine-tuning")
+
+# %% check="how_far_a_prompt_comes"
+
+# %% [markdown]
+# And does a longer prompt help? Train two other lengths, from the vocabulary.
+
+# %%
+lengths = {P: [loss for _, loss, _ in runs["vocabulary"]]}
+with tqdm(total=2 * STEPS, desc="lengths", unit="step") as bar:
+    for length in (1, LONGEST):
+        lengths[length] = [train_prompt(start_of("vocabulary", 0, length), 0, bar)[1]]
+lengths = dict(sorted(lengths.items()))
+for length, losses in lengths.items():
+    print(f"P = {length:>2}: loss {' '.join(f'{loss:.2f}' for loss in losses)}, room for {context - length} tokens")
+
+# %% figure="unit_05.png"
+figure, (left, right) = plotting.panels(2, width=5.2, height=3.4)
+means = {}
+for style, (init, three) in enumerate(runs.items()):
+    steps = zip(*(losses for losses, _, _ in three), strict=True)  # the losses of the three seeds at each step
+    means[init] = plotting.smooth([sum(losses) / 3 for losses in steps], 4)
+    colour = plotting.COLOURS[style]
+    left.plot(range(1, STEPS + 1), means[init], plotting.LINES[style], color=colour, linewidth=1.8)
+means["full"] = plotting.smooth(full_losses, 4)
+left.plot(range(1, STEPS + 1), means["full"], color=plotting.COLOURS[5], linewidth=1.8)
+left.axhline(before, color="0.5", linewidth=1, linestyle=":")
+left.set_ylim(0, None)
+labels = {
+    "text": ("from text (solid), vocabulary (dashed)", STEPS, (0, -20), "right", 0),
+    "random": ("from noise", STEPS // 3 + 1, (8, 8), "left", 2),
+    "full": ("full fine-tuning", STEPS // 2 + 1, (-8, -18), "right", 5),
+}
+for init, (name, step, offset, side, style) in labels.items():
+    where = {"xytext": offset, "textcoords": "offset points", "ha": side}
+    colour = plotting.COLOURS[style]
+    left.annotate(name, (step, means[init][step - 1]), color=colour, fontweight="bold", fontsize=9, **where)
+left.text(0.02, 0.02, "dotted: no prompt, unseen cards", transform=left.transAxes, color="0.4", fontsize=9)
+plotting.label(
+    left, x="step (means of 4 steps; prompts: and of 3 seeds)", y="loss, nats per token", title="A slow way to learn"
+)
+for length, losses in lengths.items():
+    right.plot([length] * len(losses), losses, "o", color=plotting.COLOURS[0])
+right.plot(list(lengths), [sum(losses) / len(losses) for losses in lengths.values()], color=plotting.COLOURS[0])
+right.axhline(before, color="0.5", linewidth=1, linestyle=":")
+right.annotate("no prompt", (LONGEST, before), xytext=(0, 3), textcoords="offset points", ha="right", color="0.4")
+right.margins(y=0.15)
+plotting.label(right, x="P, rows of the prompt", y="loss on unseen cards", title="Each row adds less")
+show(
+    figure,
+    f"Left, the training loss over {STEPS} steps. Full fine-tuning falls to {full_losses[-1]:.1f}. Soft prompts from a "
+    "text and from the vocabulary fall slowly and side by side; one from noise begins far above the loss without a "
+    "prompt and comes down towards it. Right, the loss on unseen cards against the length of the prompt: "
+    + ", ".join(f"{length} rows {sum(losses) / len(losses):.2f}" for length, losses in lengths.items())
+    + f"; without a prompt {before:.2f}.",
+)
+
+# %% [markdown]
+# What you see, and what the papers say:
+#
+# - **It learns slowly.** A few thousand numbers, and each of them far below the loss. The model is as good a reader of
+#   cards as it was before: not at all. For a large model the same method is a good one: on T5 the gap to full
+#   fine-tuning closes at 11 billion parameters (Lester et al. 2021, figure 1), because there is a reader who only has
+#   to be told what is wanted.
+# - **The start matters.** Noise begins worse than no prompt at all, and spends its steps on coming back. Does a text beat
+#   random tokens? Compare their difference with the spread over the seeds, and keep in mind that this is one text, by
+#   one author. In Lester et al. (section 3.2, figure 3b) the start matters for small models and not for the largest.
+# - **The length matters** most for the first rows. Lester et al. find little beyond 20 (figure 3a).
+#
+# ## What it costs to read
+#
+# Twenty rows are trained quickly and stored in no time. But they are read with *every* text, and they sit where text
+# could sit. Move the slider.
+
+# %%
+tokens = sorted(len(ids) for ids, _ in Completions(dataset.train, tokenizer, context).rows)
+text = tokens[len(tokens) // 2]
+d, layers = model.config.n_embd, model.config.n_layer
+
+
+def operations(length):
+    """Multiplications and additions of the blocks for one text of the usual length behind a prompt."""
+    positions = length + text
+    return layers * (2 * positions * 12 * d * d + 4 * positions * positions * d)
+
+
+def draw_costs(length):
+    figure, (axes,) = plotting.panels(1, width=7, height=2.6)
+    fits = sum(n + length <= context for n in tokens) / len(tokens)
+    parts = {
+        "room for text": 100 * (context - length) / context,
+        "cards that fit": 100 * fits,
+        "operations for one text": 100 * operations(length) / operations(0),
+    }
+    plotting.bars(axes, parts, unit="%")
+    plotting.label(axes, x="per cent of the model without a prompt", title=f"A prompt of {length} rows")
+    return figure
+
+
+lengths_to_try = [length for length in (0, 1, 5, 20, 50, 100, 150, 200) if length < context]
+slider(
+    draw_costs,
+    "rows",
+    lengths_to_try,
+    lengths_to_try[-2],
+    f"Bars for a prompt of {lengths_to_try[-2]} rows, in per cent of the model without a prompt: the room that is left for "
+    "text, the share of the cards that still fit, and the operations for one text, which are far above 100.",
+)
+
+# %% [markdown]
+# ## What does it say?
+#
+# The rows are vectors in the space of the embeddings, so you can ask which token each of them is nearest to.
+
+# %% exercise="nearest_tokens"
+
+# %%
+nearest = working("nearest_tokens")
+
+
+def spelled(E):
+    return " ".join(repr(tokenizer.decode([int(token)])) for token in nearest(E, table))
+
+
+for init in ("text", "random"):
+    _, loss, E = runs[init][0]
+    moved = (E - start_of(init, 0)).norm(dim=1).mean() / start_of(init, 0).norm(dim=1).mean()
+    same = (nearest(E, table) == nearest(start_of(init, 0), table)).float().mean()
+    print(f"from {init}: loss {loss:.2f}; a row has moved by {moved:.0%} of its length, {same:.0%} kept their token")
+    print("   ", spelled(E), "\n")
+
+# %% [markdown]
+# It is tempting to read something into that. Test it: take the nearest *tokens* and type them. If they were what the
+# prompt means, the loss would stay.
+
+# %%
+for init in ("text", "vocabulary"):
+    _, loss, E = runs[init][0]
+    typed = Soft(table[nearest(E, table)])
+    typed.put_into(model)
+    print(
+        f"from {init:<11} learned {loss:.2f}, its nearest tokens typed {completion_loss(model, held_out):.2f}", end=""
+    )
+    VirtualTokens.take_out_of(model)
+    first = Soft(start_of(init, 0))
+    first.put_into(model)
+    print(f", as it began {completion_loss(model, held_out):.2f}; without a prompt {before:.2f}")
+    VirtualTokens.take_out_of(model)
+
+# %% [markdown]
+# Compare the three losses of a row: a part of the gain survives, a part is gone. What is gone lay in the space *between* the tokens, where no text
+# can reach. (Khashabi et al. 2022, "Prompt Waywardness", arXiv:2112.08348, go further: a soft prompt can be trained to solve one
+# task while its nearest tokens spell out the description of another.) Who wants a prompt of real tokens has to train
+# for that: PEZ (Wen et al. 2023, arXiv:2302.03668) takes its gradients at the nearest tokens.
+#
+# ## What goes wrong in practice
+#
+# **The learning rate of full fine-tuning.** It is made for weights that must not be spoiled. A prompt hardly moves
+# with it.
+
+# %%
+rate = defaults.learning_rate_for("full", model.config)
+with tqdm(total=STEPS, desc="small rate", unit="step") as bar:
+    _, slow, E = train_prompt(start_of("vocabulary", 0), 0, bar, rate=rate)
+usual = runs["vocabulary"][0][1]
+print(f"at {defaults.learning_rate_for('prompt', model.config):g}: {usual:.2f};  at {rate:g}: {slow:.2f}", end="")
+print(f";  the rows have moved by {(E - start_of('vocabulary', 0)).norm() / start_of('vocabulary', 0).norm():.1%}")
+
+# %% [markdown]
+# **The text's positions begin at 0.** In training the first token of the text had position P. Whoever uses the prompt
+# with positions of their own, counted from 0 for the text, gives the model something it was not trained with.
+
+# %%
+E = runs["vocabulary"][0][2]
+rows, labels, _ = held_out[0]
+X = prepend(E, model.transformer.wte(rows))
+counts = {
+    "the text begins at P": torch.arange(X.shape[1]),
+    "the text begins at 0": torch.cat([torch.arange(P), torch.arange(rows.shape[1])]),
+    "all of the prompt at 0": torch.cat([torch.zeros(P, dtype=torch.long), torch.arange(rows.shape[1])]),
+}
+with torch.no_grad():
+    for name, where in counts.items():
+        logits = model(inputs_embeds=X, position_ids=where[None].expand(len(X), -1))
+        print(f"{name:<23} loss {next_token_loss(logits, labels_with(labels, P)):.3f}")
+
+# %% [markdown]
+# No error in either case. How large the difference is depends on the model and on how far the prompt was trained. It
+# is a difference nobody asked for.
+#
+# **A mask that knows nothing of the prompt.** With padding there is an attention mask, one column for each token. It
+# needs P columns more. Here that is an error; some code cuts off or fills up silently.
+
+# %%
+soft = Soft(E)
+try:
+    model(inputs_embeds=prepend(E, model.transformer.wte(rows)), attention_mask=torch.ones_like(rows))
+except ValueError as error:
+    print("ValueError:", error)
+
+# %% [markdown]
+# **The text that does not fit any more.** A prompt of P rows takes P positions from every text. A card that fitted
+# yesterday is refused today, or, in other libraries, cut off.
+
+# %%
+Soft(initial(table, context - 20, "random", (), torch.Generator().manual_seed(0))).put_into(model)
+try:
+    model(rows)
+except ValueError as error:
+    print("ValueError:", error)
+VirtualTokens.take_out_of(model)
+
+# %% [markdown]
+# ## Summary
+#
+# - A hard prompt trains nothing and costs context; a small model takes little from it, and not what a card means.
+# - A soft prompt is P trained vectors in front of the embeddings; a typed text is one point among its values.
+# - It stores a few kilobytes a task, forgets nothing (take it off, and the model is the old one), and learns slowly.
+# - Start it from real embeddings: noise of size 1 begins worse than no prompt. It wants a large learning rate.
+# - Virtual positions have no labels, take the first positions, and take room from the text.
+#
+# ## Go further
+#
+# - Lester et al. 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning* (arXiv:2104.08691): section 3.2.
+# - Brown et al. 2020, *Language Models are Few-Shot Learners* (arXiv:2005.14165).
+# - Min et al. 2022, *Rethinking the Role of Demonstrations* (arXiv:2202.12837): examples with wrong labels.
+# - Khashabi et al. 2022, *Prompt Waywardness* (arXiv:2112.08348): why nearest tokens are no explanation.
+# - `lora_from_scratch/prompt_tuning.py`: what you wrote, and the rest of the method.
+#
+# The prompt enters once, at the bottom. Whatever it has to say to the sixth block must get there through the five
+# below it, which were never trained to pass such a thing on. What if every layer had learned vectors of its own? That
+# is unit 06.
+
+# %% [markdown] open_question="words_or_vectors" points=4
+# ### Open question
+#
+# A company uses a large model that it can only reach through an interface that takes text and returns text. It has 40
+# examples of its task. A second company runs a model of six billion parameters on its own machines and has 20 tasks
+# with 5,000 examples each. Advise both: hard prompt, soft prompt, or fine-tuning of the weights? Write about ten lines,
+# and say for each what you would measure before you decide.
+#
+# **Rubric.**
+# - 1 point: the first cannot train a soft prompt: through a text interface there are neither embeddings nor gradients.
+# - 1 point: names what a few-shot prompt costs there: tokens of every request, context, and a choice of examples that
+#   has to be tested on examples that are not in the prompt.
+# - 1 point: for the second, weighs what 20 soft prompts have for them (kilobytes a task, one model, mixed batches,
+#   nothing forgotten) against slow learning and lost context.
+# - 1 point: a measurement for each that could change the decision (quality on unseen examples with a spread, room for
+#   text, cost of a request).
+
+# %% volatile=true
+progress("05")

@@ -1,0 +1,569 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Unit 08: BitFit and selective tuning
+#
+# **When you are through, you can**
+#
+# - train a model's biases and nothing else, or a part of one bias that shares its tensor with others;
+# - say which bias of the attention does nothing at all, and why an optimiser moves it all the same;
+# - cut a model into layers that are frozen, that train a little, and that train more;
+# - measure where a task pulls at a model, and give each tensor a learning rate of its own.
+#
+# **You need** a training run (unit 04) and one block of GPT-2 (unit 03).
+#
+# **Time**: about 80 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
+#
+# ![Loss on unseen cards against the share of the model that is trained, on a logarithmic axis: two biases a block, the
+# LayerNorms, all biases, SPAFIT, everything. A fraction of a per cent already lowers the loss by a good
+# part.](unit_08.png)
+
+# %%
+import copy
+import os
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lora_from_scratch import plotting
+from lora_from_scratch.bitfit import SPAFIT
+from lora_from_scratch.checks import check, hint, library, progress, working
+from lora_from_scratch.figures import show, slider
+from lora_from_scratch.finetune import defaults
+from lora_from_scratch.finetune.completions import Completions
+from lora_from_scratch.finetune.data import load_dataset
+from lora_from_scratch.finetune.metrics import completion_loss
+from lora_from_scratch.finetune.training import Trainer, TrainingSettings
+from lora_from_scratch.gpt2 import load_gpt2
+from lora_from_scratch.gpt2.config import GPT2Config
+from lora_from_scratch.gpt2.model import GPT2, next_token_loss
+
+MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")  # or "gpt2" (with a network), or a directory:
+STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 24))  # with "gpt2" on two cores about half an hour (an estimate)
+
+# %% [markdown]
+# ## Nothing new at all
+#
+# Prompts and prefixes (units 05 and 06) take context. Adapters (unit 07) add layers, which make every forward pass
+# longer. Is there a way to add *nothing*, and still to train little?
+#
+# You could train what is there already, and not much of it. Unit 04 trained whole blocks. Ben Zaken et al. (2022,
+# "BitFit", arXiv:2106.10199, section 3) go the other way, through all blocks but only along the edges: every layer
+# computes
+#
+# $$y = W x + b$$
+#
+# with a matrix $W$ (out, in) and a bias $b$ (out). Freeze every $W$; train every $b$. How much is that?
+
+# %% prediction="share_of_biases"
+
+# %% exercise="select_biases"
+
+# %%
+biases_of = working("select_biases")
+
+shapes = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
+for name, (width, layers, heads) in shapes.items():
+    with torch.device("meta"):  # shapes without numbers
+        empty = GPT2(GPT2Config(n_embd=width, n_layer=layers, n_head=heads))
+    count, total = sum(p.numel() for p in biases_of(empty).values()), sum(p.numel() for p in empty.parameters())
+    print(f"{name:<12} {count:>9,} of {total:>13,} numbers are biases: {count / total:.3%}")
+
+base, tokenizer = load_gpt2(MODEL)
+total = sum(p.numel() for p in base.parameters())
+count = sum(p.numel() for p in biases_of(base).values())
+print(f"{'this model':<12} {count:>9,} of {total:>13,} numbers are biases: {count / total:.3%}")
+
+# %% check="share_of_biases"
+
+# %% [markdown]
+# And since a bias is trained where it stands, nothing is in the way afterwards: the tuned model costs, operation for
+# operation, what the base costs. What has to be stored for a task are the biases.
+#
+# ## A bias that does nothing
+#
+# Before you train them all, look at one of them closely. The bias of `c_attn` has 3 d numbers: the first d are added to
+# every query, the next d to every key, the last d to every value.
+
+# %% prediction="a_bias_without_gradient"
+
+# %%
+dataset = load_dataset("story-cards")
+context = base.config.n_positions
+examples = Completions(dataset.train, tokenizer, context)
+held_out = Completions(dataset.validation[:24], tokenizer, context).batches(8)
+batch = examples.batch_at(0, 4, seed=0)
+
+layer = base.transformer.h[base.config.n_layer // 2].attn.c_attn
+gradient = torch.autograd.grad(next_token_loss(base(batch.input_ids), batch.labels), layer.bias)[0]
+for part, piece in zip(("queries", "keys", "values"), gradient.chunk(3), strict=True):
+    print(f"bias of the {part:<8} |gradient| {piece.norm():.1e}")
+
+# %% check="a_bias_without_gradient"
+
+# %% [markdown]
+# Put anything you like into it, and the model says the same:
+
+# %%
+changed = copy.deepcopy(base)
+draw = torch.Generator().manual_seed(0)
+with torch.no_grad():
+    before = changed(batch.input_ids)
+    for block in changed.transformer.h:
+        keys = block.attn.c_attn.bias.chunk(3)[1]
+        keys += torch.randn(keys.shape, generator=draw)
+    print(f"every bias of the keys changed at random: logits of size {before.abs().max():.0f}", end=" ")
+    print(f"move by up to {(changed(batch.input_ids) - before).abs().max():.0e}")
+del changed
+
+# %% [markdown]
+# So a part of the "trained parameters" of BitFit, one eleventh on a GPT-2, is there for nothing. (Cordonnier et al.
+# 2020, arXiv:2006.16362, point it out for attention in general.)
+#
+# ## Two biases a block
+#
+# Which biases matter most? Ben Zaken et al. look at how far each moves in training. They keep two: that of the
+# queries, and that of the MLP's first layer, `c_fc`. That is 5 d of a block's 11 d, half of 0.08 %, and they report to
+# lose little by it.
+#
+# On a GPT-2 this is not as easy as it sounds. The queries' bias is no tensor. It is a third of one, and PyTorch trains
+# a tensor or does not. So you need a layer that stands for `c_attn`, holds the first third by itself, and can put it
+# back.
+
+# %% exercise="QueryBias"
+
+# %%
+Query = working("QueryBias")
+
+layer = Query(base.transformer.h[0].attn.c_attn.requires_grad_(False))
+x = torch.randn(5, base.config.n_embd, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    start = layer(x)
+    layer.bias_q += 1
+    q, k, v = (layer(x) - start).chunk(3, dim=-1)
+    print(f"bias_q + 1 moves q by {q.mean():.2f}, k by {k.abs().max():.2f} and v by {v.abs().max():.2f}")
+    layer.merge()
+    print("merged, the base alone does the same:", torch.equal(layer.base(x), layer(x)))
+    layer.unmerge()
+    print("unmerged, it is what it was:         ", torch.equal(layer.base(x), start))
+
+# %% [markdown]
+# ## How far does it go?
+#
+# Three plans, each with three seeds: all biases; two biases a block; and for comparison the LayerNorms, scales and
+# biases, which are as few numbers as the biases. (Frankle et al. 2021, arXiv:2003.00152, got surprisingly far by
+# training nothing but the normalisation of a network that was otherwise *random*; Zhao et al. 2024, arXiv:2312.11420,
+# tune the LayerNorms of language models.) The learning rate is the one tuned for BitFit with all biases, in 500 steps;
+# nobody has tuned it for the other two. In a run as short as this one, a quarter of the steps is warm-up.
+
+
+# %%
+def all_biases(model):
+    for bias in biases_of(model).values():
+        bias.requires_grad_(True)
+
+
+def two_biases(model):
+    for block in model.transformer.h:
+        block.mlp.c_fc.bias.requires_grad_(True)
+        block.attn.c_attn = Query(block.attn.c_attn)
+
+
+def layer_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(True)
+
+
+def train(prepare, rate, seed=0, optimizer_of=None, name="", warmup=STEPS // 4):
+    """A copy of the base, frozen, prepared and trained: the model, the share that was trained, the loss on cards."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    prepare(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    settings = TrainingSettings(steps=STEPS, learning_rate=rate, warmup_steps=warmup, seed=seed)
+    optimizers = [optimizer_of(model)] if optimizer_of else None
+    with tqdm(total=STEPS, desc=name, unit="step") as bar:
+
+        def batch_at(step):
+            bar.update()
+            return examples.batch_at(step, 4, seed)
+
+        Trainer(model, batch_at, settings, optimizers=optimizers, progress=False).run()
+    return model.eval(), trained / total, completion_loss(model, held_out)
+
+
+base_loss = completion_loss(base, held_out)
+RATE = defaults.learning_rate_for("bitfit", base.config)
+results, models = {}, {}
+
+
+def three_seeds(name, prepare):
+    runs = [train(prepare, RATE, seed, name=f"{name}, seed {seed}") for seed in range(3)]
+    models[name], results[name] = runs[0][0], (runs[0][1], [loss for _, _, loss in runs])
+
+
+three_seeds("all biases", all_biases)
+
+# %%
+three_seeds("two biases a block", two_biases)
+
+# %%
+three_seeds("LayerNorms", layer_norms)
+
+# %%
+print(f"before: loss {base_loss:.2f}")
+for name, (share, losses) in results.items():
+    print(f"{name:<19} {share:.2%} trained, loss {min(losses):.2f} to {max(losses):.2f} (three seeds)")
+
+# %% [markdown]
+# ## Layers in groups
+#
+# Between "a little of every layer" and "all of the last layers" (unit 04) there is something in the middle: the further
+# a layer is from the input, the more of it is trained. SPAFIT (Arora and Wang 2024, arXiv:2405.00201) cuts the layers
+# into three groups: frozen; biases only; biases and LoRA. LoRA is the next unit. Here it is ready-made, "something
+# that trains a few per cent of a matrix". The cut is yours.
+
+# %% exercise="stratify"
+
+# %%
+cut = working("stratify")
+
+for name, group in zip(("frozen", "biases", "biases and LoRA"), cut(base.config.n_layer, 1, 1), strict=True):
+    print(f"{name:<16} layers {list(group)}")
+
+method = SPAFIT(frozen_layers=1, bias_layers=1)
+method.adapt(base)
+in_layer = [0] * base.config.n_layer
+for name, p in method.trainable(base).items():
+    in_layer[int(name.split(".")[2])] += p.numel()
+biases, with_lora = in_layer[1], in_layer[-1]
+method.undo(base)
+
+
+def draw_groups(frozen):
+    figure, (axes,) = plotting.panels(1, width=6.5, height=2.8)
+    groups = cut(base.config.n_layer, frozen, 1)
+    sizes = [0] * len(groups[0]) + [biases] * len(groups[1]) + [with_lora] * len(groups[2])
+    axes.bar(range(len(sizes)), sizes, color=plotting.COLOURS[0])
+    for layer, size in enumerate(sizes):
+        axes.annotate(f"{size:,}", (layer, size), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_ylim(0, 1.15 * with_lora)
+    title = f"{frozen} frozen, 1 with biases: {sum(sizes) / total:.2%} is trained"
+    plotting.label(axes, x="layer, from the input to the output", y="trained numbers", title=title)
+    return figure
+
+
+slider(
+    draw_groups,
+    "frozen layers",
+    list(range(base.config.n_layer - 1)),
+    1,
+    "Bars of the trained numbers in each layer: none in the frozen layers, a few in the one that trains its biases, and "
+    "many more in the layers behind it, which have LoRAs as well.",
+)
+
+# %% [markdown]
+# Now the two that are missing: SPAFIT, and everything.
+
+
+# %%
+models["SPAFIT"], share, loss = train(method.adapt, defaults.learning_rate_for("spafit", base.config), name="SPAFIT")
+results["SPAFIT"] = share, [loss]
+
+# %%
+FULL = defaults.learning_rate_for("full", base.config)
+models["everything"], share, loss = train(lambda model: model.requires_grad_(True), FULL, name="everything")
+results["everything"] = share, [loss]
+for name, (share, losses) in results.items():
+    fallen = (base_loss - sum(losses) / len(losses)) / (base_loss - loss)
+    print(f"{name:<19} {share:>7.2%} trained, {fallen:>4.0%} of the fall in loss of full fine-tuning")
+
+# %% figure="unit_08.png"
+figure, (axes,) = plotting.panels(1, width=7.2, height=3.8)
+axes.set_xscale("log")
+axes.axhline(base_loss, color="0.5", linewidth=1, linestyle=":")
+for share, losses in results.values():
+    axes.plot([100 * share] * 2, [min(losses), max(losses)], color=plotting.COLOURS[1], linewidth=4, alpha=0.6)
+axes.annotate("before", (100, base_loss), xytext=(0, 4), textcoords="offset points", ha="right", color="0.4")
+axes.set_ylim(0, 1.15 * base_loss)
+plotting.label(
+    axes,
+    x="trained, per cent of the model (logarithmic)",
+    y="loss on unseen cards, nats per token",
+    title=f"A fraction of a per cent, {STEPS} steps",
+)
+plotting.points(axes, {name: (100 * share, sum(losses) / len(losses)) for name, (share, losses) in results.items()})
+show(
+    figure,
+    f"Loss on unseen cards after {STEPS} steps against the share of the model that is trained, in per cent on a "
+    "logarithmic axis. "
+    + "; ".join(f"{name}, {share:.2%}: {sum(losses) / len(losses):.2f}" for name, (share, losses) in results.items())
+    + f". Before: {base_loss:.2f}.",
+)
+
+# %% [markdown]
+# What you see: a fraction of a per cent of the numbers, all of which were there before, goes a good part of the way. And
+# numbers are not worth the same everywhere: all biases are more than twice as many as the two of a block; compare what
+# the rest of them adds. (Ben Zaken et al. lose little without them, on classification with BERT.) Compare the
+# LayerNorms too, which are the fewest; and the soft prompt of unit 05, which had hardly fewer numbers than they have and
+# came a far shorter way in as many steps.
+#
+# What you do not see: who wins in the end. This is a short run. With the course's 500 steps the gap to full
+# fine-tuning is a matter of what the task needs, and the sweeps in `benchmarks/` have those numbers. On larger models
+# Hu et al. (2021, table 4) compare, on GPT-3:
+#
+# | | trained | WikiSQL | MNLI |
+# |---|---|---|---|
+# | full fine-tuning | 175,255.8 M | 73.8 | 89.5 |
+# | BitFit | 14.2 M | 71.3 | 91.0 |
+# | LoRA | 4.7 M | 73.4 | 91.7 |
+#
+# Choosing one of three classes (MNLI) costs BitFit nothing there; writing SQL does.
+#
+# ## Surgery
+#
+# So far somebody has decided which tensors may move. Let the task decide. Unit 04 used **relative gradient norms**
+# ready-made (Lee et al. 2023, "Surgical fine-tuning", arXiv:2210.11466; they call the method Auto-RGN):
+#
+# $$\mathrm{RGN}(p) = \frac{1}{N} \sum_{n=1}^{N} \frac{\lVert g_n \rVert}{\lVert p \rVert}$$
+#
+# - $p$: a tensor of the model, of any shape; $\lVert p \rVert$ its Euclidean norm;
+# - $g_n$: the gradient of the loss of batch n with respect to $p$, of the same shape.
+#
+# A large value says: the task pulls hard at this tensor, beside how large it is. (Here: at the matrices. What becomes of
+# the vectors, you will see below.)
+
+# %% exercise="relative_gradient_norms"
+
+# %%
+rgn_of = working("relative_gradient_norms")
+
+for p in base.parameters():
+    p.requires_grad_(p.ndim == 2)
+norms = rgn_of(base, [examples.batch_at(step, 4, seed=1) for step in range(3)])
+for name in sorted(norms, key=norms.get, reverse=True)[:4]:
+    print(f"{norms[name]:.3f}  {name}")
+print("...")
+for name in sorted(norms, key=norms.get, reverse=True)[-2:]:
+    print(f"{norms[name]:.3f}  {name}")
+
+# %% [markdown]
+# These numbers become learning rates: the tensor at which the task pulls hardest gets the whole rate, the others their
+# share of it.
+
+# %% exercise="auto_rgn_weights"
+
+# %% exercise="surgical_parameter_groups"
+
+# %%
+shares_of = working("auto_rgn_weights")
+groups_of = working("surgical_parameter_groups")
+
+shares = shares_of(norms)
+by_kind = {}
+for name, share in shares.items():
+    kind = ".".join(name.split(".")[3:-1]) if ".h." in name else name.split(".")[1]
+    by_kind.setdefault(kind, []).append(share)
+figure, (axes,) = plotting.panels(1, width=6.5, height=3.2)
+for place, values in enumerate(by_kind.values()):
+    axes.plot(values, [place] * len(values), "o", color=plotting.COLOURS[0], alpha=0.7)
+axes.set_yticks(range(len(by_kind)), list(by_kind))
+axes.invert_yaxis()
+axes.set_xlim(0, 1.05)
+plotting.label(axes, x="share of the learning rate (a point for each layer)", title="Where the cards pull")
+show(
+    figure,
+    "Points for each kind of tensor, one a layer, at the share of the learning rate that Auto-RGN gives it. Means: "
+    + ", ".join(f"{kind} {sum(values) / len(values):.2f}" for kind, values in by_kind.items())
+    + ".",
+)
+
+# %% [markdown]
+# Does it help? Auto-RGN lowers every rate but one, so at the same top rate it trains less. To be fair, try a second run
+# in which the top rate is raised until the *mean* rate, over all the numbers, is what full fine-tuning has. (The
+# matrices are trained, the vectors stay as they are.)
+
+# %%
+parameters = dict(base.named_parameters())
+mean_share = sum(share * parameters[name].numel() for name, share in shares.items()) / sum(
+    parameters[name].numel() for name in shares
+)
+
+
+def open_named(model):
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in shares)
+
+
+surgery = {"everything, one rate": results["everything"][1][0]}
+for name, rate in {"Auto-RGN, same top rate": FULL, "Auto-RGN, same mean rate": FULL / mean_share}.items():
+
+    def optimizer_of(model, rate=rate):
+        return torch.optim.AdamW(groups_of(model, shares, rate, defaults.WEIGHT_DECAY))
+
+    surgery[name] = train(open_named, rate, optimizer_of=optimizer_of, name=name)[2]
+print(f"mean share of the rate: {mean_share:.2f}")
+for name, loss in surgery.items():
+    print(f"{name:<25} loss {loss:.2f}")
+
+# %% [markdown]
+# Compare the three, and with the spread over seeds that you saw above. Lee et al. tune image classifiers after a shift
+# of the data, with few examples, where the danger is to spoil what is right already; there Auto-RGN beats a single
+# rate. Here the data are plenty and the task is new, and the measurement was made once, at the start, while they repeat
+# it every epoch. One run each: do not take a small difference for a result.
+#
+# ## What a bias cannot do
+#
+# Why is full fine-tuning still ahead? Feed one layer, the middle of an MLP, the *same* inputs before and after the
+# training, and look at how its output has changed, token by token. How much of the change is the same for every token?
+
+# %%
+place = base.config.n_layer // 2
+seen = []
+hook = base.transformer.h[place].mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+with torch.no_grad():
+    base(batch.input_ids)
+hook.remove()
+x = seen[0].reshape(-1, base.config.n_embd)
+
+with torch.no_grad():
+    for name in ("all biases", "everything"):
+        change = models[name].transformer.h[place].mlp.c_fc(x) - base.transformer.h[place].mlp.c_fc(x)  # (tokens, 4 d)
+        common = change.mean(dim=0).square().sum() / change.square().sum(dim=1).mean()
+        print(f"{name:<12} {common:.0%} of the change of c_fc's output is one and the same for all tokens")
+
+# %% [markdown]
+# A bias shifts what a layer says, by the same amount whatever it is told. What the layer *looks for* is in W, and stays.
+# So the first line has to say 100 %. The second is the surprise, on the bundled model: most of what full fine-tuning does,
+# in so few steps, is a shift as well. That is one reason why BitFit comes as far as it does; the other is that the
+# nonlinearities behind a layer turn a shift into something that differs from token to token. What is left, to 100 %, is
+# what no bias can do: answer two tokens differently that the layer could not tell apart before.
+#
+# ## What goes wrong in practice
+#
+# **An optimiser moves what does nothing.** The gradient of the keys' bias is zero up to rounding. Adam divides a
+# gradient by its own size. What is left of rounding errors, divided by their size?
+
+# %%
+tuned = models["all biases"]
+moves = {"queries": [], "keys": [], "values": []}
+for new, old in zip(tuned.transformer.h, base.transformer.h, strict=True):
+    pieces = (new.attn.c_attn.bias - old.attn.c_attn.bias).detach().chunk(3)
+    for part, piece in zip(moves, pieces, strict=True):
+        moves[part].append(piece.abs().mean().item())
+for part, sizes in moves.items():
+    print(f"bias of the {part:<8} moved by {sum(sizes) / len(sizes):.4f} on average")
+
+with torch.no_grad():
+    for new, old in zip(tuned.transformer.h, base.transformer.h, strict=True):
+        d = base.config.n_embd
+        new.attn.c_attn.bias[d : 2 * d] = old.attn.c_attn.bias[d : 2 * d]
+print(f"the keys' biases put back: loss {completion_loss(tuned, held_out):.4f}", end=" ")
+print(f"instead of {results['all biases'][1][0]:.4f}")
+
+# %% [markdown]
+# How far a parameter has moved does not say what it is worth. Whoever ranks parameters by their change, with Adam,
+# ranks noise along with the rest.
+#
+# **The learning rate of full fine-tuning.** Biases want a rate many times as large. With the one that is right for
+# everything, they hardly move.
+
+# %%
+_, _, slow = train(all_biases, FULL, name="small rate")
+print(
+    f"all biases at {RATE:g}: loss {results['all biases'][1][0]:.2f}; at {FULL:g}: {slow:.2f}; before: {base_loss:.2f}"
+)
+
+# %% [markdown]
+# **A tuned rate without its warm-up.** A rate belongs to a schedule. The same one with a single step of warm-up, in a run
+# that has no time to come back from where the first steps throw it:
+
+# %%
+_, _, thrown = train(all_biases, RATE, name="no warm-up", warmup=1)
+print(f"all biases with {STEPS // 4} steps of warm-up: loss {results['all biases'][1][0]:.2f}; with 1: {thrown:.2f}")
+
+# %% [markdown]
+# **One small tensor takes the whole rate.** Measure the vectors as well, biases and scales. Some of them are so small
+# that any gradient is huge beside them.
+
+# %%
+for _, p in base.named_parameters():
+    p.requires_grad_(bool(p.any()))  # what is all zeros has no relative size
+everywhere = shares_of(rgn_of(base, [examples.batch_at(0, 4, seed=1)]))
+matrices = [share for name, share in everywhere.items() if parameters[name].ndim == 2]
+alone = list(shares.values())
+print("the whole rate goes to", max(everywhere, key=everywhere.get))
+print(f"a matrix gets {sum(alone) / len(alone):.3f} of the rate without the vectors, ", end="")
+print(f"{sum(matrices) / len(matrices):.3f} with them")
+
+# %% [markdown]
+# **Nothing to divide by.** A fresh bias is zero. Code that adds a small number below the fraction to "make it safe"
+# gives that tensor the whole learning rate. Yours refuses:
+
+# %%
+fresh = copy.deepcopy(base).requires_grad_(True)
+with torch.no_grad():
+    fresh.transformer.ln_f.bias.zero_()
+try:
+    rgn_of(fresh, [batch])
+except ValueError as error:
+    print("ValueError:", error)
+del fresh
+
+# %% [markdown]
+# **A schedule flattens the groups.** Many training loops set the learning rate of *every* group to the schedule's
+# value. Then your shares are gone after the first step. The loop of this course multiplies each group's own rate.
+
+# %%
+model = nn.Linear(4, 4)
+optimizer = torch.optim.AdamW(groups_of(model, {"weight": 1.0, "bias": 0.1}, 1e-3))
+print("as made:            ", [f"{group['lr']:g}" for group in optimizer.param_groups])
+for group in optimizer.param_groups:
+    group["lr"] = 1e-3 * 0.5  # half of the schedule
+print("after such a loop:  ", [f"{group['lr']:g}" for group in optimizer.param_groups])
+
+# %% [markdown]
+# ## Summary
+#
+# - BitFit trains the biases: 0.08 % of GPT-2 small, nothing added, nothing slower, and much of the way.
+# - The keys' bias does nothing, since a softmax ignores what is added to all its inputs; Adam moves it anyway.
+# - Where a number sits counts more than how many there are; biases sit in every layer.
+# - SPAFIT trains more of a layer the further it is from the input; Auto-RGN lets gradients set each tensor's rate.
+# - Measure relative sizes with care: near zero everything is large.
+#
+# ## Go further
+#
+# - Ben Zaken et al. 2022, *BitFit* (arXiv:2106.10199): sections 3 and 4.
+# - Lee et al. 2023, *Surgical fine-tuning improves adaptation to distribution shifts* (arXiv:2210.11466).
+# - Arora and Wang 2024, *SPAFIT* (arXiv:2405.00201).
+# - Frankle et al. 2021, *Training BatchNorm and only BatchNorm* (arXiv:2003.00152).
+# - `lora_from_scratch/bitfit.py`: what you wrote, and the methods around it.
+#
+# Biases cost nothing to run, and they can only shift. Full fine-tuning turns the weights, and costs a model for every
+# task. Is there something that turns a weight as training would, with few numbers, and that *goes away* when the
+# training is over? That is unit 09.
+
+# %% [markdown] open_question="who_decides" points=4
+# ### Open question
+#
+# A colleague wants to know which tensors of a model to train for a new task and proposes: train everything once, rank
+# the tensors by how far they have moved, keep the top tenth, and train only these from then on. Write about ten lines:
+# what can go wrong with this ranking (you have seen one case), how would you rank instead, and how would you test
+# that the chosen tenth is better than another tenth?
+#
+# **Rubric.**
+# - 1 point: with Adam the distance moved says little about the effect; the keys' bias as the example, or a small
+#   tensor.
+# - 1 point: another ranking with its own weakness named: relative gradient norms (a moment's slope, near-zero tensors),
+#   or the loss after putting a tensor back.
+# - 1 point: a control: a random tenth, or another rule, of equal size, each with a learning rate of its own.
+# - 1 point: seeds and unseen data: the difference has to be larger than the spread, on cards that no decision has used.
+
+# %% volatile=true
+progress("08")
