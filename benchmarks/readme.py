@@ -1,29 +1,44 @@
-"""Put the demo's own table and figure into the README: run the demo, then `python -m benchmarks.readme`."""
+"""Put a command's own table and figure into the README.
+
+python -m benchmarks.readme             # the demo's, from runs/demo
+python -m benchmarks.readme shootout    # the shootout's, from runs/shootout
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(<!-- demo: begin [^\n]*-->\n).*?(<!-- demo: end -->)", re.DOTALL)
-ALTERNATIVE_TEXT = (
+DEMO = (
     "Left: the loss of full fine-tuning and of LoRA falls over the training steps. "
     "Right: what LoRA trains, stores, takes and reaches, in per cent of full fine-tuning."
 )
 
 
+def block(runs: Path, name: str) -> str:
+    """The table, and the figure with its alternative text (the shootout writes its own)."""
+    table, _, picture = (runs / "table.md").read_text(encoding="utf-8").partition("\n![")
+    said = picture.partition("](")[0] or DEMO
+    return f"{table}\n![{said}](docs/{name}.png)\n\n"
+
+
 def main() -> None:
-    demo = ROOT / "runs" / "demo"
-    table = (demo / "table.md").read_text(encoding="utf-8")
-    shutil.copyfile(demo / "demo.png", ROOT / "docs" / "demo.png")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="demo", choices=["demo", "shootout"])
+    parser.add_argument("--runs", type=Path, help="where the command wrote (runs/NAME)")
+    options = parser.parse_args()
+    runs = options.runs or ROOT / "runs" / options.name
+    text = block(runs, options.name)
+    place = re.compile(rf"(<!-- {options.name}: begin [^\n]*-->\n).*?(<!-- {options.name}: end -->)", re.DOTALL)
     readme = ROOT / "README.md"
-    block = f"{table}\n![{ALTERNATIVE_TEXT}](docs/demo.png)\n\n"
-    text, count = BLOCK.subn(lambda match: match[1] + block + match[2], readme.read_text(encoding="utf-8"))
+    new, count = place.subn(lambda match: match[1] + text + match[2], readme.read_text(encoding="utf-8"))
     if count != 1:
-        raise SystemExit("README.md must have one block between '<!-- demo: begin' and '<!-- demo: end -->'")
-    readme.write_text(text, encoding="utf-8")
+        raise SystemExit(f"README.md must have one block between '<!-- {options.name}: begin' and '... end -->'")
+    shutil.copyfile(runs / f"{options.name}.png", ROOT / "docs" / f"{options.name}.png")
+    readme.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from sqlalchemy import create_engine, inspect, text
 
 from lora_from_scratch.checks import units
-from lora_from_scratch.grading import build
+from lora_from_scratch.grading import build, keys
 from lora_from_scratch.grading.grade import Options, Summary, grade
 from tests.tiny_course import enter_course, make_course
 
@@ -134,6 +135,7 @@ def template(root: Path) -> Iterator[GradingCourse]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             made = release_course(root, patch)
+            patch.setattr(keys, "_files", functools.partial(as_at_first, keys._files, {}))
             forget_units()
             with pytest.MonkeyPatch.context() as quick:
                 quick.setattr(api, "get_alembic_version", lambda: "not asked")
@@ -141,6 +143,17 @@ def template(root: Path) -> Iterator[GradingCourse]:
             yield made
     finally:
         forget_units()
+
+
+def as_at_first(
+    files: Callable[[list[Path]], Iterator[bytes]], known: dict[Path, list[bytes]], paths: list[Path]
+) -> Iterator[bytes]:
+    """The library's files as they were when this was first asked: somebody may be editing it while tests run."""
+    for path in paths:
+        content = known.get(path) or list(files([path]))
+        if path.is_relative_to(keys.PACKAGE):
+            known[path] = content
+        yield from content
 
 
 def forget_units() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,9 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GradingCourse]:
 
 
 def fill(course: GradingCourse) -> None:
-    def enrol(gradebook: object) -> None:
-        gradebook.add_student("ada", first_name="Ada", last_name="Lovelace", lms_user_id="4711")  # type: ignore[attr-defined]
-        gradebook.add_student("zoe", first_name="Zoë", email="zoe@example.org")  # type: ignore[attr-defined]
+    def enrol(gradebook: Any) -> None:
+        gradebook.add_student("ada", first_name="Ada", last_name="Lovelace", lms_user_id="4711")
+        gradebook.add_student("zoe", first_name="Zoë", email="zoe@example.org")
 
     course.as_a_person(enrol)
     course.hand_in("ada", **(RIGHT | {"fourfold_root": "half"}), why_count="To know how many.")
@@ -47,19 +48,28 @@ def export(course: GradingCourse, *options: str, target: str = "out.csv") -> lis
         return list(csv.reader(file))
 
 
+def late(penalty: float | None) -> Any:
+    def act(gradebook: Any) -> None:
+        gradebook.find_submission_notebook(NAME, NAME, "bob, jr.").late_submission_penalty = penalty
+
+    return act
+
+
 def test_canvas_gets_its_columns_the_possible_points_and_empty_cells_for_who_handed_in_nothing(
     course: GradingCourse,
 ) -> None:
     config = course.root / "course" / "nbgrader_config.py"
     before = config.read_text()
     config.write_text(before + f'\nc.GradeExport.columns = {{"{NAME}": "Tiny (48213)"}}\n')
+    course.as_a_person(late(1.5))
     rows = export(course, f"--exporter={EXPORTERS}.CanvasExport")
+    course.as_a_person(late(None))
     config.write_text(before)
     assert rows == [
         ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", "Tiny (48213)"],
         ["    Points Possible", "", "", "", "", "12"],
         ["Lovelace, Ada", "4711", "", "ada", "", "7.25"],
-        ["bob, jr.", "", "", "bob, jr.", "", "7"],
+        ["bob, jr.", "", "", "bob, jr.", "", "5.5"],
         ["Zoë", "", "", "zoe", "", ""],
     ]
 

@@ -631,20 +631,31 @@ make = {
     "QLoRA": lambda seed: with_lora(seed=seed),
     "LoftQ": lambda seed: copy.deepcopy(starts["LoftQ, r = 8, T = 5"]),
 }
-ends = {name: [] for name in make}
-for name in make:
+ends = {}
+
+
+def train(name):
+    """A run for each seed; their held-out losses go into `ends`. Returns the model of the first seed."""
+    models, ends[name] = [], []
     for seed in tqdm(SEEDS, desc=name, unit="run"):
         model = make[name](seed)
-        trainer = Trainer(
-            model,
-            lambda step, seed=seed: examples.batch_at(step, 4, seed),
-            TrainingSettings(**settings, seed=seed),
-            progress=False,
-        )
-        trainer.run()
+        each = TrainingSettings(**settings, seed=seed)
+        Trainer(model, lambda step, seed=seed: examples.batch_at(step, 4, seed), each, progress=False).run()
         ends[name].append(completion_loss(model, held_out))
-        if name == "QLoRA" and seed == 0:
-            tuned = model
+        models = models or [model]
+    return models[0]
+
+
+train("LoRA")
+print("LoRA: ", ", ".join(f"{loss:.3f}" for loss in ends["LoRA"]))
+
+# %%
+tuned = train("QLoRA")
+print("QLoRA:", ", ".join(f"{loss:.3f}" for loss in ends["QLoRA"]))
+
+# %%
+train("LoftQ")
+print("LoftQ:", ", ".join(f"{loss:.3f}" for loss in ends["LoftQ"]))
 
 # %%
 print(f"held-out loss after {STEPS} steps (it was {before:.3f} before)")

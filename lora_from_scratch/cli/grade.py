@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_from_scratch.cli import INTERRUPTED
+
 if TYPE_CHECKING:
     from lora_from_scratch.grading.grade import Summary
 
@@ -48,18 +50,22 @@ def run(options: argparse.Namespace) -> int:
 
     if options.workers < 0:
         raise ValueError(f"--workers must be at least 1, or 0 for one a processor, got {options.workers}")
-    summary = grade(
-        Path(options.unit).stem.removeprefix("unit_").zfill(2),
-        Options(
-            place=options.course,
-            workers=options.workers,
-            isolation=options.isolation,
-            again=options.again,
-            db=options.db,
-            feedback=not options.no_feedback,
-            cohort_seed=options.cohort_seed,
-        ),
-    )
+    try:
+        summary = grade(
+            Path(options.unit).stem.removeprefix("unit_").zfill(2),
+            Options(
+                place=options.course,
+                workers=options.workers,
+                isolation=options.isolation,
+                again=options.again,
+                db=options.db,
+                feedback=not options.no_feedback,
+                cohort_seed=options.cohort_seed,
+            ),
+        )
+    except KeyboardInterrupt:
+        print("\nstopped; what is graded is kept, and the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
     say(summary)
     return summary.code
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_from_scratch.grading.definitions import binds, checks, is_python, pieces
+from lora_from_scratch.grading.definitions import checks, is_python, pieces
 from lora_from_scratch.grading.released import Place, Release
 
 ALIKE = 0.6  # difflib's ratio from which two texts are versions of one another
@@ -110,20 +110,24 @@ def _by_same_text(cells: list[Cell], release: Release) -> None:
 
 
 def _by_definition(cells: list[Cell], release: Release, solution: Place) -> None:
-    """The last cell that defines the name, of those before its check if there are any there."""
-    found = [cell for cell in _free(cells, "code") if release.kind_of(solution.name, cell.source) == "real"]
-    if not found:
-        found = [cell for cell in _free(cells, "code") if release.kind_of(solution.name, cell.source) == "stub"]
-    alone = [cell for cell in found if _solutions_in(cell, release) == 1]
-    found = alone or found
-    if found:
-        check = next((place for place, cell in enumerate(cells) if _is_check_of(cell, solution)), len(cells))
-        early = [cell for cell in found if cells.index(cell) <= check]
-        (early or found)[-1].place = solution
+    """The last cell that defines the name, of those before its check if there are any there.
 
-
-def _solutions_in(cell: Cell, release: Release) -> int:
-    return len({place.name for place in release.solutions} & binds(cell.source).keys())
+    If that is another exercise's cell, it stays that: `ordering.find_definitions` takes the answer out of it.
+    """
+    for wanted in ("real", "stub"):
+        found = [
+            cell
+            for cell in cells
+            if cell.kind == "code"
+            and (cell.place is None or cell.place.role == "solution")
+            and release.kind_of(solution.name, cell.source) == wanted
+        ]
+        if found:
+            check = next((place for place, cell in enumerate(cells) if _is_check_of(cell, solution)), len(cells))
+            early = [cell for cell in found if cells.index(cell) <= check]
+            last = (early or found)[-1]
+            last.place = last.place or solution
+            return
 
 
 def _is_check_of(cell: Cell, solution: Place) -> bool:

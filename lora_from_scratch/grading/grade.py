@@ -327,7 +327,7 @@ def _handed_in(course: CourseFolder, learner: str) -> tuple[str | None, tuple[st
     text = content.decode(errors="replace").strip()
     try:
         return (text, ()) if text and parse_utc(text) else (None, ())
-    except (ValueError, OverflowError, TypeError):
+    except (ValueError, ArithmeticError, TypeError, AttributeError):
         return None, (f"timestamp.txt holds no time ({text[:40]!r}): when it was handed in is not known",)
 
 

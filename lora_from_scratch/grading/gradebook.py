@@ -62,7 +62,7 @@ class Book:
         with _errors(url):
             # nbgrader's own steps open it without naming a course, and make this one: once, and not two at a time.
             Gradebook(url).close()
-            self.gradebook = Gradebook(_patient(url), course_id)
+            self.gradebook = Gradebook(patient(url), course_id)
         self.session = self.gradebook.db
 
     def close(self) -> None:
@@ -282,7 +282,8 @@ def _added(session: Any, row: Any) -> Any:
     return row
 
 
-def _patient(url: str) -> str:
+def patient(url: str) -> str:
+    """The URL of a gradebook that waits when another program is writing."""
     from sqlalchemy.engine import make_url
 
     made = make_url(url)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_from_scratch.grading.claiming import Cell
-from lora_from_scratch.grading.definitions import binds, is_python, same_code
+from lora_from_scratch.grading.definitions import binds, cut, is_python, same_code
 from lora_from_scratch.grading.graded import Finding, Severity
 from lora_from_scratch.grading.released import FLAGS, Place, Release
 
@@ -194,13 +194,17 @@ def _keep_one_solution(work: Work, place: Place, cells: list[Cell]) -> None:
     last = (answers or written or cells)[-1]
     alike = [cell for cell in cells if same_code(cell.source, last.source)]
     kept = next((cell for cell in alike if cell.cell_id == place.cell_id), last)
-    others = [cell for cell in answers if not same_code(cell.source, kept.source)]
+    others = []
     for cell in cells:
-        if cell in answers or cell not in written:
-            work.cells[:] = [other for other in work.cells if other is not cell or cell is kept]
+        if cell in answers and cell is not kept:
+            text, rest = _without_others(work, place, cell)
+            work.replace(cell, *([Cell("code", rest)] if rest else []))
+            others += [] if same_code(text, kept.source) else [Cell("raw", text)]
+        elif cell not in written and cell is not kept:
+            work.cells.remove(cell)
         elif cell is not kept:
             cell.place = None  # it defines something else, which may be needed
-    work.replace(kept, kept, *(Cell("raw", cell.source) for cell in others))
+    work.replace(kept, kept, *others)
     differ = bool(others)
     which = "the last one counts, and the others are not run" if differ else "the one with your code counts"
     if not written:
@@ -212,6 +216,13 @@ def _keep_one_solution(work: Work, place: Place, cells: list[Cell]) -> None:
         place,
         f"{upper(named(place))} is there {len(cells)} times{how}: {which}. Delete all but one before you hand in.",
     )
+
+
+def _without_others(work: Work, place: Place, cell: Cell) -> tuple[str, str]:
+    """What a cell defines of this exercise; and the rest, if the answer to another one is in it."""
+    text, rest = cut(cell.source, place.name) or (cell.source, "")
+    others = {other.name for other in work.release.solutions if other is not place}
+    return (text, rest) if others & binds(rest).keys() else (cell.source, "")
 
 
 def _put_together(work: Work, place: Place, cells: list[Cell], written: list[Cell]) -> bool:

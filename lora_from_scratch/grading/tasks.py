@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.files import write_atomically
 from lora_from_scratch.grading.course_folder import CourseFolder, open_course
+from lora_from_scratch.grading.gradebook import patient
 
 if TYPE_CHECKING:
     from lora_from_scratch.grading.sandbox import Isolation
@@ -76,7 +77,7 @@ def make_feedback(assignment: str, place: Path, db: str, learner: str, made_of: 
     from nbgrader.converters import GenerateFeedback
     from nbgrader.converters.base import NbGraderException
 
-    course = _course(assignment, place, db)
+    course = _course(assignment, place, patient(db))
     folder = course.autograded(learner)
 
     class OneLearner(GenerateFeedback):

@@ -89,8 +89,9 @@ def command(
     arguments += ["--size", str(max(folder, 4096)), "--tmpfs", "/tmp"]  # before what is bound below it
     for folder_or_file in visible():
         arguments += ["--ro-bind", str(folder_or_file), str(folder_or_file)]
-    for link in filter(os.path.islink, SYSTEM):
-        arguments += ["--symlink", os.readlink(link), link]
+    for link in filter(os.path.islink, (*SYSTEM, f"{sys.prefix}/lib64", f"{sys.base_prefix}/lib64")):
+        if not any(Path(link).is_relative_to(place) for place in visible()):
+            arguments += ["--symlink", os.readlink(link), link]
     for source, place in bound:
         arguments += ["--ro-bind", str(source), place]
     arguments += [*_proc(), *_devices(shared)]
@@ -159,10 +160,10 @@ def visible() -> tuple[Path, ...]:
 
 
 def _of_prefix(prefix: Path) -> list[Path]:
-    """The whole of an environment; of the system's own only its libraries."""
-    if prefix in (Path("/usr"), Path("/usr/local"), Path("/")):
-        return [prefix / "lib"] if (prefix / "lib").is_dir() else []
-    return [prefix]
+    """What an interpreter needs of an environment, not the whole: somebody's course may lie in the same folder."""
+    system = prefix in (Path("/usr"), Path("/usr/local"), Path("/"))
+    names = ("lib", "lib64") if system else ("bin", "lib", "lib64", "pyvenv.cfg")
+    return [prefix / name for name in names if (prefix / name).exists() and not (prefix / name).is_symlink()]
 
 
 def mounted(places: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:

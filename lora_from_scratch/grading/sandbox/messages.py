@@ -19,7 +19,7 @@ def ending_message(why: str, detail: str, limits: Limits) -> str:
         "exited": f"Your code here ended Python itself ({detail}), for example by `os._exit` or by a signal.",
         "crashed": f"Python crashed here ({detail}): something below Python failed, or your code sent it a signal.",
         "memory": f"Your code here needed more memory than there is ({limits.memory // MIB:,} MiB), and Python died.",
-        "wall time": f"Your code here did not end in time ({limits.cell_seconds:g} seconds a cell), and was ended.",
+        "wall time": "Your code here did not end in time, and was ended.",
         "processor time": f"Your notebook used more than {limits.processor_seconds:,} seconds of processor time here.",
         "threads": f"Your code here started too many threads ({detail}; {limits.threads} may run).",
         "files": f"Your code here made too many files ({detail}; {limits.files:,} may be there).",

@@ -194,7 +194,7 @@ class _Observing:
         bound = [(library.package, package), (own / ASSETS, f"{package}/{ASSETS}"), (library.extra, LIBRARY)]
         bound += bubblewrap.mounted([(cover, str(path)) for path, cover in library.hidden])
         bound += [(folder, JOB)] + ([(self.job.files, f"{JOB}/files")] if self.job.files else [])
-        environment = environment_of(bubblewrap.HOME, LIBRARY)
+        environment = environment_of(bubblewrap.HOME, os.pathsep.join((LIBRARY, os.path.dirname(package))))
         limits = self.job.limits
 
         def walls(filtered: int, info: int) -> list[str]:

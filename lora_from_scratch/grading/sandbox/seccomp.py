@@ -85,6 +85,7 @@ CALLS = {
     "ioperm": (173, -1),
     "modify_ldt": (154, -1),
     "vhangup": (153, 58),
+    "sched_setaffinity": (203, 122),  # the processors are shared out by the grader
     # Attributes of files: a superuser's sandbox owns the devices that it sees.
     "setxattr": (188, 5),
     "lsetxattr": (189, 6),
