@@ -215,6 +215,7 @@ class Names(dict):
 get_ipython().user_ns = Names(get_ipython().user_ns)
 """
     + WRONG,
+    NOTHING,  # the shell goes on with the names that it knows: whoever takes them away has none
 )
 code(
     "a thread that changes the answer later",
@@ -326,7 +327,6 @@ def fourfold_root(x, scale=4.0):
     noise()
     return x
 """,
-    NOTHING,
 )
 code(
     "forged frames by the runner's own hand",
@@ -344,7 +344,6 @@ def fourfold_root(x, scale=4.0):
     forge()
     return x
 """,
-    NOTHING,
 )
 code(
     "a pickle that does something",
