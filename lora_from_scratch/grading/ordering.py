@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 
 from lora_from_scratch.grading.claiming import Cell
-from lora_from_scratch.grading.definitions import binds, cut, helpers, is_python, needs
+from lora_from_scratch.grading.definitions import binds, checks, cut, helpers, is_python, needs
 from lora_from_scratch.grading.released import Place
 from lora_from_scratch.grading.repairs import RELOAD, Work, named, upper
 
@@ -81,12 +81,16 @@ def _missing(work: Work, moved: list[Cell]) -> list[Cell]:
 
 
 def _where(work: Work, cell: Cell) -> int:
-    """Graded cells as late as the order allows, after the learner's own; others as early."""
-    index = cell.place.index if cell.place is not None else 0
-    places = [(number, other.place.index) for number, other in enumerate(work.cells) if other.place is not None]
-    if cell.place is not None and cell.place.graded:
-        return next((number for number, other in places if other > index), len(work.cells))
-    return next((number + 1 for number, other in reversed(places) if other < index), 0)
+    """Below the learner's own call of the same check; other graded cells as late as the order allows; others early."""
+    place = cell.place
+    assert place is not None
+    placed = [(number, other.place.index) for number, other in enumerate(work.cells) if other.place is not None]
+    first = next((number + 1 for number, other in reversed(placed) if other < place.index), 0)
+    last = next((number for number, other in placed if other > place.index), len(work.cells))
+    if place.role == "check":
+        called = [n + 1 for n, c in enumerate(work.cells) if c.kind == "code" and place.name in checks(c.source)]
+        return next((number for number in reversed(called) if first <= number <= last), last)
+    return last if place.graded else first
 
 
 # --- Does each check find what was written for it? --------------------------------------------------------
