@@ -321,7 +321,7 @@ print(f"houlsby with three seeds: {', '.join(f'{loss:.3f}' for loss in seeds)}; 
 print(f"best to worst variant: {gap:.3f}, {'more' if gap > spread else 'not more'} than the spread")
 
 # %% [markdown]
-# Under one percent or so of the numbers, and all of them learn. Which place is best is a question for longer runs, each
+# Little more than one percent of the numbers, and all of them learn. Which place is best is a question for longer runs, each
 # with a learning rate tuned for it; here one rate serves all three. He et al. (2022, section 4) find the parallel place
 # better than the sequential one, and the MLP a better place than the attention when there are many numbers to spend.
 #

@@ -6,7 +6,7 @@
 # ---
 
 # %% [markdown]
-# # Unit 10: fine-tuning with LoRA
+# # Unit 10: Fine-tuning with LoRA
 #
 # **When you are through, you can**
 #

@@ -15,7 +15,7 @@ from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.peft_format import lora_state_from_peft
 from lora_from_scratch.placement import lora_parameter_count, rank_for_budget
 
-TITLE = "fine-tuning with LoRA"
+TITLE = "Fine-tuning with LoRA"
 
 # --- lora_parameter_count, rank_for_budget -----------------------------------------------------------
 

@@ -13,8 +13,10 @@ from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.files import write_atomically
 
 BEGIN, END = "<!-- units:", "<!-- end -->"
-HEAD = "| Unit | Exercises | Their minutes | Points: exercises | predictions | open question | together "
-"|\n|---|---:|---:|---:|---:|---:|---:|\n"
+HEAD = """\
+| Unit | Exercises | Their minutes | Points: exercises | predictions | open question | together |
+|---|---:|---:|---:|---:|---:|---:|
+"""
 
 
 def table(root: Path) -> str:
