@@ -179,7 +179,8 @@ def look(pid: int, first: int) -> tuple[str, float]:
 
 
 def report(name: str, count: int, seconds: float, memory: dict[str, float]) -> None:
-    said = ", ".join(f"{kind} {mebibytes:.0f} MiB" for kind, mebibytes in sorted(memory.items()) if kind != "other")
+    kinds = [(kind, peak) for kind, peak in sorted(memory.items()) if kind != "other" and peak >= 1]
+    said = ", ".join(f"{kind} {peak:.0f} MiB" for kind, peak in kinds)
     print(f"{name:15} {seconds:7.1f} s  {seconds / count:5.2f} s a submission   most memory of a process: {said}")
 
 

@@ -125,6 +125,16 @@ def test_the_judge_wants_an_observation_of_every_case() -> None:
 # --- what is said ---------------------------------------------------------------------------------------
 
 
+def test_a_failure_of_the_librarys_own_answer_is_no_agreement() -> None:
+    def broken(values: Tensor, keep: int = 0) -> Tensor:
+        """Fails where the learner's fails."""
+        raise AttributeError("a half-imported module")
+
+    exercise = dataclasses.replace(HALVES, object=broken)
+    with pytest.raises(RuntimeError, match="own broken failed"):
+        judge.judge(exercise, 0, observe(exercise.probe, broken, [c.inputs for c in exercise.inputs(0)]))
+
+
 def test_an_answer_that_does_what_one_of_the_bank_does_gets_its_message(wrong_answer: None) -> None:
     assert verdict(lambda values, keep=0: values + values).message == "You double."
 

@@ -63,8 +63,10 @@ print(f"loss of the base model on 12 cards that are never trained on: {completio
 # %% [markdown]
 # ## What is learned, and what is lost
 #
-# Unit 10 left a riddle: a LoRA of rank 1 or 2 learns almost as much as one of rank 64. So what *is* in the small
-# update $\Delta W = s B A$, and why are so few directions enough? In this unit you take trained updates apart.
+# Unit 10 left three questions. A LoRA of rank 1 and one of rank 64 learn the same task, and the second gets further:
+# has it found the first one's direction and some more, or something else altogether? What does the update
+# $\Delta W = s B A$ add to W that W did not have? And what does the model lose meanwhile? In this unit you take trained
+# updates apart.
 #
 # Before you train anything, decide what to measure. What is *learned* is easy: the loss on held-out cards. What is
 # *lost*? The base model was a good model of tales. Let it write a few texts, and ask the adapted model to predict
@@ -296,9 +298,9 @@ print("held-out loss:   " + " ".join(f"{loss:>6.2f}" for loss in losses))
 print("of the gain:     " + " ".join(f"{(losses[0] - loss) / gain:>6.0%}" for loss in losses))
 
 # %% [markdown]
-# A handful of the 64 directions carries most of what was learned. So a small r *has room* for it. Whether a LoRA that
-# has no more than this room also finds it is another question: unit 10's sweep over the ranks says that it does,
-# mostly.
+# A handful of the 64 directions carries most of what was learned. So a small r *has room* for it, and that is why it
+# goes so far. Whether a LoRA that has no more than this room also *finds* it, in the same steps, is another question; in
+# unit 10 the larger rank got further.
 
 # %% [markdown]
 # ## Does another training find the same directions?
@@ -849,3 +851,6 @@ for name, value in {
 # - 1 point: proposes a curve of forgetting against learning, or a comparison at equal quality, with several seeds.
 # - 1 point: says which outcome would convince: at the same quality on the new task LoRA's loss on the old one is
 #   smaller by more than the spread of the seeds.
+
+# %% volatile=true
+progress("11")

@@ -95,8 +95,17 @@ def _guess(prediction: Prediction, given: Data) -> Data:
 
 @functools.lru_cache(maxsize=512)
 def expected_of(exercise: Exercise, seed: int) -> tuple[Seen, ...]:
-    """What there is to see of the library's own answer."""
-    return tuple(observe(exercise.probe, exercise.object, [c.inputs for c in exercise.inputs(seed)], 60, seed))
+    """What there is to see of the library's own answer.
+
+    Raises:
+        RuntimeError: it failed, which is no refusal (a `ValueError`), or did not end. Then nothing can be compared: a
+            learner's answer that fails in the same way would count as right.
+    """
+    expected = tuple(observe(exercise.probe, exercise.object, [c.inputs for c in exercise.inputs(seed)], 60, seed))
+    for one in expected:
+        if one.stopped or (one.raised and "ValueError" not in one.errors):
+            raise RuntimeError(f"the library's own {exercise.name} failed: {one.errors[:1]} {one.message}")
+    return expected
 
 
 def _expected(expected: Seen) -> str:
