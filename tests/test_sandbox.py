@@ -110,7 +110,7 @@ HONEST = (
     ),
     Run("taken", "row_echelon = library('row_echelon')"),
     Run("rank", OWN["rank"].replace("    echelon", "    import warnings; warnings.warn('slow')\n    echelon", 1)),
-    Run("loud", "def loud(answer):\n    return lambda **a: print('hello') or answer(**a)\nrank = loud(rank)"),
+    Run("loud", "def loud(answer):\n    return lambda *a, **k: print('hello') or answer(*a, **k)\nrank = loud(rank)"),
     Probe("rank", SEED, "check-rank"),
     Probe("row_echelon", SEED, "check-row_echelon"),
     Run("not a function", "outer_product_sum = 3"),
