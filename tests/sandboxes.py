@@ -119,8 +119,9 @@ class Collecting:
 def _walls(package: Path, limits: Limits, filtered: int, info: int) -> list[str]:
     import lora_from_scratch
 
-    bound = [(package, os.path.dirname(os.path.abspath(lora_from_scratch.__file__)))]
-    return bubblewrap.command(limits.folder, limits.shared, bound, {"HOME": bubblewrap.HOME}, filtered, info)
+    place = os.path.dirname(os.path.abspath(lora_from_scratch.__file__))
+    environment = {"HOME": bubblewrap.HOME, "PYTHONPATH": os.path.dirname(place)}
+    return bubblewrap.command(limits.folder, limits.shared, [(package, place)], environment, filtered, info)
 
 
 def _program(text: str, frames: int, limits: Limits) -> str:

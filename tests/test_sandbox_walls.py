@@ -74,7 +74,7 @@ def test_nothing_is_visible_but_the_interpreter_and_its_libraries(folder: Path) 
     finally:
         del os.environ["THE_GRADERS_SECRET"]
     assert there == []
-    assert set(environment) <= {"HOME", "LC_CTYPE", "PWD"}
+    assert set(environment) <= {"HOME", "LC_CTYPE", "PWD", "PYTHONPATH"}
     assert processes == ["1"]
     assert {"var", "sys", "run", "home", "mnt", "media", "opt", "srv", "boot"}.isdisjoint(root)
     assert home == ["/tmp/notebook", [], ["home", "notebook"] if home[2][0] == "home" else ["notebook", "home"], 1000]
