@@ -42,7 +42,7 @@ def test_every_command_has_help_in_which_every_flag_is_explained(
 
 def test_without_a_command_the_help_comes_and_names_every_command() -> None:
     out = output_of()
-    assert all(f"\n    {command} " in out for command in COMMANDS)
+    assert all(f"\n    {command}" in out for command in COMMANDS)
 
 
 def test_the_examples_in_the_help_are_command_lines_that_parse() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import io
 import os
@@ -58,7 +57,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         prog="lora-from-scratch",
         description="Parameter-efficient fine-tuning of a GPT-2, on a laptop, without a GPU and without a network.",
         epilog=EPILOG,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=24),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
