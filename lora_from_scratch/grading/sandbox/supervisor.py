@@ -7,8 +7,8 @@ sandbox. When `Watch.run` returns, nothing of it is running.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import resource
 import selectors
 import signal
@@ -138,7 +138,7 @@ class Watch:
         self.started, self.limits, self.listener = started, limits, listener
         largest = limits.observation + wire.LARGEST_JSON + 1024
         self.reader = wire.Reader(key, largest, limits.sent)
-        self.said = bytearray()
+        self.said, self.told = bytearray(), b""
         self.first: int | None = None  # the process inside
         self.handle: int | None = None  # its pidfd
         self.data = 0.0  # its private memory when last looked at
@@ -217,9 +217,11 @@ class Watch:
     def _take_info(self) -> bool:
         assert self.started.info is not None
         content = os.read(self.started.info, PIECE)
-        if content:
-            with contextlib.suppress(ValueError, KeyError, OSError):
-                self.first = int(json.loads(content)["child-pid"])
+        self.told += content
+        found = re.search(rb'"child-pid": (\d+)\D', self.told)  # JSON, which comes in pieces
+        if self.first is None and found is not None:
+            self.first = int(found[1])
+            with contextlib.suppress(OSError):
                 self.handle = os.pidfd_open(self.first)
         return bool(content)
 
