@@ -132,7 +132,7 @@ def test_no_process_can_be_started(folder: Path) -> None:
     column, _ = seccomp.ARCHITECTURES[platform.machine()]
     older = [number for name in ("fork", "vfork") if (number := seccomp.CALLS[name][column]) >= 0]
     (started,) = answers(
-        f"OLDER = {older}\n"
+        f"        OLDER = {older}\n"
         """
         import ctypes, subprocess, sys
         libc = ctypes.CDLL(None, use_errno=True)

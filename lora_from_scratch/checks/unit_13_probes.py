@@ -17,8 +17,8 @@ from lora_from_scratch.checks.exercise import Case, Draw
 from lora_from_scratch.checks.observation import Data, Seen
 from lora_from_scratch.gpt2 import GPT2, GPT2Config
 from lora_from_scratch.gpt2.model import Conv1D
-from lora_from_scratch.lora import LoRA, LoRALinear
-from lora_from_scratch.nf4_linear import NF4Linear, nf4_layers, quantize_model
+from lora_from_scratch.lora import LoRA, LoRALinear, inject_lora
+from lora_from_scratch.nf4_linear import NF4Linear, nf4_layers
 from lora_from_scratch.quantized_tensor import QuantizedTensor, quantize_4bit
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -113,8 +113,9 @@ def small_gpt2(n_layer: int, seed: int, state: str) -> GPT2:
         if isinstance(module, Conv1D):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
-    if state == "quantised":
-        quantize_model(model)
+    if state == "quantised":  # not by `quantize_model`: in grading the library's has no body
+        dense = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        inject_lora(model, {name: NF4Linear.from_layer(layer) for name, layer in dense.items()})
     if state == "adapted":
         LoRA(rank=1).adapt(model)
     if state == "broken":

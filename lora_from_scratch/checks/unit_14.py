@@ -65,10 +65,11 @@ def method_cases(draw: Draw) -> Iterator[Case]:
         return round(draw.number(smallest, largest), 2)
 
     few, many = draw.integer(100, 400), draw.integer(5000, 9000)
+    names = [f"method {chr(ord('a') + int(place))}" for place in draw.permutation(26)]  # no answer is known before
     three: dict[str, Data] = {
-        "bitfit": candidate(number(20, 30), few, 80),
-        "full": candidate(number(70, 75), 100 * many, 200),
-        "lora": candidate(number(60, 65), many, 90),
+        names[0]: candidate(number(20, 30), few, 80),
+        names[1]: candidate(number(70, 75), 100 * many, 200),
+        names[2]: candidate(number(60, 65), many, 90),
     }
     yield Case("everything is affordable", {"candidates": three, "budget": {"training_memory": 500}})
     yield Case("the best is too expensive", {"candidates": three, "budget": {"training_memory": 100}})
@@ -77,14 +78,14 @@ def method_cases(draw: Draw) -> Iterator[Case]:
     yield Case("two limits", {"candidates": three, "budget": both})
     level = number(50, 60)
     equal: dict[str, Data] = {
-        "a": candidate(level, many, 70),
-        "b": candidate(level, few, 95),
-        "c": candidate(level - 5, few // 2, 10),
+        names[3]: candidate(level, many, 70),
+        names[4]: candidate(level, few, 95),
+        names[5]: candidate(level - 5, few // 2, 10),
     }
     yield Case("two are equally good", {"candidates": equal, "budget": {"training_memory": 100}})
     losses: dict[str, Data] = {
-        "long": candidate(-number(2, 3), many, 70),
-        "short": candidate(-number(4, 5), few, 70),
+        names[6]: candidate(-number(2, 3), many, 70),
+        names[7]: candidate(-number(4, 5), few, 70),
     }
     yield Case("the quality is a negative number (minus the loss)", {"candidates": losses, "budget": {}})
     exact: dict[str, Data] = {"training_memory": 90}
