@@ -37,13 +37,13 @@ def _grid() -> list[Entry]:
     rates: dict[str, tuple[float, ...]] = {
         "full": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
         "qlora": (2e-3, 4e-3, 8e-3),
-        "adapter-houlsby": (1e-3, 3e-3, 1e-2),
-        "adapter-parallel": (1e-3, 3e-3, 1e-2),
+        "adapter-houlsby": (1e-3, 3e-3, 1e-2, 2e-2),
+        "adapter-parallel": (1e-3, 3e-3, 1e-2, 2e-2),
         "prefix": (2e-3, 5e-3, 1e-2),
-        "prompt": (1e-2, 3e-2, 1e-1),
-        "llama-adapter": (2e-3, 5e-3, 1.5e-2),
-        "bitfit": (3e-3, 1e-2, 3e-2),
-        "spafit": (2e-3, 5e-3, 1e-2),
+        "prompt": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+        "llama-adapter": (2e-3, 5e-3, 1.5e-2, 4e-2, 8e-2, 1.6e-1),
+        "bitfit": (3e-3, 1e-2, 3e-2, 6e-2, 1.2e-1),
+        "spafit": (2e-3, 5e-3, 1e-2, 2e-2),
     }
     methods = contestants()
     everywhere, qkv = ("c_attn", "c_proj", "c_fc"), ("attn.c_attn",)

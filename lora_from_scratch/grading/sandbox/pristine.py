@@ -72,8 +72,10 @@ class Pristine:
         for name, owner in self.owners:
             now = vars(owner)
             for attribute, value in self.kept[id(owner)].items():
-                if now.get(attribute) is not value:
-                    changed.append(f"{name}.{attribute}")
+                if (found := now.get(attribute)) is not value:
+                    # PyTorch itself wraps `torch.manual_seed` when its compiler is imported: put back, not told.
+                    if (name, attribute) != ("torch", "manual_seed") or not hasattr(found, "__wrapped__"):
+                        changed.append(f"{name}.{attribute}")
                     (type if isinstance(owner, type) else ModuleType).__setattr__(owner, attribute, value)
             for attribute in self._in_front(owner):
                 changed.append(f"{name}.{attribute}")
