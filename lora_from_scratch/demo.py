@@ -19,7 +19,7 @@ from lora_from_scratch.method import Method
 
 
 def methods(seed: int = 0) -> list[Method]:
-    """The two that the demo compares: every weight, and LoRA of rank 16 on the attention of every block."""
+    """The two that the demo compares: every weight, and LoRA of rank 8 beside every matrix of every block."""
     return [FullFineTuning(keep_base=False), LoRA(seed=seed)]
 
 

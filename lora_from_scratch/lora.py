@@ -314,9 +314,9 @@ class LoRA(Method):
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
     """
 
-    rank: int = 16
-    alpha: float = 128  # s = 8, as in the paper's GPT-2 runs (r = 4, alpha = 32)
-    targets: Sequence[str] | str = ("attn.c_attn", "attn.c_proj")  # the attention only, as in the paper's section 4.2
+    rank: int = 8
+    alpha: float = 64  # s = 8, as in the paper's GPT-2 runs (r = 4, alpha = 32)
+    targets: Sequence[str] | str = ("c_attn", "c_proj", "c_fc")  # every matrix of a block, as Dettmers et al. advise
     dropout: float = 0.0
     rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)

@@ -88,6 +88,15 @@ def test_what_is_not_the_same() -> None:
     assert same(torch.tensor([float("nan"), 1]), torch.tensor([float("nan"), 1]))
 
 
+def test_whole_numbers_are_compared_exactly_whatever_their_size() -> None:
+    assert not same(2**53 + 1, 2**53)
+    assert not same(10**30, 175_000_000_000)
+    assert same(10**30, 10**30)
+    assert same(10**30, 1e30)
+    assert not same(-(10**400), 1e300)
+    assert not same(10**400, torch.tensor(3))
+
+
 # --- points ---------------------------------------------------------------------------------------------
 
 

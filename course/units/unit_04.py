@@ -24,6 +24,8 @@
 
 # %%
 import copy
+import math
+import os
 
 import torch
 from tqdm import tqdm
@@ -42,6 +44,11 @@ from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 
+# "bundled", or "gpt2" (with a network), or a directory. On two cores expect two minutes, or about an hour with "gpt2"
+# (an estimate).
+MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
+STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 64))  # of the longest training run here
+
 # %% [markdown]
 # ## The task
 #
@@ -52,7 +59,7 @@ from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 # baseline that the others have to beat.
 
 # %%
-base, tokenizer = load_gpt2("bundled")
+base, tokenizer = load_gpt2(MODEL)
 dataset = load_dataset("story-cards")
 example = dataset.train[0]
 print("card:", example.mr)
@@ -234,7 +241,7 @@ RATE = 2 * learning_rate_for("full", base.config)  # tuned for 500 steps; a shor
 
 
 def settings(steps, rate=RATE, warmup=4):
-    return TrainingSettings(steps=steps, learning_rate=rate, warmup_steps=warmup, schedule="cosine")
+    return TrainingSettings(steps=steps, learning_rate=rate, warmup_steps=min(warmup, steps), schedule="cosine")
 
 
 def measure(model):
@@ -247,10 +254,10 @@ print(", ".join(f"{name} {value:.4g}" for name, value in start.items()))
 run = Trainer(
     model,
     lambda step: training.batch_at(step, 8, seed=0),
-    settings(64),
+    settings(STEPS),
     optimizers=[YourAdamW(model.parameters(), RATE)],
     evaluate=lambda: measure(model),
-    evaluate_every=16,
+    evaluate_every=math.ceil(STEPS / 4),
 ).run()
 points = [start, *run.evaluations]
 
@@ -364,15 +371,17 @@ slider(
 #
 # The same cards, the same order, the same learning rate, 20 steps each; only what is trained differs.
 
-
 # %%
+SHORT = math.ceil(STEPS / 3.2)
+
+
 def open_only(model, prefixes):
     """Train what has a name that begins like one of these, and freeze the rest."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(prefixes))
 
 
-def train_on_cards(prepare, steps=20, rate=RATE, warmup=4, batch_at=lambda step: training.batch_at(step, 8, seed=0)):
+def train_on_cards(prepare, steps=SHORT, rate=RATE, warmup=4, batch_at=lambda step: training.batch_at(step, 8, seed=0)):
     """A copy of the base model, prepared and trained, and the losses on the way."""
     model = copy.deepcopy(base)
     prepare(model)
@@ -383,7 +392,7 @@ def train_on_cards(prepare, steps=20, rate=RATE, warmup=4, batch_at=lambda step:
 plans = {
     "last block": lambda model: freeze_of(model, 1),
     "last 2": lambda model: freeze_of(model, 2),
-    "all 6 blocks": lambda model: freeze_of(model, 6),
+    f"all {base.config.n_layer} blocks": lambda model: freeze_of(model, base.config.n_layer),
     "everything": lambda model: None,
 }
 results = {}

@@ -25,6 +25,7 @@
 # %%
 import copy
 import inspect
+import os
 import time
 
 import torch
@@ -44,7 +45,11 @@ from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.lora import LoRA
 
-MODEL = "bundled"  # or "gpt2", or a directory; with "gpt2" on two cores expect about half an hour (an estimate)
+# "bundled", or "gpt2" (with a network), or a directory. On two cores expect two minutes, or about half an hour with "gpt2"
+# (an estimate).
+MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
+STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 32))  # of each training run
+BATCH = 8
 
 # %% [markdown]
 # ## New layers in an old model
@@ -267,7 +272,6 @@ for deviation in (0, 1e-3, 1e-2, 0.1, 0.3, 1):
 # that. Now train from the first line and from the second.
 
 # %%
-STEPS, BATCH = 32, 8
 
 
 def train(model, what, seed=0):

@@ -25,6 +25,8 @@
 # slightly more than all of the operations before merging, and exactly all of them after it.](unit_09.png)
 
 # %%
+import os
+
 import safetensors.torch
 import torch
 from torch import nn
@@ -45,7 +47,11 @@ from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.lora import find_targets
 
-MODEL = "bundled"  # or "gpt2", or a directory; with "gpt2" on two cores expect about half an hour (an estimate)
+# "bundled", or "gpt2" (with a network), or a directory. On two cores expect two minutes, or about half an hour with "gpt2"
+# (an estimate).
+MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
+STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 80))  # of each training run
+BATCH = 8
 
 # %% [markdown]
 # ## A change that is thin
@@ -358,7 +364,6 @@ print(f"as a file: {len(safetensors.torch.save(state)):,} bytes")
 # shape of the curves and the counts, not the last digit of a loss. (Unit 10 trains longer, with three seeds.)
 
 # %%
-STEPS, BATCH = 80, 8
 dataset = load_dataset("story-cards")
 context = model.config.n_positions
 examples = Completions(dataset.train, tokenizer, context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,8 @@ def same(seen: Data, expected: Data, tolerance: float = 1e-4) -> bool:
     """
     if isinstance(expected, Opaque) or isinstance(seen, Opaque):
         return isinstance(expected, Opaque) and isinstance(seen, Opaque) and seen == expected
+    if isinstance(expected, int) and isinstance(seen, int):
+        return seen == expected  # of any size
     if is_number(expected) and is_number(seen):
         one, other = as_tensor(seen), as_tensor(expected)
         if one.shape != other.shape or one.is_complex() or other.is_complex():
@@ -53,7 +57,12 @@ def is_number(value: Data) -> bool:
 
 
 def as_tensor(value: Data) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=_dtype_of(value))
+    """A number as a tensor without axes. A whole number beyond 64 bits becomes the nearest float, or infinite."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        value = float(value) if abs(value) < 2**1023 else math.inf if value > 0 else -math.inf
+    return torch.tensor(value, dtype=_dtype_of(value))
 
 
 def _dtype_of(value: Data) -> torch.dtype:

@@ -262,12 +262,12 @@ PREDICTIONS = [
     Prediction(
         name="thousand_customers",
         question="A thousand customers, each with a task of their own. You keep either a fully fine-tuned checkpoint "
-        "of the bundled model for each, or the base once and a LoRA of rank 16 on the attention (147,456 parameters of "
-        "5,853,184) for each, everything in 32 bits. How many times more bytes do the checkpoints need?",
-        answer=1000 * 5_853_184 / (5_853_184 + 1000 * 147_456),
+        "of the bundled model for each, or the base once and a LoRA of rank 8 beside every matrix (196,608 parameters "
+        "of 5,853,184) for each, everything in 32 bits. How many times more bytes do the checkpoints need?",
+        answer=1000 * 5_853_184 / (5_853_184 + 1000 * 196_608),
         within=1.35,
-        explanation="1,000 checkpoints have 1,000 · 5.85 M numbers. With LoRA it is 5.85 M once and 1,000 · 0.147 M: "
-        "about 38 times fewer. For a large model the ratio approaches the inverse of the share that is trained.",
+        explanation="1,000 checkpoints have 1,000 · 5.85 M numbers. With LoRA it is 5.85 M once and 1,000 · 0.197 M: "
+        "about 29 times fewer. For a large model the ratio approaches the inverse of the share that is trained.",
         idea="choosing a method",
         points=1,
     ),

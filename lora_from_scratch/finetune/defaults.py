@@ -13,8 +13,8 @@ LARGE = 512  # a width from which on a model is treated like GPT-2 small and not
 # method: learning rate for the bundled model, for GPT-2 small and larger
 LEARNING_RATES: dict[str, tuple[float, float]] = {
     "full": (2.5e-4, 5e-5),  # larger models: a usual choice, of no one paper
-    "lora": (4e-3, 2e-4),  # larger models: GPT-2 medium on E2E in microsoft/LoRA
-    "qlora": (4e-3, 2e-4),  # as LoRA; larger models: finetune_guanaco_7b.sh in artidoro/qlora
+    "lora": (3e-3, 2e-4),  # larger models: GPT-2 medium on E2E in microsoft/LoRA
+    "qlora": (3e-3, 2e-4),  # as LoRA; larger models: finetune_guanaco_7b.sh in artidoro/qlora
     "prompt": (3e-1, 1e-1),  # larger models: a guess; Lester et al. 2021 have 0.3, but with Adafactor
     "prefix": (5e-3, 5e-5),  # larger models: train_e2e.py in XiangLi1999/PrefixTuning
     "llama-adapter": (8e-2, 1e-3),  # larger models: 9e-3 for a batch of 256 in OpenGVLab/LLaMA-Adapter, here of 32

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lora_from_scratch.figures import BUILDING
 
 SECONDS_A_CELL = 300
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar or a slider: nothing once the kernel has ended
+SETTINGS = ("LORA_FROM_SCRATCH_MODEL", "LORA_FROM_SCRATCH_STEPS")  # what a unit's experiments run on, and how long
 # How to start a process that has no network (Linux, where users may make namespaces).
 WITHOUT_NETWORK = ("unshare", "--map-root-user", "--net", "--")
 # The same where there is no such thing: for Python code only.
@@ -44,12 +46,15 @@ class Cost:
     seconds: float
 
 
-def execute(notebook: Any, *, building: bool = True, allow_errors: bool = False) -> Cost:
+def execute(
+    notebook: Any, *, building: bool = True, allow_errors: bool = False, settings: Mapping[str, str] | None = None
+) -> Cost:
     """Run a notebook in place; its cells have their outputs then.
 
     Args:
         building: with the fixed seeds and quiet progress bars of a build; otherwise as a learner runs it.
         allow_errors: go on after a cell that ends in an error. Otherwise stop there; the cell's outputs say why.
+        settings: environment variables that a unit reads, of `SETTINGS`; those of this process are not passed on.
 
     Raises:
         ValueError: the kernel died, or a cell took longer than `SECONDS_A_CELL`.
@@ -76,7 +81,7 @@ def execute(notebook: Any, *, building: bool = True, allow_errors: bool = False)
             coalesce_streams=True,
             resources={"metadata": {"path": str(_folder(work / "run"))}},
         )
-        client.execute(env=_environment(work, building), cleanup_kc=True)
+        client.execute(env=_environment(work, building) | dict(settings or {}), cleanup_kc=True)
     except CellExecutionError:
         pass  # the outputs of the cell say it
     except (DeadKernelError, CellTimeoutError) as error:
@@ -126,7 +131,7 @@ def _environment(work: Path, building: bool) -> dict[str, str]:
     if not network_can_be_cut():
         (startup / "00-offline.py").write_text(OFFLINE, encoding="utf-8")
     environment = dict(os.environ)
-    for name in (BUILDING, "PYTHONWARNINGS"):
+    for name in (BUILDING, "PYTHONWARNINGS", *SETTINGS):
         environment.pop(name, None)
     environment |= {
         "HF_HUB_OFFLINE": "1",
