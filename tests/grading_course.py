@@ -16,7 +16,8 @@ import pytest
 from sqlalchemy import create_engine, inspect, text
 
 from lora_from_scratch.checks import units
-from lora_from_scratch.grading import build, keys
+from lora_from_scratch.grading import keys
+from lora_from_scratch.grading.building import build
 from lora_from_scratch.grading.grade import Options, Summary, grade
 from tests.tiny_course import enter_course, make_course
 

@@ -19,6 +19,7 @@ from lora_from_scratch.checks.judge import judge
 from lora_from_scratch.checks.observation import Data
 from lora_from_scratch.checks.units import Unit, find
 from lora_from_scratch.checks.verdict import Verdict
+from lora_from_scratch.grading.building.solution import source_of
 from lora_from_scratch.grading.sandbox import (
     Job,
     Limits,
@@ -31,7 +32,6 @@ from lora_from_scratch.grading.sandbox import (
     unavailable,
 )
 from lora_from_scratch.grading.sandbox.stripped import find_unit, stripped
-from lora_from_scratch.grading.solution import source_of
 
 needs_bubblewrap = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 

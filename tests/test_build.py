@@ -11,10 +11,10 @@ import nbformat
 import pytest
 
 from lora_from_scratch.cli import main
-from lora_from_scratch.grading import build, execution
-from lora_from_scratch.grading.assemble import Cell
-from lora_from_scratch.grading.execution import execute
-from lora_from_scratch.grading.solution import needed_imports, solved_source, write_imports
+from lora_from_scratch.grading.building import build, execution
+from lora_from_scratch.grading.building.assemble import Cell
+from lora_from_scratch.grading.building.execution import execute
+from lora_from_scratch.grading.building.solution import needed_imports, solved_source, write_imports
 from tests.tiny_course import ROOT, SOURCE, Course, enter_course, make_course
 
 

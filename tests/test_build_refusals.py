@@ -9,10 +9,10 @@ import pytest
 
 from lora_from_scratch.checks import bank
 from lora_from_scratch.checks.exercise import Exercise
-from lora_from_scratch.grading import build, refusals
-from lora_from_scratch.grading.assemble import Cell
-from lora_from_scratch.grading.execution import execute
-from lora_from_scratch.grading.refused import Refused
+from lora_from_scratch.grading.building import build, refusals
+from lora_from_scratch.grading.building.assemble import Cell
+from lora_from_scratch.grading.building.execution import execute
+from lora_from_scratch.grading.building.refused import Refused
 from tests.tiny_course import SOURCE, Course, enter_course, make_course
 
 

@@ -17,13 +17,13 @@ from lora_from_scratch.checks import units
 from lora_from_scratch.checks.judge import expected_of
 from lora_from_scratch.checks.observation import Opaque, Seen
 from lora_from_scratch.checks.units import Unit
-from lora_from_scratch.grading import build
+from lora_from_scratch.grading.building import build
 from lora_from_scratch.grading.cohort import secret_of, seed_of
 from lora_from_scratch.grading.graded import Finding, Graded
 from lora_from_scratch.grading.marking import Settings, mark, mark_file, nothing
-from lora_from_scratch.grading.matching import match
 from lora_from_scratch.grading.plan import cells_to_run
 from lora_from_scratch.grading.sandbox import Ending, Guess, Job, Observed, Output, Probe, Run, Tried
+from lora_from_scratch.grading.submissions.matching import match
 from tests.damages import Notebook, after, by_id, code, fill, released, solutions, submission
 from tests.sandboxes import needs_bubblewrap
 from tests.tiny_course import enter_course, make_course

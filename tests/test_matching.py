@@ -15,8 +15,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from lora_from_scratch.checks.units import units
-from lora_from_scratch.grading.definitions import binds, needs
-from lora_from_scratch.grading.matching import Matched, match
+from lora_from_scratch.grading.submissions.definitions import binds, needs
+from lora_from_scratch.grading.submissions.matching import Matched, match
 from tests.damages import (
     DAMAGES,
     ROOT,

@@ -23,7 +23,7 @@ from nbgrader.validator import Validator
 from traitlets.config import Config
 
 from lora_from_scratch.checks import units
-from lora_from_scratch.grading import build
+from lora_from_scratch.grading.building import build
 from lora_from_scratch.grading.cohort import secret_of
 from lora_from_scratch.grading.marking import Settings, mark_file
 from lora_from_scratch.grading.sandbox.stripped import find_unit

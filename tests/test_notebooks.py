@@ -8,8 +8,8 @@ import nbformat
 import pytest
 
 from lora_from_scratch.checks.units import units
-from lora_from_scratch.grading import build, refusals
-from lora_from_scratch.grading.execution import execute
+from lora_from_scratch.grading.building import build, refusals
+from lora_from_scratch.grading.building.execution import execute
 from tests.tiny_course import ROOT
 
 UNITS = [

@@ -12,6 +12,7 @@ from lora_from_scratch.checks.bank import right_answers, wrong_answers
 from lora_from_scratch.checks.judge import judge
 from lora_from_scratch.checks.notebook import verdict_on
 from lora_from_scratch.checks.units import Unit, find, units
+from lora_from_scratch.grading.building.solution import BEGIN, END, solved_source, source_of
 from lora_from_scratch.grading.sandbox import (
     Guess,
     Job,
@@ -25,7 +26,6 @@ from lora_from_scratch.grading.sandbox import (
     unavailable,
 )
 from lora_from_scratch.grading.sandbox.stripped import TAKEN_OUT, find_unit, stripped
-from lora_from_scratch.grading.solution import BEGIN, END, solved_source, source_of
 from tests.sandboxes import cell_of, needs_bubblewrap, notebook_of, verdict_of
 from tests.tiny_course import enter_course, make_course
 

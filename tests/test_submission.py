@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_from_scratch.grading import submission
-from lora_from_scratch.grading.submission import Submission, read
+from lora_from_scratch.grading.submissions import submission
+from lora_from_scratch.grading.submissions.submission import Submission, read
 
 CODE = 'print("naïve")  # Größe'
 NOTEBOOK: dict[str, Any] = {

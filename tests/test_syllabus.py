@@ -7,13 +7,13 @@ import re
 import pytest
 
 from lora_from_scratch.checks.units import names, units
-from lora_from_scratch.grading import syllabus
+from lora_from_scratch.grading.building import syllabus
 from tests.tiny_course import ROOT
 
 
 def test_the_table_of_the_syllabus_is_what_the_units_give() -> None:
     text = (ROOT / "course" / "syllabus.md").read_text(encoding="utf-8")
-    assert syllabus.renewed(text, ROOT) == text, "python -m lora_from_scratch.grading.syllabus writes it"
+    assert syllabus.renewed(text, ROOT) == text, "python -m lora_from_scratch.grading.building.syllabus writes it"
 
 
 def test_a_syllabus_without_a_place_for_the_table_is_refused() -> None:

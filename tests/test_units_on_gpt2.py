@@ -15,7 +15,7 @@ import torch
 from lora_from_scratch.gpt2.checkpoint import BUNDLED_DIRECTORY, load_tokenizer, save_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.grading.execution import SETTINGS, execute
+from lora_from_scratch.grading.building.execution import SETTINGS, execute
 from tests.tiny_course import ROOT
 
 FINE_TUNING = ("04", "05", "06", "07", "08", "09", "10", "11", "13", "14")

@@ -13,8 +13,8 @@ import pytest
 
 from lora_from_scratch.checks import bank, units
 from lora_from_scratch.checks.units import Unit
-from lora_from_scratch.grading import build
-from lora_from_scratch.grading.refused import Refused
+from lora_from_scratch.grading.building import build
+from lora_from_scratch.grading.building.refused import Refused
 
 ROOT = Path(__file__).resolve().parents[1]
 

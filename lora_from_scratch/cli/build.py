@@ -25,8 +25,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_from_scratch.grading import build
-    from lora_from_scratch.grading.refused import Refused
+    from lora_from_scratch.grading.building import build
+    from lora_from_scratch.grading.building.refused import Refused
 
     root = options.root.resolve() if options.root else build.course_root()
     refused = 0

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: it cannot be known which unit it is, or it is the released notebook itself.
         OSError: there is no such notebook.
     """
-    from lora_from_scratch.grading.handing_in import look_at
+    from lora_from_scratch.grading.submissions.handing_in import look_at
 
     path: Path = options.notebook
     if not path.exists() and not path.is_symlink():

@@ -19,11 +19,11 @@ from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.grading import outputs, sandbox
 from lora_from_scratch.grading.cohort import seed_of
 from lora_from_scratch.grading.graded import Finding, Graded
-from lora_from_scratch.grading.matching import Matched, match
 from lora_from_scratch.grading.plan import cells_to_run, is_check
-from lora_from_scratch.grading.released import Place, Release
 from lora_from_scratch.grading.sandbox import Guess, Isolation, Job, Limits, Observed, Probe, Run, Tried
-from lora_from_scratch.grading.submission import read
+from lora_from_scratch.grading.submissions.matching import Matched, match
+from lora_from_scratch.grading.submissions.released import Place, Release
+from lora_from_scratch.grading.submissions.submission import read
 
 NO_DATA = (".ipynb_checkpoints", "timestamp.txt", "__pycache__")
 SUBMITTED = 2  # of the folders above a notebook, the one that no link may be below: submitted/LEARNER/unit_NN

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_from_scratch.grading.definitions import binds, needs
+from lora_from_scratch.grading.submissions.definitions import binds, needs
 
 
 def cells_to_run(notebook: Any, released: Any) -> list[Any]:

@@ -44,8 +44,8 @@ class MatchRelease(NbGraderPreprocessor):
 
     def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
         from lora_from_scratch.grading.graded import Finding
-        from lora_from_scratch.grading.matching import match
-        from lora_from_scratch.grading.submission import normal
+        from lora_from_scratch.grading.submissions.matching import match
+        from lora_from_scratch.grading.submissions.submission import normal
 
         found: list[Finding] = []
         matched = match(normal(nb, found), _released(self, resources))
@@ -68,8 +68,8 @@ class MarkInSandbox(NbGraderPreprocessor):
         from lora_from_scratch.grading.autograded import shown
         from lora_from_scratch.grading.cohort import secret_of
         from lora_from_scratch.grading.graded import Finding
-        from lora_from_scratch.grading.matching import match
         from lora_from_scratch.grading.sandbox.stripped import find_unit
+        from lora_from_scratch.grading.submissions.matching import match
 
         said, directory = resources["nbgrader"], CourseDirectory(config=self.config)
         released, root = _released(self, resources), Path(directory.root)

@@ -22,8 +22,8 @@ from typing import Any
 from lora_from_scratch.checks import notebook
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.units import FOLDER, Unit, units
+from lora_from_scratch.grading.building.solution import BEGIN, END, solved_source
 from lora_from_scratch.grading.sandbox import standin
-from lora_from_scratch.grading.solution import BEGIN, END, solved_source
 
 PACKAGE = Path(__file__).resolve().parents[2]
 NAME = PACKAGE.name

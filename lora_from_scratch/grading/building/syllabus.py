@@ -1,6 +1,6 @@
 """The table of units and points in course/syllabus.md, from the units themselves.
 
-python -m lora_from_scratch.grading.syllabus      # writes it
+python -m lora_from_scratch.grading.building.syllabus      # writes it
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def renewed(text: str, root: Path) -> str:
 
 
 def main() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     place = root / "course" / "syllabus.md"
     text = renewed(place.read_text(encoding="utf-8"), root)
     write_atomically(place, lambda path: path.write_text(text, encoding="utf-8"))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_from_scratch.grading.definitions import checks, is_python, pieces
-from lora_from_scratch.grading.released import Place, Release
+from lora_from_scratch.grading.submissions.definitions import checks, is_python, pieces
+from lora_from_scratch.grading.submissions.released import Place, Release
 
 ALIKE = 0.6  # difflib's ratio from which two texts are versions of one another
 COMPARED = 1_000  # characters of a text that are compared

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_from_scratch.grading.definitions import binds, checks, imports_only, pieces, same_code
+from lora_from_scratch.grading.submissions.definitions import binds, checks, imports_only, pieces, same_code
 
 FLAGS = ("grade", "solution", "locked", "task", "points")  # of nbgrader's metadata: what must not change
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_from_scratch.checks.exercise import Exercise, Prediction
 from lora_from_scratch.checks.units import Unit
-from lora_from_scratch.grading.refused import Refused
-from lora_from_scratch.grading.solution import (
+from lora_from_scratch.grading.building.refused import Refused
+from lora_from_scratch.grading.building.solution import (
     BEGIN,
     END,
     bound_names,
@@ -19,7 +19,7 @@ from lora_from_scratch.grading.solution import (
     solved_source,
     write_imports,
 )
-from lora_from_scratch.grading.source import SourceCell
+from lora_from_scratch.grading.building.source import SourceCell
 
 SCHEMA = 3  # of nbgrader's metadata
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}

@@ -11,12 +11,12 @@ from typing import Any
 
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.files import write_atomically
-from lora_from_scratch.grading import refusals
-from lora_from_scratch.grading.assemble import Cell, as_notebook, assemble
-from lora_from_scratch.grading.execution import Cost, execute
-from lora_from_scratch.grading.refused import Refused
-from lora_from_scratch.grading.release import release
-from lora_from_scratch.grading.source import read_source
+from lora_from_scratch.grading.building import refusals
+from lora_from_scratch.grading.building.assemble import Cell, as_notebook, assemble
+from lora_from_scratch.grading.building.execution import Cost, execute
+from lora_from_scratch.grading.building.refused import Refused
+from lora_from_scratch.grading.building.release import release
+from lora_from_scratch.grading.building.source import read_source
 
 SOURCES = Path("course/units")
 CONFIG = Path("course/nbgrader_config.py")
@@ -49,7 +49,7 @@ def course_root(start: Path | None = None) -> Path:
         FileNotFoundError: there is none.
     """
     start = (start or Path.cwd()).resolve()
-    for place in (start, *start.parents, Path(__file__).resolve().parents[2]):
+    for place in (start, *start.parents, Path(__file__).resolve().parents[3]):
         if (place / SOURCES).is_dir():
             return place
     raise FileNotFoundError(f"there is no {SOURCES} here or above; go to the project's folder, or name it with --root")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_from_scratch.grading.definitions import is_python
 from lora_from_scratch.grading.graded import Finding
-from lora_from_scratch.grading.matching import match
-from lora_from_scratch.grading.released import Place, Release
-from lora_from_scratch.grading.submission import read
+from lora_from_scratch.grading.submissions.definitions import is_python
+from lora_from_scratch.grading.submissions.matching import match
+from lora_from_scratch.grading.submissions.released import Place, Release
+from lora_from_scratch.grading.submissions.submission import read
 
 
 @dataclass(frozen=True)

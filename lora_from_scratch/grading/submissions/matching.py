@@ -12,10 +12,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from lora_from_scratch.grading import ordering, repairs
-from lora_from_scratch.grading.claiming import Cell, claim
 from lora_from_scratch.grading.graded import Finding
-from lora_from_scratch.grading.released import Release
+from lora_from_scratch.grading.submissions import ordering, repairs
+from lora_from_scratch.grading.submissions.claiming import Cell, claim
+from lora_from_scratch.grading.submissions.released import Release
 
 
 @dataclass(frozen=True)

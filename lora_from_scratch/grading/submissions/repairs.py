@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_from_scratch.grading.claiming import Cell
-from lora_from_scratch.grading.definitions import binds, cut, is_python, same_code
 from lora_from_scratch.grading.graded import Finding, Severity
-from lora_from_scratch.grading.released import FLAGS, Place, Release
+from lora_from_scratch.grading.submissions.claiming import Cell
+from lora_from_scratch.grading.submissions.definitions import binds, cut, is_python, same_code
+from lora_from_scratch.grading.submissions.released import FLAGS, Place, Release
 
 NAMED = 3  # of more cells than that one finding tells, not one each
 RELOAD = "Before you hand in, download the unit's notebook afresh and copy your code into it"

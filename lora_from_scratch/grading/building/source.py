@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_from_scratch.grading.refused import Refused
+from lora_from_scratch.grading.building.refused import Refused
 
 DIRECTIVES = {
     "exercise": "code",

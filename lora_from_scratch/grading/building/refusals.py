@@ -12,9 +12,9 @@ from typing import Any
 from lora_from_scratch.checks.bank import right_answers, wrong_answers
 from lora_from_scratch.checks.exercise import Draw, Exercise
 from lora_from_scratch.checks.units import Unit
-from lora_from_scratch.grading.assemble import Cell
-from lora_from_scratch.grading.solution import bound_names, solution_lines
-from lora_from_scratch.grading.source import SourceCell
+from lora_from_scratch.grading.building.assemble import Cell
+from lora_from_scratch.grading.building.solution import bound_names, solution_lines
+from lora_from_scratch.grading.building.source import SourceCell
 
 WRONG, RIGHT = 5, 2  # answers that the bank must have of an exercise
 FROM_CHECKS = ("check", "hint", "library", "progress", "working")  # what every unit's first code cell imports

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import bisect
 
-from lora_from_scratch.grading.claiming import Cell
-from lora_from_scratch.grading.definitions import binds, checks, cut, helpers, is_python, needs
-from lora_from_scratch.grading.released import Place
-from lora_from_scratch.grading.repairs import RELOAD, Work, named, upper
+from lora_from_scratch.grading.submissions.claiming import Cell
+from lora_from_scratch.grading.submissions.definitions import binds, checks, cut, helpers, is_python, needs
+from lora_from_scratch.grading.submissions.released import Place
+from lora_from_scratch.grading.submissions.repairs import RELOAD, Work, named, upper
 
 
 def arrange(work: Work) -> None:
