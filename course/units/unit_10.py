@@ -272,9 +272,9 @@ for rank in (RANKS[0], RANKS[-1]):
     print(f"r = {rank:>2}: alpha = {ALPHA}: {by_rank[rank][0]:.2f}, alpha = {4 * ALPHA}: {louder:.2f}")
 
 # %% [markdown]
-# When this unit was written, rank 1 did not gain from that, and rank 64 did: for a high rank, alpha / r with alpha =
-# 32 is on the quiet side (rsLoRA's argument, unit 09). So the table above does not flatter the high ranks; it holds
-# them back.
+# When this unit was written, rank 1 gained no more from that than another seed gives, and rank 64 gained much: for a
+# high rank, alpha / r with alpha = 32 is on the quiet side (rsLoRA's argument, unit 09). So the table above does not
+# flatter the high ranks; it holds them back.
 #
 # Then why is rank 1 enough for GPT-3 and not here? Three reasons, and none of them is an error of the paper.
 #

@@ -21,7 +21,7 @@
 #
 # ![Left, the singular values of three updates of one matrix: those of LoRA are few and large, those of full
 # fine-tuning many and small. Right, what is forgotten against what is learned, one line for each method: full
-# fine-tuning gets furthest, and at equal quality LoRA has not forgotten less.](unit_11.png)
+# fine-tuning gets furthest, and at equal quality the three are close.](unit_11.png)
 
 # %%
 import copy
@@ -491,7 +491,7 @@ for name in ("LoRA, r = 8", "full"):
 # does not make ("intruder dimensions").
 #
 # Our steps are large (the rate was tuned for this small model), and the size of the update goes straight into the
-# factor: the paper's update is a ninth of its weight, ours about a half.
+# factor: the paper's update is a ninth of its weight, ours more than a third.
 
 # %% [markdown]
 # ## Rank and overfitting
@@ -599,10 +599,10 @@ for name in METHODS:
     )
 
 # %% [markdown]
-# At equal quality LoRA has *not* forgotten less here: rank 64 as much as full fine-tuning, within the spread of the
-# seeds, and rank 8, which has to push its few directions hardest, rather more. Nor has LoRA forgotten less in longer
-# runs: `benchmarks/forgetting.md` has both methods at their tuned rates, trained to nearly the same BLEU, with three
-# seeds, and LoRA is the one that is further from the base model.
+# At equal quality most of LoRA's advantage is gone: rank 64 has forgotten a little less than full fine-tuning, hardly
+# by more than another seed changes, and rank 8, which has to push its few directions hardest, as much or more. In
+# longer runs it is the other way round: `benchmarks/forgetting.md` has both methods at their tuned rates, trained to
+# the same BLEU, with three seeds, and LoRA is the one that is further from the base model.
 #
 # Does that contradict the paper? Less than it seems. Its own curve of learning against forgetting (section "The
 # learning-forgetting tradeoff") puts LoRA and full fine-tuning on about the same line in several cases, at different
@@ -820,7 +820,7 @@ for name, value in {
 # - Low-rank is not small: LoRA's change is larger than that of full fine-tuning, in far fewer directions.
 # - Trainings with different seeds and ranks find common directions, far above chance; of 64 directions few do the work.
 # - The update amplifies what W does not emphasise, as in the paper; the factor measures LoRA's narrowness, too.
-# - A small rank learns less; at *equal quality* it has not forgotten less here. Compare curves, not end points.
+# - A small rank learns less; at *equal quality* little is left of what it spared. Compare curves, not end points.
 # - Under Adam, alpha and the learning rate are one knob; alpha / r keeps the good rates about the same for all ranks.
 #
 # ## Go further
