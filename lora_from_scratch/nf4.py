@@ -126,7 +126,7 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = 
 
     Row by row, in blocks of `blocksize`: scale the block to [-1, 1] by its absmax in float32, take for each weight
     the code of the nearest value of the codebook (a tie goes to the lower value), pack two codes in a byte. An odd
-    number of weights is filled up with one 0. In NF4 a block of zeros packs to 0x77.
+    number of weights is filled up with one weight of 0. In NF4 the code of 0 is 7, so a block of zeros packs to 0x77.
 
     Args:
         weight: n numbers in any shape; float32, float16 or bfloat16.

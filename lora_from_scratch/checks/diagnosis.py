@@ -13,6 +13,7 @@ from lora_from_scratch.checks.bank import Answer, wrong_answers
 from lora_from_scratch.checks.comparing import agrees, as_tensor, is_number, same
 from lora_from_scratch.checks.exercise import Case, Exercise
 from lora_from_scratch.checks.observation import Data, Opaque, Seen, observe
+from lora_from_scratch.checks.verdict import without_dtypes
 
 Said = tuple[str, str]  # the misconception's name, and what is said of it
 
@@ -130,7 +131,8 @@ def _kind(seen: Seen, expected: Seen) -> Said | None:
 def _shape(seen: Seen, expected: Seen) -> Said | None:
     for place, (s, e) in enumerate(_pairs(seen.value, expected.value)):
         if s.shape != e.shape:
-            of = "" if isinstance(expected.value, Tensor | int | float) else f" of result {place + 1}"
+            alone = not isinstance(expected.value, list) or len(without_dtypes(expected.value)) == 1
+            of = "" if alone else f" of result {place + 1}"
             back = s.ndim == e.ndim == 2 and s.shape == e.T.shape
             turned = " It looks transposed." if back else ""
             shapes = f"The shape{of} should be {tuple(e.shape)}, your code returns {tuple(s.shape)}."
@@ -198,7 +200,10 @@ def kind_of(value: Data) -> str:
     if isinstance(value, Opaque):
         return f"a {value!s}"
     if isinstance(value, list):
-        each = f": {' and '.join(map(kind_of, value))}" if 2 <= len(value) <= 3 else ""
-        return f"{len(value)} {'result' if len(value) == 1 else 'results'}{each}"
+        results = without_dtypes(value)
+        if len(results) == 1 < len(value):
+            return kind_of(results[0])
+        each = f": {' and '.join(map(kind_of, results))}" if 2 <= len(results) <= 3 else ""
+        return f"{len(results)} {'result' if len(results) == 1 else 'results'}{each}"
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "text", dict: "a dictionary"}
     return "None" if value is None else names[type(value)]

@@ -349,8 +349,8 @@ PREDICTIONS = [
         name="order_of_the_errors",
         question=(
             "The weights of the bundled GPT-2 are quantised to 4 bits in blocks of 64, with three codebooks: NF4, INT4 "
-            "(equal steps) and FP4 (a tiny floating-point number, fine steps near zero). Order the three by their "
-            "error, the root of the mean square."
+            "(equal steps) and FP4 (a tiny floating-point number, steps that grow with the number). Order the three by "
+            "their error, the root of the mean square."
         ),
         choices={
             "a": "NF4 is smallest, then FP4, then INT4",
@@ -360,9 +360,9 @@ PREDICTIONS = [
         },
         answer="b",
         explanation=(
-            "NF4 has its values where the weights are. FP4 spends too many of its values close to zero (two of them on "
-            "zero itself) and leaves wide gaps above a third of the absmax, where many weights lie: that costs more "
-            "than the equal steps of INT4 do."
+            "NF4 has its values where the weights are. FP4 has four of its codes at zero or next to it, then a hole up "
+            "to a sixth of the absmax, where a third of the weights lie, and a gap of a third at the top: together "
+            "that costs more than the equal steps of INT4 do."
         ),
         idea="codebooks",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lora_from_scratch.checks.observation import Data, Opaque
@@ -72,14 +73,21 @@ def _describe(value: Data) -> str:
     if isinstance(value, Opaque):
         return f"a {value!s}"
     if isinstance(value, list) and any(isinstance(item, Tensor | list | dict) for item in value):
-        more = "; ..." if len(value) > 6 else ""
-        return f"{len(value)} results: " + "; ".join(describe(item) for item in value[:6]) + more
+        results = without_dtypes(value)
+        more = "; ..." if len(results) > 6 else ""
+        count = f"{len(results)} results: " if len(results) > 1 or len(value) == 1 else ""
+        return count + "; ".join(describe(item) for item in results[:6]) + more
     if isinstance(value, list):
         return "[" + ", ".join(describe(item) for item in value[:6]) + (", ...]" if len(value) > 6 else "]")
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in list(value.items())[:6]) + "}"
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def without_dtypes(results: list[Data]) -> list[Data]:
+    """What the learner's code returned: where the dtype counts, the probe adds its name ("uint8")."""
+    return [item for item in results if not isinstance(getattr(torch, str(item), None), torch.dtype)]
 
 
 def _describe_tensor(value: Tensor) -> str:

@@ -206,6 +206,17 @@ def zero_over_zero(weight: Tensor, blocksize: int = 64, codebook: Tensor | None 
     return packed_up(nearest(z, book(codebook))), absmax
 
 
+@wrong(
+    "quantize_nf4",
+    "In a block of zeros you divide 0 by 0. What comes out is not a number, and `argmin` takes the first place for it, "
+    "the code 0, which stands for -1. The code of 0 is 7, so the bytes are 0x77.",
+)
+def zero_over_zero_by_argmin(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    z = weight.reshape(-1) / absmax.repeat_interleave(blocksize)[: weight.numel()]
+    return packed_up((z[:, None] - book(codebook)).abs().argmin(dim=1)), absmax
+
+
 @wrong("quantize_nf4", "You use NF4's values whatever codebook is given.")
 def always_nf4(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
