@@ -253,6 +253,14 @@ def in_and_out(layer: nn.Module) -> tuple[int, int]:
 
 
 def check_rank(rank: int, largest: int, why: str) -> None:
+    """Refuse a rank that does not fit.
+
+    Args:
+        why: what sets the limit, for the message: "the smaller side of W".
+
+    Raises:
+        ValueError: the rank is not from 1 to `largest`.
+    """
     if not 1 <= rank <= largest:
         raise ValueError(f"rank must be between 1 and {largest} ({why}), got {rank}")
 

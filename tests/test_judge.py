@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_from_scratch.checks import bank, judge
 from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
-from lora_from_scratch.checks.observation import Seen, observe
+from lora_from_scratch.checks.observation import Seen, dtype_of, observe
 from lora_from_scratch.checks.verdict import Verdict
 
 NUMBERS = st.lists(st.integers(-1000, 1000).map(lambda n: n / 8), min_size=1, max_size=5)
@@ -215,6 +215,27 @@ def test_a_matrix_that_is_the_right_one_turned_round_is_called_transposed() -> N
         HALVES, object=doubled, cases=lambda draw: [Case("2 x 3", {"matrix": draw.normal(2, 3)})]
     )
     assert verdict(lambda matrix: 2 * matrix.T, exercise).misconception == "transposed"
+
+
+def test_what_a_probe_adds_is_not_said_to_be_the_learners_result() -> None:
+    def records(answer: Any, **inputs: Any) -> Any:
+        return {"half": answer(**inputs), "kept": True}
+
+    record = verdict(lambda values, keep=0: values, dataclasses.replace(HALVES, probe=records)).failure
+    assert record is not None
+    assert record.expected == ""  # not "a dictionary": the function shall return none
+
+    def with_dtype(answer: Any, **inputs: Any) -> Any:
+        result = answer(**inputs)
+        return [result, dtype_of(result)]
+
+    typed = dataclasses.replace(HALVES, probe=with_dtype)
+    one = verdict(lambda values, keep=0: values[:2], typed)
+    assert one.message == "The shape should be (4,), your code returns (2,)."
+    assert one.failure is not None
+    assert one.failure.expected == "a tensor of shape (4,)"
+    assert "result" not in one.failure.got
+    assert verdict(lambda values, keep=0: halves(values, keep).double(), typed).status == "failed"
 
 
 def test_what_the_exercise_explains_comes_before_the_general_rules_and_may_fail() -> None:

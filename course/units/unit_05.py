@@ -19,9 +19,8 @@
 #
 # **Time**: about 80 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
 #
-# ![Left, the training loss over the same steps: full fine-tuning falls steeply, soft prompts hardly at all, and one that
-# starts from noise begins far above the model without a prompt. Right, the loss after training against the length of
-# the prompt: longer prompts do better, each row by less.](unit_05.png)
+# ![The loss after a short training against the length of the prompt: longer prompts do better, each row by
+# less.](unit_05.png)
 
 # %%
 import copy
@@ -97,8 +96,9 @@ def loss_with(shots, instruction=""):
 few = {"no shot": loss_with([]), "an instruction": loss_with([], "Each card is told as a tale.")}
 for k in tqdm((1, 2, 3, 8), desc="shots"):
     few[f"{k} shot{'s' if k > 1 else ''}"] = loss_with(shots[:k])
-cards_only = [mr for mr, _ in shots[:3]]
 few["1 shot, but of another card's text"] = loss_with([(shots[0][0], shots[3][1])])
+few["a sentence about something else"] = loss_with([], "The parliament voted on the railway tax.")
+few["a text without its card"] = loss_with([], shots[0][1])
 for name, (loss, longest) in few.items():
     said = "does not fit" if loss is None else f"loss {loss:.2f}"
     print(f"{name:<36} longest row {longest:>4} of {context} tokens   {said}")
@@ -106,12 +106,13 @@ for name, (loss, longest) in few.items():
 # %% [markdown]
 # Three things to see.
 #
-# - Nothing was trained, so whatever the loss has fallen by is free. But how little it is, on the bundled model! Learning
-#   from shots is something that large models can do (Brown et al. compare sizes up to 175 billion parameters; this one
-#   has six million).
-# - Look at the last line. A shot whose text does not belong to its card does about as much as a right one. So the model
-#   takes from a shot what such texts sound like, and not what a card *means*. (Min et al. 2022, arXiv:2202.12837, see
-#   this on much larger models: there, too, wrong labels in the examples cost surprisingly little.)
+# - Nothing was trained, so whatever the loss has fallen by is free. But how little it is, on the bundled model!
+#   Learning from shots is something that large models can do (Brown et al. compare sizes up to 175 billion parameters;
+#   this one has six million).
+# - Look at the last three lines. A shot whose text belongs to another card does as much as a right one, and neither does
+#   much more than a sentence that has nothing to do with cards. A tale alone, without a card, does more than all of
+#   them: the model picks up how such texts sound, and not what a card *means*. (Min et al. 2022, arXiv:2202.12837, see something like it on much
+#   larger models: there, too, wrong labels in the examples cost surprisingly little.)
 # - Every shot stands in the context, for every card, for ever. Soon nothing more fits.
 #
 # Words are a poor tool here: an instruction costs you a guess, and no gradient tells you how to change it. Could you
@@ -262,17 +263,17 @@ for name, (some, labels) in versions.items():
 #
 # ## The experiment
 #
-# Now train. The same batches in the same order for everybody; the learning rates are the library's, each tuned for its
-# method. A soft prompt wants a hundred times that of full fine-tuning or more: there is no weight that it could spoil.
-# Three starts of 20 rows, each with three seeds; full fine-tuning with one. The rates are meant for 500 steps and this run
-# is far shorter, so read it for what it shows first, not for where the methods end.
+# Now train. For each seed the same batches in the same order; the learning rates are the library's, each tuned for its
+# method. A soft prompt wants a thousand times that of full fine-tuning: there is no weight that it could spoil. Three
+# starts of 20 rows, each with three seeds; full fine-tuning with one. The rates are meant for 500 steps and this run is
+# far shorter, so read it for what it shows first, not for where the methods end.
 
 # %% prediction="how_far_a_prompt_comes"
 
 # %%
 BATCH, LONGEST = 4, 60
 examples = Completions(dataset.train, tokenizer, context - LONGEST)
-held_out = Completions(dataset.validation[:24], tokenizer, context - LONGEST).batches(8)
+held_out = Completions(dataset.validation[:24], tokenizer, context - LONGEST).batches(8)  # not the short cards of above
 
 
 def train(model, method, seed, bar, rate=None):
@@ -307,6 +308,7 @@ def start_of(init, seed, length=P):
 
 # %%
 before = completion_loss(model, held_out)
+on_batches = completion_loss(model, [examples.batch_at(step, BATCH, 0) for step in range(STEPS)])  # to be trained on
 runs = {}
 
 
@@ -353,8 +355,8 @@ lengths = dict(sorted(lengths.items()))
 for length, losses in lengths.items():
     print(f"P = {length:>2}: loss {' '.join(f'{loss:.2f}' for loss in losses)}, room for {context - length} tokens")
 
-# %% figure="unit_05.png"
-figure, (left, right) = plotting.panels(2, width=5.2, height=3.4)
+# %%
+figure, (left,) = plotting.panels(1, width=6.5, height=3.6)
 means = {}
 for style, (init, three) in enumerate(runs.items()):
     steps = zip(*(losses for losses, _, _ in three), strict=True)  # the losses of the three seeds at each step
@@ -363,7 +365,7 @@ for style, (init, three) in enumerate(runs.items()):
     left.plot(range(1, STEPS + 1), means[init], plotting.LINES[style], color=colour, linewidth=1.8)
 means["full"] = plotting.smooth(full_losses, 4)
 left.plot(range(1, STEPS + 1), means["full"], color=plotting.COLOURS[5], linewidth=1.8)
-left.axhline(before, color="0.5", linewidth=1, linestyle=":")
+left.axhline(on_batches, color="0.5", linewidth=1, linestyle=":")
 left.set_ylim(0, None)
 labels = {
     "text": ("from text (solid), vocabulary (dashed)", STEPS, (0, -20), "right", 0),
@@ -374,10 +376,19 @@ for init, (name, step, offset, side, style) in labels.items():
     where = {"xytext": offset, "textcoords": "offset points", "ha": side}
     colour = plotting.COLOURS[style]
     left.annotate(name, (step, means[init][step - 1]), color=colour, fontweight="bold", fontsize=9, **where)
-left.text(0.02, 0.02, "dotted: no prompt, unseen cards", transform=left.transAxes, color="0.4", fontsize=9)
+left.text(0.02, 0.02, "dotted: no prompt, the same batches", transform=left.transAxes, color="0.4", fontsize=9)
 plotting.label(
     left, x="step (means of 4 steps; prompts: and of 3 seeds)", y="loss, nats per token", title="A slow way to learn"
 )
+show(
+    figure,
+    f"The training loss over {STEPS} steps. Full fine-tuning falls to {full_losses[-1]:.1f}. Soft prompts from a text and "
+    "from the vocabulary fall slowly and side by side; one from noise begins far above the loss without a prompt, comes "
+    "down below it, and stays behind the other two.",
+)
+
+# %% figure="unit_05.png"
+figure, (right,) = plotting.panels(1, width=6.0, height=3.4)
 for length, losses in lengths.items():
     right.plot([length] * len(losses), losses, "o", color=plotting.COLOURS[0])
 right.plot(list(lengths), [sum(losses) / len(losses) for losses in lengths.values()], color=plotting.COLOURS[0])
@@ -387,9 +398,7 @@ right.margins(y=0.15)
 plotting.label(right, x="P, rows of the prompt", y="loss on unseen cards", title="Each row adds less")
 show(
     figure,
-    f"Left, the training loss over {STEPS} steps. Full fine-tuning falls to {full_losses[-1]:.1f}. Soft prompts from a "
-    "text and from the vocabulary fall slowly and side by side; one from noise begins far above the loss without a "
-    "prompt and comes down towards it. Right, the loss on unseen cards against the length of the prompt: "
+    "The loss on unseen cards against the length of the prompt: "
     + ", ".join(f"{length} rows {sum(losses) / len(losses):.2f}" for length, losses in lengths.items())
     + f"; without a prompt {before:.2f}.",
 )
@@ -397,13 +406,15 @@ show(
 # %% [markdown]
 # What you see, and what the papers say:
 #
-# - **It learns slowly.** A few thousand numbers, and each of them far below the loss. The model is as good a reader of
+# - **It learns slowly.** A few thousand numbers, all at the very bottom, with the whole network between them and the
+#   loss. The model is as good a reader of
 #   cards as it was before: not at all. For a large model the same method is a good one: on T5 the gap to full
 #   fine-tuning closes at 11 billion parameters (Lester et al. 2021, figure 1), because there is a reader who only has
 #   to be told what is wanted.
-# - **The start matters.** Noise begins worse than no prompt at all, and spends its steps on coming back. Does a text beat
-#   random tokens? Compare their difference with the spread over the seeds, and keep in mind that this is one text, by
-#   one author. In Lester et al. (section 3.2, figure 3b) the start matters for small models and not for the largest.
+# - **The start matters.** Noise begins worse than no prompt at all, and spends its first steps on coming back; after
+#   the last it is better than no prompt, and behind the other two. Does a text beat random tokens? Not here, but this
+#   is one text, by one author (and the three seeds of "text" differ in their batches only). In Lester et al. (section
+#   3.2, figure 3b) the start matters for small models and not for the largest.
 # - **The length matters** most for the first rows. Lester et al. find little beyond 20 (figure 3a).
 #
 # ## What it costs to read
@@ -465,12 +476,22 @@ for init in ("text", "random"):
     _, loss, E = runs[init][0]
     moved = (E - start_of(init, 0)).norm(dim=1).mean() / start_of(init, 0).norm(dim=1).mean()
     same = (nearest(E, table) == nearest(start_of(init, 0), table)).float().mean()
+    cosine = (torch.nn.functional.normalize(E) @ torch.nn.functional.normalize(table).T).amax(dim=1).mean()
     print(f"from {init}: loss {loss:.2f}; a row has moved by {moved:.0%} of its length, {same:.0%} kept their token")
+    print(
+        f"    length of a row {E.norm(dim=1).mean():.1f}, of the longest embedding {table.norm(dim=1).max():.1f}; ",
+        end="",
+    )
+    print(f"cosine to the nearest token {cosine:.2f}")
     print("   ", spelled(E), "\n")
 
 # %% [markdown]
-# It is tempting to read something into that. Test it: take the nearest *tokens* and type them. If they were what the
-# prompt means, the loss would stay.
+# Look at how far the rows have gone. At this rate they are soon several times as long as any embedding, also those that
+# began as embeddings, and the nearest token is hardly nearer to them than to what began as noise. So it is not the
+# length alone that makes noise a bad start.
+#
+# It is tempting to read something into the words, too. Test it: take the nearest *tokens* and type them. If they were
+# what the prompt means, the loss would stay.
 
 # %%
 for init in ("text", "vocabulary"):
@@ -487,10 +508,11 @@ for init in ("text", "vocabulary"):
     VirtualTokens.take_out_of(model)
 
 # %% [markdown]
-# Compare the three losses of a row: a part of the gain survives, a part is gone. What is gone lay in the space *between* the tokens, where no text
-# can reach. (Khashabi et al. 2022, "Prompt Waywardness", arXiv:2112.08348, go further: a soft prompt can be trained to solve one
-# task while its nearest tokens spell out the description of another.) Who wants a prompt of real tokens has to train
-# for that: PEZ (Wen et al. 2023, arXiv:2302.03668) takes its gradients at the nearest tokens.
+# Compare the three losses of a row: a part of the gain survives, a part is gone. What is gone lay in directions and
+# lengths that no token has, where no text can reach. (Khashabi et al. 2022, "Prompt Waywardness", arXiv:2112.08348, go
+# further: a soft prompt can be trained to solve one task while its nearest tokens spell out the description of
+# another.) Who wants a prompt of real tokens has to train for that: PEZ (Wen et al. 2023, arXiv:2302.03668) takes its
+# gradients at the nearest tokens.
 #
 # ## What goes wrong in practice
 #
@@ -511,7 +533,7 @@ print(f";  the rows have moved by {(E - start_of('vocabulary', 0)).norm() / star
 
 # %%
 E = runs["vocabulary"][0][2]
-rows, labels, _ = held_out[0]
+rows, labels, _ = held_out[0]  # the first eight unseen cards
 X = prepend(E, model.transformer.wte(rows))
 counts = {
     "the text begins at P": torch.arange(X.shape[1]),

@@ -140,12 +140,14 @@ def _title(verdict: Verdict) -> str:
 
 
 def _points_after(verdict: Verdict, separator: str) -> str:
-    return f"{separator}{verdict.points:g} of {verdict.max_points:g} points" if verdict.max_points else ""
+    return f"{separator}{verdict.points:.3g} of {verdict.max_points:g} points" if verdict.max_points else ""
 
 
 def _rows(failure: Failure) -> list[tuple[str, str]]:
     given = [(f"input {name}", value) for name, value in failure.inputs.items()]
     printed = [("your code printed", failure.printed.strip())] if failure.printed.strip() else []
+    if not failure.expected:
+        return [*given, ("what the check saw", failure.got), *printed]
     return [*given, ("your code gives", failure.got), *printed, ("expected", failure.expected)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_from_scratch.checks.comparing import agrees
 from lora_from_scratch.checks.diagnosis import diagnose, kind_of
-from lora_from_scratch.checks.exercise import Exercise, Prediction
+from lora_from_scratch.checks.exercise import Exercise, Prediction, call
 from lora_from_scratch.checks.observation import Data, Seen, observe
 from lora_from_scratch.checks.units import names
 from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict, describe
@@ -56,7 +56,7 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
         case=cases[first].name,
         inputs={name: describe(value) for name, value in cases[first].inputs.items()},
         got=_got(seen[first]),
-        expected=_expected(expected[first]),
+        expected=_expected(exercise, expected[first]),
         printed=seen[first].printed,
     )
     name, message = diagnose(exercise, seed, cases, seen, expected, first)
@@ -108,8 +108,11 @@ def expected_of(exercise: Exercise, seed: int) -> tuple[Seen, ...]:
     return expected
 
 
-def _expected(expected: Seen) -> str:
-    return f"a {expected.errors[0]}" if expected.raised else kind_of(expected.value)
+def _expected(exercise: Exercise, expected: Seen) -> str:
+    """What kind of thing; nothing where it is a probe's own record, of which the learner's code knows nothing."""
+    if expected.raised:
+        return f"a {expected.errors[0]}"
+    return "" if exercise.probe is not call and isinstance(expected.value, dict) else kind_of(expected.value)
 
 
 def _got(seen: Seen) -> str:

@@ -34,7 +34,7 @@ class Points(float):
         return float.__repr__(self)
 
     def _repr_html_(self) -> str:
-        return f"{self:g} of {self.most:g} points" if self.most else "no points"
+        return f"{self:.3g} of {self.most:g} points" if self.most else "no points"
 
 
 class UnknownExerciseError(ValueError):

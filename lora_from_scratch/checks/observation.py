@@ -136,6 +136,11 @@ def plain(value: Any) -> Data:
     return Opaque(type(value).__name__)
 
 
+def dtype_of(x: Any) -> str:
+    """ "int8" of a torch tensor or a NumPy array: for exercises in which the type counts and not only the numbers."""
+    return str(getattr(x, "dtype", type(x).__name__)).removeprefix("torch.")
+
+
 def identical(one: Data, other: Data) -> bool:
     """The same value to the bit; NaN equals NaN."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):

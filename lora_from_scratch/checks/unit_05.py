@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
-from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.observation import Data, Seen, dtype_of
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, KVCache, next_token_loss
 from lora_from_scratch.prompt_tuning import (
@@ -75,6 +75,12 @@ def run_prepend(answer: Callable[..., Any], embeddings: Tensor, inputs: Tensor) 
 # --- prompt_labels -----------------------------------------------------------------------------------
 
 
+def try_labels(answer: Callable[..., Any], labels: Tensor, num_virtual_tokens: int) -> Any:
+    """The labels, and their dtype: the loss takes no others than whole numbers."""
+    result = answer(labels, num_virtual_tokens)
+    return [result, dtype_of(result)]
+
+
 def labels_cases(draw: Draw) -> Iterator[Case]:
     def labels(rows: int, tokens: int, ignored: int) -> Tensor:
         drawn = draw.integers(1, 60, rows, tokens)
@@ -135,6 +141,22 @@ def run_initial(
     table.requires_grad_(False)
     first = first.detach()
     return seen | ({"E": first} if init == "text" else of_random(first) if init == "random" else of_rows(first, table))
+
+
+def explain_initial(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | None:
+    """What cannot be tried by hand, since it is drawn at random."""
+    if not isinstance(seen.value, dict) or not isinstance(expected.value, dict):
+        return None
+    rows, asked = (value["shape"][0] for value in (seen.value, expected.value))  # type: ignore[index, call-overload]
+    if rows != asked:
+        return "number of rows", (
+            f"{asked} rows were asked for and {rows} came back: when P is larger than the number of tokens there are, "
+            "tokens come again."
+        )
+    most = "the most often that one token comes"
+    if most in seen.value and seen.value[most] > expected.value[most]:  # type: ignore[operator]
+        return "drawn twice", "Some tokens come twice although there are enough others: draw without replacement."
+    return None
 
 
 def shares_memory(one: Tensor, other: Tensor) -> bool:
@@ -284,6 +306,7 @@ EXERCISES = [
         ),
         cases=initial_cases,
         probe=run_initial,
+        explain=explain_initial,
     ),
     Exercise(
         SoftPrompt,
@@ -315,6 +338,7 @@ EXERCISES = [
             "`F.pad(labels, (left, right), value=...)` pads the last axis; or put a `torch.full` in front.",
         ),
         cases=labels_cases,
+        probe=try_labels,
         tolerance=0,
     ),
     Exercise(

@@ -94,6 +94,21 @@ def same_start(case: Case, seen: Seen, expected: Seen) -> bool:
     return all(_same_spread(one[key], other[key]) for key in ("A", "B"))
 
 
+def explain_start(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | None:
+    """What cannot be tried by hand, since it is drawn at random."""
+    assert isinstance(seen.value, dict)
+    A, inputs = seen.value["A"], case.inputs["in_features"]
+    assert isinstance(A, Tensor)
+    assert isinstance(inputs, int)
+    bound = inputs**-0.5
+    if A.isfinite().all() and float(A.abs().max()) > 1.02 * bound:
+        return "beyond the bound", (
+            f"A has entries beyond 1/sqrt(in) = {bound:.3g}. What is asked for are uniform numbers between the two, "
+            "-1/sqrt(in) and 1/sqrt(in), not a Gaussian."
+        )
+    return None
+
+
 def _same_spread(one: Any, other: Any) -> bool:
     if one.shape != other.shape or one.dtype not in (torch.float32, torch.float64):
         return False
@@ -128,6 +143,11 @@ def layer_cases(draw: Draw) -> Iterator[Case]:
     yield case("a square Conv1D is merged", "merge", CONV1D, 4, 4, 2, "merge")
     yield case("a Linear of 5 to 3 features is merged", "merge", LINEAR, 5, 3, 2, "merge")
     yield case("a Linear is merged twice", "merge", LINEAR, 3, 5, 3, "merge", times=2)
+    sixteenths: dict[str, Any] = {
+        "weight": draw.integers(-200, 200, 16, 16) / 64
+    }  # whatever is added is exact in float32
+    sixteenths |= {"A": draw.integers(1, 63, 2, 16) / 32, "B": draw.integers(1, 63, 16, 2) / 32, "dtype": "bfloat16"}
+    yield case("a bfloat16 Linear is merged", "merge", LINEAR, 16, 16, 2, "merge", **sixteenths)
     yield case("a bfloat16 Linear, there and back", "unmerge", LINEAR, 16, 16, 2, "back", dtype="bfloat16")
     yield case("a Conv1D, there and back five times", "unmerge", CONV1D, 8, 12, 2, "back", times=5)
     yield case("unmerge without merge", "unmerge", LINEAR, 4, 3, 2, "back", times=0)
@@ -452,6 +472,7 @@ EXERCISES = [
         cases=start_cases,
         probe=run_start,
         agree=same_start,
+        explain=explain_start,
     ),
     Exercise(
         LoRALinear,
@@ -471,21 +492,6 @@ EXERCISES = [
         ),
         cases=layer_cases,
         probe=run_layer,
-    ),
-    Exercise(
-        block_diagonal_B,
-        idea="fused matrices",
-        difficulty=4,
-        minutes=15,
-        points=3,
-        hints=(
-            "Draw the matrix of the docstring for r = 1 and a width of 2, and write the numbers 1 to 4 into it.",
-            "`B.chunk(n)` gives the B of each adapted part. It goes to its part's rows, and to r columns of its own.",
-            "One way: `torch.zeros` for the whole, and a slice of rows and one of columns for each part. Another: "
-            "`torch.block_diag`, to which a part that is not adapted gives rows but no column: a (width, 0) matrix.",
-        ),
-        cases=block_cases,
-        probe=run_blocks,
     ),
     Exercise(
         inject_lora,
@@ -531,6 +537,21 @@ EXERCISES = [
         cases=model_cases,
         probe=run_state,
         explain=explain_state,
+    ),
+    Exercise(
+        block_diagonal_B,
+        idea="fused matrices",
+        difficulty=4,
+        minutes=15,
+        points=3,
+        hints=(
+            "Draw the matrix of the docstring for r = 1 and a width of 2, and write the numbers 1 to 4 into it.",
+            "`B.chunk(n)` gives the B of each adapted part. It goes to its part's rows, and to r columns of its own.",
+            "One way: `torch.zeros` for the whole, and a slice of rows and one of columns for each part. Another: "
+            "`torch.block_diag`, to which a part that is not adapted gives rows but no column: a (width, 0) matrix.",
+        ),
+        cases=block_cases,
+        probe=run_blocks,
     ),
 ]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_from_scratch.checks.comparing import as_tensor, same
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
-from lora_from_scratch.checks.observation import Data, Seen
+from lora_from_scratch.checks.observation import Data, Seen, dtype_of
 from lora_from_scratch.int8 import absmax_int8, blockwise_absmax, dynamic_map
 from lora_from_scratch.nf4 import (
     bits_per_weight,
@@ -23,11 +23,6 @@ from lora_from_scratch.nf4 import (
 )
 
 TITLE = "Quantisation"
-
-
-def dtype_of(x: Any) -> str:
-    """ "int8" of a torch tensor or a NumPy array: that is what decides how many bytes there are."""
-    return str(getattr(x, "dtype", type(x).__name__)).removeprefix("torch.")
 
 
 # --- Eight bits --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Failure:
     case: str
     inputs: Mapping[str, str]
     got: str
-    expected: str
+    expected: str  # what kind of thing; empty where `got` is what the probe recorded
     printed: str = ""  # what the answer printed meanwhile, its beginning
 
 

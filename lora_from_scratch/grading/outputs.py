@@ -50,7 +50,7 @@ def as_text(notebook: Any) -> str:
 def _of_check(verdict: Verdict, count: int) -> list[Any]:
     """What the verdict says, without the seed; and the points as a result, which nbgrader takes as partial credit."""
     said = {"text/html": display.as_html(verdict, advice=False), "text/plain": display.as_text(verdict, advice=False)}
-    worth = f"{verdict.points:g} of {verdict.max_points:g} points" if verdict.max_points else "no points"
+    worth = f"{verdict.points:.3g} of {verdict.max_points:g} points" if verdict.max_points else "no points"
     points = {"text/html": worth, "text/plain": repr(float(verdict.points))}
     return [_node(output_type="display_data", data=said, metadata={}),
             _node(output_type="execute_result", data=points, metadata={}, execution_count=count)]  # fmt: skip

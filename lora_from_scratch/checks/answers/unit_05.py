@@ -200,6 +200,15 @@ def padded_with_zero(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return F.pad(labels, (num_virtual_tokens, 0))
 
 
+@wrong(
+    "prompt_labels",
+    "Labels are token ids: whole numbers (int64). A single -100.0 with a decimal point makes the whole tensor "
+    "floating-point, and the loss refuses it.",
+)
+def floating_point(labels: Tensor, num_virtual_tokens: int) -> Tensor:
+    return torch.cat([torch.full((len(labels), num_virtual_tokens), -100.0), labels], dim=1)
+
+
 @wrong("prompt_labels", "The new labels stand behind the text's own. The virtual tokens stand in front of the text.")
 def padded_behind(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return F.pad(labels, (0, num_virtual_tokens), value=-100)

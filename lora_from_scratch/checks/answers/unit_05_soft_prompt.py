@@ -254,6 +254,19 @@ class a_plain_tensor(VirtualTokens):
 
 @wrong(
     "SoftPrompt",
+    "`embeddings` is a parameter, but it is frozen: no gradient reaches it, and nothing is learned.",
+)
+class a_frozen_parameter(VirtualTokens):
+    def __init__(self, embeddings):
+        super().__init__(len(embeddings))
+        self.embeddings = nn.Parameter(embeddings, requires_grad=False)
+
+    def enter(self, inputs_embeds, attention_mask, position_ids, cache):
+        return in_front(self, inputs_embeds), attention_mask, places(self, position_ids), cache
+
+
+@wrong(
+    "SoftPrompt",
     "The prompt's gradient is cut off in `enter`: it would stay at its first values for ever.",
 )
 class cut_off(SoftPrompt):

@@ -403,6 +403,19 @@ class merges_without_scaling(LoRALinear):
             put_in(self, the_change(self) / self.scaling)
 
 
+@wrong(
+    "LoRALinear",
+    "Your `merge` rounds the change to the weight's dtype before it is added. The sum is formed in float32 and "
+    "rounded once, at the end.",
+)
+class rounds_the_change_first(LoRALinear):
+    def merge(self) -> None:
+        if not self.merged:
+            weight = self.base.weight
+            self._unmerged = weight.data
+            weight.data = weight.data + the_change(self).to(weight.dtype)
+
+
 @wrong("LoRALinear", "Merging twice adds the change twice. What is merged already has to be left alone.")
 class merges_twice(LoRALinear):
     def merge(self) -> None:
