@@ -2,7 +2,7 @@
 
 The weights are random and each training has one step, so what the units say of their results is not looked at;
 everything has to run to its end. GPT-2 small itself takes minutes a unit: `make test-gpt2` runs the units on it. The
-other tests run them on a model of its depth, number of heads and context, of an eighth of its width.
+other tests run them on a model of its depth, number of heads and context, of a fifth of its width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_from_scratch.grading.building.execution import SETTINGS, execute
 from tests.tiny_course import ROOT
 
 FINE_TUNING = ("04", "05", "06", "07", "08", "09", "10", "11", "13", "14")
-WIDTH = int(os.environ.get("LORA_FROM_SCRATCH_TEST_WIDTH", 96))  # GPT-2 small: 768
+WIDTH = int(os.environ.get("LORA_FROM_SCRATCH_TEST_WIDTH", 144))  # GPT-2 small: 768
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,12 @@ def random_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = GPT2Config(n_embd=WIDTH, vocab_size=tokenizer.vocab_size, bos_token_id=0, eos_token_id=0)
     assert (config.n_layer, config.n_head, config.n_positions) == (12, 12, 1024)
-    save_gpt2(GPT2(config), tokenizer, folder)
+    model = GPT2(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # a trained model has no biases of zero
+                parameter.normal_(std=0.02)
+    save_gpt2(model, tokenizer, folder)
     return folder
 
 
