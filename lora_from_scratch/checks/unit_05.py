@@ -147,7 +147,7 @@ def explain_initial(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] |
     """What cannot be tried by hand, since it is drawn at random."""
     if not isinstance(seen.value, dict) or not isinstance(expected.value, dict):
         return None
-    rows, asked = (value["shape"][0] for value in (seen.value, expected.value))  # type: ignore[index, call-overload]
+    rows, asked = (value["shape"][0] for value in (seen.value, expected.value))  # type: ignore[index]
     if rows != asked:
         return "number of rows", (
             f"{asked} rows were asked for and {rows} came back: when P is larger than the number of tokens there are, "
