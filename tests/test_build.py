@@ -195,17 +195,20 @@ def test_a_kernel_has_no_network_and_nothing_of_the_persons_settings(
         pytest.skip("processes without a network cannot be made here")
     monkeypatch.setattr(execution, "network_can_be_cut", lambda: cut)
     monkeypatch.setenv("PYTHONWARNINGS", "error")
+    monkeypatch.setenv(execution.SETTINGS[0], "another model")
     code = (
         "import os, socket\n"
         "try:\n    socket.create_connection(('127.0.0.1', 9), 1)\n"
         "except OSError as error:\n    print(error, '|', [name for _, name in socket.if_nameindex()])\n"
-        "print(os.listdir('.'), os.environ.get('PYTHONWARNINGS'), os.environ['OMP_NUM_THREADS'])"
+        "print(os.listdir('.'), os.environ.get('PYTHONWARNINGS'), os.environ['OMP_NUM_THREADS'])\n"
+        f"print([os.environ.get(name) for name in {execution.SETTINGS!r}])"
     )
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    execute(made)
-    first, second = made.cells[0].outputs[0].text.splitlines()
+    execute(made, settings={execution.SETTINGS[1]: "3"})
+    first, second, third = made.cells[0].outputs[0].text.splitlines()
     assert first.endswith("| ['lo']") if cut else first.startswith("the network is off")
     assert second == "[] None 1"
+    assert third == "[None, '3']"
 
 
 # --- Solutions ---------------------------------------------------------------------------------------

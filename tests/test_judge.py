@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_from_scratch.checks import bank, judge
+from lora_from_scratch.checks import bank, judge, units
 from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
 from lora_from_scratch.checks.observation import Seen, dtype_of, observe
 from lora_from_scratch.checks.verdict import Verdict
+from lora_from_scratch.lora import check_rank
+from lora_from_scratch.prompt_tuning import initial_prompt
 
 NUMBERS = st.lists(st.integers(-1000, 1000).map(lambda n: n / 8), min_size=1, max_size=5)
 
@@ -335,3 +337,42 @@ def test_a_number_counts_within_its_factor_on_either_side(answer: float, within:
     assert prediction.right(answer / inside)
     assert not prediction.right(answer * within * (1 + off))
     assert not prediction.right(-answer)
+
+
+def gaussian_start(
+    in_features: int, out_features: int, rank: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    check_rank(rank, min(in_features, out_features), "the smaller side of W")
+    return torch.randn(rank, in_features, generator=generator) / in_features**0.5, torch.zeros(out_features, rank)
+
+
+def with_replacement(
+    table: Tensor,
+    num_virtual_tokens: int,
+    init: str = "vocabulary",
+    init_ids: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    if init != "vocabulary":
+        return initial_prompt(table, num_virtual_tokens, init, init_ids, generator)
+    return table.detach()[torch.randint(len(table), (num_virtual_tokens,), generator=generator)]
+
+
+def too_few_rows(table: Tensor, num_virtual_tokens: int, *rest: Any) -> Tensor:
+    return initial_prompt(table, num_virtual_tokens, *rest)[: len(table)]
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer", "said"),
+    [
+        ("initial_factors", gaussian_start, "not a Gaussian"),
+        ("initial_prompt", with_replacement, "without replacement"),
+        ("initial_prompt", too_few_rows, "50 rows were asked for and 30 came back"),
+    ],
+)
+def test_what_is_drawn_at_random_is_explained_and_not_to_be_tried_by_hand(
+    exercise: str, answer: Any, said: str
+) -> None:
+    found = units.find(exercise)[1]
+    assert isinstance(found, Exercise)
+    assert said in verdict(answer, dataclasses.replace(found, seconds=10)).message

@@ -23,7 +23,7 @@ from lora_from_scratch.grading.building.execution import SETTINGS, execute
 from tests.tiny_course import ROOT
 
 FINE_TUNING = ("04", "05", "06", "07", "08", "09", "10", "11", "13", "14")
-SLOW = ("13", "14")  # they write texts, or train three models three times
+SLOW = ("13", "14")  # minutes each, narrow or not: nine trainings, and a hundred texts written
 STEPS = {"unit_11": "4"}  # a matrix B that has seen one step of Adam need not have its full rank
 CHOSEN = os.environ.get("LORA_FROM_SCRATCH_TEST_WIDTH", "")  # GPT-2 small: 768
 

@@ -131,7 +131,8 @@ def _kind(seen: Seen, expected: Seen) -> Said | None:
 def _shape(seen: Seen, expected: Seen) -> Said | None:
     for place, (s, e) in enumerate(_pairs(seen.value, expected.value)):
         if s.shape != e.shape:
-            alone = not isinstance(expected.value, list) or len(without_dtypes(expected.value)) == 1
+            whole = expected.value
+            alone = len(without_dtypes(whole)) == 1 if isinstance(whole, list) else not isinstance(whole, dict)
             of = "" if alone else f" of result {place + 1}"
             back = s.ndim == e.ndim == 2 and s.shape == e.T.shape
             turned = " It looks transposed." if back else ""

@@ -143,11 +143,10 @@ def layer_cases(draw: Draw) -> Iterator[Case]:
     yield case("a square Conv1D is merged", "merge", CONV1D, 4, 4, 2, "merge")
     yield case("a Linear of 5 to 3 features is merged", "merge", LINEAR, 5, 3, 2, "merge")
     yield case("a Linear is merged twice", "merge", LINEAR, 3, 5, 3, "merge", times=2)
-    sixteenths: dict[str, Any] = {
-        "weight": draw.integers(-200, 200, 16, 16) / 64
-    }  # whatever is added is exact in float32
-    sixteenths |= {"A": draw.integers(1, 63, 2, 16) / 32, "B": draw.integers(1, 63, 16, 2) / 32, "dtype": "bfloat16"}
-    yield case("a bfloat16 Linear is merged", "merge", LINEAR, 16, 16, 2, "merge", **sixteenths)
+    # Of these numbers sums and products are exact in float32, so that the only rounding is the one to bfloat16.
+    exact: dict[str, Any] = {"weight": draw.integers(-200, 200, 16, 16) / 64, "dtype": "bfloat16"}
+    exact |= {"A": draw.integers(1, 63, 2, 16) / 32, "B": draw.integers(1, 63, 16, 2) / 32}
+    yield case("a bfloat16 Linear is merged", "merge", LINEAR, 16, 16, 2, "merge", **exact)
     yield case("a bfloat16 Linear, there and back", "unmerge", LINEAR, 16, 16, 2, "back", dtype="bfloat16")
     yield case("a Conv1D, there and back five times", "unmerge", CONV1D, 8, 12, 2, "back", times=5)
     yield case("unmerge without merge", "unmerge", LINEAR, 4, 3, 2, "back", times=0)

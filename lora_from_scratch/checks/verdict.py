@@ -87,7 +87,7 @@ def _describe(value: Data) -> str:
 
 def without_dtypes(results: list[Data]) -> list[Data]:
     """What the learner's code returned: where the dtype counts, the probe adds its name ("uint8")."""
-    return [item for item in results if not isinstance(getattr(torch, str(item), None), torch.dtype)]
+    return [r for r in results if not (isinstance(r, str) and isinstance(getattr(torch, r, None), torch.dtype))]
 
 
 def _describe_tensor(value: Tensor) -> str:
