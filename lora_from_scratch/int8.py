@@ -87,9 +87,10 @@ def check_numbers(x: Tensor) -> None:
         raise ValueError(f"can quantise float32, float16 or bfloat16, got {x.dtype}; convert first: tensor.float()")
     if x.numel() == 0:
         raise ValueError(f"cannot quantise an empty tensor, got shape {tuple(x.shape)}; at least 1 number is needed")
-    finite = torch.isfinite(x.detach().reshape(-1))
-    if not finite.all():
-        bad = (~finite).nonzero().flatten()
+    if x.detach().sum(dtype=torch.float32).isfinite():  # quick: of a NaN or an infinity the sum is none either
+        return
+    bad = (~torch.isfinite(x.detach().reshape(-1))).nonzero().flatten()
+    if len(bad):
         value = x.detach().reshape(-1)[bad[0]].item()
         raise ValueError(
             f"cannot quantise a tensor with values that are not finite: {len(bad)} of {x.numel()} are NaN or infinite, "

@@ -1,8 +1,8 @@
 """A cell of the tests' notebooks: what a file of the bank needs to run in the sandbox, where there is no bank.
 
-What a file of the bank enters is kept in `ANSWERS`. An answer that is built on the library's version of its own
-exercise (a class that changes one method) is built on the same thing written in the notebook, as a learner has it:
-`OWN`.
+What a file of the bank enters is kept in `ANSWERS`. An answer that is built on the library's version of an exercise
+of the unit (a class that changes one method, a function that calls another) is built on the same thing written in the
+notebook, as a learner has it: `OWN`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import sys
 import types
 
-ANSWERS, OWN = {}, {}
+ANSWERS, OWN, HOMES = {}, {}, {}
 
 
 def enter(exercise, *arguments, **options):
@@ -28,22 +28,19 @@ bank.right = bank.wrong = enter
 sys.modules[bank.__name__] = bank
 
 
-def run(source, own=None):
-    """Run a file of the bank, as if every statement stood in a cell of its own.
-
-    Args:
-        own: the exercise whose name stands for what is in the notebook, not for what the file imports.
-    """
+def run(source):
+    """Run a file of the bank, as if every statement stood in a cell of its own."""
     names = {"__name__": "__main__"}
     for statement in ast.parse(source).body:
         code = compile(ast.Module([statement], []), "<bank>", "exec", annotations.compiler_flag, dont_inherit=True)
         exec(code, names)
-        if isinstance(statement, ast.ImportFrom) and own in names:
-            names[own] = OWN[own]
+        if isinstance(statement, ast.ImportFrom):
+            names.update((name, own) for name, own in OWN.items() if name in names)
 
 
 def solve(module, name, source):
     """Write an exercise's own source into the notebook, as a learner who has solved it."""
-    names = dict(vars(importlib.import_module(module)))
+    names = HOMES.setdefault(module, dict(vars(importlib.import_module(module))))
+    names.update((other, own) for other, own in OWN.items() if other in names)
     exec(compile(source, "<solved>", "exec", annotations.compiler_flag, dont_inherit=True), names)
     OWN[name] = names[name]

@@ -19,7 +19,6 @@ from lora_from_scratch.checks.judge import judge
 from lora_from_scratch.checks.observation import Data
 from lora_from_scratch.checks.units import Unit, find
 from lora_from_scratch.checks.verdict import Verdict
-from lora_from_scratch.grading.building.solution import source_of
 from lora_from_scratch.grading.sandbox import (
     Job,
     Limits,
@@ -38,22 +37,15 @@ needs_bubblewrap = pytest.mark.skipif(unavailable() is not None, reason=str(unav
 BANK = Path(__file__).with_name("bank_in_notebook.py").read_text()
 
 
-def notebook_of(unit: Unit, answers: Sequence[Answer], seed: int, solved: bool = False) -> list[Run | Probe]:
-    """The steps of a notebook in which each answer of the bank takes its exercise's name, and is tried.
-
-    Args:
-        solved: an answer that is built on the library's version of its own exercise has it in the notebook.
-    """
+def notebook_of(unit: Unit, answers: Sequence[Answer], seed: int) -> list[Run | Probe]:
+    """The steps of a notebook in which each answer of the bank takes its exercise's name, and is tried."""
     steps: list[Run | Probe] = [Run("bank", BANK)]
     for exercise in unit.exercises:
         name = exercise.name
         mine = [answer for answer in answers if answer.exercise == name]
-        if solved and mine:
-            home = exercise.object.__module__
-            steps.append(Run(f"solve {name}", f"solve({home!r}, {name!r}, {source_of(exercise.object)!r})"))
         for module in dict.fromkeys(answer.object.__module__ for answer in mine):
             source = inspect.getsource(sys.modules[module])
-            steps.append(Run(f"{module}, {name}", f"run({source!r}, {(name if solved else None)!r})"))
+            steps.append(Run(f"{module}, {name}", f"run({source!r})"))
         for answer in mine:
             taken = f"{name} = ANSWERS[{name!r}, {answer.name!r}]"
             steps += [Run(f"take {cell_of(answer)}", taken), Probe(name, seed, cell_of(answer))]

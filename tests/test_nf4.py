@@ -18,13 +18,16 @@ from lora_from_scratch.int8 import (
     quantize_dynamic,
 )
 from lora_from_scratch.nf4 import (
+    CELLS,
     CHUNK,
+    CODEBOOKS,
     NestedAbsmax,
     bits_per_weight,
     dequantize_nf4,
     double_dequantize,
     double_quantize,
     int4_codebook,
+    interval_of,
     nf4_codebook,
     pack_nibbles,
     quantize_nf4,
@@ -196,6 +199,32 @@ def test_ties_go_to_the_lower_value() -> None:
     assert (unpack_nibbles(packed).int() - 8).tolist() == [-8, -1, 0, 1, 1, 0]
 
 
+@given(
+    st.one_of(
+        st.sampled_from([book().sort().values for book in CODEBOOKS.values()]),
+        st.lists(st.floats(-1.25, 1.25, width=32), min_size=16, max_size=16).map(
+            lambda v: torch.tensor(v).sort().values
+        ),
+    ),
+    st.lists(st.floats(-1, 1, width=32), max_size=30),
+)
+def test_looking_up_an_interval_is_searching_it(values: Tensor, drawn: list[float]) -> None:
+    midpoints = (values[1:] + values[:-1]) / 2
+    edges = torch.arange(CELLS + 1) / (CELLS / 2) - 1  # of the cells
+    hard = torch.cat([midpoints, edges, torch.tensor([*drawn, 1 + 2**-23, -1 - 2**-23])])
+    z = torch.cat([hard, hard.nextafter(torch.tensor(2.0)), hard.nextafter(torch.tensor(-2.0))])
+    assert torch.equal(interval_of(z, midpoints), torch.bucketize(z, midpoints, out_int32=True))
+
+
+def test_no_type_of_the_course_needs_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    search = torch.bucketize
+    monkeypatch.setattr(torch, "bucketize", lambda z, *a, **k: shapes.append(z.shape) or search(z, *a, **k))
+    for name in CODEBOOKS:
+        quantize_4bit(torch.randn(64, 100), name)
+    assert set(shapes) == {torch.Size([CELLS + 1])}
+
+
 def test_the_layout_in_memory_does_not_matter_and_gradients_do_not_leak() -> None:
     weight = torch.randn(70, 30, generator=torch.Generator().manual_seed(0))
     packed, absmax = quantize_nf4(weight)
@@ -234,6 +263,11 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_place(value: float) -> 
         quantize_nf4(weight)
     with pytest.raises(ValueError, match="2 of 200"):
         absmax_int8(weight)
+
+
+def test_finite_weights_whose_sum_is_infinite_are_quantised() -> None:
+    largest = torch.full((64,), torch.finfo(torch.float32).max)
+    assert torch.equal(blockwise_absmax(largest), largest[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.complex64])

@@ -48,6 +48,11 @@ def test_whatever_needs_a_human_is_listed_with_the_reason(parts: dict[str, Secti
     )
 
 
+def test_a_person_is_told_what_earns_the_points_of_an_open_question(parts: dict[str, Section]) -> None:
+    rubric = (("why_count", "1 point: a reason."), ("why_count", "2 points: a good one."))
+    assert parts["Rubrics of the open questions"].rows == rubric
+
+
 def test_points_that_changed_are_listed_with_the_reason(parts: dict[str, Section]) -> None:
     assert parts["Changed points"].rows == (("bob", "fourfold_root", "2", "4", "handed in again"),)
     assert parts["Changed points"].sentences[0].startswith("2 were graded again")

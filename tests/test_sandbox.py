@@ -54,21 +54,6 @@ def points(observed: Observed, cell: str, seed: int = SEED) -> float:
 
 
 @needs_bubblewrap
-@pytest.mark.parametrize("unit", UNITS)
-def test_a_right_answer_to_every_exercise_of_a_unit_passes_in_one_notebook(unit: Unit, cache: Path) -> None:
-    answers = [right_answers(exercise.name)[0] for exercise in unit.exercises]
-    steps = tuple(notebook_of(unit, answers, SEED, solved=True))
-    observed = observe_notebook(Job(unit.number, steps, cache))
-    assert observed.endings == ()
-    assert observed.ended == "finished"
-    assert {output.error for output in observed.outputs.values()} == {""}
-    for answer in answers:
-        verdict = verdict_of(observed, cell_of(answer), SEED)
-        assert verdict.passed, f"{cell_of(answer)}: {verdict.failure} {verdict.message}"
-        assert observed.tried[cell_of(answer)].changed == ()
-
-
-@needs_bubblewrap
 @pytest.mark.unit_01
 @pytest.mark.unit_09
 @pytest.mark.parametrize("number", ["01", "09"])

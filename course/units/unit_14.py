@@ -381,9 +381,11 @@ for name in ("full", "lora", "bitfit", "qlora"):
 #
 # Write one to two pages for the customer of your brief, who has read nothing of this course.
 #
-# What did you choose, and what did you try before? Give the numbers: costs, scores, the spread over at least three
-# seeds, the learning rates that you tried. Show two texts, one that is good and one that is not, and say what is wrong
-# with it. What would you do with ten times the budget? When would you advise against your own choice?
+# What did you choose, and why: where does the method act, what can be merged, what is stored? Show with numbers that your
+# entry keeps the limits of the brief: costs, scores, the spread over at least three seeds. Which learning rates did you
+# try for it, and which other methods or settings (two at least), each with a rate of its own? Show two texts, one that
+# is good and one that is not; say what is wrong with it, what you take for the cause, and how you would find out. What
+# would you do with ten times the budget? When would you advise against your own choice?
 #
 # **Rubric.**
 # - 2 points: the brief's limits are stated, and the entry is shown to keep them, with numbers.

@@ -47,6 +47,12 @@ class CourseFolder:
         return Path(os.path.normpath(folder)) / f"{self.assignment}.ipynb"
 
     @property
+    def solved(self) -> Path:
+        """The notebook that it was made from, with the answers and the rubrics."""
+        folder = self.directory.format_path(self.directory.source_directory, ".", self.assignment)
+        return Path(os.path.normpath(folder)) / f"{self.assignment}.ipynb"
+
+    @property
     def submitted(self) -> Path:
         """The folder below which no path may be a symbolic link."""
         return self.root / self.directory.submitted_directory

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from lora_from_scratch.checks.verdict import Verdict
+from lora_from_scratch.grading.building.assemble import RUBRIC
 from lora_from_scratch.grading.tasks import write_text
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def sections(summary: Summary) -> list[Section]:
     parts = [
         _overview(summary),
         _needs_a_human(summary),
+        _rubrics(summary),
         _changes(summary),
         _misconceptions(summary),
         _exercises(summary),
@@ -143,6 +145,20 @@ def _needs_a_human(summary: Summary) -> Section:
     rows += [("", reason) for reason in summary.refused]
     said = () if rows else ("Nobody: every point is decided.",)
     return Section("What needs a human", said, ("Learner", "What"), tuple(rows))
+
+
+def _rubrics(summary: Summary) -> Section:
+    """What earns the points of the open questions, from the solved notebook: learners' notebooks have not got it."""
+    import nbformat
+
+    rows = []
+    if summary.course.solved.is_file():
+        for cell in nbformat.read(summary.course.solved, as_version=4).cells:
+            _, _, rubric = cell.source.partition(RUBRIC)
+            items = re.split(r"^\s*[-*] ", rubric, flags=re.MULTILINE)[1:]
+            name = cell.metadata.get("nbgrader", {}).get("grade_id", "")
+            rows += [(name, " ".join(item.split())) for item in items]
+    return Section("Rubrics of the open questions", (), ("Question", "What earns points"), tuple(rows))
 
 
 def _changes(summary: Summary) -> Section:

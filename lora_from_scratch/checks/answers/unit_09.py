@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -744,14 +745,17 @@ def everything_off_then_some_on(model: nn.Module) -> None:
 
 
 @right("mark_only_lora_as_trainable")
-def by_the_layers(model: nn.Module) -> nn.Module:
-    chosen = {id(p) for m in model.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)}
-    for parameter in model.parameters():
-        parameter.requires_grad = id(parameter) in chosen
+def by_a_pattern(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = re.fullmatch(r"(.+\.)?lora_[AB]", name) is not None
     return model
 
 
-@wrong("mark_only_lora_as_trainable", "Everything is frozen now, A and B too: there is nothing left to train.")
+@wrong(
+    "mark_only_lora_as_trainable",
+    "Everything is frozen now, A and B too: there is nothing left to train. If you look for layers of the class that "
+    "you wrote: LoRA layers may be of other classes, so the names of the parameters have to tell.",
+)
 def freezes_everything(model: nn.Module) -> None:
     model.requires_grad_(False)
 

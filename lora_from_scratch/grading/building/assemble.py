@@ -22,6 +22,7 @@ from lora_from_scratch.grading.building.solution import (
 from lora_from_scratch.grading.building.source import SourceCell
 
 SCHEMA = 3  # of nbgrader's metadata
+RUBRIC = "**Rubric.**"  # what comes after it in an open question's cell says what earns which points
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
@@ -169,9 +170,13 @@ def _check(item: Exercise | Prediction, cell: SourceCell) -> Cell:
 
 
 def _open_question(cell: SourceCell) -> list[Cell]:
+    """The question, and the cell for the answer. The rubric tells what the answer is: a learner's notebook has not got
+    it, since in the solved one it stands where the answer will be."""
     name, points = cell.get("open_question"), cell.get("points") or 0
-    question = Cell("markdown", cell.text, cell.place)
-    answer = Cell("markdown", "*Graded by a person, with the rubric above.*", cell.place, "answer", name, points=points)
+    text, _, rubric = cell.text.partition(RUBRIC)
+    worth = f"*{points} {'point' if points == 1 else 'points'}; graded by a person.*"
+    question = Cell("markdown", f"{text.rstrip()}\n\n{worth}", cell.place)
+    answer = Cell("markdown", f"{RUBRIC}\n\n{rubric.strip()}", cell.place, "answer", name, points=points)
     answer.metadata = _nbgrader(name, grade=True, solution=True, points=points)
     return [question, answer]
 

@@ -12,7 +12,7 @@ from typing import Any
 from lora_from_scratch.checks.bank import right_answers, wrong_answers
 from lora_from_scratch.checks.exercise import Draw, Exercise
 from lora_from_scratch.checks.units import Unit
-from lora_from_scratch.grading.building.assemble import Cell
+from lora_from_scratch.grading.building.assemble import RUBRIC, Cell
 from lora_from_scratch.grading.building.solution import bound_names, solution_lines
 from lora_from_scratch.grading.building.source import SourceCell
 
@@ -131,10 +131,10 @@ def _open_questions(file: str, source: list[SourceCell]) -> Iterable[str]:
         if not isinstance(points, int) or points < 1:
             yield f"{cell.place}: an open question needs points=..., a whole number of at least 1"
             continue
-        _, found, rubric = cell.text.partition("**Rubric.**")
+        _, found, rubric = cell.text.partition(RUBRIC)
         items = re.findall(r"^\s*[-*] (.*)$", rubric, re.MULTILINE)
         if not found or not items:
-            yield f"{cell.place}: an open question needs a line **Rubric.** and a list of what earns which points"
+            yield f"{cell.place}: an open question needs a line {RUBRIC} and a list of what earns which points"
             continue
         said = [re.search(r"(\d+) points?\b", item) for item in items]
         total = sum(int(match[1]) for match in said if match)
