@@ -80,6 +80,15 @@ def test_a_prediction_is_none_in_the_learners_notebook_and_no_error(course: Cour
     assert source_of(learners, "prediction-guess_number") == "guess_number = None  # a number"
 
 
+def test_a_rubric_stands_where_the_answer_will_be_and_not_in_the_learners_notebook(course: Course) -> None:
+    draft = course.draft()
+    answer = next(cell for cell in draft.solved.cells if cell.metadata.get("nbgrader", {}).get("grade_id") == "why_count")
+    assert answer.source == "**Rubric.**\n\n- 1 point: a reason.\n- 2 points: a good one."
+    assert "a good one" not in draft.learners
+    assert "3 points; graded by a person" in draft.learners
+    assert "In two sentences." in draft.learners
+
+
 def test_what_solutions_use_is_imported_and_no_exercise_of_the_unit_is(course: Course) -> None:
     cell = course.draft().solved.cells[2].source
     assert cell.splitlines()[2:] == [

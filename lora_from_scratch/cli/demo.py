@@ -11,7 +11,7 @@ from lora_from_scratch.finetune import defaults
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "demo",
-        help="full fine-tuning and LoRA side by side, in three minutes",
+        help="full fine-tuning and LoRA side by side, in a few minutes",
         description="Fine-tune a GPT-2 on the story cards by full fine-tuning and by LoRA, and compare them: "
         "a table, a figure, a few sentences before and after, and both results to go on with.",
     )
