@@ -82,8 +82,7 @@ def test_a_prediction_is_none_in_the_learners_notebook_and_no_error(course: Cour
 
 def test_a_rubric_stands_where_the_answer_will_be_and_not_in_the_learners_notebook(course: Course) -> None:
     draft = course.draft()
-    answer = next(cell for cell in draft.solved.cells if cell.metadata.get("nbgrader", {}).get("grade_id") == "why_count")
-    assert answer.source == "**Rubric.**\n\n- 1 point: a reason.\n- 2 points: a good one."
+    assert source_of(draft.solved, "answer-why_count") == "**Rubric.**\n\n- 1 point: a reason.\n- 2 points: a good one."
     assert "a good one" not in draft.learners
     assert "3 points; graded by a person" in draft.learners
     assert "In two sentences." in draft.learners
