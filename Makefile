@@ -28,10 +28,10 @@ readme: demo
 	$(BIN)/python -m benchmarks.readme
 
 test: lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-gpt2: install-dev
-	LORA_FROM_SCRATCH_TEST_WIDTH=768 $(BIN)/python -m pytest -n auto tests/test_units_on_gpt2.py
+	LORA_FROM_SCRATCH_TEST_WIDTH=768 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_units_on_gpt2.py
 
 lint: install-dev
 	$(BIN)/ruff check .

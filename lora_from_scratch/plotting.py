@@ -101,10 +101,13 @@ def bars(axes: Axes, values: Mapping[str, float], *, unit: str) -> None:
     axes.barh(places, list(values.values()), color=COLOURS[1], height=0.6)
     axes.set_yticks(places, names)
     axes.invert_yaxis()
+    highest = max(118.0, 1.18 * max(values.values()))
     for place, value in zip(places, values.values(), strict=True):
-        axes.annotate(f"{value:.1f} {unit}", (value, place), xytext=(4, 0), textcoords="offset points", va="center")
+        inside = 100 - 0.15 * highest < value < 100  # beside the bar it would cross the line
+        beside: Any = {"xytext": (-4, 0), "ha": "right", "color": "white"} if inside else {"xytext": (4, 0)}
+        axes.annotate(f"{value:.1f} {unit}", (value, place), textcoords="offset points", va="center", **beside)
     axes.axvline(100, color="0.4", linewidth=1, linestyle=":")
-    axes.set_xlim(0, max(118.0, 1.18 * max(values.values())))
+    axes.set_xlim(0, highest)
 
 
 @styled

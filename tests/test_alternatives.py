@@ -1,4 +1,4 @@
-"""Every right answer of the bank, handed in: graded as a whole, with warnings, prints and plots: full points.
+"""Every right answer of the bank, handed in with warnings, prints and plots, has its full points in the gradebook.
 
 A learner answers each exercise of a unit by one of the bank's right answers, and as many learners hand in as it takes
 for every answer to be there.
@@ -15,6 +15,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
+pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -e '.[course]'")
+
 from nbgrader.api import Gradebook
 
 from lora_from_scratch.checks.bank import Answer, right_answers

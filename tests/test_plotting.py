@@ -90,6 +90,18 @@ def test_every_bar_carries_its_number_and_its_unit_and_stays_inside() -> None:
     assert axes.get_xlim()[1] > 250
 
 
+@pytest.mark.parametrize("other", [1.0, 250.0])
+@pytest.mark.parametrize("value", [0.0, 3.4, 50.0, 60.0, 82.0, 83.0, 95.2, 99.9, 100.0, 101.0])
+def test_the_number_of_a_bar_does_not_cross_the_line_at_100(value: float, other: float) -> None:
+    axes: Any
+    figure, (axes,) = plotting.panels(1)
+    plotting.bars(axes, {"seconds": value, "memory": other}, unit="%")
+    figure.draw_without_rendering()
+    box = axes.texts[0].get_window_extent()
+    line = axes.transData.transform((100, 0))[0]
+    assert not box.x0 < line < box.x1
+
+
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_smoothing_is_the_mean_of_the_last_values(window: int) -> None:
     values = [4.0, 2.0, 6.0, 0.0]
