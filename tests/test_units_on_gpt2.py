@@ -1,8 +1,9 @@
 """The fine-tuning units run on another GPT-2 than the bundled one: the switch to the real one works.
 
 The weights are random and each training has a step or four, so what the units say of their results is not looked at;
-everything has to run to its end. GPT-2 small itself takes ten minutes a unit and more: `make test-gpt2` runs all of them on it. The
-other tests run most of them on a model of its depth, number of heads and context, of a fifth of its width.
+everything has to run to its end. GPT-2 small itself takes ten minutes a unit and more: `make test-gpt2` runs all of
+them on it. The other tests run most of them on a model of its depth, number of heads and context, of a fifth of its
+width.
 """
 
 from __future__ import annotations
