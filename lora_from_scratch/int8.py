@@ -8,6 +8,7 @@ sections 1.2, 1.3 and 2.1.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -152,7 +153,7 @@ def quantize_dynamic(x: Tensor, blocksize: int = 256) -> DynamicInt8:
     z = to_blocks(x, blocksize) * (1 / absmax)[:, None]  # (blocks, blocksize)
     z = z.nan_to_num(-1.0).clamp(-1, 1)  # a block of zeros is 0 / 0: any code would do, since code * 0 is 0
     step = torch.floor((z + 1) * 0.5 * GRID + 0.5)
-    values = dynamic_map().to(x.device)
+    values = _dynamic_map_on(x.device)
     codes = torch.bucketize(step / GRID * 2 - 1, (values[1:] + values[:-1]) / 2)
     return DynamicInt8(codes.view(-1)[: x.numel()].to(torch.uint8), absmax)
 
@@ -161,4 +162,10 @@ def dequantize_dynamic(quantized: DynamicInt8, blocksize: int = 256) -> Tensor:
     """Undo `quantize_dynamic`: (n,) float32."""
     codes, absmax = quantized
     scale = absmax.repeat_interleave(blocksize)[: codes.numel()]  # (n,)
-    return dynamic_map().to(codes.device)[codes.int()] * scale
+    return _dynamic_map_on(codes.device)[codes.int()] * scale
+
+
+@functools.cache
+def _dynamic_map_on(device: torch.device) -> Tensor:
+    """`dynamic_map`, made once: a training step in 4 bits reads it twice a layer. Not to be written to."""
+    return dynamic_map().to(device)

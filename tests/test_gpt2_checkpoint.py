@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from lora_from_scratch.gpt2.checkpoint import load_gpt2, load_model, save_gpt2
 from tests.checkpoints import TOKENIZER, assert_same_model
-from tests.helpers import real_checkpoint, tiny_model, transformers_twin
+from tests.helpers import REPOSITORY, real_checkpoint, tiny_model, transformers_twin
 
 # --- To and from transformers ----------------------------------------------------------------------
 
@@ -89,6 +91,12 @@ def test_loading_leaves_the_random_state_alone(saved: Path) -> None:
 
 
 # --- Saving ----------------------------------------------------------------------------------------
+
+
+def test_loading_does_not_wait_for_pytorchs_compiler_to_be_imported() -> None:
+    program = "import sys, lora_from_scratch.gpt2 as g; g.load_gpt2(); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_saving_and_loading_gives_the_same_model_and_tokenizer(tmp_path: Path) -> None:

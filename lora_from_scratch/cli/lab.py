@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from lora_from_scratch.allocator import quick_allocator
+
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 EXTRA = "JupyterLab is not installed; run: python -m pip install -e '.[course]' -c constraints.txt"
 
@@ -43,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
         f"{new} new notebooks in {options.folder}." if new else f"Your notebooks are in {options.folder}.", flush=True
     )
     command = lab_command(options.folder, notebook, options.no_browser, options.port)
-    os.execv(command[0], command)
+    with quick_allocator():  # for the notebooks' kernels, which train
+        os.execv(command[0], command)
 
 
 def copy_notebooks(source: Path, folder: Path) -> int:

@@ -116,7 +116,8 @@ def evaluate(
     references = references_by_mr(examples)
     texts = write_texts(model, tokenizer, list(references), num_beams=num_beams)
     firsts = [Example(mr, refs[0]) for mr, refs in references.items()]
-    batches = Completions(firsts, tokenizer, model.config.n_positions).batches(batch_size=32)
+    firsts.sort(key=lambda example: len(example.mr) + len(example.ref))  # little padding in a batch
+    batches = Completions(firsts, tokenizer, model.config.n_positions).batches(batch_size=8)
     drawn = text_drawn_from(base, tokenizer)
     scores = Scores(
         bleu=bleu(texts, list(references.values())),

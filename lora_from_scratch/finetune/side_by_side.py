@@ -26,6 +26,7 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
+from lora_from_scratch.allocator import quick_allocator
 from lora_from_scratch.files import write_json
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.data import load_dataset
@@ -159,7 +160,8 @@ def _start(run: Run, threads: int) -> tuple[Connection, Any]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(there, finetune, run, threads), daemon=True)
-    process.start()
+    with quick_allocator():
+        process.start()
     there.close()  # only the child holds it now: if it dies, `here` ends
     return here, process
 

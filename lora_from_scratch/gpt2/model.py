@@ -252,13 +252,24 @@ class Block(nn.Module):
         return transformer_block(x, self.ln_1, lambda h: self.attn(h, mask, cache), self.ln_2, self.mlp)
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, but on the meta device (shapes without memory) without first values.
+
+    There PyTorch would import its compiler to draw none: two seconds, for every model that is loaded.
+    """
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Transformer(nn.Module):
     """Embeddings, blocks, a last normalisation: token ids to hidden states."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -277,7 +288,8 @@ class GPT2(nn.Module):
         self.transformer = Transformer(config)
         self.gradient_checkpointing = False
         self.virtual_tokens: nn.Module | None = None  # a method may put some in front of every text
-        self.apply(self._initialise)
+        if not self.transformer.wte.weight.is_meta:
+            self.apply(self._initialise)
 
     def forward(
         self,

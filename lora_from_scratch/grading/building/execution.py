@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_from_scratch import allocator
 from lora_from_scratch.figures import BUILDING
 
 SECONDS_A_CELL = 300
@@ -144,6 +145,7 @@ def _environment(work: Path, building: bool) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
+        allocator.VARIABLE: allocator.SETTING,
     }
     return environment | ({BUILDING: "1"} if building else {})
 
