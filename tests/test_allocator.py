@@ -67,7 +67,8 @@ def test_the_process_of_a_run_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     try:
         while b"spawn_main" not in (about / "cmdline").read_bytes():  # until then it is a copy of this process
             time.sleep(0.01)
-        assert f"{VARIABLE}={SETTING}".encode() in (about / "environ").read_bytes().split(b"\0")
+        environment = (about / "environ").read_bytes().replace(b"\0", b":")  # glibc cuts its copy of the value in place
+        assert f"{VARIABLE}={SETTING}".encode() in environment
     finally:
         process.terminate()
         process.join()
