@@ -3,8 +3,9 @@
 A training step makes and drops some hundred tensors of a few megabytes. With its defaults, glibc gives many of them
 back to Linux at once and asks for new memory in the next step. Linux hands it out in pages of 4 KiB and fills each with
 zeros when it is first touched: thousands of interruptions in a step of the bundled model (`benchmarks/allocator.py`
-counts and times them). The setting has to be there when a process starts, so it is for the processes that we start. Systems
-without glibc (macOS, Windows) do not know the variable and ignore it. The numbers that are computed do not change.
+counts and times them). The setting has to be there when a process starts, so it is for the processes that we start.
+Systems without glibc (macOS, Windows) do not know the variable and ignore it. The numbers that are computed do not
+change.
 """
 
 from __future__ import annotations

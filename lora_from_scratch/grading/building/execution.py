@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +65,6 @@ def execute(
     """
     import nbformat
     from jupyter_client.manager import AsyncKernelManager
-    from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     import_quietly()
@@ -72,7 +74,7 @@ def execute(
         manager = AsyncKernelManager(
             kernel_spec_manager=_specs(), transport="ipc", connection_file=str(work / "kernel.json")
         )
-        client = NotebookClient(
+        client = _client_that_looks_again()(
             notebook,
             km=manager,
             timeout=SECONDS_A_CELL,
@@ -94,6 +96,35 @@ def execute(
     text = "".join(output.get("text", "") for output in measured.get("outputs", []))
     peak, seconds = (float(word) for word in text.split()) if text.strip() else (0.0, 0.0)
     return Cost(peak / 2**20, seconds)
+
+
+@functools.cache
+def _client_that_looks_again() -> Any:
+    """nbclient's client, which looks every second whether a cell's reply is there.
+
+    Now and then the reply of a kernel that is not building lies there and nothing wakes the waiting client (seen with
+    pyzmq's asyncio sockets, in about one run of five): it then sleeps until the cell's time is over.
+    """
+    from nbclient import NotebookClient
+
+    class Client(NotebookClient):
+        async def async_start_new_kernel_client(self) -> Any:
+            kernel = await super().async_start_new_kernel_client()
+            wait = kernel.shell_channel.get_msg
+
+            async def get_msg(timeout: float | None = None) -> Any:
+                end = math.inf if timeout is None else time.monotonic() + timeout
+                while True:
+                    try:
+                        return await wait(timeout=max(0, min(1, end - time.monotonic())))
+                    except queue.Empty:
+                        if time.monotonic() >= end:
+                            raise
+
+            kernel.shell_channel.get_msg = get_msg
+            return kernel
+
+    return Client
 
 
 @functools.cache
