@@ -102,8 +102,8 @@ def execute(
 def _client_that_looks_again() -> Any:
     """nbclient's client, which looks every second whether a cell's reply is there.
 
-    Now and then the reply of a kernel that is not building lies there and nothing wakes the waiting client (seen with
-    pyzmq's asyncio sockets, in about one run of five): it then sleeps until the cell's time is over.
+    Now and then nothing wakes the waiting client, and it sleeps until the cell's time is over (3 of 15 unsolved
+    notebooks in one run of the tests). The cause, below nbclient, is not known.
     """
     from nbclient import NotebookClient
 
