@@ -12,6 +12,7 @@ from tests.checkpoints import TOKENIZER
 from tests.helpers import tiny_model
 from tests.tiny_runs import SHORT, make_model, run_in, short_judgement, write_data
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; of this one, see below
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

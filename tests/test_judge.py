@@ -79,6 +79,13 @@ def test_an_error_of_a_thousandth_of_the_largest_entry_is_seen(numbers: list[flo
     assert not same(off, exact)
 
 
+@given(st.floats(), st.floats(-1e-3, 1e-3) | st.floats())
+def test_two_numbers_are_compared_as_two_tensors_are(exact: float, off: float) -> None:
+    for seen in (exact + off, exact * (1 + off), off):
+        one, other = torch.tensor([[seen], [exact]], dtype=torch.float64)
+        assert same(seen, exact) == same(one, other)
+
+
 def test_what_is_not_the_same() -> None:
     assert not same(torch.zeros(3), torch.zeros(1, 3))
     assert not same([1, 2], [1, 2, 3])
