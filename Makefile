@@ -2,7 +2,7 @@
 # make lab         open JupyterLab on the first unit of the course
 # make build       make notebooks/ and solutions/ from course/units and the library
 # make test        everything that has to hold
-# make test-gpt2   the fine-tuning units on a random GPT-2 small: have patience, its end was never awaited
+# make test-gpt2   the fine-tuning units on a random GPT-2 small (half an hour and more)
 # Each does its own set-up: a virtual environment in .venv and the pinned packages. Needs Python 3.11 or newer.
 
 PYTHON ?= python3
@@ -31,7 +31,7 @@ test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-gpt2: install-dev
-	LORA_FROM_SCRATCH_TEST_WIDTH=768 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_units_on_gpt2.py
+	LORA_FROM_SCRATCH_TEST_GPT2=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_units_on_gpt2.py
 
 lint: install-dev
 	$(BIN)/ruff check .
