@@ -44,8 +44,8 @@ from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 
-# "bundled", or "gpt2" (with a network), or a directory. On two cores expect two minutes, or about an hour with "gpt2"
-# (an estimate).
+# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 20 minutes and 7 GB of memory),
+# or a checkpoint's directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 64))  # of the longest training run here
 

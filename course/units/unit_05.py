@@ -41,8 +41,10 @@ from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import next_token_loss
 from lora_from_scratch.prompt_tuning import VirtualTokens
 
-MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")  # or "gpt2" (with a network), or a directory:
-STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 24))  # with "gpt2" on two cores about half an hour (an estimate)
+# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
+# or a checkpoint's directory.
+MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
+STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 24))
 
 # %% [markdown]
 # ## Say it with words

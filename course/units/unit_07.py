@@ -45,8 +45,8 @@ from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.lora import LoRA
 
-# "bundled", or "gpt2" (with a network), or a directory. On two cores expect two minutes, or about half an hour with "gpt2"
-# (an estimate).
+# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 20 minutes and 7 GB of memory),
+# or a checkpoint's directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 32))  # of each training run
 BATCH = 8

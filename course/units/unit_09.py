@@ -47,8 +47,8 @@ from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.lora import find_targets
 
-# "bundled", or "gpt2" (with a network), or a directory. On two cores expect two minutes, or about half an hour with
-# "gpt2" (an estimate).
+# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
+# or a checkpoint's directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 80))  # of each training run
 BATCH = 8

@@ -55,8 +55,8 @@ from lora_from_scratch.lora import LoRA, inject_lora
 from lora_from_scratch.method import load_adapter
 from lora_from_scratch.placement import find_targets, target_sizes
 
-# "bundled", or "gpt2" where there is a network, or a checkpoint's directory. On two cores expect about two minutes with
-# "bundled" and about forty with "gpt2" (an estimate).
+# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
+# or a checkpoint's directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 48))  # of the longest training run here; the sweep's have half
 SHORT = max(1, STEPS // 2)

@@ -46,8 +46,8 @@ from lora_from_scratch.lora import LoRA, LoRALinear, delta_weight, initial_facto
 from lora_from_scratch.svd import truncate
 
 # %%
-# "bundled", or "gpt2" (with a network), or a directory. On two cores: about a minute and a half, or about an hour
-# with "gpt2" (an estimate).
+# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 20 minutes and 6 GB of memory),
+# or a checkpoint's directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 32))  # of one training
 BATCH = 4
