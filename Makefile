@@ -2,7 +2,7 @@
 # make lab         open JupyterLab on the first unit of the course
 # make build       make notebooks/ and solutions/ from course/units and the library
 # make test        everything that has to hold
-# make test-gpt2   the fine-tuning units on a random GPT-2 small (half an hour and more)
+# make test-gpt2   the fine-tuning units on a random GPT-2 small: takes long
 # Each does its own set-up: a virtual environment in .venv and the pinned packages. Needs Python 3.11 or newer.
 
 PYTHON ?= python3

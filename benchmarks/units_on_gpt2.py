@@ -34,8 +34,10 @@ def main() -> None:
     parser.add_argument("units", nargs="*", default=FINE_TUNING, metavar="UNIT", help="such as 09 (all that fine-tune)")
     parser.add_argument("--steps", type=int, help="of each training (as many as the unit says)")
     parser.add_argument("--vocabulary", default="bundled", help="a directory with GPT-2's vocab.json and merges.txt")
-    parser.add_argument("--model", help="a checkpoint's directory, or bundled (GPT-2 small with random weights)")
+    parser.add_argument("--model", help="a checkpoint's directory, or bundled; without it: random weights")
     args = parser.parse_args()
+    if unknown := sorted(set(args.units) - set(FINE_TUNING)):
+        parser.error(f"these units do not fine-tune: {', '.join(unknown)}; allowed: {', '.join(FINE_TUNING)}")
     execution.SECONDS_A_CELL = SECONDS_A_CELL
     with tempfile.TemporaryDirectory() as folder:
         if not args.model:

@@ -94,6 +94,7 @@ def test_what_is_not_the_same() -> None:
     assert not same(torch.tensor([1 + 0j]), torch.ones(1))
     assert not same(torch.tensor([float("nan")]), torch.tensor([1.0]))
     assert not same({"a": 1}, {"b": 1})
+    assert not same(torch.tensor([float("inf"), 1]), torch.tensor([float("inf"), 2]))  # what is infinite sets no scale
     assert same(torch.tensor([float("nan"), 1]), torch.tensor([float("nan"), 1]))
 
 

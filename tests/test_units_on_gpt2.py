@@ -1,9 +1,9 @@
 """The fine-tuning units run on another GPT-2 than the bundled one: the switch to the real one works.
 
 The weights are random and each training has a step or four, so what the units say of their results is not looked at;
-everything has to run to its end. One unit runs on GPT-2 small itself, where the others take 4 to 9 minutes each: they
-run on a model of its depth, number of heads and context, of a fifth of its width. `make test-gpt2` runs all of them on
-GPT-2 small.
+everything has to run to its end. One unit runs on GPT-2 small itself, where the others take up to nine minutes each:
+they run on a model of its depth, number of heads and context, of a fifth of its width. `make test-gpt2` runs all of
+them on GPT-2 small.
 """
 
 from __future__ import annotations
