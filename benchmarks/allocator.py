@@ -1,4 +1,4 @@
-"""What `lora_from_scratch.allocator` gains: the demo's LoRA training with glibc's defaults and with the setting.
+"""What `support/allocator.py` gains: the demo's LoRA training with glibc's defaults and with the setting.
 
     python -m benchmarks.allocator [--pairs 5] [--steps 100]
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from lora_from_scratch.allocator import SETTING, VARIABLE
+from lora_from_scratch.support.allocator import SETTING, VARIABLE
 
 WARM_UP = 8  # steps that are not counted: the first ones ask for the memory that the others reuse
 
@@ -28,10 +28,11 @@ def train(steps: int) -> dict[str, float]:
 
     from lora_from_scratch.finetune import defaults
     from lora_from_scratch.finetune.completions import Completions
-    from lora_from_scratch.finetune.data import STORY_CARDS, load_dataset
+    from lora_from_scratch.finetune.data import STORY_CARDS
+    from lora_from_scratch.finetune.tasks import load_dataset
     from lora_from_scratch.finetune.training import Trainer, TrainingSettings
     from lora_from_scratch.gpt2.checkpoint import load_gpt2
-    from lora_from_scratch.lora import LoRA
+    from lora_from_scratch.methods.lora import LoRA
 
     torch.set_num_threads(1)
     model, tokenizer = load_gpt2()

@@ -12,21 +12,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_from_scratch.capstone.budget import cost_of
-from lora_from_scratch.capstone.hidden import hidden_cards, score
-from lora_from_scratch.files import write_json
+from lora_from_scratch.compare.capstone.budget import cost_of
+from lora_from_scratch.compare.capstone.hidden import hidden_cards, score
+from lora_from_scratch.compare.shootout import choose, usual_contestants
+from lora_from_scratch.compare.side_by_side import model_fingerprint
 from lora_from_scratch.finetune.evaluation import write_texts
-from lora_from_scratch.finetune.side_by_side import model_fingerprint
 from lora_from_scratch.gpt2 import load_gpt2
-from lora_from_scratch.method import load_adapter
-from lora_from_scratch.shootout import CORE, choose
+from lora_from_scratch.methods.registry import load_adapter
+from lora_from_scratch.support.files import write_json
 
 PLACE = Path(__file__).parents[1] / "lora_from_scratch" / "assets" / "capstone_house.json"
 
 
 def entries(runs: Path) -> list[dict[str, Any]]:
     cards, lines = hidden_cards(), []
-    for name, method in choose(CORE).items():
+    for name, method in choose(usual_contestants()).items():
         model, tokenizer = load_gpt2("bundled")
         config = model.config
         if name == "full":

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.finetune.accounting import MemoryBudget, measured_memory, predicted_memory
 from lora_from_scratch.gpt2.checkpoint import BUNDLED, checkpoint_directory
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.method import METHODS, Method, method_class
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.registry import for_training, method_classes
 
 OUTPUT = Path(__file__).with_suffix(".md")
 MiB = 2**20
@@ -57,12 +57,7 @@ def main() -> None:
 
 def methods() -> list[Method]:
     """Every method with its defaults, but without a copy of the base."""
-    classes = [method_class(name) for name in METHODS]
-    return [cls(**({"keep_base": False} if "keep_base" in names(cls) else {})) for cls in classes]
-
-
-def names(cls: Any) -> set[str]:
-    return {field.name for field in fields(cls)}
+    return [for_training(cls) for cls in method_classes().values()]
 
 
 def compare(config: GPT2Config, method: Method, batch: int, how: dict[str, Any]) -> str:

@@ -10,21 +10,21 @@ import torch
 from lora_from_scratch.finetune.accounting import (
     LiveMemory,
     MemoryBudget,
-    blank_model,
     measured_memory,
     memory_of,
     predicted_memory,
 )
-from lora_from_scratch.finetune.activations import forward
-from lora_from_scratch.finetune.memory import peak_resident_bytes
-from lora_from_scratch.finetune.tape import Shadow, Tape
+from lora_from_scratch.finetune.peak_memory import peak_resident_bytes
 from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
-from lora_from_scratch.full_finetuning import FullFineTuning
+from lora_from_scratch.gpt2.activations import forward
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import METHODS, Method, method_class
-from lora_from_scratch.qlora import QLoRA
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.qlora import QLoRA
+from lora_from_scratch.methods.registry import method_class, method_classes
+from lora_from_scratch.support.tape import Shadow, Tape
 from tests.helpers import real_checkpoint, tiny_config
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "transient", "total")
@@ -66,7 +66,7 @@ def assert_predicted(config: GPT2Config, method: Method, batch: int, tokens: int
 
 
 def test_every_method_is_among_the_cases() -> None:
-    assert {name for name, _ in CASES} == set(METHODS)
+    assert {name for name, _ in CASES} == set(method_classes())
 
 
 # --- Predicted equals measured ---------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_every_part_is_predicted_for_many_short_texts_with_padding(method: Metho
     assert_predicted(LONG, method, 5, 4, precision="fp32", padded=True)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", method_classes())
 def test_every_part_is_predicted_on_the_bundled_model(name: str) -> None:
     config = GPT2Config.from_json(real_checkpoint() / "config.json")
     assert_predicted(config, method_class(name)(), 2, 24, precision="bf16", padded=True)
@@ -179,7 +179,7 @@ def test_the_training_loop_needs_what_is_predicted(precision: str) -> None:
 
 def test_a_block_keeps_what_the_formula_says_when_everything_is_trained() -> None:
     batch, tokens, d, heads = 3, 20, 24, 3
-    model = blank_model(tiny_config(n_embd=d, n_head=heads), FullFineTuning())
+    model = FullFineTuning().blank_model(tiny_config(n_embd=d, n_head=heads)).train()
     tape = Tape(batch, tokens)
     forward(model.transformer.h[0], Shadow(batch * tokens, d, grad=True), tape)
     m = 4 * d
@@ -207,10 +207,10 @@ def test_gpt3_needs_1_2_terabytes_for_full_fine_tuning_and_350_gigabytes_for_lor
     """Hu et al. 2021, section 4.2. They do not say what they count; 350 GB is two bytes a parameter. With 16-bit
     moments 1.2 TB lies between weights and optimiser alone, and these with the gradients."""
     config = GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048)
-    model = blank_model(config, FullFineTuning(keep_base=False)).to(torch.bfloat16)
+    model = FullFineTuning(keep_base=False).blank_model(config).train().to(torch.bfloat16)
     full = memory_of(model, 1, 2, precision="fp32")
     assert full.weights + full.optimizer < 1.2e12 < full.weights + full.gradients + full.optimizer
-    model = blank_model(config, LoRA(rank=4, targets=("c_attn.q", "c_attn.v"))).to(torch.bfloat16)
+    model = LoRA(rank=4, targets=("c_attn.q", "c_attn.v")).blank_model(config).train().to(torch.bfloat16)
     lora = memory_of(model, 1, 2, precision="fp32")
     assert lora.weights + lora.gradients + lora.optimizer == pytest.approx(350e9, rel=0.01)
 

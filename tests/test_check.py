@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_from_scratch import rank as rank_module
 from lora_from_scratch.checks import check, display, hint, library, notebook, progress, progress_file, working
 from lora_from_scratch.checks.notebook import Points, UnknownExerciseError, verdict_on
 from lora_from_scratch.checks.units import find
-from lora_from_scratch.rank import row_echelon
+from lora_from_scratch.linear_algebra import rank as rank_module
+from lora_from_scratch.linear_algebra.rank import row_echelon
+from lora_from_scratch.support import learner_folder
 
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(progress_file.HOME, str(tmp_path / "home"))
+    monkeypatch.setenv(learner_folder.HOME, str(tmp_path / "home"))
     monkeypatch.setattr(progress_file, "_waiting", [])
     monkeypatch.setattr(progress_file, "_never", [])
 

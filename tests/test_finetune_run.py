@@ -19,9 +19,9 @@ from lora_from_scratch.finetune.run import Run, finetune
 from lora_from_scratch.finetune.training import TrainingSettings
 from lora_from_scratch.gpt2.checkpoint import load_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import METHODS, load_adapter
-from lora_from_scratch.peft_format import WEIGHTS_FILE
+from lora_from_scratch.methods.adapter_files import WEIGHTS_FILE
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.registry import load_adapter, method_classes
 from tests.tiny_runs import ADAPTER, RESULT, SHORT, examples, files_in, make_model, run_in, write_data
 
 
@@ -112,16 +112,16 @@ def test_the_learning_rate_is_the_method_s_own_unless_one_is_given(here: Path, t
     def rate(output: Path) -> object:
         return json.loads((output / "report.json").read_text())["report"]["learning_rate"]
 
-    assert rate(here / "quiet") == defaults.LEARNING_RATES["lora"][0]
+    assert rate(here / "quiet") == LoRA.learning_rates.bundled
     assert main(run_in(here, tmp_path, "--learning-rate", "1e-5")) == 0
     assert rate(tmp_path) == 1e-5
 
 
-def test_every_method_has_a_tuned_learning_rate_and_a_stranger_has_to_give_one() -> None:
+def test_every_method_has_a_tuned_learning_rate() -> None:
     small, large = GPT2Config(n_embd=256, n_head=8), GPT2Config()
-    for method in METHODS:
+    for method in method_classes():
         assert all(0 < defaults.learning_rate_for(method, config) < 1 for config in (small, large))
-    with pytest.raises(ValueError, match="method magic has no tuned learning rate; give one"):
+    with pytest.raises(ValueError, match="unknown method 'magic'; the methods are full, lora"):
         defaults.learning_rate_for("magic", small)
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2.model import GPT2, GPT2Config, next_token_loss
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import METHODS, Method, adaptation_of, load_adapter, method_class
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import Method, adaptation_of
+from lora_from_scratch.methods.registry import load_adapter, method_class, method_classes
 
 TINY = GPT2Config(
     vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0
@@ -212,7 +213,7 @@ def test_full_fine_tuning_without_a_copy_of_the_base_says_that_there_is_no_way_b
 
 
 def test_methods_are_found_by_name_and_an_unknown_name_lists_them() -> None:
-    for name in METHODS:
+    for name in method_classes():
         assert method_class(name).name == name
     with pytest.raises(ValueError, match="unknown method 'lorra'; the methods are full, lora"):
         method_class("lorra")

@@ -17,6 +17,7 @@ from lora_from_scratch.checks.progress_file import Entry, load, open_hint, recor
 from lora_from_scratch.checks.progress_report import report
 from lora_from_scratch.checks.units import find, units
 from lora_from_scratch.checks.verdict import Verdict
+from lora_from_scratch.support import learner_folder
 from tests.cli_calls import complaint, output_of
 
 PASSED = Verdict("row_echelon", "passed", 5, 5)
@@ -25,8 +26,8 @@ FAILED = Verdict("row_echelon", "failed", 2.5, 5)
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(progress_file.HOME, str(tmp_path / "home"))
-    monkeypatch.delenv(progress_file.SWITCH, raising=False)
+    monkeypatch.setenv(learner_folder.HOME, str(tmp_path / "home"))
+    monkeypatch.delenv(learner_folder.SWITCH, raising=False)
     monkeypatch.setattr(progress_file, "_waiting", [])
     monkeypatch.setattr(progress_file, "_never", [])
     return tmp_path / "home"
@@ -56,7 +57,7 @@ def test_hints_are_counted_up_to_the_last() -> None:
 
 
 def test_switched_off_or_while_building_nothing_is_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in ((progress_file.SWITCH, "off"), (progress_file.BUILDING, "1")):
+    for variable, value in ((learner_folder.SWITCH, "off"), (learner_folder.BUILDING, "1")):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             patch.setattr(progress_file, "_never", [])
@@ -163,7 +164,7 @@ def test_a_lock_that_nobody_gives_back_costs_seconds_and_no_error(home: Path, mo
 
 
 def _writes_many(home: str, names: list[str]) -> None:
-    os.environ[progress_file.HOME] = home
+    os.environ[learner_folder.HOME] = home
     for name in names:
         record(Verdict(name, "failed", 0, 1))
         record(Verdict("both", "failed", 0, 1))

@@ -14,17 +14,15 @@ from typing import Any
 import pytest
 
 from benchmarks import learning_rates
-from lora_from_scratch import shootout
-from lora_from_scratch.bitfit import BitFit
-from lora_from_scratch.files import write_json
-from lora_from_scratch.finetune import defaults, side_by_side
+from lora_from_scratch.compare import shootout, side_by_side
+from lora_from_scratch.compare.side_by_side import FINISHED, carry_out, in_fresh_processes, tuned_run
 from lora_from_scratch.finetune.evaluation import Scores
 from lora_from_scratch.finetune.run import Report, Run, finetune
-from lora_from_scratch.finetune.side_by_side import FINISHED, carry_out, in_fresh_processes, tuned_run
 from lora_from_scratch.finetune.training import NonFiniteLossError
-from lora_from_scratch.method import METHODS
+from lora_from_scratch.methods.bitfit import BitFit
+from lora_from_scratch.methods.registry import method_classes
+from lora_from_scratch.support.files import write_json
 from tests.cli_calls import call, complaint
-from tests.helpers import tiny_config
 from tests.tiny_runs import make_model, short_judgement, write_data
 
 Done = Callable[[int, Report], object]
@@ -82,24 +80,24 @@ def test_the_shootout_runs_every_core_method_and_writes_table_numbers_and_figure
 ) -> None:
     code, said, err = shoot(here, tmp_path)
     assert code == 0, err
-    assert carried_out == list(shootout.CORE)
+    assert carried_out == list(shootout.usual_contestants())
     page = (tmp_path / "table.md").read_text()
     table, figure = page.strip().split("\n\n")
     assert table in said
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == list(shootout.CORE)
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == list(shootout.usual_contestants())
     assert table.splitlines()[0].split("|")[-2].strip() == "divergence"
     numbers = json.loads((tmp_path / "shootout.json").read_text())
-    assert [each["method"] for each in numbers] == list(shootout.CORE)
+    assert [each["method"] for each in numbers] == list(shootout.usual_contestants())
     assert len({each["total_parameters"] for each in numbers}) == 1
     assert (tmp_path / "shootout.png").read_bytes().startswith(b"\x89PNG")
     assert figure.endswith("](shootout.png)")
-    assert all(f"{name} " in figure for name in shootout.CORE)
+    assert all(f"{name} " in figure for name in shootout.usual_contestants())
 
 
-def test_the_core_is_every_method_that_there_is_and_two_kinds_of_adapter() -> None:
+def test_every_method_takes_part_and_two_kinds_of_adapter() -> None:
     methods = shootout.contestants(seed=5)
-    assert {methods[name].name for name in shootout.CORE} == set(METHODS)
-    assert {"adapter-houlsby", "adapter-parallel"} <= set(shootout.CORE)
+    assert {methods[name].name for name in shootout.usual_contestants()} == set(method_classes())
+    assert {"adapter-houlsby", "adapter-parallel"} <= set(shootout.usual_contestants())
     assert all(getattr(method, "seed", 5) == 5 for method in methods.values())
 
 
@@ -125,13 +123,6 @@ def test_bad_input_ends_in_one_line_before_anything_is_trained(
     assert said in complaint("shootout", "--model", here / "model", "--output", tmp_path / "out", *flags)
     assert carried_out == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_variant_may_have_a_learning_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = shootout.contestants()["adapter-parallel"]
-    assert shootout.learning_rate("adapter-parallel", method, tiny_config()) == defaults.LEARNING_RATES["adapter"][0]
-    monkeypatch.setitem(defaults.LEARNING_RATES, "adapter-parallel", (0.5, 0.25))
-    assert shootout.learning_rate("adapter-parallel", method, tiny_config()) == 0.5
 
 
 def test_the_figure_in_words_names_the_best_first() -> None:
@@ -262,10 +253,10 @@ def test_on_a_terminal_each_process_under_way_has_a_bar(monkeypatch: pytest.Monk
 
 
 def test_the_sweep_tries_every_core_method_at_three_rates_or_more_around_its_default() -> None:
-    for name in shootout.CORE:
+    for name in shootout.usual_contestants():
         entries = [entry for entry in learning_rates.GRID if entry.name == name]
         rates = [rate for entry in entries for rate in entry.rates]
-        default = defaults.LEARNING_RATES[entries[0].method.name][0]
+        default = entries[0].method.learning_rate(256)
         assert len(rates) >= 3
         assert min(rates) < default <= max(rates)
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_from_scratch.rank import require_rank
+from lora_from_scratch.linear_algebra.rank import require_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,8 +165,8 @@ SOURCE = """\
 import torch
 
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show
-from lora_from_scratch.plotting import panels
+from lora_from_scratch.support.figures import show
+from lora_from_scratch.support.plotting import panels
 
 # %% [markdown]
 # ## Roots
@@ -249,8 +249,8 @@ def make_course(root: Path, source: str = SOURCE) -> Path:
     """Write the course into a folder."""
     files = {
         "library/tiny_library.py": LIBRARY,
-        "units/unit_99.py": CHECKS,
-        "answers/tiny.py": BANK,
+        "units/unit_99/exercises.py": CHECKS,
+        "units/unit_99/answers.py": BANK,
         "course/units/unit_99.py": source,
     }
     for name, text in files.items():
@@ -266,11 +266,10 @@ def enter_course(root: Path, patch: pytest.MonkeyPatch) -> Unit:
     patch.syspath_prepend(str(root / "library"))
     patch.setenv("PYTHONPATH", str(root / "library"))
     patch.setenv(units.FOLDER, str(root / "units"))
-    patch.setenv(bank.FOLDER, str(root / "answers"))
     patch.delitem(sys.modules, "tiny_library", raising=False)
     patch.setattr(bank, "_bank", {name: list(answers) for name, answers in bank._bank.items()})
-    load(root / "answers" / "tiny.py")
-    checks = load(root / "units" / "unit_99.py")
+    load(root / "units" / "unit_99" / "answers.py")
+    checks = load(root / "units" / "unit_99" / "exercises.py")
     return Unit("99", checks.TITLE, tuple(checks.EXERCISES), tuple(checks.PREDICTIONS))
 
 

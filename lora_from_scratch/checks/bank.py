@@ -3,24 +3,20 @@
 A wrong answer is code with what is said to whoever wrote it. It tests the check (which has to refuse it, with these
 words), and it is the check's diagnosis: an answer that does the same as it in every case has made this mistake.
 
-An instructor adds to the bank by putting a Python file of such functions into `course/answers/`, or into a
-folder that the environment variable `LORA_FROM_SCRATCH_ANSWERS` names.
+The answers to a unit's exercises are in the files `answers*.py` of its folder; a check loads those of its own unit.
+An instructor adds answers in a folder of the same layout (see `units`).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
-import os
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
+from lora_from_scratch.checks.units import find, load, names, unit_files, units
+
 T = TypeVar("T")
-FOLDER = "LORA_FROM_SCRATCH_ANSWERS"
 
 
 @dataclass(frozen=True)
@@ -91,37 +87,33 @@ def right(exercise: str) -> Callable[[T], T]:
 
 
 def wrong_answers(exercise: str) -> list[Answer]:
-    _load()
-    return [answer for answer in _bank.get(exercise, []) if not answer.right]
+    return [answer for answer in _answers(exercise) if not answer.right]
 
 
 def right_answers(exercise: str) -> list[Answer]:
-    _load()
-    return [answer for answer in _bank.get(exercise, []) if answer.right]
+    return [answer for answer in _answers(exercise) if answer.right]
 
 
 def exercises() -> list[str]:
     """The names of the exercises that have answers in the bank."""
-    _load()
+    for unit in units():
+        _load(unit.number)
     return list(_bank)
 
 
+def _answers(exercise: str) -> list[Answer]:
+    if exercise in names():
+        _load(find(exercise)[0].number)
+    return _bank.get(exercise, [])
+
+
 def _enter(answer: Answer) -> None:
-    names = [other.name for other in _bank.setdefault(answer.exercise, [])]
-    if answer.name in names:
+    if answer.name in [other.name for other in _bank.setdefault(answer.exercise, [])]:
         raise ValueError(f"the bank has two answers to {answer.exercise} with the name {answer.name!r}; rename one")
     _bank[answer.exercise].append(answer)
 
 
 @functools.cache
-def _load() -> None:
-    from lora_from_scratch.checks import answers
-
-    for module in sorted(info.name for info in pkgutil.iter_modules(answers.__path__)):
-        importlib.import_module(f"{answers.__name__}.{module}")
-    folder = os.environ.get(FOLDER)
-    for file in sorted(Path(folder).glob("*.py")) if folder else []:
-        spec = importlib.util.spec_from_file_location(f"answers_of_{file.stem}", file)
-        assert spec is not None
-        assert spec.loader is not None
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+def _load(unit: str) -> None:
+    for file in unit_files("answers*.py", f"unit_{unit}"):
+        load(file)

@@ -85,7 +85,7 @@ def observe(
             if seen and seen[-1].stopped:
                 seen.append(Seen(stopped=True))
                 continue
-            _seed_everything(seed + place)
+            seed_everything(seed + place)
             started = time.monotonic()
             seen.append(_observe_one(probe, answer, given, seconds))
             seconds = max(0.05, seconds - (time.monotonic() - started))
@@ -238,7 +238,7 @@ def _where(error: BaseException) -> str:
     return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else ""
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed also queues a call for every GPU, with a traceback
     np.random.seed(seed % 2**32)
     random.seed(seed)

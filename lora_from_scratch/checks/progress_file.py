@@ -1,8 +1,7 @@
 """What a learner has done, kept in a file of their own: `~/.lora-from-scratch/progress.json`.
 
 Nothing here is ever an error for the learner. A damaged file is set aside, a folder that cannot be written means that
-progress is kept until the notebook's kernel ends. Two environment variables: LORA_FROM_SCRATCH_HOME names another
-folder, LORA_FROM_SCRATCH_PROGRESS=off keeps nothing on the disk.
+progress is kept until the notebook's kernel ends. `support/learner_folder.py` has the environment variables.
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.checks.verdict import Verdict
-from lora_from_scratch.figures import BUILDING
-from lora_from_scratch.files import write_json
+from lora_from_scratch.support.files import write_json
+from lora_from_scratch.support.learner_folder import folder, switched_off
 
-HOME = "LORA_FROM_SCRATCH_HOME"
-SWITCH = "LORA_FROM_SCRATCH_PROGRESS"
 VERSION = 1
 PATIENCE = 2.0  # seconds to wait for another notebook that is writing
 LARGEST = 5_000_000  # bytes: no course is so long
@@ -67,20 +64,8 @@ _waiting: list[Change] = []  # what could not be written yet
 _never: list[Change] = []  # what was done while switched off
 
 
-def folder() -> Path:
-    """Where what belongs to the learner is kept."""
-    named = os.environ.get(HOME)
-    return Path(named).expanduser() if named else Path(os.path.expanduser("~")) / ".lora-from-scratch"
-
-
 def path() -> Path:
     return folder() / "progress.json"
-
-
-def switched_off() -> bool:
-    """By the environment variable, or because the notebooks are being built: nobody is there."""
-    off = os.environ.get(SWITCH, "").strip().lower() in ("off", "0", "no", "false")
-    return off or bool(os.environ.get(BUILDING))
 
 
 def load() -> Progress:

@@ -9,6 +9,7 @@ from lora_from_scratch.checks.display import table
 from lora_from_scratch.checks.exercise import Exercise, Prediction
 from lora_from_scratch.checks.progress_file import Entry, Progress
 from lora_from_scratch.checks.units import Unit, units
+from lora_from_scratch.support import learner_folder
 
 Table = tuple[str, str]  # as HTML and as text
 SUMMARY = ("", "passed", "points", "attempts", "hints")
@@ -83,6 +84,6 @@ def _begun(items: Sequence[Exercise | Prediction], progress: Progress) -> bool:
 def _place(progress: Progress) -> str:
     if progress.kept:
         return f"Kept in {progress_file.path()}."
-    if progress_file.switched_off():
-        return f"Kept until this kernel ends ({progress_file.SWITCH} is off)."
+    if learner_folder.switched_off():
+        return f"Kept until this kernel ends ({learner_folder.SWITCH} is off)."
     return f"Kept until this kernel ends: {progress_file.path()} is not written."

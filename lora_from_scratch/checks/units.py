@@ -1,9 +1,9 @@
 """Which exercises and predictions there are: every unit's, in the order of the course.
 
-A unit NN is a module `unit_NN.py` beside this file with `TITLE`, `EXERCISES` (a list of `Exercise`) and `PREDICTIONS`
-(a list of `Prediction`). Names are unique in the whole course.
+A unit NN is a folder `unit_NN` beside this file. Its `exercises.py` has `TITLE`, `EXERCISES` (a list of `Exercise`) and
+`PREDICTIONS` (a list of `Prediction`); its `answers*.py` are the bank (see `bank`). Names are unique in the course.
 
-An instructor adds a unit by putting such a file into a folder that the environment variable
+An instructor adds a unit, or answers to an existing one, in a folder of the same layout, which the environment variable
 `LORA_FROM_SCRATCH_UNITS` names.
 """
 
@@ -14,8 +14,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import pkgutil
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +21,8 @@ from types import ModuleType
 from lora_from_scratch.checks.exercise import Exercise, Prediction
 
 FOLDER = "LORA_FROM_SCRATCH_UNITS"
-UNIT = re.compile(r"unit_\w\w")  # a file such as unit_06_probes.py is a part of one
+PACKAGE = Path(__file__).resolve().parent
+UNIT_FOLDERS = "unit_??"
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ class Unit:
 @functools.cache
 def units() -> tuple[Unit, ...]:
     """All units that have checks, in order."""
-    modules = sorted(_modules(), key=lambda module: module.__name__.rpartition(".")[2])
+    modules = {file.parent.name.removeprefix("unit_"): load(file) for file in unit_files("exercises.py")}
     found = [
-        Unit(module.__name__.rpartition("unit_")[2], module.TITLE, tuple(module.EXERCISES), tuple(module.PREDICTIONS))
-        for module in modules
+        Unit(number, module.TITLE, tuple(module.EXERCISES), tuple(module.PREDICTIONS))
+        for number, module in sorted(modules.items())
     ]
     names = [item.name for unit in found for item in unit.checked]
     twice = {name for name in names if names.count(name) > 1}
@@ -56,20 +55,28 @@ def units() -> tuple[Unit, ...]:
     return tuple(found)
 
 
-def _modules() -> list[ModuleType]:
-    """The units' modules: the package's, and those of the instructor's folder."""
-    import lora_from_scratch.checks as package
+def unit_files(pattern: str, unit: str = UNIT_FOLDERS) -> list[Path]:
+    """The files of the units' folders with such a name: first the package's, then those of the instructor's folder.
 
-    names = [info.name for info in pkgutil.iter_modules(package.__path__) if UNIT.fullmatch(info.name)]
-    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
-    folder = os.environ.get(FOLDER)
-    for file in Path(folder).glob("unit_??.py") if folder else []:
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        assert spec is not None
-        assert spec.loader is not None
-        modules.append(importlib.util.module_from_spec(spec))
-        spec.loader.exec_module(modules[-1])
-    return modules
+    Args:
+        pattern: of the file's name: "exercises.py", "answers*.py".
+        unit: of the folder's name: "unit_09"; by default those of all units.
+    """
+    own = os.environ.get(FOLDER)
+    folders = [PACKAGE, Path(own)] if own else [PACKAGE]
+    return [file for folder in folders for file in sorted(folder.glob(f"{unit}/{pattern}"))]
+
+
+def load(file: Path) -> ModuleType:
+    """Import a file of a unit's folder: the package's under its usual name, an instructor's by its path."""
+    if file.is_relative_to(PACKAGE):
+        return importlib.import_module(f"lora_from_scratch.checks.{file.parent.name}.{file.stem}")
+    spec = importlib.util.spec_from_file_location(f"{file.parent.name}_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.cache

@@ -152,8 +152,8 @@ def _writing() -> str:
 
 
 def _progress() -> str:
-    from lora_from_scratch.checks.progress_file import HOME, folder
-    from lora_from_scratch.files import check_writable
+    from lora_from_scratch.support.files import check_writable
+    from lora_from_scratch.support.learner_folder import HOME, folder
 
     try:
         check_writable(folder())

@@ -7,42 +7,15 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.finetune.evaluation import CARDS
-from lora_from_scratch.method import METHODS, Method, method_class
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.registry import for_training, method_class, method_classes
 
-# What the hyperparameters are, for the help. A method may have others; they need no line here.
-HYPERPARAMETERS = {
-    "rank": "r of the thin matrices A and B",
-    "alpha": "strength: the change is scaled by alpha / rank",
-    "targets": "the layers to adapt, by name (c_attn, mlp.c_proj), part (c_attn.q) or one regular expression",
-    "dropout": "share of the inputs that is dropped in training",
-    "rslora": "scale by alpha / sqrt(rank) instead",
-    "width": "of the bottleneck",
-    "variant": "of the method",
-    "scaling": "strength of what is added",
-    "layers": "the blocks to adapt, counted from 0; none named: all",
-    "frozen_layers": "so many blocks at the bottom stay as they are",
-    "num_virtual_tokens": "so many learned vectors stand before the text",
-    "init": "what they are at the start: vocabulary, text or random",
-    "init_text": "the words that they are at the start, with --init text; repeated if they are fewer",
-    "double_quantization": "quantise the scales of the blocks too",
-    "blocksize": "weights that share one scale",
-    "quant_type": "the 4-bit code of the base weights",
-    "loftq_iterations": "start A and B from what quantising lost, in so many rounds (LoftQ)",
-    "top_layers": "in so many blocks, counted from the top; not given: all but the lowest two",
-    "reparametrise": "let an MLP make the prefix in training",
-    "hidden": "width of that MLP",
-    "as_peft": "compute as PEFT does, not as the paper",
-    "bias_layers": "in so many blocks above them the biases are trained",
-}
 METAVARS = {"init_text": "TEXT"}
-# Fields without a flag of their own: --seed sets the first, the others are for programs.
-NOT_FLAGS = ("seed", "keep_base", "init_ids")
-
 Kind = tuple[type, bool]  # of what, and whether of several
 
 
@@ -119,7 +92,7 @@ def directory(text: str) -> Path:
 def add_method(parser: argparse.ArgumentParser) -> None:
     """`--method`, and a flag for every hyperparameter that some method has."""
     group = parser.add_argument_group("method")
-    group.add_argument("--method", default="lora", choices=list(METHODS), help="what is trained (%(default)s)")
+    group.add_argument("--method", default="lora", choices=list(method_classes()), help="what is trained (%(default)s)")
     for name, uses in _hyperparameters().items():
         defaults = "; ".join(f"{method}: {_written(default)}" for method, _, default in uses)
         kinds = [kind for _, kind, _ in uses]
@@ -128,7 +101,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
             extra["nargs"] = "+"
         if kinds[0][0] is bool:
             extra = {"action": argparse.BooleanOptionalAction}
-        text = f"{HYPERPARAMETERS.get(name, '')} ({defaults})".strip().replace("%", "%%")
+        text = f"{_help(name, uses)} ({defaults})".replace("%", "%%")
         group.add_argument(_flag(name), default=None, dest=f"method_{name}", help=text, **extra)
 
 
@@ -147,9 +120,7 @@ def method_from(options: argparse.Namespace) -> Method:
         allowed = ", ".join(map(_flag, own)) or "none"
         raise ValueError(f"method {options.method} has no {', '.join(foreign)}; its hyperparameters are: {allowed}")
     given = {name: _converted(name, value, *own[name]) for name, value in given.items()}
-    fixed = {"seed": options.seed, "keep_base": False}  # `undo` is never called here: spare the memory of a copy
-    given |= {f.name: fixed[f.name] for f in fields(cls) if f.name in fixed}  # type: ignore[arg-type]
-    return cls(**given)
+    return for_training(cls, options.seed, **given)
 
 
 def _converted(name: str, value: Any, kind: type, several: bool) -> Any:
@@ -177,16 +148,21 @@ def _targets(words: tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 def _hyperparameters() -> dict[str, list[tuple[str, Kind, Any]]]:
-    """Hyperparameter: the methods that have it, each with kind and default. Only what fits on a command line."""
+    """Hyperparameter: the methods that have it, each with kind and default. Only those with a help text."""
     found: dict[str, list[tuple[str, Kind, Any]]] = {}
-    for method in METHODS:
-        cls = method_class(method)
+    for method, cls in method_classes().items():
         hints = typing.get_type_hints(cls)
-        for f in fields(cls):  # type: ignore[arg-type]
+        for f in fields(cls):
             kind = _kind(hints[f.name])
-            if kind and f.default is not MISSING and f.name not in NOT_FLAGS:
+            if kind and "help" in f.metadata:
                 found.setdefault(f.name, []).append((method, kind, f.default))
     return found
+
+
+def _help(name: str, uses: list[tuple[str, Kind, Any]]) -> str:
+    """What the methods say of a hyperparameter that has this name in each of them."""
+    texts = [f.metadata["help"] for method, _, _ in uses for f in fields(method_class(method)) if f.name == name]
+    return "; or ".join(dict.fromkeys(texts))
 
 
 def _kind(hint: Any) -> Kind | None:

@@ -32,12 +32,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_from_scratch.shootout import CORE, shootout
+    from lora_from_scratch.compare.shootout import shootout
 
     shootout(
         options.output,
         model=options.model,
-        methods=options.methods or CORE,
+        methods=options.methods or (),
         steps=options.steps,
         cards=options.cards,
         seed=options.seed,

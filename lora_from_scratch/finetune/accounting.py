@@ -27,16 +27,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_from_scratch.finetune.activations import record, record_loss
 from lora_from_scratch.finetune.training import PRECISIONS, TrainingSettings, adamw, autocast
+from lora_from_scratch.gpt2.activations import record, record_loss
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2, Conv1D, next_token_loss
-from lora_from_scratch.lora import inject_lora
-from lora_from_scratch.method import Method, adaptation_of
-from lora_from_scratch.nf4 import NestedAbsmax
-from lora_from_scratch.nf4_linear import NF4Linear, nf4_layers
-from lora_from_scratch.qlora import QLoRA
-from lora_from_scratch.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor
+from lora_from_scratch.gpt2.model import GPT2, next_token_loss
+from lora_from_scratch.methods.method import Method, adaptation_of
+from lora_from_scratch.quantization.nf4 import NestedAbsmax
+from lora_from_scratch.quantization.nf4_linear import nf4_layers
 
 UPDATE = "update"  # the moment of the optimiser's step
 
@@ -89,8 +86,8 @@ def predicted_memory(
         ValueError: the method does not fit the shape, the text does not fit the context, or a number or the
             precision is not one that there is.
     """
-    model = blank_model(config, method)
-    kept = dense_bytes(config) if isinstance(method, QLoRA) and method.keep_base else 0
+    model = method.blank_model(config).train()
+    kept = method.bytes_for_undo(config)
     options: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing, "padded": padded, "device": device}
     budget = memory_of(model, batch_size, tokens, precision=precision, **options)
     moments = {moment: held + kept for moment, held in budget.moments.items()}
@@ -149,38 +146,6 @@ def trainable_memory(model: nn.Module) -> dict[str, int]:
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     return {"gradients": gradients, "optimizer": 2 * gradients + 4 * len(trained)}
-
-
-def blank_model(config: GPT2Config, method: Method) -> GPT2:
-    """A model of this shape, adapted, on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        model = GPT2(config)
-    if isinstance(method, QLoRA):  # a weight without values cannot be quantised, but its size in 4 bits is known
-        dense = {name: m for name, m in model.named_modules() if isinstance(m, Conv1D)}
-        inject_lora(model, {name: blank_nf4(layer, method) for name, layer in dense.items()})
-        method = replace(method, loftq_iterations=0)
-    method.adapt(model)
-    return model.train()
-
-
-def blank_nf4(layer: Conv1D, method: QLoRA) -> NF4Linear:
-    """What `NF4Linear.from_layer` makes, without values."""
-    n = layer.weight.numel()
-    blocks = -(-n // method.blocksize)
-    absmax: Tensor | NestedAbsmax = torch.empty(blocks, device="meta")
-    if method.double_quantization:
-        codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
-        second = torch.empty(-(-blocks // NESTED_BLOCKSIZE), device="meta")
-        absmax = NestedAbsmax(codes, second, torch.empty((), device="meta"))
-    packed = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device="meta")
-    shape = torch.Size((layer.out_features, layer.in_features))
-    quantized = QuantizedTensor(packed, absmax, method.quant_type, method.blocksize, shape, torch.float32)
-    return NF4Linear(quantized, layer.bias)
-
-
-def dense_bytes(config: GPT2Config) -> int:
-    """The weights of the Conv1D of all blocks, in fp32: what QLoRA keeps for `undo`."""
-    return 4 * config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.mlp_width)
 
 
 def held_tensors(model: GPT2) -> list[Tensor]:

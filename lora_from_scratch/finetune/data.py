@@ -8,7 +8,7 @@ may have several references.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 STORY_CARDS = "story-cards"  # the name of the bundled task
 
@@ -32,17 +32,7 @@ class Dataset:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
-
-    @property
-    def lexicon(self) -> Lexicon:
-        """The phrases that say each value of the task's slots, for `metrics.slot_error_rate`."""
-        if self.name == STORY_CARDS:
-            from lora_from_scratch.finetune.story_grammar import LEXICON
-
-            return LEXICON
-        from lora_from_scratch.finetune.e2e import e2e_lexicon
-
-        return e2e_lexicon(example.mr for example in self.train + self.validation + self.test)
+    lexicon: Lexicon = field(default_factory=dict)  # of the task, for `metrics.slot_error_rate`
 
 
 def references_by_mr(examples: Iterable[Example]) -> dict[str, list[str]]:
@@ -94,24 +84,3 @@ def _split_off_slot(text: str, mr: str) -> tuple[str, str, str]:
 def format_mr(slots: Mapping[str, str]) -> str:
     """The inverse of `parse_mr`."""
     return ", ".join(f"{name}[{value}]" for name, value in slots.items())
-
-
-def load_dataset(source: str, seed: int = 0) -> Dataset:
-    """The bundled task, or E2E from disk.
-
-    Args:
-        source: "story-cards"; or the path of an E2E CSV file, which is split by meaning 80/10/10; or the path
-            of a directory with trainset.csv, devset.csv and testset.csv (or testset_w_refs.csv).
-        seed: of the story cards, or of the split of a single file.
-
-    Raises:
-        FileNotFoundError: there is no such file or directory.
-        ValueError: the file is malformed; the message says in which line.
-    """
-    if source == STORY_CARDS:
-        from lora_from_scratch.finetune.story_cards import story_cards
-
-        return story_cards(seed)
-    from lora_from_scratch.finetune.e2e import read_e2e
-
-    return read_e2e(source, seed)

@@ -140,7 +140,7 @@ def read_e2e(path: str | Path, seed: int = 0) -> Dataset:
                     f"{file} and {owner[meaning_key(example.mr)]} share the meaning {example.mr!r}, so the scores "
                     "would be worth nothing; keep it in one of them"
                 )
-    return Dataset(str(path), *splits)
+    return _dataset(str(path), splits)
 
 
 def _first_existing(directory: Path, names: Sequence[str]) -> Path:
@@ -178,7 +178,7 @@ def split_by_meaning(name: str, examples: Sequence[Example], seed: int = 0) -> D
     splits: list[list[Example]] = [[], [], []]
     for example in examples:
         splits[split_of[meaning_key(example.mr)]].append(example)
-    return Dataset(name, *splits)
+    return _dataset(name, splits)
 
 
 # --- Slots -----------------------------------------------------------------------------------------
@@ -278,6 +278,12 @@ _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 _OF_WHAT = {"high", "average", "low", "yes", "no"}  # values that, as a word by itself, could belong to any slot
+
+
+def _dataset(name: str, splits: Sequence[list[Example]]) -> Dataset:
+    train, validation, test = splits
+    lexicon = e2e_lexicon(example.mr for split in splits for example in split)
+    return Dataset(name, train, validation, test, lexicon)
 
 
 def e2e_lexicon(mrs: Iterable[str]) -> Lexicon:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lora_from_scratch.files import check_writable, remove_leftovers, write_json
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.data import Dataset, Example, load_dataset
+from lora_from_scratch.finetune.data import Dataset, Example
 from lora_from_scratch.finetune.distributed import World, find_device
 from lora_from_scratch.finetune.evaluation import (
     CARDS,
@@ -25,14 +25,16 @@ from lora_from_scratch.finetune.evaluation import (
     tale_perplexity,
     write_texts,
 )
-from lora_from_scratch.finetune.memory import PeakMemory
+from lora_from_scratch.finetune.paged_optimizer import PagedAdamW
+from lora_from_scratch.finetune.peak_memory import PeakMemory
+from lora_from_scratch.finetune.tasks import load_dataset
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings, adamw
 from lora_from_scratch.gpt2.checkpoint import BUNDLED, checkpoint_directory, load_gpt2
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
-from lora_from_scratch.method import Method
-from lora_from_scratch.paged_optimizer import PagedAdamW
-from lora_from_scratch.peft_format import CONFIG_FILE
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.support.files import check_writable, remove_leftovers, write_json
 
 CHECKPOINT = "training-checkpoint.pt"  # in the output directory while the run is under way
 REPORT = "report.json"
@@ -184,7 +186,8 @@ def _trainer(run: Run, model: GPT2, completions: Completions, base: int, progres
         model,
         lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
         run.settings,
-        optimizers=_optimizers(run, model),
+        method=run.method,
+        optimizers=_paged(run, model) if run.optimizer == "paged-adamw" else None,
         checkpoint=run.output / CHECKPOINT,
         checkpoint_every=run.checkpoint_every,
         # Not the names of model and data: by now they may stand for something else.
@@ -194,14 +197,16 @@ def _trainer(run: Run, model: GPT2, completions: Completions, base: int, progres
     )
 
 
-def _optimizers(run: Run, model: GPT2) -> list[torch.optim.Optimizer] | None:
-    """The optimiser that the run names; None: the trainer's own. The file of a paged one is on the output's disk."""
-    if run.optimizer == "adamw":
-        return None
-    usual = adamw(run.method.trainable(model), run.settings)  # for its groups; it holds no state yet
-    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in usual.param_groups]
-    place = next(place for place in (run.output, *run.output.parents) if place.is_dir())
-    return [PagedAdamW(groups, lr=run.settings.learning_rate, betas=run.settings.betas, directory=place)]
+def _paged(run: Run, model: GPT2) -> Callable[[], list[torch.optim.Optimizer]]:
+    """Makes the optimiser whose state is in a file, on the output's disk."""
+
+    def optimizers() -> list[torch.optim.Optimizer]:
+        usual = adamw(run.method.parameter_groups(model), run.settings)  # for its groups; it holds no state yet
+        groups = [{name: group[name] for name in ("params", "weight_decay", "lr")} for group in usual.param_groups]
+        place = next(place for place in (run.output, *run.output.parents) if place.is_dir())
+        return [PagedAdamW(groups, lr=run.settings.learning_rate, betas=run.settings.betas, directory=place)]
+
+    return optimizers
 
 
 def _parameters(model: GPT2) -> int:

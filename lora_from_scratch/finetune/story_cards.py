@@ -35,12 +35,13 @@ def story_cards(seed: int = 0, train: int = 4000, validation: int = 200, test: i
     sizes = (train, validation, test)
     if min(sizes) < 0 or sum(sizes) > distinct_cards():
         raise ValueError(f"the sizes must be at least 0 and at most {distinct_cards()} in sum, got {sizes}")
-    cards = _draw_cards(Random(f"cards {seed}"))
+    cards = draw_cards(Random(f"cards {seed}"))
     splits = []
     for size, count in zip(sizes, (1, EVALUATION_REFERENCES, EVALUATION_REFERENCES), strict=True):
         mrs = [next(cards) for _ in range(size)]
         splits.append([Example(mr, ref) for mr in mrs for ref in references(mr, count, seed)])
-    return Dataset(STORY_CARDS, *splits)
+    training, validating, testing = splits
+    return Dataset(STORY_CARDS, training, validating, testing, LEXICON)
 
 
 def references(mr: str, count: int = EVALUATION_REFERENCES, seed: int = 0) -> list[str]:
@@ -93,7 +94,7 @@ def distinct_cards() -> int:
     return sum(prod(len(LEXICON[slot]) for slot in shape) for shape in card_shapes())
 
 
-def _draw_cards(rng: Random) -> Iterator[str]:
+def draw_cards(rng: Random) -> Iterator[str]:
     """Different cards, without end."""
     seen = set()
     shapes = card_shapes()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_from_scratch.files import write_atomically
 from lora_from_scratch.finetune.distributed import World
-from lora_from_scratch.finetune.sampling import step_seed
+from lora_from_scratch.finetune.step_seeds import step_seed
 from lora_from_scratch.gpt2.model import IGNORE_INDEX, next_token_loss
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.support.files import write_atomically
 
 SCHEDULES = ("linear", "cosine", "trapezoid", "constant")
 PRECISIONS = ("bf16", "fp32")
+BEFORE_TRAINING = -1  # stream of random numbers of `Method.before_training`; those of the processes are 0, 1, ...
 
 
 class Batch(NamedTuple):
@@ -136,14 +138,24 @@ def learning_rate_at(step: int, settings: TrainingSettings) -> float:
     return left if settings.schedule == "linear" else 1.0
 
 
-def adamw(trainable: Mapping[str, nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with weight decay on the matrices only."""
-    matrices = [p for p in trainable.values() if p.ndim >= 2]
-    vectors = [p for p in trainable.values() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+def adamw(
+    trainable: Mapping[str, nn.Parameter] | Sequence[Mapping[str, Any]], settings: TrainingSettings
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on the matrices only.
+
+    Args:
+        trainable: the parameters by name, or groups of them, as `Method.parameter_groups` returns.
+    """
+    given: Sequence[Mapping[str, Any]] = (
+        [{"params": list(trainable.values())}] if isinstance(trainable, Mapping) else trainable
+    )
+    groups: list[dict[str, Any]] = []
+    for group in given:
+        rate = settings.learning_rate * group.get("lr_scale", 1.0)
+        matrices = [p for p in group["params"] if p.ndim >= 2]
+        vectors = [p for p in group["params"] if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay, "lr": rate})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr": rate})
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
@@ -166,6 +178,7 @@ class Trainer:
             with `requires_grad` are trained.
         batch_at: step -> the whole batch of that step, the same whenever it is asked.
         settings: see `TrainingSettings`.
+        method: by which the model is adapted, if it is: then its hooks are called (see `methods/method.py`).
         optimizers: made by the caller where AdamW on everything is not wanted.
         checkpoint: a file; if it exists the run goes on from it. Written every `checkpoint_every` steps.
         evaluate: called every `evaluate_every` steps and after the last; what it returns is recorded.
@@ -178,7 +191,8 @@ class Trainer:
         batch_at: Callable[[int], Batch],
         settings: TrainingSettings,
         *,
-        optimizers: list[torch.optim.Optimizer] | None = None,
+        method: Method | None = None,
+        optimizers: Callable[[], list[torch.optim.Optimizer]] | list[torch.optim.Optimizer] | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 100,
         evaluate: Callable[[], dict[str, float]] | None = None,
@@ -188,11 +202,18 @@ class Trainer:
         description: str = "training",
     ) -> None:
         self.model, self.batch_at, self.settings = model, batch_at, settings
+        self.method = method
+        if method is not None:
+            torch.manual_seed(step_seed(settings.seed, 0, stream=BEFORE_TRAINING))
+            method.before_training(model, (batch_at(step) for step in range(settings.steps)), settings.steps)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError("nothing to train: no parameter of the model has requires_grad=True")
         self.device = next(iter(self.trainable.values())).device
-        self.optimizers = optimizers or [adamw(self.trainable, settings)]
+        if callable(optimizers):  # parameters may have been made before the training
+            optimizers = optimizers()
+        groups = self.trainable if method is None else method.parameter_groups(model)
+        self.optimizers = optimizers or [adamw(groups, settings)]
         self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.checkpoint_every, self.evaluate, self.evaluate_every = checkpoint_every, evaluate, evaluate_every
@@ -253,6 +274,9 @@ class Trainer:
             share = next_token_loss(logits, piece.labels) * (piece.predictions / predictions)
             share.backward()
             loss += share.detach()
+        extra = None if self.method is None else self.method.extra_loss(self.model)
+        if extra is not None:
+            (extra / self.world.size).backward()  # `loss` stays that of the task
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
         self.world.add_up([loss, *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -264,6 +288,8 @@ class Trainer:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * fraction
             optimizer.step()
+            if self.method is not None:
+                self.method.after_step(self.model, step + 1, optimizer)
             optimizer.zero_grad(set_to_none=True)
         return float(loss), predictions
 
@@ -302,6 +328,7 @@ class Trainer:
             "tag": self.tag,
             "trainable": {name: p.detach() for name, p in self.trainable.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "method": {} if self.method is None else self.method.training_state(self.model),
             "history": asdict(self.history),
         }
         write_atomically(self.checkpoint, lambda path: torch.save(state, path))
@@ -322,6 +349,9 @@ class Trainer:
         self._refuse_another_run(saved, step, state["tag"], state["trainable"])
         for name, value in state["trainable"].items():
             self.trainable[name].data.copy_(value)
+        kept = {} if self.method is None else self.method.training_state(self.model)
+        for name, value in state["method"].items():
+            kept[name].data.copy_(value)
         for optimizer, saved_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         self.history, self.step = History(**state["history"]), step

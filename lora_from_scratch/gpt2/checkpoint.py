@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_from_scratch.files import write_directory_atomically
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.support.files import write_directory_atomically
 
 BUNDLED = "bundled"
 BUNDLED_DIRECTORY = Path(__file__).parent.parent / "assets" / "gpt2"
@@ -95,16 +95,16 @@ def _load_model(directory: Path, dtype: torch.dtype) -> GPT2:
     if not (directory / "config.json").exists():
         raise FileNotFoundError(f"{directory} has no config.json: it is not a model in Hugging Face's layout")
     config = GPT2Config.from_json(directory / "config.json")
-    tensors = _model_tensors(_read_weights(directory), directory)
+    tensors = model_tensors(read_weights(directory), directory)
     with torch.device("meta"):  # shapes without memory: nothing is initialised only to be overwritten
         model = GPT2(config)
-    _check_fit(model.state_dict(), tensors, directory)
+    check_fit(model.state_dict(), tensors, directory)
     copies = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(copies, assign=True)
     return model.eval()
 
 
-def _model_tensors(tensors: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
+def model_tensors(tensors: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
     """Under the model's own names: a checkpoint of the bare transformer leaves the first part out."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -122,7 +122,7 @@ def _model_tensors(tensors: dict[str, Tensor], directory: Path) -> dict[str, Ten
     return named
 
 
-def _check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], directory: Path) -> None:
+def check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], directory: Path) -> None:
     """Every tensor that the configuration asks for, in its shape, and no other."""
     problems = [
         ("missing", [name for name in expected if name not in given]),
@@ -149,7 +149,7 @@ def _some(names: Sequence[str]) -> str:
 # --- The weight files ------------------------------------------------------------------------------
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path) -> dict[str, Tensor]:
     """All tensors of the first kind of weight file that is there (the order is transformers')."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{single}.index.json"

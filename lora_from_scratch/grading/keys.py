@@ -13,16 +13,19 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lora_from_scratch.checks import answers, bank, units
+from lora_from_scratch.checks import units
 from lora_from_scratch.checks.units import Unit
 
-PACKAGE = Path(answers.__file__).resolve().parents[2]
+PACKAGE = units.PACKAGE.parent
 # Of the library's own files, those that no verdict depends on.
 WITHOUT = (
     "cli/",
-    *(f"grading/{name}.py" for name in ("assemble", "autograded", "build", "course_folder", "execution", "exporters")),
-    *(f"grading/{name}.py" for name in ("grade", "gradebook", "keys", "pool", "preprocessors", "refusals", "refused")),
-    *(f"grading/{name}.py" for name in ("release", "report", "source", "tasks")),
+    "grading/building/",
+    *(
+        f"grading/{name}.py"
+        for name in ("autograded", "course_folder", "exporters", "grade", "gradebook", "keys", "pool")
+    ),
+    *(f"grading/{name}.py" for name in ("preprocessors", "report", "tasks")),
 )
 LARGEST_FILE = 25_000_000  # bytes of a file that is read; of a larger one only its size counts
 MOST_FILES = 2_000
@@ -73,16 +76,14 @@ def _sources(unit: Unit) -> tuple[list[Path], list[Path]]:
     """The files that say what is checked in the unit, and all others of the library that a verdict depends on."""
     name = f"unit_{unit.number}"
     own = {Path(inspect.getfile(exercise.object)).resolve() for exercise in unit.exercises}
-    folders = [Path(os.environ[variable]) for variable in (units.FOLDER, bank.FOLDER) if os.environ.get(variable)]
-    own |= {path.resolve() for folder in folders for path in folder.glob("*.py")}
+    own |= {path.resolve() for path in units.unit_files("*.py", name)}
     package = [path for path in sorted(PACKAGE.rglob("*")) if path.suffix in (".py", ".safetensors", ".json", ".txt")]
-    own |= {path for path in package if path.parent.name in ("checks", "answers") and path.name.startswith(name)}
     library = [
         path
         for path in package
         if path not in own
         and not path.relative_to(PACKAGE).as_posix().startswith(WITHOUT)
-        and not (path.parent.name in ("checks", "answers") and path.name.startswith("unit_"))
+        and not path.parent.match("checks/unit_*")
     ]
     return sorted(own), library
 

@@ -71,7 +71,7 @@ def assemble(unit: Unit, source: Iterable[SourceCell]) -> list[Cell]:
     try:
         _add_imports(unit, cells)
     except ValueError as error:
-        problems.append(f"checks/unit_{unit.number}.py: {error}")
+        problems.append(f"checks/unit_{unit.number}/exercises.py: {error}")
     if problems:
         raise Refused(problems)
     return cells

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.checks.units import Unit, units
-from lora_from_scratch.files import write_atomically
 from lora_from_scratch.grading.building import refusals
 from lora_from_scratch.grading.building.assemble import Cell, as_notebook, assemble
 from lora_from_scratch.grading.building.execution import Cost, execute
 from lora_from_scratch.grading.building.refused import Refused
 from lora_from_scratch.grading.building.release import release
 from lora_from_scratch.grading.building.source import read_source
+from lora_from_scratch.support.files import write_atomically
 
 SOURCES = Path("course/units")
 CONFIG = Path("course/nbgrader_config.py")
@@ -165,6 +165,6 @@ def find_units(numbers: Iterable[str], root: Path) -> list[Unit]:
         number = Path(number).stem.removeprefix("unit_").zfill(2)
         if number not in known:
             there = ", ".join(known) or "none"
-            raise ValueError(f"there is no unit {number} (checks/unit_{number}.py); there are: {there}")
+            raise ValueError(f"there is no unit {number} (checks/unit_{number}/exercises.py); there are: {there}")
         found.append(known[number])
     return found

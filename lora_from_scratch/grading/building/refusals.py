@@ -35,7 +35,7 @@ def in_the_list(unit: Unit) -> list[str]:
     """Exercises without difficulty, minutes, lines, hints, a check or a bank of answers."""
     problems = []
     for exercise in unit.exercises:
-        problems += [f"checks/unit_{unit.number}.py, {exercise.name}: {what}" for what in _lacks(exercise)]
+        problems += [f"checks/unit_{unit.number}/exercises.py, {exercise.name}: {what}" for what in _lacks(exercise)]
     return problems
 
 
@@ -99,9 +99,9 @@ def _cells_of(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
         for place in places[1:]:
             yield f'{place}: there is another cell with {directive}="{name}" before'
     if not unit.exercises:
-        yield f"checks/unit_{unit.number}.py: the unit has no exercise"
+        yield f"checks/unit_{unit.number}/exercises.py: the unit has no exercise"
     if not unit.predictions:
-        yield f"checks/unit_{unit.number}.py: the unit has no prediction"
+        yield f"checks/unit_{unit.number}/exercises.py: the unit has no prediction"
 
 
 def _order(unit: Unit, source: list[SourceCell]) -> Iterable[str]:
@@ -252,7 +252,7 @@ def in_the_outputs(node: Any, cell: Cell, folders: Iterable[str] = ()) -> list[s
 def _pictures(output: Any) -> Iterable[str]:
     for kind in output.data:
         if kind.startswith("image/") and not output.metadata.get(kind, {}).get("alt", "").strip():
-            yield "a figure has no alternative text; show it by lora_from_scratch.figures.show(figure, alt)"
+            yield "a figure has no alternative text; show it by lora_from_scratch.support.figures.show(figure, alt)"
     if HTML_IMAGE.search(output.data.get("text/html", "")):
         yield "a picture (<img>) has no alternative text"
 

@@ -24,7 +24,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 from lora_from_scratch.checks.notebook import unusable
-from lora_from_scratch.checks.observation import OutOfTime, Seen, _seed_everything, observe, plain, time_limit
+from lora_from_scratch.checks.observation import OutOfTime, Seen, observe, plain, seed_everything, time_limit
 from lora_from_scratch.grading.sandbox import lockdown, wire
 from lora_from_scratch.grading.sandbox.pristine import Pristine
 
@@ -84,7 +84,7 @@ class Runner:
 
     def __init__(self, job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
         self.job, self.send = job, send
-        checks = importlib.import_module(f"{PACKAGE}.checks.unit_{job['unit']}")
+        checks = importlib.import_module(f"{PACKAGE}.checks.unit_{job['unit']}.exercises")
         self.exercises = {exercise.name: exercise for exercise in checks.EXERCISES}
         self.called: set[str] = importlib.import_module(f"{PACKAGE}.taken_out").called
         settings = Config()
@@ -203,7 +203,7 @@ def main(folder: str, frames: int) -> None:
 
     job: Any = wire.unpack(Path(folder, "job").read_bytes())
     torch.set_num_threads(1)
-    _seed_everything(0)
+    seed_everything(0)
     runner = Runner(job, send)
     copy_files(Path(folder, "matplotlib"), Path(os.environ["MPLCONFIGDIR"]), job["folder"] // 4)
     copy_files(Path(folder, "files"), Path.cwd(), job["folder"] // 2)

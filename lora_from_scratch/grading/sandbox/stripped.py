@@ -10,7 +10,6 @@ import ast
 import contextlib
 import hashlib
 import inspect
-import os
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 from lora_from_scratch.checks import notebook
 from lora_from_scratch.checks.exercise import Exercise
-from lora_from_scratch.checks.units import FOLDER, Unit, units
+from lora_from_scratch.checks.units import Unit, unit_files, units
 from lora_from_scratch.grading.building.solution import BEGIN, END, solved_source
 from lora_from_scratch.grading.sandbox import standin
 
@@ -137,14 +136,17 @@ def _files(unit: Unit, blanked: list[Exercise]) -> Iterator[tuple[str, str]]:
         sources[path] = without_body(sources[path], exercise)
     top = _tops(unit)
     for path, text in sources.items():
-        if path.parent == PACKAGE / "checks":
-            yield f"{NAME}/checks/{path.name}", without_predictions(text)
+        if path.is_relative_to(PACKAGE / "checks"):
+            yield f"{NAME}/{path.relative_to(PACKAGE).as_posix()}", without_predictions(text)
         elif path.is_relative_to(PACKAGE):
             yield f"{NAME}/{path.relative_to(PACKAGE).as_posix()}", text
         else:
             yield f"{EXTRA}/{path.relative_to(top[path]).as_posix()}", text
     yield f"{NAME}/{MODULE}.py", SOURCE
-    yield f"{NAME}/checks/unit_{unit.number}.py", without_predictions(_checks_of(unit).read_text(encoding="utf-8"))
+    yield (
+        f"{NAME}/checks/unit_{unit.number}/exercises.py",
+        without_predictions(_checks_of(unit).read_text(encoding="utf-8")),
+    )
     yield f"{NAME}/checks/notebook.py", _standin()
     for folder in ("grading", "grading/sandbox"):
         yield f"{NAME}/{folder}/__init__.py", ""
@@ -174,7 +176,7 @@ def _checks_imported(unit: Unit) -> set[str]:
     while waiting:
         for name in _imported_of_checks(waiting.pop()) - found:
             path = PACKAGE / "checks" / f"{name}.py"
-            if name in NEVER:
+            if name in NEVER or path.name.startswith("answers"):
                 raise ValueError(f"the checks of unit {unit.number} need checks/{name}.py, which is not in the sandbox")
             if path.is_file():
                 found.add(name)
@@ -189,17 +191,16 @@ def _imported_of_checks(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module == package:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
-            names.add(str(node.module).removeprefix(f"{package}.").partition(".")[0])
+            names.add(str(node.module).removeprefix(f"{package}.").replace(".", "/"))
     return names
 
 
 def _checks_of(unit: Unit) -> Path:
     """The file with the unit's checks: the package's or the instructor's."""
-    name = f"unit_{unit.number}.py"
-    for folder in (os.environ.get(FOLDER), PACKAGE / "checks"):
-        if folder and (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise ValueError(f"there is no {name}, in which the checks of unit {unit.number} should be")
+    files = unit_files("exercises.py", f"unit_{unit.number}")
+    if not files:
+        raise ValueError(f"there is no unit_{unit.number}/exercises.py, in which the checks of the unit should be")
+    return files[-1]
 
 
 def _standin() -> str:

@@ -1,0 +1,1 @@
+"""Unit 03: its exercises and predictions (`exercises`), and its bank of answers (`answers`)."""

@@ -1,0 +1,56 @@
+"""Cards to write texts for, and the texts that they are compared with, which are in no notebook.
+
+The cards are none of the task's own. At home everything is on one's own computer, so that "hidden" is a matter of not
+looking; an instructor draws the cards of a class from a seed of their own and keeps it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from lora_from_scratch.finetune.metrics import bleu, slot_error_rate
+from lora_from_scratch.finetune.story_cards import draw_cards, references, story_cards
+from lora_from_scratch.finetune.story_grammar import LEXICON
+
+CARDS = 100
+HOME_SEED = 14  # of who learns alone
+
+
+def hidden_cards(seed: int = HOME_SEED, count: int = CARDS) -> list[str]:
+    """Cards that are in no split of the task's own data."""
+    fresh = (mr for mr in draw_cards(Random(f"capstone {seed}")) if mr not in _known())
+    return list(itertools.islice(fresh, count))
+
+
+@functools.cache
+def _known() -> frozenset[str]:
+    dataset = story_cards()
+    return frozenset(example.mr for example in [*dataset.train, *dataset.validation, *dataset.test])
+
+
+@functools.cache
+def _references(mr: str, seed: int) -> list[str]:
+    return references(mr, seed=seed)
+
+
+def score(texts: Mapping[str, str], cards: Sequence[str], seed: int = HOME_SEED) -> tuple[float, float]:
+    """BLEU (0 to 100) and slot error rate of the texts for these cards.
+
+    Raises:
+        ValueError: a card has no text, a text has no card, or something is no text.
+    """
+    missing = [mr for mr in cards if mr not in texts]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(cards)} cards have no text, the first is {missing[0]!r}")
+    unknown = [mr for mr in texts if mr not in set(cards)]
+    if unknown:
+        raise ValueError(f"{len(unknown)} texts belong to no card of this task, the first to {unknown[0]!r}")
+    wrong = next((mr for mr in cards if not isinstance(texts[mr], str)), None)
+    if wrong is not None:
+        raise ValueError(f"the text for {wrong!r} is a {type(texts[wrong]).__name__}; it must be a string")
+    written = [texts[mr] for mr in cards]
+    truth = [_references(mr, seed) for mr in cards]
+    return bleu(written, truth), slot_error_rate(written, list(cards), LEXICON)

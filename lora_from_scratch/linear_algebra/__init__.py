@@ -1,0 +1,1 @@
+"""Rank, the singular value decomposition and subspaces, from scratch."""

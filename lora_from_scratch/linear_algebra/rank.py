@@ -1,0 +1,213 @@
+"""The rank of a matrix: how many independent rows it has, found by Gaussian elimination.
+
+Every function takes a matrix M of shape (m, n) and leaves it as it was. Results do not carry gradients, except
+that of `outer_product_sum`, which is plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# --- What every function of this file and of svd.py asks first ---------------------------------------
+
+
+def require_matrix(matrix: Tensor, name: str = "matrix") -> Tensor:
+    """The matrix in a dtype that can be computed with, detached from the graph; not a copy where none is needed.
+
+    float32 and float64 stay what they are, whole numbers and booleans become float64, float16 and bfloat16
+    become float32. This is "the computing dtype" of the other docstrings.
+
+    Raises:
+        ValueError: it is not a tensor, has not exactly two axes, has no entries, is complex, or holds NaN or infinity.
+    """
+    if not isinstance(matrix, Tensor):
+        raise ValueError(f"{name} must be a torch tensor, got {type(matrix).__name__}: wrap it in torch.tensor(...)")
+    if matrix.ndim != 2:
+        raise ValueError(
+            f"{name} must have two axes (rows, columns), got {matrix.ndim} in shape {tuple(matrix.shape)}: "
+            "the rank of a matrix is not the number of axes of a tensor"
+        )
+    if matrix.numel() == 0:
+        raise ValueError(f"{name} must have at least one row and one column, got shape {tuple(matrix.shape)}")
+    if matrix.is_complex():
+        raise ValueError(f"{name} must be real, got {matrix.dtype}: use .real, or torch.linalg for complex matrices")
+    finite = torch.isfinite(matrix)
+    if not finite.all():
+        row, column = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite, got {matrix[row, column].item()} at row {row}, column {column}")
+    if not matrix.is_floating_point():
+        return matrix.detach().to(torch.float64)
+    return matrix.detach().to(matrix.dtype if matrix.dtype in (torch.float32, torch.float64) else torch.float32)
+
+
+def require_rank(rank: int, largest: int, smallest: int = 0, name: str = "rank") -> int:
+    """The rank itself, if it is a whole number from `smallest` to `largest`; otherwise ValueError."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or not smallest <= rank <= largest:
+        raise ValueError(f"{name} must be a whole number between {smallest} and {largest}, got {rank!r}")
+    return rank
+
+
+def rounding_tolerance(matrix: Tensor, scale: float) -> float:
+    """`max(m, n) * eps * scale`: what counts as zero in a floating-point matrix whose size is `scale`.
+
+    `eps` is the gap between 1 and the next number of the matrix's dtype (1.2e-7 in float32, 2.2e-16 in float64).
+    The formula is the default of numpy and torch's `matrix_rank`, where the scale is the largest singular value.
+    """
+    return max(matrix.shape) * torch.finfo(matrix.dtype).eps * scale
+
+
+# --- Rank --------------------------------------------------------------------------------------------
+
+
+def row_echelon(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
+    """Gaussian elimination with complete pivoting.
+
+    Step k looks for the entry of largest absolute value among the rows and columns from k on (the first, row by
+    row, if several are equal), swaps it to position (k, k), and subtracts multiples of row k from the rows below so
+    that they are zero in column k. When that largest entry is not above the tolerance, what is left counts as zero,
+    is set to exactly 0, and the elimination ends.
+
+    Why complete pivoting, and not only the best row of each column: the pivots then come out in nearly
+    descending order and small ones really mean "nothing left", so that the rank agrees with the one that singular
+    values give. With row swaps only, rounding errors grow enough to be mistaken for another independent row.
+    The price: columns are swapped too, which is why their order is returned (Golub and Van Loan, section 3.4.6).
+
+    Args:
+        matrix: M, (m, n).
+        tolerance: an entry of at most this absolute value counts as zero; at least 0. None means
+            `max(m, n) * eps * max |M_ij|` (`rounding_tolerance`).
+
+    Returns:
+        echelon: (m, n), the computing dtype. Entries below the diagonal and the rows after the last pivot are exactly
+            0; the pivots are its diagonal. Its rows span the same space as the rows of `M[:, columns]`.
+        columns: (n,), int64: column j of `echelon` comes from column `columns[j]` of M. The first rank-many of
+            them are independent columns of M.
+
+    Raises:
+        ValueError: see `require_matrix`; or the tolerance is negative or not a finite number.
+    """
+    matrix = require_matrix(matrix)
+    if tolerance is None:
+        tolerance = rounding_tolerance(matrix, matrix.abs().max().item())
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be a finite number of at least 0, got {tolerance}")
+    m, n = matrix.shape
+    echelon, columns = matrix.clone(), torch.arange(n, device=matrix.device)
+    for k in range(min(m, n)):
+        row, column = divmod(int(echelon[k:, k:].abs().argmax()), n - k)  # counted from (k, k)
+        row, column = row + k, column + k
+        if echelon[row, column].abs() <= tolerance:
+            echelon[k:] = 0
+            break
+        echelon[[k, row]] = echelon[[row, k]]
+        echelon[:, [k, column]] = echelon[:, [column, k]]
+        columns[[k, column]] = columns[[column, k]]
+        multiples = echelon[k + 1 :, k] / echelon[k, k]  # (m - k - 1,), none above 1 in absolute value
+        echelon[k + 1 :] -= torch.outer(multiples, echelon[k])
+        echelon[k + 1 :, k] = 0  # what the subtraction gives but for rounding
+    return echelon, columns
+
+
+def rank(matrix: Tensor, tolerance: float | None = None) -> int:
+    """The numerical rank: how many rows of the echelon form are not zero.
+
+    On paper the rank is a whole number that a change of 1e-20 in one entry can raise. In floating point every
+    entry carries such a change, so the question becomes: how many independent rows are there that rounding alone does
+    not explain? The tolerance draws that line. Example: the Hilbert matrix `1 / (i + j + 1)` of size 12 x 12
+    is invertible, so its rank is 12; its float64 numbers show only 11 and its float32 numbers only 6.
+
+    For a matrix of rank r plus rounding, and for the Hilbert matrix, this equals the count of singular values above
+    numpy's tolerance. Elimination can be fooled where singular values are not: 1 on the diagonal and -1 everywhere
+    above it, 60 x 60, has a singular value of about 1e-18, yet no pivot is smaller than 1: rank 60 here, 59 there.
+
+    Args:
+        matrix: M, (m, n).
+        tolerance: as in `row_echelon`.
+
+    Returns:
+        A whole number from 0 (only for the zero matrix, with the default tolerance) to min(m, n).
+
+    Raises:
+        ValueError: see `row_echelon`.
+    """
+    echelon, _ = row_echelon(matrix, tolerance)
+    return int(echelon.any(dim=1).sum())
+
+
+def rank_deficiency(matrix: Tensor, tolerance: float | None = None) -> int:
+    """How many independent rows or columns a matrix lacks: 0 for one of full rank, the highest that its shape allows.
+
+    Args:
+        matrix: M, (m, n).
+        tolerance: as in `row_echelon`.
+
+    Raises:
+        ValueError: see `row_echelon`.
+    """
+    return min(require_matrix(matrix).shape) - rank(matrix, tolerance)
+
+
+# --- Matrices of low rank ----------------------------------------------------------------------------
+
+
+def outer_product_sum(B: Tensor, A: Tensor) -> Tensor:
+    """The product `B A`, written as a sum of r matrices of rank one: `sum_k B[:, k] A[k, :]^T`.
+
+    Every term has rank at most 1, so the sum has rank at most r, however large m and n are. This is all that
+    "low-rank" in LoRA means (Hu et al. 2021, section 4.1: the update of W is B A).
+
+    Args:
+        B: (m, r), its columns are the left factors.
+        A: (r, n), its rows are the right factors. r may be 0: the sum of no terms is the zero matrix.
+
+    Returns:
+        (m, n), the dtype that B and A promote to. Gradients flow to both.
+
+    Raises:
+        ValueError: B or A has not two axes, or B has not as many columns as A has rows.
+    """
+    if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
+        raise ValueError(
+            f"B must be (m, r) and A (r, n) with the same r, got B {tuple(B.shape)} and A {tuple(A.shape)}"
+        )
+    total = torch.zeros(B.shape[0], A.shape[1], dtype=torch.promote_types(B.dtype, A.dtype), device=B.device)
+    for column, row in zip(B.T, A, strict=True):  # (m,), (n,)
+        total = total + torch.outer(column, row)
+    return total
+
+
+def low_rank_parameter_count(out_features: int, in_features: int, rank: int) -> int:
+    """How many numbers it takes to store `B A` as its two factors instead of multiplied out.
+
+    B has `out_features` rows and a column for each unit of rank; A has a row for each and `in_features` columns. For a
+    square matrix the two have fewer numbers than the product only while the rank is below half the side.
+
+    Args:
+        out_features: the rows of B, at least 1.
+        in_features: the columns of A, at least 1.
+        rank: between 1 and the smaller side: a larger one cannot raise the rank of the product any more.
+
+    Raises:
+        ValueError: an argument is not a whole number in its range.
+    """
+    for name, size in (("out_features", out_features), ("in_features", in_features)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+    require_rank(rank, min(out_features, in_features), smallest=1)
+    return rank * (out_features + in_features)
+
+
+def check_rank(rank: int, largest: int, why: str) -> None:
+    """Refuse a rank that does not fit.
+
+    Args:
+        why: what sets the limit, for the message: "the smaller side of W".
+
+    Raises:
+        ValueError: the rank is not from 1 to `largest`.
+    """
+    if not 1 <= rank <= largest:
+        raise ValueError(f"rank must be between 1 and {largest} ({why}), got {rank}")

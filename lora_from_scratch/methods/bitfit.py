@@ -1,0 +1,148 @@
+"""BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): freeze every matrix and train the biases, 0.08 % of GPT-2 small.
+
+Half of them do nearly as well: those of the queries and of the middle of the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_from_scratch.gpt2 import activations
+from lora_from_scratch.gpt2.config import GPT2Config
+from lora_from_scratch.gpt2.model import GPT2, Conv1D
+from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
+from lora_from_scratch.support.tape import Shadow, Tape
+
+VARIANTS = ("all", "two")
+
+# --- BitFit ------------------------------------------------------------------------------------------------
+
+
+def select_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every bias of a model by its full name, those of the LayerNorms included (Ben Zaken et al., section 3).
+
+    A bias is a parameter that its module calls `bias`, so that its full name ends in `.bias`, or is `bias` for a
+    module by itself. Nothing about the parameters changes, `requires_grad` included: choosing is not training.
+
+    Returns:
+        name -> the parameter itself, not a copy of it; in the order of `model.named_parameters()`.
+    """
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+
+
+class QueryBias(nn.Module):
+    """GPT-2's `c_attn` with the queries' part of its bias learned by itself, as `bias_q` (d,).
+
+    The bias of `c_attn` is (3 d,), `[q | k | v]`, in one tensor, and PyTorch trains a tensor as a whole. So the
+    first third is copied out and learned; the tensor itself, with the parts of k and v, stays frozen in `base`.
+
+    - `bias()`: the (3 d,) that the layer works with: `bias_q` for the queries, what `base` has for keys and values.
+    - `forward(x)`: (..., d) to (..., 3 d), what `base` computes, with `bias()` for its bias. The weight of `base`, a
+      `Conv1D`, is (d, 3 d).
+    - `merge()`: `base.bias` gets the numbers of `bias()` and stays the same parameter, so that `base` alone computes
+      what the layer does. The numbers as they were are kept in `_unmerged`. Merging twice is like merging once.
+    - `unmerge()`: every bit of `base.bias` as it was before, and `_unmerged` is None again. Without a merge before it,
+      it does nothing.
+
+    Args:
+        base: the `c_attn` that it stands for; frozen by whoever puts this layer into a model.
+    """
+
+    def __init__(self, base: Conv1D) -> None:
+        super().__init__()
+        self.base = base
+        self.bias_q = nn.Parameter(base.bias.detach()[: base.out_features // 3].clone())  # (d,)
+        self._unmerged: Tensor | None = None  # the bias as it was, while merged
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base.weight.T, self.bias())  # (..., 3 d)
+
+    def bias(self) -> Tensor:
+        """(3 d,), `[q | k | v]`."""
+        return torch.cat([self.bias_q, self.base.bias[len(self.bias_q) :]])
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put what is learned into `base`, and keep what was there."""
+        if self._unmerged is None:
+            self._unmerged, self.base.bias.data = self.base.bias.data, self.bias()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put back what was there."""
+        if self._unmerged is not None:
+            self.base.bias.data, self._unmerged = self._unmerged, None
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """Train biases and nothing else.
+
+    variant "all": every bias. "two": in each block b_q, the queries' third of `c_attn`'s bias, and b_m2, the
+    bias of the MLP's first layer `c_fc`: the two that move most (Ben Zaken et al., section 4; m2 is the second
+    matrix after the attention, m1 being the attention's own output).
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+
+    variant: str = hyperparameter("all", "which biases: all of them, or the two that move most")
+
+    name: ClassVar[str] = "bitfit"
+    peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_BITFIT"  # PEFT has no such method
+    learning_rates: ClassVar[LearningRates] = LearningRates(6e-2, 1e-3, "run_glue.py in benzakenelad/BitFit")
+    position: ClassVar[float] = 70
+    trains_of_base: ClassVar[str] = "biases"
+    can_merge: ClassVar[bool] = True  # a bias is trained where it is; only `bias_q` has to be put there
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+
+    def _install(self, model: GPT2) -> None:
+        if self.variant == "all":
+            for bias in select_biases(model).values():
+                bias.requires_grad_(True)
+            return
+        for block in model.transformer.h:
+            block.mlp.c_fc.bias.requires_grad_(True)  # type: ignore[union-attr]
+            block.attn.c_attn = QueryBias(block.attn.c_attn)  # type: ignore[arg-type,union-attr]
+
+    def _uninstall(self, model: GPT2) -> None:
+        for name, layer in _query_biases(model).items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base)
+
+    def _merge(self, model: GPT2) -> None:
+        for layer in _query_biases(model).values():
+            layer.merge()
+
+    def _unmerge(self, model: GPT2) -> None:
+        for layer in _query_biases(model).values():
+            layer.unmerge()
+
+    @classmethod
+    def sample(cls, rng: Random, config: GPT2Config) -> BitFit:
+        return cls(variant=rng.choice(VARIANTS))
+
+    def starts_as_base(self) -> bool | None:
+        return True
+
+
+def _query_biases(model: nn.Module) -> dict[str, QueryBias]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QueryBias)}
+
+
+# --- What it keeps for the backward pass ---------------------------------------------------------------
+
+
+@activations.forward.register
+def _(module: QueryBias, x: Shadow, tape: Tape) -> Shadow:
+    return tape.linear(x, module.base.weight, module.base.out_features, module.bias_q)

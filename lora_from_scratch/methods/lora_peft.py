@@ -1,0 +1,157 @@
+"""How PEFT writes a LoRA and its relatives: the names of its hyperparameters, and of its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lora_from_scratch.methods import adapter_files
+from lora_from_scratch.support.linear_layers import is_conv1d
+
+_LORA_UNDERSTOOD = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "bias",
+    "init_lora_weights",
+)
+# `fan_in_fan_out` speaks of the base weight; the rest matters only where a feature that we refuse is on,
+# or before the first step.
+_LORA_HARMLESS = ("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config")
+# Ways to begin. The others ("pissa", "olora", ...) change the base weights as well.
+_LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def lora_to_peft(
+    method: Any, layers: Mapping[str, Any], task_type: str | None = "CAUSAL_LM"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's fields and tensors for a LoRA.
+
+    Args:
+        method: a `LoRA`.
+        layers: its `LoRALinear` in the model, by the names of the layers that they wrap.
+        task_type: of the model; None: PEFT has no name for it.
+
+    PEFT has no LoRA on a part of a fused matrix. n LoRAs of rank r on n parts are one LoRA of rank n r on the
+    whole, with the A stacked and the B on a block diagonal; its alpha is n alpha (rsLoRA: sqrt(n) alpha), so that
+    the scaling stays. That is what is written, and what is read back is that LoRA: equal, but free to fill the
+    zeros when it is trained further.
+    """
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        **({"task_type": task_type} if task_type else {}),
+        "r": method.rank,
+        "lora_alpha": method.alpha,
+        "target_modules": method.targets if isinstance(method.targets, str) else list(method.targets),
+    }
+    if any(is_conv1d(layer.base) for layer in layers.values()):
+        config["fan_in_fan_out"] = True  # GPT-2's Conv1D keeps its weight as (in, out)
+    patterns: dict[str, dict[str, Any]] = {
+        "rank_pattern": dict(method.rank_pattern),
+        "alpha_pattern": dict(method.alpha_pattern),
+    }
+    if any(layer.parts for layer in layers.values()):
+        count = {name: max(1, len(layer.parts)) for name, layer in layers.items()}  # n
+        ranks = {name: layer.rank * count[name] for name, layer in layers.items()}
+        growth = {name: math.sqrt(n) if method.rslora else n for name, n in count.items()}
+        alphas = {name: _tidy(layer.alpha * growth[name]) for name, layer in layers.items()}
+        config["target_modules"] = list(layers)
+        config["r"], config["lora_alpha"] = next(iter(ranks.values())), next(iter(alphas.values()))
+        patterns["rank_pattern"] = {name: rank for name, rank in ranks.items() if rank != config["r"]}
+        patterns["alpha_pattern"] = {name: alpha for name, alpha in alphas.items() if alpha != config["lora_alpha"]}
+    optional = {"lora_dropout": method.dropout, "use_rslora": method.rslora, **patterns}
+    config.update({name: value for name, value in optional.items() if value})
+    tensors = {}
+    for name, layer in layers.items():
+        A, B = layer.factors()
+        tensors[f"{adapter_files.PREFIX}{name}.lora_A.weight"] = A  # (r, in), whatever `fan_in_fan_out` says
+        tensors[f"{adapter_files.PREFIX}{name}.lora_B.weight"] = B  # (out, r)
+    return config, tensors
+
+
+def lora_from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], list[int] | None, dict[str, Tensor]]:
+    """The arguments of `LoRA`, the layers it is limited to (None: all), and its state under our names.
+
+    Raises:
+        ValueError: a field or a tensor that a plain LoRA does not have.
+    """
+    adapter_files.refuse_unknown_fields(config, _LORA_UNDERSTOOD, _LORA_HARMLESS)
+    adapter_files.refuse_other_values(config, "bias", ("none",))
+    adapter_files.refuse_other_values(config, "init_lora_weights", _LORA_INITS)
+    adapter_files.refuse_other_values(config, "task_type", ("CAUSAL_LM", None))
+    targets = config.get("target_modules")
+    if not isinstance(targets, str | list) or not targets:
+        raise ValueError(
+            f"{adapter_files.CONFIG_FILE}: target_modules must be names or a regular expression, got {targets!r}"
+        )
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or None
+    if layers is not None and not isinstance(layers, list):
+        raise ValueError(f"{adapter_files.CONFIG_FILE}: layers_to_transform must be numbers of blocks, got {layers!r}")
+    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise ValueError(
+                f"{adapter_files.CONFIG_FILE}: {name} must be an object of names and numbers, got {pattern!r}"
+            )
+    arguments = {
+        "rank": config.get("r", 8),
+        "alpha": config.get("lora_alpha", 8),
+        "targets": targets,
+        "dropout": config.get("lora_dropout", 0.0),
+        "rslora": config.get("use_rslora", False),
+        **patterns,
+    }
+    return arguments, layers, lora_state_from_peft(tensors)
+
+
+def lora_state_from_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a PEFT adapter file under the names that they have in the model.
+
+    PEFT writes "base_model.model." (`PREFIX`) in front of a module's name, and ".weight" behind lora_A and lora_B:
+
+        base_model.model.transformer.h.0.attn.c_attn.lora_A.weight   ->   transformer.h.0.attn.c_attn.lora_A
+
+    A is (r, in) and B is (out, r) in both, also where the base weight is a Conv1D's and so (in, out).
+
+    Args:
+        tensors: by PEFT's names. The name of a module may be anything.
+
+    Returns:
+        The same tensors, in the same order.
+
+    Raises:
+        ValueError: a name that is not made like this. It belongs to something that a plain LoRA does not have, such as
+            the `lora_magnitude_vector` of DoRA, and without it the adapter would be another one.
+    """
+    state = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(adapter_files.PREFIX).removesuffix(".weight")
+        if key != f"{adapter_files.PREFIX}{name}.weight" or not name.endswith((".lora_A", ".lora_B")):
+            raise ValueError(
+                f"{adapter_files.WEIGHTS_FILE} has {key!r}; "
+                f"a LoRA has only names like {adapter_files.PREFIX}(module).lora_A.weight"
+            )
+        state[name] = tensor
+    return state
+
+
+def layer_index(module: str) -> int | None:
+    """The number of the block that a module is in, as PEFT's `layers_to_transform` counts: the first in its name."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+    return int(found[1]) if found else None
+
+
+def _tidy(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number

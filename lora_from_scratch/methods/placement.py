@@ -1,0 +1,177 @@
+"""Where a LoRA goes: which matrices of a model are meant by a name, and what they cost.
+
+LoRA's cost is decided by two choices, which matrices and which rank. Hu et al. (2021, arXiv:2106.09685, sections 7.1
+and 7.2) ask for the best of both under a fixed number of trained parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_from_scratch.linear_algebra.rank import low_rank_parameter_count
+from lora_from_scratch.support.linear_layers import in_and_out, is_linear
+
+# Fused matrices, by the class of the module that holds one and its name there: equal parts, side by side on the output.
+FUSED_PARTS = {
+    ("Attention", "c_attn"): ("q", "k", "v"),  # our GPT-2
+    ("GPT2Attention", "c_attn"): ("q", "k", "v"),  # transformers'
+}
+
+# --- Which matrices --------------------------------------------------------------------------------------
+
+
+def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
+    """The linear layers that are meant, in the model's order, each with its parts (none: the whole layer).
+
+    Args:
+        targets: names, each the end of a module's name at a dot, as in PEFT: "c_attn", "mlp.c_proj". A part
+            of a fused layer is written behind its name: "c_attn.q". One string is a regular expression
+            for the whole name; "all-linear" means every linear layer but the output head, as in PEFT.
+
+    Raises:
+        ValueError: a name or the expression matches nothing.
+    """
+    layers = [name for name, module in model.named_modules() if is_linear(module)]
+    part_of = {f"{name}.{part}": (name, part) for name in layers for part in fused_parts(model, name)}
+    known = [*layers, *part_of]
+    if targets == "all-linear":
+        chosen = set(linear_layers(model))
+    elif isinstance(targets, str):
+        chosen = {name for name in known if compile_pattern(targets).fullmatch(name)}
+        if not chosen:
+            hint = f" (one string is a regular expression for the whole name; for a name, give ({targets!r},))"
+            raise ValueError(f"the target {targets!r} matches nothing{hint}; {describe_names(known)}")
+    else:
+        chosen = set()
+        for target in targets:
+            found = {name for name in known if name == target or name.endswith(f".{target}")}
+            if not found:
+                raise ValueError(f"the target {target!r} matches nothing; {describe_names(known)}")
+            chosen |= found
+    plan: dict[str, tuple[str, ...]] = {}
+    for name in layers:
+        parts = tuple(part for full, (layer, part) in part_of.items() if layer == name and full in chosen)
+        if name in chosen:
+            plan[name] = ()
+        elif parts:
+            plan[name] = parts
+    return plan
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer of a model but its output head, by name."""
+    head = output_head(model)
+    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that turns hidden states into logits, if it is a module: of a transformers model, as it says itself."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def fused_parts(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The parts of the fused matrix of that name, in the order of the output axis; none if it is not one."""
+    parent, _, child = name.rpartition(".")
+    parts = FUSED_PARTS.get((type(model.get_submodule(parent)).__name__, child), ())
+    return parts if parts and in_and_out(model.get_submodule(name))[1] % len(parts) == 0 else ()
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def describe_names(names: Sequence[str] | Mapping[str, Any]) -> str:
+    """The names that exist, those of all blocks together."""
+    return "the model has " + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".(n).", name) for name in names))
+
+
+# --- Fused matrices ------------------------------------------------------------------------------------
+
+
+def block_diagonal_B(B: Tensor, parts: Sequence[str], all_parts: Sequence[str]) -> Tensor:
+    """The B of one LoRA on a whole fused matrix that does what n LoRAs on n of its parts do.
+
+    A fused matrix makes several outputs side by side, each `width` wide: GPT-2's `c_attn` makes q, then k, then v. n
+    of them are adapted, each by an A (r, in) and a B (width, r) of its own. With their A below each other as one
+    (n r, in), h = A x holds n times r numbers, and part i may read its own r of them only:
+
+        for q and v of q, k, v:   B_q   0        rows of q
+                                   0    0        rows of k, which is not adapted
+                                   0   B_v       rows of v
+
+    This is what loralib's `MergedLinear` computes. Gradients flow to B.
+
+    Args:
+        B: (n * width, r): the B of the adapted parts below each other, in the order of the output axis.
+        parts: the names of those n parts, in the same order.
+        all_parts: the names of all the parts of the fused matrix, in the order of the output axis.
+
+    Returns:
+        (len(all_parts) * width, n * r).
+    """
+    blocks = dict(zip(parts, B.chunk(len(parts)), strict=True))  # each (width, r)
+    nothing = B.new_zeros(len(B) // len(parts), 0)  # the rows of a part that is not adapted, and no column
+    return torch.block_diag(*(blocks.get(part, nothing) for part in all_parts))
+
+
+# --- What they cost --------------------------------------------------------------------------------------
+
+
+def target_sizes(model: nn.Module, targets: Sequence[str] | str) -> list[tuple[int, int]]:
+    """The matrices that these targets mean (see `find_targets`), each as (in, out), in the model's order.
+
+    A part of a fused layer is a matrix of its own: "c_attn.q" of GPT-2 is (d, d), "c_attn" is (d, 3 d).
+
+    Raises:
+        ValueError: a target matches nothing.
+    """
+    sizes = []
+    for name, parts in find_targets(model, targets).items():
+        inputs, outputs = in_and_out(model.get_submodule(name))
+        if parts:
+            sizes += [(inputs, outputs // len(fused_parts(model, name)))] * len(parts)
+        else:
+            sizes.append((inputs, outputs))
+    return sizes
+
+
+def lora_parameter_count(sizes: Sequence[tuple[int, int]], rank: int) -> int:
+    """How many numbers LoRA trains: the A (r, in) and the B (out, r) of every matrix that it adapts.
+
+    Example: r = 4 on the q and v of GPT-2 small, 12 blocks of width 768. `sizes` has 24 pairs (768, 768), and the count
+    is 147,456.
+
+    Args:
+        sizes: of each adapted matrix, one pair (in, out); they may differ.
+        rank: r, the same for all of them.
+    """
+    return sum(low_rank_parameter_count(outputs, inputs, rank) for inputs, outputs in sizes)
+
+
+def rank_for_budget(sizes: Sequence[tuple[int, int]], budget: int) -> int:
+    """The largest rank, the same for all these matrices, whose A and B together have at most `budget` numbers.
+
+    However large the budget, it is never above the smallest of all the matrices' sides: the rank of a matrix is at most
+    its smaller side.
+
+    Args:
+        sizes: of each adapted matrix, one pair (in, out); at least one.
+        budget: the most numbers that may be trained.
+
+    Raises:
+        ValueError: the budget is too small for r = 1.
+    """
+    smallest = lora_parameter_count(sizes, rank=1)
+    if budget < smallest:
+        raise ValueError(f"budget must be at least {smallest:,}, which r = 1 takes on these matrices, got {budget:,}")
+    return min(budget // smallest, *(min(size) for size in sizes))

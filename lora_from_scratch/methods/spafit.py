@@ -1,0 +1,124 @@
+"""SPAFIT (Arora and Wang 2024, arXiv:2405.00201): the further a layer is from the input, the more of it is trained.
+
+The first layers stay frozen, the next train their biases, the last their biases and LoRAs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+from lora_from_scratch.gpt2.config import GPT2Config
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.methods.bitfit import select_biases
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
+from lora_from_scratch.methods.placement import find_targets
+
+
+def stratify(n_layer: int, frozen_layers: int, bias_layers: int) -> tuple[range, range, range]:
+    """Cut the layers 0 ... n_layer - 1 into three groups: frozen, biases only, LoRA and biases.
+
+    What a layer near the input knows serves every task; what a layer near the output knows is the task's own
+    (Arora and Wang 2024). So the further a layer is from the input, the more of it is trained.
+
+    Args:
+        n_layer: how many layers there are.
+        frozen_layers: how many, from the input, stay frozen (the paper's N1); 0 is allowed.
+        bias_layers: how many after these train their biases only (N2 - N1); 0 is allowed.
+
+    Returns:
+        The numbers of the layers of each group, counted from 0, in this order. All the rest is the third group.
+
+    Raises:
+        ValueError: a number is negative or not whole, or no layer is left for the third group.
+    """
+    for name, count in (("frozen_layers", frozen_layers), ("bias_layers", bias_layers)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ValueError(f"{name} must be a whole number of at least 0, got {count!r}")
+    first, second = frozen_layers, frozen_layers + bias_layers
+    if second >= n_layer:
+        raise ValueError(
+            f"frozen_layers and bias_layers together must be at most {n_layer - 1} (the model has {n_layer} layers, "
+            f"and one at least gets LoRAs), got {frozen_layers} + {bias_layers}"
+        )
+    return range(first), range(first, second), range(second, n_layer)
+
+
+@dataclass(frozen=True)
+class SPAFIT(Method):
+    """Three groups of layers, see `stratify`; the last gets LoRAs on its `targets` and trains all its biases.
+
+    The embeddings and the last LayerNorm belong to no layer and stay frozen.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+    """
+
+    frozen_layers: int = hyperparameter(
+        1, "number of blocks at the bottom that stay frozen"
+    )  # of the bundled model's 6
+    bias_layers: int = hyperparameter(1, "number of blocks above those in which only the biases are trained")
+    rank: int = hyperparameter(8, "r, the rank of the product of A and B")
+    alpha: float = hyperparameter(16, "strength: the change is scaled by alpha / rank")
+    targets: Sequence[str] | str = hyperparameter(  # the paper: the attention's matrices
+        ("c_attn", "attn.c_proj"),
+        "the layers to adapt, by name (c_attn, mlp.c_proj), part (c_attn.q) or one regular expression",
+    )
+    seed: int = 0  # of A's first values
+
+    name: ClassVar[str] = "spafit"
+    peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_SPAFIT"  # PEFT has no such method
+    learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 2e-4, "as LoRA")
+    position: ClassVar[float] = 80
+    needs_gpt2: ClassVar[bool] = True
+    trains_of_base: ClassVar[str] = "biases"
+    can_merge: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", self._lora(self.targets).targets)
+        stratify(self.frozen_layers + self.bias_layers + 1, self.frozen_layers, self.bias_layers)
+
+    def _lora(self, targets: Sequence[str] | str) -> LoRA:
+        """The LoRA on these targets; it refuses what is wrong with rank and alpha."""
+        return LoRA(rank=self.rank, alpha=self.alpha, targets=targets, seed=self.seed)
+
+    def _install(self, model: GPT2) -> None:
+        _, biases_only, lora_and_biases = stratify(model.config.n_layer, self.frozen_layers, self.bias_layers)
+        plan = find_targets(model, self.targets)
+        inside = [f"transformer.h.{layer}." for layer in lora_and_biases]
+        chosen = [
+            ".".join(filter(None, (name, part)))
+            for name, parts in plan.items()
+            if name.startswith(tuple(inside))
+            for part in parts or ("",)
+        ]
+        if not chosen:
+            raise ValueError(
+                f"none of the targets {self.targets!r} is in the layers {lora_and_biases.start} to "
+                f"{lora_and_biases.stop - 1}, which get LoRAs; name a layer there or a name without a number"
+            )
+        self._lora(tuple(chosen))._install(model)
+        for layer in (*biases_only, *lora_and_biases):
+            for bias in select_biases(model.transformer.h[layer]).values():
+                bias.requires_grad_(True)
+
+    def _uninstall(self, model: GPT2) -> None:
+        self._lora(self.targets)._uninstall(model)
+
+    def _merge(self, model: GPT2) -> None:
+        self._lora(self.targets)._merge(model)
+
+    def _unmerge(self, model: GPT2) -> None:
+        self._lora(self.targets)._unmerge(model)
+
+    @classmethod
+    def sample(cls, rng: Random, config: GPT2Config) -> SPAFIT:
+        biased = rng.randint(0, config.n_layer - 1)
+        frozen = rng.randint(0, config.n_layer - 1 - biased)
+        return cls(frozen_layers=frozen, bias_layers=biased, rank=rng.randint(1, 2))
+
+    def starts_as_base(self) -> bool | None:
+        return True

@@ -1,0 +1,27 @@
+"""Where what belongs to the learner is kept: progress, and the capstone's entries.
+
+Two environment variables: LORA_FROM_SCRATCH_HOME names another folder, LORA_FROM_SCRATCH_PROGRESS=off keeps nothing on
+the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lora_from_scratch.support.figures import BUILDING
+
+HOME = "LORA_FROM_SCRATCH_HOME"
+SWITCH = "LORA_FROM_SCRATCH_PROGRESS"
+
+
+def folder() -> Path:
+    """The learner's folder, `~/.lora-from-scratch` unless the environment names another."""
+    named = os.environ.get(HOME)
+    return Path(named).expanduser() if named else Path(os.path.expanduser("~")) / ".lora-from-scratch"
+
+
+def switched_off() -> bool:
+    """By the environment variable, or because the notebooks are being built: nobody is there."""
+    off = os.environ.get(SWITCH, "").strip().lower() in ("off", "0", "no", "false")
+    return off or bool(os.environ.get(BUILDING))
