@@ -336,8 +336,9 @@ class Method(ABC):
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Whether this method understands an `adapter_config.json`. A subclass is asked before its base class."""
-        return config.get("peft_type") == cls.peft_type
+        """Whether this method understands an `adapter_config.json`. A subclass is asked before its base class; one that
+        trains in another way and saves the same (LoRA+) leaves it to the base class to read."""
+        return "peft_type" in vars(cls) and config.get("peft_type") == cls.peft_type
 
     @classmethod
     def from_adapter(
