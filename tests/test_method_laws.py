@@ -1,6 +1,6 @@
 """Laws of every method, on random models with random hyperparameters.
 
-The methods are those of the registry, and each says in its own file what its laws are tried on (`Method.sample`). What a
+The methods are those of the registry, and the file of each says what the laws are tried on (`Method.sample`). What a
 single method has to do beside these is in its own test file.
 """
 

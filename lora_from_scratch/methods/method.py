@@ -87,7 +87,7 @@ class Method(ABC):
     name: ClassVar[str]  # what a person types
     peft_type: ClassVar[str]  # what `adapter_config.json` calls it; "": it writes a whole model
     learning_rates: ClassVar[LearningRates]
-    position: ClassVar[float] = 1000  # among the methods, in tables
+    position: ClassVar[float] = 1000  # among the methods, in tables; a variant inherits it and comes next
     can_merge: ClassVar[bool] = False  # whether the change can be put into the weights themselves
     saves_model: ClassVar[bool] = False  # whether `save` writes a whole model instead of an adapter
     needs_gpt2: ClassVar[bool] = False  # whether it reaches into our own GPT-2, so that no other model will do
