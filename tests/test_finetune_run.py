@@ -159,7 +159,7 @@ def test_examples_that_are_too_long_are_left_out_and_counted(
     left_out = Completions(pairs, tokenizer, 160).left_out
     assert left_out == 2
     assert main([*run_in(here, tmp_path / "out"), "--data", str(tmp_path / "data.csv")]) == 0
-    assert "examples are longer than the context of 160 tokens and are left out" in capsys.readouterr().out
+    assert "examples are longer than the context of 160 tokens and are skipped" in capsys.readouterr().out
 
 
 def test_the_first_cards_keep_all_their_references() -> None:
