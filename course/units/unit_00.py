@@ -197,8 +197,7 @@ def stacked(axes, runs, unit, smallest=0.09):
         said = f"{left:,.0f}" if left >= 100 else f"{left:.1f}" if left else "?"
         axes.text(left + 0.01 * widest, place, said, va="center", fontweight="bold")
     axes.set_yticks(range(len(runs)), list(runs))
-    axes.set_xlim(0, 1.14 * widest)
-    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.14 * widest), ylim=(len(runs) - 0.5, -0.5))
 
 
 figure, (left, right) = plotting.panels(2, width=5.0, height=2.5)

@@ -8,14 +8,14 @@
 # %% [markdown]
 # # Unit 02: The singular value decomposition
 #
-# **When you are through, you can**
+# **By the end of this unit you can**
 #
 # - take any matrix apart into directions, sorted by how much each matters, with a method that you wrote yourself;
 # - give the nearest matrix of rank $r$, and its error before you compute it;
 # - say how many directions a weight needs, how many noise needs, and how many the *update* needs that fine-tuning
 #   adds.
 #
-# **You need** unit 01 (or its idea: a matrix of rank $r$ is a sum of $r$ outer products), matrix products and norms.
+# **Prerequisites**: unit 01 (or its idea: a matrix of rank $r$ is a sum of $r$ outer products), matrix products and norms.
 #
 # **Time**: about 90 minutes. 7 exercises, 2 predictions, one open question.
 #

@@ -16,7 +16,7 @@
 # put a transformer block together, compute the loss that every fine-tuning in this course minimises, draw the next
 # token with temperature, top-k and top-p, and say what the fused matrix `c_attn` holds: the one that LoRA adapts first.
 #
-# **You need** matrix products and the softmax. **It takes** about 90 minutes, and less than a minute of computing.
+# **Prerequisites**: matrix products and the softmax. **It takes** about 90 minutes, and less than a minute of computing.
 #
 # ![Three heads of the bundled GPT-2 as squares of grey: each row is a token, each column a token that it may look at.
 # Everything above the diagonal is white. One head marks the token before, one picks a few tokens, one spreads over the

@@ -214,7 +214,7 @@ def in_floating_point(parameters, trained, activations=0, precision="float32"):
 
 @wrong(
     "training_memory",
-        "You give frozen parameters a gradient. What is not trained has neither a gradient nor Adam's states."
+    "You give frozen parameters a gradient. What is not trained has neither a gradient nor Adam's states.",
 )
 def everything_has_a_gradient(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
@@ -229,7 +229,8 @@ def everything_has_a_gradient(parameters, trained, activations=0, precision="flo
 
 @wrong(
     "training_memory",
-        "You give frozen parameters Adam's states too. The optimiser keeps states for trained parameters only.")
+    "You give frozen parameters Adam's states too. The optimiser keeps states for trained parameters only.",
+)
 def adam_for_everything(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
     number = 4 if precision == "float32" else 2
@@ -270,7 +271,7 @@ def mixed_without_a_copy(parameters, trained, activations=0, precision="float32"
 
 @wrong(
     "training_memory",
-        "In mixed precision you keep the optimiser's numbers in 16 bits. Only weights and gradients are in 16 bits."
+    "In mixed precision you keep the optimiser's numbers in 16 bits. Only weights and gradients are in 16 bits.",
 )
 def mixed_all_in_16_bits(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
@@ -282,7 +283,7 @@ def mixed_all_in_16_bits(parameters, trained, activations=0, precision="float32"
 
 @wrong(
     "training_memory",
-        "In mixed precision you copy the frozen weights as well. Weights that are never updated need no copy."
+    "In mixed precision you copy the frozen weights as well. Weights that are never updated need no copy.",
 )
 def copies_frozen_weights(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
@@ -450,7 +451,8 @@ def never_the_frozen(model, only_trained=False):
 
 @wrong(
     "checkpoint_bytes",
-        "You have the argument the wrong way round: `only_trained=True` asks for the trained parameters only.")
+    "You have the argument the wrong way round: `only_trained=True` asks for the trained parameters only.",
+)
 def the_argument_reversed(model, only_trained=False):
     return sum(p.nbytes for p in model.parameters() if p.requires_grad or only_trained)
 

@@ -40,7 +40,7 @@ def tensor_cases(draw: Draw) -> Iterator[Case]:
 def small_model(
     rows: int, width: int, out: int, *, frozen: list[str], tied: bool, norm: bool, half: bool = False
 ) -> nn.Module:
-    """An embedding and a linear layer, and if asked for a batch normalisation and an output layer tied to the embedding."""
+    """An embedding and a linear layer; optionally a batch normalisation and an output layer tied to the embedding."""
     model = nn.Module()
     embedding = nn.Embedding(rows, width)
     model.add_module("embedding", embedding)

@@ -1,4 +1,4 @@
-"""Unit 02, what is made of the singular value decomposition: mistakes that people make, and other right ways."""
+"""Unit 02, what is made of the singular value decomposition: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 

@@ -1,4 +1,4 @@
-"""Unit 03, GPT-2, its loss and its texts: mistakes that people make, and other right ways."""
+"""Unit 03, GPT-2, its loss and its texts: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
