@@ -70,6 +70,19 @@ def test_an_example_that_is_too_long_is_left_out_and_counted(tokenizer: Tokenize
         Completions(pairs, tokenizer, length - 1)
 
 
+@pytest.mark.parametrize("ref", ["A fox.<|endoftext|>", "A fox.\n<|endoftext|>\n", "A fox.<|endoftext|><|endoftext|>"])
+def test_an_end_of_text_token_behind_a_reference_is_learned_once(tokenizer: Tokenizer, ref: str) -> None:
+    completions = Completions([Example("hero[fox]", ref), Example("hero[fox]", "A fox.")], tokenizer, 64)
+    assert completions.rows[0] == completions.rows[1]
+    assert completions.end_removed == 1
+
+
+@pytest.mark.parametrize(("mr", "ref"), [("hero[<|endoftext|>]", "A fox."), ("hero[fox]", "A<|endoftext|> fox.")])
+def test_an_end_of_text_token_within_a_text_is_refused(tokenizer: Tokenizer, mr: str, ref: str) -> None:
+    with pytest.raises(ValueError, match=r"has <\|endoftext\|>, which ends a text, in the middle of one"):
+        Completions([Example(mr, ref)], tokenizer, 64)
+
+
 def test_a_batch_is_a_function_of_seed_and_step_and_an_epoch_has_every_example_once(tokenizer: Tokenizer) -> None:
     pairs = [Example("hero[fox]", "x" * n) for n in range(1, 9)]
     completions = Completions(pairs, tokenizer, 64)

@@ -75,6 +75,8 @@ def test_a_corpus_is_read_as_text_and_as_gz_with_any_line_ends(tmp_path: Path, c
     (tmp_path / "books.gz").write_bytes(gzip.compress(corpus.read_bytes()))
     (tmp_path / "windows.txt").write_bytes(corpus.read_bytes().replace(b"\n", b"\r\n"))
     assert read_books(tmp_path / "books.gz") == read_books(tmp_path / "windows.txt") == books
+    (tmp_path / "marked.txt").write_text("<|endoftext|>".join(books) + "<|endoftext|>\n", encoding="utf-8")
+    assert read_books(tmp_path / "marked.txt") == books
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], padding_id: int, contex
     return Batch(input_ids, labels)
 
 
+def _without_end(text: str, end: str) -> str:
+    """The text without end-of-text tokens behind it."""
+    while text.rstrip().endswith(end):
+        text = text.rstrip().removesuffix(end).rstrip()
+    return text
+
+
 class Completions:
     """Tokenised examples, and the batch of every step.
 
@@ -61,15 +68,24 @@ class Completions:
         tokenizer: the model's tokenizer.
         context: the model's maximum number of tokens; longer examples are left out and counted in `left_out`.
 
+    A reference that ends with the end-of-text token loses it (`end_removed` counts these): it is added to every one.
+
     Raises:
-        ValueError: every example is too long.
+        ValueError: every example is too long, or one has the end-of-text token in the middle of a text.
     """
 
     def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> None:
         self.padding_id, self.context = tokenizer.eos_id, context
+        texts = [(e.mr, _without_end(e.ref, tokenizer.end)) for e in examples]
+        self.end_removed = sum(e.ref != ref for e, (_, ref) in zip(examples, texts, strict=True))
+        for mr, ref in texts:
+            if tokenizer.end in mr or tokenizer.end in ref:
+                raise ValueError(
+                    f"the example {mr!r} has {tokenizer.end}, which ends a text, in the middle of one; remove it"
+                )
         rows = [
-            completion_labels(tokenizer.encode(prompt_text(e.mr)), [*tokenizer.encode(e.ref), tokenizer.eos_id])
-            for e in examples
+            completion_labels(tokenizer.encode(prompt_text(mr)), [*tokenizer.encode(ref), tokenizer.eos_id])
+            for mr, ref in texts
         ]
         self.rows = [row for row in rows if len(row[0]) <= context]
         self.left_out = len(rows) - len(self.rows)

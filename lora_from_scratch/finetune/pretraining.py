@@ -22,6 +22,7 @@ from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.gpt2.tokenizer_files import END_OF_TEXT
 from lora_from_scratch.support.files import check_writable, remove_leftovers, write_directory_atomically
 
 CHECKPOINT = "checkpoint.pt"  # in the output directory; kept, so that a run can be extended
@@ -67,7 +68,7 @@ class PretrainingSettings:
 
 
 def read_books(corpus: str | Path) -> list[str]:
-    """Read the books of a corpus file.
+    """Read the books of a corpus file. A blank line ends a book, and so does `<|endoftext|>`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -83,7 +84,8 @@ def read_books(corpus: str | Path) -> list[str]:
         text = raw.decode("utf-8")
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from None
-    books = [book.strip("\n") for book in text.replace("\r\n", "\n").split("\n\n") if book.strip()]
+    parts = text.replace("\r\n", "\n").replace(END_OF_TEXT, "\n\n").split("\n\n")
+    books = [book.strip("\n") for book in parts if book.strip()]
     if not books:
         raise ValueError(f"{path} is empty: give at least one book")
     return books

@@ -201,6 +201,11 @@ def _completions(dataset: Dataset, tokenizer: Tokenizer, context: int, progress:
             f"{completions.left_out:,} of {len(dataset.train):,} examples are longer than the context of "
             f"{context} tokens and are skipped"
         )
+    if completions.end_removed and progress:
+        print(
+            f"{completions.end_removed:,} of {len(dataset.train):,} references end with {tokenizer.end}, which is added "
+            "to every reference; theirs was removed"
+        )
     return completions
 
 
