@@ -1,8 +1,8 @@
-"""GPT-2's tokenizer: text to token ids and back, without losing a byte.
+"""GPT-2's tokenizer: text to token ids and back, without loss.
 
-Text becomes UTF-8 bytes, each byte one visible character (the *byte alphabet*), and the merges of
-`merges.txt` are applied in their order (byte pair encoding, Sennrich et al. 2016; on bytes: Radford et
-al. 2019, section 2.2). There are 256 bytes, so there is no text that cannot be written.
+Text is encoded as UTF-8 bytes, each byte is represented by a visible character (the *byte alphabet*), and the merges of
+`merges.txt` are applied in order (byte pair encoding, Sennrich et al. 2016; on bytes: Radford et al. 2019, section
+2.2). As every one of the 256 bytes has a token, any text can be encoded.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from tokenizers.models import BPE
 
 from lora_from_scratch.support.files import write_atomically
 
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token: the end of a document
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token: it marks the end of a document
 MERGES_HEADER = "#version: 0.2"  # the first line of `merges.txt`; not a merge
 
 Merge = tuple[str, str]
 
 
 class Tokenizer:
-    """Byte-level BPE with GPT-2's own way of cutting text into words, and no space put in front.
+    """Byte-level BPE with GPT-2's rule for splitting text into words, and no space added in front.
 
-    `<|endoftext|>` written out in a text becomes the one special id, as in `transformers`: whoever encodes
-    text from strangers and does not want that has to look for it first.
+    The string `<|endoftext|>` in a text is encoded as the special token, as in `transformers`. If that is not wanted in
+    untrusted text, look for it before encoding.
 
     Args:
-        vocab: each token, in the byte alphabet, and its id; the ids are 0 to the number of tokens - 1.
-        merges: the pairs that are joined, the most important first.
+        vocab: maps each token, in the byte alphabet, to its id; the ids are 0 to the number of tokens - 1.
+        merges: the pairs to merge, in order of priority.
 
     Raises:
-        ValueError: the ids have gaps, a byte or `<|endoftext|>` has no token, or vocabulary and merges
-            do not belong together.
+        ValueError: the ids have gaps, a byte or `<|endoftext|>` has no token, or the vocabulary and the merges do not
+            match.
     """
 
     def __init__(self, vocab: dict[str, int], merges: Sequence[Merge]) -> None:
@@ -55,23 +55,23 @@ class Tokenizer:
         return len(self.vocab)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; no token is added in front or behind.
+        """The ids of `text`; no token is added before or after it.
 
         Raises:
-            ValueError: `text` holds half of a surrogate pair, which is not text.
+            ValueError: `text` contains half of a surrogate pair, which is not valid text.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of several texts at once, on several cores."""
+        """Encode several texts at once, on several cores."""
         for text in texts:
-            text.encode("utf-8")  # a lone surrogate ends here, in a UnicodeEncodeError that says where
+            text.encode("utf-8")  # a lone surrogate raises a UnicodeEncodeError with its position
         return [encoding.ids for encoding in self._encoder.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; `decode(encode(text)) == text` for every text.
 
-        Where the ids stop in the middle of a character, that character is shown as U+FFFD.
+        A character whose bytes are incomplete is decoded as U+FFFD.
 
         Raises:
             ValueError: an id is not in the vocabulary.
@@ -82,7 +82,7 @@ class Tokenizer:
         return self._encoder.decode(list(ids), skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:
-        """Write `vocab.json` and `merges.txt` into `directory`, which is made where it is missing."""
+        """Write `vocab.json` and `merges.txt` into `directory`, which is created if it does not exist."""
         by_id = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
         lines = [MERGES_HEADER, *(f"{left} {right}" for left, right in self.merges)]
         files = {"vocab.json": json.dumps(by_id, ensure_ascii=False), "merges.txt": "\n".join([*lines, ""])}
@@ -91,11 +91,11 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """Read `vocab.json` and `merges.txt`, or else a `tokenizer.json` (all that transformers 5 saves).
+        """Read `vocab.json` and `merges.txt`, or else a `tokenizer.json` (the only file that transformers 5 saves).
 
         Raises:
-            FileNotFoundError: neither is there.
-            ValueError: a file is damaged, is not a GPT-2's, or the two do not belong together.
+            FileNotFoundError: neither exists.
+            ValueError: a file is damaged, does not belong to a GPT-2, or the two files do not match.
         """
         directory = Path(directory)
         vocab, merges = directory / "vocab.json", directory / "merges.txt"
@@ -107,14 +107,14 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from None
         missing = " and ".join(path.name for path in (vocab, merges) if not path.exists())
-        raise FileNotFoundError(f"{directory} has no tokenizer: {missing} missing, and no tokenizer.json instead")
+        raise FileNotFoundError(f"{directory} has no tokenizer: {missing} missing, and there is no tokenizer.json")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn a vocabulary from `texts`: `<|endoftext|>` is id 0, then the 256 bytes, then the merges.
+        """Learn a vocabulary from `texts`: `<|endoftext|>` has id 0, then come the 256 bytes, then the merges.
 
-        A pair has to occur at least twice to be merged, so that little text gives fewer than `vocab_size`
-        tokens. The same texts always give the same tokenizer.
+        A pair must occur at least twice to be merged, so a short text gives fewer than `vocab_size` tokens. The same
+        texts always give the same tokenizer.
 
         Raises:
             ValueError: `vocab_size` is below 257 (the bytes and `<|endoftext|>`).
@@ -139,11 +139,11 @@ class Tokenizer:
 
 
 def _check(vocab: Any, merges: Sequence[Merge]) -> None:
-    """Every way in which the files could give wrong ids in silence is an error here."""
+    """Raise an error for anything in the files that would silently give wrong ids."""
     if not isinstance(vocab, dict) or not all(type(token_id) is int for token_id in vocab.values()):
-        raise ValueError("the vocabulary must be one JSON object of tokens and whole-number ids")
+        raise ValueError("the vocabulary must be a JSON object that maps tokens to integer ids")
     if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"the ids of the {len(vocab)} tokens must be 0 to {len(vocab) - 1}, each once")
+        raise ValueError(f"the ids of the {len(vocab)} tokens must be 0 to {len(vocab) - 1}, each exactly once")
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     if missing := sorted((alphabet | {END_OF_TEXT}) - vocab.keys()):
         raise ValueError(f"the vocabulary has no token for {_some(missing)}")
@@ -151,11 +151,13 @@ def _check(vocab: Any, merges: Sequence[Merge]) -> None:
         for token in (left, right, left + right):
             if token not in vocab:
                 raise ValueError(f"the merge {left!r} + {right!r} needs the token {token!r}: not in the vocabulary")
-    # Names in angle or square brackets are special tokens, which no merge makes.
+    # Names in angle or square brackets are special tokens, which are not made by merges.
     made = {left + right for left, right in merges} | alphabet
     unmade = [token for token in vocab if token not in made and (token[:1], token[-1:]) not in (("<", ">"), ("[", "]"))]
     if unmade:
-        raise ValueError(f"no merge makes the token {_some(unmade)}: merges missing, or another vocabulary's")
+        raise ValueError(
+            f"no merge gives the token {_some(unmade)}: merges are missing or belong to another vocabulary"
+        )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -184,18 +186,18 @@ def _read_merges(path: Path) -> list[Merge]:
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
-            raise ValueError(f"line {number} of {path.name} must be two tokens with a space between, got {line!r}")
+            raise ValueError(f"line {number} of {path.name} must be two tokens separated by a space, got {line!r}")
         merges.append((left, right))
     return merges
 
 
 def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[Merge]]:
-    """The vocabulary and the merges of `tokenizers`' own format, where they mean what GPT-2 means by them."""
+    """The vocabulary and merges of a file in `tokenizers`' own format, if it describes GPT-2's kind of tokenizer."""
     given = _read_json(path)
     try:
         model, words, added = given["model"], given["pre_tokenizer"], given["added_tokens"]
         if model["type"] != "BPE" or words["type"] != "ByteLevel" or words["add_prefix_space"] or given["normalizer"]:
-            raise ValueError(f"{path.name} is not GPT-2's byte-level BPE (without a space put in front)")
+            raise ValueError(f"{path.name} is not GPT-2's byte-level BPE (without a space added in front)")
         if extra := [token["content"] for token in added if token["content"] != END_OF_TEXT]:
             raise ValueError(f"{path.name} adds the token {_some(extra)}: only {END_OF_TEXT} is supported")
         return model["vocab"], _as_pairs(model["merges"])
@@ -204,6 +206,6 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[Merge]]:
 
 
 def _as_pairs(merges: Sequence[Any]) -> list[Merge]:
-    """Merges as pairs: releases of `tokenizers` write them as "a b" or as ["a", "b"]."""
+    """Merges as pairs; different releases of `tokenizers` write them as "a b" or as ["a", "b"]."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     return [(left, right) for left, right in pairs]
