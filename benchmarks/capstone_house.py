@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_from_scratch.compare.capstone.budget import cost_of
 from lora_from_scratch.compare.capstone.hidden import hidden_cards, score
-from lora_from_scratch.compare.shootout import choose, usual_contestants
+from lora_from_scratch.compare.shootout import choose, default_contestants
 from lora_from_scratch.compare.side_by_side import model_fingerprint
 from lora_from_scratch.finetune.evaluation import write_texts
 from lora_from_scratch.gpt2 import load_gpt2
@@ -26,7 +26,7 @@ PLACE = Path(__file__).parents[1] / "lora_from_scratch" / "assets" / "capstone_h
 
 def entries(runs: Path) -> list[dict[str, Any]]:
     cards, lines = hidden_cards(), []
-    for name, method in choose(usual_contestants()).items():
+    for name, method in choose(default_contestants()).items():
         model, tokenizer = load_gpt2("bundled")
         config = model.config
         if name == "full":

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from lora_from_scratch.compare.demo import methods
-from lora_from_scratch.compare.side_by_side import in_fresh_processes, tuned_run
+from lora_from_scratch.compare.side_by_side import run_in_processes, tuned_run
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.run import Report
 from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
@@ -65,7 +65,7 @@ def main() -> None:
                 )
                 for seed in options.seeds
             ]
-            reports = in_fresh_processes(runs)
+            reports = run_in_processes(runs)
             before = reports[0].tale_perplexity_before
             lines.append(row(reports))
             print(lines[-1], flush=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_from_scratch.compare.shootout import contestants
-from lora_from_scratch.compare.side_by_side import in_fresh_processes, model_fingerprint, tuned_run
+from lora_from_scratch.compare.side_by_side import model_fingerprint, run_in_processes, tuned_run
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.run import Report
 from lora_from_scratch.methods.lora import LoRA
@@ -153,7 +153,7 @@ def sweep(entries: Sequence[Entry], place: Path, model: str, steps: int, jobs: i
         write_rows(place, head, rows)
         print(error, flush=True)
 
-    in_fresh_processes(runs, jobs, record, record_divergence)
+    run_in_processes(runs, jobs, record, record_divergence)
     write_rows(place, head, rows)
 
 
