@@ -1,9 +1,9 @@
-"""The course's own entries on the capstone's leaderboard: what each method of a shootout reaches on the hidden cards.
+"""The course's own entries for the capstone's leaderboard: the scores of a shootout's methods on the hidden cards.
 
     lora-from-scratch shootout --output runs/shootout
     python -m benchmarks.capstone_house runs/shootout
 
-Writes `lora_from_scratch/assets/capstone_house.json`. A method that can be merged has a second line, merged.
+Writes `lora_from_scratch/assets/capstone_house.json`. A method that can be merged has a second entry, merged.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def entries(runs: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="where the shootout wrote")
+    parser.add_argument("runs", type=Path, help="the output folder of the shootout")
     options = parser.parse_args()
     write_json(PLACE, {"model": model_fingerprint("bundled"), "entries": entries(options.runs)})
 

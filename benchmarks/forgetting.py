@@ -2,8 +2,8 @@
 
     python -m benchmarks.forgetting [--model MODEL] [--seeds 0 1 2]
 
-Writes `benchmarks/forgetting.md`. A seed draws the order of the examples and LoRA's first values; the
-cards are the same.
+Writes `benchmarks/forgetting.md`. The seed determines the order of the examples and LoRA's initial values; the cards
+are the same for all seeds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLACE = Path(__file__).with_suffix(".md")
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean, and in brackets the least and the most."""
+    """The mean, with the minimum and maximum in brackets."""
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     head = [
         f"# Forgetting at the tuned learning rates, {len(options.seeds)} seeds, test cards",
         "",
-        "`python -m benchmarks.forgetting` writes this file. Each cell: mean (least to most).",
+        "`python -m benchmarks.forgetting` writes this file. Each cell: mean (min to max).",
         f"Tale perplexity of the base model: {before:.1f}; its divergence from itself is 0.",
         "",
         "| method | learning rate | BLEU | slot errors, % | tale perplexity | divergence, nats per token |",

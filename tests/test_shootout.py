@@ -23,7 +23,7 @@ from lora_from_scratch.methods.bitfit import BitFit
 from lora_from_scratch.methods.registry import method_classes
 from lora_from_scratch.support.files import write_json
 from tests.cli_calls import call, complaint
-from tests.tiny_runs import make_model, short_judgement, write_data
+from tests.tiny_runs import make_model, shorten_evaluation, write_data
 
 Done = Callable[[int, Report], object]
 
@@ -39,7 +39,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def carried_out(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are carried out in this process, on less; here are their names."""
-    short_judgement(monkeypatch)
+    shorten_evaluation(monkeypatch)
     names: list[str] = []
 
     def in_this_process(runs: list[Run], jobs: int | None, done: Done) -> None:
