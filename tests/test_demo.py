@@ -105,5 +105,5 @@ def _die(run: Run) -> Report:
 def test_a_training_process_that_is_killed_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "finetune", _die)
     run = Run(FullFineTuning(), TrainingSettings(steps=1, learning_rate=1.0), Path("nowhere"))
-    with pytest.raises(ChildProcessError, match="a training process was killed, perhaps because memory ran out"):
+    with pytest.raises(ChildProcessError, match="a training process was killed, possibly because memory ran out"):
         side_by_side.run_in_processes([run])

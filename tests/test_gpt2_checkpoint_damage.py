@@ -149,5 +149,5 @@ def test_a_configuration_of_another_model_is_a_value_error(saved: Path, changes:
 
 def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_a_value_error(saved: Path) -> None:
     save_gpt2(tiny_model(vocab_size=100), None, saved)
-    with pytest.raises(ValueError, match=r"has \d+ tokens, more than the 100"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, more than the model's vocabulary of 100"):
         load_gpt2(saved)

@@ -170,7 +170,7 @@ def edit_vocab(directory: Path, remove: str | None = None, add: dict[str, Any] |
         ("vocab.json", b'{"a": 0, ', "vocab.json is not readable JSON"),
         ("vocab.json", b"\xff\xfe", "vocab.json is not UTF-8"),
         ("vocab.json", b"[1, 2]", "must be a JSON object"),
-        ("vocab.json", b'{"a": 1.5}', "whole-number ids"),
+        ("vocab.json", b'{"a": 1.5}', "integer ids"),
         ("vocab.json", b'{"a": 0, "b": 0}', "0 to 1, each exactly once"),
         ("vocab.json", b'{"a": 0}', "no token for"),
         ("merges.txt", b"#version: 0.2\nt", "line 2 of merges.txt"),
