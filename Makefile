@@ -1,9 +1,9 @@
-# make demo        fine-tune the bundled GPT-2 by full fine-tuning and by LoRA, and compare
+# make demo        fine-tune the bundled GPT-2 with full fine-tuning and with LoRA, and compare the two
 # make lab         open JupyterLab on the first unit of the course
-# make build       make notebooks/ and solutions/ from course/units and the library
-# make test        everything that has to hold
-# make test-gpt2   the fine-tuning units on a random GPT-2 small: takes long
-# Each does its own set-up: a virtual environment in .venv and the pinned packages. Needs Python 3.11 or newer.
+# make build       build notebooks/ and solutions/ from course/units and the library
+# make test        run all tests
+# make test-gpt2   run the fine-tuning units on a random GPT-2 small (slow)
+# Each target first creates a virtual environment in .venv with the pinned packages. Needs Python 3.11 or newer.
 
 PYTHON ?= python3
 VENV := .venv
@@ -49,8 +49,8 @@ install-dev: $(VENV)/.installed-dev
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
-	@$(PYTHON) -m venv $(VENV) || { echo "could not make a virtual environment (on Debian: apt install python3-venv)"; exit 2; }
+	  { echo "Python 3.11 or newer is needed; set it with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "could not create a virtual environment (on Debian: apt install python3-venv)"; exit 2; }
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing (once; PyTorch is large) ..."

@@ -1,8 +1,8 @@
-"""What `support/allocator.py` gains: the demo's LoRA training with glibc's defaults and with the setting.
+"""The speed-up from `support/allocator.py`: the demo's LoRA training with glibc's defaults and with the setting.
 
     python -m benchmarks.allocator [--pairs 5] [--steps 100]
 
-Each measurement is a process of its own with one thread; the two kinds take turns. A ratio below 1 means that the
+Each measurement runs in its own process with one thread; the two variants alternate. A ratio below 1 means that the
 setting is faster.
 """
 
@@ -19,11 +19,11 @@ import time
 
 from lora_from_scratch.support.allocator import SETTING, VARIABLE
 
-WARM_UP = 8  # steps that are not counted: the first ones ask for the memory that the others reuse
+WARM_UP = 8  # steps that are not counted: the first ones allocate the memory that the others reuse
 
 
 def train(steps: int) -> dict[str, float]:
-    """A step's seconds and page faults (means of `steps` steps), and the loss of the last one."""
+    """The seconds and page faults per step (means over `steps` steps), and the loss of the last step."""
     import torch
 
     from lora_from_scratch.finetune import defaults
@@ -88,7 +88,7 @@ def main() -> None:
         ratios.append(quick["seconds"] / usual["seconds"])
         print(
             f"a step: {usual['seconds'] * 1e3:.0f} ms and {usual['faults']:,.0f} page faults; with the setting "
-            f"{quick['seconds'] * 1e3:.0f} ms and {quick['faults']:,.0f}; the same loss: "
+            f"{quick['seconds'] * 1e3:.0f} ms and {quick['faults']:,.0f}; same loss: "
             f"{usual['loss'] == quick['loss']}",
             flush=True,
         )

@@ -1,8 +1,8 @@
-"""Attention in training: the equation written out against PyTorch's fused kernel, forward and backward.
+"""Attention in training: the explicit equation against PyTorch's fused kernel, forward and backward.
 
     python -m benchmarks.attention
 
-A ratio below 1 means that writing it out is faster. The shape is the bundled model's, batch 16 x 256.
+A ratio below 1 means that the explicit equation is faster. The shape is the bundled model's, batch 16 x 256.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(pairs: int = 15) -> None:
             seconds(attention, q, k, v)  # the first time is slower
         ratios = [seconds(causal_attention, q, k, v) / seconds(fused, q, k, v) for _ in range(pairs)]
         print(
-            f"{dtype}: written out / fused = {statistics.median(ratios):.2f} "
+            f"{dtype}: explicit / fused = {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f} to {max(ratios):.2f}, {pairs} pairs)"
         )
 

@@ -1,9 +1,9 @@
-"""The course's own entries on the capstone's leaderboard: what each method of a shootout reaches on the hidden cards.
+"""The course's own entries for the capstone's leaderboard: the scores of a shootout's methods on the hidden cards.
 
     lora-from-scratch shootout --output runs/shootout
     python -m benchmarks.capstone_house runs/shootout
 
-Writes `lora_from_scratch/assets/capstone_house.json`. A method that can be merged has a second line, merged.
+Writes `lora_from_scratch/assets/capstone_house.json`. A method that can be merged has a second entry, merged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_from_scratch.compare.capstone.budget import cost_of
 from lora_from_scratch.compare.capstone.hidden import hidden_cards, score
-from lora_from_scratch.compare.shootout import choose, usual_contestants
+from lora_from_scratch.compare.shootout import choose, default_contestants
 from lora_from_scratch.compare.side_by_side import model_fingerprint
 from lora_from_scratch.finetune.evaluation import write_texts
 from lora_from_scratch.gpt2 import load_gpt2
@@ -26,7 +26,7 @@ PLACE = Path(__file__).parents[1] / "lora_from_scratch" / "assets" / "capstone_h
 
 def entries(runs: Path) -> list[dict[str, Any]]:
     cards, lines = hidden_cards(), []
-    for name, method in choose(usual_contestants()).items():
+    for name, method in choose(default_contestants()).items():
         model, tokenizer = load_gpt2("bundled")
         config = model.config
         if name == "full":
@@ -44,7 +44,7 @@ def entries(runs: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="where the shootout wrote")
+    parser.add_argument("runs", type=Path, help="the output folder of the shootout")
     options = parser.parse_args()
     write_json(PLACE, {"model": model_fingerprint("bundled"), "entries": entries(options.runs)})
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.forgetting [--model MODEL] [--seeds 0 1 2]
 
-Writes `benchmarks/forgetting.md`. A seed draws the order of the examples and LoRA's first values; the
-cards are the same.
+Writes `benchmarks/forgetting.md`. The seed determines the order of the examples and LoRA's initial values; the cards
+are the same for all seeds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from lora_from_scratch.compare.demo import methods
-from lora_from_scratch.compare.side_by_side import in_fresh_processes, tuned_run
+from lora_from_scratch.compare.side_by_side import run_in_processes, tuned_run
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.run import Report
 from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
@@ -25,7 +25,7 @@ PLACE = Path(__file__).with_suffix(".md")
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean, and in brackets the least and the most."""
+    """The mean, with the minimum and maximum in brackets."""
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -65,14 +65,14 @@ def main() -> None:
                 )
                 for seed in options.seeds
             ]
-            reports = in_fresh_processes(runs)
+            reports = run_in_processes(runs)
             before = reports[0].tale_perplexity_before
             lines.append(row(reports))
             print(lines[-1], flush=True)
     head = [
         f"# Forgetting at the tuned learning rates, {len(options.seeds)} seeds, test cards",
         "",
-        "`python -m benchmarks.forgetting` writes this file. Each cell: mean (least to most).",
+        "`python -m benchmarks.forgetting` writes this file. Each cell: mean (min to max).",
         f"Tale perplexity of the base model: {before:.1f}; its divergence from itself is 0.",
         "",
         "| method | learning rate | BLEU | slot errors, % | tale perplexity | divergence, nats per token |",

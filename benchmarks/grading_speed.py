@@ -1,15 +1,15 @@
-"""Grading N submissions of unit 09: our command, sandbox included, against stock nbgrader; wall time and memory.
+"""Grading N submissions of unit 09: our command, including the sandbox, against stock nbgrader; wall time and memory.
 
     python -m benchmarks.grading_speed [--submissions 60] [--workers 2] [--feedback] [--one-worker] [--patience R]
 
 Both grade the same submissions, one after the other, in one run. Stock nbgrader is `nbgrader autograde` with its own
-steps (its Execute and no other), in the one process that it has; `--feedback` adds `nbgrader generate_feedback` to it
-and the pages of feedback to ours. Goal: ours takes at most 0.6 of its time on two cores. With `--patience R` stock
-nbgrader is stopped when it has taken R times as long as ours: then 1 / R is a bound from above for the ratio. With
-`--one-worker` the same class is graded a third time, by one worker, and every byte of the verdicts is compared.
+preprocessors (only its own Execute), in its single process. `--feedback` adds `nbgrader generate_feedback` to it and
+the feedback pages to ours. Goal: ours takes at most 0.6 of its time on two cores. With `--patience R` stock nbgrader is
+stopped when it has taken R times as long as ours; 1 / R is then an upper bound for the ratio. With `--one-worker` the
+same class is graded a third time, by one worker, and the verdicts are compared byte for byte.
 
-The class: of every ten submissions six are solved, two have a wrong answer, one is not started, one has the cells'
-metadata stripped. Memory is the high-water mark of each process, read from /proc while it runs.
+Of every ten submissions six are solved, two have a wrong answer, one is not started, and one has the cells' metadata
+removed. Memory is the high-water mark of each process, read from /proc while it runs.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def main() -> None:
     parser.add_argument("--unit", default="09")
     parser.add_argument("--submissions", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--feedback", action="store_true", help="make the pages of feedback too, in both")
+    parser.add_argument("--feedback", action="store_true", help="also generate the feedback pages, in both")
     parser.add_argument("--one-worker", action="store_true", help="compare the verdicts with those of one worker")
-    parser.add_argument("--patience", type=float, help="stop stock nbgrader when it has taken so many times as long")
+    parser.add_argument("--patience", type=float, help="stop stock nbgrader after this many times our own time")
     parser.add_argument("--isolation", default="bubblewrap", choices=["bubblewrap", "none"])
     args = parser.parse_args()
     unit = f"unit_{args.unit}"
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def make_course(root: Path, unit: str, count: int) -> Path:
-    """A course folder with the unit released, in the gradebook, and handed in by a class."""
+    """Create a course folder with the unit released, entered in the gradebook, and handed in by a class."""
     import nbformat
 
     for folder in ("solutions", "notebooks"):
@@ -92,7 +92,7 @@ def make_course(root: Path, unit: str, count: int) -> Path:
 
 
 def submission(released: Any, solved: Any, number: int) -> Any:
-    """What learner `number` hands in."""
+    """The submission of learner `number`."""
     import nbformat
 
     notebook = nbformat.from_dict(json.loads(nbformat.writes(released)))
@@ -116,13 +116,13 @@ def is_solution(cell: Any) -> bool:
 
 
 class Took(NamedTuple):
-    seconds: float  # of wall time
-    memory: dict[str, float]  # the most MiB of a process, by kind of process
-    finished: bool = True  # or was it stopped?
+    seconds: float  # wall time
+    memory: dict[str, float]  # peak MiB of a process, by kind of process
+    finished: bool = True  # False: it was stopped
 
 
 def run(commands: list[list[str]], root: Path, longest: float | None = None) -> Took:
-    """Run commands in the course, one after the other, and stop them after so many seconds."""
+    """Run commands in the course, one after the other, and stop them after `longest` seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     began, peaks = time.perf_counter(), Peaks()
@@ -139,13 +139,13 @@ def run(commands: list[list[str]], root: Path, longest: float | None = None) -> 
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     return Took(time.perf_counter() - began, peaks.most, finished=False)
-        # 1: something needs a human, or nbgrader could not grade somebody
+        # 1: something needs a human, or nbgrader could not grade a submission
         assert code in (0, 1), log.read_text(errors="replace")[-3000:]
     return Took(time.perf_counter() - began, peaks.most)
 
 
 class Peaks:
-    """The high-water mark of the memory of a process and everything below it, by kind, sampled while it runs."""
+    """The memory high-water marks of a process and its descendants, by kind of process, sampled while it runs."""
 
     def __init__(self) -> None:
         self.most: dict[str, float] = defaultdict(float)
@@ -186,7 +186,7 @@ def children(pid: int) -> list[int]:
 
 
 def look(pid: int, first: int) -> tuple[str, float]:
-    """What kind of process this is, and the most MiB that it held."""
+    """The kind of this process, and its peak memory in MiB."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         status = Path(f"/proc/{pid}/status").read_text()
@@ -206,13 +206,13 @@ def look(pid: int, first: int) -> tuple[str, float]:
 def report(name: str, count: int, took: Took) -> None:
     kinds = [(kind, peak) for kind, peak in sorted(took.memory.items()) if kind != "other" and peak >= 1]
     said = ", ".join(f"{kind} {peak:.0f} MiB" for kind, peak in kinds)
-    time = f"{took.seconds:7.1f} s  {took.seconds / count:5.2f} s a submission" if took.finished else "stopped"
+    time = f"{took.seconds:7.1f} s  {took.seconds / count:5.2f} s per submission" if took.finished else "stopped"
     after = "" if took.finished else f" after {took.seconds:.0f} s, unfinished"
-    print(f"{name:16} {time}{after}   most memory of a process: {said}", flush=True)
+    print(f"{name:16} {time}{after}   peak memory of a process: {said}", flush=True)
 
 
 def same_verdicts(one: Path, other: Path) -> None:
-    """Are all the files that grading wrote the same, byte for byte?"""
+    """Print whether all files that grading wrote are identical, byte for byte."""
     for folder in ("graded", "autograded"):
         mine, theirs = (contents(root / folder) for root in (one, other))
         differ = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
@@ -226,7 +226,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def same_points(ours: Path, stock: Path, unit: str) -> None:
-    """How many submissions have the same points in both; where stock nbgrader cannot, ours should have more."""
+    """Print how many submissions have the same points in both; where stock nbgrader fails, ours should have more."""
     from nbgrader.api import Gradebook
 
     totals = []
@@ -235,7 +235,7 @@ def same_points(ours: Path, stock: Path, unit: str) -> None:
             totals.append({one.student.id: round(one.score, 2) for one in gradebook.assignment_submissions(unit)})
     mine, theirs = totals
     other = [f"{who}: {mine[who]:g} and {theirs.get(who, 0):g}" for who in sorted(mine) if mine[who] != theirs.get(who)]
-    print(f"the same points: {len(mine) - len(other)} of {len(mine)}" + (f"; {'; '.join(other[:6])}" if other else ""))
+    print(f"same points: {len(mine) - len(other)} of {len(mine)}" + (f"; {'; '.join(other[:6])}" if other else ""))
 
 
 if __name__ == "__main__":

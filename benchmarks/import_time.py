@@ -2,8 +2,8 @@
 
     python -m benchmarks.import_time
 
-The goal is a ratio of at most 1.3: whoever uses a part of the library should wait for that part and for torch.
-`lora_from_scratch.methods.lora` stands for such a part.
+The goal is a ratio of at most 1.3: importing a part of the library should take little longer than importing torch.
+`lora_from_scratch.methods.lora` is measured as an example of such a part.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REFERENCE = "import torch"
 
 
 def seconds(statement: str) -> float:
-    """How long a new Python takes to start and to run one statement."""
+    """The time that a new Python process takes to start and to run one statement."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - started
@@ -29,11 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     rounds = parser.parse_args().rounds
-    for statement in (REFERENCE, *STATEMENTS):  # once, so that every file has been read from the disk
+    for statement in (REFERENCE, *STATEMENTS):  # once, so that every file is in the disk cache
         seconds(statement)
     ratios: dict[str, list[float]] = {statement: [] for statement in STATEMENTS}
     for _ in range(rounds):
-        for statement in STATEMENTS:  # with the reference on both sides, in the same quarter of a minute
+        for statement in STATEMENTS:  # with the reference immediately before and after
             before, own, after = seconds(REFERENCE), seconds(statement), seconds(REFERENCE)
             ratios[statement].append(own / ((before + after) / 2))
     for statement, values in ratios.items():

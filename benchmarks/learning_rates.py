@@ -1,10 +1,10 @@
-"""Tune each method by itself, on the validation cards; write what came out.
+"""Tune the learning rate of each method on the validation cards, and write the results.
 
     python -m benchmarks.learning_rates [--model MODEL] [--methods full lora] [--rates 1e-3 3e-3] [--steps 500]
 
-Writes `benchmarks/learning_rates.md`, a row as soon as a run is finished; what is in it already is not run again, and
-a run that was killed goes on where it was. `--rates` tries others than the grid's: a best rate at the grid's
-edge is none. The defaults (in each method's file) are the best here.
+Writes `benchmarks/learning_rates.md`, one row as soon as a run is finished. Runs that are already in it are skipped,
+and interrupted runs resume where they were. `--rates` tries rates outside the grid: if the best rate is at the edge of
+the grid, the optimum may lie beyond it. The defaults in each method's file are the best rates found here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_from_scratch.compare.shootout import contestants
-from lora_from_scratch.compare.side_by_side import in_fresh_processes, model_fingerprint, tuned_run
+from lora_from_scratch.compare.side_by_side import model_fingerprint, run_in_processes, tuned_run
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.run import Report
 from lora_from_scratch.methods.lora import LoRA
@@ -26,7 +26,7 @@ from lora_from_scratch.support.files import write_atomically
 
 
 class Entry(NamedTuple):
-    """What is tuned: its name in the shootout, its name in the table, the method, the rates to try."""
+    """A method to tune: its name in the shootout, its name in the table, the method, the rates to try."""
 
     name: str
     label: str
@@ -68,9 +68,9 @@ PLACE = Path(__file__).with_suffix(".md")
 HEAD = """\
 # Tuning on the story cards
 
-`python -m benchmarks.learning_rates` writes this file: {steps} steps of batch {batch}, judged on the validation cards,
-seed 0, model {model}. LoRA and QLoRA have rank 8 and alpha 64 on every matrix of every
-block where nothing else is said; their scaling alpha / r is 8 in every row.
+`python -m benchmarks.learning_rates` writes this file: {steps} steps of batch {batch}, seed 0, model {model},
+evaluated on the validation cards. LoRA and QLoRA have rank 8 and alpha 64 on every matrix of every
+block unless stated otherwise; their scaling alpha / r is 8 in every row.
 
 | method | learning rate | BLEU | slot errors | perplexity | tale perplexity | divergence |
 |---|---:|---:|---:|---:|---:|---:|
@@ -98,23 +98,23 @@ def row(label: str, report: Report) -> str:
 
 
 def read_rows(place: Path, head: str) -> dict[Key, str]:
-    """The rows that a sweep of the same kind has written.
+    """The rows that an earlier sweep of the same kind has written.
 
     Raises:
-        SystemExit: the file is of another sweep, which would be lost.
+        SystemExit: the file belongs to another sweep, whose results would be lost.
     """
     if not place.exists():
         return {}
     text = place.read_text(encoding="utf-8")
     if not text.startswith(head):
-        raise SystemExit(f"{place} is of another sweep (steps or model); move it away, or name another --output")
+        raise SystemExit(f"{place} is of another sweep (steps or model); move it away, or give another --output")
     lines = text[len(head) :].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {(first, second): line for (first, second, *_), line in zip(cells, lines, strict=True)}
 
 
 def write_rows(place: Path, head: str, rows: dict[Key, str]) -> None:
-    """Sorted as the grid, and by the rate."""
+    """Write the rows in the order of the grid, and by learning rate."""
     labels = [entry.label for entry in GRID]
     order = sorted(rows, key=lambda k: (labels.index(k[0]) if k[0] in labels else len(labels), k[0], float(k[1])))
     text = head + "".join(f"{rows[k]}\n" for k in order)
@@ -122,11 +122,11 @@ def write_rows(place: Path, head: str, rows: dict[Key, str]) -> None:
 
 
 def sweep(entries: Sequence[Entry], place: Path, model: str, steps: int, jobs: int | None, scratch: Path) -> None:
-    """Carry out what is not in the file yet, and write each row as it comes."""
+    """Carry out the runs that are not in the file yet, and write each row when its run is finished."""
     head = HEAD.format(steps=steps, batch=defaults.BATCH_SIZE, model=model_fingerprint(model))
     rows = read_rows(place, head)
     planned = [(e, rate) for e in entries for rate in e.rates if key(e.label, rate) not in rows]
-    scratch = scratch / f"{model_fingerprint(model)}-{steps}"  # a checkpoint goes on only with the same
+    scratch = scratch / f"{model_fingerprint(model)}-{steps}"  # a checkpoint can be resumed only with the same of both
     runs = [
         tuned_run(
             entry.method,
@@ -153,7 +153,7 @@ def sweep(entries: Sequence[Entry], place: Path, model: str, steps: int, jobs: i
         write_rows(place, head, rows)
         print(error, flush=True)
 
-    in_fresh_processes(runs, jobs, record, record_divergence)
+    run_in_processes(runs, jobs, record, record_divergence)
     write_rows(place, head, rows)
 
 
@@ -162,8 +162,8 @@ def main() -> None:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--steps", type=int, default=defaults.STEPS)
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--rates", nargs="+", type=float, help="instead of the grid's")
-    parser.add_argument("--jobs", type=int, help="runs at a time (2)")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to try instead of the grid's")
+    parser.add_argument("--jobs", type=int, help="number of runs at a time (2)")
     parser.add_argument("--output", type=Path, default=PLACE)
     parser.add_argument("--scratch", type=Path, default=Path("runs/learning-rates"))
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""LoRA here against LoRA in peft: the memory that a training step keeps, and the time that it takes.
+"""Our LoRA against peft's: the memory that a training step keeps, and the time that it takes.
 
     python -m benchmarks.lora_vs_peft                     # GPT-2 small, random weights, LoRA on every linear layer
     python -m benchmarks.lora_vs_peft --model bundled
     python -m benchmarks.lora_vs_peft --what memory --dropout 0.1
 
-`benchmarks/README.md` says what is measured and what came out.
+`benchmarks/README.md` describes what is measured and gives the results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Step = Callable[[], Tensor]  # one forward pass; returns the loss
 
 
 def saved_activations(step: Step, parameters: Iterable[nn.Parameter]) -> int:
-    """The bytes that a forward pass keeps for the backward pass: every storage once, parameters not counted."""
+    """The bytes that a forward pass keeps for the backward pass: every storage once, without the parameters."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     sizes: dict[int, int] = {}
 
@@ -34,7 +34,7 @@ def saved_activations(step: Step, parameters: Iterable[nn.Parameter]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor  # held until the graph goes, so that no address is used twice
+        return tensor  # kept until the graph is freed, so that no address is reused
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = step()
@@ -43,7 +43,7 @@ def saved_activations(step: Step, parameters: Iterable[nn.Parameter]) -> int:
 
 
 def paired_times(ours: Callable[[], None], theirs: Callable[[], None], pairs: int) -> list[tuple[float, float]]:
-    """Seconds of ours and theirs, one straight after the other, each pair in the other order than the last."""
+    """The seconds of ours and theirs, measured immediately after each other, in alternating order."""
     times = []
     for pair in range(-2, pairs):  # two pairs to warm up
         seconds: dict[Callable[[], None], float] = {}
@@ -70,11 +70,11 @@ def report_times(what: str, times: list[tuple[float, float]]) -> None:
     )
 
 
-# --- (a) whole models, as people meet them ---------------------------------------------------------------
+# --- (a) whole models, as they are normally used ---------------------------------------------------------
 
 
 def base_model(name: str) -> GPT2:
-    """GPT-2 small's shape with random weights, a tiny one, or a checkpoint; dropout off, as it blurs the comparison."""
+    """A GPT-2 small or tiny GPT-2 with random weights, or a checkpoint; without dropout, which blurs the comparison."""
     torch.manual_seed(0)
     off = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
     if name == "small":
@@ -90,7 +90,7 @@ def base_model(name: str) -> GPT2:
 
 
 def with_peft(model: GPT2, method: LoRA) -> Any:
-    """peft's LoRA on transformers' GPT-2 with the same weights, A and B as `model`, which `method` has adapted."""
+    """peft's LoRA on transformers' GPT-2, with the same weights, A and B as `model`, which `method` has adapted."""
     import peft
     import transformers
 
@@ -154,7 +154,7 @@ def whole_models(arguments: argparse.Namespace, dropout: float) -> None:
 
 
 def one_layer(arguments: argparse.Namespace, dropout: float, width: int, outputs: int) -> None:
-    """Our LoRALinear on our Conv1D against peft's layer on transformers' Conv1D, same weights, one input."""
+    """Our LoRALinear on our Conv1D against peft's layer on transformers' Conv1D, with the same weights and input."""
     import peft
     from transformers.pytorch_utils import Conv1D as TheirConv1D
 
@@ -174,7 +174,7 @@ def one_layer(arguments: argparse.Namespace, dropout: float, width: int, outputs
     x = torch.randn(arguments.batch, arguments.tokens, width, requires_grad=True)
 
     def our_loss() -> Tensor:
-        return layer(x.clone()).sum()  # the clone stands for what another layer has computed
+        return layer(x.clone()).sum()  # the clone stands for the output of another layer
 
     def their_loss() -> Tensor:
         loss: Tensor = theirs(x.clone()).sum()

@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory_accounting [--only bundled] [--precision bf16]
 
-On the bundled model's shape as in the demo (8 texts of 128 tokens, with padding), and on GPT-2 small with random
-weights (4 x 128). Measured are the bytes of all live tensors in the second of two steps (`LiveMemory`), which depends
-neither on the machine's speed nor on its load. Where the method leaves the choice, no copy of the base is kept for
-`undo`. Each line takes two steps and the making of the model: some minutes for all of GPT-2 small.
+It uses the bundled model's shape as in the demo (8 texts of 128 tokens, with padding), and GPT-2 small with random
+weights (4 x 128). The measurement counts the bytes of all live tensors in the second of two steps (`LiveMemory`), which
+depends neither on the machine's speed nor on its load. Where the method allows it, no copy of the base is kept for
+`undo`. Each line builds a model and trains it for two steps; GPT-2 small takes some minutes for all methods.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def main() -> None:
     lines = [
         "# Memory of a training step: predicted and measured",
         "",
-        f"`python -m benchmarks.memory_accounting --precision {args.precision}`; on a CPU, MiB. The parts and the peak",
-        'are predicted; each part at its largest, so the peak is less than their sum. "Ratio" is predicted over',
-        'measured peak, "worst part" the ratio of the part that is predicted least well, "when" the moment of the',
-        "peak.",
+        f"`python -m benchmarks.memory_accounting --precision {args.precision}`; on a CPU, in MiB. The parts and",
+        "the peak are predicted. Each part is given at its largest, so the peak is less than their sum.",
+        '"Ratio" is the predicted divided by the measured peak, "worst part" the ratio of the least accurately',
+        'predicted part, "when" the moment of the peak.',
     ]
     for name, (title, config, batch, how) in plan.items():
         if args.only in (None, name):

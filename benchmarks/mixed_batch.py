@@ -1,10 +1,10 @@
-"""One batch, eight LoRAs: a step of generation of ours against peft's `adapter_names=`, in turns in one run.
+"""Eight LoRAs in one batch: a generation step of ours against peft's `adapter_names=`, alternating in one run.
 
     python -m benchmarks.mixed_batch                       # GPT-2 small, random weights, 16 rows of 1 token
     python -m benchmarks.mixed_batch --model bundled --adapters 4 --rows 32
 
 Both sides have the same base, the same A and B on every linear layer, and the same rows; the script stops if the
-logits differ. Times are taken in pairs, as in `lora_vs_peft`. Goal: at most 0.75 of peft's time.
+logits differ. Times are measured in pairs, as in `lora_vs_peft`. Goal: at most 0.75 of peft's time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GOAL = 0.75
 
 
 def give_values(model: torch.nn.Module, seed: int) -> dict[str, Tensor]:
-    """Random A and B of the size that training leaves; returns them under peft's names."""
+    """Set A and B to random values of a size typical after training; return them under peft's names."""
     generator = torch.Generator().manual_seed(seed)
     state = lora_state_dict(model)
     for tensor in state.values():
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="small", help="small, tiny, bundled, or a checkpoint directory")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=1, help="in each row")
+    parser.add_argument("--tokens", type=int, default=1, help="tokens per row")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=31)
     parser.add_argument("--threads", type=int, default=1)

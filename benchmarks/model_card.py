@@ -1,8 +1,8 @@
-"""Write the bundled model's card: everything in it that is a number or a text of the model is measured here.
+"""Write the bundled model's card: all its numbers and generated texts are produced here.
 
     python -m benchmarks.model_card CORPUS [--titles TITLE ...]
 
-CORPUS is the file that the model was pretrained on; TITLES are those of the held-out books, in their order.
+CORPUS is the file that the model was pretrained on; the TITLEs are those of the held-out books, in order.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PROMPTS = ("Once upon a time there was a woodcutter", "The old woman", '"Where a
 CARD = """\
 # The bundled GPT-2
 
-A GPT-2 in Hugging Face's own layout, made for the course: small enough for a laptop, real enough to be adapted. It has
-read fairy tales and children's novels, and nothing else. `transformers` loads this directory too.
+A GPT-2 in Hugging Face's layout, made for the course: small enough for a laptop, and a real language model to
+fine-tune. It was trained only on fairy tales and children's novels. `transformers` can load this directory too.
 
-Written by `python -m benchmarks.model_card`; the numbers and the texts below were measured on the weights in this
-directory.
+This file is written by `python -m benchmarks.model_card`; the numbers and texts below were produced with the weights in
+this directory.
 
 ## Configuration
 
@@ -39,35 +39,38 @@ directory.
 ## Data
 
 {books} English children's books in the public domain ({characters:.1f} MB, from Project Gutenberg; headers, footers,
-headings and notes removed, straightened to ASCII): the coloured fairy books of Andrew Lang, Grimm, Andersen, the Oz
-books, Alice, The Jungle Books, Peter Pan and others. The last {held_out} books of the file were held out whole: neither
-the model nor its tokenizer has seen a line of them.
+headings and notes removed, converted to ASCII): the coloured fairy books of Andrew Lang, Grimm, Andersen, the Oz
+books, Alice, The Jungle Books, Peter Pan and others. The last {held_out} books of the file were held out entirely:
+neither the model nor its tokenizer has seen any part of them.
 
 ## Training
 
 `lora-from-scratch pretrain --corpus tales.txt.gz`: {training}
 
-## How well it does
+## Evaluation
 
-Windows of {context} tokens; the first token of a window is not predicted. Nats per token of this tokenizer.
+Measured on windows of {context} tokens; the first token of a window is not predicted. The loss is in nats per token of
+this tokenizer.
 
 | text | tokens | loss | perplexity | bits per character |
 |---|---:|---:|---:|---:|
 {losses}
 
-The perplexity of the project's own tales (`assets/tales.txt`, read by nobody), each from its beginning: {tales:.1f}.
+The perplexity of the project's own tales (`assets/tales.txt`, not in the training data), each from its beginning, is
+{tales:.1f}.
 
-## What it writes
+## Samples
 
-Drawn by seeds 0, 1, 2, ... at temperature 0.8, top-p 0.95, the first text of each; not chosen by hand.
+Sampled with seeds 0, 1, 2, ... at temperature 0.8 and top-p 0.95; the first text of each seed, not selected by hand.
 
 {samples}
 
 ## Limits
 
-It knows no facts, no languages but English, nothing after 1930, and it follows no instructions. It loses the thread
-after a few sentences. Its sources hold the prejudices of their time about peoples, women, disability and class; so can
-its texts. It is for learning how models are adapted, and for nothing else.
+The model knows no facts, no language other than English and nothing after 1930, and it does not follow instructions. It
+loses the thread after a few sentences. Its sources contain the prejudices of their time about peoples, women,
+disability and class, and its texts may too. It is intended for learning how models are fine-tuned, and for nothing
+else.
 
 ## Licence
 
@@ -116,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--titles", nargs="+", default=["Through the Looking-Glass", "Tik-Tok of Oz"])
-    parser.add_argument("--training", default="", help="how the run went: steps, tokens, time, machine")
+    parser.add_argument("--training", default="", help="a description of the run: steps, tokens, time, machine")
     options = parser.parse_args()
     held_out = PretrainingSettings.held_out_books
     books = read_books(options.corpus)

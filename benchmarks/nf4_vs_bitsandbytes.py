@@ -1,10 +1,10 @@
-"""NF4 of a 4096 x 4096 weight: our time over bitsandbytes' on the CPU, taken in turns in one run.
+"""NF4 of a 4096 x 4096 weight: our time over bitsandbytes' on the CPU, alternating in one run.
 
     python -m benchmarks.nf4_vs_bitsandbytes [--rounds 5] [--size 4096] [--threads 2]
 
 Each round times ours and theirs one after the other; the ratio is that of the medians. Goals for float32: quantise
-at most 1.0, dequantise at most 2.0. bitsandbytes has AVX-512 kernels for dequantising; those for half precision are
-out of reach of anything that is put together from PyTorch's operations, and are shown for honesty.
+at most 1.0, dequantise at most 2.0. bitsandbytes has AVX-512 kernels for dequantising. Code composed of PyTorch
+operations cannot match those for half precision, which are shown for completeness.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def main() -> None:
 
 
 def jobs(weight: torch.Tensor, bnb: Any) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """What is compared, after a check that both sides do the same."""
+    """The functions to compare, after a check that both sides give the same result."""
     ours = quantize_4bit(weight)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     if not torch.equal(ours.packed, packed) or not torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state)):
-        raise ValueError("the two sides differ: a comparison of their times would mean nothing")
+        raise ValueError("the results of the two sides differ, so their times cannot be compared")
     return {
         "quantise": (
             lambda: quantize_4bit(weight),
@@ -62,7 +62,7 @@ def jobs(weight: torch.Tensor, bnb: Any) -> dict[str, tuple[Callable[[], object]
 
 
 def in_turns(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """The median seconds of each, after one call to warm up."""
+    """The median seconds of each, measured alternately, after one warm-up call."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for warm_up in (True, *[False] * rounds):
         for taken, call in zip(seconds, (ours, theirs), strict=True):

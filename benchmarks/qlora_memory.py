@@ -1,13 +1,13 @@
-"""The peak memory of fine-tuning GPT-2 small with QLoRA over that with LoRA, each in a fresh process.
+"""The peak memory of fine-tuning GPT-2 small with QLoRA relative to LoRA, each in a fresh process.
 
     python -m benchmarks.qlora_memory [--batch 1] [--tokens 64] [--steps 2] [--rounds 3] [--checkpointing]
 
-Counted is the most memory that the process held above what it held before the model was built: loading, forward,
-backward and AdamW. The code that PyTorch imports on the way is not counted: a tiny model goes first. LoRA's model is
-built in its place, so that nothing is ever there twice; QLoRA's comes from a checkpoint with the same random weights,
-one layer at a time (`load_quantized`). Goal: at most 0.75. A larger batch brings the two nearer to each other, as
-their activations are the same; checkpointing takes them apart. The peak of QLoRA differs from process to process: the
-weights that it makes and throws away leave holes, and how C's allocator fills them is luck.
+The peak is measured above the process's memory before the model is built, and covers loading, forward, backward and
+AdamW. Code that PyTorch imports during training is not counted, since a tiny model is trained first. LoRA's model is
+built in place, so that no weights exist twice; QLoRA's is loaded from a checkpoint with the same random weights, one
+layer at a time (`load_quantized`). Goal: at most 0.75. A larger batch reduces the difference, as the activations are
+the same; gradient checkpointing increases it. QLoRA's peak varies between processes: the temporary weights that it
+frees leave holes in the heap, and how the C allocator reuses them is not predictable.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="number of processes of each; the median is reported")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
     parser.add_argument("--one", choices=["lora", "qlora"], help=argparse.SUPPRESS)  # what the fresh processes run
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
@@ -78,7 +78,7 @@ def in_fresh_process(name: str, checkpoint: str) -> dict[str, Any]:
 
 
 def one(name: str, checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Build, adapt and train one model; the peaks so far after building and at the end."""
+    """Build, adapt and train one model; return the peak after building, the peak at the end, and two losses."""
     memory = PeakMemory(torch.device("cpu"))
     model: GPT2
     method: LoRA
@@ -106,7 +106,7 @@ def one(name: str, checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def warm_up(name: str, args: argparse.Namespace) -> None:
-    """The same with a tiny model: what PyTorch imports on the way is code, and no memory of the model's."""
+    """Do the same with a tiny model, so that the code that PyTorch imports is not counted as the model's memory."""
     tiny = argparse.Namespace(**{**vars(args), "model": "tiny"})
     with tempfile.TemporaryDirectory() as checkpoint:
         save_gpt2(base_model("tiny"), None, checkpoint)

@@ -1,12 +1,12 @@
-"""How long the fine-tuning units take on GPT-2 small: solved notebooks, run from top to bottom on random weights.
+"""The time of the fine-tuning units on GPT-2 small: solved notebooks, run from top to bottom with random weights.
 
     python -m benchmarks.units_on_gpt2 [UNIT ...] [--steps N] [--vocabulary DIR] [--model DIR]
 
-Time does not depend on what the weights are, but for one thing: a random model never ends a text by itself, so that
-texts are written to their greatest length, and the real GPT-2 is faster there. With `--vocabulary DIR` (a directory
+The time does not depend on the values of the weights, with one exception: a random model never ends a text by itself,
+so generated texts have the maximum length, and the real GPT-2 is faster there. With `--vocabulary DIR` (a directory
 with GPT-2's own vocab.json and merges.txt) the model has all of GPT-2's 50,257 tokens, without it the bundled model's
-4,096. `--model` takes another model, `bundled` to compare. Without `--steps` each training is as long as the unit's. A
-kernel has one thread.
+4,096. `--model` selects another model, such as `bundled` for comparison. Without `--steps` each training run has the
+number of steps given in the unit. A kernel has one thread.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ SECONDS_A_CELL = 4 * 3600
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("units", nargs="*", default=FINE_TUNING, metavar="UNIT", help="such as 09 (all that fine-tune)")
-    parser.add_argument("--steps", type=int, help="of each training (as many as the unit says)")
+    parser.add_argument("--steps", type=int, help="steps per training run (as in the unit)")
     parser.add_argument("--vocabulary", default="bundled", help="a directory with GPT-2's vocab.json and merges.txt")
-    parser.add_argument("--model", help="a checkpoint's directory, or bundled; without it: random weights")
+    parser.add_argument("--model", help="a checkpoint directory, or bundled (default: random weights)")
     args = parser.parse_args()
     if unknown := sorted(set(args.units) - set(FINE_TUNING)):
         parser.error(f"these units do not fine-tune: {', '.join(unknown)}; allowed: {', '.join(FINE_TUNING)}")
@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not args.model:
             random_gpt2(Path(folder), vocabulary=args.vocabulary)
-        print("| unit | wall min | processor min | peak MiB |\n|---|---|---|---|", flush=True)
+        print("| unit | wall min | CPU min | peak MiB |\n|---|---|---|---|", flush=True)
         for unit in args.units:
             started = time.monotonic()
             cost = run_unit(f"unit_{unit}", args.model or folder, args.steps)
@@ -51,23 +51,23 @@ def main() -> None:
 
 
 def random_gpt2(folder: Path, width: int = 768, vocabulary: str | Path = "bundled") -> None:
-    """Write a checkpoint of GPT-2 small's depth, heads and context, with random weights and a vocabulary's tokens."""
+    """Write a checkpoint with GPT-2 small's depth, heads and context, random weights, and the given vocabulary."""
     tokenizer = load_tokenizer(vocabulary)
     end = tokenizer.eos_id
     torch.manual_seed(0)
     model = GPT2(GPT2Config(n_embd=width, vocab_size=tokenizer.vocab_size, bos_token_id=end, eos_token_id=end))
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():  # a trained model has no biases of zero
+            if not parameter.any():  # a trained model has no all-zero biases
                 parameter.normal_(std=0.02)
     save_gpt2(model, tokenizer, folder)
 
 
 def run_unit(name: str, model: str | Path, steps: int | None = None) -> execution.Cost:
-    """Run a unit's solved notebook on a model; each of its trainings has `steps` steps.
+    """Run a unit's solved notebook on a model, with `steps` steps per training run.
 
     Raises:
-        RuntimeError: a cell ended in an error, or was not run.
+        RuntimeError: a cell raised an error or was not run.
     """
     solved = nbformat.read(ROOT / "solutions" / name / f"{name}.ipynb", as_version=4)
     model_setting, steps_setting = execution.SETTINGS

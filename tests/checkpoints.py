@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a tokenizer, and what it means that two models are the same."""
+"""Helpers for the tests of checkpoints: a tokenizer, and an assertion that two models are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line, called in this process."""
+"""Calling the command line in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_from_scratch.cli import main
 
 
 def call(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command."""
+    """The exit code, standard output and standard error of a command."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(a) for a in arguments])
@@ -17,7 +17,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
 
 
 def complaint(*arguments: object) -> str:
-    """The one line with which bad input ends."""
+    """The one-line error message for bad input."""
     code, _, err = call(*arguments)
     assert code == 2
     assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""What every test has: one thread (the runner already uses every core), no progress bars from elsewhere."""
+"""Set-up for all tests: one thread (the runner already uses every core), no progress bars of other libraries."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,9 @@ from lora_from_scratch.cli import main
 from lora_from_scratch.gpt2.checkpoint import save_gpt2
 from tests.checkpoints import TOKENIZER
 from tests.helpers import tiny_model
-from tests.tiny_runs import SHORT, make_model, run_in, short_judgement, write_data
+from tests.tiny_runs import SHORT, make_model, run_in, shorten_evaluation, write_data
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; of this one, see below
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that the tests start; for this one, see below
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -24,23 +24,23 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A sound checkpoint, to be damaged."""
+    """An intact checkpoint, for tests that damage it."""
     save_gpt2(tiny_model(vocab_size=300), TOKENIZER, tmp_path / "model")
     return tmp_path / "model"
 
 
 @pytest.fixture
 def short_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    short_judgement(monkeypatch)
+    shorten_evaluation(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def cli_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model`, `data.csv`, and `adapter`: what a short run of LoRA wrote."""
+    """A directory with `model`, `data.csv`, and `adapter`, the output of a short LoRA run."""
     directory = tmp_path_factory.mktemp("cli")
     model, data = make_model(directory / "model"), write_data(directory / "data.csv")
     with pytest.MonkeyPatch.context() as patch:
-        short_judgement(patch)
+        shorten_evaluation(patch)
         run = ["finetune", "--model", str(model), "--data", str(data), "--output", str(directory / "adapter")]
         assert main([*run, *SHORT, "--steps", "8", "--learning-rate", "0.05"]) == 0
     return directory
@@ -48,11 +48,11 @@ def cli_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quiet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model`, `data.csv`, and `quiet`: what a run wrote that nothing disturbed."""
+    """A directory with `model`, `data.csv`, and `quiet`, the output of an uninterrupted run."""
     directory = tmp_path_factory.mktemp("finetune")
     make_model(directory / "model")
     write_data(directory / "data.csv")
     with pytest.MonkeyPatch.context() as patch:
-        short_judgement(patch)
+        shorten_evaluation(patch)
         assert main(run_in(directory, directory / "quiet")) == 0
     return directory

@@ -12,7 +12,7 @@ import torch
 
 from lora_from_scratch.cli import main
 from lora_from_scratch.methods.lora import LoRA
-from tests.tiny_runs import short_judgement
+from tests.tiny_runs import shorten_evaluation
 
 whole = LoRA.save
 
@@ -25,6 +25,6 @@ def save(self: LoRA, model: Any, directory: Path, **more: Any) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        short_judgement(patch)
+        shorten_evaluation(patch)
         patch.setattr(LoRA, "save", save)
         sys.exit(main(sys.argv[1:]))

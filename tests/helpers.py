@@ -1,4 +1,4 @@
-"""What several test files share: where real files lie, and small random models."""
+"""Helpers for several test files: the location of real files, and small random models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARED = REPOSITORY.parent / "shared"
 
 
 def shared(path: str) -> Path:
-    """A file or directory of `../shared`; the test is skipped where it is not there."""
+    """A file or directory in `../shared`; the test is skipped if it does not exist."""
     found = SHARED / path
     if not found.exists():
         pytest.skip(f"{path} is not beside this repository")
@@ -25,14 +25,14 @@ def shared(path: str) -> Path:
 
 
 def real_checkpoint() -> Path:
-    """The bundled GPT-2, or the trial model while there is no bundled one yet."""
+    """The bundled GPT-2, or the trial model if there is no bundled one."""
     if (BUNDLED_DIRECTORY / "model.safetensors").exists():
         return BUNDLED_DIRECTORY
     return shared("data/trial-gpt2")
 
 
 def tiny_config(**changes: Any) -> GPT2Config:
-    """A GPT-2 of a few thousand parameters, without dropout."""
+    """A GPT-2 with a few thousand parameters, without dropout."""
     settings: dict[str, Any] = {
         "vocab_size": 61,
         "n_positions": 32,
@@ -49,7 +49,7 @@ def tiny_config(**changes: Any) -> GPT2Config:
 
 
 def tiny_model(seed: int = 0, *, std: float = 0.25, **changes: Any) -> GPT2:
-    """A tiny GPT-2 in which every parameter is random, biases and norms as well, so that none can be forgotten."""
+    """A tiny GPT-2 in which all parameters, including biases and norms, are random, so that omitting one is noticed."""
     model = GPT2(tiny_config(**changes)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def tiny_model(seed: int = 0, *, std: float = 0.25, **changes: Any) -> GPT2:
 
 
 def transformers_twin(model: GPT2) -> Any:
-    """transformers' GPT-2 with the same weights."""
+    """The same model in transformers, with the same weights."""
     transformers = pytest.importorskip("transformers")
     twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**model.config.to_json_dict()))
     twin.load_state_dict(model.state_dict() | {"lm_head.weight": model.transformer.wte.weight})

@@ -271,5 +271,5 @@ def test_a_model_without_anything_to_train_and_an_unknown_module_are_refused() -
     with pytest.raises(ValueError, match="nothing is trained"):
         memory_of(model, 1, 8)
     model.requires_grad_(True).transformer.h[0].mlp = torch.nn.Bilinear(2, 2, 2)
-    with pytest.raises(ValueError, match="the memory of a Bilinear is not known"):
+    with pytest.raises(ValueError, match="the memory use of Bilinear is unknown"):
         memory_of(model, 1, 8)

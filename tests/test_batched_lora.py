@@ -181,7 +181,7 @@ def test_an_unknown_name_and_a_batch_of_another_size_are_refused(directories: di
     model, adapters = served(directories)
     with pytest.raises(ValueError, match="no adapter 'wolf'; there are king, fox, dove"), adapters.rows(["wolf"]):
         pass
-    with adapters.rows(["king", "fox"]), pytest.raises(ValueError, match="must have 2 rows, one for each name, got 5"):
+    with adapters.rows(["king", "fox"]), pytest.raises(ValueError, match="must have 2 rows, one per name, got 5"):
         model(tokens())
     assert torch.equal(model(tokens()), tiny_model()(tokens()))
 
@@ -191,7 +191,10 @@ def test_what_cannot_be_served_is_named_and_the_model_stays_as_it_was(tmp_path: 
     cases: list[tuple[dict[str, Factors], str]] = [
         ({}, "at least one LoRA, got none"),
         ({"king": {"transformer.h.9.attn.c_attn": (A, B)}}, "'king' is for a layer transformer.h.9.attn.c_attn, which"),
-        ({"king": {"transformer.h.1.attn.c_attn": (A[:, 1:], B)}}, "of 23 to 72 features; this model's has 24 to 72"),
+        (
+            {"king": {"transformer.h.1.attn.c_attn": (A[:, 1:], B)}},
+            "with 23 inputs and 72 outputs, but this model's has 24 and 72",
+        ),
     ]
     model = tiny_model()
     modules = [id(module) for module in model.modules()]
@@ -199,7 +202,7 @@ def test_what_cannot_be_served_is_named_and_the_model_stays_as_it_was(tmp_path: 
         with pytest.raises(ValueError, match=message):
             ServedAdapters(model, factors)
     Adapter(width=2).save(_adapted_by(Adapter(width=2)), tmp_path)
-    with pytest.raises(ValueError, match=r"must hold a LoRA, got one of the method adapter"):
+    with pytest.raises(ValueError, match=r"must contain a LoRA, got an adapter of the method adapter"):
         read_lora(model, tmp_path)
     assert [id(module) for module in model.modules()] == modules
     with pytest.raises(ValueError, match=r"adapted by LoRA\(rank=2.*; undo that first"):

@@ -95,7 +95,7 @@ def test_the_console_script_answers() -> None:
         (["--cards", "0"], "cards must be at least 1, got 0"),
         (["--checkpoint-every", "0"], "checkpoint_every must be at least 1, got 0"),
         (["--device", "toaster"], "unknown device 'toaster'; give cpu, cuda, cuda:0, cuda:1, ... or auto"),
-        (["--device", "cuda"], "PyTorch sees no GPU here; use --device cpu"),
+        (["--device", "cuda"], "PyTorch finds no GPU here; use --device cpu"),
         (["--data", "no-such.csv"], "no such data set: no-such.csv"),
         (["--model", "no/such/model"], "no directory 'no/such/model'"),
         (["--model", ""], "there is no directory ''"),

@@ -67,7 +67,7 @@ def test_a_prompt_may_fill_all_but_one_token_of_the_context_and_no_more(here: Pa
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "inf"], "temperature"),
         (["--temperature", "1", "--top-p", "0"], "top_p must be above 0"),
-        (["--temperature", "1", "--beams", "2"], "a beam search draws nothing"),
+        (["--temperature", "1", "--beams", "2"], "beam search does not sample"),
         (["--beams", "0"], "num_beams must be at least 1"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["--no-repeat-ngram-size", "-1"], "no_repeat_ngram_size"),

@@ -74,7 +74,7 @@ def test_the_demo_writes_table_numbers_figure_and_both_results(
         short = [replace(run, data=str(here / "data.csv"), batch_size=2, cards=1) for run in runs]
         return [finetune(run, progress=False) for run in short]
 
-    monkeypatch.setattr(demonstration, "in_fresh_processes", in_this_process)
+    monkeypatch.setattr(demonstration, "run_in_processes", in_this_process)
     assert main(["demo", "--model", str(here / "model"), "--output", str(tmp_path), "--steps", "2"]) == 0
     said = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text().strip() in said
@@ -105,5 +105,5 @@ def _die(run: Run) -> Report:
 def test_a_training_process_that_is_killed_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "finetune", _die)
     run = Run(FullFineTuning(), TrainingSettings(steps=1, learning_rate=1.0), Path("nowhere"))
-    with pytest.raises(ChildProcessError, match="a training process was killed, perhaps because memory ran out"):
-        side_by_side.in_fresh_processes([run])
+    with pytest.raises(ChildProcessError, match="a training process was killed, possibly because memory ran out"):
+        side_by_side.run_in_processes([run])

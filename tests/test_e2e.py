@@ -64,7 +64,7 @@ def test_a_meaning_survives_being_written_and_parsed(meaning: dict[str, str]) ->
         ("name[The Eagle] by the river", "expected ', slot[value]'"),
         ("name[The Eagle],", "expected ', slot[value]'"),
         ("name[The Eagle]]", "expected ', slot[value]'"),
-        ("[The Eagle]", "must be a slot's name"),
+        ("[The Eagle]", "is not the name of a slot"),
         ("name]The Eagle[", "expected slot[value]"),
         ("name[]", "slot 'name' has no value"),
         ("name[a], food[b], name[c]", "slot 'name' occurs twice"),

@@ -28,7 +28,7 @@ from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import load_adapter
 from lora_from_scratch.quantization.nf4_linear import nf4_layers
-from tests.tiny_runs import SHORT, files_in, make_model, short_judgement, write_data
+from tests.tiny_runs import SHORT, files_in, make_model, shorten_evaluation, write_data
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    short_judgement(monkeypatch)
+    shorten_evaluation(monkeypatch)
 
 
 def command(here: Path, output: Path, *more: str) -> list[str]:

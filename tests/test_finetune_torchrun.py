@@ -15,7 +15,7 @@ from lora_from_scratch.cli import main
 from lora_from_scratch.finetune.distributed import World
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from tests.helpers import REPOSITORY
-from tests.tiny_runs import SHORT, files_in, make_model, short_judgement, write_data
+from tests.tiny_runs import SHORT, files_in, make_model, shorten_evaluation, write_data
 
 SCRIPT = REPOSITORY / "tests" / "finetune_script.py"
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}  # each process draws masks of its own
@@ -56,7 +56,7 @@ def test_two_processes_lose_what_one_loses_with_the_same_batch_and_one_of_them_w
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    short_judgement(monkeypatch)
+    shorten_evaluation(monkeypatch)
     assert main(command(here, alone, *more)) == 0
     one, two = (json.loads((output / "report.json").read_text())["report"] for output in (alone, together))
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)

@@ -317,7 +317,7 @@ def test_no_prompts_give_no_texts() -> None:
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1, 61]], {}, "outside 0 to 60"),
         ([[-1]], {}, "outside 0 to 60"),
-        ([[1] * 30], {"max_new_tokens": 3}, "30 tokens, with max_new_tokens=3 that is 33: more than .* context of 32"),
+        ([[1] * 30], {"max_new_tokens": 3}, "30 tokens; with max_new_tokens=3 that is 33, more than .* context of 32"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([[1]], {"temperature": -1.0}, "temperature must be a number of at least 0, got -1.0"),
         ([[1]], {"temperature": math.nan}, "temperature"),

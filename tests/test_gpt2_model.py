@@ -231,10 +231,10 @@ def test_reordering_the_cache_moves_the_texts() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model(torch.zeros(1, 33, dtype=torch.long)), "33 tokens are more than .* context of 32"),
+        (lambda model: model(torch.zeros(1, 33, dtype=torch.long)), "33 tokens exceed .* context of 32"),
         (
             lambda model: model(torch.zeros(2, 4, dtype=torch.long), attention_mask=torch.ones(2, 3)),
-            r"must be \(2, 4\)",
+            r"must have shape \(2, 4\)",
         ),
         (lambda model: model(torch.zeros(2, 4, dtype=torch.long), attention_mask=torch.ones(4)), r"got \(4,\)"),
         (lambda model: model(), "give input_ids"),

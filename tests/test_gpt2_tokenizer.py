@@ -169,15 +169,15 @@ def edit_vocab(directory: Path, remove: str | None = None, add: dict[str, Any] |
     [
         ("vocab.json", b'{"a": 0, ', "vocab.json is not readable JSON"),
         ("vocab.json", b"\xff\xfe", "vocab.json is not UTF-8"),
-        ("vocab.json", b"[1, 2]", "must be one JSON object"),
-        ("vocab.json", b'{"a": 1.5}', "whole-number ids"),
-        ("vocab.json", b'{"a": 0, "b": 0}', "0 to 1, each once"),
+        ("vocab.json", b"[1, 2]", "must be a JSON object"),
+        ("vocab.json", b'{"a": 1.5}', "integer ids"),
+        ("vocab.json", b'{"a": 0, "b": 0}', "0 to 1, each exactly once"),
         ("vocab.json", b'{"a": 0}', "no token for"),
         ("merges.txt", b"#version: 0.2\nt", "line 2 of merges.txt"),
         ("merges.txt", b"#version: 0.2\nt h e\n", "line 2 of merges.txt"),
         ("merges.txt", b"z q\n", "needs the token 'zq'"),
         ("merges.txt", b"\xff", "merges.txt is not UTF-8"),
-        ("merges.txt", b"", "no merge makes the token"),
+        ("merges.txt", b"", "no merge gives the token"),
     ],
 )
 def test_a_damaged_file_is_a_value_error_of_one_line(saved: Path, name: str, content: bytes, message: str) -> None:
@@ -191,7 +191,7 @@ def test_a_damaged_file_is_a_value_error_of_one_line(saved: Path, name: str, con
 def test_merges_that_are_cut_short_are_a_value_error(saved: Path) -> None:
     lines = (saved / "merges.txt").read_text(encoding="utf-8").split("\n")
     (saved / "merges.txt").write_text("\n".join(lines[:-4]), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"no merge makes the token .* and 2 more"):
+    with pytest.raises(ValueError, match=r"no merge gives the token .* and 2 more"):
         Tokenizer.from_directory(saved)
 
 

@@ -193,6 +193,6 @@ def test_bad_numbers_and_foreign_states_are_refused() -> None:
     steps(optimizer, 0, 2)
     steps(other, 0, 2)
     held = optimizer.state[parameters[0]]["exp_avg"].clone()
-    with pytest.raises(ValueError, match=r"parameter 0 has shape \(40, 40\), and the parameter has \(7, 5\)"):
+    with pytest.raises(ValueError, match=r"parameter 0 has shape \(40, 40\), but the parameter has \(7, 5\)"):
         optimizer.load_state_dict(other.state_dict())
     assert torch.equal(optimizer.state[parameters[0]]["exp_avg"], held)

@@ -339,7 +339,7 @@ def test_virtual_tokens_leave_room_for_text_or_are_refused(cls: type[PromptTunin
     assert model.config.n_positions == 29
     assert text_loss(model, tokens(1, 60)[0], model.config.n_positions) > 0
     assert len(generate(model, [[1] * 20], max_new_tokens=9)[0]) == 9
-    with pytest.raises(ValueError, match="that is 30: more than the model's context of 29"):
+    with pytest.raises(ValueError, match="that is 30, more than the model's context of 29"):
         generate(model, [[1] * 20], max_new_tokens=10)
 
 

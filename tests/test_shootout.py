@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import learning_rates
 from lora_from_scratch.compare import shootout, side_by_side
-from lora_from_scratch.compare.side_by_side import FINISHED, carry_out, in_fresh_processes, tuned_run
+from lora_from_scratch.compare.side_by_side import FINISHED, run_in_processes, run_or_reload, tuned_run
 from lora_from_scratch.finetune.evaluation import Scores
 from lora_from_scratch.finetune.run import Report, Run, finetune
 from lora_from_scratch.finetune.training import NonFiniteLossError
@@ -23,7 +23,7 @@ from lora_from_scratch.methods.bitfit import BitFit
 from lora_from_scratch.methods.registry import method_classes
 from lora_from_scratch.support.files import write_json
 from tests.cli_calls import call, complaint
-from tests.tiny_runs import make_model, short_judgement, write_data
+from tests.tiny_runs import make_model, shorten_evaluation, write_data
 
 Done = Callable[[int, Report], object]
 
@@ -39,7 +39,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def carried_out(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are carried out in this process, on less; here are their names."""
-    short_judgement(monkeypatch)
+    shorten_evaluation(monkeypatch)
     names: list[str] = []
 
     def in_this_process(runs: list[Run], jobs: int | None, done: Done) -> None:
@@ -47,7 +47,7 @@ def carried_out(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(run.output.name)
             done(place, finetune(replace(run, data=str(here / "data.csv"), batch_size=2), progress=False))
 
-    monkeypatch.setattr(side_by_side, "in_fresh_processes", in_this_process)
+    monkeypatch.setattr(side_by_side, "run_in_processes", in_this_process)
     monkeypatch.setattr(side_by_side, "load_dataset", lambda name: name)  # all cards take a second
     return names
 
@@ -80,24 +80,24 @@ def test_the_shootout_runs_every_core_method_and_writes_table_numbers_and_figure
 ) -> None:
     code, said, err = shoot(here, tmp_path)
     assert code == 0, err
-    assert carried_out == list(shootout.usual_contestants())
+    assert carried_out == list(shootout.default_contestants())
     page = (tmp_path / "table.md").read_text()
     table, figure = page.strip().split("\n\n")
     assert table in said
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == list(shootout.usual_contestants())
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == list(shootout.default_contestants())
     assert table.splitlines()[0].split("|")[-2].strip() == "divergence"
     numbers = json.loads((tmp_path / "shootout.json").read_text())
-    assert [each["method"] for each in numbers] == list(shootout.usual_contestants())
+    assert [each["method"] for each in numbers] == list(shootout.default_contestants())
     assert len({each["total_parameters"] for each in numbers}) == 1
     assert (tmp_path / "shootout.png").read_bytes().startswith(b"\x89PNG")
     assert figure.endswith("](shootout.png)")
-    assert all(f"{name} " in figure for name in shootout.usual_contestants())
+    assert all(f"{name} " in figure for name in shootout.default_contestants())
 
 
 def test_every_method_takes_part_and_two_kinds_of_adapter() -> None:
     methods = shootout.contestants(seed=5)
-    assert {methods[name].name for name in shootout.usual_contestants()} == set(method_classes())
-    assert {"adapter-houlsby", "adapter-parallel"} <= set(shootout.usual_contestants())
+    assert {methods[name].name for name in shootout.default_contestants()} == set(method_classes())
+    assert {"adapter-houlsby", "adapter-parallel"} <= set(shootout.default_contestants())
     assert all(getattr(method, "seed", 5) == 5 for method in methods.values())
 
 
@@ -142,7 +142,7 @@ def test_a_finished_method_is_not_run_again_unless_something_changed(
     first = (output / "table.md").read_text()
     code, _, err = shoot(there, output, "--methods", "bitfit", "lora")
     assert (code, carried_out) == (0, ["bitfit", "lora"])
-    assert "Finished before, with the same settings: bitfit" in err
+    assert "Already finished with the same settings: bitfit" in err
     assert shoot(there, output, "--methods", "bitfit")[0] == 0
     assert (output / "table.md").read_text() == first
     assert len(carried_out) == 2
@@ -166,12 +166,12 @@ def test_a_report_is_not_taken_for_another_s_after_a_stop_between_two_files(
     def run(steps: int) -> Run:
         return tuned_run(BitFit(), tmp_path / "bitfit", rate=1e-3, model=str(here / "model"), steps=steps, cards=1)
 
-    carry_out([run(2)])
+    run_or_reload([run(2)])
     with monkeypatch.context() as patch:  # the other run writes its report, and then the lights go out
         patch.setattr(side_by_side, "write_json", lambda *_: pytest.fail("dark"))
         with pytest.raises(pytest.fail.Exception):
-            carry_out([run(3)])
-    (again,) = carry_out([run(2)])
+            run_or_reload([run(3)])
+    (again,) = run_or_reload([run(2)])
     assert len(again.losses) == 2
 
 
@@ -202,7 +202,7 @@ def test_two_processes_at_once_give_what_one_gives_and_a_run_that_diverges_is_to
     runs = [small_run(here, tmp_path / f"run-{rate:g}", rate) for rate in (1e-3, 1e38, 1e-2)]
     finished: list[int] = []
     lost: list[tuple[int, str]] = []
-    reports = in_fresh_processes(
+    reports = run_in_processes(
         runs, 2, lambda place, _: finished.append(place), lambda place, error: lost.append((place, str(error)))
     )
     assert sorted(finished) == [0, 2]
@@ -220,7 +220,7 @@ def test_an_error_in_a_process_names_its_run_and_ends_the_others(here: Path, tmp
     endless = small_run(here, tmp_path / "endless", 1e-3)
     endless = replace(endless, settings=replace(endless.settings, steps=10**6))
     with pytest.raises(ValueError, match=r"^wild: stopped at step"):
-        in_fresh_processes([endless, small_run(here, tmp_path / "wild", 1e38)], 2)
+        run_in_processes([endless, small_run(here, tmp_path / "wild", 1e38)], 2)
     assert multiprocessing.active_children() == []
 
 
@@ -229,7 +229,7 @@ def test_jobs_are_two_where_there_are_two_cores(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(side_by_side, "cores", lambda cores=cores: cores)
         assert side_by_side.jobs_at_once() == jobs
     assert side_by_side.jobs_at_once(5) == 5
-    assert in_fresh_processes([]) == []
+    assert run_in_processes([]) == []
 
 
 def test_on_a_terminal_each_process_under_way_has_a_bar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -246,14 +246,14 @@ def test_on_a_terminal_each_process_under_way_has_a_bar(monkeypatch: pytest.Monk
     said = screen.getvalue()
     for line in ("full: 3 of 9 examples are skipped", "full   60%|######    | 300/500", "lora   10%|"):
         assert line in said
-    assert said.index("full  trained; now it is judged") < said.index("full: done, 1 of 2, about ")
+    assert said.index("full  trained, evaluating") < said.index("full: done, 1 of 2, about ")
 
 
 # --- The sweep --------------------------------------------------------------------------------------
 
 
 def test_the_sweep_tries_every_core_method_at_three_rates_or_more_around_its_default() -> None:
-    for name in shootout.usual_contestants():
+    for name in shootout.default_contestants():
         entries = [entry for entry in learning_rates.GRID if entry.name == name]
         rates = [rate for entry in entries for rate in entry.rates]
         default = entries[0].method.learning_rate(256)
@@ -276,7 +276,7 @@ def test_the_sweep_records_a_row_as_it_comes_and_does_not_repeat_it(
                 raise KeyboardInterrupt
             done(place, replace(report(run.method.name), learning_rate=run.settings.learning_rate))
 
-    monkeypatch.setattr(learning_rates, "in_fresh_processes", play)
+    monkeypatch.setattr(learning_rates, "run_in_processes", play)
     place = tmp_path / "sweep.md"
 
     def sweep(names: tuple[str, ...], *rates: float, steps: int = 7) -> list[str]:

@@ -174,7 +174,7 @@ def test_load_dataset_knows_the_task_by_name(task: Dataset) -> None:
     ("mr", "complaint"),
     [
         ("hero[woodcutter], trait[wise]", "at least 5 slots"),
-        (CARD.replace("helper[a white dove], ", ""), "a price only beside a helper"),
+        (CARD.replace("helper[a white dove], ", ""), "a helper if it has a price"),
         (CARD.replace("hero[woodcutter]", "hero[astronaut]"), "no value 'astronaut'; it may be one of: woodcutter"),
         (CARD.replace("trait[", "mood["), "no slot 'mood'"),
         (CARD + ", hero[king]", "occurs twice"),

@@ -1,4 +1,4 @@
-"""A tiny GPT-2 with a tokenizer, a tiny data set, and the command line called in this process."""
+"""A tiny GPT-2 with a tokenizer, a tiny data set, and arguments for short runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
-# A run of a second: three steps, one card to be judged by.
+# A run of about a second: three steps, evaluated on one card.
 SHORT = ["--steps", "3", "--batch-size", "2", "--cards", "1", "--precision", "fp32", "--rank", "2"]
 ADAPTER = {CONFIG_FILE, WEIGHTS_FILE}
 RESULT = ADAPTER | {"report.json"}
@@ -29,7 +29,7 @@ def examples(count: int = 30) -> list[Example]:
 
 
 def make_model(directory: Path, **changes: Any) -> Path:
-    """A GPT-2 of two layers that has learned nothing, and a tokenizer trained on thirty story cards."""
+    """An untrained GPT-2 with two layers, and a tokenizer trained on thirty story cards."""
     tokenizer = Tokenizer.train([f"{e.mr}\n{e.ref}" for e in examples()], 500)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 160, **changes}
@@ -43,7 +43,7 @@ def make_model(directory: Path, **changes: Any) -> Path:
 
 
 def write_data(path: Path, pairs: list[Example] | None = None) -> Path:
-    """An E2E CSV file with a few story cards in it."""
+    """Write an E2E CSV file with a few story cards."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["mr", "ref"])
@@ -52,18 +52,18 @@ def write_data(path: Path, pairs: list[Example] | None = None) -> Path:
 
 
 def run_in(here: Path, output: Path, *more: str) -> list[str]:
-    """The short run with the `model` and the `data.csv` of a directory."""
+    """The arguments of a short run with the `model` and the `data.csv` in a directory."""
     places = ["--model", here / "model", "--data", here / "data.csv", "--output", output]
     return ["finetune", *map(str, places), *SHORT, *more]
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
-    """Every file under a directory, by its name, with its content."""
+    """The contents of all files under a directory, by name."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def short_judgement(patch: pytest.MonkeyPatch) -> None:
-    """The whole judgement of a model, on less: short texts, one short tale, few drawn tokens."""
+def shorten_evaluation(patch: pytest.MonkeyPatch) -> None:
+    """Make the evaluation of a model fast: short texts, one short tale, few sampled tokens."""
     whole = evaluation.text_drawn_from
     patch.setattr(evaluation, "MAX_NEW_TOKENS", 12)
     patch.setattr(evaluation, "load_tales", lambda: ["Once there was a fox who wanted a crown."])

@@ -1,1 +1,1 @@
-"""What runs several methods side by side: the demo, the shootout, the capstone."""
+"""Comparing methods with one another: the demo, the shootout, the capstone."""

@@ -1,4 +1,4 @@
-"""The main job: the bundled GPT-2 learns the story cards, by full fine-tuning and by LoRA, side by side."""
+"""The demo: fine-tuning the bundled GPT-2 on the story cards, with full fine-tuning and with LoRA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lora_from_scratch.compare.side_by_side import in_fresh_processes, tuned_run
+from lora_from_scratch.compare.side_by_side import run_in_processes, tuned_run
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.report import describe, table
 from lora_from_scratch.finetune.run import Report
@@ -19,16 +19,17 @@ from lora_from_scratch.support.files import check_writable, write_atomically, wr
 
 
 def methods(seed: int = 0) -> list[Method]:
-    """The two that the demo compares: every weight, and LoRA of rank 8 beside every matrix of every block."""
+    """The two methods of the demo: full fine-tuning, and LoRA of rank 8 on every matrix of every block."""
     return [FullFineTuning(keep_base=False), LoRA(seed=seed)]
 
 
 def demo(
     output: str | Path, *, model: str = "bundled", steps: int = defaults.STEPS, seed: int = 0, jobs: int | None = None
 ) -> list[Report]:
-    """Fine-tune by each method in a process of its own (so that peak memory is each one's), show and save.
+    """Fine-tune with each method, print the results and save them.
 
-    Writes `table.md`, `demo.json`, `demo.png` and a directory for each method under `output`.
+    Each method runs in its own process, so that its peak memory can be measured. Writes `table.md`, `demo.json`,
+    `demo.png` and a directory for each method under `output`.
     """
     output = Path(output)
     check_writable(output)
@@ -44,20 +45,20 @@ def demo(
         )
         for method in methods(seed)
     ]
-    reports = in_fresh_processes(runs, jobs)
+    reports = run_in_processes(runs, jobs)
     text = table(reports)
     write_atomically(output / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     write_json(output / "demo.json", [asdict(report) for report in reports])
     draw(reports, output / "demo.png")
     print(f"\n{text}\n\n{describe(reports)}\n")
     print(f"Table, figure and numbers: {output / 'table.md'}, {output / 'demo.png'}, {output / 'demo.json'}")
-    print(f"The LoRA adapter (PEFT reads it too): {output / 'lora'}")
-    print(f"The fully fine-tuned model (transformers reads it too): {output / 'full'}")
+    print(f"LoRA adapter (PEFT can load it too): {output / 'lora'}")
+    print(f"Fully fine-tuned model (transformers can load it too): {output / 'full'}")
     return reports
 
 
 def relative(report: Report, to: Report) -> dict[str, float]:
-    """What one run cost and reached, in % of what another did. What that one has nothing of is left out."""
+    """The costs and the score of one run, in % of those of another. Quantities that are 0 there are omitted."""
     assert report.scores is not None
     assert to.scores is not None
     pairs = {
@@ -71,7 +72,7 @@ def relative(report: Report, to: Report) -> dict[str, float]:
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
-    """Two panels: the loss of each method, step by step; and what LoRA costs and reaches, relative to full."""
+    """Draw two panels: the loss of each method by step, and LoRA's costs and score relative to full fine-tuning."""
     from lora_from_scratch.support import plotting
 
     figure, (left, right) = plotting.panels(2)

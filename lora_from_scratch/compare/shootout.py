@@ -1,4 +1,4 @@
-"""Every method on the same task with the same number of steps: one table, one figure."""
+"""The shootout: every method on the same task with the same number of steps, in one table and one figure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from lora_from_scratch.compare.side_by_side import carry_out, jobs_at_once, tuned_run
+from lora_from_scratch.compare.side_by_side import jobs_at_once, run_or_reload, tuned_run
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.evaluation import CARDS
 from lora_from_scratch.finetune.report import HEADINGS, table
@@ -21,7 +21,7 @@ COLUMNS = (*HEADINGS, "divergence")
 
 
 def contestants(seed: int = 0) -> dict[str, Method]:
-    """Everything that can take part, by the name in the table: each method as its file says (`Method.contestants`)."""
+    """Everything that can take part, by its name in the table; each method defines its own `Method.contestants`."""
     return {
         name: for_training(cls, seed, **hyperparameters)
         for cls in method_classes().values()
@@ -29,17 +29,17 @@ def contestants(seed: int = 0) -> dict[str, Method]:
     }
 
 
-def usual_contestants() -> tuple[str, ...]:
-    """The names of those that take part when none are named."""
+def default_contestants() -> tuple[str, ...]:
+    """The names of those that take part by default."""
     on_request = frozenset().union(*(cls.only_on_request for cls in method_classes().values()))
     return tuple(name for name in contestants() if name not in on_request)
 
 
 def choose(names: Sequence[str], seed: int = 0) -> dict[str, Method]:
-    """The methods of these names, each once, in the order given.
+    """The methods with these names, each once, in the given order.
 
     Raises:
-        ValueError: a name is unknown, or there is none.
+        ValueError: a name is unknown, or no names are given.
     """
     known = contestants(seed)
     if not names:
@@ -71,7 +71,7 @@ def shootout(
         ValueError, OSError: whatever is wrong with the methods, the settings, the model or the place to write to.
     """
     output = Path(output)
-    chosen = choose(methods or usual_contestants(), seed)
+    chosen = choose(methods or default_contestants(), seed)
     jobs_at_once(jobs)
     check_writable(output)
     config = GPT2Config.from_json(checkpoint_directory(model) / "config.json")
@@ -82,7 +82,7 @@ def shootout(
         )
         for name, method in chosen.items()
     ]  # fmt: skip
-    reports = [replace(report, method=name) for name, report in zip(chosen, carry_out(runs, jobs), strict=True)]
+    reports = [replace(report, method=name) for name, report in zip(chosen, run_or_reload(runs, jobs), strict=True)]
     text = table(reports, COLUMNS)
     said = alternative_text(reports)
     page = f"{text}\n\n![{said}](shootout.png)\n"
@@ -95,14 +95,14 @@ def shootout(
 
 
 def alternative_text(reports: Sequence[Report]) -> str:
-    """The figure in words, the best first."""
-    judged = sorted(((r.scores.bleu, r) for r in reports if r.scores), key=lambda pair: -pair[0])
-    points = "; ".join(f"{r.method} {bleu:.1f} with {r.trained_parameters:,}" for bleu, r in judged)
+    """The figure in words, best method first."""
+    ranked = sorted(((r.scores.bleu, r) for r in reports if r.scores), key=lambda pair: -pair[0])
+    points = "; ".join(f"{r.method} {bleu:.1f} with {r.trained_parameters:,}" for bleu, r in ranked)
     return f"BLEU of each method against the number of parameters that it trains, on a logarithmic axis: {points}."
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
-    """Quality against trained parameters: a point for each method, with its name."""
+    """Plot quality against trained parameters, with a named point for each method."""
     from lora_from_scratch.support import plotting
 
     figure, (axes,) = plotting.panels(1, width=7.2, height=4.4)

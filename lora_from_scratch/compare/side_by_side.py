@@ -1,7 +1,7 @@
-"""Several runs beside each other: each in a process of its own, so that its peak memory is its own.
+"""Several runs in parallel, each in its own process, so that its peak memory can be measured.
 
-Two processes with one thread each get through more runs than one process with two threads: small matrices
-do not keep two threads busy. A run that is finished is not carried out again, unless something about it changed.
+Two processes with one thread each are faster than one process with two threads: small matrices do not keep two threads
+busy. A finished run is not repeated unless something about it has changed.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from lora_from_scratch.methods.method import Method
 from lora_from_scratch.support.allocator import quick_allocator
 from lora_from_scratch.support.files import write_json
 
-FINISHED = "finished.json"  # beside a report: of what exactly it is the report
+FINISHED = "finished.json"  # beside a report: identifies the run that the report belongs to
 KILLED = (
-    "a training process was killed, perhaps because memory ran out; "
-    "started again, the run goes on from its last checkpoint"
+    "a training process was killed, possibly because memory ran out; "
+    "run the same command again to resume from the last checkpoint"
 )
 
-Message = str | Report | Exception  # of a run's process: what it prints, and at last what came of it
+Message = str | Report | Exception  # from the process of a run: what it prints, and finally its result
 
 
 def cores() -> int:
-    """How many of the computer's cores this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def jobs_at_once(jobs: int | None = None) -> int:
-    """How many runs to carry out at a time: as asked, or two where there are two cores.
+    """The number of runs to carry out at a time: `jobs`, or by default two if there are two cores.
 
     Raises:
-        ValueError: less than one was asked for.
+        ValueError: `jobs` is less than 1.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -72,7 +72,7 @@ def tuned_run(
     split: str = "test",
     cards: int = CARDS,
 ) -> Run:
-    """A run on the story cards in which all but the method and its learning rate is the same for every method."""
+    """A run on the story cards, with settings that are the same for every method except the learning rate."""
     settings = TrainingSettings(
         steps=steps,
         learning_rate=rate,
@@ -95,7 +95,7 @@ def tuned_run(
 # --- Processes -------------------------------------------------------------------------------------
 
 
-def in_fresh_processes(
+def run_in_processes(
     runs: Sequence[Run],
     jobs: int | None = None,
     done: Callable[[int, Report], object] | None = None,
@@ -104,15 +104,15 @@ def in_fresh_processes(
     """Carry out runs, each in a new process, `jobs` of them at a time (see `jobs_at_once`); they share the cores.
 
     Args:
-        done: called as soon as a run is finished, with its place in `runs`.
-        diverged: called with a run whose loss became infinite, which then has no report; None: that is an error.
+        done: called when a run is finished, with its index in `runs`.
+        diverged: called for a run whose loss became infinite, which then has no report; None: raise the error.
 
     Returns:
         The reports, in the order of `runs`.
 
     Raises:
         ChildProcessError: a process was killed.
-        ValueError, OSError: as `finetune`. The other runs are stopped; started again, all go on where they were.
+        ValueError, OSError: as for `finetune`. The other runs are stopped; all resume where they were if called again.
     """
     reports: dict[int, Report] = {}
     messages = _messages(runs, min(jobs_at_once(jobs), max(1, len(runs))))
@@ -126,14 +126,14 @@ def in_fresh_processes(
             elif isinstance(message, NonFiniteLossError) and diverged:
                 diverged(place, message)
             elif isinstance(message, Exception):
-                raise _of(runs[place], message)
+                raise _with_run_name(runs[place], message)
     return [reports[place] for place in sorted(reports)]
 
 
 def _messages(runs: Sequence[Run], at_once: int) -> Generator[tuple[int, Message], None, None]:
-    """What the processes of the runs say, with the place of the run. Closed early, it ends those that are under way."""
+    """Yield the messages of the processes, each with the index of its run. Closing it early ends the processes."""
     waiting = list(range(len(runs)))
-    running: dict[Connection, tuple[int, Any]] = {}  # by where its messages come from: place in `runs`, process
+    running: dict[Connection, tuple[int, Any]] = {}  # connection -> index in `runs`, process
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -146,7 +146,7 @@ def _messages(runs: Sequence[Run], at_once: int) -> Generator[tuple[int, Message
                     message: Message = connection.recv()
                 except EOFError:
                     raise ChildProcessError(KILLED) from None
-                if not isinstance(message, str):  # the last
+                if not isinstance(message, str):  # the last message
                     del running[connection]
                     process.join()
                 yield place, message
@@ -157,18 +157,18 @@ def _messages(runs: Sequence[Run], at_once: int) -> Generator[tuple[int, Message
 
 
 def _start(run: Run, threads: int) -> tuple[Connection, Any]:
-    """A process that carries out the run, and where its messages come from: texts, and at last a report or an error."""
+    """Start a process that carries out the run. Its messages are strings and finally a report or an error."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(there, finetune, run, threads), daemon=True)
     with quick_allocator():
         process.start()
-    there.close()  # only the child holds it now: if it dies, `here` ends
+    there.close()  # now only the child has it: if the child dies, `here` raises EOFError
     return here, process
 
 
 def _child(connection: Connection, work: Callable[[Run], Report], run: Run, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends this process
     torch.set_num_threads(min(threads, torch.get_num_threads()))
     sys.stdout = sys.stderr = _Sender(connection)
     try:
@@ -178,13 +178,13 @@ def _child(connection: Connection, work: Callable[[Run], Report], run: Run, thre
         connection.send(error)
 
 
-def _of(run: Run, error: Exception) -> Exception:
-    """The error, saying whose it is if it is one for people."""
+def _with_run_name(run: Run, error: Exception) -> Exception:
+    """Prefix the message of a `ValueError` with the name of the run."""
     return ValueError(f"{run.output.name}: {error}") if isinstance(error, ValueError) else error
 
 
 class _Sender(io.TextIOBase):
-    """The output of a process, on its way to the one that has the terminal."""
+    """Sends the output of a process to the parent, which has the terminal."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -195,7 +195,7 @@ class _Sender(io.TextIOBase):
 
 
 class _Display:
-    """How far the runs are: a bar for each that is under way (on a terminal), a line for each that has ended."""
+    """Shows progress: a bar for each run in progress (on a terminal), and a line for each that has ended."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.names = [run.output.name for run in runs]
@@ -203,13 +203,13 @@ class _Display:
         self.bars: dict[int, Any] = {}
 
     def show(self, place: int, message: Message) -> None:
-        """Take in what a run's process said."""
+        """Display a message of a run's process."""
         if not isinstance(message, str):
             self._end(place, "done" if isinstance(message, Report) else "failed")
         elif message.startswith("\r"):  # the process's own bar, "lora:  60%|######    | 300/500 [...]"
             self._bar(place, message.strip().partition(": ")[2])
-        elif message == "\n" and place in self.bars:  # its end
-            self._bar(place, "trained; now it is judged")
+        elif message == "\n" and place in self.bars:  # the end of that bar
+            self._bar(place, "trained, evaluating")
         elif message.strip():
             tqdm.write(f"{self.names[place]}: {message.strip()}", file=sys.stderr)
 
@@ -241,11 +241,11 @@ def _minutes(seconds: float) -> str:
 # --- Runs that are finished ------------------------------------------------------------------------
 
 
-def carry_out(runs: Sequence[Run], jobs: int | None = None) -> list[Report]:
-    """`in_fresh_processes`, but what is finished already, with the same settings, model and data, is read.
+def run_or_reload(runs: Sequence[Run], jobs: int | None = None) -> list[Report]:
+    """`run_in_processes`, but read the report of a run that is finished with the same settings, model and data.
 
     Raises:
-        ChildProcessError, ValueError, OSError: as `in_fresh_processes`.
+        ChildProcessError, ValueError, OSError: as for `run_in_processes`.
     """
     data = {name: zlib.crc32(repr(load_dataset(name)).encode()) for name in {run.data for run in runs}}
     models = {name: model_fingerprint(name) for name in {run.model for run in runs}}
@@ -254,10 +254,10 @@ def carry_out(runs: Sequence[Run], jobs: int | None = None) -> list[Report]:
     missing = [place for place in range(len(runs)) if place not in reports]
     if reports:
         names = ", ".join(runs[place].output.name for place in sorted(reports))
-        print(f"Finished before, with the same settings: {names}", file=sys.stderr)
+        print(f"Already finished with the same settings: {names}", file=sys.stderr)
 
     for place in missing:
-        (runs[place].output / FINISHED).unlink(missing_ok=True)  # it would not be of the report to come
+        (runs[place].output / FINISHED).unlink(missing_ok=True)  # it belongs to an old report
 
     def keep(number: int, report: Report) -> None:
         place = missing[number]
@@ -265,12 +265,12 @@ def carry_out(runs: Sequence[Run], jobs: int | None = None) -> list[Report]:
         write_json(runs[place].output / FINISHED, identities[place])
 
     if missing:
-        in_fresh_processes([runs[place] for place in missing], jobs, keep)
+        run_in_processes([runs[place] for place in missing], jobs, keep)
     return [reports[place] for place in range(len(runs))]
 
 
 def _identity(run: Run, model: str, data: int) -> dict[str, Any]:
-    """All that a run's report depends on, as JSON: settings, weights, examples; not where it is written."""
+    """Everything that a run's report depends on, as JSON: settings, weights, examples, but not the output folder."""
     settings = {
         name: value for name, value in asdict(run).items() if name not in ("output", "checkpoint_every", "overwrite")
     }
@@ -280,7 +280,7 @@ def _identity(run: Run, model: str, data: int) -> dict[str, Any]:
 
 
 def model_fingerprint(model: str) -> str:
-    """Of the files of a checkpoint: another model, in all likelihood, has another."""
+    """A CRC-32 of a checkpoint's files, to tell models apart."""
     crc = 0
     for file in sorted(checkpoint_directory(model).iterdir()):
         if file.suffix in (".safetensors", ".bin", ".json", ".txt"):
@@ -289,21 +289,21 @@ def model_fingerprint(model: str) -> str:
 
 
 def finished_report(run: Run, wanted: dict[str, Any]) -> Report | None:
-    """The report that lies where this run writes its own, if it is of the same run."""
+    """The report in the output folder of this run, if it belongs to the same run."""
     try:
         if json.loads((run.output / FINISHED).read_text(encoding="utf-8")) != wanted:
             return None
         return read_report(run.output / REPORT)
-    except (OSError, ValueError):  # none, or damaged: the run is carried out
+    except (OSError, ValueError):  # missing or damaged: carry out the run
         return None
 
 
 def read_report(path: Path) -> Report:
-    """What `finetune` wrote. A number that is null there was infinite.
+    """Read a report written by `finetune`. A number that is null in the file was infinite.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is damaged.
+        OSError: the file cannot be read.
+        ValueError: the file is damaged.
     """
     document = json.loads(path.read_text(encoding="utf-8"))
     try:

@@ -1,4 +1,4 @@
-"""A GPT-2 that is read in one sitting: model, tokenizer, checkpoints, generation."""
+"""A GPT-2 that can be read in one sitting: model, tokenizer, checkpoints, generation."""
 
 from lora_from_scratch.gpt2.checkpoint import (
     checkpoint_directory,

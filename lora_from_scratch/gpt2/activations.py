@@ -1,8 +1,8 @@
-"""What each module of a GPT-2 does in its forward pass, recorded on a `Tape` of sizes.
+"""The forward pass of each module of a GPT-2, recorded on a `Tape` of tensor sizes.
 
-One short function for each kind of module, in the order of the data, with the same operations in the same order as the
-module's own `forward`. Only what the backward pass needs is counted; see `support/tape.py` for the rules. The file of a
-method registers a function for each module that the method puts into the model.
+There is one short function for each kind of module, in the order of the data flow, with the same operations in the same
+order as in the module's own `forward`. Only what the backward pass needs is counted; see `support/tape.py` for the
+rules. Each method's file registers a function for each module that the method inserts into the model.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from lora_from_scratch.gpt2.model import GPT2, MLP, Attention, Block, Conv1D
 from lora_from_scratch.support.tape import FP32, Shadow, Step, Tape
 
-# --- The modules, in the order of the data: each says what its forward pass does ------------------------------
+# --- The modules, in the order of the data flow --------------------------------------------------------
 
 
 @singledispatch
 def forward(module: nn.Module, x: Shadow, tape: Tape) -> Shadow:
-    """Record on the tape what `module(x)` does.
+    """Record `module(x)` on the tape.
 
     Raises:
         ValueError: no function is registered for this kind of module.
     """
     raise ValueError(
-        f"the memory of a {type(module).__name__} is not known; register a function for it: activations.forward"
+        f"the memory use of {type(module).__name__} is unknown; register a function with activations.forward.register"
     )
 
 
@@ -50,7 +50,7 @@ def _(module: Attention, x: Shadow, tape: Tape) -> Shadow:
 def attention(module: Attention, qkv: Shadow, tape: Tape) -> Shadow:
     """(rows, 3 d) to (rows, d)."""
     d, w, heads = qkv.columns // 3, qkv.width, tape.rows * module.n_head
-    split = tape.like(qkv)  # views; but their gradients are put together anew
+    split = tape.like(qkv)  # views, but their gradients are concatenated into a new tensor
     sources = [split]
     if tape.prefix is not None:  # [prefix; k] and [prefix; v], new tensors
         sources.append(tape.add([split, tape.prefix], Shadow(tape.batch * tape.keys, 2 * d, w)))
@@ -60,26 +60,26 @@ def attention(module: Attention, qkv: Shadow, tape: Tape) -> Shadow:
     if dropout or (grad and w == 2 and not tape.padded and not tape.cuda):
         return written_out_attention(qkv, sources, output, heads, dropout, tape)
     kept = [qkv, *sources[1:], output, Shadow(heads, 1)]
-    if tape.padded or tape.prefix:  # as numbers to be added to the scores
+    if tape.padded or tape.prefix:  # the mask, converted to numbers that are added to the scores
         kept.append(Shadow(tape.batch if tape.padded else 1, tape.tokens * tape.keys, w))
     return tape.add(sources, output, kept)
 
 
-def in_order(x: Shadow, tape: Tape, rows: int, columns: int) -> Shadow:
-    """What a batched matrix product keeps of heads cut from x: a copy in its order; of a single text x itself."""
+def contiguous(x: Shadow, tape: Tape, rows: int, columns: int) -> Shadow:
+    """What a batched matrix product keeps of heads split off x: a contiguous copy, or x itself for a single text."""
     return x if tape.batch == 1 else Shadow(rows, columns, x.width)
 
 
 def written_out_attention(
     qkv: Shadow, sources: list[Shadow], output: Shadow, heads: int, dropout: float, tape: Tape
 ) -> Shadow:
-    """softmax(q k^T) v with its (T, S) matrices; `heads` is B T H, their rows."""
+    """softmax(q k^T) v with its (T, S) matrices; `heads` is B T H, their number of rows."""
     w = FP32 if dropout else output.width  # with dropout PyTorch computes this in 32 bits
     d, keys = output.columns, tape.batch * tape.keys
     q, k, v = Shadow(tape.rows, d, w), Shadow(keys, d, w), Shadow(keys, d, w)  # q is scaled, so always a new tensor
     if w == qkv.width and tape.prefix is None:
-        v = in_order(qkv, tape, keys, d)
-        k = k if dropout else in_order(qkv, tape, keys, d)
+        v = contiguous(qkv, tape, keys, d)
+        k = k if dropout else contiguous(qkv, tape, keys, d)
     scores = tape.add(sources, Shadow(heads, tape.keys, w), [q, k])
     weights = tape.bends(tape.sum(scores, Shadow(heads, tape.keys, w)))  # the sum with the mask
     if dropout:
@@ -105,18 +105,18 @@ def _(module: Block, x: Shadow, tape: Tape) -> Shadow:
 def record(
     model: GPT2, batch: int, text: int, *, autocast: bool, padded: bool, checkpointing: bool, cuda: bool
 ) -> tuple[Tape, Shadow]:
-    """The tape of `model(input_ids)` in training, for (batch, text) token ids, and the logits."""
+    """Record `model(input_ids)` in training for (batch, text) token ids; return the tape and the logits."""
     body, virtual = model.transformer, model.virtual_tokens
     tape = Tape(batch, text, autocast, padded, cuda, where="embeddings")
     x = embed(tape, text, body.wte.weight)
     if virtual is not None:
         x = forward(virtual, x, tape)
-    prompt = tape.tokens - text  # virtual tokens that run through the blocks
+    prompt = tape.tokens - text  # number of virtual tokens that pass through the blocks
     places = tape.add([], Shadow(tape.tokens, x.columns), [Shadow(tape.tokens, 1, 8)], [body.wpe.weight])
     x = tape.dropout(tape.sum(x, places), body.drop.p)
-    shared = [tape.prefix] if tape.prefix else []  # what every block is given beside x
+    shared = [tape.prefix] if tape.prefix else []  # the inputs of every block besides x
     if padded:
-        shared.append(Shadow(batch, tape.tokens * tape.keys, 1))  # the mask, of booleans
+        shared.append(Shadow(batch, tape.tokens * tape.keys, 1))  # the boolean mask
     for layer, block in enumerate(body.h):
         tape.where = f"block {layer}"
         if checkpointing:
@@ -132,7 +132,7 @@ def record(
 
 
 def embed(tape: Tape, text: int, table: Tensor) -> Shadow:
-    """The rows of the table. Its gradient is the head's, counted there; another one is made here, and their sum."""
+    """The rows of the table. Its gradient is counted at the output head; here a second one and their sum are made."""
     x = Shadow(tape.batch * text, table.shape[1], table.element_size(), grad=table.requires_grad)
     if x.grad:
         tape.steps.append(Step(tape.where, [], x, [], scratch=2 * table.nbytes))
@@ -140,7 +140,7 @@ def embed(tape: Tape, text: int, table: Tensor) -> Shadow:
 
 
 def record_loss(tape: Tape, logits: Shadow) -> None:
-    """`next_token_loss`, step by step, where every token but the first of a text is a label that counts."""
+    """Record `next_token_loss` step by step, where every token except the first of a text has a label."""
     tape.where = "loss"
     rows, V = logits.rows - tape.batch, logits.columns
     shifted = tape.add([logits], Shadow(rows, V, logits.width))

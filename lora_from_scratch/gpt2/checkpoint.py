@@ -1,7 +1,7 @@
-"""GPT-2 checkpoints in Hugging Face's layout: load any, save one.
+"""Loading and saving GPT-2 checkpoints in Hugging Face's layout.
 
-A checkpoint is a directory: `config.json` (the shape), the weights (`model.safetensors`, or shards of it with
-an index, or the older `pytorch_model.bin`), `vocab.json` and `merges.txt` (the tokenizer).
+A checkpoint is a directory with `config.json` (the architecture), the weights (`model.safetensors`, or shards of it
+with an index, or the older `pytorch_model.bin`), and `vocab.json` and `merges.txt` (the tokenizer).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HUB_FILES = ["config.json", "vocab.json", "merges.txt", "tokenizer.json", *toke
 _HUB_SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 _HUB_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
-# The causal masks that old checkpoints carry as if they were weights.
+# Old checkpoints contain the causal masks among the weights.
 _MASK_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 
 
@@ -38,16 +38,17 @@ _MASK_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 
 
 def load_gpt2(source: str | Path = BUNDLED, *, dtype: torch.dtype = torch.float32) -> tuple[GPT2, Tokenizer]:
-    """A model, in eval mode, and its tokenizer.
+    """Load a model, in eval mode, and its tokenizer.
 
     Args:
         source: "bundled", a directory, or a name on the Hugging Face Hub ("gpt2", "openai-community/gpt2-medium").
-        dtype: of the parameters, whatever the file holds.
+        dtype: of the parameters, whatever the dtype in the file.
 
     Raises:
-        FileNotFoundError: there is no such directory or model, or a file of it is missing.
+        FileNotFoundError: there is no such directory or model, or one of its files is missing.
         OSError: the hub cannot be reached and the model is not in its cache.
-        ValueError: a file is damaged, is not a GPT-2's, or does not fit the others; the message names the tensor.
+        ValueError: a file is damaged, does not belong to a GPT-2, or does not match the others; the message names the
+            tensor.
     """
     directory = checkpoint_directory(source)
     tokenizer = Tokenizer.from_directory(directory)
@@ -55,36 +56,36 @@ def load_gpt2(source: str | Path = BUNDLED, *, dtype: torch.dtype = torch.float3
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, "
-            f"more than the {model.config.vocab_size} that the model was made for"
+            f"more than the model's vocabulary of {model.config.vocab_size}"
         )
     return model, tokenizer
 
 
 def load_model(source: str | Path = BUNDLED, *, dtype: torch.dtype = torch.float32) -> GPT2:
-    """`load_gpt2` for a checkpoint that may have no tokenizer."""
+    """Load only the model, from a checkpoint that may have no tokenizer; see `load_gpt2`."""
     return _load_model(checkpoint_directory(source), dtype)
 
 
 def load_tokenizer(source: str | Path = BUNDLED) -> Tokenizer:
-    """`load_gpt2`'s tokenizer alone."""
+    """Load only the tokenizer; see `load_gpt2`."""
     return Tokenizer.from_directory(checkpoint_directory(source))
 
 
 def checkpoint_directory(source: str | Path = BUNDLED) -> Path:
-    """Where the files of `source` lie; a model of the hub is downloaded first, with a progress bar.
+    """The directory with the files of `source`; a model of the hub is downloaded first, with a progress bar.
 
-    A directory comes before a model of the hub with the same name; `./bundled` is a directory called so.
+    A directory takes precedence over a hub model of the same name. `./bundled` means a directory of that name.
     """
     name = str(source)
     if name == BUNDLED:
         if not BUNDLED_DIRECTORY.is_dir():
-            raise FileNotFoundError(f"the bundled GPT-2 is missing ({BUNDLED_DIRECTORY}): install the package again")
+            raise FileNotFoundError(f"the bundled GPT-2 is missing ({BUNDLED_DIRECTORY}): reinstall the package")
         return BUNDLED_DIRECTORY
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
     if name and path.exists():
-        raise ValueError(f"a model is a directory, and {name} is a file: give the directory that it lies in")
+        raise ValueError(f"a model is a directory, but {name} is a file: give the directory that contains it")
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise FileNotFoundError(
             f"there is no directory {name!r}; allowed: 'bundled', a directory, or a hub name (gpt2)"
@@ -106,14 +107,14 @@ def _load_model(directory: Path, dtype: torch.dtype) -> GPT2:
 
 
 def model_tensors(tensors: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
-    """Under the model's own names: a checkpoint of the bare transformer leaves the first part out."""
+    """Rename the tensors to the model's names: a checkpoint of the bare transformer omits the prefix."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name == "lm_head.weight" or _MASK_BUFFER.fullmatch(name):
             continue
         full = name if name.startswith("transformer.") else f"transformer.{name}"
         if full in named:
-            raise ValueError(f"the weights in {directory} hold {full} twice, with and without 'transformer.'")
+            raise ValueError(f"the weights in {directory} contain {full} twice, with and without 'transformer.'")
         named[full] = tensor
     head, embedding = tensors.get("lm_head.weight"), named.get("transformer.wte.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
@@ -124,12 +125,12 @@ def model_tensors(tensors: dict[str, Tensor], directory: Path) -> dict[str, Tens
 
 
 def check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], directory: Path) -> None:
-    """Every tensor that the configuration asks for, in its shape, and no other."""
+    """Check that the tensors and their shapes are exactly those of the configuration."""
     problems = [
         ("missing", [name for name in expected if name not in given]),
         ("unexpected", [name for name in given if name not in expected]),
         (
-            "not of the configured shape",
+            "wrong shape",
             [
                 f"{name} {tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
                 for name, tensor in expected.items()
@@ -140,7 +141,7 @@ def check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], directory: 
     ]
     found = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
     if found:
-        raise ValueError(f"the weights in {directory} do not fit its config.json: {found}")
+        raise ValueError(f"the weights in {directory} do not match its config.json: {found}")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -151,7 +152,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of the first kind of weight file that is there (the order is transformers')."""
+    """Read all tensors from the first kind of weight file that exists (in the same order as transformers)."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{single}.index.json"
         if (directory / single).exists():
@@ -174,7 +175,7 @@ def _shards(index: Path) -> list[str]:
         raise ValueError(f"{index} is not the index of a sharded checkpoint ({_first_line(error)})") from None
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index} names {shard!r}, which is not a file beside it")
+            raise ValueError(f"{index} names {shard!r}, which is not a file in the same directory")
         if not (index.parent / shard).exists():
             raise FileNotFoundError(f"{index.parent} is incomplete: {shard} is missing (named in {index.name})")
     return shards
@@ -185,16 +186,16 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        # A .bin file is a pickle, and a pickle may run any code: weights_only lets nothing but tensors through.
+        # A .bin file is a pickle, which could run arbitrary code: weights_only allows nothing but tensors.
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from None
+        raise ValueError(f"{path} is damaged or truncated: {_first_line(error)}") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or holds more than tensors and was refused for safety") from None
+        raise ValueError(f"{path} is damaged, or contains more than tensors and was refused for safety") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path} does not hold named tensors")
+        raise ValueError(f"{path} does not contain named tensors")
     return tensors
 
 
@@ -203,7 +204,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _download(name: str) -> Path:
-    """The files of a model of the hub, from its cache where they are there. Pickles only if it has no safetensors."""
+    """Get a model's files from the hub or its cache. Pickles are used only if there are no safetensors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -216,7 +217,7 @@ def _download(name: str) -> Path:
         raise FileNotFoundError(
             f"there is no directory {name!r}, and the Hugging Face Hub has no public model of that name"
         ) from None
-    except Exception as error:  # whatever the network and its libraries come up with
+    except Exception as error:  # the network and its libraries raise many types
         raise OSError(
             f"there is no directory {name!r}, and the Hugging Face Hub cannot be reached for a model of that name (its "
             f"cache has none): check the network, or give 'bundled' or a directory ({_first_line(error)})"
@@ -229,24 +230,24 @@ def _download(name: str) -> Path:
 def save_gpt2(
     model: GPT2, tokenizer: Tokenizer | None, directory: str | Path, *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a directory that `load_gpt2` and `transformers` load; the same model always gives the same bytes.
+    """Write a directory that `load_gpt2` and `transformers` can load; the same model always gives the same bytes.
 
-    If the disk is full or the process is killed meanwhile, `directory` is as it was. Other files in it stay.
+    If the disk is full or the process is killed, `directory` is left unchanged. Other files in it are kept.
 
     Args:
-        model: without adapters on it (merge or undo them first).
-        tokenizer: None leaves the tokenizer's files out.
+        model: a model without adapters (merge or undo them first).
+        tokenizer: None: the tokenizer's files are not written.
         dtype: of the weights on disk; None: that of the model.
 
     Raises:
-        ValueError: the model has adapters on it, or a weight is too large for `dtype`.
-        OSError: the directory cannot be written.
+        ValueError: the model has adapters, or a weight is too large for `dtype`.
+        OSError: the directory cannot be written to.
     """
     with torch.device("meta"):
         expected = GPT2(model.config).state_dict().keys()
     state = model.state_dict()
     if different := sorted(expected ^ state.keys()):
-        raise ValueError(f"only a plain GPT-2 can be saved, merge or undo its adapters first: {_some(different)}")
+        raise ValueError(f"only a plain GPT-2 can be saved; merge or undo its adapters first: {_some(different)}")
     weights = {name: _for_disk(name, tensor, dtype) for name, tensor in state.items()}
 
     def write(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The numbers that fix the shape of a GPT-2."""
+"""The configuration of a GPT-2."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Hyperparameters of a GPT-2, under the names of Hugging Face's `config.json`.
+    """Hyperparameters of a GPT-2, with the names of Hugging Face's `config.json`.
 
-    The defaults are GPT-2 small (124 M parameters; Radford et al. 2019, table 2).
+    The defaults are those of GPT-2 small (124 M parameters; Radford et al. 2019, table 2).
 
     Raises:
         ValueError: a size is not a positive whole number, `n_embd` is not a multiple of `n_head`,
@@ -20,7 +20,7 @@ class GPT2Config:
     """
 
     vocab_size: int = 50257
-    n_positions: int = 1024  # the context: the most tokens that the model can see at once
+    n_positions: int = 1024  # the context: the maximum number of tokens
     n_embd: int = 768  # d, the width of the residual stream
     n_layer: int = 12
     n_head: int = 12
@@ -53,11 +53,11 @@ class GPT2Config:
 
     @classmethod
     def from_json(cls, path: str | Path) -> GPT2Config:
-        """Read a `config.json` in Hugging Face's layout; what does not concern the shape is ignored.
+        """Read a `config.json` in Hugging Face's layout; entries that do not concern the architecture are ignored.
 
         Raises:
-            ValueError: the file is not JSON, is not a GPT-2's, or asks for a variant of GPT-2 that
-                changes the arithmetic and is not supported here.
+            ValueError: the file is not JSON, does not describe a GPT-2, or describes a variant of GPT-2 with
+                different arithmetic, which is not supported.
         """
         try:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ class GPT2Config:
             raise ValueError(f"{path}: {error}") from None
 
     def to_json_dict(self) -> dict[str, Any]:
-        """What goes into `config.json` so that `transformers` loads the same model."""
+        """The contents of a `config.json` from which `transformers` loads the same model."""
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -87,7 +87,7 @@ class GPT2Config:
         }
 
 
-# Switches of transformers' GPT2Config that change the result; the first value is GPT-2's own.
+# Options of transformers' GPT2Config that change the result, with the supported values; GPT-2's own value is the first.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "tie_word_embeddings": (True,),

@@ -1,8 +1,8 @@
-"""GPT-2 (Radford et al. 2019), top to bottom, in the order in which the data flows.
+"""GPT-2 (Radford et al. 2019), in the order in which the data flows.
 
-Shapes: B sequences in the batch, T tokens in each, S tokens that can be attended to (S = T without a
-cache), d = `n_embd`, H = `n_head`, hd = d / H, V = `vocab_size`. Modules and parameters have the names
-of Hugging Face's checkpoints, so that a state dict goes either way without renaming.
+Shapes: B sequences in the batch, T tokens in each, S tokens that can be attended to (S = T without a cache),
+d = `n_embd`, H = `n_head`, hd = d / H, V = `vocab_size`. Modules and parameters have the same names as in Hugging
+Face's checkpoints, so that state dicts can be exchanged without renaming.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2.config import GPT2Config
 
-Part = Callable[[Tensor], Tensor]  # one of the parts of a block
-IGNORE_INDEX = -100  # a label that the loss leaves out (PyTorch's and Hugging Face's convention)
+Sublayer = Callable[[Tensor], Tensor]  # a normalisation, the attention or the MLP of a block
+IGNORE_INDEX = -100  # a label that the loss ignores (PyTorch's and Hugging Face's convention)
 
 
 # --- The parts, as functions -----------------------------------------------------------------------
 
 
 def split_heads(x: Tensor, n_head: int) -> Tensor:
-    """Cut the last axis into heads and move the heads in front of the tokens.
+    """Split the last axis into heads and move the heads in front of the tokens.
 
     Args:
         x: (B, T, d).
         n_head: H; must divide d.
 
     Returns:
-        (B, H, T, hd) with hd = d / H; head h holds the columns h * hd to (h + 1) * hd of `x`.
+        (B, H, T, hd) with hd = d / H; head h has the columns h * hd to (h + 1) * hd of `x`.
     """
     batch, tokens, width = x.shape
     return x.view(batch, tokens, n_head, width // n_head).transpose(1, 2)
@@ -48,8 +48,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention in which no token sees a later one (Vaswani et al. 2017, eq. 1).
 
     `softmax(q k^T / sqrt(hd) + mask) v`, with the softmax over the keys, and a mask that is 0 where `causal_mask`
-    lets a query see a key and minus infinity elsewhere. The last query is aligned with the last key, so that with a
-    cache (S > T) every query sees the S - T cached keys as well.
+    lets a query see a key and minus infinity elsewhere. The last query is aligned with the last key, so with a cache
+    (S > T) every query also sees the S - T cached keys.
 
     Args:
         q: (B, H, T, hd), the queries.
@@ -66,15 +66,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def causal_mask(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    """Which keys each query may see: itself and what stands before it, never what comes after.
+    """Which keys each query may see: its own position and the ones before it, never later ones.
 
-    The last query is aligned with the last key: with S > T the first S - T keys come from a cache and stand before
-    all of the queries.
+    The last query is aligned with the last key: with S > T the first S - T keys come from a cache and precede all the
+    queries.
 
     Args:
         tokens: T, the number of queries.
         keys: S, the number of keys, S >= T.
-        device: where the mask shall be; None: on the CPU.
+        device: the device of the mask; None: the CPU.
 
     Returns:
         (T, S) of booleans, True where query t may see key s. The last row is all True.
@@ -85,7 +85,7 @@ def causal_mask(tokens: int, keys: int, device: torch.device | None = None) -> T
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GPT-2's activation: the tanh approximation of the Gaussian error linear unit, any shape.
+    """GPT-2's activation: the tanh approximation of the Gaussian error linear unit, for any shape.
 
     `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))` (Hendrycks and Gimpel 2016, section 2).
     """
@@ -95,33 +95,33 @@ def gelu(x: Tensor) -> Tensor:
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy, in nats, of predicting each token from the tokens before it.
 
-    The logits at position t are compared with the label at t + 1: the shift happens here and nowhere
-    else. Labels of -100 (`IGNORE_INDEX`) do not count, neither in the sum nor in the number that it is divided by.
-    All labels of the batch that count weigh the same, whichever row they stand in.
+    The logits at position t are compared with the label at t + 1: the shift happens here and nowhere else. Labels of
+    -100 (`IGNORE_INDEX`) are ignored, both in the sum and in the number that it is divided by. All other labels of the
+    batch have equal weight, whichever row they are in.
 
     Args:
         logits: (B, T, V).
         labels: (B, T), token ids or -100.
 
     Returns:
-        A scalar that gradients flow through; 0 if no label counts.
+        A differentiable scalar; 0 if all labels are ignored.
     """
     targets = labels[:, 1:]
-    counts = targets != IGNORE_INDEX  # (B, T - 1); only these rows of logits are looked at
+    counts = targets != IGNORE_INDEX  # (B, T - 1); only these rows of the logits are used
     total = F.cross_entropy(logits[:, :-1][counts].float(), targets[counts], reduction="sum")
     return total / counts.sum().clamp(min=1)
 
 
-def transformer_block(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
+def transformer_block(x: Tensor, norm_1: Sublayer, attention: Sublayer, norm_2: Sublayer, mlp: Sublayer) -> Tensor:
     """One block of GPT-2: attention, then the MLP, each with its own normalisation (Radford et al. 2019, section 2.3).
 
-    Each of the two reads the normalised stream, and what it returns is added to the stream itself, which no
-    normalisation ever touches ("pre-norm"). The MLP reads what the attention has added to.
+    Each of the two takes the normalised residual stream as input, and its output is added to the stream itself, which
+    is never normalised ("pre-norm"). The MLP's input includes what the attention has added.
 
     Args:
-        x: (B, T, d), the residual stream; it is left as it is.
-        norm_1, attention, norm_2, mlp: functions of a (B, T, d) tensor that return another. The first normalisation
-            belongs to the attention, the second to the MLP.
+        x: (B, T, d), the residual stream; it is not modified.
+        norm_1, attention, norm_2, mlp: functions from a (B, T, d) tensor to another. The first normalisation belongs
+            to the attention, the second to the MLP.
 
     Returns:
         (B, T, d), the residual stream after the block.
@@ -136,7 +136,7 @@ def transformer_block(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, ml
 class Conv1D(nn.Module):
     """`y = x W + b`: a linear layer whose weight is stored `(in, out)`, as in OpenAI's checkpoints.
 
-    `nn.Linear` stores the transpose, `(out, in)`: whoever adapts a GPT-2 has to know which it is.
+    `nn.Linear` stores the transpose, `(out, in)`. Code that adapts a GPT-2 must take care of the difference.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -154,23 +154,23 @@ class Conv1D(nn.Module):
 
 
 class KVCache:
-    """The keys and values of the tokens that the model has already read, one pair a layer.
+    """The keys and values of the tokens that the model has already processed, one pair per layer.
 
-    With it a step of generation costs one token instead of the whole text: a token's keys and values
-    depend only on the tokens before it, so they never change once they are computed.
+    With it a step of generation processes one token instead of the whole text: a token's keys and values depend only on
+    that token and the ones before it, so they never change once computed.
     """
 
-    grows = True  # whether `append` keeps what it is given; if not, the same text can be read with it again
+    grows = True  # whether `append` stores new tokens; if not, the cache can be used again for another forward pass
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = list(layers or [])  # each (B, H, S, hd)
 
     def __len__(self) -> int:
-        """How many tokens are held."""
+        """The number of cached tokens."""
         return self.layers[0][0].shape[2] if self.layers else 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens' keys and values (B, H, T, hd); return all of the layer's (B, H, S, hd)."""
+        """Add the keys and values of new tokens (B, H, T, hd); return all those of the layer (B, H, S, hd)."""
         if layer == len(self.layers):
             self.layers.append((k, v))
         else:
@@ -179,12 +179,12 @@ class KVCache:
         return self.layers[layer]
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order (beam search moves beams about)."""
+        """Keep these rows of the batch, in this order (beam search reorders its beams)."""
         self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention. `c_attn` makes queries, keys and values in one product."""
+    """Multi-head causal self-attention. `c_attn` computes queries, keys and values in a single product."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
@@ -209,23 +209,23 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`causal_attention`, with dropout on its weights. Returns (B, H, T, hd).
 
-        `mask` is (B, 1, T, S), True where a query may see a key; None means causal, the last query sees every key.
-        PyTorch's fused kernel keeps no (T, S) matrix in memory. In bf16 on a CPU, though, its backward pass
-        takes longer than the equation written out (`benchmarks/attention.py`), so there we write it out.
+        `mask` is (B, 1, T, S), True where a query may see a key; None means causal, with the last query seeing every
+        key. PyTorch's fused kernel stores no (T, S) matrix. In bf16 on a CPU, however, its backward pass is slower
+        than that of the explicit computation (`benchmarks/attention.py`), which is therefore used there.
         """
         dropout = self.attn_pdrop if self.training else 0.0
         learns = q.requires_grad or k.requires_grad
         if mask is None and not dropout and q.dtype == torch.bfloat16 and q.device.type == "cpu" and learns:
             return causal_attention(q, k, v)
         tokens, keys = q.shape[-2], k.shape[-2]
-        if mask is None and 1 < tokens < keys:  # the kernel's own causal mask is for S = T
+        if mask is None and 1 < tokens < keys:  # the kernel's own causal mask requires S = T
             mask = causal_mask(tokens, keys, q.device)
         causal = mask is None and tokens == keys
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class MLP(nn.Module):
-    """`W_proj gelu(W_fc x)`: d to 4d and back, for each token by itself."""
+    """`W_proj gelu(W_fc x)`: d to 4d and back, for each token separately."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -253,9 +253,9 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`, but on the meta device (shapes without memory) without first values.
+    """`nn.Embedding` that skips initialisation on the meta device (shapes without memory).
 
-    There PyTorch would import its compiler to draw none: two seconds, for every model that is loaded.
+    There PyTorch would import its compiler to initialise nothing, which takes two seconds for every model loaded.
     """
 
     def reset_parameters(self) -> None:
@@ -264,7 +264,7 @@ class Embedding(nn.Embedding):
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks, a last normalisation: token ids to hidden states."""
+    """Token ids to hidden states: embeddings, blocks and a final normalisation."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -278,8 +278,8 @@ class Transformer(nn.Module):
 class GPT2(nn.Module):
     """The language model. The output projection is the token embedding itself (tied weights).
 
-    `gradient_checkpointing = True` trades time for memory: a block's activations are thrown away after
-    the forward pass and computed again in the backward pass (Chen et al. 2016).
+    `gradient_checkpointing = True` trades time for memory: a block's activations are discarded after the forward pass
+    and recomputed in the backward pass (Chen et al. 2016).
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -287,7 +287,7 @@ class GPT2(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.gradient_checkpointing = False
-        self.virtual_tokens: nn.Module | None = None  # a method may put some in front of every text
+        self.virtual_tokens: nn.Module | None = None  # a method may prepend virtual tokens to every text
         if not self.transformer.wte.weight.is_meta:
             self.apply(self._initialise)
 
@@ -303,11 +303,11 @@ class GPT2(nn.Module):
         """The logits of the next token at every position.
 
         Args:
-            input_ids: (B, T) token ids; or instead of them
-            inputs_embeds: (B, T, d) token embeddings, before positions are added.
+            input_ids: (B, T) token ids.
+            inputs_embeds: (B, T, d) token embeddings, before positions are added, instead of `input_ids`.
             attention_mask: (B, S), 1 for a token and 0 for padding, over cached and new tokens; None: no padding.
-            position_ids: (B, T); None: counted from the mask (padding takes no position), else from the cache.
-            cache: read and extended in place; S is its length plus T.
+            position_ids: (B, T); None: derived from the mask (padding takes no position), or else from the cache.
+            cache: used and extended in place; S is its length plus T.
 
         Returns:
             (B, T, V).
@@ -329,7 +329,7 @@ class GPT2(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T, d) embeddings to the (B, T, d) that the output projection reads."""
+        """Map (B, T, d) embeddings to the (B, T, d) inputs of the output projection."""
         text = inputs_embeds.shape[1]
         if self.virtual_tokens is not None:
             inputs_embeds, attention_mask, position_ids, cache = self.virtual_tokens(
@@ -339,11 +339,11 @@ class GPT2(nn.Module):
         keys = tokens + (len(cache) if cache is not None else 0)
         context = self.transformer.wpe.num_embeddings
         if keys > context:
-            raise ValueError(f"{keys} tokens are more than the model's context of {context}")
+            raise ValueError(f"{keys} tokens exceed the model's context of {context}")
         if attention_mask is not None and attention_mask.shape != (len(inputs_embeds), keys):
             raise ValueError(
-                f"attention_mask must be {(len(inputs_embeds), keys)}, one row a text and one column a token "
-                f"(cached and new), got {tuple(attention_mask.shape)}"
+                f"attention_mask must have shape {(len(inputs_embeds), keys)}, one row per text and one column per "
+                f"token (cached and new), got {tuple(attention_mask.shape)}"
             )
         if position_ids is None:
             position_ids = self._positions(attention_mask, tokens, keys, inputs_embeds.device)
@@ -371,12 +371,12 @@ class GPT2(nn.Module):
             return None
         causal = causal_mask(tokens, keys, device)[None, None]  # (1, 1, T, S)
         allowed = causal & attention_mask.bool()[:, None, None, :]
-        # A padding query in front of its text may see nothing; let it see itself, so that no softmax is 0 / 0.
+        # A padding query before its text may see no key at all; let it see itself, so that no softmax is 0 / 0.
         return allowed | torch.eye(keys, dtype=torch.bool, device=device)[keys - tokens :][None, None]
 
     def _initialise(self, module: nn.Module) -> None:
-        """Normal(0, 0.02), biases 0; the two projections into the residual stream are smaller by
-        `1 / sqrt(2 n_layer)` (Radford et al. 2019, section 2.3)."""
+        """Initialise weights from Normal(0, 0.02) and biases with 0; the two projections into the residual stream are
+        scaled by `1 / sqrt(2 n_layer)` (Radford et al. 2019, section 2.3)."""
         if isinstance(module, Conv1D | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, Attention | MLP):

@@ -1,8 +1,8 @@
-"""GPT-2's tokenizer: text to token ids and back, without losing a byte.
+"""GPT-2's tokenizer: text to token ids and back, without loss.
 
-Text becomes UTF-8 bytes, each byte one visible character (the *byte alphabet*), and the merges of
-`merges.txt` are applied in their order (byte pair encoding, Sennrich et al. 2016; on bytes: Radford et
-al. 2019, section 2.2). There are 256 bytes, so there is no text that cannot be written.
+Text is encoded as UTF-8 bytes, each byte is represented by a visible character (the *byte alphabet*), and the merges of
+`merges.txt` are applied in order (byte pair encoding, Sennrich et al. 2016; on bytes: Radford et al. 2019, section
+2.2). As every one of the 256 bytes has a token, any text can be encoded.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ MERGES_HEADER = "#version: 0.2"  # the first line of `merges.txt`; not a merge
 
 
 class Tokenizer:
-    """Byte-level BPE with GPT-2's own way of cutting text into words, and no space put in front.
+    """Byte-level BPE with GPT-2's rule for splitting text into words, and no space added in front.
 
-    `<|endoftext|>` written out in a text becomes the one special id, as in `transformers`: whoever encodes
-    text from strangers and does not want that has to look for it first. Added tokens work in the same way.
+    The string `<|endoftext|>` in a text is encoded as the special token, as in `transformers`. If that is not wanted in
+    untrusted text, look for it before encoding. The same holds for added tokens.
 
     Args:
-        vocab: each token, in the byte alphabet, and its id; the ids are 0 to the number of tokens - 1.
-        merges: the pairs that are joined, the most important first.
-        added: tokens that somebody added to a GPT-2, such as `<|pad|>`, and their ids, which follow those of `vocab`.
+        vocab: maps each token, in the byte alphabet, to its id; the ids are 0 to the number of tokens - 1.
+        merges: the pairs to merge, in order of priority.
+        added: tokens that were added to a GPT-2, such as `<|pad|>`, and their ids, which follow those of `vocab`.
         end: the token that ends a text, one of `vocab` or `added`.
-        add_prefix_space: put a space in front of a text that begins without one.
+        add_prefix_space: add a space in front of a text that begins without one.
 
     Raises:
-        ValueError: the ids have gaps, a byte or the end token has no token, or vocabulary and merges
-            do not belong together.
+        ValueError: the ids have gaps, a byte or the end of a text has no token, or the vocabulary and the merges do not
+            match.
     """
 
     def __init__(
@@ -69,23 +69,23 @@ class Tokenizer:
         return len(self.vocab) + len(self.added)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; no token is added in front or behind.
+        """The ids of `text`; no token is added before or after it.
 
         Raises:
-            ValueError: `text` holds half of a surrogate pair, which is not text.
+            ValueError: `text` contains half of a surrogate pair, which is not valid text.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of several texts at once, on several cores."""
+        """Encode several texts at once, on several cores."""
         for text in texts:
-            text.encode("utf-8")  # a lone surrogate ends here, in a UnicodeEncodeError that says where
+            text.encode("utf-8")  # a lone surrogate raises a UnicodeEncodeError with its position
         return [encoding.ids for encoding in self._encoder.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; `decode(encode(text)) == text` for every text.
 
-        Where the ids stop in the middle of a character, that character is shown as U+FFFD.
+        A character whose bytes are incomplete is decoded as U+FFFD.
 
         Raises:
             ValueError: an id is not in the vocabulary.
@@ -96,7 +96,7 @@ class Tokenizer:
         return self._encoder.decode(list(ids), skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:
-        """Write `vocab.json` and `merges.txt` into `directory`, which is made where it is missing.
+        """Write `vocab.json` and `merges.txt` into `directory`, which is created if it does not exist.
 
         What differs from GPT-2's usual tokenizer, such as added tokens, goes into `tokenizer_config.json`.
         """
@@ -121,14 +121,14 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """Read `vocab.json` and `merges.txt`, or else a `tokenizer.json` (all that transformers 5 saves).
+        """Read `vocab.json` and `merges.txt`, or else a `tokenizer.json` (the only file that transformers 5 saves).
 
         Added tokens, another end token and `add_prefix_space` are read from the files in which transformers keeps them
         (`added_tokens.json`, `tokenizer_config.json`, `special_tokens_map.json`).
 
         Raises:
-            FileNotFoundError: neither is there.
-            ValueError: a file is damaged, is not a GPT-2's, or two of them do not belong together.
+            FileNotFoundError: neither exists.
+            ValueError: a file is damaged, does not belong to a GPT-2, or two files do not match.
         """
         directory = Path(directory)
         vocab, merges = directory / "vocab.json", directory / "merges.txt"
@@ -145,14 +145,14 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from None
         missing = " and ".join(path.name for path in (vocab, merges) if not path.exists())
-        raise FileNotFoundError(f"{directory} has no tokenizer: {missing} missing, and no tokenizer.json instead")
+        raise FileNotFoundError(f"{directory} has no tokenizer: {missing} missing, and there is no tokenizer.json")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn a vocabulary from `texts`: `<|endoftext|>` is id 0, then the 256 bytes, then the merges.
+        """Learn a vocabulary from `texts`: `<|endoftext|>` has id 0, then come the 256 bytes, then the merges.
 
-        A pair has to occur at least twice to be merged, so that little text gives fewer than `vocab_size`
-        tokens. The same texts always give the same tokenizer.
+        A pair must occur at least twice to be merged, so a short text gives fewer than `vocab_size` tokens. The same
+        texts always give the same tokenizer.
 
         Raises:
             ValueError: `vocab_size` is below 257 (the bytes and `<|endoftext|>`).
@@ -177,11 +177,11 @@ class Tokenizer:
 
 
 def _check(vocab: Any, merges: Sequence[Merge], added: Mapping[str, int], end: str) -> None:
-    """Every way in which the files could give wrong ids in silence is an error here."""
+    """Raise an error for anything in the files that would silently give wrong ids."""
     if not isinstance(vocab, dict) or not all(type(token_id) is int for token_id in vocab.values()):
-        raise ValueError("the vocabulary must be one JSON object of tokens and whole-number ids")
+        raise ValueError("the vocabulary must be a JSON object that maps tokens to integer ids")
     if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"the ids of the {len(vocab)} tokens must be 0 to {len(vocab) - 1}, each once")
+        raise ValueError(f"the ids of the {len(vocab)} tokens must be 0 to {len(vocab) - 1}, each exactly once")
     if again := sorted(added.keys() & vocab.keys()):
         raise ValueError(f"the added token {_some(again)} is in the vocabulary under another id")
     if sorted(added.values()) != list(range(len(vocab), len(vocab) + len(added))):
@@ -196,11 +196,13 @@ def _check(vocab: Any, merges: Sequence[Merge], added: Mapping[str, int], end: s
         for token in (left, right, left + right):
             if token not in vocab:
                 raise ValueError(f"the merge {left!r} + {right!r} needs the token {token!r}: not in the vocabulary")
-    # Names in angle or square brackets are special tokens, which no merge makes.
+    # Names in angle or square brackets are special tokens, which are not made by merges.
     made = {left + right for left, right in merges} | alphabet | {end}
     unmade = [token for token in vocab if token not in made and (token[:1], token[-1:]) not in (("<", ">"), ("[", "]"))]
     if unmade:
-        raise ValueError(f"no merge makes the token {_some(unmade)}: merges missing, or another vocabulary's")
+        raise ValueError(
+            f"no merge gives the token {_some(unmade)}: merges are missing or belong to another vocabulary"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token: the end of a document
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token: it marks the end of a document
 CONFIG = "tokenizer_config.json"
 SETTINGS_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json")
 
@@ -76,7 +76,7 @@ def read_merges(path: Path) -> list[Merge]:
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
-            raise ValueError(f"line {number} of {path.name} must be two tokens with a space between, got {line!r}")
+            raise ValueError(f"line {number} of {path.name} must be two tokens separated by a space, got {line!r}")
         merges.append((left, right))
     return merges
 
@@ -97,6 +97,6 @@ def read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[Merge], dict[s
 
 
 def as_pairs(merges: Sequence[Any]) -> list[Merge]:
-    """Merges as pairs: releases of `tokenizers` write them as "a b" or as ["a", "b"]."""
+    """Merges as pairs; different releases of `tokenizers` write them as "a b" or as ["a", "b"]."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     return [(left, right) for left, right in pairs]

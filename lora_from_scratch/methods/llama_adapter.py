@@ -230,11 +230,11 @@ def _(module: GatedPrefixAttention, x: Shadow, tape: Tape) -> Shadow:
     w, rows = qkv.width, tape.rows
     prompts = tape.batch * length
     saved = [
-        activations.in_order(qkv, tape, rows, d),
-        *([activations.in_order(own, tape, prompts, d)] if qkv.grad else []),
+        activations.contiguous(qkv, tape, rows, d),
+        *([activations.contiguous(own, tape, prompts, d)] if qkv.grad else []),
     ]
     weights = tape.bends(tape.like(tape.add([qkv, own], Shadow(rows * heads, length, w), saved)))
-    seen = tape.add([weights, own], Shadow(rows, d, w), [weights, activations.in_order(own, tape, prompts, d)])
+    seen = tape.add([weights, own], Shadow(rows, d, w), [weights, activations.contiguous(own, tape, prompts, d)])
     gated = tape.add([seen], Shadow(rows, d, w), [seen], [gate])
     text = activations.attention(base, qkv, tape)
     if module.as_peft:

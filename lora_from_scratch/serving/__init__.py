@@ -1,1 +1,1 @@
-"""Many adapters on one model."""
+"""Serving many adapters on one model."""

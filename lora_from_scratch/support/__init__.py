@@ -1,1 +1,1 @@
-"""What the rest of the package stands on: files, figures, the allocator. Nothing here knows what a model is."""
+"""Utilities for the rest of the package: files, figures, the allocator. Nothing here depends on a model."""

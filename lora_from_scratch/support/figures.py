@@ -1,4 +1,4 @@
-"""Figures in a notebook: shown with alternative text, and with a slider where somebody is there to move it."""
+"""Figures in a notebook, with alternative text, and with a slider where the notebook is used interactively."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS = 110  # per inch
-BUILDING = "LORA_FROM_SCRATCH_BUILD"  # set while the solved notebooks are executed: nobody is there
+BUILDING = "LORA_FROM_SCRATCH_BUILD"  # set while the solved notebooks are executed, without a user
 
 
 def show(figure: Figure, alt: str) -> None:
     """Show a figure as a PNG with alternative text, and close it.
 
-    The picture is there twice: as `image/png`, with the text in its metadata, and as HTML with an `<img alt="...">`.
-    JupyterLab 4.6 and nbconvert show the HTML, and do not take the text from the metadata.
+    The output contains the image twice: as `image/png`, with the text in its metadata, and as HTML with an
+    `<img alt="...">`. JupyterLab 4.6 and nbconvert show the HTML; they do not use the text in the metadata.
 
     Args:
-        alt: what a reader who does not see the figure has to know: the axes, and what the figure shows.
+        alt: what a reader who cannot see the figure needs to know: the axes, and what the figure shows.
 
     Raises:
         ValueError: the alternative text is empty.
@@ -36,14 +36,14 @@ def show(figure: Figure, alt: str) -> None:
     picture = _png(figure)
     matplotlib.pyplot.close(figure)
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    # A dark theme stays dark around it; the figure's own background is white.
+    # The figure keeps its white background in a dark theme.
     image = f'<img src="{source}" alt="{html.escape(alt)}" style="max-width: 100%; background: white;">'
     bundle = {"text/html": image, "image/png": picture, "text/plain": alt}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
 def _png(figure: Figure) -> bytes:
-    """The figure in at most 256 colours: a third of the bytes, and no eye sees it."""
+    """The figure as a PNG with at most 256 colours: a third of the size, without a visible difference."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -58,9 +58,10 @@ def slider(draw: Callable[[Any], Figure], name: str, values: Sequence[Any], star
     """Show `draw(value)` with a slider over the values; while notebooks are built, or without ipywidgets, at `start`.
 
     Args:
-        draw: makes the figure of one value, in well under a second.
-        name: what the slider says it is: "rank".
-        start: the value that it begins with, one of `values`.
+        draw: makes the figure for one value, in well under a second.
+        name: the slider's label, such as "rank".
+        values: the values of the slider.
+        start: the initial value, one of `values`.
         alt: as in `show`.
     """
     widgets = None if os.environ.get(BUILDING) else _widgets()
@@ -85,6 +86,6 @@ def slider(draw: Callable[[Any], Figure], name: str, values: Sequence[Any], star
 def _widgets() -> Any:
     try:
         import ipywidgets
-    except ImportError:  # without the course extra: the figure without its control
+    except ImportError:  # without the `course` extra: show the figure without a slider
         return None
     return ipywidgets

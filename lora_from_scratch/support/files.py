@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files atomically, so that an incomplete file is never visible."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _LEFTOVER = re.compile(r"\..+\.\w{8}\.part")  # the names that `tempfile` makes 
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+    """Let `write` write a temporary file beside `path`, then rename it to `path` in one step.
 
-    A crash, a kill or a full disk leaves what was there before, and nothing half-written.
+    After a crash, a kill or a full disk, the previous file is unchanged and nothing incomplete remains at `path`.
 
     Args:
-        path: where the file is to be; its folder is made if need be.
+        path: the file to write; its folder is created if necessary.
         write: called with the temporary path.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OSError: the disk is full or the folder cannot be written to.
     """
     path = Path(path)
     with _folder(path.parent):
@@ -45,18 +45,18 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def write_directory_atomically(directory: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary directory, then put its files into `directory`, one step for each.
+    """Let `write` fill a temporary directory, then move its files into `directory`, each in one step.
 
-    Other files that are already in `directory` stay. If `write` fails, `directory` is as it was.
+    Other files in `directory` are kept. If `write` fails, `directory` is left unchanged.
 
     Raises:
-        OSError: the disk is full, or `directory` is a file or cannot be written.
+        OSError: the disk is full, or `directory` is a file or cannot be written to.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file, not a directory; choose another place to save to")
+        raise FileExistsError(f"{directory} is a file, not a directory; choose another directory")
     with _folder(directory):
-        # Inside, not beside: `directory` may be the one place that can be written, on a disk of its own.
+        # Inside, not beside: `directory` may be the only writable place, and on a separate disk.
         temporary = Path(tempfile.mkdtemp(dir=directory, prefix=".new.", suffix=".part"))
         try:
             with _disk_errors(directory):
@@ -71,36 +71,36 @@ def write_directory_atomically(directory: str | Path, write: Callable[[Path], ob
 
 
 def write_json(path: str | Path, document: Any) -> None:
-    """Write JSON, whole or not at all. What is not a number (NaN, infinity) becomes null: JSON knows no such thing."""
+    """Write JSON atomically. NaN and infinity, which JSON does not have, become null."""
     text = json.dumps(_finite(document), indent=1, default=str, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def check_writable(directory: str | Path) -> None:
-    """Find out whether files can be written under `directory`, which need not exist, and leave no trace.
+    """Check that files can be written under `directory`, which need not exist. Nothing is created.
 
     Raises:
-        OSError: they cannot; the message says why.
+        OSError: they cannot be written; the message says why.
     """
     place = Path(directory)
     while not os.path.lexists(place) and place != place.parent:
-        place = place.parent  # the nearest thing that is there
+        place = place.parent  # the nearest existing path
     if not place.is_dir():
-        raise NotADirectoryError(f"cannot write to {directory}: {place} is not a directory; choose another place")
+        raise NotADirectoryError(f"cannot write to {directory}: {place} is not a directory; choose another directory")
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise OSError(f"cannot write to {directory}: {error.strerror}; choose another place") from None
+        raise OSError(f"cannot write to {directory}: {error.strerror}; choose another directory") from None
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether it is named like what the functions above write before it is whole."""
+    """Whether the path is named like the temporary files of the functions above."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def remove_leftovers(directory: str | Path) -> None:
-    """Remove what a killed process was writing in `directory` with the functions above."""
+    """Remove temporary files that a killed process left in `directory` while using the functions above."""
     for path in filter(is_leftover, Path(directory).glob(".*.part")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -110,7 +110,7 @@ def remove_leftovers(directory: str | Path) -> None:
 
 @contextmanager
 def _folder(directory: Path) -> Iterator[None]:
-    """Make a directory for what happens inside; if that fails, the directories that were made go again."""
+    """Create a directory for the body of the `with` statement; if that fails, remove the created directories."""
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -119,13 +119,13 @@ def _folder(directory: Path) -> Iterator[None]:
         for place in missing:
             try:
                 place.rmdir()
-            except OSError:  # somebody else has put something there
+            except OSError:  # another process has written something there
                 break
         raise
 
 
 def _finish(file: Path) -> None:
-    """On the disk, and readable by whom it should be: `tempfile`'s own 0600 is for secrets."""
+    """Flush the file to disk and give it the default permissions (`tempfile` creates files with 0600)."""
     with file.open("rb") as written:
         os.fsync(written.fileno())
     os.chmod(file, 0o666 & ~_umask())
@@ -133,7 +133,7 @@ def _finish(file: Path) -> None:
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """torch and safetensors report a full disk with errors of their own: make them the OSError that they are."""
+    """Convert the errors with which torch and safetensors report a full disk into an `OSError`."""
     try:
         yield
     except (RuntimeError, SafetensorError) as error:

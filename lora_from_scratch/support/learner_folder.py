@@ -1,7 +1,7 @@
-"""Where what belongs to the learner is kept: progress, and the capstone's entries.
+"""The folder for the learner's data: progress, and the capstone's entries.
 
-Two environment variables: LORA_FROM_SCRATCH_HOME names another folder, LORA_FROM_SCRATCH_PROGRESS=off keeps nothing on
-the disk.
+There are two environment variables: LORA_FROM_SCRATCH_HOME sets another folder, and LORA_FROM_SCRATCH_PROGRESS=off
+saves nothing to disk.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ SWITCH = "LORA_FROM_SCRATCH_PROGRESS"
 
 
 def folder() -> Path:
-    """The learner's folder, `~/.lora-from-scratch` unless the environment names another."""
+    """The learner's folder: `~/.lora-from-scratch`, unless the environment sets another."""
     named = os.environ.get(HOME)
     return Path(named).expanduser() if named else Path(os.path.expanduser("~")) / ".lora-from-scratch"
 
 
 def switched_off() -> bool:
-    """By the environment variable, or because the notebooks are being built: nobody is there."""
+    """Whether saving is disabled, by the environment variable or because the notebooks are being built."""
     off = os.environ.get(SWITCH, "").strip().lower() in ("off", "0", "no", "false")
     return off or bool(os.environ.get(BUILDING))

@@ -1,4 +1,4 @@
-"""One style for all figures: labels on the lines instead of legends, readable in grey, the same bytes every time."""
+"""One style for all figures: direct labels instead of legends, readable in greyscale, reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Colours that differ in lightness as well (a subset of Okabe and Ito 2008), each with a line of its own.
+# Colours that also differ in lightness (a subset of Okabe and Ito 2008), each with its own line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 
-# Where a name may stand beside its point, the best first: offset in points, horizontal and vertical alignment.
+# Possible positions of a name relative to its point, in order of preference: offset in points, alignments.
 NEAR = 20
 AROUND = (
     (7, 0, "left", "center"),
@@ -45,7 +45,7 @@ STYLE: Any = {
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Whatever `draw` makes has the style: matplotlib looks it up when a thing is made, each label and title anew."""
+    """Apply the style inside `draw`: matplotlib reads it whenever an artist such as a label or title is created."""
 
     @functools.wraps(draw)
     def in_style(*arguments: P.args, **keywords: P.kwargs) -> R:
@@ -59,7 +59,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 @styled
 def panels(columns: int, *, width: float = 5.2, height: float = 3.6) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with panels side by side, each of this size in inches, without a display."""
+    """A figure with panels side by side, each of this size in inches. No display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,13 +71,13 @@ def panels(columns: int, *, width: float = 5.2, height: float = 3.6) -> tuple[Fi
 
 @styled
 def label(axes: Axes, *, x: str, y: str = "", title: str = "") -> None:
-    """What the axes show, and in the title what there is to see."""
+    """Set the labels of the axes, and a title that says what the figure shows."""
     axes.set(xlabel=x, ylabel=y, title=title)
 
 
 @styled
 def curve(axes: Axes, values: Sequence[float], *, label: str, style: int, above: bool = True) -> None:
-    """A line over 1, 2, 3, ... with its name at its end, above the line or below it."""
+    """Draw a line over 1, 2, 3, ... with its name at its end, above or below the line."""
     steps = range(1, len(values) + 1)
     colour = COLOURS[style % len(COLOURS)]
     axes.plot(steps, values, LINES[style % len(LINES)], color=colour, linewidth=1.8)
@@ -95,7 +95,7 @@ def curve(axes: Axes, values: Sequence[float], *, label: str, style: int, above:
 
 @styled
 def bars(axes: Axes, values: Mapping[str, float], *, unit: str) -> None:
-    """Horizontal bars from the top down, each with its number; a line at 100 %."""
+    """Draw horizontal bars from top to bottom, each with its value, and a line at 100 %."""
     names = list(values)
     places = range(len(names))
     axes.barh(places, list(values.values()), color=COLOURS[1], height=0.6)
@@ -103,7 +103,7 @@ def bars(axes: Axes, values: Mapping[str, float], *, unit: str) -> None:
     axes.invert_yaxis()
     highest = max(118.0, 1.18 * max(values.values()))
     for place, value in zip(places, values.values(), strict=True):
-        inside = 100 - 0.15 * highest < value < 100  # beside the bar it would cross the line
+        inside = 100 - 0.15 * highest < value < 100  # beside the bar, the text would cross the line
         beside: Any = {"xytext": (-4, 0), "ha": "right", "color": "white"} if inside else {"xytext": (4, 0)}
         axes.annotate(f"{value:.1f} {unit}", (value, place), textcoords="offset points", va="center", **beside)
     axes.axvline(100, color="0.4", linewidth=1, linestyle=":")
@@ -112,16 +112,16 @@ def bars(axes: Axes, values: Mapping[str, float], *, unit: str) -> None:
 
 @styled
 def points(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
-    """A point for each name at (x, y), with the name beside it where it hides nothing: no other name and no point.
+    """Draw a point for each name at (x, y), with the name placed so that it covers no other name or point.
 
-    Call it last: where there is room depends on the scales and on the labels of the axes.
+    Call this last: the free space depends on the scales and labels of the axes.
     """
     xs, ys = zip(*places.values(), strict=True)
     axes.scatter(xs, ys, s=36, color=COLOURS[0], zorder=3)
     axes.margins(x=0.12, y=0.12)
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # now it is known where the points are, in pixels
+    figure.draw_without_rendering()  # fixes the positions of the points in pixels
     dots = [_box_around(*axes.transData.transform(place)) for place in places.values()]
     taken = list(dots)
     frame = axes.get_window_extent()
@@ -136,7 +136,7 @@ def points(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
         x, y, across, up = AROUND[crowding.index(min(crowding))]
         text.set(position=(x, y), ha=across, va=up)
         taken.append(text.get_window_extent())
-        if abs(y) > NEAR:  # too far to be told: a line to the point
+        if abs(y) > NEAR:  # too far from its point: add a line
             axes.annotate("", place, xytext=(x, y), textcoords="offset points", arrowprops=LEADER)
 
 
@@ -147,7 +147,7 @@ def _box_around(x: float, y: float, radius: float = 6) -> Bbox:
 
 
 def smooth(values: Sequence[float], window: int = 15) -> list[float]:
-    """The running mean of the last `window` values: a loss curve without its jitter."""
+    """The running mean of the last `window` values, to smooth a loss curve."""
     smoothed = []
     for end in range(1, len(values) + 1):
         part = values[max(0, end - window) : end]
@@ -157,5 +157,5 @@ def smooth(values: Sequence[float], window: int = 15) -> list[float]:
 
 @styled
 def save(figure: Figure, path: Path, description: str | None = None) -> None:
-    """As PNG, with a text for those who cannot see it, and without the version that would change its bytes."""
+    """Save as PNG with a description, and without matplotlib's version, so that the bytes are reproducible."""
     figure.savefig(path, format="png", metadata={"Software": None, "Description": description})

@@ -1,28 +1,28 @@
 """Which activations a training step keeps, and for how long: autograd's bookkeeping with sizes instead of tensors.
 
-For the backward pass autograd keeps, of every operation, the tensors from which its derivative is made. Which
-they are follows from the derivative alone. Written for B sequences of T tokens, width d, H heads, MLP width m, w
-bytes a number (4; 2 in autocast's bf16), and only where a gradient flows at all:
+For the backward pass autograd keeps the tensors from which the derivative of each operation is computed. They follow
+from the derivative alone. For B sequences of T tokens, width d, H heads, MLP width m, w bytes per number (4, or 2 in
+autocast's bf16), and only where a gradient flows, these are:
 
-    y = x W + b       x if W is trained (dL/dW = x^T dL/dy); W if x has a gradient (dL/dx = dL/dy W^T). W is there
-                      anyway, but autocast has made a copy of 2 bytes a weight. A frozen W needs no x: that, and not
-                      the few trained weights, is what LoRA, adapters and biases save of the activations.
+    y = x W + b       x if W is trained (dL/dW = x^T dL/dy); W if x has a gradient (dL/dx = dL/dy W^T). W exists
+                      anyway, but autocast has made a copy with 2 bytes per weight. A frozen W does not need x: this,
+                      not the small number of trained weights, is how LoRA, adapters and biases save activations.
     s B A x           x for A, the r numbers A x for B
     4-bit W           nothing: it is dequantised again
     LayerNorm         x, the mean and the deviation of each token (8 bytes)
     gelu, add         x; nothing
-    attention         q, k, v, the result, one logarithm (4 bytes) a head and token: PyTorch's fused kernel. The (T, T)
-                      matrices are kept only where `Attention.attend` writes the equation out (bf16 on a CPU), or where
-                      there is dropout on them (the kernel on a CPU has none); a mask costs (T, T) for each sequence.
-    dropout           the noise, in the type of x (on a GPU, and in a LoRA: one byte)
+    attention         q, k, v, the result, one logarithm (4 bytes) per head and token: PyTorch's fused kernel. The
+                      (T, T) matrices are kept only where `Attention.attend` uses the explicit equation (bf16 on a CPU),
+                      or where there is dropout on them (the CPU kernel has none); a mask costs (T, T) per sequence.
+    dropout           the noise, in the dtype of x (on a GPU, and in LoRA: one byte)
 
 With everything trained, in fp32, without dropout, a block keeps, in bytes,
 
-    4 B T (8 d + 2 m) + 4 B T H + 16 B T        (64 B T d and a little, for m = 4 d)
+    4 B T (8 d + 2 m) + 4 B T H + 16 B T        (slightly more than 64 B T d, for m = 4 d)
 
 Korthikanti et al. 2022 (arXiv:2205.05198, eq. 1) count s b h (34 + 5 a s / h) for the same block in 16 bits, with three
-dropouts and attention written out. The backward pass then goes from the top down, frees what it has used and holds the
-gradients of activations that are on their way; the most it ever holds, and where, is what `Tape.backward` finds.
+dropouts and explicit attention. The backward pass then proceeds from the top down, frees what it has used and holds the
+gradients of activations that are still needed; `Tape.backward` finds how much it holds at each point.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ FP32 = 4  # bytes
 
 @dataclass(eq=False)
 class Shadow:
-    """A tensor of the forward pass without its values: how large it is, and whether a gradient will come to it."""
+    """A tensor of the forward pass without its values: its size, and whether it will receive a gradient."""
 
-    rows: int  # mostly B T, the tokens
+    rows: int  # usually B T, the number of tokens
     columns: int
-    width: int = FP32  # bytes a number
+    width: int = FP32  # bytes per number
     grad: bool = False
-    weight: bool = False  # it is a parameter: to keep it costs nothing more
+    weight: bool = False  # it is a parameter, so keeping it costs nothing extra
 
     @property
     def nbytes(self) -> int:
@@ -57,31 +57,31 @@ class Shadow:
 class Step:
     """One operation of the forward pass, as the backward pass sees it."""
 
-    where: str  # for people: "block 3"
+    where: str  # a label such as "block 3"
     inputs: list[Shadow]
     output: Shadow
     saved: list[Shadow]
-    trained: int = 0  # bytes of the gradients of parameters that its derivative makes
-    scratch: int = 0  # bytes that its derivative needs for a moment
-    passes: bool = False  # its inputs get the gradient of the output, itself and no copy: a sum
-    inner: Tape | None = None  # a checkpoint: the operations that are computed again
+    trained: int = 0  # bytes of the parameter gradients that its backward step creates
+    scratch: int = 0  # bytes that its backward step needs temporarily
+    passes: bool = False  # the inputs share the gradient of the output, without a copy (a sum)
+    inner: Tape | None = None  # for a checkpoint: the operations that are recomputed
 
 
 @dataclass
 class Tape:
-    """The operations so far, and what has to be known of the batch to count them."""
+    """The operations recorded so far, and the properties of the batch that determine their sizes."""
 
     batch: int
-    tokens: int  # that run through the blocks, virtual ones included
+    tokens: int  # that pass through the blocks, including virtual tokens
     autocast: bool = False  # matrix products in bf16
     padded: bool = False  # an attention mask is given
     cuda: bool = False
-    training: bool = True  # whether there is dropout
+    training: bool = True  # whether dropout is active
     where: str = ""
-    prefix: Shadow | None = None  # (P, 2 L d), what prefix tuning puts in front
+    prefix: Shadow | None = None  # (P, 2 L d), the keys and values that prefix tuning prepends
     steps: list[Step] = field(default_factory=list)
-    kept: dict[Shadow, None] = field(default_factory=dict)  # for the backward pass, so far; an ordered set
-    forward_peak: int = 0  # the most bytes that lived so far: what is kept, and what one operation reads and writes
+    kept: dict[Shadow, None] = field(default_factory=dict)  # kept for the backward pass so far; an ordered set
+    forward_peak: int = 0  # peak bytes so far: what is kept, plus what one operation reads and writes
 
     @property
     def rows(self) -> int:
@@ -100,7 +100,7 @@ class Tape:
         scratch: int = 0,
         passes: bool = False,
     ) -> Shadow:
-        """Note an operation, if a gradient flows through it, and return its output."""
+        """Record an operation, if a gradient flows through it, and return its output."""
         learned = [p for p in trained if p is not None and p.requires_grad]
         output.grad = any(x.grad for x in inputs) or bool(learned)
         if output.grad:
@@ -115,21 +115,21 @@ class Tape:
         self.kept.update(dict.fromkeys(tensor for tensor in saved if not tensor.weight))
 
     def kept_bytes(self) -> int:
-        """Bytes of activations that are kept, each tensor counted once."""
+        """Bytes of the kept activations, each tensor counted once."""
         return sum(tensor.nbytes for tensor in self.kept)
 
     # --- Operations ---
 
     def parameter(self, p: Tensor) -> Shadow:
-        """A matrix that is learned and takes the place of activations."""
+        """A trained matrix that is used like an activation."""
         return self.add([], Shadow(p.shape[-2], p.shape[-1], p.element_size(), weight=True), trained=[p])
 
     def like(self, x: Shadow, saved: Sequence[Shadow] = ()) -> Shadow:
-        """Anything that makes of x something of its size."""
+        """An operation whose output has the size of x."""
         return self.add([x], Shadow(x.rows, x.columns, x.width), saved)
 
     def bends(self, x: Shadow) -> Shadow:
-        """relu, tanh, softmax: the derivative is made of the result."""
+        """relu, tanh or softmax, whose derivative is computed from the result."""
         y = Shadow(x.rows, x.columns, x.width)
         return self.add([x], y, [y])
 
@@ -151,7 +151,7 @@ class Tape:
         return self.add([x], Shadow(x.rows, columns, x.width), saved, [weight, bias], scratch)
 
     def norm(self, x: Shadow, norm: nn.LayerNorm, stored: Shadow | None = None) -> Shadow:
-        """LayerNorm; `stored` is the tensor that x is a part of, if it is one: it is kept as a whole."""
+        """LayerNorm. If x is a view of a larger tensor, `stored` is that tensor, which is kept as a whole."""
         output = Shadow(x.rows, x.columns, x.width)
         return self.add([x], output, [stored or x, Shadow(x.rows, 2)], [norm.weight, norm.bias])
 
@@ -162,7 +162,7 @@ class Tape:
         return self.like(x, [noise])
 
     def checkpoint(self, x: Shadow, others: list[Shadow], inner: Tape, output: Shadow) -> Shadow:
-        """Of all that `inner` keeps, keep the arguments alone, and compute the rest again when its turn comes."""
+        """Keep only the arguments instead of what `inner` keeps, and recompute the rest in the backward pass."""
         self.forward_peak = max(self.forward_peak, self.kept_bytes() + inner.forward_peak - inner.kept_bytes())
         if output.grad:
             self._keep([x, *others])
@@ -172,56 +172,56 @@ class Tape:
     # --- What is kept, and the backward pass ---
 
     def savers(self) -> Counter[Shadow]:
-        """How many operations keep each tensor."""
+        """The number of operations that keep each tensor."""
         return Counter(tensor for step in self.steps for tensor in dict.fromkeys(step.saved) if not tensor.weight)
 
     def backward(self) -> Iterator[tuple[str, int]]:
-        """For each operation, from the last to the first: where it is, and the most bytes that live meanwhile.
+        """For each operation, from last to first: its label, and the peak bytes during its backward step.
 
-        Counted are activations, gradients of activations and gradients of parameters.
+        The bytes are those of activations, gradients of activations and gradients of parameters.
         """
         return Backward(self.savers()).through(self.steps)
 
 
 class Backward:
-    """The state of a backward pass: what is still kept, which gradients are on their way, which have arrived."""
+    """The state of a backward pass: the tensors still kept, and the gradients of activations and parameters."""
 
     def __init__(self, savers: Counter[Shadow]) -> None:
         self.savers = savers
-        self.on_the_way: dict[Shadow, Shadow] = {}  # tensor: its gradient
-        self.arrived = 0  # bytes, for parameters
+        self.pending: dict[Shadow, Shadow] = {}  # gradients of activations that are still needed, by tensor
+        self.parameter_gradients = 0  # bytes
 
     def through(self, steps: Sequence[Step]) -> Iterator[tuple[str, int]]:
         for step in reversed(steps):
             if step.inner is not None:
-                self.savers.update(step.inner.savers())  # computed again
+                self.savers.update(step.inner.savers())  # recomputed
                 yield from self.through(step.inner.steps)
                 self._release(step)
             else:
                 yield step.where, self._derive(step)
 
     def _derive(self, step: Step) -> int:
-        """Take the gradient of the output, make those of the inputs; the most bytes that live meanwhile."""
+        """Replace the gradient of the output with those of the inputs; return the peak bytes meanwhile."""
         before = self._live()
         inputs = [x for x in dict.fromkeys(step.inputs) if x.grad]
-        incoming = self.on_the_way.pop(step.output, step.output)
+        incoming = self.pending.pop(step.output, step.output)
         made = {x: incoming if step.passes else Shadow(x.rows, x.columns, x.width) for x in inputs}
         new = 0 if step.passes else sum(gradient.nbytes for gradient in made.values())
         most = before + new + step.trained + step.scratch
         self._release(step)
-        self.arrived += step.trained
+        self.parameter_gradients += step.trained
         for x, gradient in made.items():
-            if x in self.on_the_way:  # from another operation: the sum is a third tensor, for a moment
+            if x in self.pending:  # it also has a gradient from another operation; their sum is a third tensor
                 most = max(most, self._live() + 2 * gradient.nbytes)
             else:
-                self.on_the_way[x] = gradient
+                self.pending[x] = gradient
         return most
 
     def _release(self, step: Step) -> None:
         for tensor in dict.fromkeys(step.saved):
             self.savers[tensor] -= 1
-        self.savers = +self.savers  # without those that nobody keeps any more
+        self.savers = +self.savers  # drop tensors that are no longer kept
 
     def _live(self) -> int:
         kept = sum(tensor.nbytes for tensor in self.savers)
-        return kept + sum(gradient.nbytes for gradient in set(self.on_the_way.values())) + self.arrived
+        return kept + sum(gradient.nbytes for gradient in set(self.pending.values())) + self.parameter_gradients
