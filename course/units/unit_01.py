@@ -75,7 +75,8 @@ print("with 1 as the pivot the first row becomes    ", (bad[0] - bad[0, 0] * bad
 # remaining entry should be the pivot. *Complete pivoting* looks for it in all remaining rows and columns, and moves it
 # into place by swapping.
 #
-# Implement it. It is the longest exercise of this unit; take it one line at a time.
+# Implement it. It is the longest exercise of this unit; take it one line at a time. Two helpers are provided:
+# `require_matrix` checks the input and converts its dtype, `rounding_tolerance` is the default tolerance.
 
 # %% exercise="row_echelon"
 

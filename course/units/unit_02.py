@@ -127,6 +127,10 @@ for ratio in (0.5, 0.9, 0.99, 0.998):
 # Write this as a function. A loop that multiplies and divides is enough; the docstring has a trick that also makes it
 # fast. Where several answers are right (either sign, any vector of a repeated eigenvalue), the check accepts any of
 # them.
+#
+# These helpers are provided: `require_matrix` checks the input and converts its dtype, `_unit(x)` is x divided by its
+# norm, `_first(size, like)` is the first basis vector with the dtype of `like`, `_sign_of_largest(x)` is the sign of
+# the entry with the largest absolute value.
 
 # %% exercise="dominant_eigenvector"
 

@@ -10,17 +10,18 @@
 #
 # **By the end of this unit you can**
 #
-# - say which tokens of a text a model is trained on, and make the labels that say so;
+# - say which tokens of a text a model is trained on, and build the corresponding labels;
 # - write AdamW and its learning-rate schedule, and train a whole GPT-2 with your own code;
-# - measure what the model has learned, and what it has forgotten for it;
-# - freeze a part of a model, and say what that saves in memory and costs in quality.
+# - measure what the model has learned, and what has become of what it could do before;
+# - freeze part of a model, and say what that saves in memory and costs in quality.
 #
 # **Prerequisites**: the loss of unit 03, and gradients. Unit 00 shows how checking works.
 #
-# **Time**: about 85 minutes, two of them computing. 5 exercises, 2 predictions, one open question.
+# **Time**: about 85 minutes, of which two are computing. 5 exercises, 2 predictions, one open question.
 #
-# ![Two panels over the same training steps. On the left the loss on story cards falls, steeply at first. On the right
-# the perplexity on real tales rises from its dotted starting line.](unit_04.png)
+# ![The loss on unseen story cards after 20 training steps against the number of trained parameters in millions, for
+# four runs: the last block, the last two blocks, all six blocks, everything. The loss falls from the first to the
+# last.](unit_04.png)
 
 # %%
 import copy
@@ -53,11 +54,11 @@ STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 64))  # of the longest tra
 # %% [markdown]
 # ## The task
 #
-# The bundled GPT-2 can go on with a tale. It cannot do what it is told. In this unit you teach it to: from a **story
-# card**, which says what has to happen, it shall write the opening of a tale in which exactly that happens.
+# The bundled GPT-2 can continue a tale, but it cannot follow instructions. In this unit you teach it to: given a
+# **story card**, which says what has to happen, it should write the opening of a tale in which exactly that happens.
 #
-# Every method of this course is trained on these cards. What you measure today, with everything trained, is the
-# baseline that the others have to beat.
+# Every method of this course is trained on these cards. What you measure here, with everything trained, is the baseline
+# for the others.
 
 # %%
 base, tokenizer = load_gpt2(MODEL)
@@ -67,10 +68,11 @@ print("card:", example.mr)
 print("text:", example.ref)
 
 # %% [markdown]
-# What does the model make of a card before it has seen one? It gets the card and a line break, and writes on.
+# What does the model do with a card before it has been trained on any? It gets the card and a line break, and
+# continues.
 
 # %%
-references = references_by_mr(dataset.validation)  # cards that no training ever sees
+references = references_by_mr(dataset.validation)  # cards that are never used in training
 cards = list(references)[:12]
 before = write_texts(base, tokenizer, cards)
 print("card:  ", cards[0])
@@ -79,14 +81,14 @@ print("model: ", before[0][:300])
 # %% [markdown]
 # ## Which tokens count?
 #
-# Card and text stand in one row of tokens, and the model reads them all. But only the text is to be learned. The loss
-# of unit 03 leaves out every position whose **label** is -100:
+# Card and text form one sequence of tokens, and the model reads all of it. But only the text is to be learned. The loss
+# of unit 03 ignores every position whose **label** is -100:
 #
 # $$L = -\frac{1}{N} \sum_{t:\ y_{t+1} \ne -100} \log p(y_{t+1} \mid x_{\le t}),$$
 #
-# with the input ids $x$ and the labels $y$, both of length T, and N the number of labels that count. It compares
-# position t with the label t + 1: the shift is in there, once. This is the objective of the LoRA
-# paper as well (Hu et al. 2021, section 2, equation 1: the sum runs over the completion, given the prompt).
+# with the input ids $x$ and the labels $y$, both of length T, and N the number of labels that count. The loss compares
+# position t with label t + 1, so it already contains the shift, once. This is also the objective of the LoRA paper (Hu
+# et al. 2021, section 2, equation 1: the sum runs over the completion, given the prompt).
 
 # %% exercise="completion_labels"
 
@@ -101,11 +103,11 @@ for t in range(len(prompt) - 3, len(prompt) + 4):
     print(f"position {t:>2} reads {tokenizer.decode([int(ids[t])])!r:<12} and is asked for {asked}")
 
 # %% [markdown]
-# The last token of the prompt, the line break, is the first position that is asked for anything. And the last label of
-# all is the end-of-text token: without it the model would never learn to stop.
+# The last token of the prompt, the line break, is the first position that has to predict anything. The very last label
+# is the end-of-text token: without it the model would never learn to stop.
 #
-# `Completions` does this for all 4,000 cards, and puts rows of similar length into a batch. What is shorter than the
-# longest is padded, and the labels there are -100 as well.
+# `Completions` does this for all 4,000 cards, and batches rows of similar length. Shorter rows are padded, and the
+# labels of the padding are -100 as well.
 
 # %%
 training = Completions(dataset.train, tokenizer, base.config.n_positions)
@@ -114,16 +116,16 @@ batch = training.batch_at(0, 8, seed=0)
 print("input ids:", tuple(batch.input_ids.shape))
 print(f"labels that count: {float((batch.labels != -100).float().mean()):.0%}")
 print(
-    f"loss on {sum(len(b.input_ids) for b in held_out)} cards that are never trained on: "
+    f"loss on {sum(len(b.input_ids) for b in held_out)} cards not used in training: "
     f"{completion_loss(base, held_out):.2f} nats per token"
 )
 
 # %% [markdown]
 # ## How a weight moves
 #
-# One backward pass gives 5.9 million derivatives. What to do with them? Plain gradient descent takes a step against
-# the gradient, $\theta \leftarrow \theta - \eta g$. In a transformer that works badly: the gradients of its tensors
-# differ by orders of magnitude, and one learning rate $\eta$ has to serve them all.
+# One backward pass gives 5.9 million derivatives. How should the weights change? Plain gradient descent takes a step
+# against the gradient, $\theta \leftarrow \theta - \eta g$. For a transformer that works badly: the gradients of its
+# tensors differ by orders of magnitude, but a single learning rate $\eta$ has to suit them all.
 
 # %%
 probe = copy.deepcopy(base)
@@ -135,9 +137,9 @@ del probe
 
 # %% [markdown]
 # **Adam** (Kingma and Ba 2015, algorithm 1) keeps two running means for each weight, m of its gradient and v of its
-# squared gradient, and divides the one by the root of the other. **AdamW** (Loshchilov and Hutter 2019, algorithm 2)
-# lets every weight shrink a little besides, past all that. The exercise below has the equations. Before you write
-# them, guess what they do.
+# squared gradient, and divides the first by the square root of the second. **AdamW** (Loshchilov and Hutter 2019,
+# algorithm 2) also shrinks every weight a little, independently of these means. The exercise below has the equations.
+# Before you implement them, predict what they do.
 
 # %% prediction="first_adam_step"
 
@@ -154,8 +156,8 @@ print("gradients 0.001 and 1.0, learning rate 0.1; the first step moves the two 
 # %% check="first_adam_step"
 
 # %% [markdown]
-# That is a strange property, and a useful one. A tensor with tiny gradients learns as fast as one with huge ones. Watch
-# both methods walk down a valley whose walls are 100 times as steep as its floor: $f(a, b) = (a^2 + 100\, b^2) / 2$.
+# This property is surprising but useful: a tensor with tiny gradients learns as fast as one with huge ones. Watch both
+# methods descend a valley whose walls are 100 times as steep as its floor: $f(a, b) = (a^2 + 100\, b^2) / 2$.
 
 
 # %%
@@ -166,7 +168,7 @@ def slope(at):
 plain = adam = torch.tensor([1.0, 1.0])
 m = v = torch.zeros(2)
 for t in range(1, 41):
-    plain = plain - 0.015 * slope(plain)  # above 0.02 it would leave the valley
+    plain = plain - 0.015 * slope(plain)  # above 0.02 it would diverge
     adam, m, v = map(torch.as_tensor, step_of(adam, slope(adam), m, v, t, learning_rate=0.05, weight_decay=0.0))
     if t in (1, 5, 20, 40):
         print(
@@ -174,14 +176,15 @@ for t in range(1, 41):
         )
 
 # %% [markdown]
-# Gradient descent has to be slow on the floor so that it is not thrown off the walls. Adam walks diagonally: its two
-# coordinates are the same, as if the valley were round. The price is memory: m and v are as large as the model, each.
+# Gradient descent has to be slow along the floor so that it does not diverge along the walls. Adam moves diagonally:
+# its two coordinates are equal, as if the valley were round. The price is memory: m and v are each as large as the
+# model.
 #
-# ## How fast, and when
+# ## The learning-rate schedule
 #
-# Since every weight moves by about the learning rate in the first steps, whatever its gradient knows, the first steps
-# should be short: **warm-up**. And at the end, when the loss is dominated by the noise of the batches, steps should
-# become short again. A line up and half a cosine down does both.
+# In the first steps every weight moves by about the learning rate, however little information its gradient contains, so
+# these steps should be short: **warm-up**. At the end, when the noise of the batches dominates, steps should become
+# short again. A linear rise followed by half a cosine does both.
 
 # %% exercise="warmup_cosine"
 
@@ -194,7 +197,7 @@ def draw_schedule(warmup):
     rates = [float(rate_of(step, 64, warmup)) for step in range(64)]
     axes.plot(range(64), rates, color=plotting.COLOURS[0], linewidth=1.8)
     axes.set_ylim(0, 1.1)
-    plotting.label(axes, x="step", y="share of the highest rate", title=f"{warmup} of 64 steps are warm-up")
+    plotting.label(axes, x="step", y="fraction of the peak rate", title=f"{warmup} of 64 steps are warm-up")
     return figure
 
 
@@ -203,14 +206,14 @@ slider(
     "warm-up",
     [0, 1, 4, 8, 16, 36],
     8,
-    "The learning rate over 64 steps: a straight line up to 1, then half a cosine that falls to almost 0.",
+    "The learning rate over 64 steps: a straight line up to 1, then half a cosine down to almost 0.",
 )
 
 # %% [markdown]
 # ## The baseline
 #
-# You have labels, an optimiser and a schedule. Here is your `adamw_step` as an optimiser of PyTorch's kind: it holds m,
-# v and the number of the step for each parameter, and otherwise only calls you.
+# You have labels, an optimiser and a schedule. Here is your `adamw_step` wrapped as a PyTorch optimiser: it stores m, v
+# and the step number for each parameter, and otherwise only calls your function.
 
 
 # %%
@@ -231,14 +234,14 @@ class YourAdamW(torch.optim.Optimizer):
 
 
 # %% [markdown]
-# It trains all weights of the model for 64 steps of 8 cards; the course's own runs take 500. While it learns, it is
-# tested on two things: the held-out cards, and tales that were written for this course and that no model has read.
-# What happens to the tales?
+# Train all weights of the model for 64 steps of 8 cards; the course's reference runs take 500. During training the
+# model is tested on two things: the held-out cards, and tales that were written for this course and that the model has
+# never read. How well does it predict the tales afterwards?
 
 # %% prediction="tales_afterwards"
 
 # %%
-RATE = 2 * learning_rate_for("full", base.config)  # tuned for 500 steps; a short run can take more
+RATE = 2 * learning_rate_for("full", base.config)  # tuned for 500 steps; a short run tolerates a higher rate
 
 
 def settings(steps, rate=RATE, warmup=4):
@@ -262,7 +265,7 @@ run = Trainer(
 ).run()
 points = [start, *run.evaluations]
 
-# %% figure="unit_04.png"
+# %%
 figure, (left, right) = plotting.panels(2, width=4.6, height=3.4)
 steps = [point["step"] for point in points]
 for axes, name, colour in ((left, "cards", 0), (right, "tales", 1)):
@@ -276,20 +279,21 @@ plotting.label(left, x="step", y="loss on unseen cards (nats per token)", title=
 plotting.label(right, x="step", y="perplexity on unseen tales", title="What it forgets")
 show(
     figure,
-    "Two panels over the training steps. Left: the loss on unseen story cards falls, steeply at first "
-    "and then slower. Right: the perplexity on tales rises above its dotted starting line and goes on rising until the "
-    "learning rate is small.",
+    "Two panels over the training steps. Left: the loss on unseen story cards falls, steeply at first and then "
+    "slower. Right: the perplexity on tales rises above its dotted starting line and keeps rising until the learning "
+    "rate is small.",
 )
 
 # %% check="tales_afterwards"
 
 # %% [markdown]
-# Both curves come from the same steps. The model has not become smaller, and nobody asked it to forget; it was asked
-# for one thing only, and all of its weights were free to move for that. How many nats of loss on the cards are bought
-# with how much of the tales is what every method in this course will be asked.
+# Both curves come from the same steps. The model has not become smaller, and nothing asked it to forget; the loss asked
+# for one thing only, and all weights were free to change for it. For every method in this course you will ask how much
+# it gains on the cards, and how much it loses on the tales.
 #
-# Now read what it writes. The **slot error rate** counts what is on the card and not in the text, and what is in the
-# text and not on the card, over all slots (Wen et al. 2015, equation 14); it can exceed 100 %.
+# Now read what it writes. The **slot error rate** counts slots of the card that are missing from the text, plus those
+# in the text that are not on the card, divided by the number of all slots (Wen et al. 2015, equation 14); it can exceed
+# 100 %.
 
 # %%
 after = write_texts(model, tokenizer, cards)
@@ -300,21 +304,21 @@ for name, texts in {"before": before, "after": after}.items():
     print(f"slot errors {name}: {slot_error_rate(texts, cards, dataset.lexicon):.0%} on {len(cards)} cards")
 
 # %% [markdown]
-# The form is there long before the content: the model first learns how a tale on a card sounds, and only then to look
-# up who its hero is. The loss fell fast for the one, and is in no hurry for the other. With the course's 500 steps the
-# content comes too: `lora-from-scratch finetune --method full` does that run.
+# The style comes long before the content: the model first learns what these texts sound like, and only later to take
+# the hero from the card. The loss falls fast for the former and slowly for the latter. With the 500 steps of the
+# reference run the content comes too: run `lora-from-scratch finetune --method full` to see it.
 #
-# ## Training less of it
+# ## Training only part of the model
 #
-# The oldest way to train less is to train the top. The first blocks know letters, words and grammar, which serve any
-# task; the last ones decide what to say. So freeze the lower ones. In the LoRA paper the last two blocks of GPT-2
-# medium, 25.19 M of its 355 M parameters, reach a BLEU of 68.1 on another data-to-text task, against 68.2 for all of
-# them (Hu et al. 2021, table 3; "FT-Top2").
+# The oldest way to train less is to train only the top of the model. The idea is that the first blocks handle words and
+# grammar, which serve any task, while the last ones decide what to say. So freeze the lower blocks. In the LoRA paper
+# the last two blocks of GPT-2 medium, 25.19 M of its 355 M parameters, reach a BLEU of 68.1 on another data-to-text
+# task, against 68.2 for all of them (Hu et al. 2021, table 3; "FT-Top2").
 
 # %% exercise="freeze_all_but_last"
 
 # %% [markdown]
-# What is frozen needs no gradient and no m and v. How many bytes is that?
+# Frozen parameters need no gradient, no m and no v. How many bytes does that save?
 
 # %% exercise="trainable_memory"
 
@@ -334,7 +338,7 @@ print(
 
 # %% [markdown]
 # There is a second saving that is easy to overlook. The backward pass goes from the loss downwards, and stops where
-# nothing below is trained. The activations of the blocks down there need not be kept either. Move the slider:
+# nothing below is trained. The activations of the blocks below that point need not be kept either. Move the slider:
 
 # %%
 with torch.device("meta"):  # shapes without numbers: nothing is computed
@@ -370,20 +374,21 @@ slider(
 # %% [markdown]
 # ## What does freezing cost?
 #
-# The same cards, the same order, the same learning rate, 20 steps each; only what is trained differs.
+# Use the same cards, in the same order, with the same learning rate, for 20 steps each; only the set of trained
+# parameters differs.
 
 # %%
 SHORT = math.ceil(STEPS / 3.2)
 
 
 def open_only(model, prefixes):
-    """Train what has a name that begins like one of these, and freeze the rest."""
+    """Train the parameters whose names begin with one of these prefixes, and freeze the rest."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(prefixes))
 
 
 def train_on_cards(prepare, steps=SHORT, rate=RATE, warmup=4, batch_at=lambda step: training.batch_at(step, 8, seed=0)):
-    """A copy of the base model, prepared and trained, and the losses on the way."""
+    """A copy of the base model, prepared and trained, and its losses during training."""
     model = copy.deepcopy(base)
     prepare(model)
     losses = Trainer(model, batch_at, settings(steps, rate, warmup), progress=False).run().losses
@@ -401,17 +406,17 @@ for name, prepare in tqdm(plans.items()):
     model, _ = train_on_cards(prepare)
     millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     results[name] = (millions, completion_loss(model, held_out), tale_perplexity(model, tokenizer))
-learned = model  # the last of them: everything is trained
+learned = model  # the last one, in which everything was trained
 for name, (millions, loss, tales) in results.items():
     print(f"{name:<13} {millions:4.2f} M trained   loss on cards {loss:.2f}   perplexity on tales {tales:5.1f}")
 
-# %%
+# %% figure="unit_04.png"
 figure, (axes,) = plotting.panels(1, width=6, height=3.4)
 plotting.label(
     axes,
     x="trained parameters (millions)",
     y="loss on unseen cards (nats per token)",
-    title="The less is trained, the less is learned in 20 steps",
+    title="Training fewer parameters, the model learns less in 20 steps",
 )
 plotting.points(axes, {name: result[:2] for name, result in results.items()})
 show(
@@ -421,17 +426,18 @@ show(
 )
 
 # %% [markdown]
-# Three things to see. More trained parameters give a lower loss here; the 68.1 against 68.2 of the paper is a much
-# larger model, trained for much longer. Less trained also means less forgotten. And look at the step from all blocks to
-# everything: what it adds are the embeddings. One guess is that words such as *goose-girl* are too rare in the books to
-# have an embedding worth the name, and that the blocks above cannot make up for all of that.
+# Notice three things. First, more trained parameters give a lower loss here; the paper's 68.1 against 68.2 is for a
+# much larger model, trained for much longer. Second, training fewer parameters also means forgetting less. Third, the
+# step from all blocks to everything adds only the embeddings, and still lowers the loss. One possible reason is that
+# words such as *goose-girl* are too rare in the books to have a useful embedding, and that the blocks above cannot make
+# up for all of that.
 #
-# ## Surgery: which blocks?
+# ## Surgical fine-tuning: which blocks?
 #
-# Why the last ones, though? Lee et al. 2023 ("Surgical fine-tuning", section 4) let the gradient decide. The
+# Why the last blocks, though? Lee et al. 2023 ("Surgical fine-tuning", section 4) let the gradient decide. The
 # **relative gradient norm** of a tensor $p$ with the gradient $g$ is $\lVert g \rVert / \lVert p \rVert$: how strongly
-# the task pulls at the tensor, beside how large it is. You build it in unit 08; here it is ready-made. Vectors
-# are left out of the picture: some biases are so close to zero that any gradient is huge beside them.
+# the task pulls at the tensor relative to its size. You implement it in unit 08; here it is provided. Vectors are left
+# out of the figure: some biases are so close to zero that any gradient is huge in comparison.
 
 # %%
 pulls = relative_gradient_norms(base, [training.batch_at(step, 8, seed=1) for step in range(2)])
@@ -447,7 +453,7 @@ for place, value in enumerate(groups.values()):
 axes.invert_yaxis()
 axes.set_xlim(0, 1.15 * max(groups.values()))
 plotting.label(
-    axes, x="relative gradient norm (mean over the matrices)", title="Where the cards pull at the base model"
+    axes, x="relative gradient norm (mean over the matrices)", title="How strongly the cards pull at each part"
 )
 show(
     figure,
@@ -460,19 +466,19 @@ blocks = [name for name in groups if name.startswith("block")]
 chosen = sorted(int(name.split()[1]) for name in sorted(blocks, key=groups.get)[-2:])
 names = [f"transformer.h.{number}." for number in chosen]
 model, _ = train_on_cards(lambda model: open_only(model, ("transformer.ln_f.", *names)))
-print(f"blocks {chosen[0]} and {chosen[1]}, where the pull is strongest: loss {completion_loss(model, held_out):.2f}")
-print(f"the last two blocks:                      loss {results['last 2'][1]:.2f}")
+print(f"blocks {chosen[0]} and {chosen[1]}, with the largest norms: loss {completion_loss(model, held_out):.2f}")
+print(f"the last two blocks:                   loss {results['last 2'][1]:.2f}")
 
 # %% [markdown]
-# Compare the two numbers before you believe a heuristic. The gradient says where the loss is steepest *now*, for one
-# tiny step; it does not say how far the way goes down from there. Lee et al. find that the right blocks depend on what
-# has changed: the first ones when the input looks different, the last ones when the answers do (their section 2). The
-# cards change both: a new kind of text to read, and new answers to it.
+# Compare the two numbers before you trust a heuristic. The gradient says where the loss is steepest *now*, for one tiny
+# step; it does not say how far down it leads. Lee et al. find that the right blocks depend on what has changed: the
+# first ones if the input looks different, the last ones if the answers do (their section 2). The cards change both:
+# they are a new kind of text to read, and they ask for a new kind of answer.
 #
 # ## What goes wrong in practice
 #
-# **Labels.** Three wrong ways to label a batch, and one trained model. None of them raises an error. Each gives a
-# number that looks like a loss.
+# **Wrong labels.** Here are three wrong ways to label a batch, evaluated with one trained model. None of them raises an
+# error. Each gives a number that looks like a loss.
 
 # %%
 ids, right_labels, _ = held_out[0]
@@ -494,9 +500,9 @@ with torch.no_grad():
         print(f"{name:<17} {count:>5} labels, loss {loss:5.2f}")
 
 # %% [markdown]
-# The model is the same in all four lines. With the prompt the loss is about cards, whose values are drawn at random
-# and cannot be predicted by anybody. With padding it is about what follows the end of a text, which nobody will ever
-# ask. The last line is the dangerous one, because training brings it down:
+# The model is the same in all four lines. If the prompt counts, the loss is largely about cards, whose values are drawn
+# at random and cannot be predicted. If padding counts, it is largely about what follows the end of a text, which is
+# never needed. The last line is the dangerous one, because training reduces it:
 
 
 # %%
@@ -510,10 +516,11 @@ print("the loss falls:", " ".join(f"{loss:.1f}" for loss in losses[::4]))
 print("the text:      ", write_texts(broken, tokenizer, cards[:1])[0][:160])
 
 # %% [markdown]
-# Every position has learned to say the token after the next. Always look at texts, never at the loss alone.
+# Every position has learned to predict the token after the next. Always look at texts, never only at the loss.
 #
-# **Weight decay as a penalty.** Two weights begin at 1. Their gradients change sign with every step, so they shake the
-# weights and lead nowhere: by 10 for the first weight, by 0.1 for the second. Should decay treat them differently?
+# **Weight decay as a penalty.** Two weights start at 1. Their gradients change sign at every step, so that they cancel
+# out over time: they are 10 and -10 for the first weight, 0.1 and -0.1 for the second. Should decay treat the two
+# differently?
 
 # %%
 for name, optimiser_class in {
@@ -529,32 +536,32 @@ for name, optimiser_class in {
     print(f"{name:<31} large gradients {noisy:5.2f}   small gradients {quiet:5.2f}")
 
 # %% [markdown]
-# In the gradient the penalty is divided by the root of v like everything else: a weight with large gradients hardly
-# decays, one with small gradients is wiped out. Decoupled decay does the same to both (Loshchilov and Hutter 2019,
-# section 2).
+# As part of the gradient the penalty is divided by the root of v like everything else: a weight with large gradients
+# hardly decays, while one with small gradients is wiped out. Decoupled decay treats both alike (Loshchilov and Hutter
+# 2019, section 2).
 #
-# **No bias correction.** m and v begin at zero, so both are too small at first. Do the errors cancel? For a gradient
-# that is always 1 the corrected step is exactly one learning rate. Without the correction:
+# **No bias correction.** m and v start at zero, so both are too small at first. Do the errors cancel? For a gradient
+# that is always 1, the corrected step is exactly one learning rate. Without the correction:
 
 # %%
 for t in (1, 3, 10, 30, 100, 1000):
     print(f"step {t:>4}: {(1 - 0.9**t) / (1 - 0.999**t) ** 0.5:4.2f} learning rates")
 
 # %% [markdown]
-# v forgets ten to a hundred times as slowly as m, so it is v that stays too small, and the steps are far too *long*,
-# in the very steps in which they should be short.
+# v averages over a hundred times as many steps as m, so it stays too small for longer, and the first steps, which
+# should be short, are far too *long*.
 #
-# **eps in the wrong place.** Under the root, 1e-8 is not tiny any more: it stands for gradients of 1e-4.
+# **eps in the wrong place.** Under the root, 1e-8 is no longer tiny: it corresponds to gradients of 1e-4.
 
 # %%
 for g in (1.0, 1e-3, 1e-5, 1e-7):
     behind, under = g / (g + 1e-8), g / (g * g + 1e-8) ** 0.5
-    print(f"gradient {g:.0e}: step {behind:.3f} with eps behind the root, {under:.3f} with it under the root")
+    print(f"gradient {g:.0e}: step {behind:.3f} with eps outside the root, {under:.3f} with eps under the root")
 
 # %% [markdown]
-# You printed the gradients of the bundled model at the beginning of this unit: many of them are of that size.
+# You printed gradients of the bundled model at the beginning of this unit: some of them are of that size.
 #
-# **No warm-up.** The same run at a learning rate of 0.003, far above the tuned one, with and without it:
+# **No warm-up.** Here is the same run at a learning rate of 0.003, far above the tuned one, with and without warm-up:
 
 # %%
 figure, (axes,) = plotting.panels(1, width=6, height=3.2)
@@ -571,13 +578,13 @@ axes.set_ylim(0, None)
 plotting.label(axes, x="step", y="loss of the batch (nats per token)", title="A learning rate of 0.003")
 show(
     figure,
-    "Two loss curves over 12 steps at a learning rate of 0.003. With six steps of warm-up the loss falls at "
-    "once; without, it first rises above where it began and stays higher to the end.",
+    "Two loss curves over 12 steps at a learning rate of 0.003. With six steps of warm-up the loss falls at once; "
+    "without, it first rises above its starting value and stays higher to the end.",
 )
 
 # %% [markdown]
-# **Freezing after the optimiser is made.** The optimiser has the parameters that it was given, and looks at nothing
-# but their `.grad`.
+# **Freezing after the optimiser was created.** The optimiser keeps the parameters that it was given, and only looks at
+# their `.grad`.
 
 # %%
 torch.manual_seed(0)
@@ -593,21 +600,22 @@ print("a frozen weight has moved by", [round(x, 3) for x in (layer.weight - froz
 layer = torch.nn.Linear(3, 1).requires_grad_(False)
 layer.bias.requires_grad_(True)
 optimiser = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1)
-layer.weight.requires_grad_(True)  # opened later, and the optimiser never hears of it
+layer.weight.requires_grad_(True)  # unfrozen later; the optimiser does not know about it
 opened = layer.weight.clone()
 layer(torch.ones(3)).backward()
 optimiser.step()
 print(
-    "a weight that was opened later has a gradient:",
+    "a weight that was unfrozen later has a gradient:",
     layer.weight.grad is not None,
     "- and has moved:",
     not torch.equal(layer.weight, opened),
 )
 
 # %% [markdown]
-# Freeze first, then make the optimiser. The library's `Trainer` does it in that order.
+# Freeze first, then create the optimiser. The library's `Trainer` does it in that order.
 #
-# **"I freeze all but the output layer."** In GPT-2 there is no output layer: its weight *is* the token embedding.
+# **"I freeze everything except the output layer."** GPT-2 has no separate output layer: its weight *is* the token
+# embedding.
 
 # %%
 model = copy.deepcopy(base)
@@ -619,16 +627,18 @@ print(f"trained: {millions[0]:.2f} M of {millions[1]:.2f} M parameters")
 print(f"the batch reads {len(batch.input_ids.unique())} different tokens; {rows} rows of the embedding have a gradient")
 
 # %% [markdown]
-# Every row moves, that of a word which the batch never mentions too: as an output it was a candidate at every
-# position. And since it is the input as well, the frozen blocks above read something else from now on. Freezing the
-# embedding freezes the output layer, and opening the one opens the other.
+# Every row changes, even those of words that do not occur in the batch: as outputs they were candidates at every
+# position. And since the matrix is also the input embedding, the frozen blocks above now read something different.
+# Freezing the embedding freezes the output layer, and training one trains the other.
 #
 # ## Summary
 #
 # - Only the labels decide what a model is trained on; a wrong label raises no error, so look at the texts.
-# - AdamW moves every weight by about the learning rate, whatever the size of its gradient; decay goes past all that.
-# - Warm-up keeps the first steps short, in which that is dangerous; the cosine ends the run quietly.
-# - Full fine-tuning learns the task, costs three times its weights beside them, and forgets from the first steps on.
+# - AdamW moves every weight by about the learning rate, whatever the size of its gradient; its weight decay is
+#   independent of the gradient.
+# - Warm-up keeps the first steps short, because there this is dangerous; the cosine ends the run with short steps.
+# - Full fine-tuning learns the task, needs three times the memory of the weights in addition to them, and forgets from
+#   the first steps on.
 # - Freezing lower blocks saves gradients, optimiser state and activations; how much it costs has to be measured.
 #
 # ## Go further
@@ -637,23 +647,23 @@ print(f"the batch reads {len(batch.input_ids.unique())} different tokens; {rows}
 # - Kingma and Ba 2015, *Adam* (arXiv:1412.6980): section 2.1 on the size of a step, section 3 on the bias.
 # - Lee et al. 2023, *Surgical fine-tuning improves adaptation to distribution shifts* (arXiv:2210.11466): sections 2
 #   and 4.
-# - Howard and Ruder 2018, *Universal language model fine-tuning* (arXiv:1801.06146): section 3.2,
-#   a rate of its own for each layer, and section 3.3, gradual unfreezing.
+# - Howard and Ruder 2018, *Universal language model fine-tuning* (arXiv:1801.06146): section 3.2, on a separate rate
+#   for each layer, and section 3.3 on gradual unfreezing.
 #
-# What you have trained is a second model: 23 MB for one task on this small one, 350 GB on GPT-3, and one copy for each
-# task, each of them with something forgotten. What if no weight of the model moved at all, and only what it *reads*
-# were learned? That is unit 05.
+# The result of full fine-tuning is a second model: 23 MB per task for this small one, 350 GB for GPT-3, and each copy
+# has forgotten something. What if no weight of the model changed at all, and only its *input* were trained? That is
+# unit 05.
 
 # %% [markdown] open_question="fair_freezing" points=4
 # **Open question.** A colleague shows the figure of this unit, loss against trained parameters, and concludes: "the
-# more we train, the better." Write at most 150 words: name two ways in which the comparison is unfair to the runs
-# that train less, say how you would repeat it, and say for which purpose you would choose one of the *worse* points
-# even if it stays worse.
+# more we train, the better." Write at most 150 words: name two ways in which the comparison is unfair to the runs that
+# train fewer parameters, say how you would repeat it, and say for which purpose you would choose one of the *worse*
+# points even if it remains worse.
 #
 # **Rubric.**
 #
-# - 2 points: two sound reasons, one each; for instance the learning rate was tuned for everything and not for the
-#   others, 20 steps are far from the end, one seed and 32 cards, only the loss is looked at.
-# - 1 point: a repetition that mends them: a rate tuned for each plan on validation cards, runs until the loss is flat,
-#   several seeds, a test set that no decision has used.
-# - 1 point: a purpose that fits: less forgotten on tales, memory, or many tasks that share the frozen part.
+# - 2 points: two sound reasons, one each; for instance the learning rate was tuned for training everything and not for
+#   the others, 20 steps are far from convergence, there is one seed and 32 cards, only the loss is considered.
+# - 1 point: a repetition that corrects them: a learning rate tuned for each plan on validation cards, runs until the
+#   loss is flat, several seeds, a test set that was not used for any decision.
+# - 1 point: a suitable purpose: less forgetting on tales, memory, or many tasks that share the frozen part.

@@ -10,17 +10,17 @@
 #
 # **By the end of this unit you can**
 #
-# - write a few-shot prompt, and say what it costs and what a small model makes of it;
-# - write soft prompts: vectors in front of the text, learned, while no weight of the model moves;
-# - start one from noise, from the vocabulary or from a text, and say why the start matters;
+# - write a few-shot prompt, and say what it costs and how much a small model gains from it;
+# - implement soft prompts: trained vectors prepended to the text, while the weights of the model stay frozen;
+# - initialise one from noise, from the vocabulary or from a text, and say why the initialisation matters;
 # - read what a soft prompt "says", and say why that explains little.
 #
 # **Prerequisites**: the loss and a training run (unit 04). Unit 03 shows what a block does with a token's vector.
 #
-# **Time**: about 80 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
+# **Time**: about 80 minutes, of which two are computing. 6 exercises, 2 predictions, one open question.
 #
-# ![The loss after a short training against the length of the prompt: longer prompts do better, each row by
-# less.](unit_05.png)
+# ![The loss after a short training run against the length of the soft prompt: longer prompts do better, but each
+# further row adds less.](unit_05.png)
 
 # %%
 import copy
@@ -47,13 +47,13 @@ MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 24))
 
 # %% [markdown]
-# ## Say it with words
+# ## Prompting with words
 #
-# Unit 04 ended with a second model for one task, and with something forgotten. What if no weight moved at all, and only
-# what the model *reads* were changed?
+# Unit 04 ended with a second model for one task, which had forgotten something. What if no weight changed at all, and
+# only the model's *input* did?
 #
-# The first way needs no training. A language model goes on with whatever pattern it is given. So give it the pattern:
-# some cards with their texts, and then a card without one. Brown et al. (2020, arXiv:2005.14165) call this few-shot
+# The first way needs no training. A language model continues whatever pattern it is given. So give it the pattern: some
+# cards with their texts, and then a card without one. Brown et al. (2020, arXiv:2005.14165) call this few-shot
 # learning; each example is a *shot*.
 
 # %% exercise="few_shot_prompt"
@@ -69,8 +69,8 @@ shots = [(example.mr, example.ref) for example in by_length[::5][:8]]  # short o
 print(few_shot(shots[:2], dataset.validation[0].mr, "Each card is told as a tale."))
 
 # %% [markdown]
-# Does it help? Measure the loss on the text of cards that no training sees, with k shots in front of each card. Only
-# the text after the last card counts. (Which cards? 24 short ones, so that the same cards fit under all prompts.)
+# Does it help? Measure the loss on the texts of held-out cards, with k shots in front of each card. Only the text after
+# the last card counts. (The cards are 24 short ones, so that the same cards fit with different prompts.)
 
 # %%
 judged = sorted(dataset.validation[:300], key=lambda example: len(example.ref) + len(example.mr))[:24]
@@ -87,7 +87,7 @@ def rows_with(shots, instruction=""):
 
 
 def loss_with(shots, instruction=""):
-    """The loss on the judged texts and the longest row; no loss where it is longer than the context."""
+    """The loss on the judged texts, and the length of the longest row; no loss if that exceeds the context."""
     rows = rows_with(shots, instruction)
     longest = max(len(ids) for ids, _ in rows)
     if longest > context:
@@ -106,26 +106,27 @@ for name, (loss, longest) in few.items():
     print(f"{name:<36} longest row {longest:>4} of {context} tokens   {said}")
 
 # %% [markdown]
-# Three things to see.
+# Notice three things.
 #
-# - Nothing was trained, so whatever the loss has fallen by is free. But how little it is, on the bundled model!
-#   Learning from shots is something that large models can do (Brown et al. compare sizes up to 175 billion parameters;
-#   this one has six million).
-# - Look at the last three lines. A shot whose text belongs to another card does as much as a right one, and neither does
-#   much more than a sentence that has nothing to do with cards. A tale alone, without a card, does more than all of
-#   them: the model picks up how such texts sound, and not what a card *means*. (Min et al. 2022, arXiv:2202.12837, see something like it on much
-#   larger models: there, too, wrong labels in the examples cost surprisingly little.)
-# - Every shot stands in the context, for every card, for ever. Soon nothing more fits.
+# - Nothing was trained, so any reduction of the loss is free. But for the bundled model it is very small. Learning from
+#   shots is an ability of large models (Brown et al. compare sizes up to 175 billion parameters; this one has six
+#   million).
+# - Look at the last three lines. A shot whose text belongs to another card helps as much as a correct one, and neither
+#   helps much more than a sentence that has nothing to do with cards. A tale alone, without a card, helps more than all
+#   of them: the model picks up what such texts sound like, but not what a card *means*. (Min et al. 2022,
+#   arXiv:2202.12837, find something similar for much larger models: there, too, wrong labels in the examples cost
+#   surprisingly little.)
+# - Every shot takes up context for every card. Soon nothing more fits.
 #
-# Words are a poor tool here: an instruction costs you a guess, and no gradient tells you how to change it. Could you
+# Words are hard to optimise: you have to guess an instruction, and no gradient tells you how to improve it. Could you
 # *train* a prompt?
 
 # %% [markdown]
-# ## Say it with vectors
+# ## Prompting with vectors
 #
 # A token id has no gradient: there is no token 17.3. But the first thing that the model does with an id is to look up
-# its embedding, and *that* is a vector, in which you can take a small step. Lester et al. (2021, arXiv:2104.08691,
-# section 2) put P vectors in front of the text and train these alone:
+# its embedding, and *that* is a vector, which can be changed in small steps. Lester et al. (2021, arXiv:2104.08691,
+# section 2) prepend P vectors to the text and train only these:
 #
 # $$h_0 = [E;\, X] + [p_0; \dots; p_{P+T-1}]$$
 #
@@ -133,12 +134,12 @@ for name, (loss, longest) in few.items():
 # - $E$ (P, d): the soft prompt, **trained**;
 # - $p_i$ (d): the model's own position embeddings, frozen like everything else.
 #
-# Everything above $h_0$ is the model, untouched. The P rows are called *virtual tokens*.
+# Everything above $h_0$ is the unchanged model. The P rows are called *virtual tokens*.
 
 # %% exercise="prepend_prompt"
 
 # %% [markdown]
-# What is there before the first step of training?
+# What does a soft prompt do before it is trained?
 
 # %% prediction="typed_or_learned"
 
@@ -153,16 +154,16 @@ with torch.no_grad():
     vectors = prepend(table[instruction], model.transformer.wte(torch.tensor([card])))
     learned = model(inputs_embeds=vectors)[0, len(instruction) :]
     without = model(torch.tensor([card]))[0]
-print(f"{len(instruction)} tokens typed, or {len(instruction)} rows put in front: the logits at the card's tokens")
+print(f"{len(instruction)} tokens typed, or {len(instruction)} rows prepended: the logits at the card's tokens")
 print(f"differ by up to {(typed - learned).abs().max():.1e}; without any prompt by {(typed - without).abs().max():.1f}")
 
 # %% check="typed_or_learned"
 
 # %% [markdown]
-# ## How to begin
+# ## Initialisation
 #
-# So a soft prompt can begin as a text. Or as tokens drawn at random. Or as noise. Lester et al. (section 3.2) compare
-# such starts; for classification they also begin with the names of the classes.
+# So a soft prompt can be initialised from a text, from randomly drawn tokens, or from noise. Lester et al. (section
+# 3.2) compare such initialisations; for classification they also start from the names of the classes.
 
 # %% exercise="initial_prompt"
 
@@ -182,14 +183,14 @@ for init, E in start.items():
     print(f"{init:<11} rows of length {E.norm(dim=1).mean():.1f}")
 
 # %% [markdown]
-# N(0, 1) is what a library draws when nobody says otherwise: `nn.Embedding` does, and so PEFT's random start. A row of
-# it is many times as long as any token that the model has ever read. Keep that in mind for the experiment.
+# N(0, 1) is a common default: `nn.Embedding` uses it, and therefore so does PEFT's random initialisation. Such a row is
+# many times as long as any embedding that the model has ever read. Keep that in mind for the experiment.
 #
 # ## The module
 #
-# What you have is a function. The model needs a module that holds E and that comes in where a text begins. The library
-# has the half that every kind of virtual token needs, `VirtualTokens` (prefix tuning, the next unit, uses it as well).
-# Yours is the half that makes a soft prompt of it.
+# So far you have a function. The model needs a module that holds E and inserts it at the beginning of a text. The
+# library provides the part that every kind of virtual token needs, `VirtualTokens` (prefix tuning, in the next unit,
+# uses it as well). You write the part that is specific to soft prompts.
 
 # %% exercise="SoftPrompt"
 
@@ -208,9 +209,9 @@ print("room for text:", model.config.n_positions, "of", context, "tokens")
 VirtualTokens.take_out_of(model)
 
 # %% [markdown]
-# Those few bytes are the whole of what you store for a task. And since the model is the same for all tasks, texts of
-# *different* tasks can go through it together, each with its own prompt in front (Lester et al., figure 2). No method
-# that changes weights can do that so easily.
+# These bytes are all that you store for a task. And because the model is the same for all tasks, texts of *different*
+# tasks can share a batch, each with its own prompt prepended (Lester et al., figure 2). No method that changes weights
+# can do that so easily.
 
 # %%
 with torch.no_grad():
@@ -221,10 +222,10 @@ with torch.no_grad():
 print(f"two tasks in one batch or in two: the logits differ by {(together - apart).abs().max():.1e}")
 
 # %% [markdown]
-# ## Where there is nothing to predict
+# ## Labels for virtual positions
 #
-# Our model leaves the virtual positions out of its result. Most libraries do not: there the logits are
-# (B, P + T, V), and the labels have to say that the first P positions mean nothing.
+# The course's model omits the virtual positions from its result. Most libraries do not: their logits are (B, P + T, V),
+# and the labels have to mark the first P positions as ones that do not count.
 
 # %% exercise="prompt_labels"
 
@@ -238,8 +239,8 @@ print("logits", tuple(logits.shape[:2]), " labels", tuple(batch.labels.shape), "
 print(tuple(labels_with(batch.labels, P).shape))
 
 # %% [markdown]
-# And if you get it wrong? Three ways that run without an error. The last column is the cosine between the gradient that
-# each of them gives to E and the right one.
+# What if you get it wrong? Here are three wrong versions that run without an error. The last column is the cosine
+# between the gradient of E in each version and the correct one.
 
 # %%
 counted = torch.nn.functional.pad(batch.labels, (P, 0), value=tokenizer.eos_id)
@@ -259,31 +260,31 @@ for name, (some, labels) in versions.items():
     print(f"{name:<26} {int((labels[:, 1:] != -100).sum()):>4} labels count   loss {loss:5.2f}   cosine {alike:+.2f}")
 
 # %% [markdown]
-# Each of the wrong ones looks like a loss and can be brought down by training. In the first of them the prompt is
-# trained to predict the filler at its own places; in the other two, the text is compared with the predictions for
-# other tokens. None of them is your task: look at the cosines.
+# Each of the wrong ones looks like a loss and can be reduced by training. In the first of them the prompt is trained to
+# predict filler tokens at its own positions; in the other two, the text is compared with the predictions for other
+# tokens. None of them optimises your task, as the cosines show.
 #
 # ## The experiment
 #
-# Now train. For each seed the same batches in the same order; the learning rates are the library's, each tuned for its
-# method. A soft prompt wants a thousand times that of full fine-tuning: there is no weight that it could spoil. Three
-# starts of 20 rows, each with three seeds; full fine-tuning with one. The rates are meant for 500 steps and this run is
-# far shorter, so read it for what it shows first, not for where the methods end.
+# Now train three initialisations of 20 rows with three seeds each, and full fine-tuning with one seed. For each seed
+# the batches and their order are the same. The learning rates are the library's, tuned for each method. That of a soft
+# prompt is a thousand times that of full fine-tuning: it cannot damage any weight. The rates are meant for 500 steps
+# and these runs are far shorter, so they show how the methods start, not where they end.
 
 # %% prediction="how_far_a_prompt_comes"
 
 # %%
 BATCH, LONGEST = 4, 60
 examples = Completions(dataset.train, tokenizer, context - LONGEST)
-held_out = Completions(dataset.validation[:24], tokenizer, context - LONGEST).batches(8)  # not the short cards of above
+held_out = Completions(dataset.validation[:24], tokenizer, context - LONGEST).batches(8)  # not the short cards above
 
 
 def train(model, method, seed, bar, rate=None):
-    """Train what is not frozen for STEPS steps; the losses on the way."""
+    """Train what is not frozen for STEPS steps and return the losses."""
     settings = TrainingSettings(
         steps=STEPS,
         learning_rate=rate or defaults.learning_rate_for(method, model.config),
-        warmup_steps=STEPS // 4,  # of so few steps a large part: the rates were tuned with 30 of 500
+        warmup_steps=STEPS // 4,  # a larger fraction than the 30 of 500 steps with which the rates were tuned
         seed=seed,
     )
 
@@ -295,7 +296,7 @@ def train(model, method, seed, bar, rate=None):
 
 
 def train_prompt(E, seed=0, bar=None, **more):
-    """The losses, the loss on unseen cards afterwards, and the prompt that was learned."""
+    """The training losses, the final loss on unseen cards, and the trained prompt."""
     soft = Soft(E.clone())
     soft.put_into(model)
     losses = train(model, "prompt", seed, bar, **more)
@@ -310,7 +311,7 @@ def start_of(init, seed, length=P):
 
 # %%
 before = completion_loss(model, held_out)
-on_batches = completion_loss(model, [examples.batch_at(step, BATCH, 0) for step in range(STEPS)])  # to be trained on
+on_batches = completion_loss(model, [examples.batch_at(step, BATCH, 0) for step in range(STEPS)])  # training batches
 runs = {}
 
 
@@ -341,12 +342,12 @@ for init, three in runs.items():
     print(f"{'soft, from ' + init:<22} loss {min(losses):.2f} to {max(losses):.2f} (three seeds)")
 print(f"{'full fine-tuning':<22} loss {full_loss:.2f}")
 best = min(loss for three in runs.values() for _, loss, _ in three)
-print(f"the best soft prompt has come {(before - best) / (before - full_loss):.0%} of the way of full fine-tuning")
+print(f"the best soft prompt achieves {(before - best) / (before - full_loss):.0%} of the gain of full fine-tuning")
 
 # %% check="how_far_a_prompt_comes"
 
 # %% [markdown]
-# And does a longer prompt help? Train two other lengths, from the vocabulary.
+# Does a longer prompt help? Train two other lengths, initialised from the vocabulary.
 
 # %%
 lengths = {P: [loss for _, loss, _ in runs["vocabulary"]]}
@@ -378,15 +379,18 @@ for init, (name, step, offset, side, style) in labels.items():
     where = {"xytext": offset, "textcoords": "offset points", "ha": side}
     colour = plotting.COLOURS[style]
     left.annotate(name, (step, means[init][step - 1]), color=colour, fontweight="bold", fontsize=9, **where)
-left.text(0.02, 0.02, "dotted: no prompt, the same batches", transform=left.transAxes, color="0.4", fontsize=9)
+left.text(0.02, 0.02, "dotted: no prompt, same batches", transform=left.transAxes, color="0.4", fontsize=9)
 plotting.label(
-    left, x="step (means of 4 steps; prompts: and of 3 seeds)", y="loss, nats per token", title="A slow way to learn"
+    left,
+    x=("step (means of 4 steps; prompts also of 3 seeds)"),
+    y="loss, nats per token",
+    title="Soft prompts learn slowly",
 )
 show(
     figure,
-    f"The training loss over {STEPS} steps. Full fine-tuning falls to {full_losses[-1]:.1f}. Soft prompts from a text and "
-    "from the vocabulary fall slowly and side by side; one from noise begins far above the loss without a prompt, comes "
-    "down below it, and stays behind the other two.",
+    f"The training loss over {STEPS} steps. Full fine-tuning falls to {full_losses[-1]:.1f}. The losses of soft "
+    "prompts from a text and from the vocabulary fall slowly, side by side; that of one from noise starts far above "
+    "the loss without a prompt, falls below it, and stays above the other two.",
 )
 
 # %% figure="unit_05.png"
@@ -397,7 +401,7 @@ right.plot(list(lengths), [sum(losses) / len(losses) for losses in lengths.value
 right.axhline(before, color="0.5", linewidth=1, linestyle=":")
 right.annotate("no prompt", (LONGEST, before), xytext=(0, 3), textcoords="offset points", ha="right", color="0.4")
 right.margins(y=0.15)
-plotting.label(right, x="P, rows of the prompt", y="loss on unseen cards", title="Each row adds less")
+plotting.label(right, x="P, rows of the prompt", y="loss on unseen cards", title="Each further row adds less")
 show(
     figure,
     "The loss on unseen cards against the length of the prompt: "
@@ -406,23 +410,22 @@ show(
 )
 
 # %% [markdown]
-# What you see, and what the papers say:
+# This is what you measured, and what the papers report:
 #
-# - **It learns slowly.** A few thousand numbers, all at the very bottom, with the whole network between them and the
-#   loss. The model is as good a reader of
-#   cards as it was before: not at all. For a large model the same method is a good one: on T5 the gap to full
-#   fine-tuning closes at 11 billion parameters (Lester et al. 2021, figure 1), because there is a reader who only has
-#   to be told what is wanted.
-# - **The start matters.** Noise begins worse than no prompt at all, and spends its first steps on coming back; after
-#   the last it is better than no prompt, and behind the other two. Does a text beat random tokens? Not here, but this
-#   is one text, by one author (and the three seeds of "text" differ in their batches only). In Lester et al. (section
-#   3.2, figure 3b) the start matters for small models and not for the largest.
-# - **The length matters** most for the first rows. Lester et al. find little beyond 20 (figure 3a).
+# - **A soft prompt learns slowly.** It has a few thousand numbers, all at the very bottom, with the whole network
+#   between them and the loss. The model itself still cannot read cards. For a large model the same method works well:
+#   on T5 the gap to full fine-tuning closes at 11 billion parameters (Lester et al. 2021, figure 1), because such a
+#   model can already do the task and only has to be told which one is wanted.
+# - **The initialisation matters.** Noise starts out worse than no prompt at all, and spends its first steps recovering;
+#   in the end it is better than no prompt, but behind the other two. Does a text beat random tokens? Not here, but this
+#   is only one text (and the three seeds of "text" differ only in their batches). In Lester et al. (section 3.2, figure
+#   3b) the initialisation matters for small models but not for the largest.
+# - **The length matters** most for the first rows. Lester et al. find little gain beyond 20 (figure 3a).
 #
-# ## What it costs to read
+# ## The cost of a soft prompt
 #
-# Twenty rows are trained quickly and stored in no time. But they are read with *every* text, and they sit where text
-# could sit. Move the slider.
+# Twenty rows are cheap to train and to store. But they are read with *every* text, and they take up positions that text
+# could use. Move the slider.
 
 # %%
 tokens = sorted(len(ids) for ids, _ in Completions(dataset.train, tokenizer, context).rows)
@@ -431,7 +434,7 @@ d, layers = model.config.n_embd, model.config.n_layer
 
 
 def operations(length):
-    """Multiplications and additions of the blocks for one text of the usual length behind a prompt."""
+    """Multiplications and additions of the blocks for one text of median length after a prompt."""
     positions = length + text
     return layers * (2 * positions * 12 * d * d + 4 * positions * positions * d)
 
@@ -455,14 +458,14 @@ slider(
     "rows",
     lengths_to_try,
     lengths_to_try[-2],
-    f"Bars for a prompt of {lengths_to_try[-2]} rows, in per cent of the model without a prompt: the room that is left for "
+    f"Bars for a prompt of {lengths_to_try[-2]} rows, in per cent of the model without a prompt: the room left for "
     "text, the share of the cards that still fit, and the operations for one text, which are far above 100.",
 )
 
 # %% [markdown]
-# ## What does it say?
+# ## Can you read a soft prompt?
 #
-# The rows are vectors in the space of the embeddings, so you can ask which token each of them is nearest to.
+# The rows are vectors in the space of the embeddings, so you can ask which token each of them is closest to.
 
 # %% exercise="nearest_tokens"
 
@@ -479,7 +482,7 @@ for init in ("text", "random"):
     moved = (E - start_of(init, 0)).norm(dim=1).mean() / start_of(init, 0).norm(dim=1).mean()
     same = (nearest(E, table) == nearest(start_of(init, 0), table)).float().mean()
     cosine = (torch.nn.functional.normalize(E) @ torch.nn.functional.normalize(table).T).amax(dim=1).mean()
-    print(f"from {init}: loss {loss:.2f}; a row has moved by {moved:.0%} of its length, {same:.0%} kept their token")
+    print(f"from {init}: loss {loss:.2f}; rows have moved by {moved:.0%} of their length, {same:.0%} kept their token")
     print(
         f"    length of a row {E.norm(dim=1).mean():.1f}, of the longest embedding {table.norm(dim=1).max():.1f}; ",
         end="",
@@ -488,12 +491,12 @@ for init in ("text", "random"):
     print("   ", spelled(E), "\n")
 
 # %% [markdown]
-# Look at how far the rows have gone. At this rate they are soon several times as long as any embedding, also those that
-# began as embeddings, and the nearest token is hardly nearer to them than to what began as noise. So it is not the
-# length alone that makes noise a bad start.
+# Look at how far the rows have moved. At this learning rate they soon become several times as long as any embedding,
+# even those that started as embeddings, and their nearest token is hardly closer than for rows that started as noise.
+# So it is not length alone that makes noise a bad initialisation.
 #
-# It is tempting to read something into the words, too. Test it: take the nearest *tokens* and type them. If they were
-# what the prompt means, the loss would stay.
+# It is tempting to read a meaning into the words. Test it: take the nearest *tokens* and type them. If they were what
+# the prompt means, the loss would stay the same.
 
 # %%
 for init in ("text", "vocabulary"):
@@ -501,25 +504,25 @@ for init in ("text", "vocabulary"):
     typed = Soft(table[nearest(E, table)])
     typed.put_into(model)
     print(
-        f"from {init:<11} learned {loss:.2f}, its nearest tokens typed {completion_loss(model, held_out):.2f}", end=""
+        f"from {init:<11} trained {loss:.2f}, its nearest tokens typed {completion_loss(model, held_out):.2f}", end=""
     )
     VirtualTokens.take_out_of(model)
     first = Soft(start_of(init, 0))
     first.put_into(model)
-    print(f", as it began {completion_loss(model, held_out):.2f}; without a prompt {before:.2f}")
+    print(f", before training {completion_loss(model, held_out):.2f}; without a prompt {before:.2f}")
     VirtualTokens.take_out_of(model)
 
 # %% [markdown]
-# Compare the three losses of a row: a part of the gain survives, a part is gone. What is gone lay in directions and
-# lengths that no token has, where no text can reach. (Khashabi et al. 2022, "Prompt Waywardness", arXiv:2112.08348, go
+# Compare the losses in each line: part of the gain survives, and part is lost. The lost part was in directions and
+# lengths that no token has, so no text can reach it. (Khashabi et al. 2022, "Prompt Waywardness", arXiv:2112.08348, go
 # further: a soft prompt can be trained to solve one task while its nearest tokens spell out the description of
-# another.) Who wants a prompt of real tokens has to train for that: PEZ (Wen et al. 2023, arXiv:2302.03668) takes its
-# gradients at the nearest tokens.
+# another.) If you want a prompt of real tokens, you have to train for that: PEZ (Wen et al. 2023, arXiv:2302.03668)
+# computes its gradients at the nearest tokens.
 #
 # ## What goes wrong in practice
 #
-# **The learning rate of full fine-tuning.** It is made for weights that must not be spoiled. A prompt hardly moves
-# with it.
+# **Using the learning rate of full fine-tuning.** It is meant for pretrained weights, which must not change too much. A
+# prompt hardly moves with it.
 
 # %%
 rate = defaults.learning_rate_for("full", model.config)
@@ -530,16 +533,16 @@ print(f"at {defaults.learning_rate_for('prompt', model.config):g}: {usual:.2f}; 
 print(f";  the rows have moved by {(E - start_of('vocabulary', 0)).norm() / start_of('vocabulary', 0).norm():.1%}")
 
 # %% [markdown]
-# **The text's positions begin at 0.** In training the first token of the text had position P. Whoever uses the prompt
-# with positions of their own, counted from 0 for the text, gives the model something it was not trained with.
+# **Positions of the text that start at 0.** In training the first token of the text had position P. If you use the
+# prompt with your own positions, counted from 0 for the text, the input differs from what the prompt was trained with.
 
 # %%
 E = runs["vocabulary"][0][2]
 rows, labels, _ = held_out[0]  # the first eight unseen cards
 X = prepend(E, model.transformer.wte(rows))
 counts = {
-    "the text begins at P": torch.arange(X.shape[1]),
-    "the text begins at 0": torch.cat([torch.arange(P), torch.arange(rows.shape[1])]),
+    "the text starts at P": torch.arange(X.shape[1]),
+    "the text starts at 0": torch.cat([torch.arange(P), torch.arange(rows.shape[1])]),
     "all of the prompt at 0": torch.cat([torch.zeros(P, dtype=torch.long), torch.arange(rows.shape[1])]),
 }
 with torch.no_grad():
@@ -548,11 +551,11 @@ with torch.no_grad():
         print(f"{name:<23} loss {next_token_loss(logits, labels_with(labels, P)):.3f}")
 
 # %% [markdown]
-# No error in either case. How large the difference is depends on the model and on how far the prompt was trained. It
-# is a difference nobody asked for.
+# Neither mistake raises an error. How large the difference is depends on the model and on how long the prompt was
+# trained.
 #
-# **A mask that knows nothing of the prompt.** With padding there is an attention mask, one column for each token. It
-# needs P columns more. Here that is an error; some code cuts off or fills up silently.
+# **A mask that ignores the prompt.** With padding there is an attention mask, with one column for each token. It needs
+# P additional columns. Here a missing column is an error; other code silently truncates or pads the mask.
 
 # %%
 soft = Soft(E)
@@ -562,8 +565,8 @@ except ValueError as error:
     print("ValueError:", error)
 
 # %% [markdown]
-# **The text that does not fit any more.** A prompt of P rows takes P positions from every text. A card that fitted
-# yesterday is refused today, or, in other libraries, cut off.
+# **A text that no longer fits.** A prompt of P rows takes P positions from every text. A card that used to fit now
+# raises an error or, in other libraries, is truncated.
 
 # %%
 Soft(initial(table, context - 20, "random", (), torch.Generator().manual_seed(0))).put_into(model)
@@ -576,37 +579,37 @@ VirtualTokens.take_out_of(model)
 # %% [markdown]
 # ## Summary
 #
-# - A hard prompt trains nothing and costs context; a small model takes little from it, and not what a card means.
-# - A soft prompt is P trained vectors in front of the embeddings; a typed text is one point among its values.
-# - It stores a few kilobytes a task, forgets nothing (take it off, and the model is the old one), and learns slowly.
-# - Start it from real embeddings: noise of size 1 begins worse than no prompt. It wants a large learning rate.
-# - Virtual positions have no labels, take the first positions, and take room from the text.
+# - A hard prompt needs no training but takes up context; a small model gains little from it, and does not learn from it
+#   what a card means.
+# - A soft prompt is P trained vectors prepended to the embeddings; every typed text corresponds to one value of it.
+# - It takes 20 kB per task here, forgets nothing (without it the model is unchanged), and learns slowly.
+# - Initialise it from real embeddings: noise from N(0, 1) starts out worse than no prompt. Use a large learning rate.
+# - Virtual positions have no labels, come first, and leave less room for the text.
 #
 # ## Go further
 #
 # - Lester et al. 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning* (arXiv:2104.08691): section 3.2.
 # - Brown et al. 2020, *Language Models are Few-Shot Learners* (arXiv:2005.14165).
 # - Min et al. 2022, *Rethinking the Role of Demonstrations* (arXiv:2202.12837): examples with wrong labels.
-# - Khashabi et al. 2022, *Prompt Waywardness* (arXiv:2112.08348): why nearest tokens are no explanation.
+# - Khashabi et al. 2022, *Prompt Waywardness* (arXiv:2112.08348): why nearest tokens do not explain a soft prompt.
 # - `lora_from_scratch/methods/prompt_tuning.py`: what you wrote, and the rest of the method.
 #
-# The prompt enters once, at the bottom. Whatever it has to say to the sixth block must get there through the five
-# below it, which were never trained to pass such a thing on. What if every layer had learned vectors of its own? That
-# is unit 06.
+# The prompt enters only once, at the bottom. To influence the sixth block it has to pass through the five below it,
+# which were never trained to pass on such vectors. What if every layer had trained vectors of its own? That is unit 06.
 
 # %% [markdown] open_question="words_or_vectors" points=4
 # ### Open question
 #
-# A company uses a large model that it can only reach through an interface that takes text and returns text. It has 40
+# A company uses a large model that it can only access through an API that takes text and returns text. It has 40
 # examples of its task. A second company runs a model of six billion parameters on its own machines and has 20 tasks
 # with 5,000 examples each. Advise both: hard prompt, soft prompt, or fine-tuning of the weights? Write about ten lines,
-# and say for each what you would measure before you decide.
+# and say for each what you would measure before deciding.
 #
 # **Rubric.**
-# - 1 point: the first cannot train a soft prompt: through a text interface there are neither embeddings nor gradients.
-# - 1 point: names what a few-shot prompt costs there: tokens of every request, context, and a choice of examples that
+# - 1 point: the first cannot train a soft prompt: a text API gives access to neither embeddings nor gradients.
+# - 1 point: names what a few-shot prompt costs there: tokens in every request, context, and a choice of examples that
 #   has to be tested on examples that are not in the prompt.
-# - 1 point: for the second, weighs what 20 soft prompts have for them (kilobytes a task, one model, mixed batches,
+# - 1 point: for the second, weighs the advantages of 20 soft prompts (kilobytes per task, one model, mixed batches,
 #   nothing forgotten) against slow learning and lost context.
 # - 1 point: a measurement for each that could change the decision (quality on unseen examples with a spread, room for
 #   text, cost of a request).

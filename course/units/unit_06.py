@@ -10,18 +10,18 @@
 #
 # **By the end of this unit you can**
 #
-# - give every layer of a GPT-2 a past that it never read, and say why a past of zeros is not the same as none;
-# - train that past through an MLP, throw the MLP away, and keep a file of a few kilobytes;
-# - put a gate in front of it that starts shut, so that the model begins as what it was;
-# - say what a prefix costs, and why a longer one need not be a better one.
+# - prepend trained keys and values to every layer of a GPT-2, and say what untrained ones do;
+# - train this prefix through an MLP, discard the MLP, and keep a file of about 200 kB;
+# - gate the prefix so that the model starts out unchanged;
+# - say what a prefix costs, and why a longer one is not necessarily better.
 #
 # **Prerequisites**: attention (unit 03), a training run (unit 04) and, for comparison, soft prompts (unit 05).
 #
-# **Time**: about 80 minutes, two of them computing. 7 exercises, 2 predictions, one open question.
+# **Time**: about 80 minutes, of which two are computing. 7 exercises, 2 predictions, one open question.
 #
-# ![Left, loss curves of four methods: two prefixes, one made by an MLP and one learned directly, start high and end
-# lowest; a gated prompt and a soft prompt start low and move less. Right, the held-out loss for three lengths of the
-# prefix, with three seeds each.](unit_06.png)
+# ![Left, training loss curves of four methods: two prefixes, one computed by an MLP and one trained directly, start
+# high and end lowest; a gated prompt and a soft prompt start low and change less. Right, the held-out loss for three
+# lengths of the prefix, with three seeds each.](unit_06.png)
 
 # %%
 import copy
@@ -54,27 +54,27 @@ STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 24))  # of each training r
 BATCH = 4
 
 # %% [markdown]
-# ## A past that was never read
+# ## Trained keys and values in every layer
 #
-# A soft prompt (unit 05) acts at one place: at the input. The first layer reads its vectors like words, and what the
-# layers above get to see is whatever the frozen layers below make of them. That is a long way for a gradient and a
-# narrow door for what you want to say.
+# A soft prompt (unit 05) acts only at the input. The first layer reads its vectors like words, and the layers above see
+# only what the frozen layers below compute from them. The gradient has a long way to go, and the prompt has little
+# influence.
 #
-# What does a token see of the text before it? In each layer, the **keys** and **values** of the tokens before, and
-# nothing else. Once these are computed nobody asks any more which words they came from; that is why generation can
-# keep them in a cache (unit 03). So you need no words. Put P keys and values of your own in front, in *every* layer,
-# and the model behaves as if it had read something. This is a **prefix** (Li and Liang 2021, arXiv:2101.00190, section
-# 4.2). For one head, with q (T, hd) and K, V (T, hd) of the text:
+# What does a token see of the text before it? In each layer, only the **keys** and **values** of the earlier tokens.
+# Once these are computed, it no longer matters which words they came from; that is why generation can keep them in a
+# cache (unit 03). So no words are needed: prepend P keys and values of your own in *every* layer, and the model behaves
+# as if it had read something. This is a **prefix** (Li and Liang 2021, arXiv:2101.00190, section 4.2). For one head,
+# with q (T, hd) and K, V (T, hd) of the text:
 #
 # $$\mathrm{softmax}\!\left(\frac{q\,[P_K; K]^\top}{\sqrt{hd}} + \mathrm{mask}\right)[P_V; V]$$
 #
-# - $P_K$ and $P_V$ (P, hd): the prefix's keys and values, **learned**, others in each layer and each head;
-# - $[P_K; K]$ (P + T, hd): one below the other.
+# - $P_K$ and $P_V$ (P, hd): the prefix's keys and values, **trained**, separately for each layer and each head;
+# - $[P_K; K]$ (P + T, hd): the concatenation of both.
 
 # %% exercise="prefix_attention"
 
 # %% [markdown]
-# Try it with numbers that you can follow: the score of every key is 0 (q is zero), so that all weights are equal.
+# Try it with numbers that you can check by hand: the score of every key is 0 (q is zero), so all weights are equal.
 
 # %%
 attend = working("prefix_attention")
@@ -84,28 +84,28 @@ v = torch.ones(1, 1, 2, 4)
 for length in (1, 3, 9):
     nothing = torch.zeros(1, 1, length, 4)
     y = attend(q, v, v, nothing, nothing)
-    print(f"P = {length}: all values of the text are 1, and out come {y[0, 0, 0, 0]:.2f} and {y[0, 0, 1, 0]:.2f}")
+    print(f"P = {length}: all values of the text are 1, the outputs are {y[0, 0, 0, 0]:.2f} and {y[0, 0, 1, 0]:.2f}")
 
 # %% [markdown]
-# ## Zeros
+# ## Initialisation with zeros
 #
-# Every method so far could start as the model that you loaded. What would you choose as the first values of a prefix?
+# Most methods can start from the unchanged model that you loaded. How would you initialise a prefix?
 
 # %% prediction="zero_prefix"
 
 # %% [markdown]
-# Before you look, get yourself an instrument. The weights of a softmax add up to 1. The part that goes to the prefix
-# is its **share**, $\lambda$. With it you can take prefix attention apart (He et al. 2022, arXiv:2110.04366, section
-# 3.1):
+# Before you look at the result, write a tool to measure it. The weights of a softmax add up to 1. The part that goes to
+# the prefix is its **share**, $\lambda$. With it you can decompose prefix attention (He et al. 2022, arXiv:2110.04366,
+# section 3.1):
 #
 # $$\text{prefix attention} = (1 - \lambda)\ \text{attention to the text} + \lambda\ \text{attention to the prefix}.$$
 #
-# There is a share for each token and each head: (B, H, T).
+# There is one share per token and head: (B, H, T).
 
 # %% exercise="prefix_share"
 
 # %% [markdown]
-# Is the mixture true? Try it on random numbers.
+# Does this decomposition hold? Test it on random numbers.
 
 # %%
 share = working("prefix_share")
@@ -118,27 +118,27 @@ to_text = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=Tr
 to_prefix = torch.softmax(q @ prefix_k.mT / 8**0.5, dim=-1) @ prefix_v
 mixture = (1 - part) * to_text + part * to_prefix
 print(f"the mixture and prefix attention differ by {(mixture - attend(q, k, v, prefix_k, prefix_v)).abs().max():.1e}")
-print("the share that each of 6 tokens gives to the prefix:", [f"{s:.2f}" for s in part[0, 0, :, 0].tolist()])
+print("share of the prefix for each of 6 tokens:", [f"{s:.2f}" for s in part[0, 0, :, 0].tolist()])
 
 # %% [markdown]
-# (The first token sees nothing of the text but itself, so its share is large: a prefix changes the beginning of a text
+# (The first token sees nothing of the text but itself, so its share is large: a prefix affects the beginning of a text
 # most.)
 #
-# ## One row, all layers
+# ## One row for all layers
 #
-# What is stored of a prefix is one matrix, (P, 2 L d): for each virtual token a row with the K and V of every layer,
-# as PEFT lays it out. A model needs them by layer and head.
+# A prefix is stored as one matrix, (P, 2 L d): for each virtual token a row with the K and V of every layer, in PEFT's
+# layout. The model needs them by layer and head.
 
 # %% exercise="split_prefix"
 
 # %% [markdown]
 # How many numbers is that? Li and Liang use P = 5 for table-to-text on GPT-2 medium (24 layers, d = 1024) and speak of
-# 0.1 % of the parameters (section 6.1). You can count more than that, because they do not train the prefix itself:
-# they train a small network that makes it (section 4.3), with an embedding $E$ (P, d) and m numbers in between:
+# 0.1 % of the parameters (section 6.1). But they do not train the prefix itself: they train a small network that
+# computes it (section 4.3), with an embedding $E$ (P, d) and a hidden layer of width m:
 #
 # $$E \longrightarrow \mathrm{Linear}(d, m) \longrightarrow \tanh \longrightarrow \mathrm{Linear}(m, 2 L d).$$
 #
-# This is a **reparametrisation**: other parameters for the same thing.
+# This is a **reparametrisation**: the same prefix expressed by different parameters.
 
 # %% exercise="prefix_parameter_count"
 
@@ -151,24 +151,25 @@ for name, hidden in {"kept, the prefix itself": None, "trained, with an MLP of m
     print(f"{name:<33} {numbers:>12,}  {numbers / medium:6.2%} of GPT-2 medium")
 
 # %% [markdown]
-# A tenth of a per cent is *kept*. A hundred times as much is *trained*. Whoever compares methods by their trained
-# parameters has to say which of the two is meant. (For LoRA, unit 09, they are the same.)
+# About a tenth of a per cent is *kept*, and a hundred times as much is *trained*. If you compare methods by their
+# number of trained parameters, you have to say which of the two you mean. (For LoRA, unit 09, they are the same.)
 #
 # ## The encoder
 #
-# Now the module that holds all this. `enter`, which hands the prefix to the model as its past, is written already; it
-# uses your `split_prefix`. What the encoder is made of, and what the prefix is, is yours.
+# Now write the module that holds all this. `enter`, which passes the prefix to the model as past keys and values, is
+# provided; it uses your `split_prefix`. You write the encoder's parameters and the method that computes the prefix.
+# `seeded_linear(in, out, generator)`, also provided, creates a linear layer with reproducible random weights.
 
 # %% exercise="PrefixEncoder"
 
 # %% [markdown]
-# Once the training is over, nobody needs the MLP. Its output has always been the same whatever the text: compute it
-# once, and throw the rest away.
+# After training the MLP is no longer needed. Its output does not depend on the text: compute it once, and discard the
+# rest.
 
 # %% exercise="fold_prefix"
 
 # %% [markdown]
-# Now put a prefix into the model, and see what it is worth before anything is trained.
+# Now put a prefix into the model, and measure its effect before any training.
 
 # %%
 Encoder, fold = working("PrefixEncoder"), working("fold_prefix")
@@ -186,7 +187,7 @@ def seeded(seed):
 
 
 def with_prefix(length, hidden=512, seed=0, values=None):
-    """A frozen copy of the base with a new prefix in it, or with a prefix of these values, (P, 2 L d)."""
+    """A frozen copy of the base with a new prefix, or with a prefix of these values, (P, 2 L d)."""
     model = copy.deepcopy(base).requires_grad_(False)
     encoder = Encoder(config, length, hidden if values is None else None, seeded(seed))
     if values is not None:
@@ -204,13 +205,13 @@ print(f"the encoder trains {sum(p.numel() for p in model.parameters() if p.requi
 print(f"the prefix has     {fold(model.virtual_tokens).numel():,}, {fold(model.virtual_tokens).numel() / total:.2%}")
 
 # %% [markdown]
-# One thing has to be kept apart. The text behind a prefix of P starts at position P, as in PEFT, and GPT-2 has learned
-# an embedding for each position. So compare with a third model: no prefix at all, and only the positions shifted.
+# Two effects have to be separated. After a prefix of length P the text starts at position P, as in PEFT, and GPT-2 has
+# a learned embedding for each position. So also compare with a model that has no prefix but shifted positions.
 
 
 # %%
 class Shifted(nn.Module):
-    """The base, reading a text as if P tokens stood before it."""
+    """The base, reading a text as if P tokens came before it."""
 
     def __init__(self, length):
         super().__init__()
@@ -221,7 +222,7 @@ class Shifted(nn.Module):
 
 
 print(f"the base: {before:.3f} nats per token\n")
-print("  P   only shifted   a prefix of zeros   what a new encoder makes   N(0, 1)")
+print("  P   only shifted   a prefix of zeros   from a new encoder (MLP)   N(0, 1)")
 for length in (1, 16, 64):
     losses = [
         completion_loss(model, held_out)
@@ -232,10 +233,12 @@ for length in (1, 16, 64):
 # %% check="zero_prefix"
 
 # %% [markdown]
-# Read the first column as well: with a long prefix the shift alone costs something, before anybody has put a number
-# into it. What a new encoder makes is small, and does about what zeros do; large random numbers do more.
+# Look at the first column as well: with a long prefix the shift of the positions alone raises the loss. At P = 64 it
+# even costs more than the shift together with 64 zeros. A new encoder's prefix has small entries, and has about the
+# same effect as zeros; large random numbers have a larger one.
 #
-# And where does the attention go? Your instrument tells, layer by layer. Move the slider: a longer prefix of zeros.
+# Where does the attention go? Your function tells you, layer by layer. Move the slider to make the prefix of zeros
+# longer.
 
 
 # %%
@@ -269,7 +272,7 @@ def draw_shares(length):
     axes.set_xticks(layers)
     axes.set_ylim(0, 1)
     plotting.label(
-        axes, x="layer", y="share of the attention", title=f"{length} zeros: bars are layers, points are heads"
+        axes, x="layer", y="share of the attention", title=f"P = {length}, all zeros: bars are layers, points are heads"
     )
     return figure
 
@@ -279,16 +282,16 @@ slider(
     "P",
     [1, 4, 16, 64],
     16,
-    "Bars of the share of the attention that a prefix of zeros takes in each layer, and a point for each head. The heads "
-    "of one layer differ a lot. With a longer prefix all bars grow.",
+    "Bars of the share of the attention that a prefix of zeros takes in each layer, and a point for each head. The "
+    "heads of one layer differ a lot. With a longer prefix most bars grow, but not all.",
 )
 
 # %% [markdown]
-# ## Directly, or through an MLP?
+# ## Training directly, or through an MLP?
 #
-# Why the detour through an MLP, if it is thrown away? Li and Liang write that training the prefix directly is unstable
-# and ends worse (section 4.3). Try both, with the same batches. The library's rate was chosen for the encoder with the
-# MLP; numbers that are learned directly may want quite another one, so they get three tries, far apart.
+# Why train through an MLP that is discarded afterwards? Li and Liang report that training the prefix directly is
+# unstable and ends worse (section 4.3). Try both, with the same batches. The library's learning rate was chosen for the
+# encoder with the MLP; training the prefix directly may need quite a different one, so try three, far apart.
 
 
 # %%
@@ -321,20 +324,20 @@ for (way, factor), (_, loss) in runs.items():
 best_direct = min((factor for way, factor in runs if way == "direct"), key=lambda factor: runs["direct", factor][1])
 
 # %% [markdown]
-# Is the best of the direct rates in the middle of the three? Then you have not stopped too early; always look whether a
+# Is the best of the direct rates in the middle of the three? Then the range was wide enough; always check whether the
 # best setting lies at the edge of what was tried.
 #
-# When this unit was written it was in the middle, and came *near* to the MLP. So a good part of what the MLP does is
-# this: Adam moves every number by about the learning rate in a step (unit 04). A number of the prefix is then one rate
-# further on. Behind the MLP, it depends on hundreds of numbers which all move, and their effects add up: the prefix
-# moves far at a rate that looks small. The second line is the other side of it: at four times the rate, the steps
-# overshoot. (That is also why `train` spends a quarter of so short a run on warming up. With the library's usual 6 per
-# cent, which is one step here, some seeds had shot up and did not come back in time. "Prefix tuning is difficult to
-# optimize", say Hu et al. 2021, section 3, of this method.)
+# In the committed run it is in the middle, and comes *close* to the MLP. This explains much of the MLP's effect: Adam
+# moves every number by about the learning rate per step (unit 04). A directly trained entry of the prefix moves by just
+# that. An entry computed by the MLP depends on hundreds of numbers that all move, and their effects add up: the prefix
+# moves far at a rate that looks small. The second line shows the drawback: at four times the rate, the steps overshoot.
+# (This is also why `train` warms up for a quarter of this short run. "Prefix tuning is difficult to optimize", write Hu
+# et al. 2021, section 3, about this method.)
 #
-# What is left of the difference may be the MLP's own (all rows, layers and heads share it), or chance: this is one seed,
-# a short run, and the best of three rates on the very cards that judge it. Li and Liang report that direct training
-# *ends* worse. Liu et al. (2022, *P-tuning v2*, arXiv:2110.07602) find that it depends on the task.
+# The remaining difference may be an effect of the MLP itself (all rows, layers and heads share it), or chance: this is
+# one seed, a short run, and the best of three rates was chosen on the cards on which it is evaluated. Li and Liang
+# report that direct training *ends* worse. Liu et al. (2022, *P-tuning v2*, arXiv:2110.07602) find that it depends on
+# the task.
 
 # %%
 with torch.no_grad():
@@ -343,20 +346,21 @@ with torch.no_grad():
     same = torch.equal(folded(text), trained(text))
 moved = (after - new).abs()
 print(
-    f"the prefix's numbers have moved by {moved.mean():.2f} in the mean, {STEPS} steps of {rate:g} are {STEPS * rate:.2f}"
+    f"on average the prefix's entries have moved by {moved.mean():.2f}; {STEPS} steps of {rate:g} are "
+    f"{STEPS * rate:.2f}"
 )
-print(f"folded, the logits are the same bits: {same}")
+print(f"after folding, the logits are bitwise identical: {same}")
 
 # %% [markdown]
-# ## Longer and longer
+# ## Length of the prefix
 #
-# More virtual tokens are more parameters. Are they better? Three lengths, the same steps, the same rate, and for each
-# of them three seeds (the start and the order of the batches), because otherwise you would not know what a difference
-# is worth.
+# More virtual tokens mean more parameters. Are they better? Compare three lengths with the same number of steps, the
+# same learning rate and three seeds each (for the initialisation and the order of the batches); with a single seed you
+# could not tell whether a difference means anything.
 
 # %%
 LENGTHS = (1, 16, 64)
-sweep = {16: [runs["MLP", 1][1]]}  # its first seed is trained already
+sweep = {16: [runs["MLP", 1][1]]}  # its first seed has already been trained
 
 
 def add_seeds(length):
@@ -394,33 +398,34 @@ for shorter, longer in pairwise(LENGTHS):
     print(f"from P = {shorter:>2} to {longer:>2}: {means[longer] - means[shorter]:+.3f}, {verdict}")
 
 # %% [markdown]
-# From 1 to 16 it gains a lot. From 16 to 64 the prefix gets four times the parameters, and look what for: when this unit
-# was written, the mean was *worse*, with one seed of the three as good as before. Is that an effect? The last line says
-# what the seeds allow you to claim, and for three seeds it is not much. It is not the only try, though: with 32 steps and
-# a warm-up of 2, which was how this experiment was set up first, each seed of 64 was worse than each of 16. So more
-# parameters do not help here, and probably hurt; how much depends on how you train. *Why* you cannot see from this.
+# From 1 to 16 the loss falls a lot. From 16 to 64 the prefix gets four times the parameters, but in the committed run
+# the mean is *worse*, while the best seed is no worse than with 16. Is that a real effect? The last line says what
+# three seeds allow you to claim, which is not much: more parameters do not help here, and may hurt. The experiment does
+# not show *why*.
 #
-# The literature has the same, and reasons for it. Li and Liang: better up to about 10 virtual tokens on table-to-text and
-# up to 200 on summarisation, then slightly worse, with a *lower* training loss, which is overfitting (section 7.1). Hu
-# et al. (2021, section 5.5 and figure 2): on GPT-3 prefixes fall off beyond 32 virtual tokens; they suspect that so many
-# of them move the input away from what the model was trained on. What follows in any case is the rule: **the length is a hyperparameter, and not a budget to be used up.**
+# The literature reports the same, with possible reasons. Li and Liang find improvements up to about 10 virtual tokens
+# on table-to-text and up to 200 on summarisation, then slightly worse results with a *lower* training loss, that is,
+# overfitting (section 7.1). Hu et al. (2021, section 5.5 and figure 2) find that on GPT-3 prefixes get worse beyond 32
+# virtual tokens; they suspect that so many of them move the input away from what the model was trained on. In any case,
+# **the length is a hyperparameter, not a budget to be used up.**
 #
-# ## A gate that starts shut
+# ## A gate initialised to zero
 #
-# You have started above the base every time: a prefix *interferes* before it can help. LLaMA-Adapter (Zhang et al.
-# 2023, arXiv:2303.16199, section 3.2) changes two things. The prompt gets a softmax of its own, so that it takes
-# nothing away from the text. And what it gives goes through a gate g, one number for each head, that starts at zero:
+# An untrained prefix has raised the loss every time: it *interferes* before it can help. LLaMA-Adapter (Zhang et al.
+# 2023, arXiv:2303.16199, section 3.2) changes two things. The prompt gets a softmax of its own, so that it takes no
+# attention away from the text. And its output is multiplied by a gate g, one number per head, which starts at zero:
 #
 # $$\mathrm{softmax}\!\left(\frac{q K^\top}{\sqrt{hd}} + \mathrm{mask}\right) V +
 # \tanh(g)\ \mathrm{softmax}\!\left(\frac{q K_a^\top}{\sqrt{hd}}\right) V_a$$
 #
-# $K_a$ and $V_a$ (P, hd) are what the layer's own frozen projections make of P learned vectors. Compare with the
-# mixture above: no $1 - \lambda$.
+# $K_a$ and $V_a$ (P, hd) are computed from P trained vectors by the layer's own frozen projections. Compare with the
+# decomposition above: there is no factor $1 - \lambda$. The attention to the prompt, which has no mask, is provided as
+# `prompt_attention(q, prompt_k, prompt_v)`.
 
 # %% exercise="gated_prefix_attention"
 
 # %% [markdown]
-# The same random prompt, as a prefix and behind a gate: by how much does the output of the attention change?
+# By how much does the same random prompt change the output of the attention, once as a prefix and once with a gate?
 
 # %%
 gated = working("gated_prefix_attention")
@@ -433,7 +438,7 @@ ways = {
     "a prefix of zeros": attend(q, k, v, 0 * prompt_k, 0 * prompt_v),
 }
 for g in (0, 0.01, 0.5):
-    ways[f"behind a gate of {g:g}"] = gated(q, k, v, prompt_k, prompt_v, torch.full((1, config.n_head, 1, 1), float(g)))
+    ways[f"with a gate of {g:g}"] = gated(q, k, v, prompt_k, prompt_v, torch.full((1, config.n_head, 1, 1), float(g)))
 for name, y in ways.items():
     print(f"{name:<22} {(y - plain).norm() / plain.norm():7.2%}")
 
@@ -443,7 +448,7 @@ for name, y in ways.items():
 method = LlamaAdapter(num_virtual_tokens=16)
 model = copy.deepcopy(base)
 method.adapt(model)
-print(f"the base {before:.6f}, with shut gates {completion_loss(model, held_out):.6f}")
+print(f"the base {before:.6f}, with gates of zero {completion_loss(model, held_out):.6f}")
 
 batch = examples.batch_at(0, BATCH, 0)
 optimizer = torch.optim.Adam(method.trainable(model).values(), lr=defaults.learning_rate_for("llama-adapter", config))
@@ -454,7 +459,8 @@ for step in (1, 2):
     for name, parameter in method.trainable(model).items():
         sizes[name.rpartition("_")[2]].append(float(parameter.grad.abs().max()))
     print(
-        f"backward pass {step}: largest gradient of a gate {max(sizes['gate']):.1e}, of a prompt {max(sizes['prompt']):.1e}"
+        f"backward pass {step}: largest gradient of gates {max(sizes['gate']):.1e}, of prompts "
+        f"{max(sizes['prompt']):.1e}"
     )
     optimizer.step()
     optimizer.zero_grad()
@@ -462,7 +468,8 @@ for step in (1, 2):
 # %% check="who_learns_first"
 
 # %% [markdown]
-# Now train it beside a soft prompt of the same length, each at the library's rate for it, with the same batches.
+# Now train it, and for comparison a soft prompt of the same length, each at the library's rate for the method, with the
+# same batches.
 
 # %%
 others = {"gated": (method, "llama-adapter"), "soft prompt": (PromptTuning(num_virtual_tokens=16), "prompt")}
@@ -478,7 +485,7 @@ for name, (losses, loss) in curves.items():
 
 # %% figure="unit_06.png"
 figure, (left, right) = plotting.panels(2, width=5.2, height=3.4)
-names = {"MLP": "prefix, MLP", "direct": "prefix, direct", "gated": "gated", "soft prompt": "soft prompt"}
+names = {"MLP": "prefix, MLP", "direct": "prefix, direct", "gated": "gated prompt", "soft prompt": "soft prompt"}
 ends = {name: plotting.smooth(losses, 6) for name, (losses, _) in curves.items()}
 lowest, highest = min(min(values) for values in ends.values()), max(max(values) for values in ends.values())
 last = None
@@ -487,7 +494,7 @@ for style, name in enumerate(sorted(ends, key=lambda name: ends[name][-1])):
     last = ends[name][-1] if last is None else max(ends[name][-1], last + 0.07 * (highest - lowest))
     left.text(1.03 * STEPS, last, names[name], color=plotting.COLOURS[style], fontweight="bold", va="center")
 left.set_xlim(0, 1.42 * STEPS)
-plotting.label(left, x="step (means of 6 steps)", y="loss, nats per token", title="Four ways to add 16 vectors")
+plotting.label(left, x="step (means of 6 steps)", y="loss, nats per token", title="Four ways to add 16 virtual tokens")
 for length, results in sweep.items():
     right.plot([length] * 3, results, "o", color=plotting.COLOURS[0], markersize=4)
 right.plot(LENGTHS, list(means.values()), color=plotting.COLOURS[0], linewidth=1.8)
@@ -503,42 +510,43 @@ right.text(
     transform=right.transAxes,
     fontweight="bold",
 )
-plotting.label(right, x="P, virtual tokens", y="held-out loss, nats per token", title="What a longer prefix is worth")
+plotting.label(right, x="P, virtual tokens", y="held-out loss, nats per token", title="Is a longer prefix better?")
 show(
     figure,
-    f"Left, the training loss over {STEPS} steps of a prefix made by an MLP, a prefix learned directly, a gated prompt "
+    f"Left, the training loss over {STEPS} steps of a prefix computed by an MLP, a prefix trained directly, a gated "
+    "prompt "
     "and a soft prompt; they end at "
     + ", ".join(f"{names[name]} {values[-1]:.2f}" for name, values in ends.items())
-    + ". Right, the held-out loss over the number of virtual tokens, three seeds each, with means of "
+    + ". Right, the held-out loss against the number of virtual tokens, three seeds each, with means of "
     + ", ".join(f"{mean:.2f} at P = {length}" for length, mean in means.items())
     + ".",
 )
 
 # %% [markdown]
-# The gated prompt begins where the base is and never has to climb down; the prefix begins higher and overtakes. At first
-# only the gates learn, and the prompts wait for them, so a careful start is a slow one. But read the order of the four
-# with care. The library's rates are for runs of 500 steps, and only the direct prefix has had three tries. With a rate
-# of 5e-3, which the library had before, the gated prompt hardly left the base in 24 steps. What is certain is where they
-# *begin*. Which one you want depends on what you cannot afford: a bad start, or a slow one. LLaMA-Adapter was made for
-# following instructions without losing what the model knows, with 1.2 M numbers on a model of 7 B.
+# The gated prompt starts at the base's loss and has no disturbance to undo; the prefix starts higher and overtakes it.
+# At first only the gates learn, and the prompts have to wait for them, so this cautious start is also a slow one. But
+# do not read too much into the order of the four: the library's rates are meant for runs of 500 steps, and only the
+# direct prefix was tried with three rates. What is certain is where they *start*. Which method to choose depends on
+# whether you can less afford a bad start or a slow one. LLaMA-Adapter was designed for following instructions without
+# losing what the model knows, with 1.2 M parameters for a model of 7 B.
 #
-# Where does the trained prefix get its attention from?
+# How much attention does the trained prefix get?
 
 # %%
 start, end = shares(with_prefix(16), text), shares(trained, text)
-print("layer   share of a new prefix   of the trained one   the heads from - to")
+print("layer   share of a new prefix   of the trained one   range over heads")
 for layer, (one, other) in enumerate(zip(start, end, strict=True)):
     print(f"{layer:>5}   {one.mean():>21.0%}   {other.mean():>18.0%}   {other.min():>10.0%} - {other.max():.0%}")
 
 # %% [markdown]
-# Training has sorted the heads. Some give most of their attention to something that no text has ever said, others have
-# learned to look past it; no gate was needed for that, only time. It is the strength of the method, and what Hu et al.
-# hint at as its weakness.
+# Training has differentiated the heads. Some give most of their attention to the prefix, others have learned to ignore
+# it; this took no gate, only training.
 #
-# ## What it costs
+# ## The cost of a prefix
 #
-# No stopwatch: count. For one text of 64 tokens, with 16 virtual ones: how many multiplications and additions does
-# reading it take, how much room is left for text, and how many numbers does each further token have to look at?
+# Count operations instead of measuring time. For one text of 64 tokens and 16 virtual tokens: how many multiplications
+# and additions does reading it take, how much room is left for text, and how many stored numbers does each further
+# token have to attend to?
 
 
 # %%
@@ -563,23 +571,24 @@ candidates = {
     "prefix, folded": (folded, 16),
     "gated prompt": (with_method(LlamaAdapter(num_virtual_tokens=16, top_layers=config.n_layer)), 16),
 }
-print("                       operations    more   room for text   keys and values behind 64 tokens")
+print("                       operations    more   room for text   keys and values after 64 tokens")
 for name, (model, more) in candidates.items():
     flops = operations(model)
     held = 2 * config.n_layer * config.n_embd * (64 + more)
     print(f"{name:<21} {flops:>11,}  {flops / plain - 1:>6.1%}   {model.config.n_positions:>13}   {held:>12,}")
 
 # %% [markdown]
-# - A **soft prompt** sends 16 more tokens through every matrix of every block.
-# - A **prefix** is not read, only looked at: folded, it is cheap. With its MLP it is not; so fold it.
-# - A **gated prompt** has to be projected, as the library does it in every pass; after training that could be stored.
+# - A **soft prompt** sends 16 additional tokens through every matrix of every block.
+# - A **prefix** is not processed, only attended to: once folded, it is cheap. With its MLP it is not; so fold it.
+# - A **gated prompt** has to be projected, which the library does in every pass; after training the result could be
+#   stored.
 #
-# But each generated token looks at P keys more in each layer, for ever; and of the context, soft prompt and prefix
-# take P places. (The gated prompt has no positions and takes none.)
+# In addition, each generated token attends to P more keys in each layer, and soft prompt and prefix take up P positions
+# of the context. (The gated prompt has no positions and takes none.)
 #
 # ## What goes wrong in practice
 #
-# **The MLP is saved too.** It is the larger part, and nobody will ever need it.
+# **Saving the MLP as well.** It is by far the larger part, and is never needed again.
 
 # %%
 with_mlp = len(safetensors.torch.save(trained.virtual_tokens.state_dict()))
@@ -587,25 +596,25 @@ alone = len(safetensors.torch.save({"prompt_embeddings": after}))
 print(f"the encoder: {with_mlp:,} bytes; the folded prefix: {alone:,} bytes, {alone / with_mlp:.1%}")
 
 # %% [markdown]
-# **The layout is another one.** A prefix in a file is one matrix. Software that puts all keys first and then all
-# values has the same shape. Nothing complains.
+# **A different layout.** A prefix in a file is one matrix. In software that stores all keys first and then all values
+# it has the same shape, so there is no error.
 
 # %%
 width = config.n_embd
 keys_first = torch.arange(2 * config.n_layer * width).view(config.n_layer, 2, width).transpose(0, 1).flatten()
 print(f"as it was trained:         {completion_loss(folded, held_out):.3f}")
-print(f"with the keys all in front: {completion_loss(with_prefix(16, values=after[:, keys_first]), held_out):.3f}")
+print(f"with all keys first:       {completion_loss(with_prefix(16, values=after[:, keys_first]), held_out):.3f}")
 
 # %% [markdown]
-# **The mean is no prefix.** Sixteen vectors that all say something: what happens to somebody who keeps only a part of
-# them, to save room?
+# **Truncating a trained prefix.** All sixteen rows were trained together. What happens if you keep only some of them,
+# to save room?
 
 # %%
 for kept in (16, 12, 8, 4):
     print(f"the first {kept:>2} of 16: {completion_loss(with_prefix(kept, values=after[:kept]), held_out):.3f}")
 
 # %% [markdown]
-# **The text that used to fit.** The context is shorter by P, which you notice with the first long text.
+# **A text that no longer fits.** The context is shorter by P, which you notice with the first long text.
 
 # %%
 long = torch.zeros(1, config.n_positions, dtype=torch.long)
@@ -616,9 +625,9 @@ except ValueError as error:
     print("ValueError:", error)
 
 # %% [markdown]
-# **Somebody else's LLaMA-Adapter.** PEFT's version, on a GPT-2, leaves out the tanh and adds the prompt's part *behind*
-# the output projection. The library can compute that too (`as_peft=True`), for files that come from there. It is
-# another model: here with the same prompts and every gate at the same number.
+# **A different LLaMA-Adapter.** PEFT's version for GPT-2 omits the tanh and adds the prompt's part *after* the output
+# projection. The library can compute that too (`as_peft=True`), to load files from PEFT. It is a different model, as
+# you can see with the same prompts and every gate at the same value.
 
 # %%
 with torch.no_grad():
@@ -635,43 +644,46 @@ with torch.no_grad():
 # %% [markdown]
 # ## Summary
 #
-# - A prefix is P keys and values of your own in front of the text's, in every layer: a past that was never read.
-# - Zeros are not nothing: they take a share of the softmax. A gate of zero is nothing, and only the gate learns first.
-# - The MLP that makes the prefix is far larger than it, lets it move fast at a small rate, and is thrown away.
+# - A prefix consists of P trained keys and values that are prepended to those of the text, in every layer.
+# - A prefix of zeros changes the model: it takes a share of the softmax. A gate of zero leaves the model unchanged;
+#   then only the gate has a gradient at first.
+# - The MLP that computes the prefix is far larger than the prefix, lets it move fast at a small learning rate, and is
+#   discarded after training.
 # - Longer is not always better; the length is a hyperparameter.
-# - Folded, it costs few operations; it still takes P places of the context, and every token looks at it.
+# - Once folded, a prefix costs few operations; it still takes P positions of the context, and every token attends to
+#   it.
 #
 # ## Go further
 #
 # - Li and Liang 2021, *Prefix-Tuning* (arXiv:2101.00190): sections 4 (the method) and 7 (what matters in it).
-# - Zhang et al. 2023, *LLaMA-Adapter* (arXiv:2303.16199): the gate, and pictures as prompts.
+# - Zhang et al. 2023, *LLaMA-Adapter* (arXiv:2303.16199): the gate, and images as prompts.
 # - Liu et al. 2022, *P-Tuning v2* (arXiv:2110.07602): prefixes in every layer for understanding tasks.
 # - He et al. 2022, *Towards a unified view of parameter-efficient transfer learning* (arXiv:2110.04366): section 3.1
-#   rewrites prefix attention as you did, and finds an adapter in it.
-# - Hu et al. 2021, *LoRA* (arXiv:2106.09685): table 3. On E2E with GPT-2 medium a tuned prefix in every layer reaches
-#   BLEU 69.7, full fine-tuning 68.2, LoRA 70.4; prefix and LoRA with 0.35 M numbers.
+#   rewrites prefix attention as you did, and shows that it resembles an adapter.
+# - Hu et al. 2021, *LoRA* (arXiv:2106.09685): table 3. On E2E with GPT-2 medium a prefix in every layer reaches BLEU
+#   69.7, full fine-tuning 68.2, LoRA 70.4; prefix and LoRA with 0.35 M numbers.
 #
-# Look at the mixture once more: $(1 - \lambda)$ of the old and $\lambda$ of something that depends on q alone. A prefix
-# adds a small function of the token to what the layer computes, by way of the attention, and it pays for it with room
-# in the context. If all you want is a small function of the token, why not write one, and put it between the layers?
-# That is unit 07.
+# Look at the decomposition once more: $(1 - \lambda)$ times the old output plus $\lambda$ times something that depends
+# on the text only through q. So a prefix adds a small function of the token to what the layer computes, by way of the
+# attention, and pays for it with context. If all you want is a small function of the token, why not put one between the
+# layers? That is unit 07.
 
 # %% [markdown] open_question="prefix_or_prompt" points=4
 # ### Open question
 #
 # A company answers e-mails in 30 styles, one for each customer, with one frozen language model whose context of 1,024
-# tokens is mostly full: an e-mail and the thread before it take 900 to 1,000. Requests of all customers arrive mixed
-# and are answered in batches. Somebody proposes a prefix of 200 virtual tokens for each customer, "since more
-# parameters are better and a prefix is only 0.1 % of the model". Write at most 150 words: what speaks for prefixes
-# here, what is wrong with the proposal, and what would you do?
+# tokens is mostly full: an e-mail and the thread before it take 900 to 1,000 tokens. Requests from all customers arrive
+# mixed and are answered in batches. Somebody proposes a prefix of 200 virtual tokens for each customer, "since more
+# parameters are better and a prefix is only 0.1 % of the model". Write at most 150 words: what are the arguments for
+# prefixes here, what is wrong with the proposal, and what would you do?
 #
 # **Rubric.**
 #
-# - 1 point: for prefixes: each row of a batch can have a past of its own, so that 30 customers share one model.
-# - 1 point: 200 places of 1,024 are not there; the threads would have to be cut.
-# - 1 point: more parameters are not always better: the length is to be chosen on held-out letters, from small ones up.
+# - 1 point: for prefixes: each row of a batch can have its own prefix, so that 30 customers share one model.
+# - 1 point: there is no room for 200 of 1,024 positions; the threads would have to be truncated.
+# - 1 point: more parameters are not always better: choose the length on held-out e-mails, starting from small values.
 # - 1 point: a reasoned choice: a short prefix, folded; or a method that takes no context (a gated prompt, adapters,
-#   LoRA), with what is lost by it.
+#   LoRA), with its disadvantages.
 
 # %% volatile=true
 progress("06")

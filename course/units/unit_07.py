@@ -10,17 +10,16 @@
 #
 # **By the end of this unit you can**
 #
-# - write a bottleneck adapter that changes next to nothing at its start, and say why it must not be exactly zero;
-# - put adapters into a GPT-2 at the places of three papers, and take them out again without a trace;
-# - say what they cost: in numbers, in operations, and in time, which are three different things.
+# - implement a bottleneck adapter that starts close to the identity, and say how its initialisation matters;
+# - insert adapters into a GPT-2 at the places used in three papers, and remove them again without a trace;
+# - say what adapters cost in parameters, in operations and in time.
 #
 # **Prerequisites**: one block of GPT-2 (unit 03) and a training run (unit 04).
 #
-# **Time**: about 75 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
+# **Time**: about 75 minutes, of which two are computing. 6 exercises, 2 predictions, one open question.
 #
-# ![Left, three falling loss curves, one for each variant of adapters. Right, bars of the longest chain of operations in
-# a forward pass: every kind of adapter makes it longer than the base, and LoRA merged into the weights does
-# not.](unit_07.png)
+# ![Bars of the trained parameters of four variants of adapters in GPT-2 medium, for a bottleneck of width 24. Houlsby's
+# has twice as many as the other three, which are nearly equal: less than one per cent of the model.](unit_07.png)
 
 # %%
 import copy
@@ -52,15 +51,15 @@ STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 32))  # of each training r
 BATCH = 8
 
 # %% [markdown]
-# ## New layers in an old model
+# ## New layers in a frozen model
 #
-# In units 05 and 06 the model stayed as it was and *read* something else. That is cheap, and it eats context. There is
-# another place for something new: between the layers. Freeze everything, and put small layers of your own in.
+# In units 05 and 06 the model stayed as it was and got additional *input*. That is cheap, but it takes up context.
+# Something new can also be added between the layers: freeze everything, and insert small layers of your own.
 #
-# A layer that is put into a stream of d numbers must give d numbers. A full matrix for that is expensive: with d =
-# 1024, as in GPT-2 medium, it has 1024 x 1024 = 1,048,576 weights, and there are dozens of places. Houlsby et al.
-# (2019, arXiv:1902.00751, section 2.1) squeeze d to a few numbers and stretch them again, 1024 -> 24 -> 1024. This
-# shape is called a **bottleneck**. How many numbers is that?
+# A layer that is inserted into a stream of d numbers must return d numbers. A full matrix for that is expensive: with
+# d = 1024, as in GPT-2 medium, it has 1024 x 1024 = 1,048,576 weights, and there are dozens of places. Houlsby et al.
+# (2019, arXiv:1902.00751, section 2.1) project d down to a few numbers and back up again, 1024 -> 24 -> 1024. This
+# shape is called a **bottleneck**. How many parameters does it have?
 
 # %% exercise="adapter_parameter_count"
 
@@ -69,12 +68,12 @@ count = working("adapter_parameter_count")
 
 print(f"a dense matrix:         {1024 * 1024:>9,}")
 print(f"1024 -> 24 -> 1024:     {count(1024, 24, bias=False):>9,}")
-print(f"and its two biases:     {count(1024, 24):>9,}")
+print(f"with two biases:        {count(1024, 24):>9,}")
 
 # %% [markdown]
 # Now you can count the adapters in the LoRA paper's table (Hu et al. 2021, table 3; its formula is in section 5.1).
-# Adapter-H is Houlsby's, two in each of the 24 blocks of GPT-2 medium. Adapter-L (Lin et al. 2020) has one in each,
-# with a LayerNorm. The paper does not print the widths; these are the whole numbers that come nearest.
+# Adapter-H is Houlsby's, with two adapters in each of the 24 blocks of GPT-2 medium. Adapter-L (Lin et al. 2020) has
+# one in each, with a LayerNorm. The paper does not give the widths; these are the whole numbers that come closest.
 
 # %%
 rows = [
@@ -87,17 +86,17 @@ for name, printed, given in rows:
     print(f"{name:<18}  {given['width']:>5}  {count(1024, **given):>11,}   {printed:>5.2f} M")
 
 # %% [markdown]
-# Two of the three agree to the last printed digit. No width gives the third one: the paper may have printed the row
-# above twice. Always recount a table before you compare with it.
+# Two of the three agree to the last printed digit. No width gives the third one: the paper may have printed the
+# previous row's number twice. Always recompute the numbers of a table before you compare with it.
 #
-# Move the slider: what would each variant cost on GPT-2 medium, of 354.8 M parameters?
+# Move the slider: how many parameters would each variant add to GPT-2 medium, which has 354.8 M?
 
 
-# %%
+# %% figure="unit_07.png"
 def draw_costs(width):
     costs = {
-        "Houlsby: 2 a block": count(1024, width, adapters=48),
-        "Pfeiffer: 1 a block": count(1024, width, adapters=24),
+        "Houlsby: 2 per block": count(1024, width, adapters=48),
+        "Pfeiffer: 1 per block": count(1024, width, adapters=24),
         "Lin: 1, with LayerNorm": count(1024, width, adapters=24, norms=24),
         "parallel: 1, no biases": count(1024, width, adapters=24, bias=False),
     }
@@ -110,7 +109,7 @@ def draw_costs(width):
         text = f"{number / 1e6:.2f} M, {number / 354.8e6:.2%}"
         axes.annotate(text, (number / 1e6, place), xytext=(4, 0), textcoords="offset points", va="center")
     axes.set_xlim(0, 1.5 * max(costs.values()) / 1e6)
-    plotting.label(axes, x="millions of trained numbers", title=f"GPT-2 medium, width {width}")
+    plotting.label(axes, x="millions of trained parameters", title=f"GPT-2 medium, width {width}")
     return figure
 
 
@@ -119,8 +118,8 @@ slider(
     "width",
     [1, 6, 24, 64, 112, 224],
     24,
-    "Bars of the trained numbers of four variants of adapters in GPT-2 medium. Houlsby's has twice as many as the "
-    "others, which are nearly equal; all grow in proportion to the width.",
+    "Bars of the trained parameters of four variants of adapters in GPT-2 medium. Houlsby's has twice as many as the "
+    "others, which are nearly equal; all grow about in proportion to the width.",
 )
 
 # %% [markdown]
@@ -131,9 +130,9 @@ slider(
 #
 # $$x \;\mapsto\; x + W_{up}\, \mathrm{gelu}(W_{down}\, x + b) + b' .$$
 #
-# Two things make it work. **It bends**: without the gelu, two matrices would be one. And **it adds x**: whatever the
-# bottleneck does not pass still gets through. If its weights are small, the whole is *nearly the identity*, and the
-# adapted model begins as the model that you loaded.
+# Two things make it work. **It is nonlinear**: without the gelu, the two matrices could be multiplied into one. And
+# **it adds x**: what does not pass through the bottleneck still gets through. If its weights are small, the adapter is
+# *nearly the identity*, and the adapted model starts out almost exactly as the model that you loaded.
 
 # %% exercise="BottleneckAdapter"
 
@@ -143,47 +142,49 @@ Bottleneck = working("BottleneckAdapter")
 adapter = Bottleneck(256, 24, torch.Generator().manual_seed(0))
 x = torch.randn(1000, 256, generator=torch.Generator().manual_seed(1))
 with torch.no_grad():
-    print(f"a new adapter moves a number of size 1 by at most {(adapter(x) - x).abs().max():.1e}")
+    print(f"a new adapter changes numbers from N(0, 1) by at most {(adapter(x) - x).abs().max():.1e}")
 
 # %% [markdown]
-# Why the *near*? Exactly the identity would be safer still. Guess first.
+# Why only *nearly*? Being exactly the identity would seem even safer. Guess first.
 
 # %% prediction="both_weights_zero"
 
 # %% [markdown]
-# To try it you need adapters in a model. A module of the model is kept, and something is wrapped around it. Here is
-# the wrapper for an adapter that stands *behind* its module, as the library has it:
+# To try it you need adapters in a model. Each module of the model is kept, and a wrapper is put around it. Here is the
+# library's wrapper for an adapter that comes *after* its module:
 
 # %%
 print(inspect.getsource(AdapterAfter))
 
 # %% [markdown]
-# ## Behind or beside
+# ## Sequential or parallel
 #
-# Where does an adapter go? The residual stream of a block is $x + \mathrm{attn}(\mathrm{norm}(x))$, then the same with
-# the MLP (unit 03). An adapter acts on what attention or MLP return, *before* that is added.
+# Where does an adapter go? A block computes $x + \mathrm{attn}(\mathrm{norm}(x))$, then the same with the MLP (unit
+# 03). An adapter acts on what attention or MLP return, *before* that is added to the residual stream.
 #
-# | variant | the place | source |
+# | variant | place | source |
 # |---|---|---|
-# | houlsby | behind the attention and behind the MLP | Houlsby et al. 2019, figure 2 |
-# | pfeiffer | behind the MLP only | Pfeiffer et al. 2021, arXiv:2005.00247 |
-# | parallel | beside the MLP, reading what the MLP reads | He et al. 2022, arXiv:2110.04366, section 3.3 |
+# | houlsby | after the attention and after the MLP | Houlsby et al. 2019, figure 2 |
+# | pfeiffer | only after the MLP | Pfeiffer et al. 2021, arXiv:2005.00247 |
+# | parallel | in parallel with the MLP, with the same input | He et al. 2022, arXiv:2110.04366, section 3.3 |
 #
-# The third one does not wait for the MLP. He et al. write it with a relu and a scaling s:
+# The third one does not have to wait for the MLP. He et al. define it with a relu and a scaling s:
 #
 # $$\mathrm{MLP}(x) + s\, W_{up}\, \mathrm{relu}(W_{down}\, x)$$
 
 # %% exercise="ParallelAdapter"
 
 # %% [markdown]
-# And its wrapper.
+# Now its wrapper.
 
 # %% exercise="AdapterBeside"
 
 # %% [markdown]
-# ## Into the model, and out again
+# ## Inserting and removing adapters
 #
-# The library knows the names of the places. What puts adapters there is yours.
+# The library knows the names of the places. You write the function that inserts adapters there. Three helpers are
+# provided: `adapter_places` lists the names of the modules to wrap, `new_adapter` creates an adapter, and
+# `replace_module` puts a module in place of another.
 
 # %%
 for variant, parts in PLACES.items():
@@ -203,21 +204,23 @@ before = completion_loss(base, held_out)
 
 
 def adapted(variant, width, seed=0):
-    """A copy of the base with adapters, of which nothing else is trained."""
+    """A copy of the base with adapters, in which only these are trained."""
     model = copy.deepcopy(base).requires_grad_(False)
     return model, insert(model, width, variant, generator=torch.Generator().manual_seed(seed))
 
 
-print(f"the base, on cards that no training sees: {before:.4f} nats per token")
+print(f"the base, on cards not used in training: {before:.4f} nats per token")
 for variant in ("houlsby", "pfeiffer", "parallel"):
     model, adapters = adapted(variant, 24)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     loss = completion_loss(model, held_out)
-    print(f"{variant:<9} {len(adapters):>2} adapters, {learned:>7,} numbers ({learned / total:.2%}), loss {loss:.4f}")
+    print(
+        f"{variant:<9} {len(adapters):>2} adapters, {learned:>7,} parameters ({learned / total:.2%}), loss {loss:.4f}"
+    )
 
 # %% [markdown]
-# They are in, and the model still is what it was. You will now change adapters often. Taking them out must leave
-# nothing behind: the same modules, the same names.
+# The adapters are inserted, and the model still computes almost exactly the same. Next you will exchange adapters
+# often. Removing them must leave no trace: the same modules, the same names.
 
 # %% exercise="remove_adapters"
 
@@ -227,15 +230,15 @@ remove = working("remove_adapters")
 model, _ = adapted("houlsby", 24)
 print("with adapters:   ", [name for name in model.state_dict() if "h.0.mlp" in name][:2])
 remove(model)
-print("without them:    ", [name for name in model.state_dict() if "h.0.mlp" in name][:2])
+print("after removal:   ", [name for name in model.state_dict() if "h.0.mlp" in name][:2])
 same = all(torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
-print("the same bits:   ", same)
+print("bitwise equal:   ", same)
 
 # %% [markdown]
-# ## How near is near?
+# ## How close to the identity?
 #
-# Draw the weights of Houlsby's adapters from wider and wider distributions, and do not train at all. The loss says what
-# is left of the model. Beside it stand the sizes of the first gradients.
+# Draw the weights of Houlsby's adapters from wider and wider distributions, without any training. The loss shows what
+# is left of the model. The other columns show the sizes of the first gradients.
 
 
 # %%
@@ -258,7 +261,7 @@ def gradient_sizes(model, adapters):
     return [max(float(a.get_parameter(name).grad.abs().max()) for a in adapters.values()) for name in names]
 
 
-print("deviation   loss at the start   largest gradient of W_down      W_up        b'")
+print("deviation      untrained loss   largest gradient of W_down      W_up        b'")
 for deviation in (0, 1e-3, 1e-2, 0.1, 0.3, 1):
     model, adapters = start_at(deviation)
     down, up, bias = gradient_sizes(model, adapters)
@@ -266,10 +269,10 @@ for deviation in (0, 1e-3, 1e-2, 0.1, 0.3, 1):
     print(f"{deviation:>9g}   {loss:>17.3f}   {down:>26.1e}   {up:>7.1e}   {bias:>7.1e}")
 
 # %% [markdown]
-# Read it from below. Wide starts break the model. Houlsby et al. saw the same: below 1e-2 the deviation hardly
-# matters, above it hurts (section 3.6). Narrow ones leave the model alone, and their gradients shrink with them, which
-# Adam can live with (unit 04). In the first line two of the three are exactly zero, and Adam cannot do anything about
-# that. Now train from the first line and from the second.
+# Read the table from the bottom. Large initial weights break the model. Houlsby et al. observed the same: below 1e-2
+# the standard deviation hardly matters, above it hurts (section 3.6). Small ones leave the model intact, and their
+# gradients are smaller too, which is no problem for Adam (unit 04). In the first line two of the three gradients are
+# exactly zero, and Adam cannot help with that. Now train from the first line and from the second.
 
 # %%
 
@@ -298,15 +301,16 @@ for name, deviation in {"all zero": 0, "nearly zero": 1e-3}.items():
     moved = {
         part: any(bool(a.get_parameter(part).any()) for a in adapters.values()) for part in ("down.bias", "up.bias")
     }
-    print(f"{name:<11}: loss {before:.2f} -> {loss:.2f}; b has moved: {moved['down.bias']}, b': {moved['up.bias']}")
+    print(f"{name:<11}: loss {before:.2f} -> {loss:.2f}; b has changed: {moved['down.bias']}, b': {moved['up.bias']}")
 
 # %% check="both_weights_zero"
 
 # %% [markdown]
 # ## Three variants, one budget
 #
-# Houlsby has twice as many adapters. To compare places and not sizes, give it half the width. The runs are short, and
-# one seed says little, so the first variant is trained with three: the spread is the yardstick for the differences.
+# Houlsby's variant has twice as many adapters. To compare places, not sizes, give it half the width. The runs are
+# short, and one seed says little, so train the first variant with three seeds: judge the differences between variants
+# by their spread.
 
 # %%
 WIDTHS = {"houlsby": 12, "pfeiffer": 24, "parallel": 24}
@@ -315,7 +319,9 @@ for variant, width in WIDTHS.items():
     model, adapters = adapted(variant, width)
     results[variant] = train(model, variant)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{variant:<9} width {width}: {learned:,} numbers, held-out loss {before:.2f} -> {results[variant][1]:.3f}")
+    print(
+        f"{variant:<9} width {width}: {learned:,} parameters, held-out loss {before:.2f} -> {results[variant][1]:.3f}"
+    )
 
 others = [train(adapted("houlsby", WIDTHS["houlsby"], seed)[0], "houlsby", seed)[1] for seed in (1, 2)]
 seeds = [results["houlsby"][1], *others]
@@ -325,15 +331,16 @@ print(f"houlsby with three seeds: {', '.join(f'{loss:.3f}' for loss in seeds)}; 
 print(f"best to worst variant: {gap:.3f}, {'more' if gap > spread else 'not more'} than the spread")
 
 # %% [markdown]
-# Little more than one percent of the numbers, and all of them learn. Which place is best is a question for longer runs, each
-# with a learning rate tuned for it; here one rate serves all three. He et al. (2022, section 4) find the parallel place
-# better than the sequential one, and the MLP a better place than the attention when there are many numbers to spend.
+# With little more than one per cent as many parameters as the model, all three variants learn the task. Which place is
+# best would take longer runs to find out, each with a learning rate tuned for it; here one rate serves all three. He et
+# al. (2022, section 4) find parallel adapters better than sequential ones, and the MLP a better place than the
+# attention if there are many parameters to spend.
 #
-# ## What they cost afterwards
+# ## The cost at inference
 #
-# A trained adapter is for ever in the way: the gelu bends, so nothing can be merged into a weight. How much time is
-# that? Count the multiplications first, for the widths of the LoRA paper's Adapter-H on GPT-2 medium: each weight of a
-# matrix costs one multiplication for each token.
+# A trained adapter has to be computed in every forward pass: because the gelu is nonlinear, it cannot be merged into a
+# weight. How much time does that take? First count the multiplications, for the width of the LoRA paper's Adapter-H on
+# GPT-2 medium: each weight of a matrix costs one multiplication per token.
 
 # %%
 share = count(1024, 112, adapters=48, bias=False) / (24 * 12 * 1024**2)
@@ -342,14 +349,14 @@ print(f"additional multiplications in the matrices of the blocks: {share:.1%}")
 # %% prediction="time_of_adapters"
 
 # %% [markdown]
-# A stopwatch measures the weather of your machine. So count first. PyTorch carries out a forward pass as a series of
-# **kernels**, one after the other: a matrix product is one, a gelu is one. And ask for the **longest chain**: the
-# number of kernels each of which needs the result of the one before. No amount of parallel hardware gets below it.
+# Measured times depend on the state of your machine, so count first. PyTorch executes a forward pass as a sequence of
+# **kernels**: a matrix product is one, a gelu is one. Also count the **longest chain**: the largest number of kernels
+# in a row that each need the result of the previous one. No amount of parallel hardware can shorten it.
 
 
 # %%
 class Kernels(TorchDispatchMode):
-    """Counts what is really computed, and how long the chain to each result is. Views compute nothing."""
+    """Counts the kernels, and the length of the chain that leads to each result. Views compute nothing."""
 
     def __init__(self):
         super().__init__()
@@ -396,12 +403,12 @@ for name, model in candidates.items():
     print(f"{name:<19}  {kernels:>7}   {chains[name]:>13}")
 
 # %% [markdown]
-# Each sequential adapter is four kernels in a row: down, gelu, up, and the sum. A parallel one has as many kernels or
-# more, but most of them can run *while* the MLP runs, if the hardware and the software do that; PyTorch by itself
-# starts one after the other. (One of them only multiplies by s. Folding s into $W_{up}$ after training would save it.)
-# LoRA without merging adds kernels as well; merged, there is nothing left to count.
+# Each sequential adapter consists of four kernels in a row: down, gelu, up, and the sum. A parallel adapter has at
+# least as many kernels, but most of them can run *while* the MLP runs, if hardware and software support that; by
+# default PyTorch starts one after the other. (One of them only multiplies by s. Folding s into $W_{up}$ after training
+# would save it.) LoRA without merging adds kernels as well; merged LoRA adds none.
 
-# %% figure="unit_07.png"
+# %%
 figure, (left, right) = plotting.panels(2, width=5.2, height=3.3)
 heights = {variant: plotting.smooth(losses, 6) for variant, (losses, _) in results.items()}
 left.set_xlim(0, STEPS + 11)
@@ -412,7 +419,7 @@ for style, (variant, values) in enumerate(sorted(heights.items(), key=lambda ite
     at = values[-1] if last is None else max(values[-1], last + 0.08 * (highest - lowest))
     last = at
     left.text(STEPS + 1, at, variant, color=plotting.COLOURS[style], fontweight="bold", va="center")
-plotting.label(left, x="step (means of 6 steps)", y="loss, nats per token", title="Three places, one budget")
+plotting.label(left, x="step (means of 6 steps)", y="loss, nats per token", title="Three variants, one budget")
 places = range(len(chains))
 right.barh(places, list(chains.values()), color=plotting.COLOURS[0], height=0.6)
 right.set_yticks(places, chains)
@@ -421,19 +428,19 @@ for row, length in zip(places, chains.values(), strict=True):
     right.annotate(str(length), (length, row), xytext=(4, 0), textcoords="offset points", va="center")
 right.axvline(chains["the base"], color="0.4", linewidth=1, linestyle=":")
 right.set_xlim(0, 1.15 * max(chains.values()))
-plotting.label(right, x="longest chain of operations", title="What has to wait for what")
+plotting.label(right, x="longest chain of kernels", title="Each kernel waits for the previous one")
 show(
     figure,
     f"Left, the training loss of three variants of adapters over {STEPS} steps: all of them fall. Right, bars of the "
-    "longest chain of operations in a forward pass: " + ", ".join(f"{name} {n}" for name, n in chains.items()) + ".",
+    "longest chain of kernels in a forward pass: " + ", ".join(f"{name} {n}" for name, n in chains.items()) + ".",
 )
 
 # %% check="time_of_adapters"
 
 # %% [markdown]
-# Now the stopwatch, for one text of 128 tokens. The models take turns, so that a busy moment hits all of them, and the
-# median of 15 rounds is taken. The last column has one token only, as in every step of generation. Your numbers will be
-# others than these, and others again tomorrow: look for an order, not for digits.
+# Now measure the time for one text of 128 tokens. The models take turns, so that a busy moment affects all of them, and
+# the median of 15 rounds counts. The last column is for a single token, as in every step of generation. Your numbers
+# will differ from these, and from run to run: look at their order, not at their digits.
 
 
 # %% volatile=true
@@ -458,7 +465,7 @@ for name in candidates:
     )
 
 # %% [markdown]
-# Beside it, what Hu et al. measured with GPT-2 medium on a GPU (2021, table 1):
+# For comparison, this is what Hu et al. measured for GPT-2 medium on a GPU (2021, table 1):
 #
 # | one forward pass | 32 texts of 512 | 16 texts of 256 | 1 text of 128 |
 # |---|---|---|---|
@@ -466,23 +473,23 @@ for name in candidates:
 # | Adapter-H | +3.0 % | +8.4 % | +30.3 % |
 # | LoRA, merged | 0 | 0 | 0 |
 #
-# The rightmost column is what one person sees who waits for an answer. The bundled model is small and runs on a
-# processor, which starts an operation faster than a GPU does; so the percentages need not agree, and the reason for
-# them does.
+# The rightmost column is the case of one person waiting for an answer. The bundled model is small and runs on a CPU,
+# which starts a kernel faster than a GPU does; so the percentages need not agree, but their cause is the same.
 #
 # ## What goes wrong in practice
 #
-# **Nothing is frozen.** `insert_adapters` puts adapters in, and that is all. Who trains now trains everything.
+# **Nothing is frozen.** `insert_adapters` only inserts adapters. If you start training right after it, you train
+# everything.
 
 # %%
 model = copy.deepcopy(base)
 adapters = insert(model, 24, "houlsby")
 learned = sum(p.numel() for adapter in adapters.values() for p in adapter.parameters())
 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-print(f"in the adapters: {learned:,} numbers; trained: {trained:,}")
+print(f"parameters in the adapters: {learned:,}; trained: {trained:,}")
 
 # %% [markdown]
-# **The optimiser came first.** It has the parameters that the model had when it was made.
+# **The optimiser was created first.** It has the parameters that the model had at that time.
 
 # %%
 model = copy.deepcopy(base)
@@ -493,8 +500,8 @@ strangers = [p for adapter in adapters.values() for p in adapter.parameters() if
 print(f"tensors of the adapters that the optimiser does not know: {len(strangers)} of {4 * len(adapters)}")
 
 # %% [markdown]
-# **x is added twice.** A bottleneck brings its own x. Put it *beside* a module, and the module's input is added to the
-# module's output. Shapes fit, nothing complains.
+# **x is added twice.** A bottleneck adapter adds x itself. If you put it *in parallel* with a module, the module's
+# input is added to the module's output. The shapes fit, so there is no error.
 
 # %%
 Beside, Parallel = working("AdapterBeside"), working("ParallelAdapter")
@@ -503,24 +510,24 @@ for name, kind in {"parallel": Parallel, "bottleneck": Bottleneck}.items():
     model = copy.deepcopy(base)
     for block in model.transformer.h:
         block.mlp = Beside(block.mlp, kind(d, 24))
-    print(f"a new {name:<10} beside each MLP: loss {before:.2f} -> {completion_loss(model, held_out):.2f}")
+    print(f"a new {name:<10} parallel to each MLP: loss {before:.2f} -> {completion_loss(model, held_out):.2f}")
 
 # %% [markdown]
-# **The checkpoint has other names.** A wrapper adds a step to every name below it. Save the whole model while adapters
-# are in it, and the plain model does not find its own weights.
+# **The checkpoint has different names.** A wrapper adds a component to every name below it. If you save the whole model
+# while it contains adapters, the plain model does not find its own weights.
 
 # %%
 model, _ = adapted("houlsby", 24)
 plain = copy.deepcopy(base)
 found = plain.load_state_dict(model.state_dict(), strict=False)
 print(f"missing: {len(found.missing_keys)}, for instance {found.missing_keys[0]}")
-print(f"there instead: {next(n for n in found.unexpected_keys if 'adapter' not in n)}")
+print(f"unexpected: {next(n for n in found.unexpected_keys if 'adapter' not in n)}")
 
 # %% [markdown]
-# With `strict=False` this passes in silence. Save what was learned and nothing else, or take the adapters out first.
+# With `strict=False` this passes silently. Save only what was trained, or remove the adapters first.
 #
-# **"I merge it anyway."** Leave out the gelu, and an adapter behind `c_proj` is a matrix, $I + W_{up} W_{down}$, that
-# could be multiplied into the weight. How far off is that, for an adapter that has learned something?
+# **"I merge it anyway."** Without the gelu, an adapter after `c_proj` would be a matrix, $I + W_{up} W_{down}$, which
+# could be multiplied into the weight. How far off is that for a trained adapter?
 
 # %%
 model, adapters = adapted("pfeiffer", 24)
@@ -530,43 +537,47 @@ x = torch.randn(500, d, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     change = adapter(x) - x
     linear = adapter.up(adapter.down(x))
-    print(f"the merged change is off by {(linear - change).norm() / change.norm():.0%} of the change")
+    print(f"the linear version is off by {(linear - change).norm() / change.norm():.0%} of the change")
 
 # %% [markdown]
 # ## Summary
 #
-# - An adapter is a bottleneck with a bend and a skip: 1024 -> 24 -> 1024 has 49,152 weights instead of 1,048,576.
-# - It starts nearly as the identity: far from it breaks the model, and with both weights zero only a bias learns.
-# - Behind attention and MLP (Houlsby), behind the MLP (Pfeiffer), or beside the MLP (parallel); a few lines insert it.
-# - It cannot be merged. Its operations are few, but each waits for the one before, and that is what takes the time.
-# - Freeze, insert, then make the optimiser; and take adapters out before anybody else looks for the weights by name.
+# - An adapter is a bottleneck with a nonlinearity and a skip connection: 1024 -> 24 -> 1024 has 49,152 weights instead
+#   of 1,048,576.
+# - It is initialised close to the identity: large weights break the model, and with both weights zero only a bias
+#   learns.
+# - It goes after attention and MLP (Houlsby), after the MLP (Pfeiffer), or in parallel with the MLP; a few lines of
+#   code insert it.
+# - It cannot be merged. Its operations are few, but each waits for the previous one, which is what takes the time.
+# - Freeze, insert, then create the optimiser; and remove adapters before anything looks for the weights by name.
 #
 # ## Go further
 #
 # - Houlsby et al. 2019, *Parameter-efficient transfer learning for NLP* (arXiv:1902.00751): sections 2.1 and 3.6.
-# - Pfeiffer et al. 2021, *AdapterFusion* (arXiv:2005.00247): where one adapter a block is enough, and how to mix tasks.
+# - Pfeiffer et al. 2021, *AdapterFusion* (arXiv:2005.00247): one adapter per block, and how to combine tasks.
 # - He et al. 2022, *Towards a unified view of parameter-efficient transfer learning* (arXiv:2110.04366): section 3
-#   shows prefixes (unit 06), adapters and LoRA (unit 09) as one formula.
-# - Rücklé et al. 2021, *AdapterDrop* (arXiv:2010.11918): leave out the adapters of the lower blocks, and save time.
+#   describes prefixes (unit 06), adapters and LoRA (unit 09) by one formula.
+# - Rücklé et al. 2021, *AdapterDrop* (arXiv:2010.11918): omit the adapters of the lower blocks to save time.
 # - Hu et al. 2021, *LoRA* (arXiv:2106.09685): section 3 and appendix B on latency.
 #
-# One result of this unit should not leave you: adapters that could learn nothing but a constant vector brought the
-# loss down all the same. GPT-2 is full of such vectors already, the biases of its layers. What if you train these, put
-# nothing in, and wait for nothing? That is unit 08.
+# Remember one result of this unit: adapters that could learn nothing but a constant vector reduced the loss all the
+# same. GPT-2 already has many such vectors, the biases of its layers. What if you train only these, without inserting
+# anything and without any extra time? That is unit 08.
 
 # %% [markdown] open_question="adapters_or_not" points=4
 # ### Open question
 #
-# A hospital runs one language model for twelve departments, each with Houlsby adapters of its own. Doctors type a
-# question and wait; at night the same model summarises 40,000 letters in large batches. Somebody proposes to replace
-# all adapters by twelve merged LoRAs "because LoRA is 30 % faster". Write at most 150 words: for which of the two uses
-# is that true and why, what would the twelve merged models cost, and what would you measure before you decide?
+# A hospital runs one language model for twelve departments, each with its own Houlsby adapters. Doctors type a question
+# and wait; at night the same model summarises 40,000 letters in large batches. Somebody proposes to replace all
+# adapters by twelve merged LoRAs "because LoRA is 30 % faster". Write at most 150 words: for which of the two uses is
+# that true and why, what would the twelve merged models cost, and what would you measure before deciding?
 #
 # **Rubric.**
 #
-# - 1 point: for single questions the additional time is real: few tokens at once, and every kernel waits for another.
-# - 1 point: for large batches it is a few per cent, since the operations themselves take the time.
+# - 1 point: for single questions the additional time is real: few tokens at once, and every kernel waits for another
+#   one.
+# - 1 point: for large batches it is a few per cent, because the operations themselves take the time.
 # - 1 point: a merged weight belongs to one department: twelve copies of the model, or a change of weights in between;
 #   adapters share one base.
-# - 1 point: names a measurement that decides: time per token on their hardware at their batch sizes, with the quality
-#   of both methods on their task beside it.
+# - 1 point: names a measurement that decides: time per token on their hardware at their batch sizes, together with the
+#   quality of both methods on their task.

@@ -42,7 +42,7 @@ def with_arrays(prompt_ids, completion_ids):
 
 @wrong(
     "completion_labels",
-    "Your labels count the prompt as well: the model would be trained to write cards, which it is always given.",
+    "Your labels include the prompt: the model would be trained to write cards, which it is always given.",
 )
 def prompt_counts(prompt_ids, completion_ids):
     ids = [*prompt_ids, *completion_ids]
@@ -51,7 +51,8 @@ def prompt_counts(prompt_ids, completion_ids):
 
 @wrong(
     "completion_labels",
-    "Your labels are shifted. The loss shifts too, so that each position would be asked for the token after the next.",
+    "Your labels are shifted. The loss shifts as well, so each position would have to predict the token after the "
+    "next.",
 )
 def shifted_already(prompt_ids, completion_ids):
     labels = [-100] * len(prompt_ids) + list(completion_ids)
@@ -60,19 +61,22 @@ def shifted_already(prompt_ids, completion_ids):
 
 @wrong(
     "completion_labels",
-    "Your labels are shifted to the right: a position would be compared with the token that it has been given.",
+    "Your labels are shifted to the right: each position would be compared with the token that it has just read.",
 )
 def shifted_to_the_right(prompt_ids, completion_ids):
     labels = [-100] * len(prompt_ids) + list(completion_ids)
     return [*prompt_ids, *completion_ids], [-100, *labels[:-1]]
 
 
-@wrong("completion_labels", "You mark with 0 what does not count. 0 is a token like any other, so it does count.")
+@wrong(
+    "completion_labels",
+    "You mark the positions that do not count with 0. 0 is a token like any other, so they do count.",
+)
 def zeros_instead(prompt_ids, completion_ids):
     return [*prompt_ids, *completion_ids], [0] * len(prompt_ids) + list(completion_ids)
 
 
-@wrong("completion_labels", "You mark with -1 what does not count; the loss leaves out another number.")
+@wrong("completion_labels", "You mark the positions that do not count with -1; the loss ignores a different number.")
 def minus_one_instead(prompt_ids, completion_ids):
     return [*prompt_ids, *completion_ids], [-1] * len(prompt_ids) + list(completion_ids)
 
@@ -87,7 +91,8 @@ def never_stops(prompt_ids, completion_ids):
 
 @wrong(
     "completion_labels",
-    "One label too many is -100: the completion's own first token has to be predicted too, from the prompt's last.",
+    "One label too many is -100: the first token of the completion has to be predicted too, from the last token of "
+    "the prompt.",
 )
 def first_token_missing(prompt_ids, completion_ids):
     return [*prompt_ids, *completion_ids], [-100] * (len(prompt_ids) + 1) + list(completion_ids[1:])
@@ -95,8 +100,8 @@ def first_token_missing(prompt_ids, completion_ids):
 
 @wrong(
     "completion_labels",
-    "The last token of the prompt counts in your labels. Its position does predict, but what stands in the labels is "
-    "the token that is predicted.",
+    "The last token of the prompt counts in your labels. Its position does make a prediction, but a label is the "
+    "token that is predicted, and that one is never predicted here.",
 )
 def last_of_the_prompt_counts(prompt_ids, completion_ids):
     labels = [-100] * len(prompt_ids) + list(completion_ids)
@@ -107,38 +112,41 @@ def last_of_the_prompt_counts(prompt_ids, completion_ids):
 
 @wrong(
     "completion_labels",
-    "You decide by the token whether it counts. A completion may use the prompt's words, and there they do count: "
-    "decide by the position.",
+    "You decide by the token whether it counts. A completion may contain tokens of the prompt, and there they do "
+    "count: decide by position.",
 )
 def by_value(prompt_ids, completion_ids):
     ids = [*prompt_ids, *completion_ids]
     return ids, [-100 if token in prompt_ids else token for token in ids]
 
 
-@wrong("completion_labels", "It is the completion that does not count in your labels, and the prompt that does.")
+@wrong(
+    "completion_labels",
+    "You have it the wrong way round: the prompt counts in your labels, and the completion does not.",
+)
 def the_wrong_half(prompt_ids, completion_ids):
     return [*prompt_ids, *completion_ids], list(prompt_ids) + [-100] * len(completion_ids)
 
 
 @wrong(
     "completion_labels",
-    "Inputs and labels have to be equally long, with one label for each position, those of the prompt included.",
+    "Inputs and labels must have the same length, with one label for each position, including those of the prompt.",
 )
 def labels_of_the_completion(prompt_ids, completion_ids):
     return [*prompt_ids, *completion_ids], list(completion_ids)
 
 
-@wrong("completion_labels", "The prompt's tokens are missing among the inputs: the model would never see the card.")
+@wrong("completion_labels", "The tokens of the prompt are missing from the inputs: the model would never see the card.")
 def without_the_prompt(prompt_ids, completion_ids):
     return list(completion_ids), list(completion_ids)
 
 
-@wrong("completion_labels", "The completion stands before the prompt. What is given comes first.")
+@wrong("completion_labels", "The completion comes before the prompt. The prompt has to come first.")
 def the_other_order(prompt_ids, completion_ids):
     return [*completion_ids, *prompt_ids], list(completion_ids) + [-100] * len(prompt_ids)
 
 
-@wrong("completion_labels", "You also hide the prompt from the inputs. It is in the labels that it does not count.")
+@wrong("completion_labels", "You also mask the prompt in the inputs. It must be masked in the labels only.")
 def prompt_hidden(prompt_ids, completion_ids):
     labels = [-100] * len(prompt_ids) + list(completion_ids)
     return labels, list(labels)
@@ -202,7 +210,7 @@ def in_float32_on_copies(
 
 
 def wrong_step(name, message):
-    """Enter the arithmetic below, `f(p, g, m, v, t, rate, betas, eps, decay)`, as a wrong answer of that name."""
+    """Register the function below, `f(p, g, m, v, t, rate, betas, eps, decay)`, as a wrong answer under this name."""
 
     def enter(arithmetic):
         def answer(parameter, gradient, m, v, step, *, learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
@@ -217,8 +225,8 @@ def wrong_step(name, message):
 
 @wrong_step(
     "l2_in_the_gradient",
-    "The decay is in the gradient: that is Adam with an L2 penalty. It then passes through the division, and weights "
-    "with large gradients hardly decay at all.",
+    "You add the decay to the gradient: that is Adam with an L2 penalty. It then passes through the division, and "
+    "weights with large gradients hardly decay at all.",
 )
 def _l2(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g + decay * p, m, v, betas)
@@ -228,7 +236,8 @@ def _l2(p, g, m, v, t, rate, betas, eps, decay):
 
 @wrong_step(
     "decay_inside_the_division",
-    "The decay is divided by the root like the gradient. Decoupled means that it goes to the parameter directly.",
+    "You divide the decay by the root, like the gradient. Decoupled means that it is applied to the parameter "
+    "directly.",
 )
 def _decay_divided(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
@@ -238,7 +247,8 @@ def _decay_divided(p, g, m, v, t, rate, betas, eps, decay):
 
 @wrong_step(
     "decay_without_the_learning_rate",
-    "The decay does not follow the learning rate: at the end of a schedule, when steps are tiny, it would go on.",
+    "Your decay is not multiplied by the learning rate: at the end of a schedule, when steps are tiny, it would "
+    "continue at full strength.",
 )
 def _decay_alone(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
@@ -247,7 +257,8 @@ def _decay_alone(p, g, m, v, t, rate, betas, eps, decay):
 
 
 @wrong_step(
-    "decay_after_the_update", "You decay the parameter after it has moved; the decay belongs to where it was before."
+    "decay_after_the_update",
+    "You decay the parameter after it has moved; the decay applies to its value before the step.",
 )
 def _decay_last(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
@@ -271,27 +282,27 @@ def _decay_grows(p, g, m, v, t, rate, betas, eps, decay):
 
 @wrong_step(
     "no_bias_correction",
-    "The running means began at zero, and in the first steps they still are mostly zero. Nothing in your update "
-    "makes up for that.",
+    "The running means started at zero, and in the first steps they are still too small. Nothing in your update "
+    "corrects for that.",
 )
 def _no_correction(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
     return p - rate * (m / (v.sqrt() + eps) + decay * p), m, v
 
 
-@wrong_step("only_m_corrected", "You take the bias out of m but not out of v, which began at zero as well.")
+@wrong_step("only_m_corrected", "You correct the bias of m but not that of v, which also started at zero.")
 def _m_corrected(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
     return p - rate * (m / (1 - betas[0] ** t) / (v.sqrt() + eps) + decay * p), m, v
 
 
-@wrong_step("only_v_corrected", "You take the bias out of v but not out of m, which began at zero as well.")
+@wrong_step("only_v_corrected", "You correct the bias of v but not that of m, which also started at zero.")
 def _v_corrected(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
     return p - rate * (m / ((v / (1 - betas[1] ** t)).sqrt() + eps) + decay * p), m, v
 
 
-@wrong_step("one_beta_for_both", "Both corrections use the same beta. Each mean has its own, and its own bias.")
+@wrong_step("one_beta_for_both", "Both corrections use the same beta. Each mean has its own beta, and so its own bias.")
 def _one_beta(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
     correction = 1 - betas[0] ** t
@@ -307,7 +318,7 @@ def _no_power(p, g, m, v, t, rate, betas, eps, decay):
 
 @wrong_step(
     "one_step_too_many",
-    "Your correction is that of the next step: the first step has number 1 already, nothing is added.",
+    "Your correction is that of the next step: the first step already has number 1, so do not add 1.",
 )
 def _next_step(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
@@ -317,7 +328,7 @@ def _next_step(p, g, m, v, t, rate, betas, eps, decay):
 
 @wrong_step(
     "eps_under_the_root",
-    "eps stands under the root, where it is much larger than it looks: the root of 1e-8 is 1e-4.",
+    "eps is under the root, where it is much larger than it looks: the root of 1e-8 is 1e-4.",
 )
 def _eps_inside(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
@@ -327,7 +338,7 @@ def _eps_inside(p, g, m, v, t, rate, betas, eps, decay):
 
 @wrong_step(
     "eps_before_the_correction",
-    "eps is added before the bias of v is taken out, so that it is corrected too and changes from step to step.",
+    "You add eps before the bias of v is corrected, so that it is scaled too and changes from step to step.",
 )
 def _eps_early(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
@@ -342,21 +353,24 @@ def _no_eps(p, g, m, v, t, rate, betas, eps, decay):
     return p - rate * (m_hat / v_hat.sqrt() + decay * p), m, v
 
 
-@wrong_step("no_root", "You divide by v and not by its root: v has the unit of a squared gradient.")
+@wrong_step("no_root", "You divide by v, not by its root: v has the unit of a squared gradient.")
 def _no_root(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
     m_hat, v_hat = corrected(m, v, t, betas)
     return p - rate * (m_hat / (v_hat + eps) + decay * p), m, v
 
 
-@wrong_step("v_of_the_gradient_itself", "v is the mean of the squared gradient; you take its size without the square.")
+@wrong_step(
+    "v_of_the_gradient_itself",
+    "v is the mean of the squared gradient; you use its absolute value instead of the square.",
+)
 def _no_square(p, g, m, v, t, rate, betas, eps, decay):
     m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g.abs()
     m_hat, v_hat = corrected(m, v, t, betas)
     return p - rate * (m_hat / (v_hat.sqrt() + eps) + decay * p), m, v
 
 
-@wrong_step("no_means", "Your means add the new gradient with full weight, as momentum does: they are sums, not means.")
+@wrong_step("no_means", "You add the new gradient with full weight, as momentum does: the results are sums, not means.")
 def _sums(p, g, m, v, t, rate, betas, eps, decay):
     m, v = betas[0] * m + g, betas[1] * v + g * g
     m_hat, v_hat = corrected(m, v, t, betas)
@@ -365,7 +379,7 @@ def _sums(p, g, m, v, t, rate, betas, eps, decay):
 
 @wrong_step(
     "weights_of_the_means_swapped",
-    "The new gradient gets the weight beta, and the old mean the rest: then almost nothing is remembered.",
+    "You give the new gradient the weight beta, and the old mean the rest: then almost nothing is remembered.",
 )
 def _forgetful(p, g, m, v, t, rate, betas, eps, decay):
     m, v = (1 - betas[0]) * m + betas[0] * g, (1 - betas[1]) * v + betas[1] * g * g
@@ -373,7 +387,7 @@ def _forgetful(p, g, m, v, t, rate, betas, eps, decay):
     return p - rate * (m_hat / (v_hat.sqrt() + eps) + decay * p), m, v
 
 
-@wrong_step("betas_swapped", "beta1 and beta2 are in each other's place: the first belongs to m.")
+@wrong_step("betas_swapped", "You have swapped beta1 and beta2: the first belongs to m.")
 def _swapped(p, g, m, v, t, rate, betas, eps, decay):
     betas = (betas[1], betas[0])
     m, v = means(g, m, v, betas)
@@ -382,14 +396,15 @@ def _swapped(p, g, m, v, t, rate, betas, eps, decay):
 
 
 @wrong_step(
-    "update_with_the_old_means", "You update with the means of the step before; this step's gradient has to be in them."
+    "update_with_the_old_means",
+    "You update with the means from the previous step; they have to include this step's gradient.",
 )
 def _old_means(p, g, m, v, t, rate, betas, eps, decay):
     m_hat, v_hat = corrected(m, v, t, betas)
     return p - rate * (m_hat / (v_hat.sqrt() + eps) + decay * p), *means(g, m, v, betas)
 
 
-@wrong_step("uphill", "The step goes along the gradient, where the loss rises.")
+@wrong_step("uphill", "Your step goes along the gradient, in the direction in which the loss rises.")
 def _uphill(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
     m_hat, v_hat = corrected(m, v, t, betas)
@@ -398,7 +413,7 @@ def _uphill(p, g, m, v, t, rate, betas, eps, decay):
 
 @wrong_step(
     "returns_the_corrected_means",
-    "The parameter is right. But the means that you return have no bias left; the next step would correct them again.",
+    "The parameter is right. But you return the corrected means; the next step would correct them again.",
 )
 def _hats(p, g, m, v, t, rate, betas, eps, decay):
     m, v = means(g, m, v, betas)
@@ -406,7 +421,7 @@ def _hats(p, g, m, v, t, rate, betas, eps, decay):
     return p - rate * (m_hat / (v_hat.sqrt() + eps) + decay * p), m_hat, v_hat
 
 
-@wrong("adamw_step", "Steps are counted from 1. With step 0 the correction divides by zero: refuse it.")
+@wrong("adamw_step", "Steps are counted from 1. With step 0 the correction divides by zero: raise a ValueError.")
 def step_zero_accepted(
     parameter, gradient, m, v, step, *, learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
 ):
@@ -469,7 +484,7 @@ def the_whole_curve_with_numpy(step, steps, warmup_steps):
 
 @wrong(
     "warmup_cosine",
-    "Your first step has the learning rate 0: a whole batch is computed, and nothing moves. Steps are counted from 0.",
+    "Your first step has a learning rate of 0: a whole batch is computed for nothing. Steps are counted from 0.",
 )
 def begins_at_zero(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
@@ -478,7 +493,7 @@ def begins_at_zero(step, steps, warmup_steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
-@wrong("warmup_cosine", "Your warm-up does not reach the top: its last step has the full learning rate.")
+@wrong("warmup_cosine", "Your warm-up does not reach the peak: its last step should have the full learning rate.")
 def never_at_the_top(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     if step < warmup_steps:
@@ -492,7 +507,7 @@ def no_warmup(step, steps, warmup_steps):
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-@wrong("warmup_cosine", "Your cosine counts from step 0: it has fallen a part of its way before it begins.")
+@wrong("warmup_cosine", "Your cosine starts counting at step 0: it has already fallen by the time the warm-up ends.")
 def cosine_from_the_start(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     if step < warmup_steps:
@@ -500,7 +515,7 @@ def cosine_from_the_start(step, steps, warmup_steps):
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-@wrong("warmup_cosine", "Your fall is as long as the whole run; it has only the steps that the warm-up leaves.")
+@wrong("warmup_cosine", "Your fall is as long as the whole run; it should take only the steps after the warm-up.")
 def too_slow_a_fall(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     if step < warmup_steps:
@@ -508,7 +523,10 @@ def too_slow_a_fall(step, steps, warmup_steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / steps))
 
 
-@wrong("warmup_cosine", "Your last step has the rate 0, and so it is lost: 0 belongs to the step after the last.")
+@wrong(
+    "warmup_cosine",
+    "Your last step has a rate of 0 and so is wasted: the rate should only reach 0 one step after the last.",
+)
 def last_step_lost(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     if step < warmup_steps:
@@ -516,7 +534,7 @@ def last_step_lost(step, steps, warmup_steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - 1 - warmup_steps)))
 
 
-@wrong("warmup_cosine", "After the warm-up your schedule falls in a line, not along a cosine.")
+@wrong("warmup_cosine", "After the warm-up your schedule falls linearly, not along a cosine.")
 def linear(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     if step < warmup_steps:
@@ -524,7 +542,7 @@ def linear(step, steps, warmup_steps):
     return (steps - step) / (steps - warmup_steps)
 
 
-@wrong("warmup_cosine", "Your rates go down to -1: a cosine runs from 1 to -1, and has to be moved and halved.")
+@wrong("warmup_cosine", "Your rates go down to -1: a cosine runs from 1 to -1, and has to be shifted and halved.")
 def bare_cosine(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     if step < warmup_steps:
@@ -540,7 +558,7 @@ def not_halved(step, steps, warmup_steps):
     return 1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps))
 
 
-@wrong("warmup_cosine", "After the warm-up your rates begin at 0 and rise.")
+@wrong("warmup_cosine", "After the warm-up your rates start at 0 and rise.")
 def rises_again(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     if step < warmup_steps:
@@ -548,7 +566,7 @@ def rises_again(step, steps, warmup_steps):
     return 0.5 * (1 - math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
-@wrong("warmup_cosine", "Yours is a quarter of a cosine: it ends in its steepest place. Half of one ends flat.")
+@wrong("warmup_cosine", "Yours is a quarter of a cosine: it ends where it is steepest. Half a cosine ends flat.")
 def a_quarter(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     if step < warmup_steps:
@@ -556,7 +574,7 @@ def a_quarter(step, steps, warmup_steps):
     return math.cos(0.5 * math.pi * (step - warmup_steps) / (steps - warmup_steps))
 
 
-@wrong("warmup_cosine", "Yours is a whole cosine: it comes back up to 1 at the end.")
+@wrong("warmup_cosine", "Yours is a whole cosine: it rises back to 1 at the end.")
 def a_whole_cosine(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     if step < warmup_steps:
@@ -564,14 +582,14 @@ def a_whole_cosine(step, steps, warmup_steps):
     return 0.5 * (1 + math.cos(2 * math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
-@wrong("warmup_cosine", "The rise and the fall act together in yours, so that the top is never reached.")
+@wrong("warmup_cosine", "You multiply the rise and the fall, so that the peak is never reached.")
 def both_at_once(step, steps, warmup_steps):
     refuse_outside(step, steps, warmup_steps)
     rise = (step + 1) / warmup_steps if step < warmup_steps else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-@wrong("warmup_cosine", "A step outside of the run, or more warm-up than steps, cannot be right: refuse them.")
+@wrong("warmup_cosine", "A step outside the run, or more warm-up than steps, is invalid: raise a ValueError.")
 def refuses_nothing(step, steps, warmup_steps):
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -632,7 +650,10 @@ def by_set(model, layers):
     return model
 
 
-@wrong("freeze_all_but_last", "You train the first blocks and freeze the last: it is those near the output that learn.")
+@wrong(
+    "freeze_all_but_last",
+    "You train the first blocks and freeze the last ones: it should be the ones near the output that learn.",
+)
 def the_first_blocks(model, layers):
     refuse_layers(model, layers)
     open_only(model, [*model.transformer.h[:layers], model.transformer.ln_f])
@@ -645,25 +666,25 @@ def one_too_many(model, layers):
     open_only(model, [*model.transformer.h[first:], model.transformer.ln_f])
 
 
-@wrong("freeze_all_but_last", "Exactly one block is trained, whatever the number of layers is.")
+@wrong("freeze_all_but_last", "You always train exactly one block, whatever the number of layers.")
 def only_one_block(model, layers):
     refuse_layers(model, layers)
     open_only(model, [model.transformer.h[len(model.transformer.h) - max(layers, 1)], model.transformer.ln_f])
 
 
-@wrong("freeze_all_but_last", "With 0 layers yours trains every block: a slice that begins at -0 begins at the front.")
+@wrong("freeze_all_but_last", "With 0 layers you train every block: a slice that starts at -0 starts at the front.")
 def minus_zero(model, layers):
     refuse_layers(model, layers)
     open_only(model, [*model.transformer.h[-layers:], model.transformer.ln_f])
 
 
-@wrong("freeze_all_but_last", "The last LayerNorm stands behind the last block, and is trained with it.")
+@wrong("freeze_all_but_last", "The last LayerNorm comes after the last block, and is trained with it.")
 def forgets_the_last_norm(model, layers):
     refuse_layers(model, layers)
     open_only(model, model.transformer.h[len(model.transformer.h) - layers :])
 
 
-@wrong("freeze_all_but_last", "Both embeddings are still trained: they stand in front of all blocks.")
+@wrong("freeze_all_but_last", "Both embeddings are still trained, although they come before all blocks.")
 def embeddings_open(model, layers):
     refuse_layers(model, layers)
     body = model.transformer
@@ -672,8 +693,8 @@ def embeddings_open(model, layers):
 
 @wrong(
     "freeze_all_but_last",
-    "The token embedding is trained, as the output layer that it also is. But it is the input too, below every block "
-    "that you freeze: here it stays frozen.",
+    "You train the token embedding, perhaps because it is also the output layer. But it is the input too, below every "
+    "block that you freeze: here it stays frozen.",
 )
 def output_layer_open(model, layers):
     refuse_layers(model, layers)
@@ -681,7 +702,9 @@ def output_layer_open(model, layers):
     open_only(model, [body.wte, *body.h[len(body.h) - layers :], body.ln_f])
 
 
-@wrong("freeze_all_but_last", "The position embedding is still trained. It is an input like the token embedding.")
+@wrong(
+    "freeze_all_but_last", "The position embedding is still trained. Like the token embedding, it is part of the input."
+)
 def positions_open(model, layers):
     refuse_layers(model, layers)
     body = model.transformer
@@ -690,7 +713,8 @@ def positions_open(model, layers):
 
 @wrong(
     "freeze_all_but_last",
-    "You only freeze. A model that was frozen before, by a run with fewer layers perhaps, has to be opened again.",
+    "You only freeze. In a model that was already frozen, perhaps by a run with fewer layers, the last blocks have to "
+    "be unfrozen.",
 )
 def only_freezes(model, layers):
     refuse_layers(model, layers)
@@ -701,8 +725,8 @@ def only_freezes(model, layers):
 
 @wrong(
     "freeze_all_but_last",
-    "Nothing has changed. `requires_grad` belongs to parameters; setting it on a module makes a new attribute that "
-    "nobody reads.",
+    "Nothing has changed. `requires_grad` belongs to parameters; setting it on a module only creates a new attribute "
+    "that nothing reads.",
 )
 def attribute_of_the_module(model, layers):
     refuse_layers(model, layers)
@@ -713,7 +737,7 @@ def attribute_of_the_module(model, layers):
 
 @wrong(
     "freeze_all_but_last",
-    "Your function goes by the beginnings of names. That of block 1 is also how those of blocks 10 and 11 begin.",
+    "You select by the beginning of names. The prefix of block 1 also matches blocks 10 and 11.",
 )
 def names_that_begin_alike(model, layers):
     refuse_layers(model, layers)
@@ -723,7 +747,8 @@ def names_that_begin_alike(model, layers):
 
 
 @wrong(
-    "freeze_all_but_last", "You go by shape, and treat biases and norms unlike matrices. A block is trained as a whole."
+    "freeze_all_but_last",
+    "You select by shape, and treat biases and norms differently from matrices. A block is trained as a whole.",
 )
 def only_matrices(model, layers):
     refuse_layers(model, layers)
@@ -732,21 +757,21 @@ def only_matrices(model, layers):
         p.requires_grad = p.requires_grad and p.ndim >= 2
 
 
-@wrong("freeze_all_but_last", "Everything is frozen: the blocks that shall learn have to be opened again.")
+@wrong("freeze_all_but_last", "Everything is frozen: the blocks that should learn have to be unfrozen again.")
 def freezes_everything(model, layers):
     refuse_layers(model, layers)
     model.requires_grad_(False)
 
 
 @wrong(
-    "freeze_all_but_last", "A model does not have more blocks than it has, nor fewer than none: refuse such a number."
+    "freeze_all_but_last", "The number of blocks cannot be negative or larger than the model has: raise a ValueError."
 )
 def any_number_will_do(model, layers):
     first = max(0, len(model.transformer.h) - max(layers, 0))
     open_only(model, [*model.transformer.h[first:], model.transformer.ln_f])
 
 
-@wrong("freeze_all_but_last", "A negative number of blocks has to be refused as well.")
+@wrong("freeze_all_but_last", "A negative number of blocks has to raise a ValueError as well.")
 def negative_will_do(model, layers):
     if layers > len(model.transformer.h):
         raise ValueError("too many")
@@ -787,7 +812,7 @@ def counts_the_frozen(model):
     return both(size, 2 * size + 4 * len(list(model.parameters())))
 
 
-@wrong("trainable_memory", "The optimiser's share is right, but a frozen parameter has no gradient either.")
+@wrong("trainable_memory", "The optimiser's part is right, but a frozen parameter has no gradient either.")
 def gradients_of_the_frozen(model):
     state = 2 * sum(p.nbytes for p in learning(model)) + 4 * len(learning(model))
     return both(sum(p.nbytes for p in model.parameters()), state)
@@ -805,27 +830,28 @@ def one_moment(model):
     return both(size, size + 4 * len(learning(model)))
 
 
-@wrong("trainable_memory", "The number of the step, which the optimiser keeps beside m and v, is missing.")
+@wrong("trainable_memory", "The step counter, which the optimiser keeps in addition to m and v, is missing.")
 def without_the_counter(model):
     size = sum(p.nbytes for p in learning(model))
     return both(size, 2 * size)
 
 
-@wrong(
-    "trainable_memory", "The optimiser counts the steps of every tensor by itself; you count one for the whole model."
-)
+@wrong("trainable_memory", "The optimiser keeps a step counter for every tensor; you count one for the whole model.")
 def one_counter_for_all(model):
     size = sum(p.nbytes for p in learning(model))
     return both(size, 2 * size + (4 if size else 0))
 
 
-@wrong("trainable_memory", "You count a step number for every number of a tensor. There is one for each tensor.")
+@wrong("trainable_memory", "You count a step counter for every entry of a tensor. There is only one for each tensor.")
 def a_counter_for_each_number(model):
     size = sum(p.nbytes for p in learning(model))
     return both(size, 2 * size + 4 * sum(p.numel() for p in learning(model)))
 
 
-@wrong("trainable_memory", "You always count 4 bytes a number. Not every model is in float32: the parameters say it.")
+@wrong(
+    "trainable_memory",
+    "You always count 4 bytes per number. Not every model is in float32: use the dtype of each parameter.",
+)
 def always_float32(model):
     size = 4 * sum(p.numel() for p in learning(model))
     return both(size, 2 * size + 4 * len(learning(model)))
@@ -833,23 +859,21 @@ def always_float32(model):
 
 @wrong(
     "trainable_memory",
-    "You keep m and v in float32. PyTorch's AdamW makes them in the dtype of the parameter, whatever that is.",
+    "You keep m and v in float32. PyTorch's AdamW creates them in the dtype of the parameter, whatever that is.",
 )
 def state_in_float32(model):
     trained = learning(model)
     return both(sum(p.nbytes for p in trained), 8 * sum(p.numel() for p in trained) + 4 * len(trained))
 
 
-@wrong(
-    "trainable_memory", "The counter of the steps is a float32 number of its own, whatever the parameter's dtype is."
-)
+@wrong("trainable_memory", "The step counter is a float32 number, whatever the parameter's dtype.")
 def counter_in_the_dtype(model):
     trained = learning(model)
     size = sum(p.nbytes for p in trained)
     return both(size, 2 * size + sum(p.element_size() for p in trained))
 
 
-@wrong("trainable_memory", "These are numbers, not bytes.")
+@wrong("trainable_memory", "You return how many numbers there are, not how many bytes.")
 def counts_numbers(model):
     size = sum(p.numel() for p in learning(model))
     return both(size, 2 * size + len(learning(model)))
@@ -864,13 +888,16 @@ def shared_ones_twice(model):
     return both(size, 2 * size + 4 * len(trained))
 
 
-@wrong("trainable_memory", "You count the weights among the gradients. They are there whether they are trained or not.")
+@wrong(
+    "trainable_memory",
+    "You count the weights as well. They take memory whether they are trained or not, and are not asked for here.",
+)
 def weights_as_well(model):
     size = sum(p.nbytes for p in learning(model))
     return both(2 * size, 2 * size + 4 * len(learning(model)))
 
 
-@wrong("trainable_memory", "You leave the biases out: small as they are, they have gradients like the matrices.")
+@wrong("trainable_memory", "You leave out the biases: small as they are, they have gradients just like the matrices.")
 def only_matrices_count(model):
     trained = [p for p in learning(model) if p.ndim >= 2]
     size = sum(p.nbytes for p in trained)

@@ -1,4 +1,4 @@
-"""Unit 04, full fine-tuning: what is checked."""
+"""Unit 04, full fine-tuning: its exercises, their cases and hints, and its predictions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ END = 0  # the end-of-text token of the drawn texts
 
 
 def try_labels(answer: Callable[..., Any], **texts: Any) -> Any:
-    """The two rows of token ids; a list of whole numbers or a tensor is the same thing."""
+    """The two rows of token ids, each given as a list of whole numbers or as a tensor."""
     result = answer(**texts)
     return [as_row(row) for row in result] if isinstance(result, list | tuple) else result
 
@@ -72,7 +72,7 @@ def adamw_cases(draw: Draw) -> Iterator[Case]:
         return given | {"step": step} | usual | settings
 
     def numbers(*shape: int) -> Tensor:
-        """Of both signs, none near zero."""
+        """Random numbers of both signs, none of them near zero."""
         drawn = draw.normal(*shape, dtype=torch.float64)
         return drawn + 0.3 * drawn.sign()
 
@@ -115,7 +115,7 @@ def schedule_cases(draw: Draw) -> Iterator[Case]:
 
 
 def try_freezing(answer: Callable[..., Any], blocks: int, layers: int, frozen_before: bool = False) -> Any:
-    """Which parts of a tiny GPT-2 are trained afterwards."""
+    """Which parts of a tiny GPT-2 are trained after the call."""
     model = GPT2(GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=blocks, n_head=1))
     model.requires_grad_(not frozen_before)
     answer(model, layers)
@@ -151,7 +151,7 @@ def freezing_cases(draw: Draw) -> Iterator[Case]:
 def try_memory(
     answer: Callable[..., Any], rows: int, width: int, dtype: str, frozen: list[str], tied: bool = False
 ) -> Any:
-    """Bytes for an embedding, a linear layer with a bias, and on request an output layer that is the embedding."""
+    """Bytes for an embedding, a linear layer with a bias, and on request an output layer tied to the embedding."""
     model = nn.Module()
     embedding = nn.Embedding(rows, width)
     model.add_module("embedding", embedding)
@@ -190,9 +190,10 @@ EXERCISES = [
         minutes=6,
         points=2,
         hints=(
-            "Write down a card of two tokens and a text of three. Which positions shall the model be scored on?",
+            "Write down a card of two tokens and a text of three. On which positions should the model be scored?",
             "Inputs and labels have the same length. Where nothing is to be learned, a label is -100 (`IGNORE_INDEX`).",
-            "Do not move anything: the loss compares position t with label t + 1 by itself. `[x] * n` repeats.",
+            "Do not shift anything: the loss already compares position t with label t + 1. `[x] * n` repeats x n "
+            "times.",
         ),
         cases=label_cases,
         probe=try_labels,
@@ -205,9 +206,9 @@ EXERCISES = [
         minutes=20,
         points=4,
         hints=(
-            "The docstring has five lines of mathematics. Write five lines of code, in that order.",
-            "Keep m and v apart from m_hat and v_hat: which of them does the next step need?",
-            "The decay touches theta alone. Does it pass through the division? Refuse a step below 1 first.",
+            "The docstring has five lines of mathematics. Write five lines of code in the same order.",
+            "Keep m and v separate from m_hat and v_hat: which of them does the next step need?",
+            "The decay depends on theta alone. Does it pass through the division? First of all, reject a step below 1.",
         ),
         cases=adamw_cases,
         tolerance=1e-5,
@@ -219,7 +220,8 @@ EXERCISES = [
         minutes=10,
         points=2,
         hints=(
-            "Three things in a row: what is refused, the rise, the fall. Each of the first two can return or raise.",
+            "Three parts in a row: invalid arguments, the rise, the fall. The first can raise, the second can return "
+            "early.",
             "For the fall, find a number that is 0 at step W and would be 1 at step T.",
             "Half a cosine goes from cos(0) = 1 to cos(pi) = -1. Shift and scale it so that it goes from 1 to 0.",
         ),
@@ -233,9 +235,9 @@ EXERCISES = [
         minutes=10,
         points=2,
         hints=(
-            "Begin from a known state: freeze everything, then open what shall be trained.",
-            "`module.requires_grad_(False)` with the underscore reaches all parameters inside; without it, none.",
-            "`h[-n:]` is the last n blocks, except for one n. Count from the front instead.",
+            "Start from a known state: freeze everything, then unfreeze what should be trained.",
+            "`module.requires_grad_(False)`, with the underscore, sets it for all parameters inside the module.",
+            "`h[-n:]` gives the last n blocks, except for one value of n. Count from the front instead.",
         ),
         cases=freezing_cases,
         probe=try_freezing,
@@ -248,9 +250,9 @@ EXERCISES = [
         minutes=8,
         points=2,
         hints=(
-            "Which parameters get a gradient? The optimiser keeps something for these, and for no others.",
+            "Which parameters get a gradient? The optimiser keeps state for these, and for no others.",
             "For every byte of gradient, how many bytes do m and v take together?",
-            "`p.element_size()` is the bytes of one number. The step's counter comes once for each tensor.",
+            "`p.element_size()` is the number of bytes of one entry. There is one step counter per tensor.",
         ),
         cases=memory_cases,
         probe=try_memory,
@@ -262,34 +264,35 @@ PREDICTIONS = [
     Prediction(
         name="first_adam_step",
         question=(
-            "Two weights are trained by Adam, from zeros in m and v. At the first step the gradient of the second is "
-            "1,000 times that of the first. How many times as far does the second weight move?"
+            "Two weights are trained with Adam, with m and v starting at zero. In the first step the gradient of the "
+            "second weight is 1,000 times that of the first. How many times as far does the second weight move?"
         ),
         answer=1.0,
         within=1.1,
         explanation=(
-            "Just as far. At the first step m_hat is g and v_hat is the square of g, so m_hat / sqrt(v_hat) is the "
-            "sign of g: every weight moves by the learning rate, whether its gradient says much or little. "
-            "That is why a learning rate for Adam is a length, and why the first steps are the dangerous ones."
+            "Just as far. In the first step m_hat is g and v_hat is the square of g, so m_hat / sqrt(v_hat) is the "
+            "sign of g: every weight moves by the learning rate, whether its gradient is large or small. That is why "
+            "Adam's learning rate is a step length, and why the first steps are the dangerous ones."
         ),
         idea="optimisers",
     ),
     Prediction(
         name="tales_afterwards",
         question=(
-            "The bundled GPT-2 has learned from children's books. Now all of it is trained on story cards, whose texts "
-            "are openings of tales. How well does it predict real tales, which it has never read, after that?"
+            "The bundled GPT-2 was trained on children's books. Now all of its weights are trained on story cards, "
+            "whose texts are openings of tales. How well does it predict real tales, which it has never read, "
+            "afterwards?"
         ),
         choices={
             "better": "better than before: the cards are tales too, and more practice helps",
-            "same": "as before, to within 5 % in perplexity: so few steps change nothing elsewhere",
+            "same": "about as well as before, within 5 % in perplexity: so few steps change nothing elsewhere",
             "worse": "clearly worse than before",
         },
         answer="worse",
         explanation=(
-            "It gets worse, and from the beginning of the run. Nothing in the loss asks the model to keep what it "
-            "knew, and every weight may move. The cards share the tales' subject, but their few patterns "
-            "are much narrower, and the model now expects them everywhere."
+            "It gets worse, from the beginning of the run. Nothing in the loss asks the model to keep what it knew, "
+            "and every weight can change. The cards share the tales' subject, but they use only a few patterns, and "
+            "the model now expects these everywhere."
         ),
         idea="forgetting",
     ),

@@ -42,7 +42,7 @@ def without_the_last_line_break(examples, mr, instruction="") -> str:
 
 @wrong(
     "few_shot_prompt",
-    "There is an empty line behind the last card. In the examples a text follows its card on the next line.",
+    "There is an empty line after the last card. In the examples the text follows its card on the next line.",
 )
 def an_empty_line_at_the_end(examples, mr, instruction="") -> str:
     pieces = [instruction] + ["\n".join(example) for example in examples] + [mr]
@@ -58,22 +58,20 @@ def single_line_breaks_everywhere(examples, mr, instruction="") -> str:
     return "\n".join(filter(None, pieces)) + "\n"
 
 
-@wrong(
-    "few_shot_prompt", "Without an instruction your prompt begins with an empty line: the piece is not there at all."
-)
+@wrong("few_shot_prompt", "Without an instruction your prompt begins with an empty line: leave the piece out entirely.")
 def an_empty_instruction_stays(examples, mr, instruction="") -> str:
     return "\n\n".join([instruction] + ["\n".join(example) for example in examples] + [mr]) + "\n"
 
 
 @wrong(
-    "few_shot_prompt", "The instruction comes last in your prompt. It says what the examples are, so it comes first."
+    "few_shot_prompt", "The instruction comes last in your prompt. It introduces the examples, so it has to come first."
 )
 def the_instruction_behind_the_examples(examples, mr, instruction="") -> str:
     pieces = ["\n".join(example) for example in examples] + [instruction, mr]
     return "\n\n".join(filter(None, pieces)) + "\n"
 
 
-@wrong("few_shot_prompt", "Your examples show their cards only. It is the texts from which the model sees what to do.")
+@wrong("few_shot_prompt", "Your examples contain only the cards. The texts show the model what to do.")
 def cards_without_texts(examples, mr, instruction="") -> str:
     return "\n\n".join(filter(None, [instruction, *(card for card, _ in examples), mr])) + "\n"
 
@@ -84,7 +82,7 @@ def the_examples_from_behind(examples, mr, instruction="") -> str:
     return "\n\n".join(filter(None, pieces)) + "\n"
 
 
-@wrong("few_shot_prompt", "Card and text of an example are swapped: the text comes before the card.")
+@wrong("few_shot_prompt", "Card and text of an example are swapped: your text comes before the card.")
 def the_text_before_the_card(examples, mr, instruction="") -> str:
     pieces = [instruction] + [f"{text}\n{card}" for card, text in examples] + [mr]
     return "\n\n".join(filter(None, pieces)) + "\n"
@@ -108,17 +106,15 @@ def repeated_in_float64(embeddings: Tensor, inputs: Tensor) -> Tensor:
     return torch.cat([embeddings.double().repeat(inputs.shape[0], 1, 1), inputs.double()], dim=-2)
 
 
-@wrong(
-    "prepend_prompt", "The prompt stands behind the text. A causal model reads from the left: no token would see it."
-)
+@wrong("prepend_prompt", "The prompt comes after the text. A causal model reads from the left: no token would see it.")
 def behind_the_text(embeddings: Tensor, inputs: Tensor) -> Tensor:
     return torch.cat([inputs, embeddings.expand(len(inputs), -1, -1)], dim=1)
 
 
 @wrong(
     "prepend_prompt",
-    "The values are right, but no gradient reaches the prompt, and the prompt is all that is trained. Where does it "
-    "leave the graph?",
+    "The values are right, but no gradient reaches the prompt, which is all that is trained. Where is it detached "
+    "from the graph?",
 )
 def outside_the_graph(embeddings: Tensor, inputs: Tensor) -> Tensor:
     return torch.cat([embeddings.detach().expand(len(inputs), -1, -1), inputs], dim=1)
@@ -131,8 +127,8 @@ def from_behind(embeddings: Tensor, inputs: Tensor) -> Tensor:
 
 @wrong(
     "prepend_prompt",
-    "The prompt is added to the first tokens. It stands in front of them: the text keeps all of its own embeddings, "
-    "and the result is longer.",
+    "You add the prompt to the first tokens. It has to be prepended: the text keeps all of its own embeddings, and "
+    "the result is longer.",
 )
 def added_to_the_first_tokens(embeddings: Tensor, inputs: Tensor) -> Tensor:
     length = min(len(embeddings), inputs.shape[1])
@@ -141,7 +137,7 @@ def added_to_the_first_tokens(embeddings: Tensor, inputs: Tensor) -> Tensor:
 
 @wrong(
     "prepend_prompt",
-    "The first tokens of the text are gone: the prompt has taken their place. It stands in front of them.",
+    "The prompt replaces the first tokens of the text. It has to be prepended to them.",
 )
 def in_the_place_of_the_first_tokens(embeddings: Tensor, inputs: Tensor) -> Tensor:
     whole = torch.cat([embeddings.expand(len(inputs), -1, -1), inputs[:, len(embeddings) :]], dim=1)
@@ -150,20 +146,20 @@ def in_the_place_of_the_first_tokens(embeddings: Tensor, inputs: Tensor) -> Tens
 
 @wrong(
     "prepend_prompt",
-    "You get the rows of one text only. Every text of the batch needs the prompt in front of it.",
+    "You return the rows of one text only. The prompt has to be prepended to every text of the batch.",
 )
 def of_the_first_row_only(embeddings: Tensor, inputs: Tensor) -> Tensor:
     return torch.cat([embeddings, inputs[0]])[None]
 
 
-@wrong("prepend_prompt", "You make one long text of the whole batch: the rows have to stay apart.")
+@wrong("prepend_prompt", "You turn the whole batch into one long text: the rows have to stay separate.")
 def one_long_row(embeddings: Tensor, inputs: Tensor) -> Tensor:
     return torch.cat([embeddings, inputs.flatten(0, 1)])[None]
 
 
 @wrong(
     "prepend_prompt",
-    "Only the first row of the batch has the prompt; the others have zeros there.",
+    "Only the first row of the batch gets the prompt; the others get zeros.",
 )
 def zeros_in_the_other_rows(embeddings: Tensor, inputs: Tensor) -> Tensor:
     first = embeddings[None] * (torch.arange(len(inputs)) == 0)[:, None, None]
@@ -203,33 +199,35 @@ def padded_with_zero(labels: Tensor, num_virtual_tokens: int) -> Tensor:
 @wrong(
     "prompt_labels",
     "Labels are token ids: whole numbers (int64). A single -100.0 with a decimal point makes the whole tensor "
-    "floating-point, and the loss refuses it.",
+    "floating-point, and the loss does not accept that.",
 )
 def floating_point(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return torch.cat([torch.full((len(labels), num_virtual_tokens), -100.0), labels], dim=1)
 
 
-@wrong("prompt_labels", "The new labels stand behind the text's own. The virtual tokens stand in front of the text.")
+@wrong(
+    "prompt_labels", "The new labels come after the text's own. They have to come first, because the virtual tokens do."
+)
 def padded_behind(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return F.pad(labels, (0, num_virtual_tokens), value=-100)
 
 
 @wrong(
     "prompt_labels",
-    "One label too few: you have thought of the shift. The loss shifts by itself; here every position has its label.",
+    "One label too few: you allowed for the shift. The loss does the shifting; here every position has a label.",
 )
 def one_too_few(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return F.pad(labels, (num_virtual_tokens - 1, 0), value=-100)
 
 
-@wrong("prompt_labels", "You shift the text's labels by one. The loss shifts them; twice is once too often.")
+@wrong("prompt_labels", "You shift the text's labels by one. The loss already shifts them.")
 def shifted_as_well(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return F.pad(labels[:, 1:], (num_virtual_tokens, 1), value=-100)
 
 
 @wrong(
     "prompt_labels",
-    "You put whole rows in front. Every text has P positions more; the number of texts stays what it was.",
+    "You prepend whole rows. Every text has P more positions; the number of texts stays the same.",
 )
 def rows_instead_of_columns(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return F.pad(labels, (0, 0, num_virtual_tokens, 0), value=-100)
@@ -237,7 +235,7 @@ def rows_instead_of_columns(labels: Tensor, num_virtual_tokens: int) -> Tensor:
 
 @wrong(
     "prompt_labels",
-    "All of your labels are -100: then nothing is left to learn from. The text's own labels stay as they are.",
+    "All of your labels are -100, so there is nothing left to learn from. The text's own labels stay as they are.",
 )
 def nothing_counts(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return torch.full((len(labels), num_virtual_tokens + labels.shape[1]), -100)
@@ -245,8 +243,7 @@ def nothing_counts(labels: Tensor, num_virtual_tokens: int) -> Tensor:
 
 @wrong(
     "prompt_labels",
-    "The labels are as long as before: the first of them have been overwritten. There are more positions now than "
-    "there were.",
+    "The labels are as long as before: you overwrite the first of them. There are now P more positions than before.",
 )
 def overwritten(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     covered = labels.clone()
@@ -254,7 +251,9 @@ def overwritten(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return covered
 
 
-@wrong("prompt_labels", "The first label of each text is repeated at the virtual positions, and counts there.")
+@wrong(
+    "prompt_labels", "You repeat the first label of each text at the virtual positions, where it counts in the loss."
+)
 def the_first_label_repeated(labels: Tensor, num_virtual_tokens: int) -> Tensor:
     return torch.cat([labels[:, :1].expand(-1, num_virtual_tokens), labels], dim=1)
 
@@ -284,8 +283,7 @@ def by_the_distance_on_the_sphere(prompt: Tensor, table: Tensor) -> Tensor:
 
 @wrong(
     "nearest_tokens",
-    "You take the largest product. A long embedding has large products with everything: it is not its direction that "
-    "decides.",
+    "You take the largest product. A long embedding has large products with everything, whatever its direction.",
 )
 def by_the_product(prompt: Tensor, table: Tensor) -> Tensor:
     return (prompt @ table.T).argmax(dim=-1)
@@ -293,21 +291,21 @@ def by_the_product(prompt: Tensor, table: Tensor) -> Tensor:
 
 @wrong(
     "nearest_tokens",
-    "You take the smallest distance. Then a row that is longer than the embeddings is near to the long ones, whichever "
-    "way they point.",
+    "You take the smallest distance. Then a row that is longer than the embeddings is close to the longest ones, "
+    "whatever their direction.",
 )
 def by_the_distance(prompt: Tensor, table: Tensor) -> Tensor:
     return torch.cdist(prompt, table).argmin(dim=-1)
 
 
-@wrong("nearest_tokens", "You find the token that is furthest away: the smallest cosine.")
+@wrong("nearest_tokens", "You find the most distant token, the one with the smallest cosine.")
 def the_furthest(prompt: Tensor, table: Tensor) -> Tensor:
     return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).argmin(dim=-1)
 
 
 @wrong(
     "nearest_tokens",
-    "You find, for each token, the nearest row of the prompt. It is asked the other way round.",
+    "You find the nearest row of the prompt for each token. The question is the other way round.",
 )
 def along_the_other_axis(prompt: Tensor, table: Tensor) -> Tensor:
     return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=0)
@@ -315,7 +313,7 @@ def along_the_other_axis(prompt: Tensor, table: Tensor) -> Tensor:
 
 @wrong(
     "nearest_tokens",
-    "You bring the columns to length 1, one feature over all the tokens. It is each token's vector that has a length.",
+    "You normalise the columns, that is, one feature over all tokens. Normalise each token's vector instead.",
 )
 def columns_of_length_one(prompt: Tensor, table: Tensor) -> Tensor:
     return (F.normalize(prompt, dim=0) @ F.normalize(table, dim=0).T).argmax(dim=-1)
@@ -323,7 +321,7 @@ def columns_of_length_one(prompt: Tensor, table: Tensor) -> Tensor:
 
 @wrong(
     "nearest_tokens",
-    "You look at the size of the cosine without its sign: a token that points the opposite way is not near.",
+    "You ignore the sign of the cosine: a token that points in the opposite direction is not close.",
 )
 def without_the_sign(prompt: Tensor, table: Tensor) -> Tensor:
     return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).abs().argmax(dim=-1)
@@ -334,6 +332,6 @@ def the_cosines_themselves(prompt: Tensor, table: Tensor) -> Tensor:
     return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).amax(dim=-1)
 
 
-@wrong("nearest_tokens", "You return the embeddings of the nearest tokens. What is asked for are their ids.")
+@wrong("nearest_tokens", "You return the embeddings of the nearest tokens. Return their ids.")
 def the_embeddings_themselves(prompt: Tensor, table: Tensor) -> Tensor:
     return table[(F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=-1)]

@@ -1,4 +1,4 @@
-"""Unit 05, prompts: mistakes with the start of a soft prompt and with the soft prompt itself, and other right ways."""
+"""Unit 05, initialisation and module of a soft prompt: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -21,7 +21,7 @@ def refuse(init, init_ids) -> None:
 
 
 def drawn(table: Tensor, count: int, generator, below: int = 5000) -> Tensor:
-    """Rows of the table as they should be drawn."""
+    """Rows of the table, drawn correctly."""
     common = min(below, len(table))
     parts = [torch.randperm(common, generator=generator) for _ in range(count // common + 1)]
     return table.detach()[torch.cat(parts)[:count]]
@@ -66,8 +66,7 @@ def with_weights_drawn_without_replacement(
 
 @wrong(
     "initial_prompt",
-    "A text that is shorter than the prompt is not begun again: you have fewer rows than were asked for, or the wrong "
-    "ones.",
+    "You do not repeat a text that is shorter than the prompt: you have too few rows, or the wrong ones.",
 )
 def a_short_text_stays_short(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -78,8 +77,7 @@ def a_short_text_stays_short(table, num_virtual_tokens, init="vocabulary", init_
 
 @wrong(
     "initial_prompt",
-    "A text that is too short is filled up by repeating each token in its place. It has to be read from its beginning "
-    "again.",
+    "You extend a text that is too short by repeating each token in place. It has to start again from its beginning.",
 )
 def each_token_repeated(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -91,7 +89,7 @@ def each_token_repeated(table, num_virtual_tokens, init="vocabulary", init_ids=(
 
 @wrong(
     "initial_prompt",
-    "A text that is too short is filled up with its last token. It has to be read from its beginning again.",
+    "You extend a text that is too short with its last token. It has to start again from its beginning.",
 )
 def the_last_token_repeated(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -103,7 +101,7 @@ def the_last_token_repeated(table, num_virtual_tokens, init="vocabulary", init_i
 
 @wrong(
     "initial_prompt",
-    "Of a text that is longer than the prompt you take the end. It is cut after the first P tokens.",
+    "You take the end of a text that is longer than the prompt. Take its first P tokens.",
 )
 def the_end_of_a_long_text(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -114,8 +112,8 @@ def the_end_of_a_long_text(table, num_virtual_tokens, init="vocabulary", init_id
 
 @wrong(
     "initial_prompt",
-    "Some tokens of your vocabulary start come twice, though there are enough to choose from: you draw with "
-    "replacement.",
+    "Some tokens of your vocabulary initialisation occur twice, although there are enough to choose from: draw "
+    "without replacement.",
 )
 def drawn_with_replacement(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -127,8 +125,8 @@ def drawn_with_replacement(table, num_virtual_tokens, init="vocabulary", init_id
 
 @wrong(
     "initial_prompt",
-    "Your vocabulary start draws from all the tokens. The high ids of a BPE are rare tokens, which the model knows "
-    "little about.",
+    "Your vocabulary initialisation draws from all tokens. The high ids of a BPE are rare tokens, which the model "
+    "knows little about.",
 )
 def rare_tokens_too(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -139,7 +137,7 @@ def rare_tokens_too(table, num_virtual_tokens, init="vocabulary", init_ids=(), g
     return any_start(table, num_virtual_tokens, init, init_ids, generator)
 
 
-@wrong("initial_prompt", "Your vocabulary start is always the first P tokens. They are to be drawn at random.")
+@wrong("initial_prompt", "Your vocabulary initialisation always takes the first P tokens. Draw them at random.")
 def the_first_tokens(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
     if init == "vocabulary":
@@ -149,7 +147,8 @@ def the_first_tokens(table, num_virtual_tokens, init="vocabulary", init_ids=(), 
 
 @wrong(
     "initial_prompt",
-    "Your random start is uniform between 0 and 1: its mean is not 0, and no number is large. N(0, 1) is asked for.",
+    "Your random initialisation is uniform between 0 and 1: its mean is not 0, and no number is large. Draw from N(0, "
+    "1).",
 )
 def uniform_numbers(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -160,8 +159,8 @@ def uniform_numbers(table, num_virtual_tokens, init="vocabulary", init_ids=(), g
 
 @wrong(
     "initial_prompt",
-    "Your random start is much smaller than N(0, 1). That may well be wiser, but here it is as in PEFT, and you will "
-    "see what comes of it.",
+    "Your random initialisation is much smaller than N(0, 1). That may well be better, but here it is as in PEFT, and "
+    "you will see the effect.",
 )
 def as_small_as_embeddings(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -172,8 +171,8 @@ def as_small_as_embeddings(table, num_virtual_tokens, init="vocabulary", init_id
 
 @wrong(
     "initial_prompt",
-    "You draw from PyTorch's own generator and not from the one that is given: the same seed gives another start each "
-    "time, and nobody can repeat a run.",
+    "You draw from PyTorch's global generator instead of the one that is passed in: the same seed gives a different "
+    "result each time, so runs cannot be reproduced.",
 )
 def forgets_the_generator(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -182,8 +181,8 @@ def forgets_the_generator(table, num_virtual_tokens, init="vocabulary", init_ids
 
 @wrong(
     "initial_prompt",
-    "The result still hangs on the graph of the table: it is a parameter's child, and cannot become a parameter "
-    "itself.",
+    "The result is still attached to the graph of the table: a tensor computed from a parameter cannot itself become "
+    "one.",
 )
 def still_in_the_graph(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     refuse(init, init_ids)
@@ -191,7 +190,7 @@ def still_in_the_graph(table, num_virtual_tokens, init="vocabulary", init_ids=()
     return start if init == "random" else start + 0 * table.sum()
 
 
-@wrong("initial_prompt", "A start that does not exist, and a text without tokens, have to be refused.")
+@wrong("initial_prompt", "An unknown `init`, and a text without tokens, have to raise a ValueError.")
 def anything_goes(table, num_virtual_tokens, init="vocabulary", init_ids=(), generator=None) -> Tensor:
     return any_start(table, num_virtual_tokens, init if init_ids or init == "random" else "zeros", init_ids, generator)
 
@@ -214,7 +213,7 @@ class with_repeat_and_hstack(VirtualTokens):
 
 @right("SoftPrompt")
 class as_a_table_of_its_own(VirtualTokens):
-    """The rows are looked up like tokens; the parameter is the table's."""
+    """The rows are looked up like tokens; the parameter belongs to the lookup table."""
 
     def __init__(self, embeddings):
         super().__init__(len(embeddings))
@@ -240,8 +239,8 @@ def places(soft, position_ids, first: int = 0):
 
 @wrong(
     "SoftPrompt",
-    "`embeddings` is a plain tensor: no optimiser would ever find it, and it would not be saved. What makes a tensor "
-    "one that a module learns?",
+    "`embeddings` is a plain tensor: an optimiser would not find it, and it would not be saved. What makes a tensor a "
+    "trainable part of a module?",
 )
 class a_plain_tensor(VirtualTokens):
     def __init__(self, embeddings):
@@ -254,7 +253,7 @@ class a_plain_tensor(VirtualTokens):
 
 @wrong(
     "SoftPrompt",
-    "`embeddings` is a parameter, but it is frozen: no gradient reaches it, and nothing is learned.",
+    "`embeddings` is a parameter, but it is frozen: it gets no gradient, and nothing is trained.",
 )
 class a_frozen_parameter(VirtualTokens):
     def __init__(self, embeddings):
@@ -267,7 +266,7 @@ class a_frozen_parameter(VirtualTokens):
 
 @wrong(
     "SoftPrompt",
-    "The prompt's gradient is cut off in `enter`: it would stay at its first values for ever.",
+    "You detach the prompt in `enter`: it would keep its initial values for ever.",
 )
 class cut_off(SoftPrompt):
     def enter(self, inputs_embeds, attention_mask, position_ids, cache):
@@ -277,7 +276,7 @@ class cut_off(SoftPrompt):
 
 @wrong(
     "SoftPrompt",
-    "You put the prompt behind the text. The model then leaves out the first P positions of the result, which are the "
+    "You append the prompt to the text. The model omits the first P positions of the result, which are then the "
     "text's own.",
 )
 class behind_the_text(SoftPrompt):
@@ -288,7 +287,7 @@ class behind_the_text(SoftPrompt):
 
 @wrong(
     "SoftPrompt",
-    "The prompt has no positions: `position_ids` has to be as long as the embeddings are now.",
+    "The prompt has no positions: `position_ids` has to be as long as the extended embeddings.",
 )
 class no_positions_of_its_own(SoftPrompt):
     def enter(self, inputs_embeds, attention_mask, position_ids, cache):
@@ -297,7 +296,7 @@ class no_positions_of_its_own(SoftPrompt):
 
 @wrong(
     "SoftPrompt",
-    "Every row of your prompt has position 0. The rows stand one behind the other, like tokens.",
+    "Every row of your prompt has position 0. The rows have consecutive positions, like tokens.",
 )
 class all_at_position_zero(SoftPrompt):
     def enter(self, inputs_embeds, attention_mask, position_ids, cache):
@@ -309,7 +308,7 @@ class all_at_position_zero(SoftPrompt):
 
 @wrong(
     "SoftPrompt",
-    "Your prompt's positions begin at 1. Positions are counted from 0, and the text's begin at P.",
+    "The positions of your prompt start at 1. Positions are counted from 0, and those of the text start at P.",
 )
 class positions_from_one(SoftPrompt):
     def enter(self, inputs_embeds, attention_mask, position_ids, cache):
@@ -318,7 +317,7 @@ class positions_from_one(SoftPrompt):
 
 @wrong(
     "SoftPrompt",
-    "You move the text's positions up by P. They come moved already: now they are moved twice.",
+    "You add P to the positions of the text. They have already been shifted when `enter` gets them.",
 )
 class moved_twice(SoftPrompt):
     def enter(self, inputs_embeds, attention_mask, position_ids, cache):
@@ -328,8 +327,8 @@ class moved_twice(SoftPrompt):
 
 @wrong(
     "SoftPrompt",
-    "You make positions where none were given. Without them the model counts for itself, and it knows of the padding, "
-    "which you do not.",
+    "You create positions although none were given. In that case the model computes them itself, and takes padding "
+    "into account.",
 )
 class always_positions(SoftPrompt):
     def enter(self, inputs_embeds, attention_mask, position_ids, cache):
@@ -342,7 +341,7 @@ class always_positions(SoftPrompt):
 
 @wrong(
     "SoftPrompt",
-    "You widen the attention mask. It has the P columns already.",
+    "You extend the attention mask. It already has the P additional columns.",
 )
 class widens_the_mask_again(SoftPrompt):
     def enter(self, inputs_embeds, attention_mask, position_ids, cache):
@@ -353,7 +352,7 @@ class widens_the_mask_again(SoftPrompt):
 
 @wrong(
     "SoftPrompt",
-    "You drop the cache: the second piece of a text then does not know of the first. It goes through as it came.",
+    "You drop the cache: the second piece of a text then does not see the first. Pass it on unchanged.",
 )
 class drops_the_cache(SoftPrompt):
     def enter(self, inputs_embeds, attention_mask, position_ids, cache):
@@ -362,7 +361,8 @@ class drops_the_cache(SoftPrompt):
 
 @wrong(
     "SoftPrompt",
-    "The prompt is as long as its vectors are wide, for `VirtualTokens`: which axis of `embeddings` counts the rows?",
+    "You tell `VirtualTokens` the width of the vectors instead of the length of the prompt: which axis of "
+    "`embeddings` counts the rows?",
 )
 class as_long_as_it_is_wide(SoftPrompt):
     def __init__(self, embeddings):

@@ -1,4 +1,4 @@
-"""Unit 05, prompts: what is checked."""
+"""Unit 05, prompts: its exercises, their cases and hints, and its predictions."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run_prepend(answer: Callable[..., Any], embeddings: Tensor, inputs: Tensor) 
 
 
 def try_labels(answer: Callable[..., Any], labels: Tensor, num_virtual_tokens: int) -> Any:
-    """The labels, and their dtype: the loss takes no others than whole numbers."""
+    """The labels and their dtype: the loss accepts only whole numbers."""
     result = answer(labels, num_virtual_tokens)
     return [result, dtype_of(result)]
 
@@ -121,7 +121,7 @@ def initial_cases(draw: Draw) -> Iterator[Case]:
 def run_initial(
     answer: Callable[..., Any], table: Tensor, num_virtual_tokens: int, init: str, init_ids: list[int], seed: int
 ) -> Any:
-    """The start of one seed, what of it depends on the seed, and whether it hangs on the table."""
+    """The initial prompt for one seed, what depends on the seed, and whether it is attached to the table's graph."""
 
     def start(seed: int | None) -> Tensor:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -144,18 +144,18 @@ def run_initial(
 
 
 def explain_initial(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | None:
-    """What cannot be tried by hand, since it is drawn at random."""
+    """Explain failures that cannot be reproduced by hand, because the prompt is drawn at random."""
     if not isinstance(seen.value, dict) or not isinstance(expected.value, dict):
         return None
     rows, asked = (value["shape"][0] for value in (seen.value, expected.value))  # type: ignore[index]
     if rows != asked:
         return "number of rows", (
-            f"{asked} rows were asked for and {rows} came back: when P is larger than the number of tokens there are, "
-            "tokens come again."
+            f"{asked} rows were asked for and {rows} came back: if P is larger than the number of available tokens, "
+            "they have to be repeated."
         )
     most = "the most often that one token comes"
     if most in seen.value and seen.value[most] > expected.value[most]:  # type: ignore[operator]
-        return "drawn twice", "Some tokens come twice although there are enough others: draw without replacement."
+        return "drawn twice", "Some tokens occur twice although there are enough others: draw without replacement."
     return None
 
 
@@ -164,7 +164,7 @@ def shares_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def of_random(first: Tensor) -> dict[str, Any]:
-    """Mean and spread of at least 3,600 numbers, to the next half and the next quarter."""
+    """Mean and standard deviation of at least 3,600 numbers, rounded to a multiple of 1/2 and of 1/4."""
     return {
         "mean": round(2 * float(first.mean())) / 2,
         "standard deviation": round(4 * float(first.std())) / 4,
@@ -215,7 +215,7 @@ def run_soft(
     positions: bool = False,
     mask: Tensor | None = None,
 ) -> Any:
-    """What `enter` gives, or what a tiny GPT-2 does that has such a soft prompt."""
+    """What `enter` returns, or what a tiny GPT-2 with such a soft prompt computes."""
     torch.manual_seed(seed)
     soft, model = answer(E), GPT2(CONFIG).requires_grad_(False)
     where = torch.arange(ids.shape[1]).expand(len(ids), -1) if positions else None  # (B, T)
@@ -228,7 +228,7 @@ def run_soft(
         cache = KVCache()
         return [model(piece, cache=cache) for piece in ids.split([4, 2], dim=1)]
     logits = model(ids, attention_mask=mask, position_ids=where)
-    if what == "logits":  # what stands at padding means nothing
+    if what == "logits":  # the logits at padding do not count
         return logits if mask is None else logits[mask.bool()]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if trained:
@@ -268,9 +268,9 @@ EXERCISES = [
         minutes=6,
         points=1,
         hints=(
-            "Write the prompt for one example down by hand, with every line break in it. How does it end?",
-            "The prompt is a list of pieces, and between two of them there is always the same thing.",
-            "`glue.join(pieces)` puts the glue between the pieces and nowhere else. A piece that is not there must not "
+            "Write down the prompt for one example by hand, with every line break in it. How does it end?",
+            "The prompt is a list of pieces, always separated by the same string.",
+            "`separator.join(pieces)` puts the separator between the pieces and nowhere else. An empty piece must not "
             "be in the list.",
         ),
         cases=few_shot_cases,
@@ -284,8 +284,9 @@ EXERCISES = [
         points=1,
         hints=(
             "The inputs have an axis that the prompt does not have. Which one, and how long is it?",
-            "Every row of the batch gets the same prompt. Then two tensors of three axes are put together along one.",
-            "`embeddings.expand(B, -1, -1)` shows the same numbers B times without copying; `torch.cat` takes `dim`.",
+            "Every row of the batch gets the same prompt. Then two tensors with three axes are concatenated along one "
+            "of them.",
+            "`embeddings.expand(B, -1, -1)` repeats the same numbers B times without copying; `torch.cat` takes `dim`.",
         ),
         cases=prepend_cases,
         probe=run_prepend,
@@ -297,12 +298,12 @@ EXERCISES = [
         minutes=15,
         points=3,
         hints=(
-            "Three ways, and what is refused before them. Two of the three end in the same step: ids in, rows of the "
-            "table out.",
-            "`torch.randperm(n, generator=generator)` is n ids in random order, none twice. For a text: repeat the "
-            "list of its ids often enough, then cut.",
+            "Check for invalid arguments first, then handle the three kinds. Two of the three end in the same step: "
+            "ids in, rows of the table out.",
+            "`torch.randperm(n, generator=generator)` gives n ids in random order, none of them twice. For a text: "
+            "repeat the list of its ids often enough, then truncate it.",
             "`table.detach()[ids]` with a tensor of ids is a copy of these rows. For more rows than there are common "
-            "tokens, put several permutations behind each other before you cut.",
+            "tokens, concatenate several permutations and then truncate.",
         ),
         cases=initial_cases,
         probe=run_initial,
@@ -315,12 +316,12 @@ EXERCISES = [
         minutes=15,
         points=4,
         hints=(
-            "`__init__` has two lines: tell `VirtualTokens` how long the prompt is, and keep the values as something "
+            "`__init__` has two lines: tell `VirtualTokens` how long the prompt is, and store the values as something "
             "that an optimiser finds.",
-            "`enter` returns four things. Two of them go through as they came. You have a function for the first; "
+            "`enter` returns four things. Two of them are passed on unchanged. You have a function for the first; "
             "which of the four is left?",
             "The positions of the prompt are one row, `torch.arange(self.length)`, the same for every row of the "
-            "batch; put it in front along the axis of the tokens, but only if positions were given.",
+            "batch; prepend it along the axis of the tokens, but only if positions were given.",
         ),
         cases=soft_cases,
         probe=run_soft,
@@ -332,10 +333,10 @@ EXERCISES = [
         minutes=5,
         points=2,
         hints=(
-            "For every position that the model now has in front, the labels need one more. How many rows, how many "
-            "columns?",
-            "Which value of a label does `next_token_loss` leave out, both in the sum and in the number it divides by?",
-            "`F.pad(labels, (left, right), value=...)` pads the last axis; or put a `torch.full` in front.",
+            "For every position that is prepended, the labels need one more entry. How many rows is that, and how "
+            "many columns?",
+            "Which label value does `next_token_loss` ignore, both in the sum and in the number by which it divides?",
+            "`F.pad(labels, (left, right), value=...)` pads the last axis; or prepend a `torch.full`.",
         ),
         cases=labels_cases,
         probe=try_labels,
@@ -348,9 +349,9 @@ EXERCISES = [
         minutes=8,
         points=2,
         hints=(
-            "The cosine of two vectors is their product after both have been brought to length 1.",
-            "Bring every row of both matrices to length 1. One matrix product then gives all P x V cosines.",
-            "`F.normalize(x, dim=...)` does the first; which axis is the one along a row? `argmax` wants an axis too.",
+            "The cosine of two vectors is their dot product after both have been normalised to length 1.",
+            "Normalise every row of both matrices to length 1. One matrix product then gives all P x V cosines.",
+            "`F.normalize(x, dim=...)` normalises; which axis runs along a row? `argmax` needs an axis too.",
         ),
         cases=nearest_cases,
         tolerance=0,
@@ -361,8 +362,8 @@ PREDICTIONS = [
     Prediction(
         "typed_or_learned",
         question=(
-            "You type an instruction of P tokens in front of a card: a hard prompt. Somebody else makes a soft prompt "
-            "whose P rows are the embeddings of the same P tokens, and trains nothing. How do the logits at "
+            "You type an instruction of P tokens in front of a card: a hard prompt. Somebody else creates a soft "
+            "prompt whose P rows are the embeddings of the same P tokens, and does not train it. How do the logits at "
             "the card's tokens compare?"
         ),
         choices={
@@ -372,30 +373,31 @@ PREDICTIONS = [
         },
         answer="a",
         explanation=(
-            "A transformer never sees a token id. The first thing it does is to look the id up; from there on there "
-            "are vectors and their positions, and the soft prompt has the same ones. So every hard prompt is one point "
-            "in the space of soft prompts, and training begins at that point and may leave it in any direction."
+            "The blocks of a transformer never see a token id. The model first looks up the embedding of the id; from "
+            "there on there are only vectors and their positions, and the soft prompt has the same ones. So every hard "
+            "prompt is one point in the space of soft prompts. Training can start at that point and leave it in any "
+            "direction."
         ),
         idea="soft prompts",
     ),
     Prediction(
         "how_far_a_prompt_comes",
         question=(
-            "Full fine-tuning and a soft prompt of 20 rows train on the same batches for the same number of steps, "
-            "each at the learning rate that suits it. Full fine-tuning lowers the loss on unseen cards a lot. "
-            "How much of that fall does the soft prompt manage?"
+            "Full fine-tuning and a soft prompt of 20 rows are trained on the same batches for the same number of "
+            "steps, each with a suitable learning rate. Full fine-tuning lowers the loss on unseen cards a lot. How "
+            "much of that reduction does the soft prompt achieve?"
         ),
         choices={
-            "a": "more than all of it: with so few numbers there is nothing that it could overfit",
+            "a": "more than all of it: with so few numbers it cannot overfit",
             "b": "most of it: a prompt can say which task is meant, and the model does the rest",
             "c": "less than half of it",
         },
         answer="c",
         explanation=(
-            "A soft prompt changes no weight. It can only make the frozen model do something that it can do already, "
-            "and this small model cannot read cards. Lester et al. (2021, figure 1) see the same on T5: the gap to "
-            "full fine-tuning is wide for small models and closes at some 10 billion parameters. And every gradient "
-            "has to come all the way down through all the layers to the only place that may move."
+            "A soft prompt changes no weight. It can only make the frozen model do something that it can already do, "
+            "and this small model cannot read cards. Lester et al. (2021, figure 1) find the same for T5: the gap to "
+            "full fine-tuning is wide for small models and closes at about 10 billion parameters. In addition, every "
+            "gradient has to pass through all the layers to reach the only parameters that are trained."
         ),
         idea="soft prompts",
     ),

@@ -1,4 +1,4 @@
-"""Unit 06, prefix tuning: mistakes that people make in attention with a prefix, and other right ways."""
+"""Unit 06, attention with a prefix: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -48,8 +48,8 @@ def one_token_after_the_other(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor,
 
 @wrong(
     "prefix_attention",
-    "Your prefix stands behind the text. The causal mask then takes it for the future, and hides the text's end or the "
-    "prefix from most of the tokens.",
+    "Your prefix comes after the text. The causal mask then treats it as the future, and hides it or the end of the "
+    "text from most of the tokens.",
 )
 def behind_the_text(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     k = torch.cat([k, prefix_k.expand(len(k), -1, -1, -1)], dim=2)
@@ -59,8 +59,8 @@ def behind_the_text(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v:
 
 @wrong(
     "prefix_attention",
-    "You have two softmaxes, one for the text and one for the prefix, and add what they give. Here the two compete in "
-    "one softmax. (What you wrote is nearly LLaMA-Adapter, later in this unit.)",
+    "You use two softmaxes, one for the text and one for the prefix, and add their results. Here the two compete in a "
+    "single softmax. (What you wrote is nearly LLaMA-Adapter, which comes later in this unit.)",
 )
 def a_softmax_each(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     return causal_attention(q, k, v) + prompt_attention(q, prefix_k, prefix_v)
@@ -68,7 +68,7 @@ def a_softmax_each(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: 
 
 @wrong(
     "prefix_attention",
-    "Your mask counts from the first key. The first key is the prefix's now, so the tokens see a part of the prefix "
+    "Your mask counts from the first key. That key now belongs to the prefix, so the tokens see part of the prefix "
     "and too little of the text: the last token has to see everything.",
 )
 def the_mask_from_the_first_key(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
@@ -87,27 +87,27 @@ def not_scaled(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tens
     return causal_attention(q * q.shape[-1] ** 0.5, in_front(prefix_k, k), in_front(prefix_v, v))
 
 
-@wrong("prefix_attention", "The prefix has no effect on what comes out.")
+@wrong("prefix_attention", "The prefix has no effect on your result.")
 def without_the_prefix(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     return causal_attention(q, k, v)
 
 
 @wrong(
     "prefix_attention",
-    "Your prefix takes its share of the attention and gives nothing for it: only its keys are used, not its values.",
+    "Your prefix takes its share of the attention but contributes nothing: you use its keys, but not its values.",
 )
 def keys_without_values(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     return causal_attention(q, in_front(prefix_k, k), in_front(0 * prefix_v, v))
 
 
-@wrong("prefix_attention", "Keys and values of the prefix are exchanged.")
+@wrong("prefix_attention", "You have swapped the keys and the values of the prefix.")
 def exchanged(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     return causal_attention(q, in_front(prefix_v, k), in_front(prefix_k, v))
 
 
 @wrong(
     "prefix_attention",
-    "The values are right, but no gradient reaches the prefix, and the prefix is all that is learned.",
+    "The values are right, but no gradient reaches the prefix, which is all that is trained.",
 )
 def nothing_to_learn(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     return prefix_attention(q, k, v, prefix_k.detach(), prefix_v.detach())
@@ -115,8 +115,8 @@ def nothing_to_learn(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v
 
 @wrong(
     "prefix_attention",
-    "Every text of the batch gets the prefix of the first one. Where there are as many prefixes as texts, each has its "
-    "own.",
+    "Every text of the batch gets the prefix of the first one. If there are as many prefixes as texts, each text has "
+    "its own.",
 )
 def the_first_prefix_for_all(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     return prefix_attention(q, k, v, prefix_k[:1], prefix_v[:1])
@@ -126,7 +126,7 @@ def the_first_prefix_for_all(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, 
 
 
 def all_scores(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
-    """Of the prefix, then of the text; the future at minus infinity."""
+    """Scores of the prefix, then those of the text; minus infinity for the future."""
     tokens, length = q.shape[2], prefix_k.shape[2]
     scores = q @ in_front(prefix_k, k).mT / q.shape[-1] ** 0.5
     hidden = torch.cat([torch.zeros(tokens, length), torch.ones(tokens, tokens).triu(1)], dim=1).bool()
@@ -153,8 +153,8 @@ def what_is_left_of_one_in_float64(q: Tensor, k: Tensor, prefix_k: Tensor) -> Te
 
 @wrong(
     "prefix_share",
-    "You divide by the sum over the whole text. A token competes only for the attention of what it may see: itself and "
-    "what stands before it.",
+    "You divide by the sum over the whole text. The softmax of a token runs only over what it may see: the prefix, "
+    "the earlier tokens and itself.",
 )
 def with_the_future(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
     weights = (q @ in_front(prefix_k, k).mT / q.shape[-1] ** 0.5).softmax(-1)
@@ -171,15 +171,15 @@ def mean_of_the_weights(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
     return all_scores(q, k, prefix_k).softmax(-1)[..., : prefix_k.shape[2]].mean(-1)
 
 
-@wrong("prefix_share", "The scores are not divided by sqrt(hd), so that your shares are too near to 0 or to 1.")
+@wrong("prefix_share", "The scores are not divided by sqrt(hd), so your shares are too close to 0 or 1.")
 def share_not_scaled(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
     return prefix_share(q * q.shape[-1] ** 0.5, k, prefix_k)
 
 
 @wrong(
     "prefix_share",
-    "You divide the prefix's exponentials by the text's. A share is a part of the whole: the whole has the prefix in "
-    "it as well.",
+    "You divide the prefix's exponentials by the text's. A share is a part of the whole, and the whole includes the "
+    "prefix as well.",
 )
 def over_the_text_alone(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
     scores, length = all_scores(q, k, prefix_k), prefix_k.shape[2]
@@ -188,7 +188,7 @@ def over_the_text_alone(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
 
 @wrong(
     "prefix_share",
-    "You count keys: P of them in front, and the text's behind. Whether a token gives them any attention depends on "
+    "You count keys: P of them in the prefix, and those of the text. How much attention a token gives them depends on "
     "its query.",
 )
 def by_counting_keys(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
@@ -199,8 +199,7 @@ def by_counting_keys(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
 
 @wrong(
     "prefix_share",
-    "Your exponentials are too large for a float, and infinity divided by infinity is not a number. A softmax "
-    "subtracts the largest score first.",
+    "Your exponentials overflow, and infinity divided by infinity is NaN. A softmax first subtracts the largest score.",
 )
 def exponentials_by_hand(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
     exponentials = all_scores(q, k, prefix_k).exp()
@@ -214,7 +213,7 @@ def the_first_virtual_token(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
 
 @wrong(
     "prefix_share",
-    "You average over the heads. Each head has a softmax, and a share, of its own: the result is (B, H, T).",
+    "You average over the heads. Each head has its own softmax and therefore its own share: the result is (B, H, T).",
 )
 def averaged_over_the_heads(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
     return prefix_share(q, k, prefix_k).mean(dim=1)
@@ -254,8 +253,7 @@ def one_head_after_the_other(
 
 @wrong(
     "gated_prefix_attention",
-    "Your gate is used as it is learned, without bounds. It goes through a tanh first, so that the prompt counts at "
-    "most once.",
+    "You use the gate as it is, without bounds. It goes through a tanh first, so that its size is at most 1.",
 )
 def without_the_tanh(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
     return causal_attention(q, k, v) + gate * prompt_attention(q, prompt_k, prompt_v)
@@ -263,7 +261,7 @@ def without_the_tanh(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v
 
 @wrong(
     "gated_prefix_attention",
-    "Your gate is a sigmoid: at zero it is half open, and the model does not start as what it was.",
+    "Your gate is a sigmoid: at zero it is half open, so the model does not start out unchanged.",
 )
 def with_a_sigmoid(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
     return causal_attention(q, k, v) + torch.sigmoid(gate) * prompt_attention(q, prompt_k, prompt_v)
@@ -271,7 +269,8 @@ def with_a_sigmoid(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: 
 
 @wrong(
     "gated_prefix_attention",
-    "You mix: what the prompt gets, the text loses. Here the text's part stays whole, and the prompt's comes on top.",
+    "You form a weighted mean: what the prompt gains, the text loses. Here the text's part stays as it is, and the "
+    "prompt's is added to it.",
 )
 def a_mixture(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
     share = torch.tanh(gate)
@@ -280,8 +279,8 @@ def a_mixture(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tenso
 
 @wrong(
     "gated_prefix_attention",
-    "Prompt and text share one softmax in yours, so the prompt takes attention from the text even while its gate is "
-    "shut. Each has a softmax of its own.",
+    "Prompt and text share one softmax in your answer, so the prompt takes attention from the text even while its "
+    "gate is zero. Each needs a softmax of its own.",
 )
 def one_softmax(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
     return prefix_attention(q, k, v, prompt_k, torch.tanh(gate) * prompt_v)
@@ -289,7 +288,7 @@ def one_softmax(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Ten
 
 @wrong(
     "gated_prefix_attention",
-    "Your gate multiplies everything. While it is shut nothing comes out at all, of the text neither.",
+    "Your gate multiplies everything. While it is zero the result is zero, including the text's part.",
 )
 def gate_around_both(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
     return torch.tanh(gate) * (causal_attention(q, k, v) + prompt_attention(q, prompt_k, prompt_v))
@@ -297,8 +296,8 @@ def gate_around_both(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v
 
 @wrong(
     "gated_prefix_attention",
-    "Your gate multiplies the scores, in front of the softmax. A shut gate then makes all of the prompt's weights "
-    "equal, and not zero.",
+    "Your gate multiplies the scores, before the softmax. A gate of zero then makes all of the prompt's weights "
+    "equal, not zero.",
 )
 def gate_on_the_scores(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
     return causal_attention(q, k, v) + prompt_attention(torch.tanh(gate) * q, prompt_k, prompt_v)
@@ -306,7 +305,7 @@ def gate_on_the_scores(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt
 
 @wrong(
     "gated_prefix_attention",
-    "You use one gate for all heads. Each head has its own, and it must meet the heads' axis.",
+    "You use one gate for all heads. Each head has its own, so the gate has to be aligned with the axis of the heads.",
 )
 def one_gate_for_all(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
     return causal_attention(q, k, v) + torch.tanh(gate[:, :1]) * prompt_attention(q, prompt_k, prompt_v)
@@ -319,7 +318,7 @@ def always_open(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Ten
 
 @wrong(
     "gated_prefix_attention",
-    "In yours the scores of the prompt are not divided by sqrt(hd), as those of the text are.",
+    "You do not divide the scores of the prompt by sqrt(hd), as you do those of the text.",
 )
 def prompt_not_scaled(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
     return causal_attention(q, k, v) + torch.tanh(gate) * prompt_attention(q * q.shape[-1] ** 0.5, prompt_k, prompt_v)

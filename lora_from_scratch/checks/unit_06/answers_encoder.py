@@ -1,4 +1,4 @@
-"""Unit 06, the prefix of all layers and what makes it: common mistakes, and alternative right answers."""
+"""Unit 06, the stored prefix and its encoder: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -42,22 +42,22 @@ def by_chunks(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
 
 @wrong(
     "split_prefix",
-    "You take all keys first and all values behind them. In a row, each layer's K is followed by the same layer's V.",
+    "You assume all keys first and then all values. In a row, each layer's K is followed by the same layer's V.",
 )
 def keys_first(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
     keys, values = prefix.unflatten(1, (2, n_layer, n_head, -1)).permute(1, 2, 3, 0, 4)
     return [(k[None], v[None]) for k, v in zip(keys, values, strict=True)]
 
 
-@wrong("split_prefix", "Keys and values are exchanged: K comes first.")
+@wrong("split_prefix", "You have swapped keys and values: K comes first.")
 def values_first(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
     return [(v, k) for k, v in split_prefix(prefix, n_layer, n_head)]
 
 
 @wrong(
     "split_prefix",
-    "The shapes are right and the numbers are mixed up: `view` and `reshape` never move an axis, they cut the numbers "
-    "in the order in which they lie. Which operation moves one?",
+    "The shapes are right but the numbers are mixed up: `view` and `reshape` never move an axis, they split the "
+    "numbers in their existing order. Which operation moves an axis?",
 )
 def viewed_into_shape(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
     parts = prefix.reshape(2 * n_layer, 1, n_head, len(prefix), -1)
@@ -66,7 +66,7 @@ def viewed_into_shape(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
 
 @wrong(
     "split_prefix",
-    "You cut each key and value so that a head has every H-th column. A head's columns stand side by side.",
+    "You split each key and value so that a head gets every H-th column. The columns of a head are adjacent.",
 )
 def every_hth_column(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
     parts = prefix.unflatten(1, (2 * n_layer, -1, n_head)).permute(1, 3, 0, 2)
@@ -81,7 +81,7 @@ def without_a_batch(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
     return [(k[0], v[0]) for k, v in split_prefix(prefix, n_layer, n_head)]
 
 
-@wrong("split_prefix", "Tokens and heads are exchanged: the heads' axis stands in front of the tokens'.")
+@wrong("split_prefix", "You have swapped tokens and heads: the axis of the heads comes before that of the tokens.")
 def tokens_before_heads(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
     return [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in split_prefix(prefix, n_layer, n_head)]
 
@@ -117,7 +117,7 @@ def layer_by_layer(n_layer: int, n_embd: int, length: int, hidden: int | None = 
     return total
 
 
-@wrong("prefix_parameter_count", "You count the keys or the values, and every layer has both.")
+@wrong("prefix_parameter_count", "You count either the keys or the values, but every layer has both.")
 def keys_alone(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
     width = n_layer * n_embd
     return length * width if hidden is None else length * n_embd + hidden * (n_embd + 1) + width * (hidden + 1)
@@ -143,7 +143,7 @@ def no_embeddings(n_layer: int, n_embd: int, length: int, hidden: int | None = N
 
 @wrong(
     "prefix_parameter_count",
-    "With an MLP you count the prefix that it makes, too. That is computed from the MLP and not trained.",
+    "With an MLP you also count the prefix itself. That is computed by the MLP and not trained.",
 )
 def made_and_maker(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
     whole = prefix_parameter_count(n_layer, n_embd, length, hidden)
@@ -152,7 +152,7 @@ def made_and_maker(n_layer: int, n_embd: int, length: int, hidden: int | None = 
 
 @wrong(
     "prefix_parameter_count",
-    "You count the prefix alone, whatever makes it. That is what is kept; asked for is what is trained.",
+    "You count only the prefix, with or without an MLP. That is what is kept; count what is trained.",
 )
 def what_is_kept(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
     return length * 2 * n_layer * n_embd
@@ -171,7 +171,7 @@ def an_mlp_for_each_token(n_layer: int, n_embd: int, length: int, hidden: int | 
 
 
 class Encoder(PrefixEncoder):
-    """As the library's, with a start and a forward that can be exchanged one by one."""
+    """Like the library's encoder, with an initialisation and a forward pass that can be replaced separately."""
 
     scale = 1.0
 
@@ -209,14 +209,14 @@ class written_out(Encoder):
 
 @wrong(
     "PrefixEncoder",
-    "Nothing bends between your two linear layers. Two linear maps behind each other are one.",
+    "There is no nonlinearity between your two linear layers. Two linear maps in a row are a single linear map.",
 )
 class nothing_bends(Encoder):
     def mlp(self, d: int, hidden: int, out: int, generator: torch.Generator | None) -> nn.Module:
         return nn.Sequential(seeded_linear(d, hidden, generator), nn.Identity(), seeded_linear(hidden, out, generator))
 
 
-@wrong("PrefixEncoder", "Yours bends with a relu. The prefix's MLP has a tanh.")
+@wrong("PrefixEncoder", "You use a ReLU. The MLP of the prefix has a tanh.")
 class bends_with_a_relu(Encoder):
     def mlp(self, d: int, hidden: int, out: int, generator: torch.Generator | None) -> nn.Module:
         return nn.Sequential(seeded_linear(d, hidden, generator), nn.ReLU(), seeded_linear(hidden, out, generator))
@@ -224,7 +224,7 @@ class bends_with_a_relu(Encoder):
 
 @wrong(
     "PrefixEncoder",
-    "Your tanh comes last, so that no key and no value can ever be larger than 1. It belongs between the two layers.",
+    "Your tanh comes last, so no key and no value can ever be larger than 1. It belongs between the two layers.",
 )
 class bends_at_the_end(Encoder):
     def prefix(self) -> Tensor:
@@ -235,8 +235,8 @@ class bends_at_the_end(Encoder):
 
 @wrong(
     "PrefixEncoder",
-    "`prefix` returns the right numbers outside of the graph: no gradient reaches what it is made of, and nothing "
-    "learns.",
+    "`prefix` returns the right numbers, but detached from the graph: no gradient reaches the parameters, so nothing "
+    "is trained.",
 )
 class out_of_the_graph(Encoder):
     def prefix(self) -> Tensor:
@@ -245,7 +245,7 @@ class out_of_the_graph(Encoder):
 
 @wrong(
     "PrefixEncoder",
-    "`prefix` returns the embedding as it is, also where there is an MLP. It has to go through `transform`.",
+    "`prefix` returns the embedding itself, even if there is an MLP. It has to go through `transform`.",
 )
 class past_the_mlp(Encoder):
     def prefix(self) -> Tensor:
@@ -254,8 +254,8 @@ class past_the_mlp(Encoder):
 
 @wrong(
     "PrefixEncoder",
-    "`prefix` goes through the MLP only once, in `__init__`: what you return later is the first prefix, whatever was "
-    "learned since.",
+    "You run the MLP only once, in `__init__`: later `prefix` still returns the initial prefix, whatever has been "
+    "trained since.",
 )
 class made_once(Encoder):
     def __init__(
@@ -278,7 +278,8 @@ class small_embeddings(Encoder):
 
 @wrong(
     "PrefixEncoder",
-    "The layers of your MLP do not start as `seeded_linear` makes them: they spread too widely or too narrowly.",
+    "The layers of your MLP are not initialised as by `seeded_linear`: their standard deviation is too large or too "
+    "small.",
 )
 class normal_layers(Encoder):
     def mlp(self, d: int, hidden: int, out: int, generator: torch.Generator | None) -> nn.Module:
@@ -291,8 +292,8 @@ class normal_layers(Encoder):
 
 @wrong(
     "PrefixEncoder",
-    "You draw from PyTorch's own generator and not from the one that is given: the same seed gives another start each "
-    "time, and nobody can repeat a run.",
+    "You draw from PyTorch's global generator instead of the one that is passed in: the same seed gives a different "
+    "initialisation each time, so runs cannot be reproduced.",
 )
 class forgets_the_generator(Encoder):
     def __init__(
@@ -303,7 +304,7 @@ class forgets_the_generator(Encoder):
 
 @wrong(
     "PrefixEncoder",
-    "The generator is used for the embedding and forgotten for the MLP: a part of the start is another one each time.",
+    "You use the generator for the embedding but not for the MLP: part of the initialisation differs each time.",
 )
 class forgets_it_for_the_mlp(Encoder):
     def mlp(self, d: int, hidden: int, out: int, generator: torch.Generator | None) -> nn.Module:
@@ -312,8 +313,8 @@ class forgets_it_for_the_mlp(Encoder):
 
 @wrong(
     "PrefixEncoder",
-    "Your embedding starts at zero. Then all of its rows get the same gradient and stay the same: P virtual tokens "
-    "that are one. And the same seed should give numbers that another seed does not.",
+    "Your embedding starts at zero. Then all of its rows get the same gradient and stay equal, so the P virtual "
+    "tokens remain identical. Also, different seeds should give different numbers.",
 )
 class embeddings_of_zero(Encoder):
     scale = 0.0
@@ -335,7 +336,7 @@ def through_numpy(encoder: PrefixEncoder) -> Tensor:
 
 @wrong(
     "fold_prefix",
-    "What you return hangs on the graph of the encoder: the MLP is not thrown away, it is still behind every number.",
+    "What you return is still attached to the graph of the encoder: that keeps the MLP alive instead of discarding it.",
 )
 def still_in_the_graph(encoder: PrefixEncoder) -> Tensor:
     return encoder.prefix() * 1
@@ -343,8 +344,8 @@ def still_in_the_graph(encoder: PrefixEncoder) -> Tensor:
 
 @wrong(
     "fold_prefix",
-    "Without an MLP you return the encoder's own memory: when the encoder learns on, your folded prefix changes with "
-    "it. `detach` copies nothing.",
+    "Without an MLP you return the encoder's own memory: when the encoder is trained further, your folded prefix "
+    "changes with it. `detach` does not copy.",
 )
 def shares_the_memory(encoder: PrefixEncoder) -> Tensor:
     return encoder.prefix().detach()
@@ -352,7 +353,7 @@ def shares_the_memory(encoder: PrefixEncoder) -> Tensor:
 
 @wrong(
     "fold_prefix",
-    "You return the embedding. What the layers see is what the MLP makes of it.",
+    "You return the embedding. What the layers use is the output of the MLP.",
 )
 def the_embedding(encoder: PrefixEncoder) -> Tensor:
     return encoder.embedding.detach().clone()
@@ -360,7 +361,7 @@ def the_embedding(encoder: PrefixEncoder) -> Tensor:
 
 @wrong(
     "fold_prefix",
-    "You copy the encoder, MLP and all, and fold nothing: asked for is one tensor, (P, 2 L d).",
+    "You return a copy of the encoder, including the MLP: return a single tensor, (P, 2 L d).",
 )
 def a_copy_of_the_encoder(encoder: PrefixEncoder) -> PrefixEncoder:
     return copy.deepcopy(encoder)
@@ -368,7 +369,7 @@ def a_copy_of_the_encoder(encoder: PrefixEncoder) -> PrefixEncoder:
 
 @wrong(
     "fold_prefix",
-    "You take the MLP out of the encoder itself. It should stay as it is: perhaps somebody wants to train on.",
+    "You remove the MLP from the encoder itself. The encoder should stay as it is, so that training can continue.",
 )
 def takes_the_mlp_out(encoder: PrefixEncoder) -> Tensor:
     folded = encoder.prefix().detach().clone()
@@ -379,7 +380,7 @@ def takes_the_mlp_out(encoder: PrefixEncoder) -> Tensor:
 
 @wrong(
     "fold_prefix",
-    "Folding freezes your encoder: afterwards it cannot be trained on.",
+    "You freeze the encoder when folding: afterwards it cannot be trained any further.",
 )
 def freezes_the_encoder(encoder: PrefixEncoder) -> Tensor:
     folded = encoder.prefix().detach().clone()
@@ -387,12 +388,12 @@ def freezes_the_encoder(encoder: PrefixEncoder) -> Tensor:
     return folded
 
 
-@wrong("fold_prefix", "You return the prefix cut into layers. Asked for is the whole, (P, 2 L d).")
+@wrong("fold_prefix", "You return the prefix split into layers. Return it as one tensor, (P, 2 L d).")
 def cut_into_layers(encoder: PrefixEncoder) -> Layers:
     whole = encoder.prefix().detach().clone()
     return split_prefix(whole, encoder.n_layer, encoder.n_head)
 
 
-@wrong("fold_prefix", "Your prefix is divided by sqrt(P). Nothing is averaged or scaled when it is folded.")
+@wrong("fold_prefix", "You divide the prefix by sqrt(P). Folding neither averages nor scales anything.")
 def scaled_down(encoder: PrefixEncoder) -> Tensor:
     return encoder.prefix().detach().clone() / math.sqrt(encoder.length)

@@ -1,4 +1,4 @@
-"""Unit 06, prefix tuning: what is checked."""
+"""Unit 06, prefix tuning: its exercises, their cases and hints, and its predictions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TITLE = "Prefix tuning"
 
 
 def attention_inputs(draw: Draw, batch: int, heads: int, tokens: int, prefix: int, width: int) -> dict[str, Data]:
-    """q, k, v of a text, and keys and values that stand in front of every text."""
+    """q, k, v of a text, and keys and values to prepend to every text."""
     of_text = (batch, heads, tokens, width)
     given: dict[str, Data] = {name: draw.normal(*of_text) for name in ("q", "k", "v")}
     return given | {name: draw.normal(1, heads, prefix, width) for name in ("prefix_k", "prefix_v")}
@@ -92,7 +92,7 @@ def split_cases(draw: Draw) -> Iterator[Case]:
     yield case("one layer, one head, a prefix of one", 1, 1, 2, 1)
     yield case("two layers, one head, a prefix of 3", 2, 1, 2, 3)
     yield case("one layer, 3 heads, a prefix of 3", 1, 3, 2, 3)
-    # As many of everything, so that what is mixed up still has the right shape.
+    # Equal sizes, so that swapped axes still give the right shape.
     yield case("2 layers, 2 heads, a prefix of 2, d = 4", 2, 2, 2, 2)
     yield case("3 layers, 2 heads, a prefix of 5, d = 6", 3, 2, 3, 5)
 
@@ -136,15 +136,15 @@ def fold_cases(draw: Draw) -> Iterator[Case]:
 EXERCISES = [
     Exercise(
         prefix_attention,
-        idea="a past that was never read",
+        idea="prefix attention",
         difficulty=2,
         minutes=6,
         points=2,
         hints=(
-            "The queries are the text's alone. Only what they look at gets longer: the keys and the values.",
-            "In front means before the text on the axis of the tokens, which is number 2. The prefix has a batch of "
-            "one, perhaps, and the text a larger one: `.expand` repeats without copying.",
-            "`torch.cat([prefix, text], dim=...)` twice, and `causal_attention` does the rest: its mask aligns the "
+            "The queries are those of the text only. What they attend to gets longer: the keys and the values.",
+            "Prepend along the axis of the tokens, which is axis 2. The prefix may have a batch size of 1 and the "
+            "text a larger one: `.expand` repeats without copying.",
+            "Use `torch.cat([prefix, text], dim=...)` twice; `causal_attention` does the rest: its mask aligns the "
             "last query with the last key.",
         ),
         cases=prefix_cases,
@@ -152,47 +152,47 @@ EXERCISES = [
     ),
     Exercise(
         prefix_share,
-        idea="a past that was never read",
+        idea="prefix attention",
         difficulty=3,
         minutes=10,
         points=3,
         hints=(
-            "You need the weights of the attention and not what it returns. Which lines of `causal_attention` make "
+            "You need the attention weights, not the output of attention. Which lines of `causal_attention` compute "
             "them?",
-            "Scores of q with all keys, prefix first; future ones to minus infinity; softmax. "
-            "`causal_mask(T, P + T)` is True where a query may see.",
-            "Of the weights, (B, H, T, P + T), the first P columns are the prefix's. What is left to do with them is "
-            "one sum. `scores.masked_fill(~mask, -math.inf)` hides the future.",
+            "Compute the scores of q with all keys, prefix first; set future ones to minus infinity; apply the "
+            "softmax. `causal_mask(T, P + T)` is True where a query may attend.",
+            "Of the weights, (B, H, T, P + T), the first P columns belong to the prefix. All that remains is one sum. "
+            "`scores.masked_fill(~mask, -math.inf)` hides the future.",
         ),
         cases=share_cases,
         probe=run_share,
     ),
     Exercise(
         split_prefix,
-        idea="a prefix in every layer",
+        idea="prefix layout",
         difficulty=3,
         minutes=12,
         points=3,
         hints=(
             "Take one row. Write below it which columns belong to which layer, which of them are keys, and which "
-            "belong to which head: three cuts, the outermost first.",
-            "`prefix.view(P, 2 L, H, hd)` makes all cuts at once. Now the axis of the layers has to come to the front "
-            "and the one of the tokens behind the heads: that is a permutation, and no second view.",
+            "belong to which head: three splits, the outermost first.",
+            "`prefix.view(P, 2 L, H, hd)` makes all splits at once. Now the axis of the layers has to move to the "
+            "front and that of the tokens after the heads: this takes a permutation, not a second view.",
             "After `.permute(...)` to (2 L, H, P, hd) the entries 2 l and 2 l + 1 are K and V of layer l; `[None]` "
-            "gives each its batch of one.",
+            "adds the batch axis of size 1.",
         ),
         cases=split_cases,
     ),
     Exercise(
         prefix_parameter_count,
-        idea="what a prefix costs",
+        idea="cost of a prefix",
         difficulty=2,
         minutes=6,
         points=2,
         hints=(
-            "How long is a row of the prefix? Each layer wants a key and a value of it.",
-            "With the MLP the prefix is no parameter any more. What are: the embeddings, and of each linear layer the "
-            "weight and the bias.",
+            "How long is a row of the prefix? It contains a key and a value for each layer.",
+            "With the MLP the prefix is no longer a parameter. The parameters are the embeddings, and the weight and "
+            "bias of each linear layer.",
             "A linear layer from a to b has a b + b numbers. The MLP goes from d to m, and from m to the length of a "
             "row.",
         ),
@@ -206,10 +206,10 @@ EXERCISES = [
         points=4,
         blank=("__init__", "prefix"),
         hints=(
-            "`super().__init__(length)` first; then what `enter` reads of the object: `self.n_layer` and "
+            "`super().__init__(length)` first; then the attributes that `enter` uses: `self.n_layer` and "
             "`self.n_head`. Then two cases: hidden is None, or it is not.",
-            "In both cases there are an `embedding` and a `transform`, so that `prefix` is the same line for both: one "
-            "is put through the other. What differs is how wide the embedding is.",
+            "In both cases there are an `embedding` and a `transform`, so that `prefix` is the same line for both: "
+            "apply one to the other. What differs is the width of the embedding.",
             "`nn.Parameter(torch.randn(length, width, generator=generator))`; and `nn.Sequential(seeded_linear(...), "
             "nn.Tanh(), seeded_linear(...))`, each with the generator.",
         ),
@@ -224,25 +224,25 @@ EXERCISES = [
         minutes=4,
         points=1,
         hints=(
-            "The encoder can tell you what the prefix is at the moment.",
-            "What it returns hangs on the graph. And without an MLP it is the very tensor that is trained.",
-            "`.detach()` takes it out of the graph, and shares the memory still; `.clone()` does not.",
+            "The encoder has a method that computes the current prefix.",
+            "What it returns is attached to the graph. Without an MLP it is even the very tensor that is trained.",
+            "`.detach()` takes it out of the graph but still shares its memory; `.clone()` does not.",
         ),
         cases=fold_cases,
         probe=run_fold,
     ),
     Exercise(
         gated_prefix_attention,
-        idea="a gate that starts shut",
+        idea="gating",
         difficulty=2,
         minutes=6,
         points=2,
         hints=(
-            "Two attentions, each with a softmax of its own, and a sum. Which of the two has a mask?",
-            "`causal_attention` is the first, `prompt_attention` of the library the second. The gate belongs to the "
-            "second alone.",
-            "The gate is learned without bounds and used between -1 and 1. Its shape, (1, H, 1, 1), fits in front of "
-            "(B, H, T, hd) as it is.",
+            "It is the sum of two attentions, each with a softmax of its own. Which of the two has a mask?",
+            "`causal_attention` is the first, the library's `prompt_attention` the second. The gate applies only to "
+            "the second.",
+            "The gate is trained without bounds and used between -1 and 1. Its shape, (1, H, 1, 1), broadcasts "
+            "against (B, H, T, hd) as it is.",
         ),
         cases=gated_cases,
         probe=run_gated,
@@ -253,41 +253,41 @@ PREDICTIONS = [
     Prediction(
         "zero_prefix",
         question=(
-            "You put a prefix of 16 virtual tokens in front of every layer, all keys and all values zero, and train "
-            "nothing. What does the model's loss do?"
+            "You prepend a prefix of 16 virtual tokens in every layer, with all keys and all values zero, and train "
+            "nothing. What happens to the model's loss?"
         ),
         choices={
             "a": "nothing: a value of zero adds nothing, and a key of zero matches no query",
             "b": "it changes: zeros take attention away from the text",
-            "c": "nothing, as long as the text's positions are counted as before; only their shift can matter",
+            "c": "nothing, as long as the text's positions are counted as before; only a shift of positions can matter",
         },
         answer="b",
         explanation=(
             "A key of zeros has the score 0 with every query, and exp(0) is 1, not 0. So each of the 16 gets a weight "
             "in the softmax, as large as that of a token with the score 0, and the text's weights shrink. The values "
-            "add nothing, and that is just what changes the output: it becomes a (1 - lambda)th of what it was."
+            "add nothing to make up for that, so the output becomes (1 - lambda) times what it was."
         ),
-        idea="a past that was never read",
+        idea="prefix attention",
     ),
     Prediction(
         "who_learns_first",
         question=(
-            "A LLaMA-Adapter starts with random prompts and with gates of zero. After the very first backward pass, "
-            "which of the two have a gradient that is not zero?"
+            "A LLaMA-Adapter starts with random prompts and with gates of zero. After the first backward pass, which "
+            "of the two have a nonzero gradient?"
         ),
         choices={
             "a": "both: the prompts are random, so there is something to learn",
-            "b": "neither: what is multiplied by zero is lost, for ever",
-            "c": "the gates, and not the prompts",
-            "d": "the prompts, and not the gates",
+            "b": "neither: what is multiplied by zero can never learn",
+            "c": "the gates, but not the prompts",
+            "d": "the prompts, but not the gates",
         },
         answer="c",
         explanation=(
-            "The output has tanh(g) times the prompt's attention in it. The gradient of g has the prompt's attention "
-            "as its factor, which is random and not zero. The gradient of the prompt has tanh(g) as its factor, which "
-            "is zero. After one step the gates are open a little, and from then on both learn: of a product, one "
-            "factor may start at zero."
+            "The output contains tanh(g) times the attention to the prompt. The gradient of g is proportional to the "
+            "attention to the prompt, which is random and not zero. The gradient of the prompt is proportional to "
+            "tanh(g), which is zero. After one step the gates are slightly open, and from then on both learn: one "
+            "factor of a product may start at zero, but not both."
         ),
-        idea="a gate that starts shut",
+        idea="gating",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Unit 06, prefix tuning: what is looked at when an answer is tried."""
+"""Unit 06, prefix tuning: what the checks observe of an answer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from lora_from_scratch.methods.prefix_tuning import PrefixEncoder
 
 START, FORWARD = "the start", "what it computes"
 TINY = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
-WIDE = GPT2Config(vocab_size=11, n_positions=200, n_embd=32, n_layer=2, n_head=2)  # numbers enough to see their spread
+WIDE = GPT2Config(
+    vocab_size=11, n_positions=200, n_embd=32, n_layer=2, n_head=2
+)  # large enough to estimate their spread
 
 
 def gradients(value: Any, inputs: list[Tensor]) -> list[Tensor | None]:
-    """Of a sum of squares of the value; None where no gradient can flow."""
+    """Gradients of half the sum of squares of the value; None where no gradient can flow."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return [None for _ in inputs]
     return list(torch.autograd.grad(value.square().sum() / 2, inputs, allow_unused=True))
 
 
 def in_one(gained: list[Tensor | None], inputs: list[Tensor]) -> Tensor:
-    """Gradients side by side, zero where there is none: one that nearly cancels is then compared with the others."""
+    """All gradients in one vector, zero where there is none, so that nearly cancelling ones are compared in context."""
     pairs = zip(gained, inputs, strict=True)
     return torch.cat([torch.zeros(x.numel()) if g is None else g.flatten() for g, x in pairs])
 
@@ -37,7 +39,7 @@ def in_one(gained: list[Tensor | None], inputs: list[Tensor]) -> Tensor:
 
 
 def run_prefix_attention(answer: Callable[..., Any], **given: Tensor) -> Any:
-    """The result, and the gradients of the keys and values in front, which are all that is learned."""
+    """The result, and the gradients of the prefix's keys and values, which are all that is trained."""
     learned = [given[name].requires_grad_() for name in ("prefix_k", "prefix_v")]
     y = answer(**given)
     return {"y": y, "gradients": in_one(gradients(y, learned), learned)}
@@ -58,7 +60,7 @@ def run_gated(answer: Callable[..., Any], **given: Tensor) -> Any:
 
 
 def run_encoder(answer: Callable[..., Any], what: str, length: int, hidden: int | None, seed: int, ids: Tensor) -> Any:
-    """A new encoder of a seed; or what one with given numbers makes, and what a model makes of that."""
+    """A new encoder for a seed; or the prefix of an encoder with given numbers, and the logits of a model with it."""
     if what == START:
         return seen_of_start(lambda s: answer(WIDE, length, hidden, torch.Generator().manual_seed(s)), seed)
     encoder = answer(TINY, length, hidden)
@@ -75,7 +77,7 @@ def run_encoder(answer: Callable[..., Any], what: str, length: int, hidden: int 
 
 
 def seen_of_start(make: Callable[[int], Any], seed: int) -> Any:
-    """The start of one seed, of the same again, of another."""
+    """The initialisation for one seed, for the same seed again, and for another one."""
     first, again, other = make(seed), make(seed), make(seed + 1)
     values, repeated, others = ([p.detach() for p in encoder.parameters()] for encoder in (first, again, other))
     return {
@@ -95,7 +97,7 @@ def fill(module: torch.nn.Module, seed: int) -> None:
 
 
 def same_encoder(case: Case, seen: Seen, expected: Seen) -> bool:
-    """At the start the numbers may be others, their shapes and their distribution may not."""
+    """At initialisation the numbers may differ, but not their shapes or their distribution."""
     one, other = seen.value, expected.value
     if case.inputs["what"] == FORWARD:
         return same(one, other)
@@ -110,7 +112,7 @@ def same_encoder(case: Case, seen: Seen, expected: Seen) -> bool:
 
 
 def _same_spread(one: Any, other: Any) -> bool:
-    """As far from zero in the mean and at the most, for some hundreds of numbers or more."""
+    """Whether spread, maximum and mean agree, for a few hundred numbers or more."""
     if one.shape != other.shape:
         return False
     one, other = one.double(), other.double()
@@ -128,7 +130,7 @@ def _same_spread(one: Any, other: Any) -> bool:
 
 
 def run_fold(answer: Callable[..., Any], length: int, hidden: int | None, seed: int) -> Any:
-    """The folded prefix, before and after the encoder goes on learning; and whether the encoder still can."""
+    """The folded prefix, before and after further training of the encoder; whether the encoder can still be trained."""
     encoder = PrefixEncoder(TINY, length, hidden)
     fill(encoder, seed)
     folded = answer(encoder)

@@ -47,19 +47,23 @@ def one_addition_at_a_time(n_embd: int, width: int, adapters: int = 1, bias: boo
     return total
 
 
-@wrong("adapter_parameter_count", "You count one of the two matrices. It goes down, and it has to come up again.")
+@wrong(
+    "adapter_parameter_count",
+    "You count only one of the two matrices: there is a down projection and an up projection.",
+)
 def one_matrix(n_embd: int, width: int, adapters: int = 1, bias: bool = True, norms: int = 0) -> int:
     return adapters * (n_embd * width + (width + n_embd if bias else 0)) + 2 * norms * n_embd
 
 
-@wrong("adapter_parameter_count", "You leave the biases out. They count, unless there are none.")
+@wrong("adapter_parameter_count", "You leave out the biases. They count, unless `bias` is False.")
 def no_biases(n_embd: int, width: int, adapters: int = 1, bias: bool = True, norms: int = 0) -> int:
     return adapters * 2 * n_embd * width + 2 * norms * n_embd
 
 
 @wrong(
     "adapter_parameter_count",
-    "Both of your biases are as long as the bottleneck is wide. The second one is added to what comes out.",
+    "Both of your biases are as long as the bottleneck is wide. The second one is added to the output, which has d "
+    "numbers.",
 )
 def both_biases_narrow(n_embd: int, width: int, adapters: int = 1, bias: bool = True, norms: int = 0) -> int:
     return adapters * (2 * n_embd * width + (2 * width if bias else 0)) + 2 * norms * n_embd
@@ -70,20 +74,20 @@ def biases_always(n_embd: int, width: int, adapters: int = 1, bias: bool = True,
     return adapters * (2 * n_embd * width + width + n_embd) + 2 * norms * n_embd
 
 
-@wrong("adapter_parameter_count", "A LayerNorm learns a gain *and* a shift for each number that it normalises.")
+@wrong("adapter_parameter_count", "A LayerNorm has a gain *and* a shift for each number that it normalises.")
 def half_a_norm(n_embd: int, width: int, adapters: int = 1, bias: bool = True, norms: int = 0) -> int:
     return adapters * (2 * n_embd * width + (width + n_embd if bias else 0)) + norms * n_embd
 
 
 @wrong(
     "adapter_parameter_count",
-    "You multiply the LayerNorms by the adapters. `norms` is their number in the whole model already.",
+    "You multiply the LayerNorms by the adapters. `norms` is already their number in the whole model.",
 )
 def norms_for_each_adapter(n_embd: int, width: int, adapters: int = 1, bias: bool = True, norms: int = 0) -> int:
     return adapters * (2 * n_embd * width + (width + n_embd if bias else 0) + 2 * norms * n_embd)
 
 
-@wrong("adapter_parameter_count", "You leave the LayerNorms out. Where there are any, they are learned as well.")
+@wrong("adapter_parameter_count", "You leave out the LayerNorms. If there are any, they are trained as well.")
 def without_norms(n_embd: int, width: int, adapters: int = 1, bias: bool = True, norms: int = 0) -> int:
     return adapters * (2 * n_embd * width + (width + n_embd if bias else 0))
 
@@ -99,7 +103,7 @@ STD = 1e-3
 
 
 def cut_off_normal(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-    """By the inverse of the distribution function, between -2 and 2 standard deviations."""
+    """A truncated normal, between -2 and 2 standard deviations, drawn by inverting the distribution function."""
     low = 0.5 * (1 + math.erf(-math.sqrt(2)))
     u = low + (1 - 2 * low) * torch.rand(shape, generator=generator, dtype=torch.float64)
     return (STD * torch.special.ndtri(u)).float()
@@ -140,8 +144,8 @@ class written_out(nn.Module):
 
 @wrong(
     "BottleneckAdapter",
-    "What came in is lost: only the way through the bottleneck comes out. At the start that is next to nothing, and "
-    "the model behind the adapter reads next to nothing.",
+    "The input is lost: you return only the output of the bottleneck. At initialisation that is almost zero, so the "
+    "rest of the model gets almost no input.",
 )
 class nothing_added(BottleneckAdapter):
     def forward(self, x: Tensor) -> Tensor:
@@ -150,15 +154,15 @@ class nothing_added(BottleneckAdapter):
 
 @wrong(
     "BottleneckAdapter",
-    "Nothing bends between your two matrices. Two linear maps behind each other are one: then it could be merged into "
-    "a weight, and it could learn no more than a matrix of low rank.",
+    "There is no nonlinearity between your two matrices. Two linear maps in a row are a single one: it could be "
+    "merged into a weight, and could learn no more than a matrix of low rank.",
 )
 class straight(BottleneckAdapter):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.up(self.down(x))
 
 
-@wrong("BottleneckAdapter", "Yours bends with a relu. Houlsby's adapters have a gelu here.")
+@wrong("BottleneckAdapter", "You use a relu. Houlsby's adapters have a gelu here.")
 class with_relu(BottleneckAdapter):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.up(F.relu(self.down(x)))
@@ -166,15 +170,15 @@ class with_relu(BottleneckAdapter):
 
 @wrong(
     "BottleneckAdapter",
-    "Your gelu is the exact one, which PyTorch takes unless told otherwise. GPT-2's is the tanh approximation: the two "
-    "differ in the fourth digit.",
+    "Your gelu is the exact one, which is PyTorch's default. GPT-2 uses the tanh approximation: the two differ in the "
+    "fourth digit.",
 )
 class exact_gelu(BottleneckAdapter):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.up(F.gelu(self.down(x)))
 
 
-@wrong("BottleneckAdapter", "It bends too late: behind the way up, where the numbers are as many as before.")
+@wrong("BottleneckAdapter", "Your gelu comes too late: after the up projection instead of before it.")
 class bends_behind(BottleneckAdapter):
     def forward(self, x: Tensor) -> Tensor:
         return x + F.gelu(self.up(self.down(x)), approximate="tanh")
@@ -182,8 +186,8 @@ class bends_behind(BottleneckAdapter):
 
 @wrong(
     "BottleneckAdapter",
-    "x is bent as well: gelu goes around the sum. What came in has to come out as it was, or the start is far from the "
-    "identity.",
+    "You apply the gelu to the sum, so x goes through it as well. x has to be passed on unchanged, or the adapter "
+    "does not start close to the identity.",
 )
 class bends_the_sum(BottleneckAdapter):
     def forward(self, x: Tensor) -> Tensor:
@@ -191,7 +195,7 @@ class bends_the_sum(BottleneckAdapter):
 
 
 class Starts(BottleneckAdapter):
-    """Starts as `start` says, weight by weight."""
+    """Initialised weight by weight by the function `start`."""
 
     def __init__(self, n_embd: int, width: int, generator: torch.Generator | None = None) -> None:
         nn.Module.__init__(self)
@@ -210,8 +214,8 @@ class Starts(BottleneckAdapter):
 
 @wrong(
     "BottleneckAdapter",
-    "Both of your weights are zero at the start. Then each of the two waits for the other: only the last bias ever "
-    "gets a gradient.",
+    "Both of your weights start at zero. Then neither of them ever gets a gradient, because each is multiplied by the "
+    "other: only the last bias does.",
 )
 class all_zero(Starts):
     def start(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
@@ -220,7 +224,7 @@ class all_zero(Starts):
 
 @wrong(
     "BottleneckAdapter",
-    "One of your weights is zero at the start. That is exactly the identity, and it learns; but here both start as "
+    "One of your weights starts at zero. That is exactly the identity, and it does learn; but here both start as "
     "small random numbers.",
 )
 class one_zero(Starts):
@@ -230,15 +234,18 @@ class one_zero(Starts):
 
 @wrong(
     "BottleneckAdapter",
-    "Your numbers are not cut off: some lie beyond two standard deviations. (Also have a look at what the bounds of "
-    "`trunc_normal_` mean: they are not counted in standard deviations.)",
+    "Your numbers are not truncated: some lie beyond two standard deviations. (Also check what the bounds of "
+    "`trunc_normal_` mean: they are not given in standard deviations.)",
 )
 class not_cut_off(Starts):
     def start(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         return STD * torch.randn(shape, generator=generator)
 
 
-@wrong("BottleneckAdapter", "Your numbers are of the size 1e-2. That is ten times as far from the identity as asked.")
+@wrong(
+    "BottleneckAdapter",
+    "Your numbers have a standard deviation of 1e-2. That is ten times as far from the identity as it should be.",
+)
 class ten_times_as_far(Starts):
     def start(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         return 10 * cut_off_normal(shape, generator)
@@ -246,7 +253,8 @@ class ten_times_as_far(Starts):
 
 @wrong(
     "BottleneckAdapter",
-    "Your biases start as PyTorch has drawn them. They move every token, so that the start is not near the identity.",
+    "Your biases keep the values that PyTorch has drawn. They change every token, so the adapter does not start close "
+    "to the identity.",
 )
 class biases_as_drawn(Starts):
     def start_bias(self, bias: Tensor, generator: torch.Generator | None) -> None:
@@ -256,8 +264,8 @@ class biases_as_drawn(Starts):
 
 @wrong(
     "BottleneckAdapter",
-    "You draw from PyTorch's own generator and not from the one that is given: the same seed gives another start each "
-    "time, and nobody can repeat a run.",
+    "You draw from PyTorch's global generator instead of the one that is passed in: the same seed gives different "
+    "numbers each time, so runs cannot be reproduced.",
 )
 class forgets_the_generator_of_a_bottleneck(Starts):
     def start(self, name: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
@@ -272,7 +280,7 @@ def uniform(shape: torch.Size, bound: float, generator: torch.Generator | None) 
 
 
 class Beside(ParallelAdapter):
-    """Starts as `start` says."""
+    """Initialised by the function `start`."""
 
     def __init__(self, n_embd: int, width: int, scaling: float = 1.0, generator: torch.Generator | None = None) -> None:
         nn.Module.__init__(self)
@@ -300,20 +308,20 @@ class kept_in_a_sequence(Beside):
 
 @wrong(
     "ParallelAdapter",
-    "You add x yourself. What this is added to has its own way past: then x would count twice.",
+    "You add x yourself. The block already has a skip connection, so x would be added twice.",
 )
 class adds_x(Beside):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.scaling * self.up(F.relu(self.down(x)))
 
 
-@wrong("ParallelAdapter", "The scaling has no effect on what comes out.")
+@wrong("ParallelAdapter", "The scaling has no effect on your result.")
 class without_the_scaling_beside(Beside):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(F.relu(self.down(x)))
 
 
-@wrong("ParallelAdapter", "Yours bends with a gelu. The parallel adapter has a relu.")
+@wrong("ParallelAdapter", "You use a gelu. The parallel adapter has a relu.")
 class with_gelu(Beside):
     def forward(self, x: Tensor) -> Tensor:
         return self.scaling * self.up(F.gelu(self.down(x), approximate="tanh"))
@@ -321,14 +329,14 @@ class with_gelu(Beside):
 
 @wrong(
     "ParallelAdapter",
-    "Nothing bends between your two matrices: that is LoRA. (It has its own unit.)",
+    "There is no nonlinearity between your two matrices: that is LoRA. (It has its own unit.)",
 )
 class straight_beside(Beside):
     def forward(self, x: Tensor) -> Tensor:
         return self.scaling * self.up(self.down(x))
 
 
-@wrong("ParallelAdapter", "The relu comes last in yours: then nothing that is negative could ever be added.")
+@wrong("ParallelAdapter", "Your relu comes last: then nothing negative could ever be added.")
 class relu_last(Beside):
     def forward(self, x: Tensor) -> Tensor:
         return self.scaling * F.relu(self.up(self.down(x)))
@@ -336,7 +344,7 @@ class relu_last(Beside):
 
 @wrong(
     "ParallelAdapter",
-    "Both weights are zero at the start. The gradient of each has the other one in it: this adapter never learns.",
+    "Both weights start at zero. The gradient of each contains the other as a factor, so this adapter never learns.",
 )
 class both_zero_beside(Beside):
     def start(self, n_embd: int, width: int, generator: torch.Generator | None) -> None:
@@ -347,8 +355,8 @@ class both_zero_beside(Beside):
 
 @wrong(
     "ParallelAdapter",
-    "In yours `down` is zero and `up` random. Nothing is added at the start, but relu's gradient at zero is zero, so "
-    "neither of the two ever gets one.",
+    "Your `down` starts at zero and `up` is random. Nothing is added at first, but the relu's gradient at zero is "
+    "zero, so neither weight ever gets a gradient.",
 )
 class the_other_is_zero(Beside):
     def start(self, n_embd: int, width: int, generator: torch.Generator | None) -> None:
@@ -356,7 +364,7 @@ class the_other_is_zero(Beside):
         self.up.weight.copy_(uniform(self.up.weight.shape, width**-0.5, generator))
 
 
-@wrong("ParallelAdapter", "Both weights are random: the adapted model is not the one that you loaded.")
+@wrong("ParallelAdapter", "Both weights are random, so the adapted model does not start as the one that you loaded.")
 class both_random_beside(Beside):
     def start(self, n_embd: int, width: int, generator: torch.Generator | None) -> None:
         self.down.weight.copy_(uniform(self.down.weight.shape, n_embd**-0.5, generator))
@@ -365,7 +373,8 @@ class both_random_beside(Beside):
 
 @wrong(
     "ParallelAdapter",
-    "`down` spreads too widely: `kaiming_uniform_` has a parameter a, and its default is another one.",
+    "The standard deviation of `down` is too large: `kaiming_uniform_` has a parameter a, whose default is a "
+    "different value.",
 )
 class kaiming_by_default_beside(Beside):
     def start(self, n_embd: int, width: int, generator: torch.Generator | None) -> None:
@@ -400,7 +409,10 @@ class made_from_nothing(nn.Module):
         return torch.add(self.base(x, *others, **named), self.adapter(x))
 
 
-@wrong("AdapterBeside", "Your adapter reads what the base made: it stands behind the base and not beside it.")
+@wrong(
+    "AdapterBeside",
+    "Your adapter reads the output of the base: it comes after the base instead of running in parallel.",
+)
 class behind_and_added(AdapterAfter):
     def forward(self, x: Tensor, *others: object) -> Tensor:
         y = self.base(x, *others)
@@ -415,26 +427,26 @@ class behind(AdapterAfter):
 
 @wrong(
     "AdapterBeside",
-    "The mask gets lost: the base is called with x alone. Nothing complains, and padding is read as text.",
+    "The mask is lost: you call the base with x only. There is no error, but padding is read as text.",
 )
 class forgets_the_others(AdapterAfter):
     def forward(self, x: Tensor, *others: object) -> Tensor:
         return self.base(x) + self.adapter(x)
 
 
-@wrong("AdapterBeside", "You hand on the first of the other arguments only.")
+@wrong("AdapterBeside", "You pass on only the first of the other arguments.")
 class hands_on_one(AdapterAfter):
     def forward(self, x: Tensor, *others: object) -> Tensor:
         return self.base(x, *others[:1]) + self.adapter(x)
 
 
-@wrong("AdapterBeside", "You add x as well. The block around it does that already.")
+@wrong("AdapterBeside", "You also add x. The block around it already does that.")
 class adds_x_too(AdapterAfter):
     def forward(self, x: Tensor, *others: object) -> Tensor:
         return x + self.base(x, *others) + self.adapter(x)
 
 
-@wrong("AdapterBeside", "Only the adapter comes out: the pretrained module has to have its say.")
+@wrong("AdapterBeside", "You return only the adapter's output: the output of the pretrained module is missing.")
 class the_adapter_alone(AdapterAfter):
     def forward(self, x: Tensor, *others: object) -> Tensor:
         return self.adapter(x)
@@ -442,7 +454,7 @@ class the_adapter_alone(AdapterAfter):
 
 @wrong(
     "AdapterBeside",
-    "No gradient reaches the base. It may be frozen or not, but blocks below it learn through it as well.",
+    "No gradient reaches the base. Whether or not it is frozen, gradients have to pass through it to what is below.",
 )
 class cuts_the_graph(AdapterAfter):
     def forward(self, x: Tensor, *others: object) -> Tensor:
@@ -492,14 +504,14 @@ def all_made_first(model, width=24, variant="houlsby", *, scaling=1.0, layers=()
     return found
 
 
-@wrong("insert_adapters", "You make the adapters, but the model does not know of them: nothing was put into its place.")
+@wrong("insert_adapters", "You create the adapters, but do not insert them: the model is unchanged.")
 def never_put_in(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     return {name: made(model, variant, width, scaling, generator) for name in checked(model, width, variant, layers)}
 
 
 @wrong(
     "insert_adapters",
-    "The same adapter stands in every place: made once, before the loop. Each place needs its own.",
+    "You use the same adapter in every place: it is created once, before the loop. Each place needs its own.",
 )
 def one_for_all(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     places = checked(model, width, variant, layers)
@@ -509,7 +521,7 @@ def one_for_all(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), g
     return dict.fromkeys(places, adapter)
 
 
-@wrong("insert_adapters", "A parallel adapter stands beside its module, and you put it behind.")
+@wrong("insert_adapters", "A parallel adapter runs in parallel with its module, but you put it after the module.")
 def always_behind(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     found = {}
     for name in checked(model, width, variant, layers):
@@ -519,7 +531,7 @@ def always_behind(model, width=24, variant="houlsby", *, scaling=1.0, layers=(),
 
 
 @wrong(
-    "insert_adapters", "The adapter takes the place of the pretrained module, which is gone. They have to be wrapped."
+    "insert_adapters", "The adapter replaces the pretrained module, which is lost. The two have to be wrapped together."
 )
 def in_place_of_the_base(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     found = {}
@@ -538,20 +550,20 @@ class Alone(nn.Module):
         return self.adapter(x)
 
 
-@wrong("insert_adapters", "You put adapters into every block, whichever `layers` are named.")
+@wrong("insert_adapters", "You insert adapters into every block, whatever `layers` says.")
 def in_all_layers(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     checked(model, width, variant, layers)
     return all_made_first(model, width, variant, scaling=scaling, generator=generator)
 
 
-@wrong("insert_adapters", "The scaling that you are given never reaches the adapters.")
+@wrong("insert_adapters", "You do not pass the scaling on to the adapters.")
 def loses_the_scaling(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     return all_made_first(model, width, variant, layers=layers, generator=generator)
 
 
 @wrong(
     "insert_adapters",
-    "You freeze the model. That is somebody else's business: what is trained has to stay as it was.",
+    "You freeze the model. That is not this function's job: what is trained has to stay as it was.",
 )
 def freezes(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     checked(model, width, variant, layers)
@@ -559,20 +571,20 @@ def freezes(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), gener
     return all_made_first(model, width, variant, scaling=scaling, layers=layers, generator=generator)
 
 
-@wrong("insert_adapters", "You return the wrappers. The adapters are what is asked for: they hold what is learned.")
+@wrong("insert_adapters", "You return the wrappers. Return the adapters, which hold what is trained.")
 def returns_the_wrappers(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     found = all_made_first(model, width, variant, scaling=scaling, layers=layers, generator=generator)
     return {name: model.get_submodule(name) for name in found}
 
 
-@wrong("insert_adapters", "The generator is not handed on: the same seed gives other adapters each time.")
+@wrong("insert_adapters", "You do not pass the generator on: the same seed gives different adapters each time.")
 def draws_from_elsewhere(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     return all_made_first(model, width, variant, scaling=scaling, layers=layers)
 
 
 @wrong(
     "insert_adapters",
-    "Your adapters are float32, whatever the model is. They have to be of the dtype that they will read.",
+    "Your adapters are float32, whatever the model's dtype. They need the dtype of their inputs.",
 )
 def always_float32(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     found = {}
@@ -582,7 +594,7 @@ def always_float32(model, width=24, variant="houlsby", *, scaling=1.0, layers=()
     return found
 
 
-@wrong("insert_adapters", "A width that the model cannot have is to be refused: it is wider than the model here.")
+@wrong("insert_adapters", "An invalid width has to raise a ValueError: here it is larger than the width of the model.")
 def any_width(model, width=24, variant="houlsby", *, scaling=1.0, layers=(), generator=None):
     found = {}
     for name in adapter_places(model.config.n_layer, variant, layers):
@@ -618,8 +630,8 @@ def wrappers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @wrong(
     "remove_adapters",
-    "You silence the adapters, and leave them where they are. The model computes as before, more slowly, and its "
-    "parameters have other names than before.",
+    "You disable the adapters but leave them in place. The model computes the same as before, but more slowly, and "
+    "its parameters have different names.",
 )
 def silences(model: nn.Module) -> None:
     for _, wrapper in wrappers(model):
@@ -629,22 +641,22 @@ def silences(model: nn.Module) -> None:
 
 @wrong(
     "remove_adapters",
-    "You put copies into the old places. Whoever holds the old modules or parameters, an optimiser for instance, holds "
-    "others now: it has to be the same object.",
+    "You put back copies. An optimiser, for instance, would still hold the old parameters: put back the same objects.",
 )
 def puts_back_copies(model: nn.Module) -> None:
     for name, wrapper in reversed(wrappers(model)):
         replace_module(model, name, copy.deepcopy(wrapper.base))
 
 
-@wrong("remove_adapters", "Only the first one is taken out.")
+@wrong("remove_adapters", "You remove only the first one.")
 def the_first_alone(model: nn.Module) -> None:
     for name, wrapper in wrappers(model)[:1]:
         replace_module(model, name, wrapper.base)
 
 
 @wrong(
-    "remove_adapters", "The parallel ones stay: an `AdapterBeside` is not of the type `AdapterAfter`, but it is one."
+    "remove_adapters",
+    "You leave the parallel ones: the type of an `AdapterBeside` is not `AdapterAfter`, but it is an instance of it.",
 )
 def of_the_very_type(model: nn.Module) -> None:
     for name, module in reversed(list(model.named_modules())):
@@ -652,7 +664,7 @@ def of_the_very_type(model: nn.Module) -> None:
             replace_module(model, name, module.base)
 
 
-@wrong("remove_adapters", "It is the base that has to stay. You keep the adapter.")
+@wrong("remove_adapters", "You keep the adapter. Keep the base instead.")
 def keeps_the_wrong_one(model: nn.Module) -> None:
     for name, wrapper in reversed(wrappers(model)):
         replace_module(model, name, Alone(wrapper.adapter))
@@ -660,7 +672,8 @@ def keeps_the_wrong_one(model: nn.Module) -> None:
 
 @wrong(
     "remove_adapters",
-    "One adapter inside another: you take out the outer one first, and then the name of the inner one leads nowhere.",
+    "If one adapter is inside another, you remove the outer one first, and then the name of the inner one no longer "
+    "exists.",
 )
 def the_outer_ones_first(model: nn.Module) -> None:
     for name, wrapper in wrappers(model):
@@ -669,7 +682,8 @@ def the_outer_ones_first(model: nn.Module) -> None:
 
 @wrong(
     "remove_adapters",
-    "After one round there are adapters left: a wrapper can hold a wrapper, and a wrapped block can hold some.",
+    "After one pass there are adapters left: a wrapper can contain another wrapper, and a wrapped block can contain "
+    "some.",
 )
 def one_layer_of_them(model: nn.Module) -> None:
     gone: list[str] = []
@@ -679,7 +693,7 @@ def one_layer_of_them(model: nn.Module) -> None:
             gone.append(name)
 
 
-@wrong("remove_adapters", "You look at the MLPs only. Some variants have adapters at other places too.")
+@wrong("remove_adapters", "You look only at the MLPs. Some variants also have adapters in other places.")
 def of_the_mlps_alone(model: nn.Module) -> None:
     for block in model.transformer.h:
         while isinstance(getattr(block, "mlp", None), AdapterAfter):

@@ -1,4 +1,4 @@
-"""Unit 07, adapters: what is checked."""
+"""Unit 07, adapters: its exercises, their cases and hints, and its predictions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ START, FORWARD = "the start", "what it computes"
 
 
 def bottleneck_cases(draw: Draw) -> Iterator[Case]:
-    # Where the two kinds of gelu differ most, and one number goes through one.
+    # At this x the two kinds of gelu differ most, and only a single number passes through one.
     one: dict[str, Data] = {"down": [1.0], "up": [1.0], "biases": [0.0, 0.0], "x": torch.tensor([-2.2])}
     yield Case("d = 1, width 1, both weights 1: x = -2.2", one | {"n_embd": 1, "width": 1, "what": FORWARD}, FORWARD)
     for n_embd, width, shape in ((4, 2, ()), (3, 5, (2, 3))):
@@ -66,7 +66,7 @@ def parallel_cases(draw: Draw) -> Iterator[Case]:
     for n_embd, width, scaling, shape in ((2, 2, 1.0, ()), (4, 3, 4.0, (3,)), (3, 5, 0.5, (2, 3))):
         given: dict[str, Data] = {"n_embd": n_embd, "width": width, "scaling": scaling, "what": FORWARD}
         given |= {"down": draw.normal(width, n_embd), "up": draw.normal(n_embd, width)}
-        # Both signs in front of the relu, whatever was drawn.
+        # Both signs before the relu, whatever was drawn.
         x = draw.normal(*shape, n_embd)
         yield Case(f"d = {n_embd}, width {width}, s = {scaling:g}", given | {"x": torch.stack([x, -x])}, FORWARD)
     for case in start_cases(draw):
@@ -85,7 +85,7 @@ def run_adapter(
     seed: int = 0,
     **options: float,
 ) -> Any:
-    """A new adapter of a seed, or what one computes with weights that are given."""
+    """A new adapter for a seed, or what one computes with given weights."""
     if what == START:
         return seen_of_start(lambda g: answer(n_embd, width, **options, generator=g), n_embd, seed)
     adapter = answer(n_embd, width, **options)
@@ -106,7 +106,7 @@ def run_adapter(
 
 
 def seen_of_start(make: Callable[[torch.Generator | None], Any], n_embd: int, seed: int) -> Any:
-    """The start of one seed, of the same again, of another; how far it moves its input; who gets a gradient."""
+    """The initial values for one seed, for the same seed again and for another one; which ones get a gradient."""
     first, again, other = (make(torch.Generator().manual_seed(s)) for s in (seed, seed, seed + 1))
     values, repeated, others = ([p.detach() for p in a.parameters()] for a in (first, again, other))
     y = first(torch.randn(4, n_embd, generator=torch.Generator().manual_seed(seed)))
@@ -120,7 +120,7 @@ def seen_of_start(make: Callable[[torch.Generator | None], Any], n_embd: int, se
 
 
 def same_adapter(case: Case, seen: Seen, expected: Seen) -> bool:
-    """At the start the numbers may be others, their shapes and their distribution may not."""
+    """At initialisation the numbers may differ, but not their shapes or their distribution."""
     one, other = seen.value, expected.value
     if case.inputs["what"] == FORWARD:
         return same(one, other)
@@ -152,7 +152,7 @@ def _same_spread(one: Any, other: Any) -> bool:
 
 
 class Masked(nn.Module):
-    """As an attention: x, and perhaps a mask and a second thing, which change what comes out."""
+    """Called like an attention: x, and optionally a mask and a second argument, which change the result."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Masked(nn.Module):
 
 
 class Bend(nn.Module):
-    """As an adapter: x and nothing else."""
+    """Called like an adapter: x and nothing else."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -184,11 +184,11 @@ def beside_cases(draw: Draw) -> Iterator[Case]:
     yield case("one token, nothing but x", 3)
     yield case("a batch", 2, 4, 3)
     yield case("with a mask", 2, 3, others=[torch.tensor([1.0, 0.0, 0.0])])
-    yield case("with a mask and one thing more", 2, 3, others=[torch.tensor([0.0, 1.0, 1.0]), draw.normal(3)])
+    yield case("with a mask and another argument", 2, 3, others=[torch.tensor([0.0, 1.0, 1.0]), draw.normal(3)])
 
 
 def run_beside(answer: Callable[..., Any], base: Tensor, adapter: Tensor, x: Tensor, others: list[Tensor]) -> Any:
-    """What comes out, and which gradients the two get."""
+    """The result, and the gradients of both modules."""
     both = answer(Masked(base), Bend(adapter))
     y = both(x, *others)
     weights = [both.base.weight, both.adapter.weight]
@@ -203,7 +203,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def tiny_gpt2(seed: int, dtype: str = "float32") -> GPT2:
     """A model of a few hundred numbers, all of them random."""
-    generator = torch.Generator().manual_seed(seed)  # PyTorch's own is left to go on
+    generator = torch.Generator().manual_seed(seed)  # does not touch PyTorch's global generator
     model = GPT2(TINY)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -212,7 +212,7 @@ def tiny_gpt2(seed: int, dtype: str = "float32") -> GPT2:
 
 
 def liven(model: nn.Module, before: set[str]) -> None:
-    """Give values that can be seen to every parameter of an adapter, the same ones under the same names."""
+    """Give every adapter parameter a value large enough to matter, the same one for the same name."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -288,7 +288,7 @@ def remove_cases(draw: Draw) -> Iterator[Case]:
 
 
 def run_remove(answer: Callable[..., Any], variants: list[str], layers: list[int], seed: int, ids: Tensor) -> Any:
-    """Whether the model computes what it did, and is made of the same objects under the same names."""
+    """Whether the model computes the same as before, and consists of the same objects under the same names."""
     model = tiny_gpt2(seed)
     before = dict(model.named_modules())
     for variant in variants:
@@ -314,10 +314,10 @@ EXERCISES = [
         minutes=6,
         points=2,
         hints=(
-            "Count one adapter first. How many matrices has it, of what shapes, and how long are its two biases?",
-            "The bias of the way down is as long as what comes out of it; so is that of the way up.",
-            "One adapter's numbers times how many there are. The LayerNorms come on top, with a count of their own: "
-            "each has a gain and a shift for each of the d numbers.",
+            "Count one adapter first. How many matrices does it have, of what shapes, and how long are its two biases?",
+            "The bias of the down projection is as long as its output; the same is true of the up projection.",
+            "Multiply the parameters of one adapter by the number of adapters. Add the LayerNorms, which have their "
+            "own count: each has a gain and a shift for each of the d numbers.",
         ),
         cases=count_cases,
     ),
@@ -328,12 +328,12 @@ EXERCISES = [
         minutes=12,
         points=4,
         hints=(
-            "Two `nn.Linear`, named as the docstring says. `forward`: down, bend, up, and then do not lose what came "
-            "in.",
-            "The start: PyTorch has drawn numbers for the layers already, and they are far too large. Overwrite the "
+            "Two `nn.Linear`, named as in the docstring. `forward`: down, nonlinearity, up, and then do not lose the "
+            "input.",
+            "Initialisation: PyTorch has already drawn numbers for the layers, which are far too large. Overwrite the "
             "weights and the biases.",
-            "`nn.init.trunc_normal_(weight, std=..., a=..., b=..., generator=generator)`: a and b are the bounds "
-            "themselves. `nn.init.zeros_` is for the biases; `F.gelu` has an argument `approximate`.",
+            "`nn.init.trunc_normal_(weight, std=..., a=..., b=..., generator=generator)`: a and b are the absolute "
+            "bounds. Use `nn.init.zeros_` for the biases; `F.gelu` has an argument `approximate`.",
         ),
         cases=bottleneck_cases,
         probe=run_adapter,
@@ -347,11 +347,11 @@ EXERCISES = [
         points=3,
         blank=("__init__", "forward"),
         hints=(
-            "It is the bottleneck once more, with three things missing and one added. Which?",
+            "It is the bottleneck again, with three things missing and one added. Which ones?",
             "No biases: `nn.Linear` has an argument for that. One of the two weights starts at zero; which one does "
             "the docstring name?",
-            "`nn.init.kaiming_uniform_(weight, a=..., generator=generator)`. In `forward`, relu stands between the "
-            "two layers, and the scaling in front of everything, once.",
+            "`nn.init.kaiming_uniform_(weight, a=..., generator=generator)`. In `forward`, the relu is between the "
+            "two layers, and the scaling multiplies the whole result once.",
         ),
         cases=parallel_cases,
         probe=run_adapter,
@@ -364,10 +364,11 @@ EXERCISES = [
         minutes=4,
         points=1,
         hints=(
-            "Draw both: x goes into the base, and x goes into the adapter. Where do the arrows meet?",
-            "The adapter must not see what the base made. And the base must see everything that it was called with.",
-            "`*others` in a call hands on whatever came in as `*others`. `AdapterAfter`, from which the class "
-            "inherits, has set `self.base` and `self.adapter`.",
+            "Draw both: x goes into the base, and x goes into the adapter. Where do the two paths meet?",
+            "The adapter must not see the base's output. The base must get everything that the wrapper was called "
+            "with.",
+            "`*others` in a call passes on whatever came in as `*others`. `AdapterAfter`, from which the class "
+            "inherits, sets `self.base` and `self.adapter`.",
         ),
         cases=beside_cases,
         probe=run_beside,
@@ -379,12 +380,12 @@ EXERCISES = [
         minutes=15,
         points=4,
         hints=(
-            "First everything that can be refused, then a loop over the places. In the loop: fetch what stands there, "
-            "make an adapter, wrap the two, put the wrapper back.",
-            "`adapter_places` refuses a wrong variant and a wrong layer; the width is yours. "
-            "`model.get_submodule(name)` fetches a module.",
-            "Make the adapter inside the loop: `new_adapter(variant, d, width, scaling, generator)`, then "
-            "`.to(device, dtype)` of any parameter of the model. What is returned holds adapters, not wrappers.",
+            "First check the arguments, then loop over the places. In the loop: get the module, create an adapter, "
+            "wrap the two, and put the wrapper in the module's place.",
+            "`adapter_places` rejects a wrong variant and a wrong layer; you check the width. "
+            "`model.get_submodule(name)` returns a module.",
+            "Create the adapter inside the loop: `new_adapter(variant, d, width, scaling, generator)`, then "
+            "`.to(device, dtype)` of any parameter of the model. Return adapters, not wrappers.",
         ),
         cases=insert_cases,
         probe=run_insert,
@@ -396,11 +397,12 @@ EXERCISES = [
         minutes=10,
         points=3,
         hints=(
-            "Walk through `model.named_modules()`, look for the wrappers, and put their `base` into their place.",
-            "`isinstance` finds both kinds of wrapper. Make a list of what you found before you change anything: a "
-            "tree should not be sawn at while somebody climbs in it.",
-            "If a wrapper sits inside another one, its name begins with the name of the outer one, and holds only as "
-            "long as that one stands. `named_modules` gives the outer ones first. In which order do they have to go?",
+            "Iterate over `model.named_modules()`, look for the wrappers, and replace each of them by its `base`.",
+            "`isinstance` finds both kinds of wrapper. Make a list of what you found before you change anything: do "
+            "not modify the tree while you iterate over it.",
+            "If a wrapper is inside another one, its name begins with the name of the outer one, and is valid only as "
+            "long as that one is there. `named_modules` gives the outer ones first. In which order do you have to "
+            "remove them?",
         ),
         cases=remove_cases,
         probe=run_remove,
@@ -411,43 +413,43 @@ PREDICTIONS = [
     Prediction(
         "both_weights_zero",
         question=(
-            "The safest start is a bottleneck in which *everything* is zero, both weights and both biases: then the "
-            "adapted model is the pretrained one, exactly. You train such adapters for some steps. What does the loss "
-            "on the task do?"
+            "The safest initialisation seems to be a bottleneck in which *everything* is zero, both weights and both "
+            "biases: then the adapted model is exactly the pretrained one. You train such adapters for some steps. "
+            "What happens to the loss on the task?"
         ),
         choices={
-            "a": "it does not move: at zero every gradient is zero",
-            "b": "it falls, but the adapters learn nothing that depends on what they read",
-            "c": "it falls as with the small random start: Adam makes up for small gradients",
+            "a": "it does not change: at zero every gradient is zero",
+            "b": "it falls, but the adapters learn nothing that depends on their input",
+            "c": "it falls as with small random weights: Adam makes up for small gradients",
         },
         answer="b",
         explanation=(
-            "The gradient of W_up has h = gelu(W_down x + b) in it, which is zero, and the gradients of W_down and b "
-            "have W_up in them, which is zero too. So these three stay at zero for ever. But the last bias, b', is "
-            "added to the output whatever h is, and it does get a gradient. What is left of the adapter is one "
-            "constant vector for each place. That the loss falls at all is a warning: a falling loss does not show "
-            "that what you built works."
+            "The gradient of W_up contains the factor h = gelu(W_down x + b), which is zero, and the gradients of "
+            "W_down and b contain the factor W_up, which is zero too. So these three stay at zero for ever. But the "
+            "last bias, b', is added to the output whatever h is, so it does get a gradient. All that is left of the "
+            "adapter is one constant vector per place. The loss falls all the same, which is a warning: a falling loss "
+            "does not show that your code works."
         ),
         idea="the bottleneck",
     ),
     Prediction(
         "time_of_adapters",
         question=(
-            "Hu et al. put adapters after the attention and after the MLP of every block of GPT-2 medium (Adapter-H), "
-            "11 M weights beside 355 M, so about 3 % more operations for each token. How much longer does one forward "
+            "Hu et al. put adapters after the attention and after the MLP of every block of GPT-2 medium (Adapter-H): "
+            "11 M weights in addition to 355 M, so about 3 % more operations per token. How much longer does a forward "
             "pass take with them, on their GPU, for one text of 128 tokens?"
         ),
         choices={
             "a": "about 3 %: the time follows the operations",
             "b": "about 30 %",
-            "c": "it takes no longer: adapters are so small that they fit into the gaps",
+            "c": "no longer: adapters are so small that they run in otherwise idle time",
         },
         answer="b",
         explanation=(
-            "30.3 % (Hu et al. 2021, table 1). With one short text the GPU is not busy: what costs time is that one "
-            "operation after the other has to be started, and each of an adapter's four waits for the one before it. "
-            "A tiny operation takes as long to start as a large one. With 32 texts of 512 tokens the same table has "
-            "3.0 %: there the operations themselves take the time."
+            "30.3 % (Hu et al. 2021, table 1). With one short text the GPU is not busy: the time is spent starting one "
+            "operation after another, and each of an adapter's four has to wait for the previous one. A tiny operation "
+            "takes as long to start as a large one. For 32 texts of 512 tokens the same table has 3.0 %: there the "
+            "operations themselves take the time."
         ),
         idea="what adapters cost",
     ),
