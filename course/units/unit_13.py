@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Unit 13: QLoRA
 #
-# **After this unit, you can**
+# **By the end of this unit you can**
 #
 # - train a LoRA through 4-bit weights without storing them unpacked;
 # - say for any model what fills the memory of a training step, and which of three techniques helps: fewer bits,

@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Unit 14: Capstone
 #
-# **After this unit, you can**
+# **By the end of this unit you can**
 #
 # - say what a method costs in four respects before you train it, and whether that is within a budget;
 # - compare methods fairly: each with its own learning rate, on the same cards, with a test of whether the difference
