@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Unit 08: BitFit and selective tuning
 #
-# **After this unit, you can**
+# **By the end of this unit you can**
 #
 # - train a model's biases and nothing else, or only the part of a bias that belongs to the queries;
 # - say which bias of the attention has no effect at all, and why an optimiser moves it all the same;

@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Unit 09: LoRA
 #
-# **After this unit, you can**
+# **By the end of this unit you can**
 #
 # - write LoRA from scratch: the two thin matrices, their initialisation, the layer, and exact merging and unmerging;
 # - explain why A starts random and B starts at zero, and what alpha / r is for;

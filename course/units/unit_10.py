@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Unit 10: Fine-tuning with LoRA
 #
-# **After this unit, you can**
+# **By the end of this unit you can**
 #
 # - say what a choice of matrices and rank costs, and choose both under a budget;
 # - reproduce two tables of the LoRA paper on a small scale, and explain where your results agree with it and where they

@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Unit 11: How LoRA works
 #
-# **After this unit, you can**
+# **By the end of this unit you can**
 #
 # - describe an update: how large it is, how many directions it uses, and whether another seed finds the same
 #   directions;

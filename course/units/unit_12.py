@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Unit 12: Quantisation
 #
-# **After this unit, you can**
+# **By the end of this unit you can**
 #
 # - store a weight matrix with 8 or 4 bits per weight and restore it, byte for byte compatible with bitsandbytes;
 # - derive the 16 values of NF4, and explain why they are where they are;

@@ -32,7 +32,7 @@ class PyTorchsOlderForm:
 
 @right("CheckpointFunction")
 class StateByHand(torch.autograd.Function):
-    """Puts the random numbers back itself; keeps x as an attribute."""
+    """Restores the random state itself and keeps x as an attribute."""
 
     @staticmethod
     def forward(ctx, function, x):
@@ -56,7 +56,8 @@ class StateByHand(torch.autograd.Function):
 
 @wrong(
     "CheckpointFunction",
-    "You record the first computation and go back through that. All its activations are kept, and nothing is saved.",
+    "You record the first computation and go back through that graph. All its activations are kept, and no memory is "
+    "saved.",
 )
 class KeepsTheGraph(torch.autograd.Function):
     @staticmethod
@@ -74,7 +75,7 @@ class KeepsTheGraph(torch.autograd.Function):
 
 @wrong(
     "CheckpointFunction",
-    "Inside of `backward` PyTorch records nothing unless it is told to, so there is no graph to go back through.",
+    "Inside `backward`, PyTorch does not record a graph unless it is told to, so there is no graph to go back through.",
 )
 class NothingIsRecorded(torch.autograd.Function):
     forward = staticmethod(remember)
@@ -91,8 +92,8 @@ class NothingIsRecorded(torch.autograd.Function):
 
 @wrong(
     "CheckpointFunction",
-    "Your second graph hangs on the first one: going back through it runs on into what came before x. Begin at a copy "
-    "that is cut off.",
+    "Your second graph is connected to the first one: its backward pass continues into what came before x. Start from "
+    "a detached copy.",
 )
 class NotCutOff(torch.autograd.Function):
     forward = staticmethod(remember)
@@ -126,8 +127,8 @@ class OnlyTheGradientOfX(torch.autograd.Function):
 
 @wrong(
     "CheckpointFunction",
-    "The function draws other random numbers the second time: its dropout is another one, and the gradient belongs to "
-    "a y that nobody has seen.",
+    "The function draws different random numbers the second time: its dropout mask differs, and the gradient belongs "
+    "to a y that was never returned.",
 )
 class OtherRandomNumbers(torch.autograd.Function):
     forward = staticmethod(remember)
@@ -143,8 +144,8 @@ class OtherRandomNumbers(torch.autograd.Function):
 
 @wrong(
     "CheckpointFunction",
-    "The gradients are right, but after your backward pass the random numbers begin again where the forward pass "
-    "stood: leave their state as you found it.",
+    "The gradients are right, but after your backward pass the random state is the one from the forward pass: leave it "
+    "as you found it.",
 )
 class LeavesTheOldState(torch.autograd.Function):
     forward = staticmethod(remember)
@@ -162,7 +163,7 @@ class LeavesTheOldState(torch.autograd.Function):
 
 @wrong(
     "CheckpointFunction",
-    "You go back from the sum of y. What comes from above, dL/dy, has to go into it: y is not the loss.",
+    "You start the backward pass from the sum of y. Use dL/dy, the incoming gradient: y is not the loss.",
 )
 class IgnoresWhatComesFromAbove(torch.autograd.Function):
     forward = staticmethod(remember)
@@ -177,7 +178,9 @@ class IgnoresWhatComesFromAbove(torch.autograd.Function):
         return None, x.grad
 
 
-@wrong("CheckpointFunction", "The gradients come in the order of the arguments of `apply`: the function is the first.")
+@wrong(
+    "CheckpointFunction", "The gradients must be in the order of the arguments of `apply`: the function comes first."
+)
 class InTheOtherOrder(torch.autograd.Function):
     forward = staticmethod(remember)
 
@@ -231,7 +234,7 @@ class ByNumpy(Released):
 
 @wrong(
     "Pages",
-    "m and v are tensors of their own. What is written into them never reaches the file, and the memory stays taken.",
+    "m and v are separate tensors. What is written into them never reaches the file, and they stay in memory.",
 )
 class Copies(Released):
     def __init__(self, mapping, start, like):
@@ -239,14 +242,14 @@ class Copies(Released):
         self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)
 
 
-@wrong("Pages", "m and v lie at the same place: who writes one overwrites the other.")
+@wrong("Pages", "m and v are in the same place: writing one overwrites the other.")
 class AtTheSamePlace(Released):
     def __init__(self, mapping, start, like):
         self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
         self.m, self.v = part(mapping, like, start), part(mapping, like, start)
 
 
-@wrong("Pages", "v comes first in your file, and m behind it.")
+@wrong("Pages", "In your file v comes first and m second.")
 class InTheOtherOrderInTheFile(Released):
     def __init__(self, mapping, start, like):
         self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
@@ -255,8 +258,7 @@ class InTheOtherOrderInTheFile(Released):
 
 @wrong(
     "Pages",
-    "Your m and v always lie at the beginning of the file, whatever `start` is. There all parameters would share one "
-    "place.",
+    "Your m and v are always at the start of the file, whatever `start` is. All parameters would then share one place.",
 )
 class AtTheBeginning(Released):
     def __init__(self, mapping, start, like):
@@ -264,21 +266,21 @@ class AtTheBeginning(Released):
         self.m, self.v = part(mapping, like, 0), part(mapping, like, like.nbytes)
 
 
-@wrong("Pages", "v begins on a page of its own. It has to lie right behind m, or most of a page is wasted.")
+@wrong("Pages", "Your v starts on a new page. It has to come right after m, or most of a page is wasted.")
 class OnPagesOfTheirOwn(Released):
     def __init__(self, mapping, start, like):
         self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
         self.m, self.v = part(mapping, like, start), part(mapping, like, start + page_aligned(like.nbytes))
 
 
-@wrong("Pages", "Your length has room for one of the two, and m and v both lie there.")
+@wrong("Pages", "Your length has room for only one of the two, but both m and v are there.")
 class RoomForOne(Released):
     def __init__(self, mapping, start, like):
         self.mapping, self.start, self.length = mapping, start, page_aligned(like.nbytes)
         self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
 
 
-@wrong("Pages", "Your length is not rounded up. Memory can only be given back in whole pages.")
+@wrong("Pages", "Your length is not rounded up. Memory can only be released in whole pages.")
 class NotWholePages(Released):
     def __init__(self, mapping, start, like):
         self.mapping, self.start, self.length = mapping, start, 2 * like.nbytes
@@ -287,7 +289,8 @@ class NotWholePages(Released):
 
 @wrong(
     "Pages",
-    "You release the whole file. The pages of the other parameters go with it, and have to come back for no reason.",
+    "You release the whole file. The pages of the other parameters are released too, and have to be loaded again for "
+    "no reason.",
 )
 class ReleasesAll:
     def __init__(self, mapping, start, like):
@@ -301,8 +304,8 @@ class ReleasesAll:
 
 @wrong(
     "Pages",
-    "`release` takes nothing out of the memory. Writing to the disk is not enough: the pages stay until they are "
-    "given back.",
+    "`release` does not free any memory. Writing to the disk is not enough: the pages stay in memory until they are "
+    "released.",
 )
 class ReleasesNothing:
     def __init__(self, mapping, start, like):
@@ -313,7 +316,7 @@ class ReleasesNothing:
         self.mapping.flush(self.start, self.length)
 
 
-@wrong("Pages", "m and v are float32 whatever the parameter is.")
+@wrong("Pages", "m and v are float32 whatever the dtype of the parameter.")
 class AlwaysFloat32(Released):
     def __init__(self, mapping, start, like):
         self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)

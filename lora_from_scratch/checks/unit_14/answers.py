@@ -33,7 +33,7 @@ def with_sets_and_sorting(cost, budget):
     return sorted(exceeded, key=list(budget).index)
 
 
-@wrong("over_budget", "You count what costs exactly the limit as too expensive. A limit may be used up.")
+@wrong("over_budget", "You treat a cost that equals the limit as too expensive. A limit may be reached.")
 def limit_is_too_much(cost, budget):
     if any(name not in cost for name in budget):
         raise ValueError("unknown")
@@ -47,28 +47,26 @@ def zero_is_no_limit(cost, budget):
     return [name for name, limit in budget.items() if limit and cost[name] > limit]
 
 
-@wrong("over_budget", "You take a cost that nobody knows for 0. Unknown is not free: it has to be refused.")
+@wrong("over_budget", "You treat an unknown cost as 0. Unknown does not mean free: raise a ValueError.")
 def unknown_is_free(cost, budget):
     return [name for name, limit in budget.items() if cost.get(name, 0) > limit]
 
 
-@wrong("over_budget", "The names come in the order of the costs. The reader of a budget wants the budget's order.")
+@wrong("over_budget", "The names are in the order of the costs. Return them in the order of the budget.")
 def order_of_the_costs(cost, budget):
     if any(name not in cost for name in budget):
         raise ValueError("unknown")
     return [name for name in cost if name in budget and cost[name] > budget[name]]
 
 
-@wrong("over_budget", "You return what is within the budget. The question is what is not.")
+@wrong("over_budget", "You return what is within the budget. Return what exceeds it.")
 def what_fits(cost, budget):
     if any(name not in cost for name in budget):
         raise ValueError("unknown")
     return [name for name, limit in budget.items() if cost[name] <= limit]
 
 
-@wrong(
-    "over_budget", "You stop at the first limit that is broken. Whoever has to change something wants to know them all."
-)
+@wrong("over_budget", "You stop at the first limit that is exceeded. Return all of them.")
 def only_the_first(cost, budget):
     if any(name not in cost for name in budget):
         raise ValueError("unknown")
@@ -103,8 +101,7 @@ def with_numpy(losses):
 
 @wrong(
     "best_learning_rate",
-    "A NaN came through your comparison: nothing is smaller than NaN, so a run that diverged can win if it comes "
-    "first.",
+    "A NaN affects your comparison: nothing is smaller than NaN, so a run that diverged can win if it comes first.",
 )
 def nan_wins(losses):
     if not losses or all(math.isnan(loss) for loss in losses.values()):
@@ -118,8 +115,7 @@ def nan_wins(losses):
 
 @wrong(
     "best_learning_rate",
-    "You forget the runs that diverged when you look for neighbours. That a rate is too large is something that was "
-    "tried and is known.",
+    "You ignore the runs that diverged when you look for neighbours. A rate that was too large was tried as well.",
 )
 def diverged_is_no_neighbour(losses):
     finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
@@ -131,8 +127,7 @@ def diverged_is_no_neighbour(losses):
 
 @wrong(
     "best_learning_rate",
-    "Your edge is that of the order in which the rates were tried. Neighbours are the next smaller and the next larger "
-    "rate.",
+    "You look at the order in which the rates were tried. Neighbours are the next smaller and the next larger rate.",
 )
 def edge_of_the_order(losses):
     finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
@@ -142,7 +137,7 @@ def edge_of_the_order(losses):
     return best, best not in (next(iter(losses)), list(losses)[-1])
 
 
-@wrong("best_learning_rate", "You take the rate with the highest loss. Of a loss, less is better.")
+@wrong("best_learning_rate", "You take the rate with the highest loss. Lower losses are better.")
 def highest_loss(losses):
     finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
     if not finished:
@@ -151,7 +146,7 @@ def highest_loss(losses):
     return best, min(losses) < best < max(losses)
 
 
-@wrong("best_learning_rate", "You say that every sweep can be believed. At the edge of what was tried it cannot.")
+@wrong("best_learning_rate", "You return that every sweep can be trusted. If the best rate is at the edge, it cannot.")
 def always_believed(losses):
     finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
     if not finished:
@@ -159,7 +154,7 @@ def always_believed(losses):
     return min(finished, key=finished.get), True
 
 
-@wrong("best_learning_rate", "You say the opposite: the best rate at the edge is the one that cannot be believed.")
+@wrong("best_learning_rate", "Your answer is inverted: if the best rate is at the edge, the sweep cannot be trusted.")
 def the_other_way_round(losses):
     finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
     if not finished:
@@ -170,7 +165,7 @@ def the_other_way_round(losses):
 
 @wrong(
     "best_learning_rate",
-    "You take one neighbour for enough. With nothing tried on the other side, the best may lie there.",
+    "You require only one neighbour. If nothing was tried on the other side, the best rate may be there.",
 )
 def one_neighbour(losses):
     finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
@@ -211,14 +206,16 @@ def by_walking(candidates, budget):
     return best
 
 
-@wrong("choose_method", "You choose the best and forget the budget: somebody has to pay for it.")
+@wrong("choose_method", "You choose the best candidate and ignore the budget.")
 def budget_forgotten(candidates, budget):
     if not any(_fits(values, budget) for values in candidates.values()):
         raise ValueError("nothing fits")
     return max(candidates, key=lambda n: (candidates[n]["quality"], -candidates[n]["trained_parameters"]))
 
 
-@wrong("choose_method", "You choose the cheapest that is within the budget. A budget is there to be used for quality.")
+@wrong(
+    "choose_method", "You choose the cheapest candidate within the budget. Within the budget, choose the best quality."
+)
 def the_cheapest(candidates, budget):
     names = [name for name in candidates if _fits(candidates[name], budget)]
     if not names:
@@ -228,7 +225,8 @@ def the_cheapest(candidates, budget):
 
 @wrong(
     "choose_method",
-    "Of two that are equally good you take the one that trains more. The other one gives the same for less.",
+    "Of two equally good candidates you choose the one that trains more. The other one gives the same quality with "
+    "fewer parameters.",
 )
 def the_larger_of_equals(candidates, budget):
     names = [name for name in candidates if _fits(candidates[name], budget)]
@@ -239,7 +237,7 @@ def the_larger_of_equals(candidates, budget):
 
 @wrong(
     "choose_method",
-    "Your best begins at 0, so that no candidate with a negative quality, such as minus a loss, can win.",
+    "Your search for the best starts at 0, so no candidate with a negative quality, such as minus a loss, can win.",
 )
 def begins_at_zero(candidates, budget):
     best, quality = None, 0.0
@@ -253,14 +251,17 @@ def begins_at_zero(candidates, budget):
 
 @wrong(
     "choose_method",
-    "When nothing is affordable you return something all the same. Nobody would notice that the budget is broken.",
+    "You return a candidate even if none is affordable. Raise a ValueError, or nobody would notice that the budget is "
+    "exceeded.",
 )
 def returns_none(candidates, budget):
     names = [name for name in candidates if _fits(candidates[name], budget)]
     return max(names, key=lambda n: (candidates[n]["quality"], -candidates[n]["trained_parameters"]), default=None)
 
 
-@wrong("choose_method", "You take a candidate as affordable when one of the limits is kept. All of them have to be.")
+@wrong(
+    "choose_method", "You treat a candidate as affordable if it keeps one of the limits. It has to keep all of them."
+)
 def any_limit(candidates, budget):
     def fits(values):
         return not budget or any(values[name] <= limit for name, limit in budget.items())
@@ -313,8 +314,8 @@ def as_a_tensor(costs, quality):
 
 @wrong(
     "pareto_front",
-    "One of two equal candidates beats the other in your answer, or both beat each other: to beat is to be better "
-    "somewhere, and not only nowhere worse.",
+    "In your answer one of two equal candidates beats the other, or each beats the other: to beat means to be better "
+    "somewhere, not only nowhere worse.",
 )
 def equal_beats(costs, quality):
     _refuse(costs, quality)
@@ -326,7 +327,8 @@ def equal_beats(costs, quality):
 
 @wrong(
     "pareto_front",
-    "You ask for better in every respect. Whoever is as cheap and better, or as good and cheaper, beats the other too.",
+    "You require a candidate to be better in every respect. One that is as cheap and better, or as good and cheaper, "
+    "also beats the other.",
 )
 def better_everywhere(costs, quality):
     _refuse(costs, quality)
@@ -335,7 +337,7 @@ def better_everywhere(costs, quality):
     return [i for i in range(len(values)) if not beats[:, i].any()]
 
 
-@wrong("pareto_front", "Less quality counts as better in your answer. Costs and quality point in opposite directions.")
+@wrong("pareto_front", "In your answer lower quality counts as better. Costs and quality point in opposite directions.")
 def quality_as_a_cost(costs, quality):
     _refuse(costs, quality)
     values = torch.cat([costs, quality[:, None]], dim=1)
@@ -345,8 +347,7 @@ def quality_as_a_cost(costs, quality):
 
 @wrong(
     "pareto_front",
-    "You have added the costs up. A megabyte and a microsecond have no sum: a candidate may be worth its place for one "
-    "of them alone.",
+    "You add up the costs. Different units cannot be added: a candidate may be on the front because of one cost alone.",
 )
 def sum_of_the_costs(costs, quality):
     _refuse(costs, quality)
@@ -355,7 +356,7 @@ def sum_of_the_costs(costs, quality):
     return [i for i in range(len(values)) if not beats[:, i].any()]
 
 
-@wrong("pareto_front", "You return the candidates that are beaten. The front is the others.")
+@wrong("pareto_front", "You return the candidates that are beaten. The front consists of the others.")
 def the_beaten(costs, quality):
     _refuse(costs, quality)
     values = torch.cat([costs, -quality[:, None]], dim=1)
@@ -365,7 +366,7 @@ def the_beaten(costs, quality):
 
 @wrong(
     "pareto_front",
-    "You have turned the question round: a candidate that beats nobody can still be on the front, if nobody beats it.",
+    "You have reversed the question: a candidate that beats no other can still be on the front, if no other beats it.",
 )
 def who_beats_somebody(costs, quality):
     _refuse(costs, quality)
@@ -374,7 +375,7 @@ def who_beats_somebody(costs, quality):
     return [i for i in range(len(values)) if beats[i].any()]
 
 
-@wrong("pareto_front", "You look at the first cost alone. A candidate may be the cheapest in another one.")
+@wrong("pareto_front", "You use only the first cost. A candidate may be the cheapest in another one.")
 def first_cost_only(costs, quality):
     _refuse(costs, quality)
     values = torch.stack([costs[:, 0], -quality], dim=1)
@@ -409,7 +410,7 @@ def with_arrays(one, other, places):
 
 @wrong(
     "paired_bootstrap",
-    "You score the second system on other cards than the first. Then the luck of the draw is counted twice; paired "
+    "You score the second system on other cards than the first. That adds the randomness of a second draw; paired "
     "means the same cards for both.",
 )
 def not_paired(one, other, places):
@@ -418,14 +419,17 @@ def not_paired(one, other, places):
     return float((margin > 0).double().mean() + 0.5 * (margin == 0).double().mean())
 
 
-@wrong("paired_bootstrap", "A draw on which both are equal counts nothing in your answer. It is half a win for each.")
+@wrong(
+    "paired_bootstrap", "Your answer does not count a draw on which both are equal. It counts as half a win for each."
+)
 def ties_lose(one, other, places):
     _same_cards(one, other)
     return float(((one - other).double()[places].mean(1) > 0).double().mean())
 
 
 @wrong(
-    "paired_bootstrap", "A draw on which both are equal is a whole win for the first in your answer. It is half of one."
+    "paired_bootstrap",
+    "Your answer counts a draw on which both are equal as a whole win for the first. It counts as half a win.",
 )
 def ties_win(one, other, places):
     _same_cards(one, other)
@@ -434,7 +438,7 @@ def ties_win(one, other, places):
 
 @wrong(
     "paired_bootstrap",
-    "You count the cards that the first wins, not the draws. A test set is won by its mean: one card can outweigh "
+    "You count the cards that the first system wins, not the draws. The mean decides a test set: one card can outweigh "
     "many.",
 )
 def counts_cards(one, other, places):
@@ -443,7 +447,7 @@ def counts_cards(one, other, places):
     return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
 
 
-@wrong("paired_bootstrap", "You return how far the first is ahead on average. The question is how often it is ahead.")
+@wrong("paired_bootstrap", "You return how far the first system is ahead on average. Return how often it is ahead.")
 def mean_difference(one, other, places):
     _same_cards(one, other)
     return float((one - other).double()[places].mean())
@@ -456,7 +460,7 @@ def the_second(one, other, places):
     return float((margin > 0).double().mean() + 0.5 * (margin == 0).double().mean())
 
 
-@wrong("paired_bootstrap", "You have not used the draws: on the cards that there are the answer is only yes or no.")
+@wrong("paired_bootstrap", "You do not use the draws: on the original cards alone the answer is only yes or no.")
 def without_draws(one, other, places):
     _same_cards(one, other)
     margin = (one - other).double().mean()

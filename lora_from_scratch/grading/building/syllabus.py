@@ -1,4 +1,4 @@
-"""The table of units and points in course/syllabus.md, from the units themselves.
+"""The table of units and points in course/syllabus.md, generated from the units.
 
 python -m lora_from_scratch.grading.building.syllabus      # writes it
 """
@@ -14,17 +14,17 @@ from lora_from_scratch.support.files import write_atomically
 
 BEGIN, END = "<!-- units:", "<!-- end -->"
 HEAD = """\
-| Unit | Exercises | Their minutes | Points: exercises | predictions | open question | together |
+| Unit | Exercises | Minutes for exercises | Points: exercises | Predictions | Open question | Total |
 |---|---:|---:|---:|---:|---:|---:|
 """
 
 
 def table(root: Path) -> str:
-    """A row for each unit that is checked, and the sums."""
+    """A row for each unit, and the totals."""
     rows = [_row(unit, root) for unit in units()]
     sums = [sum(row[column] for row in rows) for column in range(6)]
     lines = [f"| {unit.number} {unit.title} | {_cells(row)} |\n" for unit, row in zip(units(), rows, strict=True)]
-    return HEAD + "".join(lines) + f"| together | {_cells(sums)} |\n"
+    return HEAD + "".join(lines) + f"| **Total** | {_cells(sums)} |\n"
 
 
 def _row(unit: Unit, root: Path) -> list[int]:
@@ -41,10 +41,10 @@ def _cells(row: list[int]) -> str:
 
 
 def renewed(text: str, root: Path) -> str:
-    """The syllabus with its table as it has to be.
+    """The syllabus with an up-to-date table.
 
     Raises:
-        ValueError: the marks between which the table stands are not there.
+        ValueError: the syllabus lacks the markers around the table.
     """
     found = re.search(rf"({re.escape(BEGIN)}[^\n]*\n).*?({re.escape(END)})", text, re.DOTALL)
     if not found:
