@@ -232,8 +232,8 @@ show(
 # %% exercise="quantize_nf4"
 
 # %% [markdown]
-# And back. This is what runs each time that a layer is used, so the library's version is made for speed. Yours needs
-# four plain lines.
+# And back, in a few plain lines. A 4-bit layer does this every time it is used, so the library's layers call a faster
+# version (`quantization/fast_nf4.py`), which is tested to give the same bits as the plain one.
 
 # %% exercise="dequantize_nf4"
 
