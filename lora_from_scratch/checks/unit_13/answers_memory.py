@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
-from lora_from_scratch.checks.bank import right, wrong
-from lora_from_scratch.finetune.paged_optimizer import page_aligned
+from lora_from_scratch.checks.bank import changed, right, wrong
+from lora_from_scratch.finetune.gradient_checkpointing import CheckpointFunction
+from lora_from_scratch.finetune.paged_optimizer import Pages, page_aligned
 
 # --- CheckpointFunction ------------------------------------------------------------------------------
 
@@ -76,17 +77,8 @@ class KeepsTheGraph(torch.autograd.Function):
     "CheckpointFunction",
     "Inside of `backward` PyTorch records nothing unless it is told to, so there is no graph to go back through.",
 )
-class NothingIsRecorded(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(ctx.random_state)
-            y = ctx.function(x)
-        y.backward(grad_y)
-        return None, x.grad
+@changed(CheckpointFunction, (", torch.enable_grad():", ":"))
+class NothingIsRecorded: ...
 
 
 @wrong(
@@ -112,16 +104,10 @@ class NotCutOff(torch.autograd.Function):
     "CheckpointFunction",
     "x gets its gradient, but the parameters that the function uses get none: they would never be trained.",
 )
-class OnlyTheGradientOfX(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.random_state)
-            y = ctx.function(x)
-        return None, *torch.autograd.grad(y, x, grad_y)
+@changed(
+    CheckpointFunction, ("y.backward(grad_y)", "(grad_x,) = torch.autograd.grad(y, x, grad_y)"), ("x.grad", "grad_x")
+)
+class OnlyTheGradientOfX: ...
 
 
 @wrong(
@@ -129,16 +115,8 @@ class OnlyTheGradientOfX(torch.autograd.Function):
     "The function draws other random numbers the second time: its dropout is another one, and the gradient belongs to "
     "a y that nobody has seen.",
 )
-class OtherRandomNumbers(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            y = ctx.function(x)
-        y.backward(grad_y)
-        return None, x.grad
+@changed(CheckpointFunction, ("torch.set_rng_state(ctx.random_state)", ""))
+class OtherRandomNumbers: ...
 
 
 @wrong(
@@ -164,31 +142,13 @@ class LeavesTheOldState(torch.autograd.Function):
     "CheckpointFunction",
     "You go back from the sum of y. What comes from above, dL/dy, has to go into it: y is not the loss.",
 )
-class IgnoresWhatComesFromAbove(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.random_state)
-            y = ctx.function(x).sum()
-        y.backward()
-        return None, x.grad
+@changed(CheckpointFunction, ("ctx.function(x)", "ctx.function(x).sum()"), ("backward(grad_y)", "backward()"))
+class IgnoresWhatComesFromAbove: ...
 
 
 @wrong("CheckpointFunction", "The gradients come in the order of the arguments of `apply`: the function is the first.")
-class InTheOtherOrder(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.random_state)
-            y = ctx.function(x)
-        y.backward(grad_y)
-        return x.grad, None
+@changed(CheckpointFunction, ("None, x.grad", "x.grad, None"))
+class InTheOtherOrder: ...
 
 
 # --- Pages -------------------------------------------------------------------------------------------
@@ -247,10 +207,8 @@ class AtTheSamePlace(Released):
 
 
 @wrong("Pages", "v comes first in your file, and m behind it.")
-class InTheOtherOrderInTheFile(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        self.v, self.m = part(mapping, like, start), part(mapping, like, start + like.nbytes)
+@changed(Pages, ("self.m, self.v = ", "self.v, self.m = "))
+class InTheOtherOrderInTheFile: ...
 
 
 @wrong(
@@ -258,10 +216,8 @@ class InTheOtherOrderInTheFile(Released):
     "Your m and v always lie at the beginning of the file, whatever `start` is. There all parameters would share one "
     "place.",
 )
-class AtTheBeginning(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        self.m, self.v = part(mapping, like, 0), part(mapping, like, like.nbytes)
+@changed(Pages, ("offset=start", "offset=0"))
+class AtTheBeginning: ...
 
 
 @wrong("Pages", "v begins on a page of its own. It has to lie right behind m, or most of a page is wasted.")
@@ -272,31 +228,21 @@ class OnPagesOfTheirOwn(Released):
 
 
 @wrong("Pages", "Your length has room for one of the two, and m and v both lie there.")
-class RoomForOne(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(like.nbytes)
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
+@changed(Pages, ("page_aligned(2 * like.nbytes)", "page_aligned(like.nbytes)"))
+class RoomForOne: ...
 
 
 @wrong("Pages", "Your length is not rounded up. Memory can only be given back in whole pages.")
-class NotWholePages(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, 2 * like.nbytes
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
+@changed(Pages, ("page_aligned(2 * like.nbytes)", "2 * like.nbytes"))
+class NotWholePages: ...
 
 
 @wrong(
     "Pages",
     "You release the whole file. The pages of the other parameters go with it, and have to come back for no reason.",
 )
-class ReleasesAll:
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
-
-    def release(self):
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+@changed(Pages, ("DONTNEED, self.start, self.length)", "DONTNEED)"))
+class ReleasesAll: ...
 
 
 @wrong(
@@ -304,18 +250,10 @@ class ReleasesAll:
     "`release` takes nothing out of the memory. Writing to the disk is not enough: the pages stay until they are "
     "given back.",
 )
-class ReleasesNothing:
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
-
-    def release(self):
-        self.mapping.flush(self.start, self.length)
+@changed(Pages, ("madvise(mmap.MADV_DONTNEED, self", "flush(self"))
+class ReleasesNothing: ...
 
 
 @wrong("Pages", "m and v are float32 whatever the parameter is.")
-class AlwaysFloat32(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        like = like.float()
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
+@changed(Pages, ("dtype=like.dtype", "dtype=torch.float32"))
+class AlwaysFloat32: ...

@@ -9,7 +9,14 @@ import math
 import numpy as np
 import torch
 
-from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.checks.bank import changed, right, wrong
+from lora_from_scratch.compare.capstone.budget import over_budget
+from lora_from_scratch.compare.capstone.choosing import (
+    best_learning_rate,
+    choose_method,
+    paired_bootstrap,
+    pareto_front,
+)
 
 # --- over_budget -------------------------------------------------------------------------------------
 
@@ -34,17 +41,13 @@ def with_sets_and_sorting(cost, budget):
 
 
 @wrong("over_budget", "You count what costs exactly the limit as too expensive. A limit may be used up.")
-def limit_is_too_much(cost, budget):
-    if any(name not in cost for name in budget):
-        raise ValueError("unknown")
-    return [name for name, limit in budget.items() if cost[name] >= limit]
+@changed(over_budget, ("cost[name] > limit", "cost[name] >= limit"))
+def limit_is_too_much(): ...
 
 
 @wrong("over_budget", "A limit of 0 is a limit: nothing may be spent there. You treat it as if there were none.")
-def zero_is_no_limit(cost, budget):
-    if any(name not in cost for name in budget):
-        raise ValueError("unknown")
-    return [name for name, limit in budget.items() if limit and cost[name] > limit]
+@changed(over_budget, ("if cost[name] > limit", "if limit and cost[name] > limit"))
+def zero_is_no_limit(): ...
 
 
 @wrong("over_budget", "You take a cost that nobody knows for 0. Unknown is not free: it has to be refused.")
@@ -60,10 +63,8 @@ def order_of_the_costs(cost, budget):
 
 
 @wrong("over_budget", "You return what is within the budget. The question is what is not.")
-def what_fits(cost, budget):
-    if any(name not in cost for name in budget):
-        raise ValueError("unknown")
-    return [name for name, limit in budget.items() if cost[name] <= limit]
+@changed(over_budget, ("cost[name] > limit", "cost[name] <= limit"))
+def what_fits(): ...
 
 
 @wrong(
@@ -121,12 +122,8 @@ def nan_wins(losses):
     "You forget the runs that diverged when you look for neighbours. That a rate is too large is something that was "
     "tried and is known.",
 )
-def diverged_is_no_neighbour(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    best = min(finished, key=finished.get)
-    return best, min(finished) < best < max(finished)
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "min(finished) < best < max(finished)"))
+def diverged_is_no_neighbour(): ...
 
 
 @wrong(
@@ -134,49 +131,31 @@ def diverged_is_no_neighbour(losses):
     "Your edge is that of the order in which the rates were tried. Neighbours are the next smaller and the next larger "
     "rate.",
 )
-def edge_of_the_order(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    best = min(finished, key=finished.get)
-    return best, best not in (next(iter(losses)), list(losses)[-1])
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "best not in (next(iter(losses)), list(losses)[-1])"))
+def edge_of_the_order(): ...
 
 
 @wrong("best_learning_rate", "You take the rate with the highest loss. Of a loss, less is better.")
-def highest_loss(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    best = max(finished, key=finished.get)
-    return best, min(losses) < best < max(losses)
+@changed(best_learning_rate, ("best = min(", "best = max("))
+def highest_loss(): ...
 
 
 @wrong("best_learning_rate", "You say that every sweep can be believed. At the edge of what was tried it cannot.")
-def always_believed(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    return min(finished, key=finished.get), True
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "True"))
+def always_believed(): ...
 
 
 @wrong("best_learning_rate", "You say the opposite: the best rate at the edge is the one that cannot be believed.")
-def the_other_way_round(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    best = min(finished, key=finished.get)
-    return best, not min(losses) < best < max(losses)
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "not min(losses) < best < max(losses)"))
+def the_other_way_round(): ...
 
 
 @wrong(
     "best_learning_rate",
     "You take one neighbour for enough. With nothing tried on the other side, the best may lie there.",
 )
-def one_neighbour(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    return min(finished, key=finished.get), len(losses) > 1
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "len(losses) > 1"))
+def one_neighbour(): ...
 
 
 # --- choose_method -----------------------------------------------------------------------------------
@@ -230,11 +209,8 @@ def the_cheapest(candidates, budget):
     "choose_method",
     "Of two that are equally good you take the one that trains more. The other one gives the same for less.",
 )
-def the_larger_of_equals(candidates, budget):
-    names = [name for name in candidates if _fits(candidates[name], budget)]
-    if not names:
-        raise ValueError("nothing fits")
-    return max(names, key=lambda name: (candidates[name]["quality"], candidates[name]["trained_parameters"]))
+@changed(choose_method, ("-affordable[name]", "affordable[name]"))
+def the_larger_of_equals(): ...
 
 
 @wrong(
@@ -316,31 +292,21 @@ def as_a_tensor(costs, quality):
     "One of two equal candidates beats the other in your answer, or both beat each other: to beat is to be better "
     "somewhere, and not only nowhere worse.",
 )
-def equal_beats(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, -quality[:, None]], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1)
-    beats.fill_diagonal_(False)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("(nowhere_worse & better_somewhere)", "nowhere_worse.fill_diagonal_(False)"))
+def equal_beats(): ...
 
 
 @wrong(
     "pareto_front",
     "You ask for better in every respect. Whoever is as cheap and better, or as good and cheaper, beats the other too.",
 )
-def better_everywhere(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, -quality[:, None]], dim=1)
-    beats = (values[:, None] < values[None]).all(-1)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("values[None]).any(dim=-1)", "values[None]).all(dim=-1)"))
+def better_everywhere(): ...
 
 
 @wrong("pareto_front", "Less quality counts as better in your answer. Costs and quality point in opposite directions.")
-def quality_as_a_cost(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, quality[:, None]], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("-quality[:, None]", "quality[:, None]"))
+def quality_as_a_cost(): ...
 
 
 @wrong(
@@ -348,38 +314,26 @@ def quality_as_a_cost(costs, quality):
     "You have added the costs up. A megabyte and a microsecond have no sum: a candidate may be worth its place for one "
     "of them alone.",
 )
-def sum_of_the_costs(costs, quality):
-    _refuse(costs, quality)
-    values = torch.stack([costs.sum(1), -quality], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("[costs, -quality", "[costs.sum(dim=1, keepdim=True), -quality"))
+def sum_of_the_costs(): ...
 
 
 @wrong("pareto_front", "You return the candidates that are beaten. The front is the others.")
-def the_beaten(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, -quality[:, None]], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if beats[:, i].any()]
+@changed(pareto_front, ("if not beaten", "if beaten"))
+def the_beaten(): ...
 
 
 @wrong(
     "pareto_front",
     "You have turned the question round: a candidate that beats nobody can still be on the front, if nobody beats it.",
 )
-def who_beats_somebody(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, -quality[:, None]], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if beats[i].any()]
+@changed(pareto_front, ("any(dim=0)", "any(dim=1)"), ("if not beaten", "if beaten"))
+def who_beats_somebody(): ...
 
 
 @wrong("pareto_front", "You look at the first cost alone. A candidate may be the cheapest in another one.")
-def first_cost_only(costs, quality):
-    _refuse(costs, quality)
-    values = torch.stack([costs[:, 0], -quality], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("[costs, -quality", "[costs[:, :1], -quality"))
+def first_cost_only(): ...
 
 
 # --- paired_bootstrap --------------------------------------------------------------------------------
@@ -419,17 +373,15 @@ def not_paired(one, other, places):
 
 
 @wrong("paired_bootstrap", "A draw on which both are equal counts nothing in your answer. It is half a win for each.")
-def ties_lose(one, other, places):
-    _same_cards(one, other)
-    return float(((one - other).double()[places].mean(1) > 0).double().mean())
+@changed(paired_bootstrap, (" + 0.5 * (difference == 0)", ""))
+def ties_lose(): ...
 
 
 @wrong(
     "paired_bootstrap", "A draw on which both are equal is a whole win for the first in your answer. It is half of one."
 )
-def ties_win(one, other, places):
-    _same_cards(one, other)
-    return float(((one - other).double()[places].mean(1) >= 0).double().mean())
+@changed(paired_bootstrap, ("0.5 * (difference == 0)", "1.0 * (difference == 0)"))
+def ties_win(): ...
 
 
 @wrong(
@@ -437,10 +389,8 @@ def ties_win(one, other, places):
     "You count the cards that the first wins, not the draws. A test set is won by its mean: one card can outweigh "
     "many.",
 )
-def counts_cards(one, other, places):
-    _same_cards(one, other)
-    difference = (one - other)[places]
-    return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
+@changed(paired_bootstrap, ("[places].mean(dim=1)", "[places]"))
+def counts_cards(): ...
 
 
 @wrong("paired_bootstrap", "You return how far the first is ahead on average. The question is how often it is ahead.")
@@ -450,10 +400,8 @@ def mean_difference(one, other, places):
 
 
 @wrong("paired_bootstrap", "You count the draws that the second system wins.")
-def the_second(one, other, places):
-    _same_cards(one, other)
-    margin = (other - one).double()[places].mean(1)
-    return float((margin > 0).double().mean() + 0.5 * (margin == 0).double().mean())
+@changed(paired_bootstrap, ("(one - other)", "(other - one)"))
+def the_second(): ...
 
 
 @wrong("paired_bootstrap", "You have not used the draws: on the cards that there are the answer is only yes or no.")
