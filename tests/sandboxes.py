@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_from_scratch.checks.bank import Answer
+from lora_from_scratch.checks.bank import Answer, changed
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.judge import judge
 from lora_from_scratch.checks.observation import Data
@@ -34,7 +34,7 @@ from lora_from_scratch.grading.sandbox.stripped import find_unit, stripped
 
 needs_bubblewrap = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
-BANK = Path(__file__).with_name("bank_in_notebook.py").read_text()
+BANK = Path(__file__).with_name("bank_in_notebook.py").read_text() + "\n\n" + inspect.getsource(changed)
 
 
 def notebook_of(unit: Unit, answers: Sequence[Answer], seed: int) -> list[Run | Probe]:

@@ -1,4 +1,7 @@
-"""Quantisation: numbers of the paper, laws on random input, bad input (bitsandbytes: test_nf4_bitsandbytes.py)."""
+"""Quantisation: numbers of the paper, laws on random input, bad input.
+
+test_nf4_bitsandbytes.py compares with bitsandbytes, test_fast_nf4.py with what the layers compute with.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,12 @@ from lora_from_scratch.quantization.int8 import (
     quantize_dynamic,
 )
 from lora_from_scratch.quantization.nf4 import (
-    CELLS,
-    CHUNK,
-    CODEBOOKS,
     NestedAbsmax,
     bits_per_weight,
     dequantize_nf4,
     double_dequantize,
     double_quantize,
     int4_codebook,
-    interval_of,
     nf4_codebook,
     pack_nibbles,
     quantize_nf4,
@@ -200,37 +199,6 @@ def test_ties_go_to_the_lower_value() -> None:
     assert (unpack_nibbles(packed).int() - 8).tolist() == [-8, -1, 0, 1, 1, 0]
 
 
-@given(
-    st.one_of(
-        st.sampled_from([book().sort().values for book in CODEBOOKS.values()]),
-        st.lists(st.floats(-1.25, 1.25, width=32), min_size=16, max_size=16).map(
-            lambda v: torch.tensor(v).sort().values
-        ),
-    ),
-    st.lists(st.floats(-1, 1, width=32), max_size=30),
-)
-def test_looking_up_an_interval_is_searching_it(values: Tensor, drawn: list[float]) -> None:
-    midpoints = (values[1:] + values[:-1]) / 2
-    edges = torch.arange(CELLS + 1) / (CELLS / 2) - 1  # of the cells
-    hard = torch.cat([midpoints, edges, torch.tensor([*drawn, 1 + 2**-23, -1 - 2**-23])])
-    z = torch.cat([hard, hard.nextafter(torch.tensor(2.0)), hard.nextafter(torch.tensor(-2.0))])
-    assert torch.equal(interval_of(z, midpoints), torch.bucketize(z, midpoints, out_int32=True))
-
-
-def test_no_type_of_the_course_needs_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    searched = []
-    search = torch.bucketize
-
-    def watched(z: Tensor, midpoints: Tensor, **options: Any) -> Tensor:
-        searched.append(len(z))
-        return search(z, midpoints, **options)
-
-    monkeypatch.setattr(torch, "bucketize", watched)
-    for name in CODEBOOKS:
-        quantize_4bit(torch.randn(64, 100), name)
-    assert searched == [CELLS + 1] * len(CODEBOOKS)
-
-
 def test_the_layout_in_memory_does_not_matter_and_gradients_do_not_leak() -> None:
     weight = torch.randn(70, 30, generator=torch.Generator().manual_seed(0))
     packed, absmax = quantize_nf4(weight)
@@ -239,16 +207,6 @@ def test_the_layout_in_memory_does_not_matter_and_gradients_do_not_leak() -> Non
     assert torch.equal(packed, packed_too)
     assert torch.equal(absmax, absmax_too)
     assert not absmax_too.requires_grad
-
-
-@pytest.mark.parametrize("n", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
-def test_weights_of_several_chunks_are_dequantised_as_the_equation_says(n: int) -> None:
-    weight = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    for blocksize in (64, 2 * CHUNK):  # a chunk of many blocks, a block of many chunks
-        packed, absmax = quantize_nf4(weight, blocksize)
-        codes = unpack_nibbles(packed)[:n].long()
-        expected = torch.tensor(PAPER_NF4)[codes] * absmax.repeat_interleave(blocksize)[:n]
-        assert torch.equal(dequantize_nf4(packed, absmax, (n,), blocksize), expected)
 
 
 def test_a_quantised_weight_moves_between_devices_whole() -> None:

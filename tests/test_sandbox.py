@@ -334,7 +334,7 @@ def test_the_stripped_library_holds_no_solution_and_no_answer_to_a_prediction(un
         text = "\n".join(line.strip().split("  # ")[0] for line in everything.splitlines())
         for body in bodies(exercise.object, exercise.blank):
             assert len(body) < 2 or "\n".join(body) not in text, f"{exercise.name} is still there"
-    checks = texts[f"checks/unit_{unit.number}.py"]
+    checks = texts[f"checks/unit_{unit.number}/exercises.py"]
     for prediction in unit.predictions:
         assert prediction.explanation[:30] not in everything
         assert prediction.name not in checks

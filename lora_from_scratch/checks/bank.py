@@ -10,6 +10,9 @@ An instructor adds answers in a folder of the same layout (see `units`).
 from __future__ import annotations
 
 import functools
+import inspect
+import linecache
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -84,6 +87,45 @@ def right(exercise: str) -> Callable[[T], T]:
         return target
 
     return enter
+
+
+def changed(reference: Any, *pieces: tuple[str, str]) -> Callable[[Any], Any]:
+    """Replace the empty function or class below by the reference with a few pieces of its source changed.
+
+        @wrong("over_budget", "You count what costs exactly the limit as too expensive. A limit may be used up.")
+        @changed(over_budget, ("cost[name] > limit", "cost[name] >= limit"))
+        def limit_is_too_much(): ...
+
+    For a mistake of a token or two, which a copy of the whole function would hide.
+
+    Args:
+        reference: the function or class that solves the exercise.
+        pieces: each an old text, which must occur exactly once in the reference's source, and the new text for it.
+
+    Raises:
+        ValueError: an old text does not occur exactly once.
+    """
+
+    def make(empty: Any) -> Any:
+        name, source = empty.__name__, inspect.getsource(inspect.unwrap(reference))
+        for old, new in pieces:
+            if source.count(old) != 1:
+                raise ValueError(
+                    f"{name} changes {old!r}, which must occur exactly once in the source of {reference.__name__}; "
+                    f"it occurs {source.count(old)} times"
+                )
+            source = source.replace(old, new)
+        file = f"<{reference.__name__}, changed: {name}>"
+        lines = source.splitlines(keepends=True)
+        linecache.cache[file] = (len(source), None, lines, file)  # where inspect and tracebacks look
+        namespace = dict(vars(sys.modules[reference.__module__]))
+        exec(compile(source, file, "exec", annotations.compiler_flag, dont_inherit=True), namespace)
+        made = namespace[reference.__name__]
+        made.__name__ = made.__qualname__ = name
+        made.__module__ = empty.__module__
+        return made
+
+    return make
 
 
 def wrong_answers(exercise: str) -> list[Answer]:

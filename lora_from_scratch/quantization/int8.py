@@ -1,7 +1,7 @@
 """Eight bits a number: absmax quantisation, blocks, and the dynamic map.
 
-Absmax quantisation scales by the largest absolute value and rounds. One large value (an outlier) then takes the
-precision of all the others, so the numbers are cut into blocks, each with a scale of its own. Sources: Dettmers et
+Absmax quantisation scales by the largest absolute value and rounds. A single large value (an outlier) then costs all
+the others their precision, so the numbers are cut into blocks, each with a scale of its own. Sources: Dettmers et
 al. 2023 (QLoRA), section 2, equations 1 and 2; Dettmers et al. 2021 (8-bit Optimizers via Block-wise Quantization),
 sections 1.2, 1.3 and 2.1.
 """
@@ -71,12 +71,12 @@ def blockwise_absmax(x: Tensor, blocksize: int = 64) -> Tensor:
     check_blocksize(blocksize)
     check_numbers(x)
     magnitudes = x.detach().reshape(-1).float().abs()  # (n,), row by row
-    missing = -len(magnitudes) % blocksize  # zeros to fill up the last block: they are never larger than what is in it
+    missing = -len(magnitudes) % blocksize  # zeros that pad the last block: never larger than what is in it
     return F.pad(magnitudes, (0, missing)).view(-1, blocksize).amax(dim=1)
 
 
 def to_blocks(x: Tensor, blocksize: int) -> Tensor:
-    """(blocks, blocksize) float32: `x` row by row; a short last block is filled up with zeros."""
+    """(blocks, blocksize) float32: `x` row by row; a short last block is padded with zeros."""
     flat = x.detach().reshape(-1).float()
     missing = -flat.numel() % blocksize
     return (F.pad(flat, (0, missing)) if missing else flat).view(-1, blocksize)
@@ -88,7 +88,7 @@ def check_numbers(x: Tensor) -> None:
         raise ValueError(f"can quantise float32, float16 or bfloat16, got {x.dtype}; convert first: tensor.float()")
     if x.numel() == 0:
         raise ValueError(f"cannot quantise an empty tensor, got shape {tuple(x.shape)}; at least 1 number is needed")
-    if x.detach().sum(dtype=torch.float32).isfinite():  # quick: of a NaN or an infinity the sum is none either
+    if x.detach().sum(dtype=torch.float32).isfinite():  # quick: the sum with a NaN or an infinity is not finite
         return
     bad = (~torch.isfinite(x.detach().reshape(-1))).nonzero().flatten()
     if len(bad):
@@ -167,5 +167,5 @@ def dequantize_dynamic(quantized: DynamicInt8, blocksize: int = 256) -> Tensor:
 
 @functools.cache
 def _dynamic_map_on(device: torch.device) -> Tensor:
-    """`dynamic_map`, made once: a training step in 4 bits reads it twice a layer. Not to be written to."""
+    """`dynamic_map`, made once for a device: a training step in 4 bits reads it twice per layer. Do not write to it."""
     return dynamic_map().to(device)

@@ -2,8 +2,10 @@
 
 A weight matrix is cut into blocks of 64. Each block keeps its largest absolute value (its scale, `absmax`), and each
 weight keeps the number of the nearest of 16 values between -1 and 1 (its code). Two codes share a byte. With double
-quantisation the scales, too, are stored in 8 bits. The numbers equal bitsandbytes' (0.50, on a CPU) bit for bit.
-`quantized_tensor.py` holds the parts together and saves them.
+quantisation the scales are stored in 8 bits as well. The numbers equal bitsandbytes' (0.50, on a CPU) bit for bit.
+
+This is the version to read. The layers compute with `fast_nf4.py`, which gives the same numbers in less time and
+memory; `quantized_tensor.py` holds the parts of a weight together and saves them.
 """
 
 from __future__ import annotations
@@ -25,9 +27,6 @@ from lora_from_scratch.quantization.int8 import (
     quantize_dynamic,
     to_blocks,
 )
-
-CELLS = 2048  # of the line from -1 to 1, in `interval_of`: narrow enough that no two of FP4's midpoints share one
-CHUNK = 2**20  # weights in flight at a time: 4 MiB of float32, which stay in the cache and never become new pages
 
 # --- The codebooks: what the 16 codes stand for ----------------------------------------------------
 
@@ -127,7 +126,7 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = 
 
     Row by row, in blocks of `blocksize`: scale the block to [-1, 1] by its absmax in float32, take for each weight
     the code of the nearest value of the codebook (a tie goes to the lower value), pack two codes in a byte. An odd
-    number of weights is filled up with one weight of 0. In NF4 the code of 0 is 7, so a block of zeros packs to 0x77.
+    number of weights is padded with one weight of 0. In NF4 the code of 0 is 7, so a block of zeros packs to 0x77.
 
     Args:
         weight: n numbers in any shape; float32, float16 or bfloat16.
@@ -149,14 +148,14 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = 
         absmax[-1:].clamp_(min=TINY)  # bitsandbytes stores this for a short block of zeros
     z = normalize_blocks(weight, absmax, blocksize)  # (n,)
     z = F.pad(z, (0, z.numel() % 2))
-    interval = interval_of(z, midpoints)  # as torch.bucketize: a z on a midpoint belongs to the lower interval
-    return pack_nibbles(code_of.to(torch.uint8).index_select(0, interval)), absmax
+    interval = torch.bucketize(z, midpoints)  # a z on a midpoint belongs to the lower interval
+    return pack_nibbles(code_of[interval]), absmax
 
 
 def normalize_blocks(weight: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
     """(n,) float32 in [-1, 1]: every weight over the absmax of its block; zeros stay zeros.
 
-    Like bitsandbytes, whole blocks are multiplied by `1 / absmax`, a short last block is divided by `absmax`: the
+    As in bitsandbytes, whole blocks are multiplied by `1 / absmax`, and a short last block is divided by `absmax`: the
     two can differ in the last bit, and next to a midpoint that bit decides.
     """
     blocks = to_blocks(weight, blocksize)
@@ -165,38 +164,6 @@ def normalize_blocks(weight: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
     if weight.numel() % blocksize:
         z[-1] = blocks[-1] / scale[-1]
     return z.view(-1)[: weight.numel()]
-
-
-def interval_of(z: Tensor, midpoints: Tensor) -> Tensor:
-    """How many of the midpoints lie below each z: `torch.bucketize`, with a look-up in the place of a search.
-
-    The line from -1 to 1 is cut into equal cells. A cell without a midpoint lies in one interval; in a cell with one, a
-    comparison decides. The same rounding puts both the midpoints and z into cells, and it never puts the smaller of two
-    numbers into the later cell: so the answer is exact. Where two midpoints share a cell, the search is made.
-
-    Args:
-        z: (n,) float32, none of them NaN.
-        midpoints: (m,) float32, ascending.
-
-    Returns:
-        (n,) int32, from 0 to m.
-    """
-    cell = _cell_of(midpoints)
-    if len(cell.unique()) < len(cell):
-        return torch.bucketize(z, midpoints, out_int32=True)
-    every_cell = torch.arange(CELLS + 1, device=z.device)
-    below = torch.bucketize(every_cell, cell, out_int32=True)  # midpoints in the cells before each cell
-    inside = torch.full((CELLS + 1,), math.inf, device=z.device).index_copy(0, cell.long(), midpoints)
-    interval = torch.empty(len(z), dtype=torch.int32, device=z.device)
-    for piece, out in zip(z.split(CHUNK), interval.split(CHUNK), strict=True):
-        cell = _cell_of(piece)
-        torch.add(below.index_select(0, cell), piece > inside.index_select(0, cell), out=out)
-    return interval
-
-
-def _cell_of(z: Tensor) -> Tensor:
-    """(n,) int32: the cell of each number; those beyond -1 and 1 belong to the first and the last."""
-    return (z * (CELLS / 2)).add_(CELLS / 2).clamp_(0, CELLS).int()
 
 
 def dequantize_nf4(
@@ -224,34 +191,12 @@ def dequantize_nf4(
         ValueError: the number of bytes or of scales does not fit the shape, `packed` is not uint8, or `blocksize`
             is not a power of two.
     """
-    n = math.prod(shape)
     check_parts(packed, absmax, tuple(shape), blocksize)
-    # For speed, one look-up gives both weights of a byte, and the work is done piece by piece. It changes no number.
-    pairs = values_of_bytes(as_codebook(codebook, packed.device))  # (256,)
-    packed = packed.reshape(-1)
-    weight = torch.empty(n, dtype=dtype, device=packed.device)
-    step = max(CHUNK, blocksize)
-    for start in range(0, n, step):
-        part = weight[start : start + step]
-        index = packed[start // 2 : (start + step) // 2].int()
-        values = pairs.index_select(0, index).view(torch.float32)[: part.numel()]
-        scales = absmax[start // blocksize : (start + step) // blocksize]
-        scale_blocks(values, scales, blocksize, out=part)
-    return weight.view(tuple(shape))
-
-
-def values_of_bytes(codebook: Tensor) -> Tensor:
-    """(256,) items of 8 bytes: the two float32 values that each byte stands for, as one item (it is no float64)."""
-    every_byte = torch.arange(256, dtype=torch.uint8, device=codebook.device)
-    return codebook[unpack_nibbles(every_byte).int()].view(torch.float64)
-
-
-def scale_blocks(values: Tensor, absmax: Tensor, blocksize: int, out: Tensor) -> None:
-    """Multiply each block of (m,) by its own scale, into `out` (m,); the last block may be short."""
-    whole = values.numel() // blocksize
-    cut = whole * blocksize
-    torch.mul(values[:cut].view(whole, blocksize), absmax[:whole, None], out=out[:cut].view(whole, blocksize))
-    torch.mul(values[cut:], absmax[-1], out=out[cut:])
+    n = math.prod(shape)
+    codes = unpack_nibbles(packed)[:n].int()  # of an odd number of weights, the last byte holds one code too many
+    values = as_codebook(codebook, packed.device)[codes]  # (n,), in [-1, 1]
+    scales = absmax.repeat_interleave(blocksize)[:n]  # (n,)
+    return (values * scales).to(dtype).view(tuple(shape))
 
 
 def as_codebook(codebook: Tensor | None, device: torch.device) -> Tensor:
@@ -294,7 +239,7 @@ def double_quantize(absmax: Tensor, blocksize: int = 256) -> NestedAbsmax:
     """Quantise the scales themselves to 8 bits (QLoRA, section 3, "Double Quantization").
 
     The scales are all positive, but the 8-bit map (`dynamic_map`) has as many negative values as positive ones. So
-    their mean, the offset, is taken away first; what is left lies around 0, and is quantised with `quantize_dynamic`.
+    their mean, the offset, is subtracted first; what is left lies around 0 and is quantised with `quantize_dynamic`.
 
     Args:
         absmax: (blocks,) float32, the scales of `quantize_nf4`.
@@ -322,13 +267,13 @@ def bits_per_weight(
     """What a weight costs with its share of the scales, in bits (QLoRA, section 3, "Double Quantization").
 
     Each block of `blocksize` weights has one scale: a float32, or with double quantisation one byte. Then each
-    `nested_blocksize` scales share a second scale, a float32. The one offset of a matrix is not counted.
+    `nested_blocksize` scales share a second scale, a float32. The single offset of a matrix is not counted.
     NF4 in blocks of 64: 4.5 bits plain, 4.127 with double quantisation.
 
     Args:
         bits: of a code.
         blocksize: weights that share a scale; a power of two.
-        double_quant: whether the scales are quantised, too.
+        double_quant: whether the scales are quantised as well.
         nested_blocksize: scales that share a second scale; a power of two.
 
     Raises:

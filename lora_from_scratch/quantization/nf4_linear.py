@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.model import Conv1D
-from lora_from_scratch.quantization.nf4 import CHUNK, double_quantize
+from lora_from_scratch.quantization.fast_nf4 import CHUNK
+from lora_from_scratch.quantization.nf4 import double_quantize
 from lora_from_scratch.quantization.quantized_tensor import (
     BNB_BLOCKSIZES,
     BNB_TYPES,

@@ -1,4 +1,4 @@
-"""A 4-bit weight with everything that it takes to read it, in memory and in bitsandbytes' state dict."""
+"""A 4-bit weight with everything needed to read it back, in memory and in bitsandbytes' state dict."""
 
 from __future__ import annotations
 
@@ -11,15 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_from_scratch.quantization.fast_nf4 import fast_dequantize_nf4, fast_quantize_nf4
 from lora_from_scratch.quantization.int8 import FLOAT_DTYPES, dynamic_map
-from lora_from_scratch.quantization.nf4 import (
-    CODEBOOKS,
-    NestedAbsmax,
-    dequantize_nf4,
-    double_dequantize,
-    double_quantize,
-    quantize_nf4,
-)
+from lora_from_scratch.quantization.nf4 import CODEBOOKS, NestedAbsmax, double_dequantize, double_quantize
 
 NESTED_BLOCKSIZE = 256
 BNB_TYPES = ("nf4", "fp4")
@@ -45,7 +39,7 @@ class QuantizedTensor:
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantised, too."""
+        """Whether the scales are quantised as well."""
         return isinstance(self.absmax, NestedAbsmax)
 
     @property
@@ -63,7 +57,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in `shape`, in `dtype` (None: the one that it had)."""
-        return dequantize_nf4(
+        return fast_dequantize_nf4(
             self.packed, self.scales, self.shape, self.blocksize, dtype or self.dtype, codebook=self.codebook
         )
 
@@ -153,18 +147,18 @@ class QuantizedTensor:
 def quantize_4bit(
     weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False
 ) -> QuantizedTensor:
-    """Quantise a weight to four bits: `quantize_nf4`, and `double_quantize` if asked for.
+    """Quantise a weight to four bits, as `quantize_nf4` does, and its scales as `double_quantize` does if asked to.
 
     Args:
         weight: any shape; float32, float16 or bfloat16.
         quant_type: "nf4", "fp4" or "int4".
         blocksize: a power of two.
-        double_quant: whether to quantise the scales to 8 bits, too.
+        double_quant: whether to quantise the scales to 8 bits as well.
 
     Raises:
         ValueError: the type is unknown, or as `quantize_nf4`.
     """
-    packed, absmax = quantize_nf4(weight, blocksize, codebook=_codebook(quant_type))
+    packed, absmax = fast_quantize_nf4(weight, blocksize, codebook=_codebook(quant_type))
     scales = double_quantize(absmax, NESTED_BLOCKSIZE) if double_quant else absmax
     return QuantizedTensor(packed, scales, quant_type, blocksize, weight.shape, weight.dtype)
 
@@ -193,7 +187,7 @@ def _entry(state: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def _read_numbers(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    """The JSON beside the tensors, with every number checked that the arithmetic rests on."""
+    """The JSON beside the tensors; every number that the arithmetic relies on is checked."""
     prefix = f"{name}.quant_state.bitsandbytes__"
     keys = [key for key in state if key.startswith(prefix)]
     if len(keys) != 1:

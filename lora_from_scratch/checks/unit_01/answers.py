@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.checks.bank import changed, right, wrong
 from lora_from_scratch.linear_algebra.rank import row_echelon
 
 # --- row_echelon -------------------------------------------------------------------------------------
@@ -86,41 +86,18 @@ def with_lists(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, 
 
 
 @wrong("row_echelon", "You swap rows, but never columns: the largest entry may be in another column.")
-def swaps_rows_only(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
-    M, columns, limit = start(matrix, tolerance)
-    for k in range(min(M.shape)):
-        row = k + int(M[k:, k].abs().argmax())
-        if M[row, k].abs() <= limit:
-            M[k:] = 0
-            break
-        swap(M, columns, k, row, k)
-        clear(M, k)
-    return M, columns
+@changed(row_echelon, ("divmod(int(echelon[k:, k:].abs().argmax()), n - k)", "(int(echelon[k:, k].abs().argmax()), 0)"))
+def swaps_rows_only(): ...
 
 
 @wrong("row_echelon", "You take whatever entry is at (k, k) as the pivot: it may be small, or zero.")
-def no_pivoting(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
-    M, columns, limit = start(matrix, tolerance)
-    for k in range(min(M.shape)):
-        if M[k, k].abs() <= limit:
-            M[k:] = 0
-            break
-        clear(M, k)
-    return M, columns
+@changed(row_echelon, ("divmod(int(echelon[k:, k:].abs().argmax()), n - k)", "(0, 0)"))
+def no_pivoting(): ...
 
 
 @wrong("row_echelon", "You look for the largest entry, but pivots are compared by absolute value: -5 is better than 3.")
-def forgets_the_absolute_value(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
-    M, columns, limit = start(matrix, tolerance)
-    for k in range(min(M.shape)):
-        row, column = divmod(int(M[k:, k:].argmax()), M.shape[1] - k)
-        row, column = row + k, column + k
-        if M[row, column].abs() <= limit:
-            M[k:] = 0
-            break
-        swap(M, columns, k, row, column)
-        clear(M, k)
-    return M, columns
+@changed(row_echelon, ("echelon[k:, k:].abs()", "echelon[k:, k:]"))
+def forgets_the_absolute_value(): ...
 
 
 @wrong("row_echelon", "You swap the columns of the matrix, but the order that you return does not reflect it.")
@@ -143,36 +120,19 @@ def gives_the_inverse_order(matrix: Tensor, tolerance: float | None = None) -> t
     "row_echelon",
     "You swap columns only in the rows that are left. Swap the whole column, including the finished rows above.",
 )
-def swaps_below_only(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
-    M, columns, limit = start(matrix, tolerance)
-    for k in range(min(M.shape)):
-        row, column = largest(M, k)
-        if M[row, column].abs() <= limit:
-            M[k:] = 0
-            break
-        M[[k, row]] = M[[row, k]]
-        M[k:, [k, column]] = M[k:, [column, k]]
-        columns[[k, column]] = columns[[column, k]]
-        clear(M, k)
-    return M, columns
+@changed(
+    row_echelon,
+    ("echelon[:, [k, column]] = echelon[:, [column, k]]", "echelon[k:, [k, column]] = echelon[k:, [column, k]]"),
+)
+def swaps_below_only(): ...
 
 
 @wrong(
     "row_echelon",
     "After your swap the same row is there twice: `M[k]` is a view of M, not a copy, and changes with it.",
 )
-def swaps_windows(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
-    M, columns, limit = start(matrix, tolerance)
-    for k in range(min(M.shape)):
-        row, column = largest(M, k)
-        if M[row, column].abs() <= limit:
-            M[k:] = 0
-            break
-        M[k], M[row] = M[row], M[k]
-        M[:, [k, column]] = M[:, [column, k]]
-        columns[[k, column]] = columns[[column, k]]
-        clear(M, k)
-    return M, columns
+@changed(row_echelon, ("echelon[[k, row]] = echelon[[row, k]]", "echelon[k], echelon[row] = echelon[row], echelon[k]"))
+def swaps_windows(): ...
 
 
 @wrong(
@@ -210,17 +170,8 @@ def pivots_of_one(matrix: Tensor, tolerance: float | None = None) -> tuple[Tenso
 
 
 @wrong("row_echelon", "You add the multiple of the pivot row. To make the entry zero it has to be subtracted.")
-def adds_the_rows(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
-    M, columns, limit = start(matrix, tolerance)
-    for k in range(min(M.shape)):
-        row, column = largest(M, k)
-        if M[row, column].abs() <= limit:
-            M[k:] = 0
-            break
-        swap(M, columns, k, row, column)
-        M[k + 1 :] += torch.outer(M[k + 1 :, k] / M[k, k], M[k])
-        M[k + 1 :, k] = 0
-    return M, columns
+@changed(row_echelon, ("echelon[k + 1 :] -= ", "echelon[k + 1 :] += "))
+def adds_the_rows(): ...
 
 
 @wrong("row_echelon", "You ignore the tolerance that was passed in and always use the default.")
@@ -232,16 +183,8 @@ def only_the_default_tolerance(matrix: Tensor, tolerance: float | None = None) -
     "row_echelon",
     "An entry equal to the tolerance counts as zero. Think of a matrix of zeros, where the tolerance itself is 0.",
 )
-def strictly_below_the_tolerance(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
-    M, columns, limit = start(matrix, tolerance)
-    for k in range(min(M.shape)):
-        row, column = largest(M, k)
-        if M[row, column].abs() < limit:
-            M[k:] = 0
-            break
-        swap(M, columns, k, row, column)
-        clear(M, k)
-    return M, columns
+@changed(row_echelon, (".abs() <= tolerance", ".abs() < tolerance"))
+def strictly_below_the_tolerance(): ...
 
 
 @wrong(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_from_scratch.checks.bank import right, wrong
-from lora_from_scratch.quantization.int8 import check_numbers
+from lora_from_scratch.checks.bank import changed, right, wrong
+from lora_from_scratch.quantization.int8 import absmax_int8, check_numbers
 
 TINY = 1e-30
 
@@ -48,37 +48,29 @@ def divides_by_the_step(x: Tensor) -> tuple[Tensor, Tensor]:
     "absmax_int8",
     "You truncate the fractional part. 0.9 is then almost 1 away from its integer: round to the nearest.",
 )
-def cuts_off(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_numbers(x)
-    absmax = x.abs().max().float()
-    return (x.float() * (127 / absmax.clamp(min=TINY))).to(torch.int8), absmax
+@changed(absmax_int8, ("torch.round(x * scale)", "(x * scale)"))
+def cuts_off(): ...
 
 
 @wrong("absmax_int8", "You always round down, which shifts every number to the left: round to the nearest integer.")
-def rounds_down(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_numbers(x)
-    absmax = x.abs().max().float()
-    return torch.floor(x.float() * (127 / absmax.clamp(min=TINY))).to(torch.int8), absmax
+@changed(absmax_int8, ("torch.round(x * scale)", "torch.floor(x * scale)"))
+def rounds_down(): ...
 
 
 @wrong(
     "absmax_int8",
     "A number exactly between two integers is rounded to the even one. Always rounding up shifts the mean.",
 )
-def half_goes_up(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_numbers(x)
-    absmax = x.abs().max().float()
-    return torch.floor(x.float() * (127 / absmax.clamp(min=TINY)) + 0.5).to(torch.int8), absmax
+@changed(absmax_int8, ("torch.round(x * scale)", "torch.floor(x * scale + 0.5)"))
+def half_goes_up(): ...
 
 
 @wrong(
     "absmax_int8",
     "You take the largest number with its sign. What if the number with the largest absolute value is negative?",
 )
-def largest_with_its_sign(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_numbers(x)
-    absmax = x.max().float()
-    return to_int8(x, absmax), absmax
+@changed(absmax_int8, ("x.abs().max()", "x.max()"))
+def largest_with_its_sign(): ...
 
 
 @wrong(
@@ -108,33 +100,23 @@ def from_smallest_to_largest(x: Tensor) -> tuple[Tensor, Tensor]:
     "absmax_int8",
     "You compute in the dtype of x. In float16 the scale is rounded to 11 bits, and the product can overflow.",
 )
-def in_half_precision(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_numbers(x)
-    absmax = x.abs().max()
-    if not absmax:
-        return torch.zeros_like(x, dtype=torch.int8), absmax
-    return torch.round(x * (127 / absmax)).to(torch.int8), absmax
+@changed(absmax_int8, ("x.detach().float()", "x.detach()"))
+def in_half_precision(): ...
 
 
 @wrong("absmax_int8", "You use one scale for each row. Use one scale for the whole tensor.")
-def a_scale_for_each_row(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_numbers(x)
-    absmax = x.abs().amax(dim=-1, keepdim=x.ndim > 1).float()
-    return to_int8(x, absmax), absmax
+@changed(absmax_int8, ("x.abs().max()", "x.abs().amax(dim=-1, keepdim=x.ndim > 1)"))
+def a_scale_for_each_row(): ...
 
 
 @wrong("absmax_int8", "The integers are right, but they are stored as floats: no memory is saved.")
-def integers_in_floats(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_numbers(x)
-    absmax = x.abs().max().float()
-    return torch.round(x.float() * (127 / absmax.clamp(min=TINY))), absmax
+@changed(absmax_int8, (".to(torch.int8)", ""))
+def integers_in_floats(): ...
 
 
 @wrong("absmax_int8", "The second result is the factor that you multiplied by. Return the absmax itself.")
-def returns_the_factor(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_numbers(x)
-    absmax = x.abs().max().float()
-    return to_int8(x, absmax), 127 / absmax.clamp(min=TINY)
+@changed(absmax_int8, (".to(torch.int8), absmax", ".to(torch.int8), scale"))
+def returns_the_factor(): ...
 
 
 @wrong("absmax_int8", caught_by="no error")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.checks.bank import changed, right, wrong
 from lora_from_scratch.quantization.int8 import blockwise_absmax
-from lora_from_scratch.quantization.nf4 import nf4_codebook, normalize_blocks, pack_nibbles
+from lora_from_scratch.quantization.nf4 import nf4_codebook, normalize_blocks, pack_nibbles, quantize_nf4
 
 TINY = 1e-30
 
@@ -191,10 +191,8 @@ def next_value_below(weight: Tensor, blocksize: int = 64, codebook: Tensor | Non
 
 
 @wrong("quantize_nf4", "A weight exactly between two values gets the lower one; yours gets the upper one.")
-def ties_go_up(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
-    absmax = blockwise_absmax(weight, blocksize)
-    z = normalize_blocks(weight, absmax, blocksize)
-    return packed_up(nearest(z, book(codebook), right=True)), absmax
+@changed(quantize_nf4, ("bucketize(z, midpoints)", "bucketize(z, midpoints, right=True)"))
+def ties_go_up(): ...
 
 
 @wrong(
@@ -220,9 +218,8 @@ def zero_over_zero_by_argmin(weight: Tensor, blocksize: int = 64, codebook: Tens
 
 
 @wrong("quantize_nf4", "You use NF4's values whatever codebook is given.")
-def always_nf4(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
-    absmax = blockwise_absmax(weight, blocksize)
-    return packed_up(nearest(normalize_blocks(weight, absmax, blocksize), nf4_codebook())), absmax
+@changed(quantize_nf4, ("as_codebook(codebook, weight.device)", "nf4_codebook()"))
+def always_nf4(): ...
 
 
 @wrong(
@@ -230,10 +227,8 @@ def always_nf4(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = No
     "You return indices into the sorted codebook. A code is an index into the codebook as it was given, and FP4's is "
     "not sorted.",
 )
-def places_in_the_sorted_table(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
-    absmax = blockwise_absmax(weight, blocksize)
-    z = normalize_blocks(weight, absmax, blocksize)
-    return packed_up(nearest(z, book(codebook).sort().values)), absmax
+@changed(quantize_nf4, ("code_of[interval]", "interval"))
+def places_in_the_sorted_table(): ...
 
 
 @wrong(
@@ -252,9 +247,8 @@ def does_not_sort(weight: Tensor, blocksize: int = 64, codebook: Tensor | None =
     "quantize_nf4",
     "You compare the weights themselves with the codebook, whose values are between -1 and 1: divide by the scale.",
 )
-def without_the_scale(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
-    absmax = blockwise_absmax(weight, blocksize)
-    return packed_up(nearest(weight.reshape(-1), book(codebook))), absmax
+@changed(quantize_nf4, ("normalize_blocks(weight, absmax, blocksize)", "weight.reshape(-1)"))
+def without_the_scale(): ...
 
 
 @wrong("quantize_nf4", "You scale by the standard deviation. The largest weight of a block has to become 1 or -1.")
@@ -300,10 +294,8 @@ def fills_up_with_code_0(weight: Tensor, blocksize: int = 64, codebook: Tensor |
 
 
 @wrong("quantize_nf4", "The second result is the inverse of the scale. Store the absmax itself.")
-def stores_the_inverse(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
-    absmax = blockwise_absmax(weight, blocksize)
-    codes = nearest(normalize_blocks(weight, absmax, blocksize), book(codebook))
-    return packed_up(codes), 1 / absmax.clamp(min=TINY)
+@changed(quantize_nf4, ("[interval]), absmax", "[interval]), 1 / absmax.clamp(min=TINY)"))
+def stores_the_inverse(): ...
 
 
 @wrong("quantize_nf4", caught_by="raises")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_from_scratch.checks.bank import right, wrong
-from lora_from_scratch.quantization.nf4 import check_parts, nf4_codebook
+from lora_from_scratch.checks.bank import changed, right, wrong
+from lora_from_scratch.quantization.nf4 import check_parts, dequantize_nf4, nf4_codebook
 
 # --- pack_nibbles ------------------------------------------------------------------------------------
 
@@ -159,55 +159,46 @@ def high_halves_before_low_ones(packed, absmax, shape, blocksize=64, dtype=torch
 
 
 @wrong("dequantize_nf4", "These are the values of the codebook, between -1 and 1. Multiply each block by its scale.")
-def without_the_scales(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    return book(codebook)[unpacked(packed, n)].to(dtype).view(*shape)
+@changed(dequantize_nf4, ("(values * scales)", "values"))
+def without_the_scales(): ...
 
 
 @wrong("dequantize_nf4", "You divide by the scales. Quantisation divided by them, so dequantisation has to multiply.")
-def divides_once_more(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    return (book(codebook)[unpacked(packed, n)] / spread(absmax, blocksize, n)).to(dtype).view(*shape)
+@changed(dequantize_nf4, ("values * scales", "values / scales"))
+def divides_once_more(): ...
 
 
 @wrong("dequantize_nf4", "All weights get the scale of the first block. Each block has its own.")
-def the_first_scale_for_all(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    return (book(codebook)[unpacked(packed, n)] * absmax[0]).to(dtype).view(*shape)
+@changed(dequantize_nf4, ("absmax.repeat_interleave(blocksize)[:n]", "absmax[0]"))
+def the_first_scale_for_all(): ...
 
 
 @wrong(
     "dequantize_nf4",
     "You repeat the whole sequence of scales. A block consists of consecutive weights with the same scale.",
 )
-def scales_in_turn(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    return (book(codebook)[unpacked(packed, n)] * absmax.repeat(blocksize)[:n]).to(dtype).view(*shape)
+@changed(dequantize_nf4, (".repeat_interleave(blocksize)", ".repeat(blocksize)"))
+def scales_in_turn(): ...
 
 
 @wrong("dequantize_nf4", "You count the blocks in bytes. A block is `blocksize` weights, which are half as many bytes.")
-def blocks_of_bytes(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    block = torch.arange(n) // (2 * blocksize)
-    return (book(codebook)[unpacked(packed, n)] * absmax[block]).to(dtype).view(*shape)
+@changed(dequantize_nf4, (".repeat_interleave(blocksize)", ".repeat_interleave(2 * blocksize)"))
+def blocks_of_bytes(): ...
 
 
 @wrong("dequantize_nf4", "You treat a code as an integer with equal steps. Look up its value in the codebook.")
-def codes_as_integers(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    return ((unpacked(packed, n) - 8) / 7 * spread(absmax, blocksize, n)).to(dtype).view(*shape)
+@changed(dequantize_nf4, ("as_codebook(codebook, packed.device)[codes]", "(codes - 8) / 7"))
+def codes_as_integers(): ...
 
 
 @wrong("dequantize_nf4", "You look up the codes in NF4's codebook whatever codebook is given.")
-def nf4_whatever_is_given(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    return (nf4_codebook()[unpacked(packed, n)] * spread(absmax, blocksize, n)).to(dtype).view(*shape)
+@changed(dequantize_nf4, ("as_codebook(codebook, packed.device)", "nf4_codebook()"))
+def nf4_whatever_is_given(): ...
 
 
 @wrong("dequantize_nf4", "The weight is returned in float32 whatever dtype is requested.")
-def always_float32(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    return (book(codebook)[unpacked(packed, n)] * spread(absmax, blocksize, n)).view(*shape)
+@changed(dequantize_nf4, (".to(dtype)", ""))
+def always_float32(): ...
 
 
 @wrong(
@@ -215,9 +206,8 @@ def always_float32(packed, absmax, shape, blocksize=64, dtype=torch.float32, cod
     "You convert to the other dtype before you multiply, and so round twice. Multiply in float32 and convert at the "
     "end.",
 )
-def rounds_twice(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    return (book(codebook).to(dtype)[unpacked(packed, n)] * spread(absmax, blocksize, n).to(dtype)).view(*shape)
+@changed(dequantize_nf4, ("values * scales", "values.to(dtype) * scales.to(dtype)"))
+def rounds_twice(): ...
 
 
 @wrong("dequantize_nf4", "You fill the matrix column by column. It was read row by row.")
@@ -228,9 +218,8 @@ def fills_the_columns(packed, absmax, shape, blocksize=64, dtype=torch.float32, 
 
 
 @wrong("dequantize_nf4", caught_by="shape")
-def stays_flat(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
-    n = checked(packed, absmax, shape, blocksize)
-    return (book(codebook)[unpacked(packed, n)] * spread(absmax, blocksize, n)).to(dtype)
+@changed(dequantize_nf4, (".view(tuple(shape))", ""))
+def stays_flat(): ...
 
 
 @wrong("dequantize_nf4", caught_by="no error")

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.checks.bank import changed, right, wrong
 from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.methods.lora import inject_lora
 from lora_from_scratch.methods.method import adaptation_of
 from lora_from_scratch.quantization.nf4 import dequantize_nf4
-from lora_from_scratch.quantization.nf4_linear import NF4Linear
+from lora_from_scratch.quantization.nf4_linear import FourBitProduct, NF4Linear
 from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
 
 # --- FourBitProduct ----------------------------------------------------------------------------------
@@ -112,12 +112,8 @@ class KeepsTheInput(torch.autograd.Function):
 
 
 @wrong("FourBitProduct", "y lacks the bias.")
-class WithoutTheBias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias, quantized):
-        return first(ctx, x, None, quantized)
-
-    backward = staticmethod(gradients)
+@changed(FourBitProduct, ("F.linear(x, W, bias)", "F.linear(x, W)"))
+class WithoutTheBias: ...
 
 
 @wrong(
@@ -125,13 +121,8 @@ class WithoutTheBias(torch.autograd.Function):
     "You multiply the gradient by the transposed weight, as in the forward pass. Write down the shapes of dL/dy, W and "
     "dL/dx: which product fits?",
 )
-class TheTransposedWeightAgain(torch.autograd.Function):
-    forward = staticmethod(first)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        grad_x = grad_y @ ctx.quantized.dequantize(grad_y.dtype).T if ctx.needs_input_grad[0] else None
-        return grad_x, gradients(ctx, grad_y)[1], None
+@changed(FourBitProduct, ("grad_x = grad_y @ W", "grad_x = grad_y @ W.T"))
+class TheTransposedWeightAgain: ...
 
 
 @wrong(
@@ -139,35 +130,21 @@ class TheTransposedWeightAgain(torch.autograd.Function):
     "You return no gradient for x. The weight is frozen, but the layers before this one are not: a LoRA in an earlier "
     "block learns only through this gradient.",
 )
-class NoGradientForX(torch.autograd.Function):
-    forward = staticmethod(first)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        return None, gradients(ctx, grad_y)[1], None
+@changed(FourBitProduct, ("return grad_x, ", "return None, "))
+class NoGradientForX: ...
 
 
 @wrong("FourBitProduct", "The bias was added to every row, so its gradient is the sum over the rows, not their mean.")
-class TheMeanOverTheRows(torch.autograd.Function):
-    forward = staticmethod(first)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).mean(dim=0) if ctx.needs_input_grad[1] else None
-        return gradients(ctx, grad_y)[0], grad_bias, None
+@changed(FourBitProduct, (".sum(dim=0)", ".mean(dim=0)"))
+class TheMeanOverTheRows: ...
 
 
 @wrong(
     "FourBitProduct",
     "You dequantise W to its original dtype. It is multiplied with x, so dequantise it to the dtype of x.",
 )
-class InTheStoredDtype(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias, quantized):
-        ctx.quantized = quantized
-        return F.linear(x, quantized.dequantize(), bias)
-
-    backward = staticmethod(gradients)
+@changed(FourBitProduct, ("dequantize(x.dtype)", "dequantize()"))
+class InTheStoredDtype: ...
 
 
 @wrong("FourBitProduct", "You compute in float32 whatever the dtype of x. y must have the dtype of x.")
@@ -186,13 +163,8 @@ class AlwaysInFloat32(torch.autograd.Function):
     "You dequantise W in the backward pass even if the gradient of x is not needed. In the first layer after frozen "
     "embeddings that is wasted work: check `ctx`.",
 )
-class WithoutAsking(torch.autograd.Function):
-    forward = staticmethod(first)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        grad_x = grad_y @ ctx.quantized.dequantize(grad_y.dtype)
-        return grad_x, gradients(ctx, grad_y)[1], None
+@changed(FourBitProduct, ("if ctx.needs_input_grad[0]:", "if True:"))
+class WithoutAsking: ...
 
 
 # --- quantize_model ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.checks.bank import changed, right, wrong
 from lora_from_scratch.methods.loftq import best_factors, loftq_init
 from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
 
@@ -71,12 +71,8 @@ def once(W, rank, iterations=1, quantize=quantize_4bit):
     "You quantise W itself in every iteration, so each one gives the same result as the first. What B A already holds "
     "need not be in Q.",
 )
-def w_every_time(W, rank, iterations=1, quantize=quantize_4bit):
-    W = ready(W, rank, iterations)
-    for _ in range(iterations):
-        Q = quantize(W)
-        A, B = best_factors(W - Q.dequantize(), rank)
-    return Q, A, B
+@changed(loftq_init, ("Q = quantize(W - low_rank)", "Q = quantize(W)"))
+def w_every_time(): ...
 
 
 @wrong(
@@ -108,14 +104,8 @@ def factors_of_w(W, rank, iterations=1, quantize=quantize_4bit):
     "loftq_init",
     "You quantise once more at the end. A and B then belong to the previous Q, and not to the one that you return.",
 )
-def a_last_q(W, rank, iterations=1, quantize=quantize_4bit):
-    W = ready(W, rank, iterations)
-    low_rank = torch.zeros_like(W)
-    for _ in range(iterations):
-        Q = quantize(W - low_rank)
-        A, B = best_factors(W - Q.dequantize(), rank)
-        low_rank = B @ A
-    return quantize(W - low_rank), A, B
+@changed(loftq_init, ("return Q, A, B", "return quantize(W - low_rank), A, B"))
+def a_last_q(): ...
 
 
 @wrong(
@@ -161,14 +151,12 @@ def the_smallest(W, rank, iterations=1, quantize=quantize_4bit):
     "loftq_init",
     "Your sign is reversed: W - Q has to be added to Q to give W, so B A approximates W - Q and not Q - W.",
 )
-def the_other_sign(W, rank, iterations=1, quantize=quantize_4bit):
-    W = ready(W, rank, iterations)
-    low_rank = torch.zeros_like(W)
-    for _ in range(iterations):
-        Q = quantize(W + low_rank)
-        A, B = best_factors(Q.dequantize() - W, rank)
-        low_rank = B @ A
-    return Q, A, B
+@changed(
+    loftq_init,
+    ("Q = quantize(W - low_rank)", "Q = quantize(W + low_rank)"),
+    ("W - Q.dequantize()", "Q.dequantize() - W"),
+)
+def the_other_sign(): ...
 
 
 @wrong("loftq_init", "The order of the results is Q, A, B, and A is the one with r rows; you return B first.")

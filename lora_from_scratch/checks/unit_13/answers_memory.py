@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
-from lora_from_scratch.checks.bank import right, wrong
-from lora_from_scratch.finetune.paged_optimizer import page_aligned
+from lora_from_scratch.checks.bank import changed, right, wrong
+from lora_from_scratch.finetune.gradient_checkpointing import CheckpointFunction
+from lora_from_scratch.finetune.paged_optimizer import Pages, page_aligned
 
 # --- CheckpointFunction ------------------------------------------------------------------------------
 
@@ -77,17 +78,8 @@ class KeepsTheGraph(torch.autograd.Function):
     "CheckpointFunction",
     "Inside `backward`, PyTorch does not record a graph unless it is told to, so there is no graph to go back through.",
 )
-class NothingIsRecorded(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(ctx.random_state)
-            y = ctx.function(x)
-        y.backward(grad_y)
-        return None, x.grad
+@changed(CheckpointFunction, (", torch.enable_grad():", ":"))
+class NothingIsRecorded: ...
 
 
 @wrong(
@@ -113,16 +105,10 @@ class NotCutOff(torch.autograd.Function):
     "CheckpointFunction",
     "x gets its gradient, but the parameters that the function uses get none: they would never be trained.",
 )
-class OnlyTheGradientOfX(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.random_state)
-            y = ctx.function(x)
-        return None, *torch.autograd.grad(y, x, grad_y)
+@changed(
+    CheckpointFunction, ("y.backward(grad_y)", "(grad_x,) = torch.autograd.grad(y, x, grad_y)"), ("x.grad", "grad_x")
+)
+class OnlyTheGradientOfX: ...
 
 
 @wrong(
@@ -130,16 +116,8 @@ class OnlyTheGradientOfX(torch.autograd.Function):
     "The function draws different random numbers the second time: its dropout mask differs, and the gradient belongs "
     "to a y that was never returned.",
 )
-class OtherRandomNumbers(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            y = ctx.function(x)
-        y.backward(grad_y)
-        return None, x.grad
+@changed(CheckpointFunction, ("torch.set_rng_state(ctx.random_state)", ""))
+class OtherRandomNumbers: ...
 
 
 @wrong(
@@ -165,33 +143,15 @@ class LeavesTheOldState(torch.autograd.Function):
     "CheckpointFunction",
     "You start the backward pass from the sum of y. Use dL/dy, the incoming gradient: y is not the loss.",
 )
-class IgnoresWhatComesFromAbove(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.random_state)
-            y = ctx.function(x).sum()
-        y.backward()
-        return None, x.grad
+@changed(CheckpointFunction, ("ctx.function(x)", "ctx.function(x).sum()"), ("backward(grad_y)", "backward()"))
+class IgnoresWhatComesFromAbove: ...
 
 
 @wrong(
     "CheckpointFunction", "The gradients must be in the order of the arguments of `apply`: the function comes first."
 )
-class InTheOtherOrder(torch.autograd.Function):
-    forward = staticmethod(remember)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.random_state)
-            y = ctx.function(x)
-        y.backward(grad_y)
-        return x.grad, None
+@changed(CheckpointFunction, ("None, x.grad", "x.grad, None"))
+class InTheOtherOrder: ...
 
 
 # --- Pages -------------------------------------------------------------------------------------------
@@ -250,20 +210,16 @@ class AtTheSamePlace(Released):
 
 
 @wrong("Pages", "In your file v comes first and m second.")
-class InTheOtherOrderInTheFile(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        self.v, self.m = part(mapping, like, start), part(mapping, like, start + like.nbytes)
+@changed(Pages, ("self.m, self.v = ", "self.v, self.m = "))
+class InTheOtherOrderInTheFile: ...
 
 
 @wrong(
     "Pages",
     "Your m and v are always at the start of the file, whatever `start` is. All parameters would then share one place.",
 )
-class AtTheBeginning(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        self.m, self.v = part(mapping, like, 0), part(mapping, like, like.nbytes)
+@changed(Pages, ("offset=start", "offset=0"))
+class AtTheBeginning: ...
 
 
 @wrong("Pages", "Your v starts on a new page. It has to come right after m, or most of a page is wasted.")
@@ -274,17 +230,13 @@ class OnPagesOfTheirOwn(Released):
 
 
 @wrong("Pages", "Your length has room for only one of the two, but both m and v are there.")
-class RoomForOne(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(like.nbytes)
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
+@changed(Pages, ("page_aligned(2 * like.nbytes)", "page_aligned(like.nbytes)"))
+class RoomForOne: ...
 
 
 @wrong("Pages", "Your length is not rounded up. Memory can only be released in whole pages.")
-class NotWholePages(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, 2 * like.nbytes
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
+@changed(Pages, ("page_aligned(2 * like.nbytes)", "2 * like.nbytes"))
+class NotWholePages: ...
 
 
 @wrong(
@@ -292,14 +244,8 @@ class NotWholePages(Released):
     "You release the whole file. The pages of the other parameters are released too, and have to be loaded again for "
     "no reason.",
 )
-class ReleasesAll:
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
-
-    def release(self):
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+@changed(Pages, ("DONTNEED, self.start, self.length)", "DONTNEED)"))
+class ReleasesAll: ...
 
 
 @wrong(
@@ -307,18 +253,10 @@ class ReleasesAll:
     "`release` does not free any memory. Writing to the disk is not enough: the pages stay in memory until they are "
     "released.",
 )
-class ReleasesNothing:
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
-
-    def release(self):
-        self.mapping.flush(self.start, self.length)
+@changed(Pages, ("madvise(mmap.MADV_DONTNEED, self", "flush(self"))
+class ReleasesNothing: ...
 
 
 @wrong("Pages", "m and v are float32 whatever the dtype of the parameter.")
-class AlwaysFloat32(Released):
-    def __init__(self, mapping, start, like):
-        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
-        like = like.float()
-        self.m, self.v = part(mapping, like, start), part(mapping, like, start + like.nbytes)
+@changed(Pages, ("dtype=like.dtype", "dtype=torch.float32"))
+class AlwaysFloat32: ...

@@ -9,7 +9,14 @@ import math
 import numpy as np
 import torch
 
-from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.checks.bank import changed, right, wrong
+from lora_from_scratch.compare.capstone.budget import over_budget
+from lora_from_scratch.compare.capstone.choosing import (
+    best_learning_rate,
+    choose_method,
+    paired_bootstrap,
+    pareto_front,
+)
 
 # --- over_budget -------------------------------------------------------------------------------------
 
@@ -34,17 +41,13 @@ def with_sets_and_sorting(cost, budget):
 
 
 @wrong("over_budget", "You treat a cost that equals the limit as too expensive. A limit may be reached.")
-def limit_is_too_much(cost, budget):
-    if any(name not in cost for name in budget):
-        raise ValueError("unknown")
-    return [name for name, limit in budget.items() if cost[name] >= limit]
+@changed(over_budget, ("cost[name] > limit", "cost[name] >= limit"))
+def limit_is_too_much(): ...
 
 
 @wrong("over_budget", "A limit of 0 is a limit: nothing may be spent there. You treat it as if there were none.")
-def zero_is_no_limit(cost, budget):
-    if any(name not in cost for name in budget):
-        raise ValueError("unknown")
-    return [name for name, limit in budget.items() if limit and cost[name] > limit]
+@changed(over_budget, ("if cost[name] > limit", "if limit and cost[name] > limit"))
+def zero_is_no_limit(): ...
 
 
 @wrong("over_budget", "You treat an unknown cost as 0. Unknown does not mean free: raise a ValueError.")
@@ -60,10 +63,8 @@ def order_of_the_costs(cost, budget):
 
 
 @wrong("over_budget", "You return what is within the budget. Return what exceeds it.")
-def what_fits(cost, budget):
-    if any(name not in cost for name in budget):
-        raise ValueError("unknown")
-    return [name for name, limit in budget.items() if cost[name] <= limit]
+@changed(over_budget, ("cost[name] > limit", "cost[name] <= limit"))
+def what_fits(): ...
 
 
 @wrong("over_budget", "You stop at the first limit that is exceeded. Return all of them.")
@@ -117,61 +118,39 @@ def nan_wins(losses):
     "best_learning_rate",
     "You ignore the runs that diverged when you look for neighbours. A rate that was too large was tried as well.",
 )
-def diverged_is_no_neighbour(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    best = min(finished, key=finished.get)
-    return best, min(finished) < best < max(finished)
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "min(finished) < best < max(finished)"))
+def diverged_is_no_neighbour(): ...
 
 
 @wrong(
     "best_learning_rate",
     "You look at the order in which the rates were tried. Neighbours are the next smaller and the next larger rate.",
 )
-def edge_of_the_order(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    best = min(finished, key=finished.get)
-    return best, best not in (next(iter(losses)), list(losses)[-1])
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "best not in (next(iter(losses)), list(losses)[-1])"))
+def edge_of_the_order(): ...
 
 
 @wrong("best_learning_rate", "You take the rate with the highest loss. Lower losses are better.")
-def highest_loss(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    best = max(finished, key=finished.get)
-    return best, min(losses) < best < max(losses)
+@changed(best_learning_rate, ("best = min(", "best = max("))
+def highest_loss(): ...
 
 
 @wrong("best_learning_rate", "You return that every sweep can be trusted. If the best rate is at the edge, it cannot.")
-def always_believed(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    return min(finished, key=finished.get), True
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "True"))
+def always_believed(): ...
 
 
 @wrong("best_learning_rate", "Your answer is inverted: if the best rate is at the edge, the sweep cannot be trusted.")
-def the_other_way_round(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    best = min(finished, key=finished.get)
-    return best, not min(losses) < best < max(losses)
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "not min(losses) < best < max(losses)"))
+def the_other_way_round(): ...
 
 
 @wrong(
     "best_learning_rate",
     "You require only one neighbour. If nothing was tried on the other side, the best rate may be there.",
 )
-def one_neighbour(losses):
-    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
-    if not finished:
-        raise ValueError("diverged")
-    return min(finished, key=finished.get), len(losses) > 1
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "len(losses) > 1"))
+def one_neighbour(): ...
 
 
 # --- choose_method -----------------------------------------------------------------------------------
@@ -228,11 +207,8 @@ def the_cheapest(candidates, budget):
     "Of two equally good candidates you choose the one that trains more. The other one gives the same quality with "
     "fewer parameters.",
 )
-def the_larger_of_equals(candidates, budget):
-    names = [name for name in candidates if _fits(candidates[name], budget)]
-    if not names:
-        raise ValueError("nothing fits")
-    return max(names, key=lambda name: (candidates[name]["quality"], candidates[name]["trained_parameters"]))
+@changed(choose_method, ("-affordable[name]", "affordable[name]"))
+def the_larger_of_equals(): ...
 
 
 @wrong(
@@ -317,12 +293,8 @@ def as_a_tensor(costs, quality):
     "In your answer one of two equal candidates beats the other, or each beats the other: to beat means to be better "
     "somewhere, not only nowhere worse.",
 )
-def equal_beats(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, -quality[:, None]], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1)
-    beats.fill_diagonal_(False)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("(nowhere_worse & better_somewhere)", "nowhere_worse.fill_diagonal_(False)"))
+def equal_beats(): ...
 
 
 @wrong(
@@ -330,57 +302,39 @@ def equal_beats(costs, quality):
     "You require a candidate to be better in every respect. One that is as cheap and better, or as good and cheaper, "
     "also beats the other.",
 )
-def better_everywhere(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, -quality[:, None]], dim=1)
-    beats = (values[:, None] < values[None]).all(-1)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("values[None]).any(dim=-1)", "values[None]).all(dim=-1)"))
+def better_everywhere(): ...
 
 
 @wrong("pareto_front", "In your answer lower quality counts as better. Costs and quality point in opposite directions.")
-def quality_as_a_cost(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, quality[:, None]], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("-quality[:, None]", "quality[:, None]"))
+def quality_as_a_cost(): ...
 
 
 @wrong(
     "pareto_front",
     "You add up the costs. Different units cannot be added: a candidate may be on the front because of one cost alone.",
 )
-def sum_of_the_costs(costs, quality):
-    _refuse(costs, quality)
-    values = torch.stack([costs.sum(1), -quality], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("[costs, -quality", "[costs.sum(dim=1, keepdim=True), -quality"))
+def sum_of_the_costs(): ...
 
 
 @wrong("pareto_front", "You return the candidates that are beaten. The front consists of the others.")
-def the_beaten(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, -quality[:, None]], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if beats[:, i].any()]
+@changed(pareto_front, ("if not beaten", "if beaten"))
+def the_beaten(): ...
 
 
 @wrong(
     "pareto_front",
     "You have reversed the question: a candidate that beats no other can still be on the front, if no other beats it.",
 )
-def who_beats_somebody(costs, quality):
-    _refuse(costs, quality)
-    values = torch.cat([costs, -quality[:, None]], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if beats[i].any()]
+@changed(pareto_front, ("any(dim=0)", "any(dim=1)"), ("if not beaten", "if beaten"))
+def who_beats_somebody(): ...
 
 
 @wrong("pareto_front", "You use only the first cost. A candidate may be the cheapest in another one.")
-def first_cost_only(costs, quality):
-    _refuse(costs, quality)
-    values = torch.stack([costs[:, 0], -quality], dim=1)
-    beats = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
-    return [i for i in range(len(values)) if not beats[:, i].any()]
+@changed(pareto_front, ("[costs, -quality", "[costs[:, :1], -quality"))
+def first_cost_only(): ...
 
 
 # --- paired_bootstrap --------------------------------------------------------------------------------
@@ -422,18 +376,16 @@ def not_paired(one, other, places):
 @wrong(
     "paired_bootstrap", "Your answer does not count a draw on which both are equal. It counts as half a win for each."
 )
-def ties_lose(one, other, places):
-    _same_cards(one, other)
-    return float(((one - other).double()[places].mean(1) > 0).double().mean())
+@changed(paired_bootstrap, (" + 0.5 * (difference == 0)", ""))
+def ties_lose(): ...
 
 
 @wrong(
     "paired_bootstrap",
     "Your answer counts a draw on which both are equal as a whole win for the first. It counts as half a win.",
 )
-def ties_win(one, other, places):
-    _same_cards(one, other)
-    return float(((one - other).double()[places].mean(1) >= 0).double().mean())
+@changed(paired_bootstrap, ("0.5 * (difference == 0)", "1.0 * (difference == 0)"))
+def ties_win(): ...
 
 
 @wrong(
@@ -441,10 +393,8 @@ def ties_win(one, other, places):
     "You count the cards that the first system wins, not the draws. The mean decides a test set: one card can outweigh "
     "many.",
 )
-def counts_cards(one, other, places):
-    _same_cards(one, other)
-    difference = (one - other)[places]
-    return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
+@changed(paired_bootstrap, ("[places].mean(dim=1)", "[places]"))
+def counts_cards(): ...
 
 
 @wrong("paired_bootstrap", "You return how far the first system is ahead on average. Return how often it is ahead.")
@@ -454,10 +404,8 @@ def mean_difference(one, other, places):
 
 
 @wrong("paired_bootstrap", "You count the draws that the second system wins.")
-def the_second(one, other, places):
-    _same_cards(one, other)
-    margin = (other - one).double()[places].mean(1)
-    return float((margin > 0).double().mean() + 0.5 * (margin == 0).double().mean())
+@changed(paired_bootstrap, ("(one - other)", "(other - one)"))
+def the_second(): ...
 
 
 @wrong("paired_bootstrap", "You do not use the draws: on the original cards alone the answer is only yes or no.")
