@@ -1,7 +1,8 @@
 # make demo        fine-tune the bundled GPT-2 by full fine-tuning and by LoRA, and compare
 # make lab         open JupyterLab on the first unit of the course
 # make build       make notebooks/ and solutions/ from course/units and the library
-# make test        everything that has to hold
+# make test        what has to hold: under 15 minutes on two cores
+# make test-all    that, and what something quicker in make test vouches for; its last line says how long it took
 # make test-gpt2   the fine-tuning units on a random GPT-2 small: takes long
 # Each does its own set-up: a virtual environment in .venv and the pinned packages. Needs Python 3.11 or newer.
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo lab build readme test test-gpt2 lint bench install install-course install-dev clean
+.PHONY: help demo lab build readme test test-all test-gpt2 lint bench install install-course install-dev clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -29,6 +30,9 @@ readme: demo
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-all: lint
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow or not slow"
 
 test-gpt2: install-dev
 	LORA_FROM_SCRATCH_TEST_GPT2=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_units_on_gpt2.py
