@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo lab build readme test test-all test-gpt2 lint bench install install-course install-dev clean
@@ -29,13 +30,13 @@ readme: demo
 	$(BIN)/python -m benchmarks.readme
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 test-gpt2: install-dev
-	LORA_FROM_SCRATCH_TEST_GPT2=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_units_on_gpt2.py
+	LORA_FROM_SCRATCH_TEST_GPT2=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_units_on_gpt2.py
 
 lint: install-dev
 	$(BIN)/ruff check .
