@@ -1,16 +1,18 @@
 # make demo        fine-tune the bundled GPT-2 with full fine-tuning and with LoRA, and compare the two
 # make lab         open JupyterLab on the first unit of the course
 # make build       build notebooks/ and solutions/ from course/units and the library
-# make test        run all tests
+# make test        run the tests; under 15 minutes on two cores
+# make test-all    run the slower tests as well; the last line says how long it took
 # make test-gpt2   run the fine-tuning units on a random GPT-2 small (slow)
 # Each target first creates a virtual environment in .venv with the pinned packages. Needs Python 3.11 or newer.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo lab build readme test test-gpt2 lint bench install install-course install-dev clean
+.PHONY: help demo lab build readme test test-all test-gpt2 lint bench install install-course install-dev clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -28,10 +30,13 @@ readme: demo
 	$(BIN)/python -m benchmarks.readme
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-all: lint
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 test-gpt2: install-dev
-	LORA_FROM_SCRATCH_TEST_GPT2=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_units_on_gpt2.py
+	LORA_FROM_SCRATCH_TEST_GPT2=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_units_on_gpt2.py
 
 lint: install-dev
 	$(BIN)/ruff check .

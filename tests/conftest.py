@@ -17,6 +17,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+LONGEST = ("test_notebooks", "test_units_on_gpt2", "test_attacks", "test_alternatives")  # begun first: none ends last
+
+
+@pytest.hookimpl(trylast=True)  # of what is left when tests are chosen by -k and -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A group of tests runs in one process, one after another: what they share is made once.
+
+    A file is a group, unless its tests say another one by `xdist_group`.
+    """
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in sorted(items, key=lambda item: item.path.stem not in LONGEST):
+        mark = item.get_closest_marker("xdist_group")
+        if mark is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        groups.setdefault(mark.args[0] if mark else item.path.stem, []).append(item)
+    items[:] = [item for group in groups.values() for item in group]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)

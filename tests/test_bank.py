@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import pytest
 
+from lora_from_scratch.checks import bank, judge
 from lora_from_scratch.checks.bank import Answer, exercises, right_answers, wrong_answers
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.notebook import verdict_on
-from lora_from_scratch.checks.units import find, units
+from lora_from_scratch.checks.units import Unit, find, unit_files, units
+
+
+def marks(unit: Unit, exercise: Exercise) -> list[pytest.MarkDecorator]:
+    """All answers to an exercise are tried in one process, in which the reference is run once for each seed."""
+    return [getattr(pytest.mark, f"unit_{unit.number}"), pytest.mark.xdist_group(exercise.name)]
+
 
 EXERCISES = [
-    pytest.param(exercise, id=exercise.name, marks=getattr(pytest.mark, f"unit_{unit.number}"))
+    pytest.param(exercise, id=exercise.name, marks=marks(unit, exercise))
     for unit in units()
     for exercise in unit.exercises
 ]
@@ -18,7 +28,7 @@ EXERCISES = [
 
 def answers(right: bool) -> list:
     return [
-        pytest.param(answer, id=f"{exercise.name}-{answer.name}", marks=getattr(pytest.mark, f"unit_{unit.number}"))
+        pytest.param(answer, id=f"{exercise.name}-{answer.name}", marks=marks(unit, exercise))
         for unit in units()
         for exercise in unit.exercises
         for answer in (right_answers if right else wrong_answers)(exercise.name)
@@ -54,3 +64,22 @@ def test_an_exercise_has_five_wrong_answers_and_two_right_ones(exercise: Exercis
 def test_every_answer_of_the_bank_is_to_an_exercise_that_exists() -> None:
     for name in exercises():
         assert isinstance(find(name)[1], Exercise)
+
+
+@pytest.mark.unit_01
+def test_the_reference_is_run_once_for_all_answers() -> None:
+    judge.expected_of.cache_clear()
+    for answer in right_answers("rank") + wrong_answers("rank"):
+        if not answer.hangs:
+            verdict_on("rank", 0, {"rank": answer.object})
+    assert judge.expected_of.cache_info().misses == 1
+
+
+@pytest.mark.unit_01
+def test_a_check_that_fails_loads_the_bank_of_its_own_unit_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr(bank, "load", loaded.append)
+    monkeypatch.setattr(bank, "_load", functools.cache(bank._load.__wrapped__))
+    verdict = verdict_on("rank", 0, {"rank": lambda *arguments, **options: -1})
+    assert verdict.status == "failed"
+    assert loaded == unit_files("answers*.py", "unit_01") != []

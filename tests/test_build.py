@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from lora_from_scratch.cli import main
-from lora_from_scratch.grading.building import build, execution
+from lora_from_scratch.grading.building import build, execution, refusals
 from lora_from_scratch.grading.building.assemble import Cell
 from lora_from_scratch.grading.building.execution import execute
 from lora_from_scratch.grading.building.solution import needed_imports, solved_source, write_imports
@@ -120,9 +120,16 @@ def test_an_exercise_says_what_it_asks_for(course: Course) -> None:
 def test_building_twice_changes_no_byte(built: Path) -> None:
     files = [path for kind in ("notebooks", "solutions") for path in sorted((built / kind).rglob("*.*"))]
     before = [path.read_bytes() for path in files]
-    assert [path.name for path in files] == ["unit_99.ipynb", "unit_99.png"] * 2
+    assert [path.name for path in files] == [
+        "unit_99.ipynb",
+        "unit_99.png",
+        "executed.json",
+        "unit_99.ipynb",
+        "unit_99.png",
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        build.build(enter_course(built, patch), built)
+        again = build.build(enter_course(built, patch), built, again=True)
+    assert (again.why, again.differences) == (["you asked for it"], [])
     assert [path.read_bytes() for path in files] == before
     assert not list(built.rglob("*.part"))
 
@@ -164,19 +171,43 @@ def test_the_unsolved_notebook_runs_to_its_end_and_says_not_started(built: Path)
     assert all("not started" in str(cell.outputs).lower() for cell in checks)
 
 
-def test_a_volatile_cell_keeps_its_output_until_its_source_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("check", "other", "problem"),
+    [
+        (("Not started yet.", "0.0"), [], ""),
+        (("Not started yet.", "1.0"), [], "does not say that nothing is started"),
+        (("Passed.", "0.0"), [], "does not say that nothing is started"),
+        (("Not started yet.", ""), [], "does not say that nothing is started"),
+        (("Not started yet.", "0.0"), [nbformat.v4.new_output("error", ename="E", evalue="e")], "E: e"),
+        (("Not started yet.", "0.0"), [nbformat.v4.new_output("stream", name="stderr", text="hm")], "on stderr: hm"),
+    ],
+)
+def test_an_unsolved_notebook_must_run_and_say_not_started(
+    check: tuple[str, str], other: list[nbformat.NotebookNode], problem: str
+) -> None:
+    said, points = check
+    outputs = [nbformat.v4.new_output("display_data", {"text/plain": said})]
+    outputs += [nbformat.v4.new_output("execute_result", {"text/plain": points})] if points else []
+    cells = [nbformat.v4.new_code_cell('check("rank")', id="check-rank", outputs=outputs)]
+    cells.append(nbformat.v4.new_code_cell("x = 1", outputs=other))
+    problems = refusals.in_an_unsolved_run(nbformat.v4.new_notebook(cells=cells))
+    assert len(problems) == bool(problem)
+    assert problem in "".join(problems)
+
+
+def test_a_volatile_cell_keeps_its_output_until_its_source_changes() -> None:
     def with_output(source: str, text: str) -> nbformat.NotebookNode:
         cell = nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output("stream", text=text)])
         return nbformat.v4.new_notebook(cells=[cell])
 
-    nbformat.write(with_output("clock()", "before"), tmp_path / "old.ipynb")
+    old = with_output("clock()", "before")
     for source, volatile, expected in (
         ("clock()", True, "before"),
         ("clock()", False, "now"),
         ("clock(2)", True, "now"),
     ):
         new = with_output(source, "now")
-        build.keep_volatile(new, [Cell("code", source, "here", volatile=volatile)], tmp_path / "old.ipynb")
+        build.keep_volatile(new, [Cell("code", source, "here", volatile=volatile)], old)
         assert new.cells[0].outputs[0].text == expected
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.checks.units import Unit, units
-from lora_from_scratch.grading.building import refusals
+from lora_from_scratch.grading.building import dependencies, refusals
 from lora_from_scratch.grading.building.assemble import Cell, as_notebook, assemble
-from lora_from_scratch.grading.building.execution import Cost, execute
+from lora_from_scratch.grading.building.differences import differences
+from lora_from_scratch.grading.building.execution import STEPS, Cost, execute
 from lora_from_scratch.grading.building.refused import Refused
 from lora_from_scratch.grading.building.release import release
 from lora_from_scratch.grading.building.source import read_source
@@ -87,19 +88,59 @@ def draft(unit: Unit, root: Path) -> Draft:
     return Draft(unit, cells, solved, learners)
 
 
-def build(unit: Unit, root: Path) -> Cost:
+@dataclass(frozen=True)
+class Built:
+    """What building a unit did.
+
+    Attributes:
+        why: why its solved notebook was executed; empty if it was not: its outputs are those that it had.
+        cost: what that took.
+        differences: what its cells show that is not what they showed before.
+        hashes: what it depends on, to be recorded.
+    """
+
+    name: str
+    why: list[str]
+    cost: Cost | None
+    differences: list[str]
+    hashes: dependencies.Hashes
+
+
+def build(unit: Unit, root: Path, again: bool = False) -> Built:
     """Build a unit's notebooks, solved and learner's, with their picture. Nothing is written if anything is refused.
+
+    Args:
+        again: execute the solved notebook though nothing that it depends on has changed.
 
     Raises:
         Refused: the unit is not fit to be released.
     """
+    built = write(unit, root, again)
+    dependencies.record(root, built.name, built.hashes)
+    return built
+
+
+def write(unit: Unit, root: Path, again: bool = False) -> Built:
+    """As `build`, but what the unit depends on is not recorded: several processes can write their units at once."""
     import nbformat
 
     made = draft(unit, root)
     solved = root / "solutions" / made.name / f"{made.name}.ipynb"
-    notebook, pictures, cost = run(made, root)
-    keep_volatile(notebook, made.cells, solved)
-    files = {solved: nbformat.writes(notebook).encode() + b"\n"}
+    before = nbformat.read(solved, as_version=4) if solved.is_file() else None
+    now = dependencies.hashes(unit, made.solved, root)
+    recorded = dependencies.recorded(root).get(made.name)
+    why, cost, differs = reasons(made, before, recorded, now, again), None, []
+    if why:
+        pictures, cost = run(made, root)
+        run_unsolved(made)
+        keep_volatile(made.solved, made.cells, before)
+        comparable = before is not None and _code(before) == _code(made.solved)
+        differs = differences(made.cells, before, made.solved) if comparable else []
+    else:
+        now = recorded or now  # with the processor that it was executed on
+        keep_outputs(made.solved, before)
+        pictures = look_over(made, root)
+    files = {solved: nbformat.writes(made.solved).encode() + b"\n"}
     files[root / "notebooks" / made.name / f"{made.name}.ipynb"] = made.learners.encode()
     for name, picture in pictures.items():
         for folder in ("solutions", "notebooks"):
@@ -107,23 +148,69 @@ def build(unit: Unit, root: Path) -> Cost:
     for path, content in files.items():
         if not path.is_file() or path.read_bytes() != content:
             write_atomically(path, functools.partial(Path.write_bytes, data=content))
-    return cost
+    return Built(made.name, why, cost, differs, now)
 
 
-def run(made: Draft, root: Path) -> tuple[Any, dict[str, bytes], Cost]:
-    """The solved notebook executed, its pictures by file name, and what it took.
+def reasons(
+    made: Draft, before: Any, recorded: dependencies.Hashes | None, now: dependencies.Hashes, again: bool = False
+) -> list[str]:
+    """Why the solved notebook has to be executed; empty: the outputs that it has are those of this code."""
+    if before is None:
+        return ["there is no solved notebook yet"]
+    changed = dependencies.changed(recorded, now)
+    if not changed and _code(before) != _code(made.solved):
+        changed = ["the solved notebook has other code cells than those that were executed"]
+    return changed or ["you asked for it"] * again
+
+
+def _code(notebook: Any) -> list[str]:
+    """The code of a notebook's cells, up to what changes no output."""
+    return [dependencies.code_of(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def keep_outputs(notebook: Any, before: Any) -> None:
+    """Give the code cells the outputs that they had."""
+    pair = ([cell for cell in one.cells if cell.cell_type == "code"] for one in (notebook, before))
+    for cell, old in zip(*pair, strict=True):
+        cell.outputs, cell.execution_count = old.outputs, old.execution_count
+
+
+def run(made: Draft, root: Path) -> tuple[dict[str, bytes], Cost]:
+    """Execute the solved notebook: its pictures by file name, and what it took.
 
     Raises:
         Refused: a cell ends in an error, warns, or shows what must not be shown; or a check is not passed.
     """
-    notebook = made.solved
     try:
-        cost = execute(notebook)
+        cost = execute(made.solved)
     except ValueError as error:
         raise Refused([f"{SOURCES.as_posix()}/{made.name}.py: {error}"]) from None
+    return look_over(made, root), cost
+
+
+def run_unsolved(made: Draft) -> None:
+    """Execute the learner's notebook as it is released, with trainings of a few steps.
+
+    Raises:
+        Refused: a cell ends in an error or warns; or a check says something else than that nothing is started.
+    """
+    import nbformat
+
+    learners = nbformat.reads(made.learners, as_version=4)
+    execute(learners, building=False, settings={STEPS: "4"})
+    if problems := refusals.in_an_unsolved_run(learners):
+        raise Refused(f"{made.name}.ipynb, {problem}" for problem in problems)
+
+
+def look_over(made: Draft, root: Path) -> dict[str, bytes]:
+    """The pictures of the executed notebook, by file name.
+
+    Raises:
+        Refused: an output is not fit to be released.
+    """
     problems: list[str] = []
     pictures: dict[str, bytes] = {}
-    for node, cell in zip(notebook.cells, made.cells, strict=True):
+    for node, cell in zip(made.solved.cells, made.cells, strict=True):
         problems += refusals.in_the_outputs(node, cell, [str(root)])
         if any(output.output_type == "error" for output in node.get("outputs", [])):
             break  # nothing below it has run
@@ -138,16 +225,12 @@ def run(made: Draft, root: Path) -> tuple[Any, dict[str, bytes], Cost]:
             pictures[cell.figure] = base64.b64decode(shown[0]) if shown else b""
     if problems:
         raise Refused(problems)
-    return notebook, pictures, cost
+    return pictures
 
 
-def keep_volatile(notebook: Any, cells: Iterable[Cell], before: Path) -> None:
+def keep_volatile(notebook: Any, cells: Iterable[Cell], before: Any) -> None:
     """Cells marked volatile keep the output that they had, as long as their source is the same."""
-    import nbformat
-
-    if not before.is_file():
-        return
-    old = {cell.source: cell.outputs for cell in nbformat.read(before, as_version=4).cells if cell.cell_type == "code"}
+    old = {cell.source: cell.outputs for cell in before.cells if cell.cell_type == "code"} if before else {}
     for node, cell in zip(notebook.cells, cells, strict=True):
         if cell.volatile and node.source in old:
             node.outputs = old[node.source]

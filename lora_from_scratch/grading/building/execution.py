@@ -21,7 +21,8 @@ from lora_from_scratch.support.figures import BUILDING
 
 SECONDS_A_CELL = 300
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar or a slider: nothing once the kernel has ended
-SETTINGS = ("LORA_FROM_SCRATCH_MODEL", "LORA_FROM_SCRATCH_STEPS")  # what a unit's experiments run on, and how long
+MODEL, STEPS = "LORA_FROM_SCRATCH_MODEL", "LORA_FROM_SCRATCH_STEPS"
+SETTINGS = (MODEL, STEPS)  # what a unit's experiments run on, and how long
 # How to start a process that has no network (Linux, where users may make namespaces).
 WITHOUT_NETWORK = ("unshare", "--map-root-user", "--net", "--")
 # The same where there is no such thing: for Python code only.

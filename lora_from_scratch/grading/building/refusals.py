@@ -267,6 +267,24 @@ def not_full_points(node: Any, cell: Cell) -> list[str]:
     return [f"{cell.place}: {cell.text} gives the solution {points or 'no'} of {cell.points:g} points: {said}"]
 
 
+def in_an_unsolved_run(notebook: Any) -> list[str]:
+    """What a learner would see who runs the released notebook before writing anything, and should not."""
+    problems = []
+    for node in notebook.cells:
+        outputs = node.get("outputs", [])
+        first = node.source.partition("\n")[0]
+        problems += [f"unsolved, {first}: {o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"]
+        problems += [f"unsolved, {first}: on stderr: {o.text}" for o in outputs if o.get("name") == "stderr"]
+        if node.id.startswith("check-") and not _not_started(outputs):
+            problems.append(f"unsolved, {first}: it does not say that nothing is started, or gives points")
+    return problems
+
+
+def _not_started(outputs: list[Any]) -> bool:
+    points = [output.data["text/plain"] for output in outputs if output.output_type == "execute_result"]
+    return "not started" in str(outputs).lower() and [float(number) for number in points] == [0]
+
+
 # --- Reading -----------------------------------------------------------------------------------------
 
 
