@@ -36,20 +36,14 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.linear_algebra.rank import check_rank
 from lora_from_scratch.methods.fast_product import add_product, dropout
-from lora_from_scratch.methods.lora_peft import layer_index, lora_from_peft, lora_to_peft
+from lora_from_scratch.methods.lora_peft import lora_from_peft, lora_to_peft
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.methods.placement import (
-    block_diagonal_B,
-    compile_pattern,
-    describe_names,
-    find_targets,
-    fused_parts,
-)
-from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, weight_of
+from lora_from_scratch.methods.placement import block_diagonal_B, by_pattern, check_patterns, find_targets, fused_parts
+from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, keep_called, refuse_tied, weight_of
 from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.wrapped import plain_name
 
 LORA_PARAMETERS = ("lora_A", "lora_B")  # the last part of their names
 
@@ -185,6 +179,11 @@ class LoRALinear(nn.Module):
     def merged(self) -> bool:
         return self._unmerged is not None
 
+    @property
+    def weight(self) -> Tensor | nn.Module:
+        """The base's, for models that look at a layer's dtype before they call it (T5)."""
+        return self.base.weight
+
     @torch.no_grad()
     def merge(self) -> None:
         """W = W0 + s B A. W0 is kept in `_unmerged`, which follows the module to another device or dtype."""
@@ -264,7 +263,8 @@ def inject_lora(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The LoRA layers of a model, by the names of the layers that they wrap."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    named = model.named_modules()
+    return {plain_name(name): module for name, module in named if isinstance(module, LoRALinear)}
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
@@ -335,27 +335,21 @@ class LoRA(Method):
 
     def _install(self, model: nn.Module) -> None:
         plan = find_targets(model, self.targets)
-        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
-            if not any(_matches(pattern, name) for name in plan):
-                raise ValueError(f"the pattern {pattern!r} matches none of the targets; {describe_names(plan)}")
+        check_patterns([*self.rank_pattern, *self.alpha_pattern], plan)
         generator = torch.Generator().manual_seed(self.seed)
-        inject_lora(model, {name: self._layer(model, name, parts, generator) for name, parts in plan.items()})
+        layers = {name: self._layer(model, name, parts, generator) for name, parts in plan.items()}
+        inject_lora(model, layers)
+        keep_called(model, layers)
 
     def _layer(self, model: nn.Module, name: str, parts: tuple[str, ...], generator: torch.Generator) -> LoRALinear:
         base = model.get_submodule(name)
-        options: dict[str, Any] = {
-            "rank": next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, name)), self.rank),
-            "alpha": next((a for pattern, a in self.alpha_pattern.items() if _matches(pattern, name)), self.alpha),
-            "dropout": self.dropout,
-            "rslora": self.rslora,
-            "generator": generator,
-        }
+        options: dict[str, Any] = {"dropout": self.dropout, "rslora": self.rslora, "generator": generator}
+        options["rank"] = by_pattern(self.rank_pattern, name, self.rank)
+        options["alpha"] = by_pattern(self.alpha_pattern, name, self.alpha)
         try:
-            return (
-                FusedLoRALinear(base, parts, fused_parts(model, name), **options)
-                if parts
-                else self.layer(base, **options)
-            )
+            if parts:
+                return FusedLoRALinear(base, parts, fused_parts(model, name), **options)
+            return self.layer(base, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
@@ -363,7 +357,9 @@ class LoRA(Method):
         inject_lora(model, {name: layer.base for name, layer in lora_layers(model).items()})
 
     def _merge(self, model: nn.Module) -> None:
-        for layer in lora_layers(model).values():
+        layers = lora_layers(model)
+        refuse_tied(model, layers)
+        for layer in layers.values():
             layer.merge()
 
     def _unmerge(self, model: nn.Module) -> None:
@@ -373,17 +369,13 @@ class LoRA(Method):
     def to_adapter(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's own fields and keys."""
         self._adaptation(model)
-        language_model = isinstance(model, GPT2) or hasattr(model, "prepare_inputs_for_generation")
-        return lora_to_peft(self, lora_layers(model), "CAUSAL_LM" if language_model else None)
+        return lora_to_peft(self, model, lora_layers(model))
 
     @classmethod
     def from_adapter(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
     ) -> tuple[LoRA, dict[str, Tensor]]:
-        arguments, layers, state = lora_from_peft(config, tensors)
-        if layers is not None:
-            everywhere = find_targets(model, arguments["targets"])
-            arguments["targets"] = [name for name in everywhere if layer_index(name) in layers]
+        arguments, state = lora_from_peft(config, tensors, model)
         return cls(**arguments), state
 
     @classmethod
@@ -401,10 +393,6 @@ class LoRA(Method):
 
     def starts_as_base(self) -> bool | None:
         return True
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
 
 
 def _in_pattern(name: str, what: str) -> str:

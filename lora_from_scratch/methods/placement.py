@@ -2,13 +2,17 @@
 
 LoRA's cost is decided by two choices, which matrices and which rank. Hu et al. (2021, arXiv:2106.09685, sections 7.1
 and 7.2) ask for the best of both under a fixed number of trained parameters.
+
+The model may be any `nn.Module`: our GPT-2, a model of transformers, a plain MLP. Nothing is asked of it but linear
+layers (`support/linear_layers.py`) that are called as modules. What cannot be seen from outside is declared here and
+not guessed: which matrices are fused, and which layer is the output head.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +20,16 @@ from torch import Tensor, nn
 from lora_from_scratch.linear_algebra.rank import low_rank_parameter_count
 from lora_from_scratch.support.linear_layers import in_and_out, is_linear
 
+T = TypeVar("T")
+
 # Fused matrices, by the class of the module that holds one and its name there: equal parts, side by side on the output.
 FUSED_PARTS = {
     ("Attention", "c_attn"): ("q", "k", "v"),  # our GPT-2
     ("GPT2Attention", "c_attn"): ("q", "k", "v"),  # transformers'
 }
+
+CLASSIFIERS = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES
+MOST_NAMES = 25  # that an error message lists
 
 # --- Which matrices --------------------------------------------------------------------------------------
 
@@ -41,6 +50,8 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
     known = [*layers, *part_of]
     if targets == "all-linear":
         chosen = set(linear_layers(model))
+        if not chosen:
+            raise ValueError(f"'all-linear' matches nothing; {describe_names(known)}")
     elif isinstance(targets, str):
         chosen = {name for name in known if compile_pattern(targets).fullmatch(name)}
         if not chosen:
@@ -51,7 +62,8 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
         for target in targets:
             found = {name for name in known if name == target or name.endswith(f".{target}")}
             if not found:
-                raise ValueError(f"the target {target!r} matches nothing; {describe_names(known)}")
+                every = "; targets='all-linear' adapts all but the output head" if layers else ""
+                raise ValueError(f"the target {target!r} matches nothing; {describe_names(known)}{every}")
             chosen |= found
     plan: dict[str, tuple[str, ...]] = {}
     for name in layers:
@@ -64,16 +76,29 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer of a model but its output head, by name."""
+    """Every linear layer of a model but its output head, by name: what "all-linear" means here and in PEFT."""
     head = output_head(model)
     return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that turns hidden states into logits, if it is a module: of a transformers model, as it says itself."""
+    """The layer that "all-linear" leaves out, if there is one.
+
+    A language model of transformers names the layer that makes its logits. Of a model for the classification of
+    sequences PEFT (with the task type SEQ_CLS) takes the first of `CLASSIFIERS` that is there. Any other model,
+    one that classifies images included, has no head that PEFT leaves out.
+    """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
+    if head is None and "ForSequenceClassification" in type(model).__name__:
+        head = classifier(model)
     return head if isinstance(head, nn.Module) else None
+
+
+def classifier(model: nn.Module) -> nn.Module | None:
+    """The layer that makes classes of hidden states, under one of transformers' names for it."""
+    found = (getattr(model, name, None) for name in CLASSIFIERS)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
 def fused_parts(model: nn.Module, name: str) -> tuple[str, ...]:
@@ -90,9 +115,27 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
+def by_pattern(values: Mapping[str, T], name: str, otherwise: T) -> T:
+    """The value of the first pattern that is the name or its end at a dot, as PEFT reads `rank_pattern`."""
+    return next((value for pattern, value in values.items() if _matches_end(pattern, name)), otherwise)
+
+
+def check_patterns(patterns: Sequence[str], names: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise a ValueError if a pattern matches the end of no name."""
+    for pattern in patterns:
+        if not any(_matches_end(pattern, name) for name in names):
+            raise ValueError(f"the pattern {pattern!r} matches none of the targets; {describe_names(names)}")
+
+
+def _matches_end(pattern: str, name: str) -> bool:
+    return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
+
+
 def describe_names(names: Sequence[str] | Mapping[str, Any]) -> str:
     """The names that exist, those of all blocks together."""
-    return "the model has " + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".(n).", name) for name in names))
+    kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?=\.)", "(n)", name) for name in names))
+    more = f" and {len(kinds) - MOST_NAMES} more" if len(kinds) > MOST_NAMES else ""
+    return f"the model has {', '.join(kinds[:MOST_NAMES])}{more}" if kinds else "the model has no linear layers"
 
 
 # --- Fused matrices ------------------------------------------------------------------------------------

@@ -6,7 +6,11 @@ else in this package weights are written (out, in).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from torch import Tensor, nn
+
+from lora_from_scratch.support.wrapped import plain_name
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -38,6 +42,41 @@ def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as (out, in), a view where it is stored the other way round."""
     assert isinstance(layer.weight, Tensor)
     return layer.weight.T if is_conv1d(layer) else layer.weight
+
+
+def refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Check that no other module of the model has the weight of one of these layers, and would change with it.
+
+    Args:
+        layers: by name, in the model; a LoRA's layer says that its base's weight is its own.
+
+    Raises:
+        ValueError: names the layer and the other place.
+    """
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(plain_name(name))
+    for name, layer in layers.items():
+        others = [place for place in places.get(id(layer.weight), []) if not place.startswith(f"{name}.")]
+        if isinstance(layer.weight, nn.Parameter) and others:
+            raise ValueError(f"cannot merge into {name}: {others[0]} is the same tensor and would change with it")
+
+
+def keep_called(model: nn.Module, names: Iterable[str]) -> None:
+    """See to it that PyTorch's `nn.TransformerEncoderLayer` calls the modules that now stand at these places in it.
+
+    In eval mode it reads the weights of its linear layers and calls none of them, unless one has a hook. So a module
+    that was put there gets a hook, which does nothing and goes with the module.
+    """
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        encoder_layer = model.get_submodule(parent)
+        if isinstance(encoder_layer, nn.TransformerEncoderLayer):
+            encoder_layer.get_submodule(child).register_forward_pre_hook(_do_nothing)
+
+
+def _do_nothing(module: nn.Module, inputs: object) -> None:
+    pass
 
 
 _FEATURES = ("in_features", "out_features")
