@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods import adapter_files
-from lora_from_scratch.methods.placement import find_targets, output_head
+from lora_from_scratch.methods.placement import compile_pattern, describe_names, find_targets, output_head
 from lora_from_scratch.support.linear_layers import is_conv1d
+
+T = TypeVar("T")
 
 _LORA_UNDERSTOOD = (
     "r",
@@ -43,6 +45,22 @@ def task_type_of(model: nn.Module) -> str | None:
     if not callable(generates) or not generates() or getattr(model, "main_input_name", "") != "input_ids":
         return None
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def by_pattern(values: Mapping[str, T], name: str, otherwise: T) -> T:
+    """The value of the first pattern that is the name or its end at a dot, as PEFT reads `rank_pattern`."""
+    return next((value for pattern, value in values.items() if _matches_end(pattern, name)), otherwise)
+
+
+def check_patterns(patterns: Sequence[str], names: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise a ValueError if a pattern matches the end of no name."""
+    for pattern in patterns:
+        if not any(_matches_end(pattern, name) for name in names):
+            raise ValueError(f"the pattern {pattern!r} matches none of the targets; {describe_names(names)}")
+
+
+def _matches_end(pattern: str, name: str) -> bool:
+    return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
 
 
 def lora_to_peft(method: Any, model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

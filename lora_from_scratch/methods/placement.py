@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.linear_algebra.rank import low_rank_parameter_count
 from lora_from_scratch.support.linear_layers import in_and_out, is_linear
-
-T = TypeVar("T")
 
 # Fused matrices, by the class of the module that holds one and its name there: equal parts, side by side on the output.
 FUSED_PARTS = {
@@ -29,6 +27,9 @@ FUSED_PARTS = {
 }
 
 CLASSIFIERS = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES
+# Targets on our GPT-2 for random samples of methods: whole layers, and parts of c_attn.
+WHOLE_LAYERS: tuple[Any, ...] = ("all-linear", ("c_attn",), ("mlp.c_proj", "c_fc"), r".*h\.0\..*c_proj")
+PARTS = (("c_attn.q",), ("c_attn.q", "c_attn.v"), ("c_attn.v", "c_fc"))
 MOST_NAMES = 25  # that an error message lists
 
 # --- Which matrices --------------------------------------------------------------------------------------
@@ -113,22 +114,6 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-
-
-def by_pattern(values: Mapping[str, T], name: str, otherwise: T) -> T:
-    """The value of the first pattern that is the name or its end at a dot, as PEFT reads `rank_pattern`."""
-    return next((value for pattern, value in values.items() if _matches_end(pattern, name)), otherwise)
-
-
-def check_patterns(patterns: Sequence[str], names: Sequence[str] | Mapping[str, Any]) -> None:
-    """Raise a ValueError if a pattern matches the end of no name."""
-    for pattern in patterns:
-        if not any(_matches_end(pattern, name) for name in names):
-            raise ValueError(f"the pattern {pattern!r} matches none of the targets; {describe_names(names)}")
-
-
-def _matches_end(pattern: str, name: str) -> bool:
-    return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
 
 
 def describe_names(names: Sequence[str] | Mapping[str, Any]) -> str:
