@@ -36,20 +36,14 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.linear_algebra.rank import check_rank
 from lora_from_scratch.methods.fast_product import add_product, dropout
-from lora_from_scratch.methods.lora_peft import layer_index, lora_from_peft, lora_to_peft
+from lora_from_scratch.methods.lora_peft import by_pattern, check_patterns, lora_from_peft, lora_to_peft
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.methods.placement import (
-    block_diagonal_B,
-    compile_pattern,
-    describe_names,
-    find_targets,
-    fused_parts,
-)
-from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, weight_of
+from lora_from_scratch.methods.placement import PARTS, WHOLE_LAYERS, block_diagonal_B, find_targets, fused_parts
+from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, keep_called, refuse_tied, weight_of
 from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.wrapped import plain_name
 
 LORA_PARAMETERS = ("lora_A", "lora_B")  # the last part of their names
 
@@ -142,8 +136,7 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
-        self.rank, self.alpha = rank, alpha
-        self.dropout_p = dropout
+        self.rank, self.alpha, self.dropout_p = rank, alpha, dropout
         self.scaling = lora_scaling(rank, alpha, rslora)
         self._unmerged: Tensor | None
         self.register_buffer("_unmerged", None, persistent=False)  # W0, while merged
@@ -185,6 +178,11 @@ class LoRALinear(nn.Module):
     def merged(self) -> bool:
         return self._unmerged is not None
 
+    @property
+    def weight(self) -> Tensor | nn.Module:
+        """The base's, for models that look at a layer's dtype before they call it (T5)."""
+        return self.base.weight
+
     @torch.no_grad()
     def merge(self) -> None:
         """W = W0 + s B A. W0 is kept in `_unmerged`, which follows the module to another device or dtype."""
@@ -219,10 +217,9 @@ class LoRALinear(nn.Module):
 class FusedLoRALinear(LoRALinear):
     """LoRAs on some parts of a fused matrix, such as q and v of GPT-2's `c_attn`, each with its own A and B.
 
-    "r = 4 on q and on v" is not "r = 4 on c_attn", though it has as many parameters: there q, k and v share
-    one A. n LoRAs of rank r on n parts are one LoRA of rank n r on the whole matrix, with the A stacked and the
-    B on a block diagonal. `lora_A` is (n r, in) and `lora_B` is (n out / 3, r), one part below the
-    other, as in loralib's `MergedLinear`.
+    "r = 4 on q and on v" is not "r = 4 on c_attn", though it has as many parameters: there q, k and v share one A. n
+    LoRAs of rank r on n parts are one LoRA of rank n r on the whole matrix, with the A stacked and the B on a block
+    diagonal. `lora_A` is (n r, in), `lora_B` (n out / 3, r), one part below the other, as loralib's `MergedLinear`.
     """
 
     def __init__(self, base: nn.Module, parts: Sequence[str], all_parts: Sequence[str], **options: Any) -> None:
@@ -264,7 +261,7 @@ def inject_lora(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The LoRA layers of a model, by the names of the layers that they wrap."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
@@ -285,8 +282,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         The tensors as they are, outside the graph of gradients, by their full names in the model
         ("transformer.h.0.attn.c_attn.lora_A"), in the model's order.
     """
-    named = model.named_parameters()
-    return {name: p.detach() for name, p in named if name.rpartition(".")[2] in LORA_PARAMETERS}
+    return {name: p.detach() for name, p in model.named_parameters() if name.rpartition(".")[2] in LORA_PARAMETERS}
 
 
 @dataclass(frozen=True)
@@ -324,38 +320,33 @@ class LoRA(Method):
             object.__setattr__(self, "targets", tuple(self.targets))
         if not self.targets:
             raise ValueError(f"targets must name at least one layer, got {self.targets!r}")
-        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+        ranks = {"rank": self.rank} | {f"rank of the pattern {p!r}": rank for p, rank in self.rank_pattern.items()}
+        for name, rank in ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"{_in_pattern(name, 'rank')} must be a whole number of at least 1, got {rank!r}")
-        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+                raise ValueError(f"{name} must be a whole number of at least 1, got {rank!r}")
+        alphas = {"alpha": self.alpha} | {f"alpha of the pattern {p!r}": a for p, a in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
             if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-                raise ValueError(f"{_in_pattern(name, 'alpha')} must be a positive number, got {alpha!r}")
+                raise ValueError(f"{name} must be a positive number, got {alpha!r}")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
 
     def _install(self, model: nn.Module) -> None:
         plan = find_targets(model, self.targets)
-        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
-            if not any(_matches(pattern, name) for name in plan):
-                raise ValueError(f"the pattern {pattern!r} matches none of the targets; {describe_names(plan)}")
+        check_patterns([*self.rank_pattern, *self.alpha_pattern], plan)
         generator = torch.Generator().manual_seed(self.seed)
-        inject_lora(model, {name: self._layer(model, name, parts, generator) for name, parts in plan.items()})
+        layers = {name: self._layer(model, name, parts, generator) for name, parts in plan.items()}
+        inject_lora(model, layers)
+        keep_called(model, layers)
 
     def _layer(self, model: nn.Module, name: str, parts: tuple[str, ...], generator: torch.Generator) -> LoRALinear:
         base = model.get_submodule(name)
-        options: dict[str, Any] = {
-            "rank": next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, name)), self.rank),
-            "alpha": next((a for pattern, a in self.alpha_pattern.items() if _matches(pattern, name)), self.alpha),
-            "dropout": self.dropout,
-            "rslora": self.rslora,
-            "generator": generator,
-        }
+        options: dict[str, Any] = {"dropout": self.dropout, "rslora": self.rslora, "generator": generator}
+        rank, alpha = by_pattern(self.rank_pattern, name, self.rank), by_pattern(self.alpha_pattern, name, self.alpha)
         try:
-            return (
-                FusedLoRALinear(base, parts, fused_parts(model, name), **options)
-                if parts
-                else self.layer(base, **options)
-            )
+            if parts:
+                return FusedLoRALinear(base, parts, fused_parts(model, name), rank=rank, alpha=alpha, **options)
+            return self.layer(base, rank, alpha, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
@@ -363,7 +354,9 @@ class LoRA(Method):
         inject_lora(model, {name: layer.base for name, layer in lora_layers(model).items()})
 
     def _merge(self, model: nn.Module) -> None:
-        for layer in lora_layers(model).values():
+        layers = lora_layers(model)
+        refuse_tied(model, layers)
+        for layer in layers.values():
             layer.merge()
 
     def _unmerge(self, model: nn.Module) -> None:
@@ -373,27 +366,21 @@ class LoRA(Method):
     def to_adapter(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's own fields and keys."""
         self._adaptation(model)
-        language_model = isinstance(model, GPT2) or hasattr(model, "prepare_inputs_for_generation")
-        return lora_to_peft(self, lora_layers(model), "CAUSAL_LM" if language_model else None)
+        return lora_to_peft(self, model, lora_layers(model))
 
     @classmethod
     def from_adapter(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
     ) -> tuple[LoRA, dict[str, Tensor]]:
-        arguments, layers, state = lora_from_peft(config, tensors)
-        if layers is not None:
-            everywhere = find_targets(model, arguments["targets"])
-            arguments["targets"] = [name for name in everywhere if layer_index(name) in layers]
+        arguments, state = lora_from_peft(config, tensors, model)
         return cls(**arguments), state
 
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> LoRA:
-        targets: list[Any] = ["all-linear", ("c_attn",), ("mlp.c_proj", "c_fc"), r".*h\.0\..*c_proj"]
-        parts = [("c_attn.q",), ("c_attn.q", "c_attn.v"), ("c_attn.v", "c_fc")]
         return cls(
             rank=rng.randint(1, 2),
             alpha=rng.uniform(0.1, 20),
-            targets=rng.choice(targets + parts if cls.layer is LoRALinear else targets),
+            targets=rng.choice([*WHOLE_LAYERS, *PARTS] if cls.layer is LoRALinear else WHOLE_LAYERS),
             dropout=rng.choice([0.0, 0.1]),
             rslora=rng.random() < 0.5,
             seed=rng.randint(0, 99),
@@ -401,14 +388,6 @@ class LoRA(Method):
 
     def starts_as_base(self) -> bool | None:
         return True
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
-
-
-def _in_pattern(name: str, what: str) -> str:
-    return what if name == what else f"{what} of the pattern {name!r}"
 
 
 # --- What it keeps for the backward pass ---------------------------------------------------------------

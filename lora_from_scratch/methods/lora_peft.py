@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods import adapter_files
+from lora_from_scratch.methods.placement import compile_pattern, describe_names, find_targets, output_head
 from lora_from_scratch.support.linear_layers import is_conv1d
+
+T = TypeVar("T")
 
 _LORA_UNDERSTOOD = (
     "r",
@@ -27,25 +31,52 @@ _LORA_UNDERSTOOD = (
 # `fan_in_fan_out` speaks of the base weight; the rest matters only where a feature that we refuse is on,
 # or before the first step.
 _LORA_HARMLESS = ("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config")
+# That make PEFT add nothing to the adapter. ("SEQ_CLS" adds the classifier, which is trained.)
+_TASK_TYPES = ("CAUSAL_LM", None, "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 # Ways to begin. The others ("pissa", "olora", ...) change the base weights as well.
 _LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def lora_to_peft(
-    method: Any, layers: Mapping[str, Any], task_type: str | None = "CAUSAL_LM"
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def task_type_of(model: nn.Module) -> str | None:
+    """PEFT's name for what a model does with text; None: it does something else, and PEFT wraps it as it is."""
+    if isinstance(model, GPT2):
+        return "CAUSAL_LM"
+    generates = getattr(model, "can_generate", None)  # of transformers
+    if not callable(generates) or not generates() or getattr(model, "main_input_name", "") != "input_ids":
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def by_pattern(values: Mapping[str, T], name: str, otherwise: T) -> T:
+    """The value of the first pattern that is the name or its end at a dot, as PEFT reads `rank_pattern`."""
+    return next((value for pattern, value in values.items() if _matches_end(pattern, name)), otherwise)
+
+
+def check_patterns(patterns: Sequence[str], names: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise a ValueError if a pattern matches the end of no name."""
+    for pattern in patterns:
+        if not any(_matches_end(pattern, name) for name in names):
+            raise ValueError(f"the pattern {pattern!r} matches none of the targets; {describe_names(names)}")
+
+
+def _matches_end(pattern: str, name: str) -> bool:
+    return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
+
+
+def lora_to_peft(method: Any, model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's fields and tensors for a LoRA.
 
     Args:
         method: a `LoRA`.
+        model: that is adapted by it.
         layers: its `LoRALinear` in the model, by the names of the layers that they wrap.
-        task_type: of the model; None: PEFT has no name for it.
 
     PEFT has no LoRA on a part of a fused matrix. n LoRAs of rank r on n parts are one LoRA of rank n r on the
     whole, with the A stacked and the B on a block diagonal; its alpha is n alpha (rsLoRA: sqrt(n) alpha), so that
     the scaling stays. That is what is written, and what is read back is that LoRA: equal, but free to fill the
     zeros when it is trained further.
     """
+    task_type = task_type_of(model)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         **({"task_type": task_type} if task_type else {}),
@@ -53,6 +84,8 @@ def lora_to_peft(
         "lora_alpha": method.alpha,
         "target_modules": method.targets if isinstance(method.targets, str) else list(method.targets),
     }
+    if method.targets == "all-linear" and not task_type and output_head(model) is not None:
+        config["target_modules"] = list(layers)  # PEFT leaves a classifier out for a task type that would train it
     if any(is_conv1d(layer.base) for layer in layers.values()):
         config["fan_in_fan_out"] = True  # GPT-2's Conv1D keeps its weight as (in, out)
     patterns: dict[str, dict[str, Any]] = {
@@ -79,9 +112,9 @@ def lora_to_peft(
 
 
 def lora_from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], list[int] | None, dict[str, Tensor]]:
-    """The arguments of `LoRA`, the layers it is limited to (None: all), and its state under our names.
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments of `LoRA` and its state under our names, for a model that is not adapted yet.
 
     Raises:
         ValueError: a field or a tensor that a plain LoRA does not have.
@@ -89,7 +122,7 @@ def lora_from_peft(
     adapter_files.refuse_unknown_fields(config, _LORA_UNDERSTOOD, _LORA_HARMLESS)
     adapter_files.refuse_other_values(config, "bias", ("none",))
     adapter_files.refuse_other_values(config, "init_lora_weights", _LORA_INITS)
-    adapter_files.refuse_other_values(config, "task_type", ("CAUSAL_LM", None))
+    adapter_files.refuse_other_values(config, "task_type", _TASK_TYPES)
     targets = config.get("target_modules")
     if not isinstance(targets, str | list) or not targets:
         raise ValueError(
@@ -113,7 +146,10 @@ def lora_from_peft(
         "rslora": config.get("use_rslora", False),
         **patterns,
     }
-    return arguments, layers, lora_state_from_peft(tensors)
+    if layers is not None:
+        everywhere = find_targets(model, targets)
+        arguments["targets"] = [name for name in everywhere if layer_index(name) in layers]
+    return arguments, lora_state_from_peft(tensors)
 
 
 def lora_state_from_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

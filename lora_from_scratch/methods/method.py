@@ -12,6 +12,9 @@ it needs to take the change back:
 The training loop, the memory accounting, saving and the comparison of methods use nothing else. The logits of an
 adapted language model are always aligned with its `input_ids`, whatever the method puts in front of them.
 
+A model that is compiled or wrapped (`torch.compile`, `DataParallel`, `DistributedDataParallel`), before or after it is
+adapted, stands for the model inside.
+
 A new method is a new file with a subclass of `Method`; `registry` finds it.
 """
 
@@ -33,6 +36,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods import adapter_files
+from lora_from_scratch.support.wrapped import plain_name, refuse_wrapped_parts, unwrapped
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -213,6 +217,7 @@ class Method(ABC):
             ValueError: the model is adapted already, or the hyperparameters do not fit it. The model is
                 then as it was.
         """
+        model = unwrapped(model)
         before = adaptation_of(model)
         if before is not None:
             raise ValueError(f"the model is already adapted by {before.method}; undo that first")
@@ -221,6 +226,7 @@ class Method(ABC):
                 f"{self.name} works inside the GPT-2 of lora_from_scratch.gpt2 and adapts no other model, "
                 f"got a {type(model).__name__}"
             )
+        refuse_wrapped_parts(model)
         base = dict(model.named_parameters())
         record = Adaptation(self, base, {name: p.requires_grad for name, p in base.items()})
         model.requires_grad_(False)
@@ -236,6 +242,7 @@ class Method(ABC):
 
     def undo(self, model: nn.Module) -> None:
         """Give the base model back, bit for bit: the same parameter objects, with `requires_grad` as it was."""
+        model = unwrapped(model)
         self.unmerge(model)
         record = self._adaptation(model)
         self._take_out(model, record)
@@ -255,7 +262,8 @@ class Method(ABC):
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that this method trains, by their names in the adapted model."""
         learned = set(self._adaptation(model).learned)
-        return {name: p for name, p in model.named_parameters() if name in learned}
+        named = ((plain_name(name), p) for name, p in unwrapped(model).named_parameters())
+        return {name: p for name, p in named if name in learned}
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Copies of what was learned, and of nothing else."""
@@ -291,14 +299,14 @@ class Method(ABC):
         if not self.can_merge:
             raise ValueError(f"{self.name} cannot be merged: what it adds is not a change of the model's weights")
         if not record.merged:
-            self._merge(model)
+            self._merge(unwrapped(model))
             record.merged = True
 
     def unmerge(self, model: nn.Module) -> None:
         """Undo `merge` bit for bit. A model that is not merged stays as it is."""
         record = self._adaptation(model)
         if record.merged:
-            self._unmerge(model)
+            self._unmerge(unwrapped(model))
             record.merged = False
 
     def merged_copy(self, model: M) -> M:
@@ -307,7 +315,7 @@ class Method(ABC):
         Raises:
             ValueError: what this method does is not a change of the weights.
         """
-        plain = copy.deepcopy(model)
+        plain = copy.deepcopy(unwrapped(model))
         self.merge(plain)
         self._take_out(plain, self._adaptation(plain))
         return plain
@@ -325,7 +333,7 @@ class Method(ABC):
         Raises:
             OSError: the place cannot be written.
         """
-        config, tensors = self.to_adapter(model)
+        config, tensors = self.to_adapter(unwrapped(model))
         if base_model:
             config["base_model_name_or_path"] = base_model
         adapter_files.write_adapter(directory, config, tensors)
@@ -372,7 +380,7 @@ class Method(ABC):
 
 def adaptation_of(model: nn.Module) -> Adaptation | None:
     """What an adapted model remembers; None for a plain one."""
-    return model.__dict__.get("adaptation")
+    return unwrapped(model).__dict__.get("adaptation")
 
 
 def refuse_misfits(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:

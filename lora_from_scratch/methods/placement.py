@@ -2,6 +2,10 @@
 
 LoRA's cost is decided by two choices, which matrices and which rank. Hu et al. (2021, arXiv:2106.09685, sections 7.1
 and 7.2) ask for the best of both under a fixed number of trained parameters.
+
+The model may be any `nn.Module`: our GPT-2, a model of transformers, a plain MLP. Nothing is asked of it but linear
+layers (`support/linear_layers.py`) that are called as modules. What cannot be seen from outside is declared here and
+not guessed: which matrices are fused, and which layer is the output head.
 """
 
 from __future__ import annotations
@@ -22,6 +26,12 @@ FUSED_PARTS = {
     ("GPT2Attention", "c_attn"): ("q", "k", "v"),  # transformers'
 }
 
+CLASSIFIERS = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES
+# Targets on our GPT-2 for random samples of methods: whole layers, and parts of c_attn.
+WHOLE_LAYERS: tuple[Any, ...] = ("all-linear", ("c_attn",), ("mlp.c_proj", "c_fc"), r".*h\.0\..*c_proj")
+PARTS = (("c_attn.q",), ("c_attn.q", "c_attn.v"), ("c_attn.v", "c_fc"))
+MOST_NAMES = 25  # that an error message lists
+
 # --- Which matrices --------------------------------------------------------------------------------------
 
 
@@ -41,6 +51,8 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
     known = [*layers, *part_of]
     if targets == "all-linear":
         chosen = set(linear_layers(model))
+        if not chosen:
+            raise ValueError(f"'all-linear' matches nothing; {describe_names(known)}")
     elif isinstance(targets, str):
         chosen = {name for name in known if compile_pattern(targets).fullmatch(name)}
         if not chosen:
@@ -51,7 +63,8 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
         for target in targets:
             found = {name for name in known if name == target or name.endswith(f".{target}")}
             if not found:
-                raise ValueError(f"the target {target!r} matches nothing; {describe_names(known)}")
+                every = "; targets='all-linear' adapts all but the output head" if layers else ""
+                raise ValueError(f"the target {target!r} matches nothing; {describe_names(known)}{every}")
             chosen |= found
     plan: dict[str, tuple[str, ...]] = {}
     for name in layers:
@@ -64,16 +77,29 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer of a model but its output head, by name."""
+    """Every linear layer of a model but its output head, by name: what "all-linear" means here and in PEFT."""
     head = output_head(model)
     return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that turns hidden states into logits, if it is a module: of a transformers model, as it says itself."""
+    """The layer that "all-linear" leaves out, if there is one.
+
+    A language model of transformers names the layer that makes its logits. Of a model for the classification of
+    sequences PEFT (with the task type SEQ_CLS) takes the first of `CLASSIFIERS` that is there. Any other model,
+    one that classifies images included, has no head that PEFT leaves out.
+    """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
+    if head is None and "ForSequenceClassification" in type(model).__name__:
+        head = classifier(model)
     return head if isinstance(head, nn.Module) else None
+
+
+def classifier(model: nn.Module) -> nn.Module | None:
+    """The layer that makes classes of hidden states, under one of transformers' names for it."""
+    found = (getattr(model, name, None) for name in CLASSIFIERS)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
 def fused_parts(model: nn.Module, name: str) -> tuple[str, ...]:
@@ -92,7 +118,9 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 def describe_names(names: Sequence[str] | Mapping[str, Any]) -> str:
     """The names that exist, those of all blocks together."""
-    return "the model has " + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".(n).", name) for name in names))
+    kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?=\.)", "(n)", name) for name in names))
+    more = f" and {len(kinds) - MOST_NAMES} more" if len(kinds) > MOST_NAMES else ""
+    return f"the model has {', '.join(kinds[:MOST_NAMES])}{more}" if kinds else "the model has no linear layers"
 
 
 # --- Fused matrices ------------------------------------------------------------------------------------

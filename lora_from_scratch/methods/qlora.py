@@ -35,11 +35,12 @@ from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.loftq import begin_with_loftq
 from lora_from_scratch.methods.lora import LoRA, inject_lora, lora_layers
 from lora_from_scratch.methods.method import LearningRates, adaptation_of, hyperparameter
-from lora_from_scratch.methods.placement import linear_layers
+from lora_from_scratch.methods.placement import WHOLE_LAYERS, classifier, linear_layers
 from lora_from_scratch.quantization.nf4 import NestedAbsmax
 from lora_from_scratch.quantization.nf4_linear import NF4Linear, check_quantization, nf4_layers
 from lora_from_scratch.quantization.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor, quantize_4bit
-from lora_from_scratch.support.linear_layers import weight_of
+from lora_from_scratch.support.linear_layers import CONV1D, keep_called, weight_of
+from lora_from_scratch.support.wrapped import unwrapped
 
 # --- Loading ---------------------------------------------------------------------------------------
 
@@ -103,8 +104,8 @@ def quantize_model(
     model: nn.Module, quant_type: str = "nf4", blocksize: int = 64, double_quantization: bool = True
 ) -> dict[str, nn.Module]:
     """Put an `NF4Linear` in the place of every linear layer of a model but its output head, in place. Of a GPT-2 these
-    are the Conv1D. All else stays the object that it is: embeddings (and with them the head), normalisation, and the
-    biases, which the new layers share with the old ones.
+    are the Conv1D. All else stays the object that it is: embeddings, the head (also one that makes classes, under
+    transformers' names), normalisation, and the biases, which the new layers share with the old ones.
 
     Args:
         model: not adapted by a method. It may be in four bits already; then there is nothing to do.
@@ -121,7 +122,9 @@ def quantize_model(
     before = adaptation_of(model)
     if before is not None:
         raise ValueError(f"the model is already adapted by {before.method}; undo that, quantise, and adapt again")
-    dense = {name: layer for name, layer in linear_layers(model).items() if not isinstance(layer, NF4Linear)}
+    kept = set() if (head := classifier(model)) is None else set(head.modules())
+    found = linear_layers(model).items()
+    dense = {name: layer for name, layer in found if layer not in kept and not isinstance(layer, NF4Linear)}
     quantized: dict[str, nn.Module] = {}
     for name, layer in dense.items():
         try:
@@ -129,19 +132,21 @@ def quantize_model(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     inject_lora(model, quantized)
+    keep_called(model, quantized)
     return dense
 
 
 # --- The method ----------------------------------------------------------------------------------------
 
-# What an adapted model remembers beside its `Adaptation`, past nn.Module's own bookkeeping.
+# What an adapted model remembers beside its `Adaptation`, past nn.Module's own bookkeeping. So a layer that goes back
+# is brought to the device and the dtype of the one that stands in its place.
 _DENSE = "dense_layers"  # the layers that `adapt` replaced, by name; None: thrown away (keep_base=False)
 _QUANTIZED = "quantized_layers"  # while merged: the 4-bit layers
 
 
 @dataclass(frozen=True)
 class QLoRA(LoRA):
-    """LoRA on a base of four bits: `adapt` quantises every Conv1D of the model, then puts the LoRA in.
+    """LoRA on a base of four bits: `adapt` quantises every linear layer but the head, then puts the LoRA in.
 
     A model that is quantised already (`load_quantized`) stays as it is, and never needs room for the full weights.
 
@@ -207,7 +212,7 @@ class QLoRA(LoRA):
             ValueError: `keep_base` is False and `adapt` threw the full weights away.
         """
         self._adaptation(model)
-        if None in model.__dict__[_DENSE].values():
+        if None in unwrapped(model).__dict__[_DENSE].values():
             raise ValueError("nothing to go back to: keep_base=False kept no full weights; load the model anew")
         super().undo(model)
 
@@ -248,6 +253,8 @@ class QLoRA(LoRA):
             return quantize_4bit(W, self.quant_type, self.blocksize, self.double_quantization)
 
         for name, layer in lora_layers(model).items():
+            if name not in dense:
+                continue  # the head, which is not quantised
             if layer.parts:
                 raise ValueError(
                     f"{name}: LoftQ adapts whole layers, and the targets name its parts {', '.join(layer.parts)}; "
@@ -259,8 +266,8 @@ class QLoRA(LoRA):
         super()._uninstall(model)
         dense = model.__dict__.pop(_DENSE)
         if model.__dict__.pop(_QUANTIZED, None) is None:
-            inject_lora(model, dense)
-            model.to(next(model.parameters()).device)  # where the rest has been moved to since
+            in_place = nf4_layers(model)
+            inject_lora(model, {name: layer.to(in_place[name].like) for name, layer in dense.items()})
         else:  # merged, so wanted as it is: a plain model, to be trained like the base
             flags = self._adaptation(model).required_grad
             for name, parameter in model.named_parameters():
@@ -274,7 +281,8 @@ class QLoRA(LoRA):
 
     def _unmerge(self, model: nn.Module) -> None:
         super()._unmerge(model)
-        inject_lora(model, model.__dict__.pop(_QUANTIZED))
+        quantized = model.__dict__.pop(_QUANTIZED)
+        inject_lora(model, {name: q.to(model.get_submodule(name).weight) for name, q in quantized.items()})
 
     def to_adapter(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A LoRA's, and how the base was quantised.
@@ -286,6 +294,9 @@ class QLoRA(LoRA):
         own = ("quant_type", "blocksize", "double_quantization")
         config["loftq_config"] = {"loftq_bits": 4, "loftq_iter": self.loftq_iterations}
         config["loftq_config"] |= {name: getattr(self, name) for name in own}
+        bases = [layer.base for layer in lora_layers(model).values()]
+        if any(isinstance(base, NF4Linear) and base.kind.__name__ == CONV1D for base in bases):
+            config["fan_in_fan_out"] = True  # in the model that PEFT will have
         if self.loftq_iterations:
             config["init_lora_weights"] = "loftq"
         return config, tensors
@@ -318,12 +329,11 @@ class QLoRA(LoRA):
 
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> QLoRA:
-        whole_layers = ["all-linear", ("c_attn",), ("mlp.c_proj", "c_fc"), r".*h\.0\..*c_proj"]
         lora = super().sample(rng, config)
         assert isinstance(lora, QLoRA)
         return replace(
             lora,
-            targets=rng.choice(whole_layers),
+            targets=rng.choice(WHOLE_LAYERS),
             quant_type=rng.choice(["nf4", "fp4"]),
             blocksize=rng.choice([32, 64]),
             double_quantization=rng.random() < 0.5,
@@ -361,4 +371,4 @@ class QLoRA(LoRA):
         packed = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device="meta")
         shape = torch.Size((layer.out_features, layer.in_features))
         quantized = QuantizedTensor(packed, absmax, self.quant_type, self.blocksize, shape, torch.float32)
-        return NF4Linear(quantized, layer.bias)
+        return NF4Linear(quantized, layer.bias, type(layer))

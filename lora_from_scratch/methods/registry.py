@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_from_scratch import methods
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE, read_adapter
 from lora_from_scratch.methods.method import Method
+from lora_from_scratch.support.wrapped import unwrapped
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Method:
         ValueError: damaged, of a method that is not here, or made for another model. The model is then as it was.
     """
     try:
-        method, state = _read(Path(directory), model)
+        method, state = _read(Path(directory), unwrapped(model))
         method.adapt(model)
         try:
             method.load_state_dict(model, state)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
-from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.quantization.fast_nf4 import CHUNK
 from lora_from_scratch.quantization.nf4 import double_quantize
 from lora_from_scratch.quantization.quantized_tensor import (
@@ -20,8 +19,9 @@ from lora_from_scratch.quantization.quantized_tensor import (
     QuantizedTensor,
     quantize_4bit,
 )
-from lora_from_scratch.support.linear_layers import weight_of
+from lora_from_scratch.support.linear_layers import is_conv1d, linear_layer, weight_of
 from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.wrapped import plain_name
 
 # --- The layer -----------------------------------------------------------------------------------------
 
@@ -67,18 +67,26 @@ class NF4Linear(nn.Module):
     Args:
         quantized: the weight, (out, in) as in `nn.Linear`; NF4 or FP4.
         bias: (out,), kept as it is; None: no bias.
+        kind: the class of the layer that it stands for, to which `dense` goes back: `nn.Linear` or a Conv1D.
 
     Raises:
         ValueError: the weight is not a matrix.
     """
 
-    def __init__(self, quantized: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+    like: Tensor  # nothing, in the dtype and on the device of the layer: its codes have no dtype that could follow it
+
+    def __init__(
+        self, quantized: QuantizedTensor, bias: nn.Parameter | None = None, kind: type[nn.Module] = nn.Linear
+    ) -> None:
         super().__init__()
         if len(quantized.shape) != 2:
             raise ValueError(f"the weight must be a matrix (out, in), got shape {tuple(quantized.shape)}")
         self.out_features, self.in_features = quantized.shape
         self.quantized = quantized
         self.bias = bias
+        self.kind = kind
+        nothing = torch.empty(0, dtype=quantized.dtype, device=quantized.packed.device)
+        self.register_buffer("like", nothing, persistent=False)
 
     @classmethod
     def from_layer(
@@ -95,7 +103,7 @@ class NF4Linear(nn.Module):
         quantized = quantize_in_parts(weight_of(layer), quant_type, blocksize, double_quantization)
         bias = layer.bias
         assert bias is None or isinstance(bias, nn.Parameter)
-        return cls(quantized, bias).train(layer.training)
+        return cls(quantized, bias, type(layer) if is_conv1d(layer) else nn.Linear).train(layer.training)
 
     @property
     def weight(self) -> Tensor:
@@ -109,13 +117,10 @@ class NF4Linear(nn.Module):
         y: Tensor = FourBitProduct.apply(x.to(dtype), bias, self.quantized)
         return y
 
-    def dense(self) -> Conv1D:
-        """The same layer with the weight dequantised, and with the same bias."""
-        with torch.device("meta"):  # shapes without memory
-            layer = Conv1D(self.in_features, self.out_features)
-        layer.weight = nn.Parameter(self.quantized.dequantize().T.contiguous(), requires_grad=False)
-        layer.register_parameter("bias", self.bias)
-        return layer.train(self.training)
+    def dense(self) -> nn.Module:
+        """The same layer of `kind`, with the weight dequantised and the same bias, in the dtype of this one."""
+        weight = self.quantized.dequantize(self.like.dtype)  # (out, in)
+        return linear_layer(self.kind, weight, self.bias).train(self.training)
 
     def extra_repr(self) -> str:
         q = self.quantized
@@ -127,7 +132,7 @@ class NF4Linear(nn.Module):
     # The weight is no parameter, so moving it and saving it has to be said. Names as in bitsandbytes.
 
     def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
-        """Another device moves the weight; another type concerns the bias alone, since codes have none."""
+        """Another device moves the weight; another type concerns the bias and `like` alone, since codes have none."""
         super()._apply(fn, recurse)
         self.quantized = self.quantized.to(fn(self.quantized.packed).device)
         return self
@@ -185,7 +190,7 @@ def check_quantization(quant_type: str, blocksize: int) -> None:
 
 def nf4_layers(model: nn.Module) -> dict[str, NF4Linear]:
     """The 4-bit layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
 
 
 # --- What it keeps for the backward pass ---------------------------------------------------------------

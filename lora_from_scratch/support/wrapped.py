@@ -1,0 +1,36 @@
+"""A model inside the wrappers that PyTorch puts around it: compiled, or in parallel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+COMPILED = "_orig_mod"  # where the module that `torch.compile` returns keeps the one that it was given
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model itself, however many wrappers are around it; a plain model comes back as it is."""
+    while (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or parameter has where nothing is compiled: compiled modules add a part to it."""
+    return name.replace(f"{COMPILED}.", "").removesuffix(f".{COMPILED}")
+
+
+def refuse_wrapped_parts(model: nn.Module) -> None:
+    """Raise a ValueError if a module of `model`, other than `model` itself, is compiled or wrapped."""
+    for name, module in model.named_modules():
+        if _inside(module) is not None:
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in a {type(module).__name__}; adapt the model first, "
+                f"then compile or wrap its parts"
+            )
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    return module.module if isinstance(module, PARALLEL) else module._modules.get(COMPILED)
