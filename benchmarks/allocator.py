@@ -1,4 +1,4 @@
-"""What `lora_from_scratch.allocator` gains: the demo's LoRA training with glibc's defaults and with the setting.
+"""What `lora_from_scratch.support.allocator` gains: the demo's LoRA training with glibc's defaults and with the setting.
 
     python -m benchmarks.allocator [--pairs 5] [--steps 100]
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from lora_from_scratch.allocator import SETTING, VARIABLE
+from lora_from_scratch.support.allocator import SETTING, VARIABLE
 
 WARM_UP = 8  # steps that are not counted: the first ones ask for the memory that the others reuse
 
@@ -25,13 +25,14 @@ WARM_UP = 8  # steps that are not counted: the first ones ask for the memory tha
 def train(steps: int) -> dict[str, float]:
     """A step's seconds and page faults (means of `steps` steps), and the loss of the last one."""
     import torch
+    from lora_from_scratch.finetune.tasks import load_dataset
 
     from lora_from_scratch.finetune import defaults
     from lora_from_scratch.finetune.completions import Completions
-    from lora_from_scratch.finetune.data import STORY_CARDS, load_dataset
+    from lora_from_scratch.finetune.data import STORY_CARDS
     from lora_from_scratch.finetune.training import Trainer, TrainingSettings
     from lora_from_scratch.gpt2.checkpoint import load_gpt2
-    from lora_from_scratch.lora import LoRA
+    from lora_from_scratch.methods.lora import LoRA
 
     torch.set_num_threads(1)
     model, tokenizer = load_gpt2()

@@ -12,14 +12,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_from_scratch.capstone.budget import cost_of
-from lora_from_scratch.capstone.hidden import hidden_cards, score
-from lora_from_scratch.files import write_json
+from lora_from_scratch.methods.registry import load_adapter
+
+from lora_from_scratch.compare.capstone.budget import cost_of
+from lora_from_scratch.compare.capstone.hidden import hidden_cards, score
+from lora_from_scratch.compare.shootout import CORE, choose
+from lora_from_scratch.compare.side_by_side import model_fingerprint
 from lora_from_scratch.finetune.evaluation import write_texts
-from lora_from_scratch.finetune.side_by_side import model_fingerprint
 from lora_from_scratch.gpt2 import load_gpt2
-from lora_from_scratch.method import load_adapter
-from lora_from_scratch.shootout import CORE, choose
+from lora_from_scratch.support.files import write_json
 
 PLACE = Path(__file__).parents[1] / "lora_from_scratch" / "assets" / "capstone_house.json"
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from lora_from_scratch.demo import methods
+from lora_from_scratch.compare.demo import methods
+from lora_from_scratch.compare.side_by_side import in_fresh_processes, tuned_run
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.run import Report
-from lora_from_scratch.finetune.side_by_side import in_fresh_processes, tuned_run
 from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
 from lora_from_scratch.gpt2.config import GPT2Config
 

@@ -3,7 +3,7 @@
     python -m benchmarks.import_time
 
 The goal is a ratio of at most 1.3: whoever uses a part of the library should wait for that part and for torch.
-`lora_from_scratch.lora` stands for such a part.
+`lora_from_scratch.methods.lora` stands for such a part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-STATEMENTS = ("import lora_from_scratch", "import lora_from_scratch.lora")
+STATEMENTS = ("import lora_from_scratch", "import lora_from_scratch.methods.lora")
 REFERENCE = "import torch"
 
 

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_from_scratch.files import write_atomically
+from lora_from_scratch.compare.shootout import contestants
+from lora_from_scratch.compare.side_by_side import in_fresh_processes, model_fingerprint, tuned_run
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.run import Report
-from lora_from_scratch.finetune.side_by_side import in_fresh_processes, model_fingerprint, tuned_run
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import Method
-from lora_from_scratch.qlora import QLoRA
-from lora_from_scratch.shootout import contestants
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.qlora import QLoRA
+from lora_from_scratch.support.files import write_atomically
 
 
 class Entry(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.model import GPT2, Conv1D, GPT2Config, next_token_loss
-from lora_from_scratch.lora import LoRA, LoRALinear, lora_state_dict
+from lora_from_scratch.methods.lora import LoRA, LoRALinear, lora_state_dict
 
 MiB = 2**20
 Step = Callable[[], Tensor]  # one forward pass; returns the loss

@@ -16,10 +16,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lora_from_scratch.methods.registry import METHODS, method_class
+
 from lora_from_scratch.finetune.accounting import MemoryBudget, measured_memory, predicted_memory
 from lora_from_scratch.gpt2.checkpoint import BUNDLED, checkpoint_directory
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.method import METHODS, Method, method_class
+from lora_from_scratch.methods.method import Method
 
 OUTPUT = Path(__file__).with_suffix(".md")
 MiB = 2**20

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.lora_vs_peft import base_model, paired_times, report_times, with_peft
-from lora_from_scratch.batched_lora import Factors, ServedAdapters, lora_factors
-from lora_from_scratch.lora import LoRA, lora_state_dict
+from lora_from_scratch.methods.lora import LoRA, lora_state_dict
+from lora_from_scratch.serving.batched_lora import Factors, ServedAdapters, lora_factors
 
 GOAL = 0.75
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from lora_from_scratch.files import write_atomically
 from lora_from_scratch.finetune.evaluation import tale_perplexity
+from lora_from_scratch.finetune.pretraining import PretrainingSettings, held_out_loss, read_books
 from lora_from_scratch.gpt2.checkpoint import BUNDLED_DIRECTORY, load_gpt2
 from lora_from_scratch.gpt2.generation import generate
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
-from lora_from_scratch.pretraining import PretrainingSettings, held_out_loss, read_books
+from lora_from_scratch.support.files import write_atomically
 
 PROMPTS = ("Once upon a time there was a woodcutter", "The old woman", '"Where are you going?"', "In the morning")
 

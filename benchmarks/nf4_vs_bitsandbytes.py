@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lora_from_scratch.quantized_tensor import quantize_4bit
+from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
 
 GOALS = {("quantise", torch.float32): 1.0, ("dequantise", torch.float32): 2.0}
 

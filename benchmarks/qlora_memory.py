@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from benchmarks.lora_vs_peft import MiB, base_model, training_step
-from lora_from_scratch.finetune.memory import PeakMemory
+from lora_from_scratch.finetune.peak_memory import PeakMemory
 from lora_from_scratch.gpt2.checkpoint import save_gpt2
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.qlora import QLoRA, load_quantized
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.qlora import QLoRA, load_quantized
 
 GOAL = 0.75
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_from_scratch.cli import main
-from lora_from_scratch.lora import LoRA
+from lora_from_scratch.methods.lora import LoRA
 from tests.tiny_runs import short_judgement
 
 whole = LoRA.save

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from lora_from_scratch.gpt2.activations import forward
+from lora_from_scratch.methods.registry import METHODS, method_class
+from lora_from_scratch.support.tape import Shadow, Tape
 
 from lora_from_scratch.finetune.accounting import (
     LiveMemory,
@@ -15,16 +18,14 @@ from lora_from_scratch.finetune.accounting import (
     memory_of,
     predicted_memory,
 )
-from lora_from_scratch.finetune.activations import forward
-from lora_from_scratch.finetune.memory import peak_resident_bytes
-from lora_from_scratch.finetune.tape import Shadow, Tape
+from lora_from_scratch.finetune.peak_memory import peak_resident_bytes
 from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import METHODS, Method, method_class
-from lora_from_scratch.qlora import QLoRA
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.qlora import QLoRA
 from tests.helpers import real_checkpoint, tiny_config
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "transient", "total")

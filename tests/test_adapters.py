@@ -10,9 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_from_scratch.methods.registry import load_adapter
 from torch import Tensor, nn
 
-from lora_from_scratch.adapters import (
+from lora_from_scratch.gpt2.generation import generate
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.methods.adapters import (
     PLACES,
     Adapter,
     BottleneckAdapter,
@@ -22,9 +25,7 @@ from lora_from_scratch.adapters import (
     insert_adapters,
     remove_adapters,
 )
-from lora_from_scratch.gpt2.generation import generate
-from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.method import Method, adaptation_of, load_adapter
+from lora_from_scratch.methods.method import Method, adaptation_of
 from tests.helpers import tiny_model
 from tests.test_method import assert_same, snapshot
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_from_scratch.allocator import SETTING, VARIABLE, quick_allocator
-from lora_from_scratch.finetune.side_by_side import _start, tuned_run
-from lora_from_scratch.lora import LoRA
+from lora_from_scratch.compare.side_by_side import _start, tuned_run
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.support.allocator import SETTING, VARIABLE, quick_allocator
 
 # Ten times 60 tensors of 3 MB, as the steps of a training: page faults of all rounds but the first two.
 PROGRAM = """

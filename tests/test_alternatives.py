@@ -39,8 +39,8 @@ show(figure, "a line")
 """
 LOUD = """
 import functools, sys, warnings
-from lora_from_scratch import plotting
-from lora_from_scratch.figures import show
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show
 
 def loud(answer):
     @functools.wraps(answer)

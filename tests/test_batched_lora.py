@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_from_scratch.adapters import Adapter
-from lora_from_scratch.batched_lora import (
+from lora_from_scratch.gpt2.generation import generate
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.methods.adapters import Adapter
+from lora_from_scratch.methods.lora import LoRA, delta_weight
+from lora_from_scratch.serving.batched_lora import (
     BatchedLoRALinear,
     Factors,
     ServedAdapters,
@@ -21,9 +24,6 @@ from lora_from_scratch.batched_lora import (
     read_lora,
     switch_task,
 )
-from lora_from_scratch.gpt2.generation import generate
-from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.lora import LoRA, delta_weight
 from tests.helpers import tiny_model, transformers_twin
 from tests.test_lora import randomise
 from tests.test_method import assert_same, snapshot

@@ -6,24 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import load_adapter
+from lora_from_scratch.methods.spafit import SPAFIT, stratify
+from lora_from_scratch.methods.surgical import auto_rgn_weights, relative_gradient_norms, surgical_parameter_groups
 from torch import Tensor, nn
 
-from lora_from_scratch.bitfit import (
-    SPAFIT,
-    BitFit,
-    QueryBias,
-    auto_rgn_weights,
-    relative_gradient_norms,
-    select_biases,
-    stratify,
-    surgical_parameter_groups,
-)
 from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.generation import generate
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
-from lora_from_scratch.lora import lora_layers
-from lora_from_scratch.method import Method, adaptation_of, load_adapter
+from lora_from_scratch.methods.bitfit import BitFit, QueryBias, select_biases
+from lora_from_scratch.methods.lora import lora_layers
+from lora_from_scratch.methods.method import Method, adaptation_of
 from tests.helpers import tiny_model
 from tests.test_method import assert_same, snapshot
 

@@ -34,9 +34,9 @@ RIGHT = """def low_rank_parameter_count(out_features, in_features, rank):
 """
 FIGURES = """\
 import torch
-from lora_from_scratch import plotting
+from lora_from_scratch.support import plotting
 from lora_from_scratch.checks import progress
-from lora_from_scratch.figures import show, slider
+from lora_from_scratch.support.figures import show, slider
 
 def draw(rank):
     figure, (axes,) = plotting.panels(1)

@@ -98,14 +98,14 @@ def test_what_solutions_use_is_imported_and_no_exercise_of_the_unit_is(course: C
         "from tiny_library import LARGEST",
         "from torch import Tensor",
         "",
-        "from lora_from_scratch.rank import require_rank",
+        "from lora_from_scratch.linear_algebra.rank import require_rank",
     ]
     names = {item.name for item in needed_imports([exercise.object for exercise in course.unit.exercises])}
     assert "torch" in names  # which the first cell of the source has
 
 
 def test_long_imports_are_wrapped_and_run() -> None:
-    from lora_from_scratch.lora import LoRALinear
+    from lora_from_scratch.methods.lora import LoRALinear
 
     text = write_imports(needed_imports([LoRALinear], defined={"LoRALinear"}))
     assert max(map(len, text.splitlines())) <= 100

@@ -11,18 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_from_scratch.adapters import Adapter
-from lora_from_scratch.bitfit import BitFit
-from lora_from_scratch.capstone import budget, choosing, hidden, leaderboard
-from lora_from_scratch.capstone.leaderboard import Entry
+from lora_from_scratch.compare.capstone import budget, choosing, hidden, leaderboard
+from lora_from_scratch.compare.capstone.leaderboard import Entry
+from lora_from_scratch.compare.shootout import contestants
 from lora_from_scratch.finetune.data import references_by_mr
 from lora_from_scratch.finetune.story_cards import references, story_cards
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.qlora import QLoRA
-from lora_from_scratch.shootout import contestants
+from lora_from_scratch.methods.adapters import Adapter
+from lora_from_scratch.methods.bitfit import BitFit
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.qlora import QLoRA
 from tests.cli_calls import call
 
 CONFIG = GPT2Config.from_json(checkpoint_directory("bundled") / "config.json")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_from_scratch import rank as rank_module
 from lora_from_scratch.checks import check, display, hint, library, notebook, progress, progress_file, working
 from lora_from_scratch.checks.notebook import Points, UnknownExerciseError, verdict_on
 from lora_from_scratch.checks.units import find
-from lora_from_scratch.rank import row_echelon
+from lora_from_scratch.linear_algebra import rank as rank_module
+from lora_from_scratch.linear_algebra.rank import row_echelon
 
 
 @pytest.fixture(autouse=True)

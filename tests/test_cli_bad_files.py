@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import load_adapter
 from safetensors.torch import load_file, save_file
 
 from lora_from_scratch.finetune.data import Example
 from lora_from_scratch.gpt2.checkpoint import load_gpt2, load_model
-from lora_from_scratch.method import load_adapter
 from tests.cli_calls import complaint
 from tests.helpers import REPOSITORY
 from tests.tiny_runs import SHORT, examples, make_model, write_data

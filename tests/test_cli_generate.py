@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import load_adapter
 
 from lora_from_scratch.gpt2.checkpoint import load_gpt2, save_gpt2
-from lora_from_scratch.method import load_adapter
 from tests.cli_calls import complaint, output_of
 
 CARD = "hero[fox], trait[wise], place[on an island], wish[a crown], ending[happy]"

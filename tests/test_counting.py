@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_from_scratch.counting import (
+from lora_from_scratch.finetune.counting import (
     activation_bytes,
     checkpoint_bytes,
     count_parameters,
@@ -20,7 +20,7 @@ from lora_from_scratch.counting import (
 )
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.lora import LoRA
+from lora_from_scratch.methods.lora import LoRA
 
 GPT3 = {"n_layer": 96, "n_embd": 12288, "n_head": 96, "n_positions": 2048}  # Brown et al. 2020, table 2.1
 

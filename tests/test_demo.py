@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora_from_scratch.methods.registry import load_adapter
 
-from lora_from_scratch import demo as demonstration
 from lora_from_scratch.cli import main
+from lora_from_scratch.compare import demo as demonstration
 from lora_from_scratch.finetune import side_by_side
 from lora_from_scratch.finetune.evaluation import Scores
 from lora_from_scratch.finetune.report import describe, table
 from lora_from_scratch.finetune.run import Report, Run, finetune
 from lora_from_scratch.finetune.training import TrainingSettings
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2.checkpoint import load_gpt2
-from lora_from_scratch.method import load_adapter
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_from_scratch.finetune.tasks import load_dataset
 
-from lora_from_scratch.finetune.data import Example, format_mr, load_dataset, parse_mr, references_by_mr
+from lora_from_scratch.finetune.data import Example, format_mr, parse_mr, references_by_mr
 from lora_from_scratch.finetune.e2e import e2e_lexicon, meaning_key, read_e2e, read_e2e_csv, split_by_meaning
 from lora_from_scratch.finetune.metrics import MentionFinder, slot_error_rate
 

@@ -17,15 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import load_adapter
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.checkpoint import load_model
 from lora_from_scratch.gpt2.model import GPT2, GPT2Config, next_token_loss
-from lora_from_scratch.llama_adapter import LlamaAdapter
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import Method, load_adapter
-from lora_from_scratch.prefix_tuning import PrefixTuning
-from lora_from_scratch.prompt_tuning import PromptTuning
+from lora_from_scratch.methods.llama_adapter import LlamaAdapter
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.prefix_tuning import PrefixTuning
+from lora_from_scratch.methods.prompt_tuning import PromptTuning
 from tests.helpers import real_checkpoint
 from tests.test_peft_format import SMALL, hugging_face
 

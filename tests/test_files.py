@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lora_from_scratch.files import (
+from lora_from_scratch.support.files import (
     check_writable,
     remove_leftovers,
     write_atomically,

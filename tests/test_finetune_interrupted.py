@@ -25,8 +25,8 @@ from lora_from_scratch.finetune import run as running
 from lora_from_scratch.finetune.run import CHECKPOINT
 from lora_from_scratch.finetune.training import Trainer
 from lora_from_scratch.gpt2.checkpoint import load_gpt2, save_gpt2
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.peft_format import WEIGHTS_FILE
+from lora_from_scratch.methods.adapter_files import WEIGHTS_FILE
+from lora_from_scratch.methods.lora import LoRA
 from tests.helpers import REPOSITORY
 from tests.tiny_runs import ADAPTER, RESULT, examples, files_in, make_model, run_in, write_data
 
@@ -148,7 +148,11 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (("os.fsync", 2), FULL, {CHECKPOINT}),  # the adapter
         (("os.fsync", 4), FULL, {CHECKPOINT, *ADAPTER}),  # the report
         (("torch.save", 1), RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), set()),
-        (("lora_from_scratch.peft_format.save_file", 1), SafetensorError("I/O error: No space left"), {CHECKPOINT}),
+        (
+            ("lora_from_scratch.methods.adapter_files.save_file", 1),
+            SafetensorError("I/O error: No space left"),
+            {CHECKPOINT},
+        ),
     ],
 )
 def test_a_full_disk_ends_in_one_line_with_nothing_half_written_and_the_run_can_go_on(

@@ -14,19 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import load_adapter
 from safetensors.torch import load_file, save_file
 
 from lora_from_scratch.cli import main
 from lora_from_scratch.finetune import run as running
+from lora_from_scratch.finetune.paged_optimizer import PagedAdamW
 from lora_from_scratch.finetune.run import Run, finetune
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2.checkpoint import load_gpt2, save_gpt2
 from lora_from_scratch.gpt2.model import Conv1D
-from lora_from_scratch.method import Method, load_adapter
-from lora_from_scratch.nf4_linear import nf4_layers
-from lora_from_scratch.paged_optimizer import PagedAdamW
-from lora_from_scratch.peft_format import WEIGHTS_FILE
-from lora_from_scratch.qlora import QLoRA
+from lora_from_scratch.methods.adapter_files import WEIGHTS_FILE
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.qlora import QLoRA
+from lora_from_scratch.quantization.nf4_linear import nf4_layers
 from tests.tiny_runs import SHORT, files_in, make_model, short_judgement, write_data
 
 
@@ -284,7 +285,7 @@ def test_the_optimiser_s_file_has_its_place_on_the_disk_from_the_beginning(
         blocks.append((os.fstat(file).st_blocks * 512, size))
         return whole(file, size)
 
-    monkeypatch.setattr("lora_from_scratch.paged_optimizer.mmap.mmap", spy)
+    monkeypatch.setattr("lora_from_scratch.finetune.paged_optimizer.mmap.mmap", spy)
     PagedAdamW([torch.nn.Parameter(torch.zeros(300, 300))], directory=tmp_path)
     ((taken, size),) = blocks
     assert taken >= size >= 2 * 4 * 300 * 300

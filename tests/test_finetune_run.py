@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import METHODS, load_adapter
 from safetensors.torch import load_file
 
 from lora_from_scratch.cli import main
@@ -19,9 +20,8 @@ from lora_from_scratch.finetune.run import Run, finetune
 from lora_from_scratch.finetune.training import TrainingSettings
 from lora_from_scratch.gpt2.checkpoint import load_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import METHODS, load_adapter
-from lora_from_scratch.peft_format import WEIGHTS_FILE
+from lora_from_scratch.methods.adapter_files import WEIGHTS_FILE
+from lora_from_scratch.methods.lora import LoRA
 from tests.tiny_runs import ADAPTER, RESULT, SHORT, examples, files_in, make_model, run_in, write_data
 
 

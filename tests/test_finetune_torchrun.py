@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lora_from_scratch.cli import main
 from lora_from_scratch.finetune.distributed import World
-from lora_from_scratch.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from tests.helpers import REPOSITORY
 from tests.tiny_runs import SHORT, files_in, make_model, short_judgement, write_data
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lora_from_scratch.finetune.accounting import trainable_memory
-from lora_from_scratch.full_finetuning import freeze_all_but_last
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
+from lora_from_scratch.methods.full_finetuning import freeze_all_but_last
 from tests.helpers import tiny_model
 
 

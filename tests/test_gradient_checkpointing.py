@@ -7,7 +7,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from lora_from_scratch.gradient_checkpointing import CheckpointFunction
+from lora_from_scratch.finetune.gradient_checkpointing import CheckpointFunction
 
 
 def two_parts(dropout: float) -> tuple[nn.Module, nn.Module]:

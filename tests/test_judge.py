@@ -18,8 +18,8 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
 from lora_from_scratch.checks.observation import Seen, dtype_of, observe
 from lora_from_scratch.checks.verdict import Verdict
-from lora_from_scratch.lora import check_rank
-from lora_from_scratch.prompt_tuning import initial_prompt
+from lora_from_scratch.linear_algebra.rank import check_rank
+from lora_from_scratch.methods.prompt_tuning import initial_prompt
 
 NUMBERS = st.lists(st.integers(-1000, 1000).map(lambda n: n / 8), min_size=1, max_size=5)
 

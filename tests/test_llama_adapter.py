@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_from_scratch.methods.registry import load_adapter
 from torch import Tensor
 
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, causal_attention, next_token_loss
-from lora_from_scratch.llama_adapter import GatedPrefixAttention, LlamaAdapter, gated_prefix_attention
-from lora_from_scratch.method import load_adapter
-from lora_from_scratch.peft_format import CONFIG_FILE
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE
+from lora_from_scratch.methods.llama_adapter import GatedPrefixAttention, LlamaAdapter, gated_prefix_attention
 from tests.helpers import tiny_model, transformers_twin
 from tests.test_prompt_tuning import P, adapted, assert_close, read_by_peft, tokens
 

@@ -9,23 +9,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_from_scratch.methods.fast_product import dropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_from_scratch.gpt2.model import GPT2, Conv1D, GPT2Config
-from lora_from_scratch.lora import (
+from lora_from_scratch.methods.lora import (
     FusedLoRALinear,
     LoRA,
     LoRALinear,
     delta_weight,
-    dropout,
-    find_targets,
     inject_lora,
     lora_layers,
     lora_scaling,
     lora_state_dict,
     mark_only_lora_as_trainable,
 )
+from lora_from_scratch.methods.placement import find_targets
 from tests.test_method import assert_same, snapshot, some_tokens, tiny_gpt2, train
 
 few = settings(max_examples=25, deadline=None)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lora_from_scratch.lora import delta_weight, lora_scaling
-from lora_from_scratch.lora_alpha import exchange_alpha
+from lora_from_scratch.finetune.alpha_and_learning_rate import exchange_alpha
+from lora_from_scratch.methods.lora import delta_weight, lora_scaling
 
 
 def trained(A: Tensor, B: Tensor, alpha: float, rate: float, steps: int = 12) -> list[Tensor]:

@@ -219,7 +219,7 @@ def test_copies_that_differ_in_indentation_differ() -> None:
         ("def rank(m): 'nothing'; ...", "rank", "stub"),
         ("class Counter:\n    def step(self):\n        raise NotImplementedError('later')", "Counter", "stub"),
         ("rank = working('rank')", "rank", "library"),
-        ("from lora_from_scratch.rank import rank", "rank", "library"),
+        ("from lora_from_scratch.linear_algebra.rank import rank", "rank", "library"),
         ("for rank in (1, 2): pass", "rank", "value"),
         ("def rank(m): return 1\nrank = 3", "rank", "value"),
         ("if True:\n    rank = 3", "rank", "value"),

@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from lora_from_scratch.finetune.memory import PeakMemory, peak_resident_bytes, resident_bytes
+from lora_from_scratch.finetune.peak_memory import PeakMemory, peak_resident_bytes, resident_bytes
 from tests.helpers import REPOSITORY
 
 PROGRAM = """
 import torch
-from lora_from_scratch.finetune.memory import PeakMemory
+from lora_from_scratch.finetune.peak_memory import PeakMemory
 torch.ones(1)
 memory = PeakMemory(torch.device("cpu"))
 block = torch.ones(200_000_000, dtype=torch.uint8)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import METHODS, load_adapter, method_class
 from torch import Tensor
 
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2.model import GPT2, GPT2Config, next_token_loss
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import METHODS, Method, adaptation_of, load_adapter, method_class
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import Method, adaptation_of
 
 TINY = GPT2Config(
     vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0

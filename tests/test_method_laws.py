@@ -16,19 +16,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_from_scratch.methods.registry import METHODS, load_adapter, method_class
+from lora_from_scratch.methods.spafit import SPAFIT
 from torch import Tensor
 
-from lora_from_scratch.adapters import Adapter
-from lora_from_scratch.bitfit import SPAFIT, BitFit
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
-from lora_from_scratch.llama_adapter import LlamaAdapter
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import METHODS, Method, adaptation_of, load_adapter, method_class
-from lora_from_scratch.peft_format import CONFIG_FILE
-from lora_from_scratch.prefix_tuning import PrefixTuning
-from lora_from_scratch.prompt_tuning import PromptTuning
-from lora_from_scratch.qlora import QLoRA
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE
+from lora_from_scratch.methods.adapters import Adapter
+from lora_from_scratch.methods.bitfit import BitFit
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.llama_adapter import LlamaAdapter
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import Method, adaptation_of
+from lora_from_scratch.methods.prefix_tuning import PrefixTuning
+from lora_from_scratch.methods.prompt_tuning import PromptTuning
+from lora_from_scratch.methods.qlora import QLoRA
 from tests.helpers import tiny_model
 from tests.test_method import assert_same, snapshot
 

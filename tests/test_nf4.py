@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_from_scratch.int8 import (
+from lora_from_scratch.quantization.int8 import (
     absmax_int8,
     blockwise_absmax,
     dequantize_int8,
     quantize_dynamic,
 )
-from lora_from_scratch.nf4 import (
+from lora_from_scratch.quantization.nf4 import (
     CELLS,
     CHUNK,
     CODEBOOKS,
@@ -33,7 +33,7 @@ from lora_from_scratch.nf4 import (
     quantize_nf4,
     unpack_nibbles,
 )
-from lora_from_scratch.quantized_tensor import quantize_4bit
+from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PAPER_NF4 = [  # QLoRA, appendix E

@@ -16,19 +16,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_from_scratch.int8 import (
+from lora_from_scratch.quantization.int8 import (
     absmax_int8,
     dequantize_dynamic,
     dynamic_map,
     quantize_dynamic,
 )
-from lora_from_scratch.nf4 import (
+from lora_from_scratch.quantization.nf4 import (
     NestedAbsmax,
     fp4_codebook,
     nf4_codebook,
     unpack_nibbles,
 )
-from lora_from_scratch.quantized_tensor import QuantizedTensor, quantize_4bit
+from lora_from_scratch.quantization.quantized_tensor import QuantizedTensor, quantize_4bit
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1,), (2,), (63,), (64,), (65,), (5, 7), (3, 80), (2, 96), (8, 256), (129, 33), (4, 3, 50), (300, 768)]

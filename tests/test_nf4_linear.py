@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.model import Conv1D
-from lora_from_scratch.nf4_linear import NF4Linear, quantize_in_parts
-from lora_from_scratch.quantized_tensor import quantize_4bit
+from lora_from_scratch.quantization.nf4_linear import NF4Linear, quantize_in_parts
+from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
 
 few = settings(max_examples=25, deadline=None)
 

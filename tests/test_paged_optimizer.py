@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from lora_from_scratch.finetune.paged_optimizer import PagedAdamW, Pages, page_aligned
 from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
-from lora_from_scratch.paged_optimizer import PagedAdamW, Pages, page_aligned
 from tests.helpers import tiny_model
 
 Parameters = list[nn.Parameter]

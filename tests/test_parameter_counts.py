@@ -16,12 +16,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_from_scratch.adapters import Adapter, adapter_parameter_count
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.method import Method
+from lora_from_scratch.methods.adapters import Adapter, adapter_parameter_count
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import Method
 
 SHAPES = {"medium": (24, 1024, 16), "large": (36, 1280, 20)}  # layers, d, heads
 Q_AND_V = ("c_attn.q", "c_attn.v")

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import load_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_from_scratch.gpt2.model import GPT2, GPT2Config, next_token_loss
-from lora_from_scratch.lora import LoRA, lora_state_dict
-from lora_from_scratch.method import adaptation_of, load_adapter
-from lora_from_scratch.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lora_from_scratch.methods.lora import LoRA, lora_state_dict
+from lora_from_scratch.methods.method import adaptation_of
 from tests.test_lora import randomise
 from tests.test_method import assert_same, snapshot, some_tokens, tiny_gpt2
 
@@ -367,7 +368,7 @@ def test_a_save_that_fails_leaves_the_adapter_that_was_there(tmp_path: Path, mon
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_from_scratch.peft_format.save_file", full_disk)
+    monkeypatch.setattr("lora_from_scratch.methods.adapter_files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         method.save(adapted(method, seed=9), tmp_path / "adapter")
     assert (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes() == before

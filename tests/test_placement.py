@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.placement import lora_parameter_count, rank_for_budget, target_sizes
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.placement import lora_parameter_count, rank_for_budget, target_sizes
 
 SHAPES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}  # layers, d, heads
 TARGETS = (

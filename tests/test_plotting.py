@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lora_from_scratch import plotting
+from lora_from_scratch.support import plotting
 
 
 def draw(path: Path) -> None:

@@ -14,14 +14,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_from_scratch.methods.registry import load_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, causal_attention, next_token_loss
-from lora_from_scratch.method import load_adapter
-from lora_from_scratch.peft_format import WEIGHTS_FILE
-from lora_from_scratch.prefix_tuning import (
+from lora_from_scratch.methods.adapter_files import WEIGHTS_FILE
+from lora_from_scratch.methods.prefix_tuning import (
     PrefixEncoder,
     PrefixTuning,
     fold_prefix,
@@ -125,7 +125,7 @@ def test_the_count_of_a_prefix_is_that_of_its_encoders_parameters(
 def test_a_new_encoder_does_not_import_sympy_which_takes_seconds() -> None:
     code = (
         "import sys, torch; before = 'sympy' in sys.modules\n"
-        "from lora_from_scratch.prefix_tuning import seeded_linear\n"
+        "from lora_from_scratch.methods.prefix_tuning import seeded_linear\n"
         "seeded_linear(3, 4, None)\n"
         "assert before or 'sympy' not in sys.modules"
     )

@@ -14,12 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_from_scratch import pretraining
 from lora_from_scratch.cli import main
-from lora_from_scratch.finetune.training import Batch, Trainer
-from lora_from_scratch.gpt2.checkpoint import load_gpt2
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
-from lora_from_scratch.pretraining import (
+from lora_from_scratch.finetune import pretraining
+from lora_from_scratch.finetune.pretraining import (
     PretrainingSettings,
     held_out_loss,
     make_optimizers,
@@ -27,6 +24,9 @@ from lora_from_scratch.pretraining import (
     read_books,
     windows_at,
 )
+from lora_from_scratch.finetune.training import Batch, Trainer
+from lora_from_scratch.gpt2.checkpoint import load_gpt2
+from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from tests.helpers import tiny_model
 from tests.tiny_runs import files_in
 

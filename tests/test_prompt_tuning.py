@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import load_adapter
 from torch import Tensor
 
 from lora_from_scratch.finetune.completions import prompt_text
@@ -17,11 +18,11 @@ from lora_from_scratch.finetune.metrics import text_loss
 from lora_from_scratch.gpt2.generation import generate
 from lora_from_scratch.gpt2.model import GPT2, KVCache, next_token_loss
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
-from lora_from_scratch.llama_adapter import LlamaAdapter
-from lora_from_scratch.method import Method, load_adapter
-from lora_from_scratch.peft_format import CONFIG_FILE
-from lora_from_scratch.prefix_tuning import PrefixTuning
-from lora_from_scratch.prompt_tuning import (
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE
+from lora_from_scratch.methods.llama_adapter import LlamaAdapter
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.prefix_tuning import PrefixTuning
+from lora_from_scratch.methods.prompt_tuning import (
     PromptTuning,
     few_shot_prompt,
     initial_prompt,

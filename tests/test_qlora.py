@@ -12,18 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from lora_from_scratch.methods.registry import load_adapter
+from lora_from_scratch.support.linear_layers import weight_of
 from torch import Tensor, nn
 
-from lora_from_scratch import qlora
 from lora_from_scratch.gpt2.checkpoint import load_model, save_gpt2
 from lora_from_scratch.gpt2.model import GPT2, Conv1D, next_token_loss
-from lora_from_scratch.loftq import begin_with_loftq, best_factors, loftq_init
-from lora_from_scratch.lora import LoRA, LoRALinear, inject_lora, lora_layers
-from lora_from_scratch.method import adaptation_of, load_adapter
-from lora_from_scratch.nf4_linear import NF4Linear, nf4_layers, quantize_model, weight_of
-from lora_from_scratch.peft_format import read_adapter
-from lora_from_scratch.qlora import QLoRA, load_quantized
-from lora_from_scratch.quantized_tensor import quantize_4bit
+from lora_from_scratch.methods import qlora
+from lora_from_scratch.methods.adapter_files import read_adapter
+from lora_from_scratch.methods.loftq import begin_with_loftq, best_factors, loftq_init
+from lora_from_scratch.methods.lora import LoRA, LoRALinear, inject_lora, lora_layers
+from lora_from_scratch.methods.method import adaptation_of
+from lora_from_scratch.methods.qlora import QLoRA, load_quantized, quantize_model
+from lora_from_scratch.quantization.nf4_linear import NF4Linear, nf4_layers
+from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
 from tests.helpers import real_checkpoint, tiny_model, transformers_twin
 from tests.test_method import assert_same, snapshot, some_tokens, tiny_gpt2, train
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_from_scratch.rank import (
+from lora_from_scratch.linear_algebra.rank import (
     low_rank_parameter_count,
     outer_product_sum,
     rank,

@@ -35,9 +35,7 @@ UNITS = [pytest.param(unit, id=unit.number, marks=getattr(pytest.mark, f"unit_{u
 # Unit 01, as learners write it.
 IMPORTS = "import torch\nfrom lora_from_scratch.checks import check, hint, library, progress, working\n"
 OWN = {exercise.name: source_of(exercise.object) for exercise in find_unit("01").exercises}
-PARTS = (
-    "from __future__ import annotations\nimport torch\nfrom torch import Tensor\nfrom lora_from_scratch.rank import *\n"
-)
+PARTS = "from __future__ import annotations\nimport torch\nfrom torch import Tensor\nfrom lora_from_scratch.linear_algebra.rank import *\n"
 PARTS += f"del {', '.join(OWN)}\n"  # a learner's notebook has not got them of the library
 
 
@@ -90,7 +88,7 @@ HONEST = (
     ),
     Run(
         "plot",
-        "from lora_from_scratch import plotting\nfrom lora_from_scratch.figures import show\n"
+        "from lora_from_scratch import plotting\nfrom lora_from_scratch.support.figures import show\n"
         "figure, (axes,) = plotting.panels(1)\naxes.plot([1, 2])\nshow(figure, 'a line')",
     ),
     Run("taken", "row_echelon = library('row_echelon')"),

@@ -59,7 +59,7 @@ def test_nothing_is_visible_but_the_interpreter_and_its_libraries(folder: Path) 
     places = [secret, ROOT / "solutions", ROOT / "notebooks", ROOT / "course", ROOT / "tests", ROOT / ".git"]
     places += [Path(name) for name in ("/etc/passwd", "/etc/shadow", "/home", "/var", "/usr/bin/env", "/sys", "/run")]
     places += [ROOT / "lora_from_scratch/grading/building/solution.py", ROOT / "lora_from_scratch/checks/answers"]
-    places += [ROOT / "lora_from_scratch/checks/judge.py", ROOT / "lora_from_scratch/checks/unit_01.py"]
+    places += [ROOT / "lora_from_scratch/checks/judge.py", ROOT / "lora_from_scratch/checks/unit_01/exercises.py"]
     os.environ["THE_GRADERS_SECRET"] = "1"
     try:
         there, environment, processes, root, home = answers(

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora_from_scratch.methods.registry import METHODS
 
 from benchmarks import learning_rates
-from lora_from_scratch import shootout
-from lora_from_scratch.bitfit import BitFit
-from lora_from_scratch.files import write_json
+from lora_from_scratch.compare import shootout
+from lora_from_scratch.compare.side_by_side import FINISHED, carry_out, in_fresh_processes, tuned_run
 from lora_from_scratch.finetune import defaults, side_by_side
 from lora_from_scratch.finetune.evaluation import Scores
 from lora_from_scratch.finetune.run import Report, Run, finetune
-from lora_from_scratch.finetune.side_by_side import FINISHED, carry_out, in_fresh_processes, tuned_run
 from lora_from_scratch.finetune.training import NonFiniteLossError
-from lora_from_scratch.method import METHODS
+from lora_from_scratch.methods.bitfit import BitFit
+from lora_from_scratch.support.files import write_json
 from tests.cli_calls import call, complaint
 from tests.helpers import tiny_config
 from tests.tiny_runs import make_model, short_judgement, write_data

@@ -13,8 +13,9 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_from_scratch.finetune.tasks import load_dataset
 
-from lora_from_scratch.finetune.data import Dataset, Example, format_mr, load_dataset, parse_mr, references_by_mr
+from lora_from_scratch.finetune.data import Dataset, Example, format_mr, parse_mr, references_by_mr
 from lora_from_scratch.finetune.metrics import MentionFinder, slot_error_rate
 from lora_from_scratch.finetune.story_cards import card_shapes, distinct_cards, parse_card, references, story_cards
 from lora_from_scratch.finetune.story_grammar import HEROES, LEXICON, with_article

@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_from_scratch.subspace import amplification_factor, effective_rank, similarity_grid, subspace_similarity
+from lora_from_scratch.linear_algebra.subspace import (
+    amplification_factor,
+    effective_rank,
+    similarity_grid,
+    subspace_similarity,
+)
 
 
 def randn(m: int, n: int, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_from_scratch.svd import (
+from lora_from_scratch.linear_algebra.svd import (
     approximation_error,
     dominant_eigenvector,
     dominant_singular_triplet,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_from_scratch.finetune.sampling import shuffled_places
+from lora_from_scratch.finetune.step_seeds import shuffled_places
 from lora_from_scratch.finetune.training import (
     Batch,
     NonFiniteLossError,

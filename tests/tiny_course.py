@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_from_scratch.rank import require_rank
+from lora_from_scratch.linear_algebra.rank import require_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,8 +165,8 @@ SOURCE = """\
 import torch
 
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show
-from lora_from_scratch.plotting import panels
+from lora_from_scratch.support.figures import show
+from lora_from_scratch.support.plotting import panels
 
 # %% [markdown]
 # ## Roots

@@ -16,7 +16,7 @@ from lora_from_scratch.gpt2.checkpoint import save_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
-from lora_from_scratch.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
 # A run of a second: three steps, one card to be judged by.
 SHORT = ["--steps", "3", "--batch-size", "2", "--cards", "1", "--precision", "fp32", "--rank", "2"]

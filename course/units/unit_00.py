@@ -31,13 +31,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2 import GPT2, GPT2Config, load_gpt2
 from lora_from_scratch.gpt2.model import next_token_loss
-from lora_from_scratch.lora import LoRA
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # %% [markdown]
 # ## How this course works

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.gpt2 import load_gpt2
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # %% [markdown]
 # ## How much is in a matrix?
@@ -368,7 +368,7 @@ print("by singular values:  rank", np.linalg.matrix_rank(treacherous.numpy()))
 # - Golub and Van Loan, *Matrix Computations*: section 3.4 on pivoting, section 5.4 on numerical rank.
 # - Hu et al. 2021, *LoRA* (arXiv:2106.09685): section 4.1, where the rank enters.
 # - Aghajanyan et al. 2020, *Intrinsic Dimensionality* (arXiv:2012.13255): the observation that made people try.
-# - `lora_from_scratch/rank.py` and `tests/test_rank.py`: what has to hold for any matrix.
+# - `lora_from_scratch/linear_algebra/rank.py` and `tests/test_rank.py`: what has to hold for any matrix.
 #
 # All 24 matrices of the model have full rank. If nothing in a trained model is low, why should the *change* by
 # fine-tuning be? The figure has a hint: pivots can be small without being zero. "How many directions are there" was the

@@ -28,16 +28,16 @@
 import torch
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune.completions import Completions
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.story_cards import story_cards
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2 import load_gpt2
-from lora_from_scratch.rank import low_rank_parameter_count
+from lora_from_scratch.linear_algebra.rank import low_rank_parameter_count
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 
 def doubles(*results):

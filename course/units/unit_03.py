@@ -31,11 +31,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune.metrics import load_tales
 from lora_from_scratch.gpt2 import generate, load_gpt2
 from lora_from_scratch.gpt2.model import merge_heads
-from lora_from_scratch.plotting import curve, label, panels
+from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.plotting import curve, label, panels
 
 # %% [markdown]
 # ## A text becomes numbers, and numbers become a text

@@ -28,21 +28,22 @@ import math
 import os
 
 import torch
+from lora_from_scratch.finetune.tasks import load_dataset
+from lora_from_scratch.methods.surgical import relative_gradient_norms
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
-from lora_from_scratch.bitfit import relative_gradient_norms
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune.accounting import memory_of
 from lora_from_scratch.finetune.completions import Completions, prompt_text
-from lora_from_scratch.finetune.data import load_dataset, references_by_mr
+from lora_from_scratch.finetune.data import references_by_mr
 from lora_from_scratch.finetune.defaults import learning_rate_for
 from lora_from_scratch.finetune.evaluation import tale_perplexity, write_texts
 from lora_from_scratch.finetune.metrics import completion_loss, slot_error_rate
 from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 20 minutes and 7 GB of memory),
 # or a checkpoint's directory.

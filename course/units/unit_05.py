@@ -27,19 +27,19 @@ import copy
 import os
 
 import torch
+from lora_from_scratch.finetune.tasks import load_dataset
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions, collate, completion_labels, prompt_text
-from lora_from_scratch.finetune.data import load_dataset
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import next_token_loss
-from lora_from_scratch.prompt_tuning import VirtualTokens
+from lora_from_scratch.methods.prompt_tuning import VirtualTokens
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
 # or a checkpoint's directory.
@@ -588,7 +588,7 @@ VirtualTokens.take_out_of(model)
 # - Brown et al. 2020, *Language Models are Few-Shot Learners* (arXiv:2005.14165).
 # - Min et al. 2022, *Rethinking the Role of Demonstrations* (arXiv:2202.12837): examples with wrong labels.
 # - Khashabi et al. 2022, *Prompt Waywardness* (arXiv:2112.08348): why nearest tokens are no explanation.
-# - `lora_from_scratch/prompt_tuning.py`: what you wrote, and the rest of the method.
+# - `lora_from_scratch/methods/prompt_tuning.py`: what you wrote, and the rest of the method.
 #
 # The prompt enters once, at the bottom. Whatever it has to say to the sixth block must get there through the five
 # below it, which were never trained to pass such a thing on. What if every layer had learned vectors of its own? That

@@ -29,21 +29,21 @@ import os
 import time
 
 import torch
+from lora_from_scratch.finetune.tasks import load_dataset
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
-from lora_from_scratch.adapters import PLACES, AdapterAfter
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.data import load_dataset
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
-from lora_from_scratch.lora import LoRA
+from lora_from_scratch.methods.adapters import PLACES, AdapterAfter
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 20 minutes and 7 GB of memory),
 # or a checkpoint's directory.

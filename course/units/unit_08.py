@@ -28,21 +28,21 @@ import copy
 import os
 
 import torch
+from lora_from_scratch.finetune.tasks import load_dataset
+from lora_from_scratch.methods.spafit import SPAFIT
 from torch import nn
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
-from lora_from_scratch.bitfit import SPAFIT
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.data import load_dataset
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 7 GB of memory),
 # or a checkpoint's directory.
@@ -545,7 +545,7 @@ print("after such a loop:  ", [f"{group['lr']:g}" for group in optimizer.param_g
 # - Lee et al. 2023, *Surgical fine-tuning improves adaptation to distribution shifts* (arXiv:2210.11466).
 # - Arora and Wang 2024, *SPAFIT* (arXiv:2405.00201).
 # - Frankle et al. 2021, *Training BatchNorm and only BatchNorm* (arXiv:2003.00152).
-# - `lora_from_scratch/bitfit.py`: what you wrote, and the methods around it.
+# - `lora_from_scratch/methods/bitfit.py`: what you wrote, and the methods around it.
 #
 # Biases cost nothing to run, and they can only shift. Full fine-tuning turns the weights, and costs a model for every
 # task. Is there something that turns a weight as training would, with few numbers, and that *goes away* when the

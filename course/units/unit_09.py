@@ -29,23 +29,23 @@ import os
 
 import safetensors.torch
 import torch
+from lora_from_scratch.finetune.tasks import load_dataset
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.data import load_dataset
 from lora_from_scratch.finetune.evaluation import write_texts
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import Conv1D
-from lora_from_scratch.lora import find_targets
+from lora_from_scratch.methods.placement import find_targets
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
 # or a checkpoint's directory.
@@ -708,7 +708,7 @@ with torch.no_grad():
 # - Hayou et al. 2024, *The Impact of Initialization on LoRA Finetuning Dynamics* (arXiv:2406.08447): A or B at zero?
 # - Hayou et al. 2024, *LoRA+* (arXiv:2402.12354): why B may learn faster than A.
 # - Kalajdzievski 2023, *rsLoRA* (arXiv:2312.03732): alpha / sqrt(r), section 3.
-# - `lora_from_scratch/lora.py`: what you wrote, and the rest of the method around it.
+# - `lora_from_scratch/methods/lora.py`: what you wrote, and the rest of the method around it.
 #
 # You chose rank 8, on every matrix, and it worked. Would rank 1 have done? And if you may have only so many numbers,
 # do you put them into one matrix with a high rank or into all of them with a low one? That is the next unit.

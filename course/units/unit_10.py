@@ -33,27 +33,28 @@ import tempfile
 from pathlib import Path
 
 import torch
+from lora_from_scratch.finetune.tasks import load_dataset
+from lora_from_scratch.methods.registry import load_adapter
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
-from lora_from_scratch.batched_lora import read_lora
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.data import Example, load_dataset, parse_mr
+from lora_from_scratch.finetune.data import Example, parse_mr
 from lora_from_scratch.finetune.evaluation import write_texts
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.lora import LoRA, inject_lora
-from lora_from_scratch.method import load_adapter
-from lora_from_scratch.placement import find_targets, target_sizes
+from lora_from_scratch.methods.lora import LoRA, inject_lora
+from lora_from_scratch.methods.placement import find_targets, target_sizes
+from lora_from_scratch.serving.batched_lora import read_lora
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
 # or a checkpoint's directory.
@@ -660,7 +661,7 @@ for smaller, larger in itertools.pairwise(RANKS):
 # - Hu et al. 2021, *LoRA* (arXiv:2106.09685): sections 7.1 and 7.2 with tables 5 and 6.
 # - Zeng and Lee 2023, *The Expressive Power of Low-Rank Adaptation* (arXiv:2310.17513): which rank is enough, proved.
 # - Chen et al. 2023, *Punica* (arXiv:2310.18547), and Sheng et al. 2023, *S-LoRA* (arXiv:2311.03285): serving many.
-# - `lora_from_scratch/placement.py`, `peft_format.py`, `batched_lora.py`: what you wrote, and what is around it.
+# - `lora_from_scratch/methods/placement.py`, `peft_format.py`, `batched_lora.py`: what you wrote, and what is around it.
 # - `lora-from-scratch finetune --help`: the same run, longer, with BLEU and a report.
 #
 # You have now trained changes of rank 1 and of rank 64 for the same task, and the second went further. Did it find

@@ -29,21 +29,21 @@ import os
 
 import numpy as np
 import torch
+from lora_from_scratch.finetune.tasks import load_dataset
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.data import load_dataset
 from lora_from_scratch.finetune.defaults import learning_rate_for, warmup_steps_for
 from lora_from_scratch.finetune.evaluation import text_drawn_from
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2 import load_gpt2
-from lora_from_scratch.lora import LoRA, LoRALinear, delta_weight, initial_factors
-from lora_from_scratch.svd import truncate
+from lora_from_scratch.linear_algebra.svd import truncate
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.lora import LoRA, LoRALinear, delta_weight, initial_factors
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # %%
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 20 minutes and 6 GB of memory),

@@ -30,14 +30,20 @@ import math
 import torch
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune.metrics import load_tales
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import Conv1D
-from lora_from_scratch.int8 import dequantize_int8, dynamic_map
-from lora_from_scratch.nf4 import NestedAbsmax, double_dequantize, fp4_codebook, int4_codebook, unpack_nibbles
+from lora_from_scratch.quantization.int8 import dequantize_int8, dynamic_map
+from lora_from_scratch.quantization.nf4 import (
+    NestedAbsmax,
+    double_dequantize,
+    fp4_codebook,
+    int4_codebook,
+    unpack_nibbles,
+)
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # %% [markdown]
 # ## What LoRA leaves

@@ -32,36 +32,37 @@ import os
 import tempfile
 
 import torch
+from lora_from_scratch.finetune.tasks import load_dataset
+from lora_from_scratch.support.linear_layers import weight_of
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show, slider
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.accounting import measured_memory, predicted_memory
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.data import load_dataset
 from lora_from_scratch.finetune.metrics import completion_loss, load_tales
+from lora_from_scratch.finetune.paged_optimizer import update_in_place
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
-from lora_from_scratch.full_finetuning import FullFineTuning
 from lora_from_scratch.gpt2 import GPT2Config, load_gpt2
 from lora_from_scratch.gpt2.model import next_token_loss
-from lora_from_scratch.lora import (
+from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.lora import (
     LoRA,
     LoRALinear,
     delta_weight,
-    find_targets,
     inject_lora,
     lora_layers,
     mark_only_lora_as_trainable,
 )
-from lora_from_scratch.nf4_linear import nf4_layers, weight_of
-from lora_from_scratch.paged_optimizer import update_in_place
-from lora_from_scratch.qlora import QLoRA
-from lora_from_scratch.quantized_tensor import QuantizedTensor, quantize_4bit
+from lora_from_scratch.methods.placement import find_targets
+from lora_from_scratch.methods.qlora import QLoRA
+from lora_from_scratch.quantization.nf4_linear import nf4_layers
+from lora_from_scratch.quantization.quantized_tensor import QuantizedTensor, quantize_4bit
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show, slider
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 10 minutes and 6 GB of memory),
 # or a checkpoint's directory.

@@ -28,25 +28,26 @@ import os
 import random
 
 import torch
+from lora_from_scratch.finetune.tasks import load_dataset
 from tqdm import tqdm
 
-from lora_from_scratch import plotting
-from lora_from_scratch.adapters import Adapter
-from lora_from_scratch.bitfit import BitFit
-from lora_from_scratch.capstone.budget import BRIEFS, COSTS, base_work, budget_of, cost_of
-from lora_from_scratch.capstone.hidden import hidden_cards
-from lora_from_scratch.capstone.leaderboard import Entry, board, house_entries, placed, submit
 from lora_from_scratch.checks import check, hint, library, progress, working
-from lora_from_scratch.figures import show
+from lora_from_scratch.compare.capstone.budget import BRIEFS, COSTS, base_work, budget_of, cost_of
+from lora_from_scratch.compare.capstone.hidden import hidden_cards
+from lora_from_scratch.compare.capstone.leaderboard import Entry, board, house_entries, placed, submit
+from lora_from_scratch.compare.shootout import contestants
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.data import load_dataset, references_by_mr
+from lora_from_scratch.finetune.data import references_by_mr
 from lora_from_scratch.finetune.evaluation import write_texts
 from lora_from_scratch.finetune.metrics import MentionFinder, completion_loss
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
-from lora_from_scratch.lora import LoRA
-from lora_from_scratch.shootout import contestants
+from lora_from_scratch.methods.adapters import Adapter
+from lora_from_scratch.methods.bitfit import BitFit
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.support import plotting
+from lora_from_scratch.support.figures import show
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
 # or a checkpoint's directory.

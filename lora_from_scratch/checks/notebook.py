@@ -17,7 +17,7 @@ from lora_from_scratch.checks.observation import observe, plain
 from lora_from_scratch.checks.progress_report import report
 from lora_from_scratch.checks.units import find
 from lora_from_scratch.checks.verdict import Verdict, describe
-from lora_from_scratch.figures import BUILDING
+from lora_from_scratch.support.figures import BUILDING
 
 
 class Points(float):

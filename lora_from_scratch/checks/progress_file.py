@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.checks.verdict import Verdict
-from lora_from_scratch.figures import BUILDING
-from lora_from_scratch.files import write_json
+from lora_from_scratch.support.figures import BUILDING
+from lora_from_scratch.support.files import write_json
 
 HOME = "LORA_FROM_SCRATCH_HOME"
 SWITCH = "LORA_FROM_SCRATCH_PROGRESS"

@@ -36,7 +36,7 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_from_scratch.demo import demo
+    from lora_from_scratch.compare.demo import demo
 
     demo(options.output, model=options.model, steps=options.steps, seed=options.seed, jobs=options.jobs)
     return 0

@@ -153,7 +153,7 @@ def _writing() -> str:
 
 def _progress() -> str:
     from lora_from_scratch.checks.progress_file import HOME, folder
-    from lora_from_scratch.files import check_writable
+    from lora_from_scratch.support.files import check_writable
 
     try:
         check_writable(folder())

@@ -33,11 +33,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_from_scratch.finetune.data import load_dataset
     from lora_from_scratch.finetune.distributed import find_device
     from lora_from_scratch.finetune.evaluation import evaluate, first_cards
+    from lora_from_scratch.finetune.tasks import load_dataset
     from lora_from_scratch.gpt2.checkpoint import load_gpt2
-    from lora_from_scratch.method import load_adapter
+    from lora_from_scratch.methods.registry import load_adapter
 
     device = find_device(options.device)
     dataset = load_dataset(options.data)

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.finetune.distributed import find_device
     from lora_from_scratch.gpt2.checkpoint import load_gpt2
     from lora_from_scratch.gpt2.generation import generate
-    from lora_from_scratch.method import load_adapter
+    from lora_from_scratch.methods.registry import load_adapter
 
     device = find_device(options.device)
     prompts = _prompts(options)

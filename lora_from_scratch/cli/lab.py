@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lora_from_scratch.allocator import quick_allocator
+from lora_from_scratch.support.allocator import quick_allocator
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 EXTRA = "JupyterLab is not installed; run: python -m pip install -e '.[course]' -c constraints.txt"

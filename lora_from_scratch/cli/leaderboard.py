@@ -27,11 +27,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_from_scratch.capstone import hidden, leaderboard
-    from lora_from_scratch.capstone.budget import BRIEFS
-    from lora_from_scratch.files import write_atomically
+    from lora_from_scratch.compare.capstone import hidden, leaderboard
+    from lora_from_scratch.compare.capstone.budget import BRIEFS
     from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
     from lora_from_scratch.gpt2.config import GPT2Config
+    from lora_from_scratch.support.files import write_atomically
 
     seed = hidden.HOME_SEED if options.cards_seed is None else options.cards_seed
     if options.write_cards:

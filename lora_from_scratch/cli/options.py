@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.finetune.evaluation import CARDS
-from lora_from_scratch.method import METHODS, Method, method_class
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.registry import METHODS, method_class
 
 # What the hyperparameters are, for the help. A method may have others; they need no line here.
 HYPERPARAMETERS = {

@@ -28,7 +28,7 @@ HELP = {
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    from lora_from_scratch.pretraining import PretrainingSettings
+    from lora_from_scratch.finetune.pretraining import PretrainingSettings
 
     parser = commands.add_parser(
         "pretrain",
@@ -62,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.finetune.evaluation import perplexity
-    from lora_from_scratch.pretraining import PretrainingSettings, pretrain
+    from lora_from_scratch.finetune.pretraining import PretrainingSettings, pretrain
 
     settings = PretrainingSettings(**{f.name: getattr(options, f.name) for f in fields(PretrainingSettings)})
     losses = pretrain(options.corpus, options.output, settings, device=options.device)

@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_from_scratch.shootout import CORE, shootout
+    from lora_from_scratch.compare.shootout import CORE, shootout
 
     shootout(
         options.output,

@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_from_scratch.finetune.activations import record, record_loss
 from lora_from_scratch.finetune.training import PRECISIONS, TrainingSettings, adamw, autocast
+from lora_from_scratch.gpt2.activations import record, record_loss
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Conv1D, next_token_loss
-from lora_from_scratch.lora import inject_lora
-from lora_from_scratch.method import Method, adaptation_of
-from lora_from_scratch.nf4 import NestedAbsmax
-from lora_from_scratch.nf4_linear import NF4Linear, nf4_layers
-from lora_from_scratch.qlora import QLoRA
-from lora_from_scratch.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor
+from lora_from_scratch.methods.lora import inject_lora
+from lora_from_scratch.methods.method import Method, adaptation_of
+from lora_from_scratch.methods.qlora import QLoRA
+from lora_from_scratch.quantization.nf4 import NestedAbsmax
+from lora_from_scratch.quantization.nf4_linear import NF4Linear, nf4_layers
+from lora_from_scratch.quantization.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor
 
 UPDATE = "update"  # the moment of the optimiser's step
 

@@ -11,16 +11,22 @@ from functools import singledispatch
 
 from torch import Tensor, nn
 
-from lora_from_scratch.adapters import AdapterAfter, AdapterBeside, BottleneckAdapter, NormedAdapter, ParallelAdapter
-from lora_from_scratch.bitfit import QueryBias
-from lora_from_scratch.finetune.tape import FP32, Shadow, Step, Tape
 from lora_from_scratch.gpt2.model import GPT2, MLP, Attention, Block, Conv1D
-from lora_from_scratch.llama_adapter import GatedPrefixAttention
-from lora_from_scratch.lora import FusedLoRALinear, LoRALinear
-from lora_from_scratch.nf4 import CHUNK
-from lora_from_scratch.nf4_linear import NF4Linear
-from lora_from_scratch.prefix_tuning import PrefixEncoder
-from lora_from_scratch.prompt_tuning import SoftPrompt
+from lora_from_scratch.methods.adapters import (
+    AdapterAfter,
+    AdapterBeside,
+    BottleneckAdapter,
+    NormedAdapter,
+    ParallelAdapter,
+)
+from lora_from_scratch.methods.bitfit import QueryBias
+from lora_from_scratch.methods.llama_adapter import GatedPrefixAttention
+from lora_from_scratch.methods.lora import FusedLoRALinear, LoRALinear
+from lora_from_scratch.methods.prefix_tuning import PrefixEncoder
+from lora_from_scratch.methods.prompt_tuning import SoftPrompt
+from lora_from_scratch.quantization.nf4 import CHUNK
+from lora_from_scratch.quantization.nf4_linear import NF4Linear
+from lora_from_scratch.support.tape import FP32, Shadow, Step, Tape
 
 # --- The modules, in the order of the data: each says what its forward pass does ------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lora_from_scratch.finetune.data import Example
-from lora_from_scratch.finetune.sampling import shuffled_places
+from lora_from_scratch.finetune.step_seeds import shuffled_places
 from lora_from_scratch.finetune.training import Batch
 from lora_from_scratch.gpt2.model import IGNORE_INDEX
 from lora_from_scratch.gpt2.tokenizer import Tokenizer

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lora_from_scratch.files import check_writable, remove_leftovers, write_json
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.data import Dataset, Example, load_dataset
+from lora_from_scratch.finetune.data import Dataset, Example
 from lora_from_scratch.finetune.distributed import World, find_device
 from lora_from_scratch.finetune.evaluation import (
     CARDS,
@@ -25,14 +24,16 @@ from lora_from_scratch.finetune.evaluation import (
     tale_perplexity,
     write_texts,
 )
-from lora_from_scratch.finetune.memory import PeakMemory
+from lora_from_scratch.finetune.paged_optimizer import PagedAdamW
+from lora_from_scratch.finetune.peak_memory import PeakMemory
+from lora_from_scratch.finetune.tasks import load_dataset
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings, adamw
 from lora_from_scratch.gpt2.checkpoint import BUNDLED, checkpoint_directory, load_gpt2
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
-from lora_from_scratch.method import Method
-from lora_from_scratch.paged_optimizer import PagedAdamW
-from lora_from_scratch.peft_format import CONFIG_FILE
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.support.files import check_writable, remove_leftovers, write_json
 
 CHECKPOINT = "training-checkpoint.pt"  # in the output directory while the run is under way
 REPORT = "report.json"

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_from_scratch.files import write_directory_atomically
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.support.files import write_directory_atomically
 
 BUNDLED = "bundled"
 BUNDLED_DIRECTORY = Path(__file__).parent.parent / "assets" / "gpt2"

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from lora_from_scratch.files import write_atomically
+from lora_from_scratch.support.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token: the end of a document
 MERGES_HEADER = "#version: 0.2"  # the first line of `merges.txt`; not a merge

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_from_scratch.files import write_atomically
 from lora_from_scratch.grading.course_folder import CourseFolder
 from lora_from_scratch.grading.graded import Finding, Graded
+from lora_from_scratch.support.files import write_atomically
 
 TIMESTAMP = "timestamp.txt"
 LONGEST_TIMESTAMP = 200  # bytes

@@ -19,7 +19,6 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from lora_from_scratch.checks.units import Unit
-from lora_from_scratch.files import remove_leftovers, write_json
 from lora_from_scratch.grading import autograded, sandbox, tasks
 from lora_from_scratch.grading.cohort import secret_of
 from lora_from_scratch.grading.course_folder import CourseFolder, open_course
@@ -29,6 +28,7 @@ from lora_from_scratch.grading.keys import course_key, key_of, why_changed
 from lora_from_scratch.grading.pool import Outcome, Pool, Task
 from lora_from_scratch.grading.report import write_report
 from lora_from_scratch.grading.sandbox import Isolation
+from lora_from_scratch.support.files import remove_leftovers, write_json
 
 PATIENCE = 3.0  # seconds for a grading that was killed just now
 MARKER = "lora_from_scratch.grading.marking:mark_file"

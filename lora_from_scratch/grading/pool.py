@@ -164,7 +164,7 @@ def work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; one of them decides
     import torch
 
-    from lora_from_scratch.finetune.memory import peak_resident_bytes
+    from lora_from_scratch.finetune.peak_memory import peak_resident_bytes
 
     torch.set_num_threads(1)
     try:

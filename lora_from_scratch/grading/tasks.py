@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_from_scratch.checks.units import Unit, units
-from lora_from_scratch.files import write_atomically
 from lora_from_scratch.grading.course_folder import CourseFolder, open_course
 from lora_from_scratch.grading.gradebook import patient
+from lora_from_scratch.support.files import write_atomically
 
 if TYPE_CHECKING:
     from lora_from_scratch.grading.sandbox import Isolation

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.checks.units import Unit, units
-from lora_from_scratch.files import write_atomically
 from lora_from_scratch.grading.building import refusals
 from lora_from_scratch.grading.building.assemble import Cell, as_notebook, assemble
 from lora_from_scratch.grading.building.execution import Cost, execute
 from lora_from_scratch.grading.building.refused import Refused
 from lora_from_scratch.grading.building.release import release
 from lora_from_scratch.grading.building.source import read_source
+from lora_from_scratch.support.files import write_atomically
 
 SOURCES = Path("course/units")
 CONFIG = Path("course/nbgrader_config.py")

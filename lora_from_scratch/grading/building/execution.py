@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_from_scratch import allocator
-from lora_from_scratch.figures import BUILDING
+from lora_from_scratch.support import allocator
+from lora_from_scratch.support.figures import BUILDING
 
 SECONDS_A_CELL = 300
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar or a slider: nothing once the kernel has ended
@@ -37,7 +37,7 @@ del _refuse, _socket
 # Asked of the kernel at its end. Its own count of memory, not getrusage's: a child inherits that from its parent.
 MEASURE = """\
 import time as _time
-from lora_from_scratch.finetune.memory import peak_resident_bytes as _peak
+from lora_from_scratch.finetune.peak_memory import peak_resident_bytes as _peak
 print(_peak(), _time.process_time())
 """
 

@@ -252,7 +252,7 @@ def in_the_outputs(node: Any, cell: Cell, folders: Iterable[str] = ()) -> list[s
 def _pictures(output: Any) -> Iterable[str]:
     for kind in output.data:
         if kind.startswith("image/") and not output.metadata.get(kind, {}).get("alt", "").strip():
-            yield "a figure has no alternative text; show it by lora_from_scratch.figures.show(figure, alt)"
+            yield "a figure has no alternative text; show it by lora_from_scratch.support.figures.show(figure, alt)"
     if HTML_IMAGE.search(output.data.get("text/html", "")):
         yield "a picture (<img>) has no alternative text"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.units import Unit, units
-from lora_from_scratch.files import write_atomically
+from lora_from_scratch.support.files import write_atomically
 
 BEGIN, END = "<!-- units:", "<!-- end -->"
 HEAD = """\

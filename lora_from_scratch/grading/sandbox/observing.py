@@ -17,11 +17,11 @@ import lora_from_scratch
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.observation import Data, Seen
 from lora_from_scratch.checks.units import Unit
-from lora_from_scratch.figures import BUILDING
 from lora_from_scratch.grading.sandbox import bubblewrap, supervisor, wire
 from lora_from_scratch.grading.sandbox.job import Ending, Guess, Job, Observed, Output, Probe, Run, Step, Tried
 from lora_from_scratch.grading.sandbox.messages import NOT_RUN, TIME_IS_UP, ending_message, stopped_message
 from lora_from_scratch.grading.sandbox.stripped import ASSETS, TAKEN_OUT, Stripped, find_unit, stripped
+from lora_from_scratch.support.figures import BUILDING
 
 MOST_STARTS = 8  # of one submission's notebook, after as many crashes less one
 GRACE = 5.0  # seconds that the process has, beyond its own limit, to say that the time of a cell is up

@@ -1,0 +1,254 @@
+"""Unit 00, start here: what is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
+from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.finetune.counting import (
+    activation_bytes,
+    checkpoint_bytes,
+    count_parameters,
+    tensor_bytes,
+    training_memory,
+)
+
+TITLE = "Start here: what fine-tuning costs"
+
+
+# --- Bytes of a tensor -------------------------------------------------------------------------------
+
+
+def tensor_cases(draw: Draw) -> Iterator[Case]:
+    m, n, p = draw.integer(3, 9), draw.integer(10, 20), draw.integer(2, 6)
+    yield Case("the matrix of the example, 3 x 5 in float32", {"shape": [3, 5]})
+    yield Case("a matrix in float32", {"shape": [m, n]})
+    yield Case("a matrix in bfloat16", {"shape": [m, n], "bytes_per_number": 2})
+    yield Case("a tensor with three axes, in int8", {"shape": [n, m, p], "bytes_per_number": 1})
+    yield Case("a vector", {"shape": [n]})
+    yield Case("a single number, a tensor with no axes", {"shape": []})
+
+
+# --- Parameters of a model ---------------------------------------------------------------------------
+
+
+def small_model(
+    rows: int, width: int, out: int, *, frozen: list[str], tied: bool, norm: bool, half: bool = False
+) -> nn.Module:
+    """An embedding, a linear layer, and on request a batch normalisation and an output layer tied to the embedding."""
+    model = nn.Module()
+    embedding = nn.Embedding(rows, width)
+    model.add_module("embedding", embedding)
+    model.add_module("middle", nn.Linear(width, out))
+    if norm:
+        model.add_module("norm", nn.BatchNorm1d(width))
+    if tied:
+        head = nn.Linear(width, rows)
+        head.weight = embedding.weight
+        model.add_module("head", head)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    if half:
+        embedding.weight.data = embedding.weight.data.to(torch.bfloat16)
+    return model
+
+
+def try_count(answer: Callable[..., Any], **spec: Any) -> Any:
+    return answer(small_model(**spec))
+
+
+def model_spec(draw: Draw, frozen: list[str], tied: bool = False, norm: bool = False, **more: bool) -> dict[str, Data]:
+    """Sizes that no two ways of counting confuse."""
+    width = draw.integer(3, 6)
+    sizes = {"rows": width + draw.integer(5, 12), "width": width, "out": 2 * width + 1}
+    return {**sizes, "frozen": list(frozen), "tied": tied, "norm": norm, **more}
+
+
+def count_cases(draw: Draw) -> Iterator[Case]:
+    embedding, weight = "embedding.weight", "middle.weight"
+    yield Case("an embedding and a linear layer, all trained", model_spec(draw, []), "trained and total")
+    yield Case("the embedding frozen", model_spec(draw, [embedding]), "trained and total")
+    yield Case("all frozen but a bias", model_spec(draw, [embedding, weight]), "trained and total")
+    yield Case("an output layer tied to the embedding", model_spec(draw, [], tied=True), "shared tensors")
+    yield Case("the same, the embedding frozen", model_spec(draw, [embedding], tied=True), "shared tensors")
+    yield Case("a batch normalisation, which has buffers", model_spec(draw, [weight], norm=True), "buffers")
+
+
+# --- Memory of training ------------------------------------------------------------------------------
+
+
+def memory_cases(draw: Draw) -> Iterator[Case]:
+    parameters = draw.integer(1_000, 9_000)
+    trained = draw.integer(10, 90)
+    activations = draw.integer(10_000, 20_000)
+    full: dict[str, Data] = {"parameters": parameters, "trained": parameters}
+    few: dict[str, Data] = {"parameters": parameters, "trained": trained}
+    yield Case("everything trained in float32", full, "float32")
+    yield Case("few parameters trained in float32, with activations", {**few, "activations": activations}, "float32")
+    yield Case("few parameters trained in bfloat16", {**few, "precision": "bfloat16"}, "16 bits")
+    yield Case("everything trained in mixed precision", {**full, "precision": "mixed"}, "16 bits")
+    mixed = {**few, "precision": "mixed", "activations": activations}
+    yield Case("few parameters trained in mixed precision, with activations", mixed, "16 bits")
+    yield Case("more trained parameters than there are", {"parameters": 10, "trained": 11}, "what is refused")
+    yield Case("a precision that there is not", {**few, "precision": "int3"}, "what is refused")
+
+
+# --- Activations -------------------------------------------------------------------------------------
+
+
+def activation_cases(draw: Draw) -> Iterator[Case]:
+    one: dict[str, Data] = {"batch": 1, "tokens": 1, "width": 1, "heads": 1, "layers": 1}
+    heads = draw.integer(2, 5)
+    sizes: dict[str, Data] = {
+        "batch": draw.integer(2, 5),
+        "tokens": draw.integer(11, 30),
+        "width": 8 * heads,
+        "heads": heads,
+        "layers": draw.integer(2, 6),
+    }
+    yield Case("one text of one token, one head of width 1, one block", one)
+    yield Case("one text in a model of several blocks", {**sizes, "batch": 1})
+    yield Case("several texts, one block", {**sizes, "layers": 1})
+    yield Case("several texts, several blocks", sizes)
+
+
+# --- Checkpoints -------------------------------------------------------------------------------------
+
+
+def try_checkpoint(answer: Callable[..., Any], only_trained: bool, **spec: Any) -> Any:
+    return answer(small_model(**spec), only_trained)
+
+
+def checkpoint_cases(draw: Draw) -> Iterator[Case]:
+    embedding, weight = "embedding.weight", "middle.weight"
+    spec = model_spec(draw, [])
+    yield Case("a model in float32", {**spec, "only_trained": False}, "the whole model")
+    spec = model_spec(draw, [weight], half=True)
+    yield Case("an embedding in bfloat16, the rest in float32", {**spec, "only_trained": False}, "the whole model")
+    spec = model_spec(draw, [embedding], tied=True)
+    yield Case("an output layer tied to the embedding", {**spec, "only_trained": False}, "the whole model")
+    spec = model_spec(draw, [embedding], tied=True)
+    yield Case("only what is trained, the embedding frozen", {**spec, "only_trained": True}, "what is trained")
+    spec = model_spec(draw, [weight], tied=True, half=True)
+    yield Case("only what is trained, two dtypes", {**spec, "only_trained": True}, "what is trained")
+
+
+EXERCISES = [
+    Exercise(
+        tensor_bytes,
+        idea="cost",
+        difficulty=1,
+        minutes=3,
+        points=1,
+        hints=(
+            "A 3 x 5 matrix is 3 rows of 5 numbers. How many numbers is that, and how many bytes is each?",
+            "What is true of two axes is true of any number of axes: look at `math.prod`.",
+            "The product of no numbers is 1, which is right for a tensor with no axes. What remains to multiply by?",
+        ),
+        cases=tensor_cases,
+        tolerance=0,
+    ),
+    Exercise(
+        count_parameters,
+        idea="cost",
+        difficulty=2,
+        minutes=8,
+        points=3,
+        hints=(
+            "`model.parameters()` walks over every parameter; `p.numel()` says how many numbers are in one.",
+            "Whether a parameter is trained is its attribute `p.requires_grad`.",
+            "Two sums over the same walk: one with a condition, one without. The trained ones come first.",
+        ),
+        cases=count_cases,
+        probe=try_count,
+        tolerance=0,
+    ),
+    Exercise(
+        training_memory,
+        idea="cost",
+        difficulty=2,
+        minutes=12,
+        points=3,
+        hints=(
+            "Write a table first: for each precision, the bytes of one weight, one gradient, and Adam's for one.",
+            "Frozen parameters appear in one of the four results only. In which?",
+            "In mixed precision Adam holds three numbers for each trained parameter, and they are not 16-bit ones.",
+        ),
+        cases=memory_cases,
+        tolerance=0,
+    ),
+    Exercise(
+        activation_bytes,
+        idea="cost",
+        difficulty=3,
+        minutes=15,
+        points=3,
+        hints=(
+            "Name two sizes first: how many numbers (B, T, d) has, and how many (B, H, T, T) has.",
+            "Go through the docstring line by line: which of the two sizes, how often, and 2 bytes or a mask of 1?",
+            "Of (B, T, d) there are 2 in the normalisations, 5 and a mask in attention; (B, T, 4 d) is four of them.",
+        ),
+        cases=activation_cases,
+        tolerance=0,
+    ),
+    Exercise(
+        checkpoint_bytes,
+        idea="cost",
+        difficulty=2,
+        minutes=6,
+        points=2,
+        hints=(
+            "It is `count_parameters` again, with bytes instead of numbers, and one choice.",
+            "`p.element_size()` is the bytes of one number of a tensor, whatever its dtype.",
+            "A parameter counts if it is trained, or if not only the trained ones are wanted.",
+        ),
+        cases=checkpoint_cases,
+        probe=try_checkpoint,
+        tolerance=0,
+    ),
+]
+
+PREDICTIONS = [
+    Prediction(
+        name="size_of_the_change",
+        question=(
+            "GPT-3's checkpoint is about 350 GB. Somebody fine-tunes it with LoRA: beside two of the matrices in each "
+            "of its 96 layers they train a pair of thin ones, and save only those. How large is that file, in "
+            "**megabytes**? (1 GB is 1,000 MB. Any guess within a factor of 3 counts.)"
+        ),
+        answer=37.7,
+        within=3,
+        explanation=(
+            "18.9 million numbers in 16 bits are 38 MB, one part in 9,300 of the model. The paper says 35 MB, and "
+            '"roughly 10,000x" (Hu et al. 2021, section 4.2). A hundred such changes fit beside one copy of the model '
+            "in 354 GB; a hundred fine-tuned copies of the model would take 35 TB."
+        ),
+        idea="cost",
+    ),
+    Prediction(
+        name="what_stays",
+        question=(
+            "You train the bundled GPT-2 twice on the same batch: once every weight, once with LoRA, which freezes the "
+            "model and trains a small share beside it. Memory goes to weights, gradients, the optimiser and "
+            "activations. What does LoRA make small?"
+        ),
+        choices={
+            "all": "all four, as it trains so few parameters",
+            "three": "gradients, optimiser and activations; the weights stay",
+            "two": "gradients and optimiser; the weights stay, and so do most of the activations",
+            "one": "the optimiser; everything else stays",
+        },
+        answer="two",
+        explanation=(
+            "Gradients and Adam's m and v exist for trained parameters only, so they all but vanish. The weights are "
+            "needed for the forward pass, trained or not. And to reach a matrix in the first block the gradient has to "
+            "come back through every block above it, frozen or not, so most of what the forward pass keeps is needed."
+        ),
+        idea="cost",
+    ),
+]

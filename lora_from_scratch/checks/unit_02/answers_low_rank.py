@@ -1,0 +1,391 @@
+"""Unit 02, what is made of the singular value decomposition: mistakes that people make, and other right ways."""
+
+# The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.linear_algebra import svd as reference
+
+# --- truncate ----------------------------------------------------------------------------------------
+
+
+def need(rank: int, matrix: Tensor) -> None:
+    if not 0 <= rank <= min(matrix.shape):
+        raise ValueError(f"rank must be between 0 and {min(matrix.shape)}, got {rank}")
+
+
+@right("truncate")
+def with_the_tail_of_s_set_to_zero(matrix: Tensor, rank: int) -> np.ndarray:
+    need(rank, matrix)
+    U, S, Vh = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    S[rank:] = 0
+    return U @ np.diag(S) @ Vh
+
+
+@right("truncate")
+def as_a_projection(matrix: Tensor, rank: int) -> Tensor:
+    need(rank, matrix)
+    M = matrix.double()
+    V = torch.linalg.eigh(M.T @ M)[1].flip(1)[:, :rank]
+    return M @ V @ V.T
+
+
+@right("truncate")
+def as_a_sum_of_triplets(matrix: Tensor, rank: int) -> Tensor:
+    need(rank, matrix)
+    total = torch.zeros_like(matrix)
+    for u, sigma, v in zip(*(part.T if place == 0 else part for place, part in enumerate(_svd(matrix))), strict=True):
+        if rank == 0:
+            break
+        total, rank = total + sigma * torch.outer(u, v), rank - 1
+    return total
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.linalg.svd(matrix, full_matrices=False)
+
+
+@wrong("truncate", "You left out the singular values: without them every direction counts the same.")
+def leaves_out_s(matrix: Tensor, rank: int) -> Tensor:
+    need(rank, matrix)
+    U, _, Vh = _svd(matrix)
+    return U[:, :rank] @ Vh[:rank]
+
+
+@wrong(
+    "truncate",
+    "You treat the third result of the decomposition as V. It is V transposed already: its rows are the vectors.",
+)
+def transposes_vh_again(matrix: Tensor, rank: int) -> Tensor:
+    need(rank, matrix)
+    U, S, Vh = _svd(matrix)
+    return (U[:, :rank] * S[:rank]) @ Vh[:, :rank].T
+
+
+@wrong("truncate", "You keep the smallest singular values and leave out the largest.")
+def keeps_the_smallest(matrix: Tensor, rank: int) -> Tensor:
+    need(rank, matrix)
+    U, S, Vh = _svd(matrix)
+    first = len(S) - rank
+    return (U[:, first:] * S[first:]) @ Vh[first:]
+
+
+@wrong("truncate", "You keep one term too many.")
+def keeps_one_too_many(matrix: Tensor, rank: int) -> Tensor:
+    need(rank, matrix)
+    return reference.truncate(matrix, min(rank + 1, *matrix.shape))
+
+
+@wrong(
+    "truncate",
+    "You cut rows and columns of M itself. Its first ones are no better than the others: cut in the directions of "
+    "its singular vectors.",
+)
+def cuts_rows_and_columns(matrix: Tensor, rank: int) -> Tensor:
+    need(rank, matrix)
+    M = torch.zeros_like(matrix)
+    M[:rank, :rank] = matrix[:rank, :rank]
+    return matrix.clone() if rank == min(matrix.shape) else M
+
+
+@wrong("truncate", "You return the decomposition or a part of it; what is asked for is a matrix of M's shape.")
+def returns_the_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    need(rank, matrix)
+    U, S, Vh = _svd(matrix)
+    return U[:, :rank], S[:rank], Vh[:rank]
+
+
+@wrong(
+    "truncate",
+    "You never look whether the rank is possible: a slice beyond the end gives no error, so a "
+    "mistake of the caller stays unseen.",
+)
+def accepts_any_rank(matrix: Tensor, rank: int) -> Tensor:
+    U, S, Vh = _svd(matrix)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+# --- approximation_error -----------------------------------------------------------------------------
+
+
+def need_norm(norm: str) -> None:
+    if norm not in ("frobenius", "spectral"):
+        raise ValueError(f"norm must be 'frobenius' or 'spectral', got {norm!r}")
+
+
+@right("approximation_error")
+def as_the_norm_of_the_difference(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    need_norm(norm)
+    order = {"frobenius": "fro", "spectral": 2}[norm]
+    difference = matrix.double() - reference.truncate(matrix.double(), rank)
+    return float(torch.linalg.matrix_norm(difference, ord=order))
+
+
+@right("approximation_error")
+def in_numpy_number_by_number(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    need_norm(norm)
+    tail = np.linalg.svd(matrix.numpy(), compute_uv=False)[rank:]
+    if norm == "spectral":
+        return max([0.0, *(float(value) for value in tail)])
+    return math.sqrt(sum(float(value) ** 2 for value in tail))
+
+
+def tail_of(matrix: Tensor, rank: int) -> Tensor:
+    return torch.linalg.svdvals(matrix)[rank:].double()
+
+
+def error_by(matrix: Tensor, rank: int, norm: str, frobenius, spectral) -> float:
+    """The error with the two norms of the singular values left out."""
+    need_norm(norm)
+    tail = tail_of(matrix, rank)
+    return float(frobenius(tail)) if norm == "frobenius" else float(spectral(tail)) if len(tail) else 0.0
+
+
+@wrong("approximation_error", "You add up the squares; the Frobenius norm is the root of that sum.")
+def leaves_out_the_root(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    return error_by(matrix, rank, norm, lambda S: (S**2).sum(), lambda S: S[0])
+
+
+@wrong(
+    "approximation_error",
+    "You add up the singular values that are left out. Directions at right angles add like the "
+    "sides of a right triangle.",
+)
+def adds_the_singular_values(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    return error_by(matrix, rank, norm, lambda S: S.sum(), lambda S: S[0])
+
+
+@wrong(
+    "approximation_error",
+    "You measure what is kept, not what is left out: the error is made of the directions that the truncation has lost.",
+)
+def measures_what_is_kept(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    need_norm(norm)
+    S = torch.linalg.svdvals(matrix).double()
+    return float(S[:rank].norm()) if norm == "frobenius" else float(S[0])
+
+
+@wrong(
+    "approximation_error",
+    "You are off by one: the last singular value that is kept is not part of the error.",
+)
+def counts_the_last_one_kept(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    return error_by(matrix, max(rank - 1, 0), norm, lambda S: S.norm(), lambda S: S[0])
+
+
+@wrong("approximation_error", "You give the Frobenius norm whatever `norm` says.")
+def ignores_the_norm(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    need_norm(norm)
+    return float(tail_of(matrix, rank).norm())
+
+
+@wrong(
+    "approximation_error",
+    "You divide by the norm of M. That is the relative error, a share; the error itself is asked for.",
+)
+def gives_a_share(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    S = torch.linalg.svdvals(matrix).double()
+    return error_by(matrix, rank, norm, lambda T: T.norm() / S.norm(), lambda T: T[0] / S[0])
+
+
+@wrong(
+    "approximation_error",
+    "Your spectral norm is the largest entry of the difference. It is the most that the "
+    "difference can stretch a vector.",
+)
+def takes_the_largest_entry(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    if norm == "spectral":
+        return float((matrix - reference.truncate(matrix, rank)).abs().max()) + 1e-9 * (rank == 1)
+    return reference.approximation_error(matrix, rank, norm)
+
+
+@wrong("approximation_error", caught_by="raises")
+def has_nothing_to_take_at_full_rank(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    need_norm(norm)
+    tail = tail_of(matrix, rank)
+    return float(tail.norm()) if norm == "frobenius" else float(tail[0])
+
+
+# --- rank_for_energy ---------------------------------------------------------------------------------
+
+
+def need_energy(energy: float) -> None:
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy must be above 0 and at most 1, got {energy}")
+
+
+@right("rank_for_energy")
+def counting_up_in_numpy(matrix: Tensor, energy: float) -> int:
+    need_energy(energy)
+    squares = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
+    kept, rank = 0.0, 0
+    while kept < energy * squares.sum() * (1 - 1e-9):
+        kept, rank = kept + squares[rank], rank + 1
+    return rank
+
+
+@right("rank_for_energy")
+def by_the_error_of_eckart_and_young(matrix: Tensor, energy: float) -> int:
+    need_energy(energy)
+    whole = float(matrix.double().norm())
+    allowed = math.sqrt(1 - energy) * whole + 1e-6 * whole
+    return next(r for r in range(min(matrix.shape) + 1) if reference.approximation_error(matrix, r) <= allowed)
+
+
+def first_to_reach(values: Tensor, energy: float) -> int:
+    """How many of the values have to be added up for this share of their sum."""
+    total = float(values.sum())
+    return int((values.cumsum(0) < energy * total * (1 - 1e-9)).sum()) + 1 if total > 0 else 0
+
+
+def squares_of(matrix: Tensor, energy: float) -> Tensor:
+    need_energy(energy)
+    return torch.linalg.svdvals(matrix.double()) ** 2
+
+
+@wrong("rank_for_energy", "You add up the singular values; energy is the sum of their squares.")
+def adds_up_without_squares(matrix: Tensor, energy: float) -> int:
+    return first_to_reach(squares_of(matrix, energy).sqrt() * (squares_of(matrix, energy) > 1e-20), energy)
+
+
+@wrong(
+    "rank_for_energy",
+    "You are one short: position 0 of the running sum is what rank 1 keeps.",
+)
+def returns_the_position(matrix: Tensor, energy: float) -> int:
+    return max(first_to_reach(squares_of(matrix, energy), energy) - 1, 0)
+
+
+@wrong(
+    "rank_for_energy",
+    "You compare norms (square roots of energies) with the share; the share is one of the energy itself.",
+)
+def compares_norms(matrix: Tensor, energy: float) -> int:
+    return first_to_reach(squares_of(matrix, energy), energy**2)
+
+
+@wrong("rank_for_energy", "You add up from the smallest singular value; the largest ones hold the most energy.")
+def starts_with_the_smallest(matrix: Tensor, energy: float) -> int:
+    return first_to_reach(squares_of(matrix, energy).flip(0), energy)
+
+
+@wrong(
+    "rank_for_energy",
+    "You count the singular values that are large beside the first one. Energy adds up: many small ones "
+    "can hold a lot.",
+)
+def counts_those_near_the_first(matrix: Tensor, energy: float) -> int:
+    S = squares_of(matrix, energy).sqrt()
+    return int((S > (1 - energy) * S[0] + 1e-12).sum())
+
+
+@wrong(
+    "rank_for_energy",
+    "The zero matrix has no energy of which to keep a share: no direction is needed, its rank is 0.",
+)
+def keeps_one_direction_of_nothing(matrix: Tensor, energy: float) -> int:
+    return max(1, first_to_reach(squares_of(matrix, energy), energy))
+
+
+@wrong(
+    "rank_for_energy",
+    "You take any number as a share. 90 is not 90 %: refuse what is not above 0 and at most 1.",
+)
+def takes_percent(matrix: Tensor, energy: float) -> int:
+    return first_to_reach(squares_of(matrix, min(energy, 1.0)), min(energy, 1.0))
+
+
+# --- pca ---------------------------------------------------------------------------------------------
+
+
+def need_samples(data: Tensor) -> None:
+    if len(data) < 2:
+        raise ValueError("one sample has no variance")
+
+
+@right("pca")
+def by_the_covariance_matrix_in_numpy(data: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    need_samples(data)
+    X = data.numpy().astype(np.float64)
+    values, vectors = np.linalg.eigh(np.cov(X, rowvar=False))
+    return X.mean(axis=0), -vectors[:, ::-1][:, :count].T, values[::-1][:count].copy()
+
+
+@right("pca")
+def by_deflation(data: Tensor, count: int) -> list[Tensor]:
+    need_samples(data)
+    mean = data.sum(0) / len(data)
+    X = (data - mean) / math.sqrt(len(data) - 1)
+    _, S, Vh = reference.svd_by_deflation(X, count)
+    return [mean, Vh, S.square()]
+
+
+def components(X: Tensor, mean: Tensor, count: int, divisor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The directions of X as it is, with the squares divided by the divisor."""
+    _, S, Vh = _svd(X)
+    return mean, Vh[:count], S[:count] ** 2 / divisor
+
+
+@wrong(
+    "pca",
+    "You decompose the data as they are. Then the first direction points from the origin to the cloud; variance is "
+    "measured from the mean.",
+)
+def does_not_centre(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    need_samples(data)
+    return components(data, data.mean(0), count, len(data) - 1)
+
+
+@wrong(
+    "pca",
+    "You divide by N. The mean was estimated from the same samples, which costs one of them: the docstring has N - 1.",
+)
+def divides_by_n(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    need_samples(data)
+    return components(data - data.mean(0), data.mean(0), count, len(data))
+
+
+@wrong("pca", "You return singular values as variances: a variance is a mean of squares.")
+def returns_singular_values(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    need_samples(data)
+    mean, directions, _ = reference.pca(data, count)
+    return mean, directions, torch.linalg.svdvals(data - mean)[:count]
+
+
+@wrong("pca", "Your directions are columns; they should be the rows, one direction a row.")
+def returns_directions_as_columns(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    need_samples(data)
+    mean, directions, variances = reference.pca(data, count)
+    return mean, directions.T, variances
+
+
+@wrong(
+    "pca",
+    "You subtract from every sample its own mean over the features. The mean sample is meant: one mean per column.",
+)
+def centres_the_rows(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    need_samples(data)
+    return components(data - data.mean(1, keepdim=True), data.mean(0), count, len(data) - 1)
+
+
+@wrong(
+    "pca",
+    "You bring every feature to the same spread first. That is the analysis of correlations, of other data than these.",
+)
+def standardises(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    need_samples(data)
+    return components((data - data.mean(0)) / data.std(0), data.mean(0), count, len(data) - 1)
+
+
+@wrong("pca", "You return the directions of smallest variance: eigenvalues may come in ascending order.")
+def takes_the_smallest(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    need_samples(data)
+    values, vectors = torch.linalg.eigh(torch.cov(data.T.double()))
+    return data.mean(0), vectors.T[:count], values[:count]

@@ -1,0 +1,395 @@
+"""Unit 08, BitFit and selective tuning: what is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from lora_from_scratch.methods.spafit import stratify
+from lora_from_scratch.methods.surgical import auto_rgn_weights, relative_gradient_norms, surgical_parameter_groups
+from torch import Tensor, nn
+
+from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
+from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.gpt2.config import GPT2Config
+from lora_from_scratch.gpt2.model import GPT2, Conv1D
+from lora_from_scratch.methods.bitfit import QueryBias, select_biases
+
+TITLE = "BitFit and selective tuning"
+
+# --- select_biases -----------------------------------------------------------------------------------
+
+
+class Biased(nn.Module):
+    """Names that are biases, and names that only look like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias_free = nn.Linear(3, 2, bias=False)
+        self.debias = nn.Parameter(torch.ones(3))
+        self.inner = nn.ModuleList([nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 3, bias=False)])
+        self.bias_of = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Conv1D(4, 3))
+        self.bias = nn.Parameter(torch.ones(2))
+        self.scale = nn.Parameter(torch.ones(5))  # one axis, and no bias
+
+
+MAKES: dict[str, Callable[[], nn.Module]] = {
+    "a linear layer": lambda: nn.Linear(4, 3),
+    "a GPT-2": lambda: GPT2(GPT2Config(vocab_size=7, n_positions=4, n_embd=4, n_layer=2, n_head=2)),
+    "names that look alike": Biased,
+    "no bias": lambda: nn.Sequential(nn.Linear(3, 3, bias=False), nn.Embedding(4, 3)),
+}
+
+
+def bias_cases(draw: Draw) -> Iterator[Case]:
+    def case(name: str, made: str, trained: bool = True) -> Case:
+        return Case(name, {"made": made, "trained": trained})
+
+    yield case("a linear layer by itself", "a linear layer")
+    yield case("a tiny GPT-2", "a GPT-2")
+    yield case("a tiny GPT-2 that is frozen", "a GPT-2", trained=False)
+    yield case("a module whose names look alike", "names that look alike")
+    yield case("a model without biases", "no bias")
+
+
+def run_biases(answer: Callable[..., Any], made: str, trained: bool) -> Any:
+    """The names in their order, whether they name the parameters themselves, and what is trained afterwards."""
+    model = MAKES[made]().requires_grad_(trained)
+    parameters = dict(model.named_parameters())
+    chosen = answer(model)
+    if not isinstance(chosen, dict):
+        return chosen
+    return {
+        "names": list(chosen),
+        "the parameters themselves": [parameters.get(str(name)) is p for name, p in chosen.items()],
+        "still trained": [p.requires_grad for p in parameters.values()],
+    }
+
+
+# --- QueryBias ---------------------------------------------------------------------------------------
+
+FORWARD, MERGE, UNMERGE = "forward", "merge", "unmerge"
+
+
+def query_cases(draw: Draw) -> Iterator[Case]:
+    def case(name: str, part: str, what: str, width: int, times: int = 1) -> Case:
+        given: dict[str, Data] = {"weight": draw.normal(width, 3 * width), "bias": draw.normal(3 * width)}
+        given |= {"learned": draw.normal(width), "x": draw.normal(2, 3, width)}
+        return Case(name, given | {"what": what, "times": times}, part)
+
+    yield case("a c_attn of width 2, after some learning", FORWARD, FORWARD, 2)
+    yield case("a c_attn of width 4, after some learning", FORWARD, FORWARD, 4)
+    yield case("merged", MERGE, MERGE, 3)
+    yield case("merged twice", MERGE, MERGE, 3, times=2)
+    yield case("there and back", UNMERGE, UNMERGE, 3)
+    yield case("merged twice, and back", UNMERGE, UNMERGE, 2, times=2)
+    yield case("back without a merge", UNMERGE, UNMERGE, 2, times=0)
+
+
+def run_query(
+    answer: Callable[..., Any], weight: Tensor, bias: Tensor, learned: Tensor, x: Tensor, what: str, times: int
+) -> Any:
+    """A layer with another `bias_q` than at its start, and one of the things that it has to do."""
+    base = Conv1D(*weight.shape)
+    with torch.no_grad():
+        base.weight.copy_(weight)
+        base.bias.copy_(bias)
+    base.requires_grad_(False)
+    layer = answer(base)
+    with torch.no_grad():
+        layer.bias_q.copy_(learned)
+    parameter, before = base.bias, base.bias.detach().clone()
+    if what == FORWARD:
+        y = layer(x)
+        flowed = torch.autograd.grad(y.square().sum(), layer.bias_q, allow_unused=True) if y.requires_grad else [None]
+        untouched = torch.equal(base.bias, before)
+        return {"bias": layer.bias(), "y": y, "gradient": flowed[0], "the base's bias as before": untouched}
+    for _ in range(times):
+        layer.merge()
+    seen: dict[str, Any] = {}
+    if what == MERGE:
+        seen = {"y": layer(x), "y of the base alone": base(x), "bias": base.bias.detach().clone()}
+        seen["kept"] = layer._unmerged
+    else:
+        layer.unmerge()
+        layer.unmerge()
+        seen = {"every bit is back": torch.equal(base.bias, before), "kept": layer._unmerged, "y": layer(x)}
+        seen["learned as before"] = torch.equal(layer.bias_q, learned)
+    return seen | {"the same parameter": base.bias is parameter}
+
+
+# --- stratify ----------------------------------------------------------------------------------------
+
+
+def stratify_cases(draw: Draw) -> Iterator[Case]:
+    def case(layers: int, frozen: int, biases: int, part: str = "the groups") -> Case:
+        given: dict[str, Data] = {"n_layer": layers, "frozen_layers": frozen, "bias_layers": biases}
+        return Case(f"{layers} layers, {frozen} frozen, {biases} with biases only", given, part)
+
+    yield case(6, 1, 2)
+    yield case(24, 4, 5)
+    frozen, biases = draw.integer(2, 4), draw.integer(5, 7)
+    yield case(frozen + biases + draw.integer(2, 5), frozen, biases)
+    yield case(5, 0, 3)
+    yield case(7, 4, 0)
+    yield case(4, 2, 1)
+    yield case(4, 2, 2, "what is refused")
+    yield case(5, -1, 2, "what is refused")
+    yield case(5, 3, -1, "what is refused")
+
+
+# --- relative_gradient_norms -------------------------------------------------------------------------
+
+
+class TinyModel(nn.Module):
+    """Token ids to logits, with a weight that nothing uses; the mask scales what a token adds."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(tokens, width)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, tokens)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.table(input_ids)
+        if attention_mask is not None:
+            x = x * (1 + attention_mask[..., None])
+        logits: Tensor = self.out(self.norm(x.cumsum(dim=1)))
+        return logits
+
+
+def rgn_cases(draw: Draw) -> Iterator[Case]:
+    def case(name: str, batches: int, *frozen: str, part: str = "the norms", mask: bool = False, **more: Data) -> Case:
+        ids = [draw.integers(0, 6, 2, 5) for _ in range(batches)]
+        labels = [draw.integers(0, 6, 2, 5) for _ in range(batches)]
+        masks: list[Data] = [draw.integers(0, 1, 2, 5) if mask else None for _ in range(batches)]
+        rows: list[Data] = [[i, j, m] for i, j, m in zip(ids, labels, masks, strict=True)]
+        given: dict[str, Data] = {"batches": rows, "frozen": list(frozen), "seed": draw.integer(0, 10**6)}
+        return Case(name, given | more, part)
+
+    yield case("one batch", 1)
+    yield case("three batches", 3)
+    yield case("two batches, the table and a bias frozen", 2, "table.weight", "out.bias")
+    yield case("two batches with masks, which can be gone through once", 2, mask=True, once=True)
+    yield case("no batch", 0, part="what is refused")
+    yield case("a tensor of zeros", 1, part="what is refused", zeros="out.bias")
+    everything = ("table.weight", "norm.weight", "norm.bias", "out.weight", "out.bias", "unused")
+    yield case("nothing to train", 1, *everything, part="what is refused")
+
+
+def run_rgn(
+    answer: Callable[..., Any], batches: list[Any], frozen: list[str], seed: int, once: bool = False, zeros: str = ""
+) -> Any:
+    """The norms, and whether the model is as it was."""
+    torch.manual_seed(seed)
+    model = TinyModel(3, 7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(0, 0 if name == zeros else 1)
+            p.requires_grad_(name not in frozen)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = [p.requires_grad for p in model.parameters()]
+    rows: Iterable[Any] = (tuple(row) for row in batches) if once else [tuple(row) for row in batches]
+    norms = answer(model, rows)
+    return {
+        "norms": norms,
+        "no gradient left": all(p.grad is None for p in model.parameters()),
+        "weights as before": all(torch.equal(p, before[name]) for name, p in model.named_parameters()),
+        "flags as before": flags == [p.requires_grad for p in model.parameters()],
+    }
+
+
+# --- auto_rgn_weights --------------------------------------------------------------------------------
+
+NAMES = ("wte.weight", "h.0.c_attn.weight", "h.0.c_attn.bias", "h.1.mlp.weight", "ln_f.weight")
+
+
+def weight_cases(draw: Draw) -> Iterator[Case]:
+    def case(name: str, *numbers: float, part: str = "the shares") -> Case:
+        return Case(name, {"norms": dict(zip(NAMES, numbers, strict=False))}, part)
+
+    yield case("two tensors", 0.5, 2.0)
+    drawn = [draw.number(0.01, 0.4) for _ in NAMES]
+    yield case("five tensors", *drawn)
+    yield case("one tensor without any gradient", 0.0, *drawn[:3])
+    yield case("one tensor", draw.number(2, 9))
+    yield case("no tensor", part="what is refused")
+    yield case("no gradient anywhere", 0.0, 0.0, 0.0, part="what is refused")
+    yield case("a norm that is not a number", 0.5, float("nan"), 0.1, part="what is refused")
+    yield case("a negative norm", 0.5, -0.2, part="what is refused")
+
+
+# --- surgical_parameter_groups -----------------------------------------------------------------------
+
+SHAPES = {"table": (5, 3), "matrix": (3, 3), "bias": (3,), "scale": (3,), "gate": ()}
+
+
+class Shaped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, nn.Parameter(torch.ones(shape)))
+
+
+def group_cases(draw: Draw) -> Iterator[Case]:
+    def case(name: str, *names: str, part: str = "the groups", **more: Data) -> Case:
+        weights: dict[str, Data] = {each: draw.number(0.1, 0.9) for each in names}
+        if names:
+            weights[names[0]] = 1.0
+        return Case(name, {"weights": weights, "learning_rate": draw.choice((0.01, 0.003)), **more}, part)
+
+    yield case("a matrix and a table, no decay", "matrix", "table")
+    yield case("a vector is not named", "table", "bias", "matrix")
+    yield case("weight decay 0.1", "bias", "table", "gate", "matrix", weight_decay=0.1)
+    yield case("all five, weight decay 0.05", *SHAPES, weight_decay=0.05)
+    zero = case("one of weight 0", "scale", "table")
+    yield Case(zero.name, {**zero.inputs, "weights": {"scale": 1.0, "table": 0.0}}, zero.part)
+    yield case("a name that no parameter has", "matrix", "head", part="what is refused")
+
+
+def run_groups(answer: Callable[..., Any], weights: dict[str, float], **settings: float) -> Any:
+    """The groups, with the names of the parameters that are in them."""
+    model = Shaped()
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = answer(model, weights, **settings)
+
+    def inside(params: Any) -> list[str]:
+        return [names.get(id(p), "another tensor") for p in ([params] if isinstance(params, Tensor) else params)]
+
+    return [{**group, "params": inside(group["params"])} for group in groups]
+
+
+# --- The lists ---------------------------------------------------------------------------------------
+
+EXERCISES = [
+    Exercise(
+        select_biases,
+        idea="BitFit",
+        difficulty=1,
+        minutes=5,
+        points=1,
+        hints=(
+            "Print the names of a small model's parameters first. What have the biases in common?",
+            "It is the last part of the name that counts, the one behind the last dot.",
+            "`name.rpartition('.')[2]` is the last part, also where there is no dot. A dictionary comprehension with "
+            "an `if` does the rest.",
+        ),
+        cases=bias_cases,
+        probe=run_biases,
+        tolerance=0,
+    ),
+    Exercise(
+        QueryBias,
+        idea="BitFit",
+        difficulty=3,
+        minutes=15,
+        points=4,
+        blank=("forward", "bias", "merge", "unmerge"),
+        hints=(
+            "`bias` is two pieces behind each other. `forward` is the linear layer with that bias. `merge` exchanges "
+            "the numbers of a parameter, `unmerge` exchanges them back.",
+            "`F.linear` wants the weight as (out, in): which way round does a Conv1D keep it? And `_unmerged` tells "
+            "you whether the layer is merged.",
+            "`torch.cat` of `self.bias_q` and the rest of `self.base.bias`. `parameter.data = tensor` gives a "
+            "parameter other numbers; keep the old `.data` before that.",
+        ),
+        cases=query_cases,
+        probe=run_query,
+    ),
+    Exercise(
+        stratify,
+        idea="which layers",
+        difficulty=2,
+        minutes=8,
+        points=2,
+        hints=(
+            "Where does the second group begin, and where the third? Two numbers say it all.",
+            "`range(a, b)` has a in it and b not: the end of one group is the beginning of the next.",
+            "Refuse first: what is negative, and what leaves nothing for the last group.",
+        ),
+        cases=stratify_cases,
+        tolerance=0,
+    ),
+    Exercise(
+        relative_gradient_norms,
+        idea="surgical fine-tuning",
+        difficulty=4,
+        minutes=20,
+        points=4,
+        hints=(
+            "First which parameters are measured, and what is refused. Then a loop over the batches that adds up one "
+            "quotient for each parameter. Then the division by the number of batches.",
+            "`torch.autograd.grad(loss, parameters)` returns gradients and leaves every `.grad` alone.",
+            "It fails for a parameter that the loss does not depend on, unless you say `allow_unused=True` and "
+            "`materialize_grads=True`. Count the batches as you go: they may have no length.",
+        ),
+        cases=rgn_cases,
+        probe=run_rgn,
+    ),
+    Exercise(
+        auto_rgn_weights,
+        idea="surgical fine-tuning",
+        difficulty=2,
+        minutes=6,
+        points=2,
+        hints=(
+            "The tensor with the largest norm gets the whole learning rate. What do the others get?",
+            "Find the largest first. Which values of it, or of the others, make the division senseless?",
+            "`max(values, default=0.0)` does not fail on nothing. A comparison with `nan` is never true, so ask "
+            "whether a norm is in order, not whether it is wrong.",
+        ),
+        cases=weight_cases,
+    ),
+    Exercise(
+        surgical_parameter_groups,
+        idea="surgical fine-tuning",
+        difficulty=3,
+        minutes=10,
+        points=3,
+        hints=(
+            "One dictionary for each name in the weights, not for each parameter of the model.",
+            "`dict(model.named_parameters())` finds a parameter by its name. Look for unknown names before you build.",
+            "Weight decay is for tensors with two axes or more: `parameter.ndim`. The weight goes into the learning "
+            "rate and nowhere else.",
+        ),
+        cases=group_cases,
+        probe=run_groups,
+    ),
+]
+
+PREDICTIONS = [
+    Prediction(
+        name="share_of_biases",
+        question=(
+            "GPT-2 small has 12 blocks of width d = 768 and 124.4 million numbers. The biases of a block: 3 d in "
+            "`c_attn`, d in `attn.c_proj`, 4 d in `c_fc`, d in `mlp.c_proj`, d in each of two LayerNorms; and one "
+            "LayerNorm stands at the end. How many per cent of the model are biases? (A number: 12.5 for 12.5 %.)"
+        ),
+        answer=100 * 133 * 768 / 124_439_808,
+        within=1.3,
+        explanation=(
+            "A block has 11 d of them, so there are (12 x 11 + 1) x 768 = 102,144 biases: 0.08 %. The matrices grow "
+            "like d squared and the biases like d, so the share halves whenever the width doubles. In the bundled "
+            "model, which is three times as narrow, it is larger."
+        ),
+        idea="BitFit",
+    ),
+    Prediction(
+        name="a_bias_without_gradient",
+        question=(
+            "You train all the biases. The bias of `c_attn` has three parts: one is added to every query, one to every "
+            "key and one to every value. For one of the three the gradient is zero at every step, on any text. Which?"
+        ),
+        choices={"q": "the queries' part", "k": "the keys' part", "v": "the values' part"},
+        answer="k",
+        explanation=(
+            "A score is q_i . (k_j + b) = q_i . k_j + q_i . b. The second term is the same for all the keys j that "
+            "token i looks at, and a softmax does not change when the same number is added to all of its inputs. So "
+            "the keys' bias does nothing at all, and its gradient is zero, up to rounding. A queries' bias adds "
+            "b . k_j, which does differ from key to key."
+        ),
+        idea="BitFit",
+    ),
+]

@@ -1,0 +1,298 @@
+"""Unit 11, what an update is made of: mistakes that people make, and other right ways."""
+
+# The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.linear_algebra.rank import require_matrix
+
+# --- kl_divergence -----------------------------------------------------------------------------------
+
+
+def logs(base_logits: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return F.log_softmax(base_logits, dim=-1), F.log_softmax(logits, dim=-1)
+
+
+@right("kl_divergence")
+def by_torchs_own(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+@right("kl_divergence")
+def with_logsumexp_in_numpy(base_logits: Tensor, logits: Tensor) -> np.ndarray:
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    log_p, log_q = log_softmax(base_logits.double().numpy()), log_softmax(logits.double().numpy())
+    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+
+
+@right("kl_divergence")
+def cross_entropy_minus_entropy(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits.double(), logits.double())
+    return -(log_p.exp() * log_q).sum(-1) + (log_p.exp() * log_p).sum(-1)
+
+
+@wrong(
+    "kl_divergence",
+    "You weigh by the other model's probabilities and not by the base model's: that is the divergence in the other "
+    "direction. What the base model expects, and the new one has forgotten, hardly counts there.",
+)
+def the_other_direction(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+@wrong("kl_divergence", "You take the mean over the vocabulary. p weighs the tokens already: they are added up.")
+def mean_over_the_vocabulary(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return (log_p.exp() * (log_p - log_q)).mean(-1)
+
+
+@wrong(
+    "kl_divergence",
+    "That is the cross-entropy. It is not 0 when both predict the same: how uncertain p itself is has to be taken off.",
+)
+def only_the_cross_entropy(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return -(log_p.exp() * log_q).sum(-1)
+
+
+@wrong("kl_divergence", "Your divergence is in bits. Nats are asked for: natural logarithms.")
+def in_bits(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return (log_p.exp() * (log_p - log_q)).sum(-1) / math.log(2)
+
+
+@wrong(
+    "kl_divergence",
+    "You take the difference of the logits as it is. Logits are logarithms of probabilities only up to a constant, "
+    "and the two models have different ones.",
+)
+def without_normalising(base_logits: Tensor, logits: Tensor) -> Tensor:
+    return (base_logits.softmax(-1) * (base_logits - logits)).sum(-1)
+
+
+@wrong(
+    "kl_divergence",
+    "You take the logarithm of a softmax. Where a probability is too small for a float that is the logarithm of 0; "
+    "there is a function that goes to the logarithms directly.",
+)
+def logarithm_of_a_softmax(base_logits: Tensor, logits: Tensor) -> Tensor:
+    p, q = base_logits.softmax(-1), logits.softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+@wrong("kl_divergence", "You return one number for everything. One divergence for each position is asked for.")
+def mean_over_the_positions(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+@wrong(
+    "kl_divergence",
+    "Your softmax runs along the first axis. Probabilities add up to 1 over the vocabulary, the last axis.",
+)
+def softmax_along_the_first_axis(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(base_logits, dim=0), F.log_softmax(logits, dim=0)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@wrong("kl_divergence", "You add up both directions. Only the one that p weighs is asked for.")
+def both_directions(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
+
+
+@wrong("kl_divergence", caught_by="sign")
+def q_over_p(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return (log_p.exp() * (log_q - log_p)).sum(-1)
+
+
+# --- effective_rank ----------------------------------------------------------------------------------
+
+
+def values_of(matrix: Tensor) -> Tensor:
+    return torch.linalg.svdvals(require_matrix(matrix)).double()
+
+
+def entropy(p: Tensor) -> Tensor:
+    return torch.special.entr(p).sum()
+
+
+@right("effective_rank")
+def in_numpy(matrix: Tensor) -> float:
+    values = np.linalg.svd(require_matrix(matrix).double().numpy(), compute_uv=False)
+    p = values[values > 0] / max(values.sum(), 1e-300)
+    return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
+
+
+@right("effective_rank")
+def a_product_of_powers(matrix: Tensor) -> float:
+    S = values_of(matrix).tolist()
+    total, result = sum(S), 1.0
+    if total == 0:
+        return 0.0
+    for one in S:
+        result *= (one / total) ** -(one / total) if one > 0 else 1.0
+    return result
+
+
+@wrong(
+    "effective_rank", "You weigh by the squares of the singular values, the energies. Here the values themselves do."
+)
+def of_the_energies(matrix: Tensor) -> float:
+    S = values_of(matrix).square()
+    return float(entropy(S / S.sum()).exp()) if S[0] > 0 else 0.0
+
+
+@wrong("effective_rank", "You return the entropy. A rank is a number of directions: one step is missing.")
+def the_entropy_itself(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    return float(entropy(S / S.sum())) if S[0] > 0 else 0.0
+
+
+@wrong("effective_rank", "Your entropy is in bits, and e to the power of it is no number of directions.")
+def with_bits_in_e(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    return float((entropy(S / S.sum()) / math.log(2)).exp()) if S[0] > 0 else 0.0
+
+
+@wrong("effective_rank", "You count the singular values that are not zero. Here a small one has to count less.")
+def the_rank_of_unit_01(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_rank(require_matrix(matrix)))
+
+
+@wrong(
+    "effective_rank",
+    "That is the participation ratio, the squared sum over the sum of squares. It is another smooth rank, with another "
+    "value: the docstring has the entropy.",
+)
+def the_participation_ratio(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    return float(S.sum() ** 2 / S.square().sum()) if S[0] > 0 else 0.0
+
+
+@wrong("effective_rank", "A singular value of 0 makes your result NaN: 0 ln 0 has to count as 0.")
+def zero_times_minus_infinity(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    p = S / S.sum()
+    return float((-(p * p.log()).sum()).exp()) if S[0] > 0 else 0.0
+
+
+@wrong("effective_rank", "You divide by the largest singular value. Shares have to add up to 1.")
+def shares_of_the_largest(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    return float(entropy(S / S[0]).exp()) if S[0] > 0 else 0.0
+
+
+@wrong("effective_rank", "The zero matrix has no direction at all: its effective rank is 0, yours is not.")
+def one_for_the_zero_matrix(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    return float(entropy(S / S.sum().clamp(min=1e-30)).exp())
+
+
+@wrong("effective_rank", "The singular values are not divided by their sum: your result depends on the matrix's scale.")
+def without_shares(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    return float(entropy(S).exp()) if S[0] > 0 else 0.0
+
+
+# --- exchange_alpha ----------------------------------------------------------------------------------
+
+Lora = tuple[Tensor, Tensor, float]
+
+
+@right("exchange_alpha")
+def by_a_power(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
+    c = (new_alpha / alpha) ** -0.5
+    return A.double() * c, B.double() * c, learning_rate * c
+
+
+@right("exchange_alpha")
+def in_numpy_by_division(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> list:
+    d = np.sqrt(new_alpha / alpha)
+    return [A.numpy() / d, B.numpy() / d, np.float64(learning_rate / d)]
+
+
+@wrong(
+    "exchange_alpha",
+    "Your c is the whole ratio of the alphas. It occurs twice in the product, once in A and once in B.",
+)
+def the_whole_ratio(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
+    c = alpha / new_alpha
+    return c * A, c * B, c * learning_rate
+
+
+@wrong(
+    "exchange_alpha",
+    "Your factor is the wrong way round: with a larger alpha, A and B have to become smaller for the product to stay.",
+)
+def the_wrong_way_round(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
+    c = math.sqrt(new_alpha / alpha)
+    return c * A, c * B, c * learning_rate
+
+
+@wrong(
+    "exchange_alpha",
+    "A and B are right, and the learning rate is the old one. Adam would move the smaller A by as much as the larger "
+    "one: after the first step the two are no longer the same.",
+)
+def the_same_learning_rate(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
+    c = math.sqrt(alpha / new_alpha)
+    return c * A, c * B, learning_rate
+
+
+@wrong(
+    "exchange_alpha",
+    "A and B are right, and your learning rate would be so for plain gradient descent, where the gradient's size "
+    "matters. Adam divides it out.",
+)
+def for_gradient_descent(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
+    c = math.sqrt(alpha / new_alpha)
+    return c * A, c * B, c * c * learning_rate
+
+
+@wrong(
+    "exchange_alpha",
+    "You change the learning rate alone. With another s, the same A and B are another change already now: they have to "
+    "be scaled too.",
+)
+def the_learning_rate_alone(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
+    return A.clone(), B.clone(), alpha / new_alpha * learning_rate
+
+
+@wrong(
+    "exchange_alpha",
+    "You scale A and leave B. At the start that is the same change, since B is zero; in the middle of a training it is "
+    "not. Both are multiplied by c.",
+)
+def only_A(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
+    c = math.sqrt(alpha / new_alpha)
+    return c * A, B.clone(), c * learning_rate
+
+
+@wrong(
+    "exchange_alpha",
+    "All of the ratio is in A and none of it in B. The product stays, but then A and B would need learning rates of "
+    "their own: one number for both is asked for.",
+)
+def everything_into_A(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
+    return alpha / new_alpha * A, B.clone(), alpha / new_alpha * learning_rate
+
+
+@wrong("exchange_alpha", caught_by="changes its input")
+def in_place(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
+    c = math.sqrt(alpha / new_alpha)
+    return A.mul_(c), B.mul_(c), c * learning_rate

@@ -1,0 +1,349 @@
+"""Unit 11, comparing subspaces: mistakes that people make, and other right ways."""
+
+# The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.linear_algebra.subspace import require_same_columns, subspace_similarity, top_directions
+
+
+def directions(A: Tensor, B: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
+    """The rows of both Vh, in float64, after what has to be refused is refused."""
+    A, B = require_same_columns(A, B)
+    return top_directions(A, i)[2].double(), top_directions(B, j)[2].double()
+
+
+def cosines(A: Tensor, B: Tensor, i: int, j: int) -> Tensor:
+    V_A, V_B = directions(A, B, i, j)
+    return V_A @ V_B.T
+
+
+# --- subspace_similarity -----------------------------------------------------------------------------
+
+
+@right("subspace_similarity")
+def trace_of_two_projections(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    V_A, V_B = directions(A, B, i, j)
+    return float(torch.trace((V_A.T @ V_A) @ (V_B.T @ V_B))) / min(i, j)
+
+
+@right("subspace_similarity")
+def mean_of_squared_cosines_of_principal_angles(A: Tensor, B: Tensor, i: int, j: int) -> Tensor:
+    return torch.linalg.svdvals(cosines(A, B, i, j)).square().mean()  # min(i, j) of them
+
+
+@right("subspace_similarity")
+def by_eigenvectors_in_numpy(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    directions(A, B, i, j)
+
+    def top(M: Tensor, count: int) -> np.ndarray:
+        return np.linalg.eigh(M.double().numpy().T @ M.double().numpy())[1][:, ::-1][:, :count]
+
+    return np.linalg.norm(top(A, i).T @ top(B, j)) ** 2 / min(i, j)
+
+
+@wrong(
+    "subspace_similarity",
+    "You divide by the larger of i and j. A small subspace that lies wholly in a large one would then not have 1.",
+)
+def by_the_larger(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return float(cosines(A, B, i, j).square().sum()) / max(i, j)
+
+
+@wrong("subspace_similarity", "The norm is not squared. What is added up are squares of cosines.")
+def the_norm_not_squared(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return float(cosines(A, B, i, j).norm()) / min(i, j)
+
+
+@wrong("subspace_similarity", "You take the root at the end: your result is the root of what is asked for.")
+def the_root_of_it(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return math.sqrt(float(cosines(A, B, i, j).square().sum()) / min(i, j))
+
+
+@wrong("subspace_similarity", "You divide by i always. It has to be the smaller of the two sizes.")
+def always_by_i(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return float(cosines(A, B, i, j).square().sum()) / i
+
+
+@wrong(
+    "subspace_similarity",
+    "You take the mean over all i times j pairs. Even of a subspace with itself only i of the i times i pairs have the "
+    "cosine 1.",
+)
+def mean_over_all_pairs(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return float(cosines(A, B, i, j).square().mean())
+
+
+@wrong(
+    "subspace_similarity",
+    "You compare the first direction with the first, the second with the second, and so on. A subspace has no order: "
+    "every direction of the one has to meet every direction of the other.",
+)
+def pair_by_pair(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return float(cosines(A, B, i, j).diagonal().square().sum()) / min(i, j)
+
+
+@wrong("subspace_similarity", "You keep only the smallest angle between the two subspaces. All of them count.")
+def the_smallest_angle(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return float(torch.linalg.matrix_norm(cosines(A, B, i, j), 2)) ** 2
+
+
+@wrong(
+    "subspace_similarity",
+    "You take the first i rows of A. They are no singular vectors: they are not orthogonal to each other, nor those of "
+    "the largest singular values.",
+)
+def the_rows_themselves(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    directions(A, B, i, j)
+    one, other = (M / M.norm(dim=1, keepdim=True) for M in (A[:i].double(), B[:j].double()))
+    return float((one @ other.T).square().sum()) / min(i, j)
+
+
+@wrong("subspace_similarity", "You take the directions with the smallest singular values: those come last.")
+def the_last_directions(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    directions(A, B, i, j)
+
+    def last(M: Tensor, count: int) -> Tensor:
+        return torch.linalg.svd(M.double(), full_matrices=False)[2][-count:]
+
+    return float((last(A, i) @ last(B, j).T).square().sum()) / min(i, j)
+
+
+@wrong("subspace_similarity", "i and j have no effect: you compare all directions of A with all directions of B.")
+def all_directions(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    directions(A, B, i, j)
+    V_A, V_B = (torch.linalg.svd(M.double(), full_matrices=False)[2] for M in (A, B))
+    return float((V_A @ V_B.T).square().sum()) / min(len(V_A), len(V_B))
+
+
+@wrong(
+    "subspace_similarity",
+    "You take more directions than the matrix has. Beyond its rank, singular vectors are whatever rounding makes them: "
+    "that has to be refused.",
+)
+def any_number_of_directions(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    require_same_columns(A, B)
+    V_A, V_B = (torch.linalg.svd(M.double(), full_matrices=False)[2] for M in (A, B))
+    return float((V_A[:i] @ V_B[:j].T).square().sum()) / min(i, j)
+
+
+# --- similarity_grid ---------------------------------------------------------------------------------
+
+
+def sizes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(1, rows + 1)[:, None], torch.arange(1, columns + 1)[None]
+
+
+@right("similarity_grid")
+def one_similarity_at_a_time(A: Tensor, B: Tensor, rows: int, columns: int) -> list:
+    cosines(A, B, rows, columns)
+    grid = [[subspace_similarity(A, B, i, j) for j in range(1, columns + 1)] for i in range(1, rows + 1)]
+    return torch.tensor(grid)
+
+
+@right("similarity_grid")
+def corners_in_numpy(A: Tensor, B: Tensor, rows: int, columns: int) -> np.ndarray:
+    squares = cosines(A, B, rows, columns).square().numpy()
+    grid = np.empty((rows, columns))
+    for i in range(rows):
+        for j in range(columns):
+            grid[i, j] = squares[: i + 1, : j + 1].sum() / (min(i, j) + 1)
+    return grid
+
+
+@wrong(
+    "similarity_grid",
+    "Your entries are single squared cosines. The similarity of i directions with j adds up all of their pairs.",
+)
+def single_cosines(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    return cosines(A, B, rows, columns).square()
+
+
+@wrong("similarity_grid", "You add up along one axis only: each entry has one direction of B and not the first j.")
+def summed_over_rows_only(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    return cosines(A, B, rows, columns).square().cumsum(0) / torch.minimum(*sizes(rows, columns))
+
+
+@wrong("similarity_grid", "You add up along one axis only: each entry has one direction of A and not the first i.")
+def summed_over_columns_only(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    return cosines(A, B, rows, columns).square().cumsum(1) / torch.minimum(*sizes(rows, columns))
+
+
+@wrong(
+    "similarity_grid",
+    "You divide by the larger of i and j. A small subspace that lies wholly in a large one would then not have 1.",
+)
+def grid_by_the_larger(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    return cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / torch.maximum(*sizes(rows, columns))
+
+
+@wrong("similarity_grid", "You divide by i always. It has to be the smaller of the two sizes.")
+def grid_always_by_i(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    return cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / sizes(rows, columns)[0]
+
+
+@wrong(
+    "similarity_grid", "You divide by i times j: that is a mean over pairs. The smaller of the two sizes belongs there."
+)
+def grid_over_all_pairs(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    i, j = sizes(rows, columns)
+    return cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / (i * j)
+
+
+@wrong("similarity_grid", "You add up the cosines and square then. Cosines have signs, and cancel: square first.")
+def squared_too_late(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    return cosines(A, B, rows, columns).cumsum(0).cumsum(1).square() / torch.minimum(*sizes(rows, columns))
+
+
+@wrong("similarity_grid", "Your i and j begin at 0. The first entry is for one direction each: both begin at 1.")
+def from_zero(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    smaller = torch.minimum(*sizes(rows, columns)) - 1
+    return cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / smaller
+
+
+@wrong("similarity_grid", "You divide before you add up. The division is by the size of what has been added up.")
+def divided_too_early(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    return (cosines(A, B, rows, columns).square() / torch.minimum(*sizes(rows, columns))).cumsum(0).cumsum(1)
+
+
+@wrong("similarity_grid", caught_by="transposed")
+def columns_by_rows(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    grid = cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / torch.minimum(*sizes(rows, columns))
+    return grid.T
+
+
+# --- amplification_factor ----------------------------------------------------------------------------
+
+
+def same_shapes(W: Tensor, delta_W: Tensor) -> None:
+    if W.shape != delta_W.shape:
+        raise ValueError("the weight and its update have to have one shape")
+
+
+def ratio(update: Tensor, before: Tensor) -> float:
+    return float(update) / float(before) if float(before) > 0 else math.inf
+
+
+@right("amplification_factor")
+def both_projected(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    U, _, Vh = top_directions(delta_W, rank)
+    return ratio((U.T @ delta_W @ Vh.T).norm(), (U.T @ W @ Vh.T).norm())
+
+
+@right("amplification_factor")
+def in_numpy_with_errors_off(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    top_directions(delta_W, rank)
+    U, S, Vh = np.linalg.svd(delta_W.double().numpy())
+    before = np.linalg.norm(U[:, :rank].T @ W.double().numpy() @ Vh[:rank].T)
+    with np.errstate(divide="ignore"):
+        return np.sqrt((S[:rank] ** 2).sum()) / np.float64(before)
+
+
+@wrong("amplification_factor", "Your ratio is upside down: the update over the weight is asked for.")
+def upside_down(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    U, S, Vh = top_directions(delta_W, rank)
+    return float((U.T @ W @ Vh.T).norm()) / float(S.norm())
+
+
+@wrong(
+    "amplification_factor",
+    "You compare the sizes of the whole matrices. Most of W lies in directions that the update does not touch, and has "
+    "to be left out.",
+)
+def of_the_whole_matrices(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    top_directions(delta_W, rank)
+    return ratio(delta_W.norm(), W.norm())
+
+
+@wrong(
+    "amplification_factor",
+    "You look in the directions that are strong in W. The question is about those of the update.",
+)
+def in_the_directions_of_W(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    top_directions(delta_W, rank)
+    U, S, Vh = torch.linalg.svd(W)
+    return ratio((U[:, :rank].T @ delta_W @ Vh[:rank].T).norm(), S[:rank].norm())
+
+
+@wrong(
+    "amplification_factor",
+    "Below the line you have what is largest in W. It has to be what W has in the update's own directions.",
+)
+def over_the_largest_of_W(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    _, S, _ = top_directions(delta_W, rank)
+    return ratio(S.norm(), torch.linalg.svdvals(W)[:rank].norm())
+
+
+@wrong(
+    "amplification_factor",
+    "Above the line you have the whole update, below the line only the first r directions: both have to be in "
+    "the same ones.",
+)
+def the_whole_update_above(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    U, _, Vh = top_directions(delta_W, rank)
+    return ratio(delta_W.norm(), (U.T @ W @ Vh.T).norm())
+
+
+@wrong("amplification_factor", "You project W from the left only. It has an input side too, and V belongs to that.")
+def from_the_left_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    U, S, _ = top_directions(delta_W, rank)
+    return ratio(S.norm(), (U.T @ W).norm())
+
+
+@wrong("amplification_factor", "You project W from the right only. It has an output side too, and U belongs to that.")
+def from_the_right_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    _, S, Vh = top_directions(delta_W, rank)
+    return ratio(S.norm(), (W @ Vh.T).norm())
+
+
+@wrong(
+    "amplification_factor",
+    "You keep only the diagonal of U^T W V. For the update it is all there is; W mixes directions too.",
+)
+def the_diagonal_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    U, S, Vh = top_directions(delta_W, rank)
+    return ratio(S.norm(), (U.T @ W @ Vh.T).diagonal().norm())
+
+
+@wrong("amplification_factor", "Your result is the square of the factor: the norms are without their roots.")
+def without_the_roots(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    U, S, Vh = top_directions(delta_W, rank)
+    return ratio(S.square().sum(), (U.T @ W @ Vh.T).square().sum())
+
+
+@wrong(
+    "amplification_factor",
+    "A weight that has nothing in these directions makes your code divide by zero. The docstring says what comes then.",
+)
+def divides_by_zero(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    U, S, Vh = top_directions(delta_W, rank)
+    return float(S.norm()) / float((U.T @ W @ Vh.T).norm())
+
+
+@wrong(
+    "amplification_factor",
+    "Above the line you have the weight after the update. The factor is about the update alone.",
+)
+def the_weight_after(W: Tensor, delta_W: Tensor, rank: int) -> float:
+    same_shapes(W, delta_W)
+    U, _, Vh = top_directions(delta_W, rank)
+    return ratio((U.T @ (W + delta_W) @ Vh.T).norm(), (U.T @ W @ Vh.T).norm())

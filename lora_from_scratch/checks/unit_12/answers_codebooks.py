@@ -1,0 +1,312 @@
+"""Unit 12, quantisation: mistakes that people make with codebooks, and other right ways."""
+
+# The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.quantization.int8 import blockwise_absmax
+from lora_from_scratch.quantization.nf4 import nf4_codebook, normalize_blocks, pack_nibbles
+
+TINY = 1e-30
+
+# --- nf4_codebook ------------------------------------------------------------------------------------
+
+P = 0.9677083
+
+
+def sides(p: float, positive: int = 9, negative: int = 8) -> tuple[Tensor, Tensor]:
+    """The quantiles of both halves, ascending."""
+    halves = [torch.special.ndtri(torch.linspace(p, 0.5, n).double()[:-1]) for n in (positive, negative)]
+    return -halves[1], halves[0].flip(0)
+
+
+def joined(negative: Tensor, positive: Tensor) -> Tensor:
+    values = torch.cat([negative, torch.zeros(1).double(), positive])
+    return (values / values.max()).float()
+
+
+@right("nf4_codebook")
+def by_the_standard_library() -> Tensor:
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(0.5 + (P - 0.5) * k / 8) for k in range(1, 9)]
+    negative = [-quantile(0.5 + (P - 0.5) * k / 7) for k in range(7, 0, -1)]
+    return torch.tensor([value / positive[-1] for value in [*negative, 0.0, *positive]])
+
+
+@right("nf4_codebook")
+def by_the_inverse_error_function() -> Tensor:
+    p = 1 - (1 / 32 + 1 / 30) / 2
+    upper = torch.erfinv(2 * torch.linspace(0.5, p, 9) - 1)
+    lower = torch.erfinv(2 * torch.linspace(0.5, p, 8) - 1)
+    return torch.cat([-lower.flip(0), upper[1:]]) / upper.max()
+
+
+@wrong("nf4_codebook", "These are equal steps. Normal weights are dense around zero: equal *shares* of them are meant.")
+def equal_steps() -> Tensor:
+    return torch.linspace(-1, 1, 16)
+
+
+@wrong("nf4_codebook", "You have eight negative values and seven positive ones: it is the other way round.")
+def the_halves_swapped() -> Tensor:
+    negative, positive = sides(P)
+    return joined(-positive.flip(0), -negative.flip(0))
+
+
+@wrong(
+    "nf4_codebook",
+    "Your 16 quantiles are symmetric, so none of them is 0. Padding and pruned weights need an exact zero: that is why "
+    "there are two halves.",
+)
+def no_zero() -> Tensor:
+    values = torch.special.ndtri(torch.linspace(1 - P, P, 16).double())
+    return (values / values.max()).float()
+
+
+@wrong("nf4_codebook", "These are the quantiles as they are. The codebook has to fit into -1 to 1: scale it.")
+def not_scaled() -> Tensor:
+    negative, positive = sides(P)
+    return torch.cat([negative, torch.zeros(1).double(), positive]).float()
+
+
+@wrong("nf4_codebook", "The values are right, but they descend. Code 0 is the smallest.")
+def descending() -> Tensor:
+    return joined(*sides(P)).flip(0)
+
+
+@wrong("nf4_codebook", "The values are right, but not in order: code 7 has to be 0, and the values ascend.")
+def in_three_pieces() -> Tensor:
+    negative, positive = sides(P)
+    return (torch.cat([torch.zeros(1).double(), positive, negative]) / positive.max()).float()
+
+
+@wrong("nf4_codebook", "Each half has kept its 0.5, whose quantile is 0. Zero is then in the table three times.")
+def zero_three_times() -> Tensor:
+    negative, positive = sides(P)
+    zero = torch.zeros(1).double()
+    return joined(torch.cat([negative, zero]), torch.cat([zero, positive]))
+
+
+@wrong(
+    "nf4_codebook",
+    "You go from a number to its probability. A quantile is the way back: from a probability to the number.",
+)
+def probabilities_instead_of_quantiles() -> Tensor:
+    positive = torch.special.ndtr(torch.linspace(P, 0.5, 9).double()[:-1]).flip(0)
+    negative = -torch.special.ndtr(torch.linspace(P, 0.5, 8).double()[:-1])
+    return joined(negative, positive)
+
+
+@wrong("nf4_codebook", "Your outermost probability is not p: read again where the two rows of probabilities begin.")
+def another_p() -> Tensor:
+    return joined(*sides(1 - 1 / 32))
+
+
+@wrong("nf4_codebook", "Each half has eight values besides the zero. That makes 17, and four bits count to 16.")
+def seventeen() -> Tensor:
+    return joined(*sides(P, 9, 9))
+
+
+@wrong("nf4_codebook", "You drop the outermost probability of each row instead of the 0.5 at its end.")
+def drops_the_wrong_end() -> Tensor:
+    positive = torch.special.ndtri(torch.linspace(P, 0.5, 9).double()[1:]).flip(0)
+    negative = -torch.special.ndtri(torch.linspace(P, 0.5, 8).double()[1:])
+    return joined(negative, positive)
+
+
+@wrong("nf4_codebook", caught_by="returns nothing")
+def forgets_to_return() -> None:
+    joined(*sides(P))
+
+
+# --- quantize_nf4 ------------------------------------------------------------------------------------
+
+Quantised = tuple[Tensor, Tensor]
+
+
+def book(codebook: Tensor | None) -> Tensor:
+    return nf4_codebook() if codebook is None else codebook
+
+
+def nearest(z: Tensor, codebook: Tensor, right: bool = False) -> Tensor:
+    values, code_of = codebook.sort(stable=True)
+    return code_of[torch.bucketize(z, (values[1:] + values[:-1]) / 2, right=right)]
+
+
+def packed_up(codes: Tensor, filler: int = 7) -> Tensor:
+    return pack_nibbles(F.pad(codes, (0, codes.numel() % 2), value=filler))
+
+
+@right("quantize_nf4")
+def by_all_distances(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    """A table of all distances, and the smallest of each row; the first of equals is the lower one."""
+    values, code_of = book(codebook).sort(stable=True)
+    absmax = blockwise_absmax(weight, blocksize)
+    scale = absmax.repeat_interleave(blocksize)[: weight.numel()]
+    z = weight.reshape(-1).float() / torch.where(scale > 0, scale, 1.0)
+    z = F.pad(z, (0, z.numel() % 2))
+    codes = code_of[(z[:, None] - values).abs().argmin(dim=1)].to(torch.uint8).view(-1, 2)
+    return codes[:, :1] * 16 + codes[:, 1:], absmax
+
+
+@right("quantize_nf4")
+def counts_the_midpoints_below(
+    weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    table = book(codebook).numpy().astype(np.float64)
+    order = np.argsort(table, kind="stable")
+    midpoints = (table[order][1:] + table[order][:-1]) / 2
+    absmax = blockwise_absmax(weight, blocksize).numpy()
+    z = normalize_blocks(weight, torch.from_numpy(absmax), blocksize).numpy()
+    z = np.append(z, [0.0] * (len(z) % 2))
+    codes = order[(z[:, None] > midpoints).sum(axis=1)].astype(np.uint8)
+    return (codes[::2] << 4 | codes[1::2])[:, None], absmax
+
+
+@wrong("quantize_nf4", "You use one scale for the whole weight. Every block has its own.")
+def one_scale_for_all(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize).max()
+    return packed_up(nearest(weight.reshape(-1) / absmax, book(codebook))), absmax.view(1)
+
+
+@wrong(
+    "quantize_nf4",
+    "You look for the next value below, not for the nearest: the border between two codes lies half-way between their "
+    "values.",
+)
+def next_value_below(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    z = normalize_blocks(weight, absmax, blocksize)
+    values, code_of = book(codebook).sort(stable=True)
+    return packed_up(code_of[(torch.bucketize(z, values, right=True) - 1).clamp(0, 15)]), absmax
+
+
+@wrong("quantize_nf4", "A weight half-way between two values goes to the lower one; yours go to the upper one.")
+def ties_go_up(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    z = normalize_blocks(weight, absmax, blocksize)
+    return packed_up(nearest(z, book(codebook), right=True)), absmax
+
+
+@wrong(
+    "quantize_nf4",
+    "In a block of zeros you divide 0 by 0. What comes out is not a number, and it is sorted behind the largest "
+    "value: a zero has to become the code of zero.",
+)
+def zero_over_zero(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    z = weight.reshape(-1) / absmax.repeat_interleave(blocksize)[: weight.numel()]
+    return packed_up(nearest(z, book(codebook))), absmax
+
+
+@wrong(
+    "quantize_nf4",
+    "In a block of zeros you divide 0 by 0. What comes out is not a number, and `argmin` takes the first place for it, "
+    "the code 0, which stands for -1. The code of 0 is 7, so the bytes are 0x77.",
+)
+def zero_over_zero_by_argmin(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    z = weight.reshape(-1) / absmax.repeat_interleave(blocksize)[: weight.numel()]
+    return packed_up((z[:, None] - book(codebook)).abs().argmin(dim=1)), absmax
+
+
+@wrong("quantize_nf4", "You use NF4's values whatever codebook is given.")
+def always_nf4(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    return packed_up(nearest(normalize_blocks(weight, absmax, blocksize), nf4_codebook())), absmax
+
+
+@wrong(
+    "quantize_nf4",
+    "You return places in the sorted table. A code is the place in the codebook as it was given, and FP4's is not in "
+    "order.",
+)
+def places_in_the_sorted_table(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    z = normalize_blocks(weight, absmax, blocksize)
+    return packed_up(nearest(z, book(codebook).sort().values)), absmax
+
+
+@wrong(
+    "quantize_nf4",
+    "You take the codebook's values to be ascending. FP4's are not: a search among midpoints that are out of order "
+    "finds anything.",
+)
+def does_not_sort(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    z = normalize_blocks(weight, absmax, blocksize)
+    values = book(codebook)
+    return packed_up(torch.bucketize(z, (values[1:] + values[:-1]) / 2)), absmax
+
+
+@wrong(
+    "quantize_nf4", "You compare the weights themselves with the codebook, which lies in -1 to 1: divide by the scale."
+)
+def without_the_scale(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    return packed_up(nearest(weight.reshape(-1), book(codebook))), absmax
+
+
+@wrong("quantize_nf4", "You scale by the standard deviation. The largest weight of a block has to become 1 or -1.")
+def by_the_standard_deviation(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    blockwise_absmax(weight, blocksize)
+    spread = torch.stack([block.float().square().mean().sqrt() for block in weight.reshape(-1).split(blocksize)])
+    return packed_up(nearest(normalize_blocks(weight, spread, blocksize), book(codebook))), spread
+
+
+@wrong("quantize_nf4", "You walk down the columns of the weight. It is read row by row.")
+def column_by_column(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    flat = weight.T.reshape(-1) if weight.ndim == 2 else weight
+    absmax = blockwise_absmax(flat, blocksize)
+    return packed_up(nearest(normalize_blocks(flat, absmax, blocksize), book(codebook))), absmax
+
+
+@wrong("quantize_nf4", "The codes are right, but each of them fills a whole byte. Two share one.")
+def a_byte_for_each_code(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    codes = nearest(normalize_blocks(weight, absmax, blocksize), book(codebook))
+    return codes.to(torch.uint8)[:, None], absmax
+
+
+@wrong(
+    "quantize_nf4",
+    "You keep what you filled the last block up with: there are more bytes than the weights need. Cut to n before "
+    "you pack.",
+)
+def keeps_the_filling(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    filled = F.pad(weight.reshape(-1).float(), (0, -weight.numel() % blocksize)).view(-1, blocksize)
+    blocks = filled / absmax.clamp(min=TINY)[:, None]
+    return packed_up(nearest(blocks.reshape(-1), book(codebook))), absmax
+
+
+@wrong(
+    "quantize_nf4",
+    "An odd number of weights is filled up with one weight of 0. You fill up with a *code* of 0, which is the smallest "
+    "value.",
+)
+def fills_up_with_code_0(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    codes = nearest(normalize_blocks(weight, absmax, blocksize), book(codebook))
+    return packed_up(codes, filler=0), absmax
+
+
+@wrong("quantize_nf4", "The second result is one over the scale. What has to be stored is the absmax itself.")
+def stores_the_inverse(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    codes = nearest(normalize_blocks(weight, absmax, blocksize), book(codebook))
+    return packed_up(codes), 1 / absmax.clamp(min=TINY)
+
+
+@wrong("quantize_nf4", caught_by="raises")
+def cannot_take_a_short_block(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    z = weight.reshape(-1, blocksize) / absmax.clamp(min=TINY)[:, None]
+    return packed_up(nearest(z.reshape(-1), book(codebook))), absmax

@@ -1,0 +1,196 @@
+"""Unit 12, quantisation: mistakes with the cost of the scales and with double quantisation, and other right ways."""
+
+# The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.quantization.int8 import (
+    DynamicInt8,
+    blockwise_absmax,
+    dequantize_dynamic,
+    dynamic_map,
+    quantize_dynamic,
+)
+
+# --- bits_per_weight ---------------------------------------------------------------------------------
+
+
+def possible(bits: int, blocksize: int, nested_blocksize: int) -> None:
+    if not 1 <= bits <= 32 or blocksize & (blocksize - 1) or nested_blocksize & (nested_blocksize - 1):
+        raise ValueError("impossible")
+
+
+@right("bits_per_weight")
+def counts_a_large_weight(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    n = blocksize * nested_blocksize
+    total = n * bits + (nested_blocksize * 8 + 32 if double_quant else nested_blocksize * 32)
+    return Fraction(total, n).__float__()
+
+
+@right("bits_per_weight")
+def in_numpys_numbers(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    scale = 8 + np.float64(32) / nested_blocksize if double_quant else np.float64(32)
+    return bits + scale / blocksize
+
+
+@wrong("bits_per_weight", "You count the codes only. The scales have to be stored, too.")
+def codes_only(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    return float(bits)
+
+
+@wrong("bits_per_weight", "You count a scale for each weight. A whole block shares one.")
+def a_scale_for_each_weight(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    return bits + (8 + 32 / nested_blocksize if double_quant else 32)
+
+
+@wrong("bits_per_weight", "You count the scales in bytes and the codes in bits. Bits are asked for.")
+def scales_in_bytes(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    return bits + (1 / blocksize + 4 / (blocksize * nested_blocksize) if double_quant else 4 / blocksize)
+
+
+@wrong("bits_per_weight", "You leave out the second scales. They are few, but they are there.")
+def no_second_scales(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    return bits + (8 if double_quant else 32) / blocksize
+
+
+@wrong(
+    "bits_per_weight",
+    "You share a second scale out over `nested_blocksize` weights. It serves so many *scales*, and each of them serves "
+    "a block.",
+)
+def second_scales_shared_by_weights(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    return bits + (8 / blocksize + 32 / nested_blocksize if double_quant else 32 / blocksize)
+
+
+@wrong("bits_per_weight", "You count the old scales in 32 bits beside the new ones in 8. The new ones replace the old.")
+def old_scales_as_well(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    nested = 8 / blocksize + 32 / (blocksize * nested_blocksize)
+    return bits + 32 / blocksize + (nested if double_quant else 0)
+
+
+@wrong("bits_per_weight", "You answer for double quantisation whether it is asked for or not.")
+def always_double(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    return bits + 8 / blocksize + 32 / (blocksize * nested_blocksize)
+
+
+@wrong("bits_per_weight", "You answer without double quantisation whether it is asked for or not.")
+def never_double(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    return bits + 32 / blocksize
+
+
+@wrong("bits_per_weight", "This is what the scales cost. What does a weight cost with its share of them?")
+def overhead_only(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    return 8 / blocksize + 32 / (blocksize * nested_blocksize) if double_quant else 32 / blocksize
+
+
+@wrong("bits_per_weight", "The scales are float32, of 32 bits; you count them in 16.")
+def scales_of_16_bits(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    return bits + (8 / blocksize + 16 / (blocksize * nested_blocksize) if double_quant else 16 / blocksize)
+
+
+@wrong("bits_per_weight", caught_by="no error")
+def any_blocks_will_do(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    return bits + (8 / blocksize + 32 / (blocksize * nested_blocksize) if double_quant else 32 / blocksize)
+
+
+# --- double_quantize ---------------------------------------------------------------------------------
+
+
+@right("double_quantize")
+def to_the_exactly_nearest_value(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """As on a GPU: no rounding to 65,536 steps first."""
+    offset = absmax.double().mean()
+    rest = (absmax.double() - offset).float()
+    second = blockwise_absmax(rest, blocksize)
+    z = rest / second.repeat_interleave(blocksize)[: len(rest)].clamp(min=1e-30)
+    return (z[:, None] - dynamic_map()).abs().argmin(dim=1).byte(), second, offset.float()
+
+
+@right("double_quantize")
+def with_numpys_mean(absmax: Tensor, blocksize: int = 256) -> list:
+    offset = absmax.numpy().mean(dtype=np.float64)
+    codes, second = quantize_dynamic(torch.from_numpy((absmax.numpy() - offset).astype(np.float32)), blocksize)
+    return [codes, second, float(offset)]
+
+
+@wrong(
+    "double_quantize", "You quantise the scales as they are. They are all positive: half of the codes are never used."
+)
+def without_an_offset(absmax: Tensor, blocksize: int = 256) -> tuple:
+    return *quantize_dynamic(absmax, blocksize), torch.tensor(0.0)
+
+
+@wrong("double_quantize", "You store the offset, but what you quantise are the scales as they are: take it away first.")
+def stores_it_without_subtracting(absmax: Tensor, blocksize: int = 256) -> tuple:
+    return *quantize_dynamic(absmax, blocksize), absmax.mean()
+
+
+@wrong("double_quantize", "You subtract the mean, but the offset that you store is 0: on the way back it is missing.")
+def subtracts_it_without_storing(absmax: Tensor, blocksize: int = 256) -> tuple:
+    return *quantize_dynamic(absmax - absmax.mean(), blocksize), torch.tensor(0.0)
+
+
+@wrong("double_quantize", "Your offset is the smallest scale, so what is left is still all positive.")
+def offset_is_the_smallest(absmax: Tensor, blocksize: int = 256) -> tuple:
+    return *quantize_dynamic(absmax - absmax.min(), blocksize), absmax.min()
+
+
+@wrong("double_quantize", "Your offset is the median; it has to be the mean, which is what others will read it as.")
+def offset_is_the_median(absmax: Tensor, blocksize: int = 256) -> tuple:
+    return *quantize_dynamic(absmax - absmax.quantile(0.5), blocksize), absmax.quantile(0.5)
+
+
+@wrong(
+    "double_quantize", "You subtract the scales from the offset. On the way back every scale lies on the wrong side."
+)
+def the_difference_turned_round(absmax: Tensor, blocksize: int = 256) -> tuple:
+    return *quantize_dynamic(absmax.mean() - absmax, blocksize), absmax.mean()
+
+
+@wrong("double_quantize", "You use another block size than the one that is given.")
+def its_own_blocks(absmax: Tensor, blocksize: int = 256) -> tuple:
+    return *quantize_dynamic(absmax - absmax.mean(), 256), absmax.mean()
+
+
+@wrong("double_quantize", "You take the mean of each block. There is one offset for all scales of a weight.")
+def an_offset_for_each_block(absmax: Tensor, blocksize: int = 256) -> tuple:
+    means = torch.stack([block.mean() for block in absmax.split(blocksize)])
+    rest = absmax - means.repeat_interleave(blocksize)[: len(absmax)]
+    return *quantize_dynamic(rest, blocksize), means if len(means) > 1 else means[0]
+
+
+@wrong("double_quantize", "You return the scales after the way there and back. What has to be stored are the codes.")
+def there_and_back(absmax: Tensor, blocksize: int = 256) -> tuple:
+    codes, second = quantize_dynamic(absmax - absmax.mean(), blocksize)
+    return dequantize_dynamic(DynamicInt8(codes, second), blocksize) + absmax.mean(), second, absmax.mean()
+
+
+@wrong("double_quantize", caught_by="number of results")
+def without_the_offset_at_the_end(absmax: Tensor, blocksize: int = 256) -> tuple:
+    return tuple(quantize_dynamic(absmax - absmax.mean(), blocksize))
+
+
+@wrong("double_quantize", caught_by="changes its input")
+def subtracts_in_place(absmax: Tensor, blocksize: int = 256) -> tuple:
+    offset = absmax.mean()
+    absmax -= offset
+    return *quantize_dynamic(absmax, blocksize), offset

@@ -1,0 +1,365 @@
+"""Unit 13, QLoRA: mistakes that people make with the 4-bit layer and the 4-bit model, and other right ways.
+
+The files `unit_13_*.py` have those of the other exercises.
+"""
+
+# The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.gpt2.model import Conv1D
+from lora_from_scratch.methods.lora import inject_lora
+from lora_from_scratch.methods.method import adaptation_of
+from lora_from_scratch.quantization.nf4 import dequantize_nf4
+from lora_from_scratch.quantization.nf4_linear import NF4Linear
+from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
+
+# --- FourBitProduct ----------------------------------------------------------------------------------
+
+
+def first(ctx: Any, x: Any, bias: Any, quantized: Any) -> Any:
+    ctx.quantized = quantized
+    return F.linear(x, quantized.dequantize(x.dtype), bias)
+
+
+def gradients(ctx: Any, grad_y: Any) -> tuple:
+    grad_x = grad_y @ ctx.quantized.dequantize(grad_y.dtype) if ctx.needs_input_grad[0] else None
+    grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(dim=0) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_bias, None
+
+
+@right("FourBitProduct")
+class FromThePackedBytes(torch.autograd.Function):
+    """Keeps the parts by PyTorch's own means, and unpacks them by itself."""
+
+    @staticmethod
+    def forward(ctx, x, bias, quantized):
+        ctx.save_for_backward(quantized.packed, quantized.scales)
+        ctx.rest = quantized.shape, quantized.blocksize, x.dtype
+        W = dequantize_nf4(quantized.packed, quantized.scales, *ctx.rest)
+        return x @ W.T if bias is None else x @ W.T + bias
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.einsum("...o,oi->...i", grad_y, dequantize_nf4(*ctx.saved_tensors, *ctx.rest))
+        if ctx.needs_input_grad[1]:
+            grad_bias = torch.einsum("...o->o", grad_y)
+        return grad_x, grad_bias, None
+
+
+@right("FourBitProduct")
+class ALinearLayerOfTheTransposedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, quantized):
+        ctx.q, ctx.dtype = quantized, x.dtype
+        return F.linear(x, ctx.q.dequantize(ctx.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, b, _ = ctx.needs_input_grad
+        rows = grad_y.flatten(0, -2) if grad_y.ndim > 1 else grad_y[None]
+        return F.linear(grad_y, ctx.q.dequantize(ctx.dtype).T) if x else None, rows.sum(0) if b else None, None
+
+
+@right("FourBitProduct")
+class LeavesTheSumToPyTorch(torch.autograd.Function):
+    """A gradient that still has the axes of the batch is summed over them, as where a tensor was broadcast."""
+
+    forward = staticmethod(first)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return gradients(ctx, grad_y)[0], grad_y.clone() if ctx.needs_input_grad[1] else None, None
+
+
+@wrong(
+    "FourBitProduct",
+    "The dequantised weight lives on after the forward pass. In a model that happens in every layer at once, and all "
+    "that quantising had saved is gone.",
+)
+class KeepsTheWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, quantized):
+        ctx.W = quantized.dequantize(x.dtype)
+        return F.linear(x, ctx.W, bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(dim=0) if ctx.needs_input_grad[1] else None
+        return grad_y @ ctx.W if ctx.needs_input_grad[0] else None, grad_bias, None
+
+
+@wrong(
+    "FourBitProduct",
+    "You keep x. That is what a layer with a trained weight has to do; which of your gradients has x in it?",
+)
+class KeepsTheInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, quantized):
+        ctx.save_for_backward(x)
+        return first(ctx, x, bias, quantized)
+
+    backward = staticmethod(gradients)
+
+
+@wrong("FourBitProduct", "The bias is left out of y.")
+class WithoutTheBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, quantized):
+        return first(ctx, x, None, quantized)
+
+    backward = staticmethod(gradients)
+
+
+@wrong(
+    "FourBitProduct",
+    "You multiply the gradient by the transposed weight, as on the way forward. Write down the shapes of dL/dy, W and "
+    "dL/dx: which product fits?",
+)
+class TheTransposedWeightAgain(torch.autograd.Function):
+    forward = staticmethod(first)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x = grad_y @ ctx.quantized.dequantize(grad_y.dtype).T if ctx.needs_input_grad[0] else None
+        return grad_x, gradients(ctx, grad_y)[1], None
+
+
+@wrong(
+    "FourBitProduct",
+    "No gradient of x comes back. The weight is frozen, but what lies in front of this layer is not: a LoRA in an "
+    "earlier block learns only through this gradient.",
+)
+class NoGradientForX(torch.autograd.Function):
+    forward = staticmethod(first)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return None, gradients(ctx, grad_y)[1], None
+
+
+@wrong("FourBitProduct", "The bias was added to every row, so its gradient is the sum over the rows, not their mean.")
+class TheMeanOverTheRows(torch.autograd.Function):
+    forward = staticmethod(first)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).mean(dim=0) if ctx.needs_input_grad[1] else None
+        return gradients(ctx, grad_y)[0], grad_bias, None
+
+
+@wrong(
+    "FourBitProduct",
+    "W comes in the dtype in which it was stored. It has to meet x, so it has to be made in the dtype of x.",
+)
+class InTheStoredDtype(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, quantized):
+        ctx.quantized = quantized
+        return F.linear(x, quantized.dequantize(), bias)
+
+    backward = staticmethod(gradients)
+
+
+@wrong("FourBitProduct", "You compute in float32 whatever x is. y has to have the dtype of x.")
+class AlwaysInFloat32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, quantized):
+        return first(ctx, x.float(), bias, quantized)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return gradients(ctx, grad_y)
+
+
+@wrong(
+    "FourBitProduct",
+    "You dequantise W in the backward pass although nobody needs the gradient of x. In the first layer above frozen "
+    "embeddings that is work for nothing: ask `ctx`.",
+)
+class WithoutAsking(torch.autograd.Function):
+    forward = staticmethod(first)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x = grad_y @ ctx.quantized.dequantize(grad_y.dtype)
+        return grad_x, gradients(ctx, grad_y)[1], None
+
+
+# --- quantize_model ----------------------------------------------------------------------------------
+
+
+def check_not_adapted(model: Any) -> None:
+    if adaptation_of(model) is not None:
+        raise ValueError("the model is adapted already")
+
+
+def matrices(model: Any) -> dict:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def in_four_bits(name: str, layer: Any, *options: Any) -> NF4Linear:
+    try:
+        return NF4Linear.from_layer(layer, *options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+@right("quantize_model")
+def parent_by_parent(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    plan = []
+    for path, parent in model.named_modules():
+        for child, layer in parent.named_children():
+            if type(layer).__name__ == "Conv1D":
+                name = f"{path}.{child}" if path else child
+                new = in_four_bits(name, layer, quant_type, blocksize, double_quantization)
+                plan.append((name, parent, child, layer, new))
+    for _, parent, child, _, new in plan:
+        setattr(parent, child, new)
+    return {name: layer for name, _, _, layer, _ in plan}
+
+
+@right("quantize_model")
+def puts_them_back_when_one_fails(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    done = {}
+    try:
+        for name, layer in matrices(model).items():
+            inject_lora(model, {name: in_four_bits(name, layer, quant_type, blocksize, double_quantization)})
+            done[name] = layer
+    except ValueError:
+        inject_lora(model, done)
+        raise
+    return done
+
+
+@wrong(
+    "quantize_model",
+    "Some of the matrices are still in full. Every Conv1D of every block is meant, those of the MLP as well.",
+)
+def the_attention_alone(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = {name: layer for name, layer in matrices(model).items() if ".attn." in name}
+    for name, layer in matrices(model).items():
+        in_four_bits(name, layer)
+    new = {n: in_four_bits(n, layer, quant_type, blocksize, double_quantization) for n, layer in dense.items()}
+    inject_lora(model, new)
+    return dense
+
+
+@wrong(
+    "quantize_model",
+    "You look at the model's own children only, and those are no matrices. The matrices are in modules in modules.",
+)
+def the_children_alone(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    for name, layer in matrices(model).items():
+        in_four_bits(name, layer)
+    dense = {name: child for name, child in model.named_children() if isinstance(child, Conv1D)}
+    inject_lora(model, {name: NF4Linear.from_layer(child) for name, child in dense.items()})
+    return dense
+
+
+@wrong("quantize_model", "You return the new layers. The model has those; what nobody has any more are the old ones.")
+def returns_the_new_ones(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    options = quant_type, blocksize, double_quantization
+    new = {name: in_four_bits(name, layer, *options) for name, layer in matrices(model).items()}
+    inject_lora(model, new)
+    return new
+
+
+@wrong(
+    "quantize_model",
+    "The model is changed half-way when a later weight turns out to be broken. Make all new layers first, and put them "
+    "in when nothing can go wrong any more.",
+)
+def layer_by_layer(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = matrices(model)
+    for name, layer in dense.items():
+        inject_lora(model, {name: in_four_bits(name, layer, quant_type, blocksize, double_quantization)})
+    return dense
+
+
+@wrong(
+    "quantize_model",
+    "A model that a method has adapted has to be refused: what the method remembers of it would no longer be true.",
+)
+def even_if_it_is_adapted(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    dense = matrices(model)
+    options = quant_type, blocksize, double_quantization
+    inject_lora(model, {name: in_four_bits(name, layer, *options) for name, layer in dense.items()})
+    return dense
+
+
+@wrong(
+    "quantize_model",
+    "A broken weight is refused, but the message does not say in which of the layers it is. In a model of hundreds of "
+    "them, that is what one wants to know.",
+)
+def without_the_name(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = matrices(model)
+    options = quant_type, blocksize, double_quantization
+    inject_lora(model, {name: NF4Linear.from_layer(layer, *options) for name, layer in dense.items()})
+    return dense
+
+
+@wrong("quantize_model", "You quantise as usual, whatever type, block size and double quantisation are asked for.")
+def as_usual(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = matrices(model)
+    inject_lora(model, {name: in_four_bits(name, layer) for name, layer in dense.items()})
+    return dense
+
+
+@wrong(
+    "quantize_model",
+    "You take the weight of a Conv1D as it is stored, (in, out). The 4-bit layer wants (out, in).",
+)
+def not_turned_round(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = matrices(model)
+    for name, layer in dense.items():
+        in_four_bits(name, layer)
+    inject_lora(
+        model,
+        {
+            name: NF4Linear(quantize_4bit(layer.weight.data, quant_type, blocksize, double_quantization), layer.bias)
+            for name, layer in dense.items()
+        },
+    )
+    return dense
+
+
+@wrong(
+    "quantize_model",
+    "The new layers have biases of their own. They have to share the old ones: the same parameter, not a copy.",
+)
+def copies_the_biases(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = matrices(model)
+    options = quant_type, blocksize, double_quantization
+    new = {name: in_four_bits(name, layer, *options) for name, layer in dense.items()}
+    for layer in new.values():
+        layer.bias = nn.Parameter(layer.bias.detach().clone())
+    inject_lora(model, new)
+    return dense
+
+
+@wrong("quantize_model", caught_by="returns nothing")
+def keeps_nothing(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    options = quant_type, blocksize, double_quantization
+    inject_lora(model, {name: in_four_bits(name, layer, *options) for name, layer in matrices(model).items()})

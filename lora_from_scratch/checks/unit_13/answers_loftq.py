@@ -1,0 +1,310 @@
+"""Unit 13, QLoRA: mistakes that people make with LoftQ, and other right ways."""
+
+# The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.methods.loftq import best_factors, loftq_init
+from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
+
+# --- loftq_init --------------------------------------------------------------------------------------
+
+
+def ready(W: Tensor, rank: int, iterations: int) -> Tensor:
+    if W.ndim != 2 or not 1 <= rank <= min(W.shape) or iterations < 1:
+        raise ValueError("a matrix, a rank from 1 to its smaller side, at least one iteration")
+    return W.detach().float()
+
+
+@right("loftq_init")
+def all_of_s_in_b(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    A, B = torch.zeros(rank, W.shape[1]), torch.zeros(W.shape[0], rank)
+    while iterations > 0:
+        Q = quantize(W - B @ A)
+        U, S, Vh = torch.linalg.svd(W - Q.dequantize())
+        A, B = Vh[:rank], U[:, :rank] * S[:rank]
+        iterations -= 1
+    return Q, A, B
+
+
+@right("loftq_init")
+def by_the_eigenvectors(W, rank, iterations=1, quantize=quantize_4bit):
+    """The best A are the eigenvectors of E^T E; then B = E A^T."""
+    W = ready(W, rank, iterations)
+    Q = quantize(W)
+    for iteration in range(iterations):
+        error = (W - Q.dequantize()).double()
+        A = torch.linalg.eigh(error.T @ error).eigenvectors[:, -rank:].T
+        B = error @ A.T
+        if iteration < iterations - 1:
+            Q = quantize(W - (B @ A).float())
+    return Q, A.float(), B.float()
+
+
+@right("loftq_init")
+def with_numpys_svd(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    change = torch.zeros(W.shape)
+    for _ in range(iterations):
+        Q = quantize(W - change)
+        U, S, Vh = np.linalg.svd((W - Q.dequantize()).double().numpy(), full_matrices=False)
+        A, B = torch.from_numpy(S[:rank, None] * Vh[:rank]).float(), torch.from_numpy(U[:, :rank]).float()
+        change = B @ A
+    return Q, A, B
+
+
+@wrong("loftq_init", "You stop after one iteration, however many are asked for.")
+def once(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    Q = quantize(W)
+    return Q, *best_factors(W - Q.dequantize(), rank)
+
+
+@wrong(
+    "loftq_init",
+    "You quantise W itself in every iteration, so every one ends like the first. What B A holds already need not be in "
+    "Q any more.",
+)
+def w_every_time(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    for _ in range(iterations):
+        Q = quantize(W)
+        A, B = best_factors(W - Q.dequantize(), rank)
+    return Q, A, B
+
+
+@wrong(
+    "loftq_init",
+    "You begin with the low rank and quantise the rest: there B A holds the largest directions of W, not what "
+    "quantisation loses. The other half comes first.",
+)
+def the_low_rank_first(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    Q_back = torch.zeros_like(W)
+    for _ in range(iterations):
+        A, B = best_factors(W - Q_back, rank)
+        Q = quantize(W - B @ A)
+        Q_back = Q.dequantize()
+    return Q, A, B
+
+
+@wrong("loftq_init", "A and B come from W itself. They are to hold what Q has lost of it.")
+def factors_of_w(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    A, B = best_factors(W, rank)
+    Q = quantize(W)
+    for _ in range(iterations - 1):
+        Q = quantize(W - B @ A)
+    return Q, A, B
+
+
+@wrong(
+    "loftq_init",
+    "You quantise once more at the end. Then A and B belong to the Q before, and not to the one that you return.",
+)
+def a_last_q(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    low_rank = torch.zeros_like(W)
+    for _ in range(iterations):
+        Q = quantize(W - low_rank)
+        A, B = best_factors(W - Q.dequantize(), rank)
+        low_rank = B @ A
+    return quantize(W - low_rank), A, B
+
+
+@wrong(
+    "loftq_init",
+    "The singular values count twice in B A: both A and B have all of them.",
+)
+def s_twice(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    low_rank = torch.zeros_like(W)
+    for _ in range(iterations):
+        Q = quantize(W - low_rank)
+        U, S, Vh = torch.linalg.svd(W - Q.dequantize(), full_matrices=False)
+        A, B = S[:rank, None] * Vh[:rank], U[:, :rank] * S[:rank]
+        low_rank = B @ A
+    return Q, A, B
+
+
+@wrong("loftq_init", "The singular values are missing from B A: it has the right directions, and all of one size.")
+def without_s(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    low_rank = torch.zeros_like(W)
+    for _ in range(iterations):
+        Q = quantize(W - low_rank)
+        U, _, Vh = torch.linalg.svd(W - Q.dequantize(), full_matrices=False)
+        A, B = Vh[:rank], U[:, :rank]
+        low_rank = B @ A
+    return Q, A, B
+
+
+@wrong("loftq_init", "You take the smallest singular values: what the low rank can hold best are the largest.")
+def the_smallest(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    low_rank = torch.zeros_like(W)
+    for _ in range(iterations):
+        Q = quantize(W - low_rank)
+        U, S, Vh = torch.linalg.svd(W - Q.dequantize(), full_matrices=False)
+        A, B = S[-rank:, None] * Vh[-rank:], U[:, -rank:]
+        low_rank = B @ A
+    return Q, A, B
+
+
+@wrong("loftq_init", "The sign is turned round: W - Q has to be added to Q to give W, so B A is W - Q and not Q - W.")
+def the_other_sign(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    low_rank = torch.zeros_like(W)
+    for _ in range(iterations):
+        Q = quantize(W + low_rank)
+        A, B = best_factors(Q.dequantize() - W, rank)
+        low_rank = B @ A
+    return Q, A, B
+
+
+@wrong("loftq_init", "The order of the results is Q, A, B, and A is the one of r rows; you return B first.")
+def b_before_a(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations)
+    Q, A, B = loftq_init(W, rank, iterations, quantize)
+    return Q, B, A
+
+
+@wrong("loftq_init", caught_by="no error")
+def refuses_nothing(W, rank, iterations=1, quantize=quantize_4bit):
+    W = W.detach().float()
+    A, B = torch.zeros(rank, W.shape[1]), torch.zeros(W.shape[0], rank)
+    Q = quantize(W)
+    for iteration in range(iterations):
+        Q = quantize(W - B @ A) if iteration else Q
+        A, B = best_factors(W - Q.dequantize(), rank)
+    return Q, A, B
+
+
+# --- begin_with_loftq --------------------------------------------------------------------------------
+
+
+def refuse(layer, W: Tensor) -> None:
+    if not hasattr(layer.base, "quantized") or tuple(layer.base.quantized.shape) != tuple(W.shape):
+        raise ValueError("the LoRA must be on a 4-bit layer of the shape of W")
+
+
+def write(layer, Q, A: Tensor, B: Tensor) -> None:
+    with torch.no_grad():
+        layer.base.quantized = Q
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
+
+
+@right("begin_with_loftq")
+def the_scaling_in_a(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    write(layer, Q, A / layer.scaling, B)
+
+
+@right("begin_with_loftq")
+def its_root_in_both(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    layer.base.quantized, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    layer.lora_A.data = A / layer.scaling**0.5
+    layer.lora_B.data = B / layer.scaling**0.5
+
+
+@wrong(
+    "begin_with_loftq",
+    "LoftQ's B A is meant to be added as it is, and the layer multiplies it by its scaling. Your layer begins with too "
+    "much or too little of it.",
+)
+def without_the_scaling(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    write(layer, *loftq_init(W, layer.rank, iterations, quantize))
+
+
+@wrong("begin_with_loftq", "You multiply by the scaling, and the layer does so once more.")
+def the_scaling_squared(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    write(layer, Q, A, B * layer.scaling)
+
+
+@wrong("begin_with_loftq", "Both A and B are divided by the scaling, so it is taken out of their product twice.")
+def out_of_both(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    write(layer, Q, A / layer.scaling, B / layer.scaling)
+
+
+@wrong(
+    "begin_with_loftq",
+    "You divide by the rank. What the layer multiplies by is alpha / r; it has that number, ask it.",
+)
+def divided_by_the_rank(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    write(layer, Q, A, B / layer.rank)
+
+
+@wrong(
+    "begin_with_loftq",
+    "You set the layer's scaling to 1. It starts right, but alpha has lost its meaning: every later step of training "
+    "is of another size.",
+)
+def changes_the_scaling(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    write(layer, *loftq_init(W, layer.rank, iterations, quantize))
+    layer.scaling = 1.0
+
+
+@wrong(
+    "begin_with_loftq",
+    "The layer still has its old Q. LoftQ chooses Q, A and B together: its A and B fit its own Q alone.",
+)
+def the_old_q(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    _, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    write(layer, layer.base.quantized, A, B / layer.scaling)
+
+
+@wrong(
+    "begin_with_loftq",
+    "A and B are new parameters. An optimiser that was made before holds the old ones, and would train those.",
+)
+def new_parameters(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    layer.base.quantized = Q
+    layer.lora_A, layer.lora_B = nn.Parameter(A), nn.Parameter(B / layer.scaling)
+
+
+@wrong("begin_with_loftq", "You always take one iteration, however many are asked for.")
+def one_iteration(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    Q, A, B = loftq_init(W, layer.rank, 1, quantize)
+    write(layer, Q, A, B / layer.scaling)
+
+
+@wrong(
+    "begin_with_loftq",
+    "You begin with what Q is, and not with what W was: the weight before is lost on you, so there is no error to make "
+    "up for.",
+)
+def of_the_quantised_weight(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    Q, A, B = loftq_init(layer.base.quantized.dequantize(), layer.rank, iterations, quantize)
+    write(layer, Q, A, B / layer.scaling)
+
+
+@wrong("begin_with_loftq", caught_by="no error")
+def on_any_layer(layer, W, iterations=1, quantize=quantize_4bit):
+    Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    layer.base.quantized = Q
+    with torch.no_grad():
+        layer.lora_A[:], layer.lora_B[:] = (
+            (A, B / layer.scaling) if A.shape == layer.lora_A.shape else (layer.lora_A, layer.lora_B)
+        )

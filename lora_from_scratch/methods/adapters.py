@@ -1,0 +1,292 @@
+"""Bottleneck adapters: small new layers inside a frozen model.
+
+Houlsby et al. 2019 (arXiv:1902.00751), figure 2: squeeze the d numbers of a token to a few, bend them,
+stretch them to d again, and add what came in:
+
+    x + W_up gelu(W_down x + b) + b',      W_down: (width, d),  W_up: (d, width)
+
+All start so near zero that the adapter is nearly the identity. There are four places for one in a block:
+
+    houlsby    after the attention and after the MLP, each before it is added to the residual stream
+    pfeiffer   after the MLP only (Pfeiffer et al. 2021, arXiv:2005.00247)
+    lin        on the output of the whole block, reading it through a LayerNorm of its own (Lin et al. 2020,
+               arXiv:2004.03829; "Adapter-L" in the LoRA paper), with relu for gelu
+    parallel   beside the MLP, not behind it (He et al. 2022, arXiv:2110.04366): MLP(x) + s W_up relu(W_down x)
+
+None is a change of the model's weights, because something bends in between: adapters cannot be merged, and an
+adapted model stays slower than its base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.methods.method import Method
+
+PLACES = {  # variant: the modules of a block that get an adapter each; "" is the block itself
+    "houlsby": ("attn", "mlp"),
+    "pfeiffer": ("mlp",),
+    "lin": ("",),
+    "parallel": ("mlp",),
+}
+INIT_STD = 1e-3  # the authors' code; they find everything below 1e-2 to be near enough to the identity
+
+# --- The adapters ----------------------------------------------------------------------------------------
+
+
+class BottleneckAdapter(nn.Module):
+    """`x + W_up gelu(W_down x + b) + b'` (Houlsby et al. 2019, figure 2), nearly the identity at the start.
+
+    It has two `nn.Linear`, both with a bias: `down`, from d to the width of the bottleneck, and `up`, from there to d.
+    The gelu between them is GPT-2's, the tanh approximation.
+
+    Both weights start as numbers of a normal distribution of standard deviation 1e-3 (`INIT_STD`) that is cut off at
+    two of them: no number is beyond +-2e-3 (section 3.6 of the paper). Both biases start at 0. The same seed of the
+    generator gives the same start.
+
+    Args:
+        n_embd: d, the width of what comes in and goes out.
+        width: of the bottleneck.
+        generator: where the random numbers come from; None: PyTorch's own.
+
+    `forward(x)` takes and returns (..., d).
+    """
+
+    def __init__(self, n_embd: int, width: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.down = nn.Linear(n_embd, width)
+        self.up = nn.Linear(width, n_embd)
+        for layer in (self.down, self.up):
+            nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.down(x), approximate="tanh")  # (..., d) -> (..., width)
+        return x + self.up(h)  # (..., d)
+
+
+class NormedAdapter(BottleneckAdapter):
+    """`x + W_up relu(W_down norm(x) + b) + b'`, with a LayerNorm that is learned too (Lin et al. 2020)."""
+
+    def __init__(self, n_embd: int, width: int, generator: torch.Generator | None = None) -> None:
+        super().__init__(n_embd, width, generator)
+        self.norm = nn.LayerNorm(n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.down(self.norm(x)))  # (..., width)
+        return x + self.up(h)
+
+
+class ParallelAdapter(nn.Module):
+    """`s W_up relu(W_down x)` (He et al. 2022, section 3.3), to be added to what a module makes of the same x.
+
+    It has two `nn.Linear` without biases: `down`, from d to the width of the bottleneck, and `up`, from there to d.
+    `up` starts at zero, so that at the start nothing is added. `down` starts uniform between -1/sqrt(d) and
+    1/sqrt(d): PyTorch's `kaiming_uniform_` with a = sqrt(5), as LoRA's A does.
+
+    Args:
+        n_embd: d, the width of what comes in and goes out.
+        width: of the bottleneck.
+        scaling: s, a number that is not learned; kept as `scaling`.
+        generator: where the random numbers come from; None: PyTorch's own.
+
+    `forward(x)` takes and returns (..., d). It does not add x: whoever adds the result to something has that.
+    """
+
+    def __init__(self, n_embd: int, width: int, scaling: float = 1.0, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.down = nn.Linear(n_embd, width, bias=False)
+        self.up = nn.Linear(width, n_embd, bias=False)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaling * self.up(F.relu(self.down(x)))  # (..., d)
+
+    def extra_repr(self) -> str:
+        return f"scaling={self.scaling:g}"
+
+
+def adapter_parameter_count(n_embd: int, width: int, adapters: int = 1, bias: bool = True, norms: int = 0) -> int:
+    """How many numbers are learned: `adapters (2 d w + w + d) + 2 norms d` (Hu et al. 2021, section 5.1).
+
+    Args:
+        n_embd: d.
+        width: w, of the bottleneck.
+        adapters: how many there are in the whole model.
+        bias: whether they have biases, w + d in each.
+        norms: how many LayerNorms are learned with them in the whole model, 2 d in each.
+
+    Returns:
+        A whole number.
+    """
+    biases = width + n_embd if bias else 0
+    return adapters * (2 * n_embd * width + biases) + 2 * norms * n_embd
+
+
+# --- Putting them into a model -----------------------------------------------------------------------------
+
+
+class AdapterAfter(nn.Module):
+    """A module, kept unchanged as `base`, and an adapter that its output goes through."""
+
+    def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        y: Tensor = self.adapter(self.base(x, *others))
+        return y
+
+
+class AdapterBeside(AdapterAfter):
+    """A module, kept unchanged as `base`, and an adapter that reads the same input; the two outputs are added.
+
+    `forward(x, *others)`: x is (..., d). What else the module is called with (the attention gets a mask and a cache)
+    is for the base alone: the adapter knows nothing but x.
+    """
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        y: Tensor = self.base(x, *others) + self.adapter(x)
+        return y
+
+
+def insert_adapters(
+    model: GPT2,
+    width: int = 24,
+    variant: str = "houlsby",
+    *,
+    scaling: float = 1.0,
+    layers: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> dict[str, nn.Module]:
+    """Put adapters into a GPT-2, in place. What is frozen and what is not is left as it is.
+
+    `adapter_places` says where, `new_adapter` makes one, and `replace_module` puts a module into the place of another.
+    What stands there afterwards is an `AdapterBeside` for the variant "parallel" and an `AdapterAfter` for the others;
+    its `base` is the module that stood there before, the very same object. Each place gets an adapter of its own, of
+    the dtype and on the device of the model.
+
+    Args:
+        width: of the bottleneck, from 1 to the model's own width d (`model.config.n_embd`).
+        variant: one of `PLACES`; see the head of this file.
+        scaling: s of the variant "parallel".
+        layers: the blocks that get adapters, counted from 0; none named: all.
+        generator: of the first values; the places draw from it one after the other.
+
+    Returns:
+        The adapters, by the names of the modules that they were put behind or beside.
+
+    Raises:
+        ValueError: the width or a layer is not one that the model can have, or there is no such variant.
+            The model is then as it was.
+    """
+    places = adapter_places(model.config.n_layer, variant, layers)
+    d = model.config.n_embd
+    if not 1 <= width <= d:
+        raise ValueError(f"width must be between 1 and {d} (a bottleneck is no wider than the model), got {width}")
+    like = model.transformer.ln_f.weight
+    adapters: dict[str, nn.Module] = {}
+    for name in places:
+        base = model.get_submodule(name)
+        adapter = new_adapter(variant, d, width, scaling, generator).to(like.device, like.dtype)
+        wrapper = AdapterBeside(base, adapter) if variant == "parallel" else AdapterAfter(base, adapter)
+        replace_module(model, name, wrapper.train(base.training))
+        adapters[name] = adapter
+    return adapters
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Take out, in place, what `insert_adapters` put in.
+
+    Every module that is an `AdapterAfter` (an `AdapterBeside` is one) makes way for its `base`: the very same object,
+    under its old name. Adapters may have been put in more than once, one behind the other or inside each other; all
+    of them go. Without adapters nothing happens. `replace_module` puts a module into the place of another.
+    """
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, AdapterAfter)]
+    for name, wrapper in reversed(wrapped):  # the inner ones first: their names hold as long as the outer ones stand
+        replace_module(model, name, wrapper.base)
+
+
+def adapter_places(n_layer: int, variant: str, layers: Sequence[int] = ()) -> list[str]:
+    """The full names of the modules of a GPT-2 that an adapter is put behind or beside, in the order of the blocks.
+
+    Raises:
+        ValueError: there is no such variant, or no such layer.
+    """
+    _check_variant(variant)
+    for layer in layers:
+        if not 0 <= layer < n_layer:
+            raise ValueError(f"layers must be from 0 to {n_layer - 1} (the model has {n_layer}), got {layer}")
+    chosen = sorted(set(layers)) or range(n_layer)
+    return [f"transformer.h.{layer}.{place}".rstrip(".") for layer in chosen for place in PLACES[variant]]
+
+
+def new_adapter(
+    variant: str, n_embd: int, width: int, scaling: float = 1.0, generator: torch.Generator | None = None
+) -> nn.Module:
+    """An adapter of the kind that the variant has."""
+    if variant == "parallel":
+        return ParallelAdapter(n_embd, width, scaling, generator)
+    return (NormedAdapter if variant == "lin" else BottleneckAdapter)(n_embd, width, generator)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where another one stands, by its full name: "transformer.h.0.mlp"."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in PLACES:
+        raise ValueError(f"variant must be one of {', '.join(PLACES)}, got {variant!r}")
+
+
+# --- The method --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapter(Method):
+    """Adapters in a GPT-2; see the head of this file for the variants.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+    """
+
+    width: int = 24  # of the bottleneck
+    variant: str = "houlsby"
+    scaling: float = 1.0  # s of the variant "parallel"; He et al. 2022 take 4
+    layers: Sequence[int] = ()  # counted from 0; none named: all (to leave some out is AdapterDrop, Rücklé et al. 2021)
+    seed: int = 0  # of the first values
+
+    name: ClassVar[str] = "adapter"
+    peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_ADAPTER"  # PEFT has no such method
+
+    def __post_init__(self) -> None:
+        _check_variant(self.variant)
+        if not isinstance(self.width, int) or isinstance(self.width, bool) or self.width < 1:
+            raise ValueError(f"width must be a whole number of at least 1, got {self.width!r}")
+        if not isinstance(self.scaling, int | float) or not math.isfinite(self.scaling) or self.scaling <= 0:
+            raise ValueError(f"scaling must be a positive number, got {self.scaling!r}")
+        if self.scaling != 1 and self.variant != "parallel":
+            raise ValueError(f"scaling={self.scaling:g} is for the variant 'parallel'; {self.variant!r} has none")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for layer in self.layers:
+            if not isinstance(layer, int) or isinstance(layer, bool):
+                raise ValueError(f"layers must be whole numbers, counted from 0, got {layer!r}")
+
+    def _install(self, model: GPT2) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        insert_adapters(model, self.width, self.variant, scaling=self.scaling, layers=self.layers, generator=generator)
+
+    def _uninstall(self, model: GPT2) -> None:
+        remove_adapters(model)

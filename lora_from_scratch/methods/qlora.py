@@ -1,0 +1,265 @@
+"""QLoRA (Dettmers et al. 2023, arXiv:2305.14314): a LoRA on a model that is stored in four bits a weight.
+
+    y = x dequant(W_4bit)^T + b + s B A x          (eq. 5)
+
+The frozen weight is made anew whenever it is needed, forward and backward, and thrown away at once. What is
+left is a quarter of the memory of 16-bit weights, an eighth of that of 32-bit weights, for some more time a step.
+A, B, the biases, the embeddings and the normalisation stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lora_from_scratch.support.linear_layers import weight_of
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lora_from_scratch.gpt2.checkpoint import (
+    BUNDLED,
+    _check_fit,
+    _model_tensors,
+    _read_weights,
+    checkpoint_directory,
+    load_model,
+    load_tokenizer,
+)
+from lora_from_scratch.gpt2.config import GPT2Config
+from lora_from_scratch.gpt2.model import GPT2, Conv1D
+from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE
+from lora_from_scratch.methods.loftq import begin_with_loftq
+from lora_from_scratch.methods.lora import LoRA, inject_lora, lora_layers
+from lora_from_scratch.quantization.nf4_linear import NF4Linear, check_quantization, nf4_layers
+from lora_from_scratch.quantization.quantized_tensor import QuantizedTensor, quantize_4bit
+
+# --- Loading ---------------------------------------------------------------------------------------
+
+
+def load_quantized(
+    source: str | Path = BUNDLED,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quantization: bool = True,
+) -> GPT2:
+    """A checkpoint in four bits, in eval mode: `load_model`, then `quantize_model`, a layer at a time.
+
+    The whole model is never in memory in full. (It is where the weights are not in one `model.safetensors`.)
+
+    Raises:
+        ValueError, OSError: as `load_model` and `quantize_model`.
+    """
+    check_quantization(quant_type, blocksize)
+    directory = checkpoint_directory(source)
+    file = directory / "model.safetensors"
+    if not file.exists() or not (directory / "config.json").exists():
+        model = load_model(directory)
+        quantize_model(model, quant_type, blocksize, double_quantization)
+        return model
+    with torch.device("meta"):  # shapes without memory
+        model = GPT2(GPT2Config.from_json(directory / "config.json"))
+    in_file = _names_in_file(model, directory)
+    for name in [name for name, _ in model.named_modules()]:  # names: a list of modules would hold the full weights
+        module = model.get_submodule(name)
+        for last, _ in list(module.named_parameters(recurse=False)):
+            setattr(module, last, nn.Parameter(_read_tensor(file, in_file[f"{name}.{last}"])))
+        if isinstance(module, Conv1D):
+            try:
+                quantized = NF4Linear.from_layer(module, quant_type, blocksize, double_quantization)
+            except ValueError as error:
+                raise ValueError(f"{directory}: {name}: {error}") from None
+            inject_lora(model, {name: quantized})
+    return model.eval()
+
+
+def _names_in_file(model: GPT2, directory: Path) -> dict[str, str]:
+    """Under which name the file has each tensor of the model, after a check that they fit.
+
+    The file is mapped into memory, and of a mapped tensor nothing is read before its values are used.
+    """
+    tensors = _read_weights(directory)
+    _check_fit(model.state_dict(), _model_tensors(tensors, directory), directory)
+    return {name if name.startswith("transformer.") else f"transformer.{name}": name for name in tensors}
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    """A copy in float32. The file is opened for this one tensor, so that what was read leaves the memory again."""
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name).to(torch.float32, copy=True)
+
+
+# --- The method ----------------------------------------------------------------------------------------
+
+# What an adapted model remembers beside its `Adaptation`, past nn.Module's own bookkeeping.
+_DENSE = "dense_layers"  # the layers that `adapt` replaced, by name; None: thrown away (keep_base=False)
+_QUANTIZED = "quantized_layers"  # while merged: the 4-bit layers
+
+
+@dataclass(frozen=True)
+class QLoRA(LoRA):
+    """LoRA on a base of four bits: `adapt` quantises every Conv1D of the model, then puts the LoRA in.
+
+    A model that is quantised already (`load_quantized`) stays as it is, and never needs room for the full weights.
+
+    Merging: s B A does not fit into four bits, where a change smaller than half a step would be rounded away. So
+    `merge` dequantises: the merged model computes what the adapted one does, and is as large as the base was.
+
+    An adapter directory is a LoRA's, with the same keys. How the base was quantised is in its field `loftq_config`,
+    which PEFT ignores (and says so): there, quantising is up to who loads the base.
+
+    Args:
+        double_quantization, blocksize, quant_type: how the base is stored; see `NF4Linear.from_layer`.
+        loftq_iterations: 0 starts where the 4-bit base is; more start nearer to the full one (`loftq.py`).
+        keep_base: whether the full weights stay in memory for `undo`: as large as the model itself. `keep_base=False`
+            saves that; then there is no way back (unless the model was quantised before).
+
+    Raises:
+        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+    """
+
+    double_quantization: bool = True
+    blocksize: int = 64
+    quant_type: str = "nf4"
+    loftq_iterations: int = 0
+    keep_base: bool = True
+
+    name: ClassVar[str] = "qlora"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_quantization(self.quant_type, self.blocksize)
+        if not isinstance(self.double_quantization, bool):
+            raise ValueError(f"double_quantization must be true or false, got {self.double_quantization!r}")
+        if not isinstance(self.loftq_iterations, int) or self.loftq_iterations < 0:
+            raise ValueError(f"loftq_iterations must be a whole number of at least 0, got {self.loftq_iterations!r}")
+
+    def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
+        """The model in four bits, a layer at a time; in full only for LoftQ, which needs the full weights."""
+        if self.loftq_iterations:
+            return super().load_base(source)
+        tokenizer = load_tokenizer(source)
+        model = load_quantized(source, self.quant_type, self.blocksize, self.double_quantization)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {checkpoint_directory(source)} has {tokenizer.vocab_size} tokens, "
+                f"more than the {model.config.vocab_size} that the model was made for"
+            )
+        return model, tokenizer
+
+    def adapt(self, model: GPT2) -> None:
+        super().adapt(model)
+        if not self.keep_base:
+            record, present = self._adaptation(model), {id(p) for p in model.parameters()}
+            record.base = {name: p for name, p in record.base.items() if id(p) in present}
+
+    def undo(self, model: GPT2) -> None:
+        """Give the base model back, bit for bit.
+
+        Raises:
+            ValueError: `keep_base` is False and `adapt` threw the full weights away.
+        """
+        self._adaptation(model)
+        if None in model.__dict__[_DENSE].values():
+            raise ValueError("nothing to go back to: keep_base=False kept no full weights; load the model anew")
+        super().undo(model)
+
+    def _install(self, model: GPT2) -> None:
+        self._refuse_another_base(model)
+        dense = quantize_model(model, self.quant_type, self.blocksize, self.double_quantization)
+        try:
+            super()._install(model)
+            if self.loftq_iterations:
+                self._begin_with_loftq(model, dense)
+        except BaseException:
+            super()._uninstall(model)
+            inject_lora(model, dense)
+            raise
+        model.__dict__[_DENSE] = dense if self.keep_base else dict.fromkeys(dense)
+
+    def _refuse_another_base(self, model: GPT2) -> None:
+        """Check that what is quantised already is quantised as this method says."""
+        wanted = (self.quant_type, self.blocksize, self.double_quantization)
+        for name, layer in nf4_layers(model).items():
+            q = layer.quantized
+            if (q.quant_type, q.blocksize, q.nested) != wanted:
+                raise ValueError(
+                    f"{name} is quantised already, with quant_type={q.quant_type}, blocksize={q.blocksize}, "
+                    f"double_quantization={q.nested}; the method has to have the same, got {self}"
+                )
+            if self.loftq_iterations:
+                raise ValueError(
+                    f"loftq_iterations={self.loftq_iterations} needs the weights before they are quantised, and {name} "
+                    f"is in four bits already; load the model in full, or set loftq_iterations to 0"
+                )
+
+    @torch.no_grad()
+    def _begin_with_loftq(self, model: GPT2, dense: Mapping[str, nn.Module]) -> None:
+        """New Q, A and B for every layer with a LoRA."""
+
+        def quantize(W: Tensor) -> QuantizedTensor:
+            return quantize_4bit(W, self.quant_type, self.blocksize, self.double_quantization)
+
+        for name, layer in lora_layers(model).items():
+            if layer.parts:
+                raise ValueError(
+                    f"{name}: LoftQ adapts whole layers, and the targets name its parts {', '.join(layer.parts)}; "
+                    f"name the layer, or set loftq_iterations to 0"
+                )
+            begin_with_loftq(layer, weight_of(dense[name]), self.loftq_iterations, quantize)
+
+    def _uninstall(self, model: GPT2) -> None:
+        super()._uninstall(model)
+        dense = model.__dict__.pop(_DENSE)
+        if model.__dict__.pop(_QUANTIZED, None) is None:
+            inject_lora(model, dense)
+            model.to(model.transformer.wte.weight.device)  # where the rest has been moved to since
+        else:  # merged, so wanted as it is: a plain model, to be trained like the base
+            flags = self._adaptation(model).required_grad
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(flags.get(name, True))
+
+    def _merge(self, model: GPT2) -> None:
+        quantized = nf4_layers(model)
+        model.__dict__[_QUANTIZED] = quantized
+        inject_lora(model, {name: layer.dense() for name, layer in quantized.items()})
+        super()._merge(model)
+
+    def _unmerge(self, model: GPT2) -> None:
+        super()._unmerge(model)
+        inject_lora(model, model.__dict__.pop(_QUANTIZED))
+
+    def to_adapter(self, model: GPT2) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A LoRA's, and how the base was quantised.
+
+        A LoRA that began with LoftQ belongs to LoftQ's Q, not to the quantised W: `init_lora_weights` says so, under
+        PEFT's name, and who cannot make that Q refuses it.
+        """
+        config, tensors = super().to_adapter(model)
+        own = ("quant_type", "blocksize", "double_quantization")
+        config["loftq_config"] = {"loftq_bits": 4, "loftq_iter": self.loftq_iterations}
+        config["loftq_config"] |= {name: getattr(self, name) for name in own}
+        if self.loftq_iterations:
+            config["init_lora_weights"] = "loftq"
+        return config, tensors
+
+    @classmethod
+    def from_adapter(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: GPT2
+    ) -> tuple[LoRA, dict[str, Tensor]]:
+        given = config.get("loftq_config") or {}
+        known = ("loftq_bits", "loftq_iter", "quant_type", "blocksize", "double_quantization")
+        if not isinstance(given, dict) or given.get("loftq_bits", 4) != 4 or set(given) - set(known):
+            raise ValueError(
+                f"{CONFIG_FILE} has loftq_config={given!r}; it must have loftq_bits 4 and no other fields than "
+                f"{', '.join(known)}"
+            )
+        began_with_loftq = config.get("init_lora_weights") == "loftq"
+        iterations = given.get("loftq_iter", 1) if began_with_loftq else 0
+        own = {name: given[name] for name in known[2:] if name in given}
+        others = {name: value for name, value in config.items() if name != "init_lora_weights" or not began_with_loftq}
+        method, state = super().from_adapter(others, tensors, model)
+        return replace(method, loftq_iterations=iterations, **own), state  # type: ignore[call-arg]

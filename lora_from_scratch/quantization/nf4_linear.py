@@ -1,0 +1,227 @@
+"""A linear layer whose weight is stored in four bits, and a whole model of them (Dettmers et al. 2023, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_from_scratch.gpt2.model import GPT2, Conv1D
+from lora_from_scratch.methods.lora import inject_lora
+from lora_from_scratch.methods.method import adaptation_of
+from lora_from_scratch.quantization.nf4 import double_quantize
+from lora_from_scratch.quantization.quantized_tensor import (
+    BNB_BLOCKSIZES,
+    BNB_TYPES,
+    NESTED_BLOCKSIZE,
+    QuantizedTensor,
+    quantize_4bit,
+)
+
+# --- The layer -----------------------------------------------------------------------------------------
+
+
+class FourBitProduct(torch.autograd.Function):
+    """`y = x W^T + b` for a 4-bit W that is not trained. W is dequantised twice and kept never (QLoRA, eq. 5).
+
+    `F.linear` would keep the dequantised W from the forward to the backward pass, in every layer at the same time: all
+    of the memory that quantising had saved. Only the gradient of x needs it, so it is made again there.
+
+    `FourBitProduct.apply(x, bias, quantized)` calls `forward`, and later PyTorch calls `backward`, with the same `ctx`:
+
+    - `forward`: x (..., in), bias (out,) or None, and a `QuantizedTensor` of shape (out, in), whose
+      `dequantize(dtype)` makes W. Returns y (..., out). W is made in the dtype of x, which is that of y.
+    - `backward`: grad_y = dL/dy (..., out). Returns dL/dx (..., in), dL/dbias (out,) and None for the weight, in this
+      order. A gradient that nobody needs, as `ctx.needs_input_grad` says (one truth value for each argument of
+      `apply`), is None and costs nothing; without that of x nothing is dequantised.
+
+    Between the two, `ctx` may hold the `QuantizedTensor`, but nothing that `forward` has made, and not x either: no
+    gradient depends on x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, quantized: QuantizedTensor) -> Tensor:
+        ctx.quantized = quantized
+        W = quantized.dequantize(x.dtype)  # (out, in)
+        return F.linear(x, W, bias)  # (..., in) -> (..., out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            W = ctx.quantized.dequantize(grad_y.dtype)
+            grad_x = grad_y @ W  # (..., out) -> (..., in)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(dim=0)
+        return grad_x, grad_bias, None
+
+
+class NF4Linear(nn.Module):
+    """A linear layer with a frozen weight in four bits. It computes in the type of x, or in autocast's.
+
+    Args:
+        quantized: the weight, (out, in) as in `nn.Linear`; NF4 or FP4.
+        bias: (out,), kept as it is; None: no bias.
+
+    Raises:
+        ValueError: the weight is not a matrix.
+    """
+
+    def __init__(self, quantized: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        if len(quantized.shape) != 2:
+            raise ValueError(f"the weight must be a matrix (out, in), got shape {tuple(quantized.shape)}")
+        self.out_features, self.in_features = quantized.shape
+        self.quantized = quantized
+        self.bias = bias
+
+    @classmethod
+    def from_layer(
+        cls, layer: nn.Module, quant_type: str = "nf4", blocksize: int = 64, double_quantization: bool = True
+    ) -> NF4Linear:
+        """Quantise an `nn.Linear` or `Conv1D`; the bias is shared with it.
+
+        A Conv1D's weight is turned round first: the blocks run along the input, as in bitsandbytes.
+
+        Raises:
+            ValueError: the type or the block size is not one of bitsandbytes', or a weight is not finite.
+        """
+        check_quantization(quant_type, blocksize)
+        quantized = quantize_in_parts(weight_of(layer), quant_type, blocksize, double_quantization)
+        bias = layer.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        return cls(quantized, bias).train(layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed codes, (ceil(out * in / 2), 1) uint8."""
+        return self.quantized.packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y: Tensor = FourBitProduct.apply(x.to(dtype), bias, self.quantized)
+        return y
+
+    def dense(self) -> Conv1D:
+        """The same layer with the weight dequantised, and with the same bias."""
+        with torch.device("meta"):  # shapes without memory
+            layer = Conv1D(self.in_features, self.out_features)
+        layer.weight = nn.Parameter(self.quantized.dequantize().T.contiguous(), requires_grad=False)
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        q = self.quantized
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"quant_type={q.quant_type}, blocksize={q.blocksize}, double_quantization={q.nested}"
+        )
+
+    # The weight is no parameter, so moving it and saving it has to be said. Names as in bitsandbytes.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
+        """Another device moves the weight; another type concerns the bias alone, since codes have none."""
+        super()._apply(fn, recurse)
+        self.quantized = self.quantized.to(fn(self.quantized.packed).device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.quantized.state_dict().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(f"{prefix}weight")}
+        errors: list[str] = rest[-1]
+        try:
+            quantized = QuantizedTensor.from_state_dict(own, f"{prefix}weight")
+            if quantized.shape != self.quantized.shape:
+                shapes = f"{tuple(quantized.shape)} instead of {tuple(self.quantized.shape)}"
+                raise ValueError(f"{prefix}weight has shape {shapes}")
+            self.quantized = quantized.to(self.weight.device)
+        except ValueError as error:
+            errors.append(str(error))
+        others = {key: tensor for key, tensor in state_dict.items() if key not in own}
+        super()._load_from_state_dict(others, prefix, *rest)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of an `nn.Linear` or `Conv1D` as (out, in)."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def quantize_in_parts(
+    weight: Tensor, quant_type: str, blocksize: int, double_quantization: bool, part: int = 2**18
+) -> QuantizedTensor:
+    """`quantize_4bit`, bit for bit, about `part` weights at a time.
+
+    On the way to four bits there are several copies of the weight in 32. Of a whole layer at once they leave holes
+    in the memory that C's allocator does not fill again, as large as what is saved (seen with glibc 2.36).
+
+    Raises:
+        ValueError: as `quantize_4bit`; the position is counted from the first of the rows that are named.
+    """
+    rows = blocksize * max(1, part // (blocksize * weight.shape[1]))  # so that no block crosses the border of two parts
+    parts: list[QuantizedTensor] = []
+    for start in range(0, len(weight), rows):
+        some = weight[start : start + rows]
+        try:
+            parts.append(quantize_4bit(some, quant_type, blocksize))
+        except ValueError as error:
+            raise ValueError(f"rows {start} to {start + len(some) - 1}: {error}") from None
+    packed, scales = torch.cat([q.packed for q in parts]), torch.cat([q.scales for q in parts])
+    absmax = double_quantize(scales, NESTED_BLOCKSIZE) if double_quantization else scales
+    return replace(parts[0], packed=packed, absmax=absmax, shape=weight.shape)
+
+
+def check_quantization(quant_type: str, blocksize: int) -> None:
+    """Raise a ValueError unless bitsandbytes' format has this type and this block size."""
+    if quant_type not in BNB_TYPES:
+        raise ValueError(f"quant_type must be one of {', '.join(BNB_TYPES)}, got {quant_type!r}")
+    if isinstance(blocksize, bool) or blocksize not in BNB_BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, BNB_BLOCKSIZES))}, got {blocksize!r}")
+
+
+# --- A whole model -------------------------------------------------------------------------------------
+
+
+def quantize_model(
+    model: GPT2, quant_type: str = "nf4", blocksize: int = 64, double_quantization: bool = True
+) -> dict[str, nn.Module]:
+    """Put an `NF4Linear` in the place of every Conv1D of a GPT-2, in place. All else stays the object that it is:
+    embeddings (and with them the head), normalisation, and the biases, which the new layers share with the old ones.
+
+    Args:
+        model: not adapted by a method. It may be in four bits already; then there is nothing to do.
+        quant_type, blocksize, double_quantization: as `NF4Linear.from_layer`.
+
+    Returns:
+        The layers that were there, by name ("transformer.h.0.attn.c_attn"). Drop them and their weights leave the
+        memory; keep them, and `inject_lora(model, layers)` puts them back. Empty if the model was in four bits already.
+
+    Raises:
+        ValueError: the type or block size is unknown, a weight is not finite (the message names the layer), or
+            the model is adapted (`adaptation_of` returns something). The model is then as it was.
+    """
+    before = adaptation_of(model)
+    if before is not None:
+        raise ValueError(f"the model is already adapted by {before.method}; undo that, quantise, and adapt again")
+    dense: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, Conv1D)}
+    quantized: dict[str, nn.Module] = {}
+    for name, layer in dense.items():
+        try:
+            quantized[name] = NF4Linear.from_layer(layer, quant_type, blocksize, double_quantization)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    inject_lora(model, quantized)
+    return dense
+
+
+def nf4_layers(model: nn.Module) -> dict[str, NF4Linear]:
+    """The 4-bit layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
