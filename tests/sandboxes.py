@@ -92,11 +92,12 @@ class Collecting:
     frames: list[Data] = dataclasses.field(default_factory=list)
     begun: float = 0.0
 
-    def take(self, frame: Data) -> None:
+    def take(self, frame: Data) -> bool:
         import time
 
         self.begun = self.begun or time.monotonic()
         self.frames.append(frame)
+        return False
 
     def ready(self) -> bool:
         return bool(self.frames)

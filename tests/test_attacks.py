@@ -1,6 +1,7 @@
 """A class with hostile and broken submissions among honest ones, graded by the command as it is.
 
-`attacks.py` says what each of them does. All are graded in one run, as in a real class; the tests look at the result.
+`attacks.py` and `attacks_on_grading.py` say what each of them does. All are graded in one run, as in a real class; the
+tests look at the result.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from pathlib import Path
 import pytest
 
 from lora_from_scratch.grading.grade import Summary
-from tests.attacks import ATTACKS, COUNTER, FULL, MARK, RIGHT, SECRETS, SOLVED, Attack
+from tests import attacks_on_grading
+from tests.attacks import COUNTER, FULL, MARK, RIGHT, SECRETS, SOLVED, Attack
 from tests.grading_course import NAME, GradingCourse, template
 from tests.sandboxes import needs_bubblewrap
 
 pytestmark = needs_bubblewrap
 MARKER = "tests.attacks_marker:mark_file"
 HONEST = 60
+ATTACKS = attacks_on_grading.ATTACKS
 
 # Right in different ways, loud, and slow to be quiet about it.
 ROOTS = [
@@ -131,7 +134,7 @@ def test_an_honest_submission_keeps_its_exact_points(
 
 
 def test_all_submissions_were_graded_in_the_sandbox(graded: Class) -> None:
-    assert len(ATTACKS) >= 40
+    assert len(ATTACKS) >= 100
     assert len(graded.summary.rows) == len(ATTACKS) + HONEST
     assert (graded.summary.failed, graded.summary.isolation) == (0, "bubblewrap")
     assert all(row.trouble == () for row in graded.summary.rows if row.learner.startswith("honest"))

@@ -127,16 +127,6 @@ def test_no_link_is_followed_in_any_part_of_the_path(tmp_path: Path) -> None:
     assert kinds(read(submitted / "four" / "unit_01" / "unit_01.ipynb", submitted)) == [("missing", "human")]
 
 
-def test_a_notebook_under_another_name_is_taken_if_it_is_the_only_one(tmp_path: Path) -> None:
-    wanted = tmp_path / "unit_01.ipynb"
-    assert kinds(read(wanted)) == [("missing", "human")]
-    (tmp_path / "unit_01 (1).ipynb").write_text(json.dumps(NOTEBOOK))
-    found = read(wanted)
-    assert (kinds(found), len(sources(found))) == ([("renamed file", "repaired")], 2)
-    (tmp_path / "unit_01 (2).ipynb").write_text(json.dumps(NOTEBOOK))
-    assert kinds(read(wanted)) == [("missing", "human")]
-
-
 def test_older_formats_are_read(tmp_path: Path) -> None:
     cells = [
         {"cell_type": "heading", "level": 2, "source": "Two", "metadata": {}},

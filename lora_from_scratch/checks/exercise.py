@@ -21,6 +21,7 @@ from lora_from_scratch.checks.observation import Data, Seen
 T = TypeVar("T")
 DIFFICULTIES = range(1, 6)
 NUMBER_OF_HINTS = 3
+LARGEST_GUESS = 1e300  # a whole number can be too large to be compared with any other
 
 
 class Draw:
@@ -170,7 +171,7 @@ class Prediction:
         if self.choices:
             return isinstance(given, str) and given.strip().lower() == str(self.answer).lower()
         answer = float(self.answer)
-        if isinstance(given, bool) or not isinstance(given, int | float):
+        if isinstance(given, bool) or not isinstance(given, int | float) or abs(given) > LARGEST_GUESS:
             return False
         if answer == 0 or given * answer <= 0:
             return given == answer

@@ -6,6 +6,7 @@ Nothing here runs a learner's code. What is compared is plain data; what is run 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from lora_from_scratch.checks.units import names
 from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict, describe
 
 NOT_STARTED = "NotImplementedError"
+REFUSALS = "What is refused gives points as soon as some value is right: to refuse everything is no answer."
 PYTORCHS = ("aten::", "not implemented for", "meta tensor")  # in PyTorch's own errors of that name
 
 
@@ -39,13 +41,15 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
     )
     parts = list(dict.fromkeys(case.part for case in cases))
     passed = [part for part in parts if all(result.right for result in results if result.part == part)]
+    earned = passed if all(right) or not passed or _does_more_than_refuse(exercise, seed, right) else []
     verdict = functools.partial(
         Verdict,
         exercise=exercise.name,
-        points=exercise.points * len(passed) / len(parts),
+        points=exercise.points * len(earned) / len(parts),
         max_points=exercise.points,
         cases=results,
         seed=seed,
+        notes=() if earned == passed else (REFUSALS,),
     )
     if all(right):
         return verdict(status="passed")
@@ -62,6 +66,32 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
     name, message = diagnose(exercise, seed, cases, seen, expected, first)
     status = "stopped" if seen[first].stopped else "failed"
     return verdict(status=status, failure=failure, misconception=name, message=message)
+
+
+def refuse(*arguments: object, **named: object) -> None:
+    """The answer that refuses everything."""
+    raise ValueError("refused")
+
+
+class Refuse:
+    """The same as a class."""
+
+    def __init__(self, *arguments: object, **named: object) -> None:
+        refuse()
+
+
+def _does_more_than_refuse(exercise: Exercise, seed: int, right: list[bool]) -> bool:
+    """Is a case right that is wrong for who refuses everything?"""
+    return any(ok and not free for ok, free in zip(right, _right_by_refusing(exercise, seed), strict=True))
+
+
+@functools.lru_cache(maxsize=512)
+def _right_by_refusing(exercise: Exercise, seed: int) -> tuple[bool, ...]:
+    """Which cases are right for who refuses everything."""
+    cases = exercise.inputs(seed)
+    answer = Refuse if inspect.isclass(exercise.object) else refuse
+    seen = observe(exercise.probe, answer, [case.inputs for case in cases], exercise.seconds, seed)
+    return tuple(agrees(exercise, *triple) for triple in zip(cases, seen, expected_of(exercise, seed), strict=True))
 
 
 def judge_prediction(prediction: Prediction, given: Data) -> Verdict:

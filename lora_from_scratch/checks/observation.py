@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import itertools
 import os
@@ -79,38 +80,61 @@ def observe(
     Args:
         seconds: for all inputs together; what is left over when they are used up counts as stopped too.
     """
-    seen: list[Seen] = []
+    tried = try_on(probe, answer, inputs, seconds, seed)
+    return [
+        dataclasses.replace(seen, changed=changed(given, after))
+        for given, (seen, after) in zip(inputs, tried, strict=True)
+    ]
+
+
+def try_on(
+    probe: Callable[..., Any], answer: Any, inputs: list[Mapping[str, Data]], seconds: float, seed: int
+) -> list[tuple[Seen, dict[str, Data]]]:
+    """As `observe`, but whether an input was changed is left open: with each `Seen` what the inputs are afterwards."""
+    tried: list[tuple[Seen, dict[str, Data]]] = []
     with _state_kept():
         for place, given in enumerate(inputs):
-            if seen and seen[-1].stopped:
-                seen.append(Seen(stopped=True))
+            if tried and tried[-1][0].stopped:
+                tried.append((Seen(stopped=True), {}))
                 continue
             seed_everything(seed + place)
             started = time.monotonic()
-            seen.append(_observe_one(probe, answer, given, seconds))
+            tried.append(_try_on_one(probe, answer, given, seconds))
             seconds = max(0.05, seconds - (time.monotonic() - started))
-    return seen
+    return tried
 
 
-def _observe_one(probe: Callable[..., Any], answer: Any, given: Mapping[str, Data], seconds: float) -> Seen:
+def changed(given: Mapping[str, Data], after: Mapping[str, Data]) -> tuple[str, ...]:
+    """The inputs that are not what they were. `after` is empty where nobody looked: the answer did not end."""
+    return tuple(name for name in given if after and not (name in after and identical(given[name], after[name])))
+
+
+def _try_on_one(
+    probe: Callable[..., Any], answer: Any, given: Mapping[str, Data], seconds: float
+) -> tuple[Seen, dict[str, Data]]:
     theirs = copy.deepcopy(dict(given))
     printed = _Start()
     value: Data = None
     errors: tuple[str, ...] = ()
     message = where = ""
-    stopped = False
     try:
         with _captured(printed), time_limit(seconds):
             value = plain(probe(answer, **theirs))
     except KeyboardInterrupt:
         raise
     except OutOfTime:
-        stopped = True
+        return Seen(printed=printed.getvalue(), stopped=True), {}
     except BaseException as error:
         errors = tuple(kind.__name__ for kind in type(error).__mro__ if kind not in (BaseException, object))
         message, where = _text(error), _where(error)
-    changed = tuple(name for name in given if not stopped and not identical(given[name], plain(theirs[name])))
-    return Seen(value, errors, message, where, changed, printed.getvalue(), stopped)
+    return Seen(value, errors, message, where, (), printed.getvalue()), {name: _after(theirs[name]) for name in given}
+
+
+def _after(value: Any) -> Data:
+    try:
+        return plain(value)
+    except Exception:  # an answer can put anything into a list that it was given, the list itself too
+        return Opaque(f"{type(value).__name__} that cannot be read any more")
 
 
 def plain(value: Any) -> Data:
@@ -190,7 +214,7 @@ _MACHINERY = frozenset(
         time_limit.__wrapped__,  # type: ignore[attr-defined]
         contextlib._GeneratorContextManager.__enter__,
         contextlib._GeneratorContextManager.__exit__,
-        _observe_one,
+        _try_on_one,
     )
 )
 
@@ -252,6 +276,7 @@ def _state_kept() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         try:
             torch.set_grad_enabled(True)
+            torch.set_default_dtype(torch.float32)  # as the judge has it
             yield
         finally:
             torch.set_default_dtype(dtype)

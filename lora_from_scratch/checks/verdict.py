@@ -12,6 +12,8 @@ from lora_from_scratch.checks.observation import Data, Opaque
 
 SHOWN = 12  # a tensor of at most so many entries is shown whole
 LONGEST = 600  # characters of a description
+MOST_THINGS = 60  # that are looked at for a description
+LARGEST_SHOWN = 10**60  # Python itself refuses to write out whole numbers of some thousand digits
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,17 @@ class Verdict:
 
 def describe(value: Data) -> str:
     """A value in at most a few lines: small ones whole, large ones by shape, dtype and range."""
-    text = _describe(value)
+    return _describe(value, [MOST_THINGS])
+
+
+def _describe(value: Data, room: list[int]) -> str:
+    """`room` holds how many more things may be looked at: a nested value can name six things six times over."""
+    room[0] -= 1
+    text = _in_words(value, room) if room[0] >= 0 else "..."
     return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
 
 
-def _describe(value: Data) -> str:
+def _in_words(value: Data, room: list[int]) -> str:
     if isinstance(value, Tensor):
         return _describe_tensor(value)
     if isinstance(value, Opaque):
@@ -76,11 +84,13 @@ def _describe(value: Data) -> str:
         results = without_dtypes(value)
         more = "; ..." if len(results) > 6 else ""
         count = f"{len(results)} results: " if len(results) > 1 or len(value) == 1 else ""
-        return count + "; ".join(describe(item) for item in results[:6]) + more
+        return count + "; ".join(_describe(item, room) for item in results[:6]) + more
     if isinstance(value, list):
-        return "[" + ", ".join(describe(item) for item in value[:6]) + (", ...]" if len(value) > 6 else "]")
+        return "[" + ", ".join(_describe(item, room) for item in value[:6]) + (", ...]" if len(value) > 6 else "]")
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in list(value.items())[:6]) + "}"
+        return "{" + ", ".join(f"{key[:200]}: {_describe(item, room)}" for key, item in list(value.items())[:6]) + "}"
+    if isinstance(value, int) and abs(value) >= LARGEST_SHOWN:
+        return f"a whole number of {value.bit_length():,} bits"
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 200 else text[:200] + " ..."
 
@@ -92,7 +102,7 @@ def without_dtypes(results: list[Data]) -> list[Data]:
 
 def _describe_tensor(value: Tensor) -> str:
     kind = f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
-    if value.numel() <= SHOWN:
+    if value.numel() <= SHOWN and all(size <= SHOWN for size in value.shape):
         return f"{_numbers(value.tolist())} ({kind})"
     if value.is_complex():
         return f"a tensor ({kind})"

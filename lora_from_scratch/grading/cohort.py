@@ -1,12 +1,16 @@
 """The cohort's secret, and the seeds of the inputs that follow from it.
 
 A learner's own check draws fresh inputs every time. In grading everybody of a cohort gets the same ones, which nobody
-knows before: they follow from a secret that lies in the course's folder, made at the first use.
+knows before: they follow from a secret that lies in the course's folder, made at the first use. The secret itself never
+leaves this module: it is stretched first (a person may have chosen a word), and every exercise gets a seed of its own.
+A seed that a learner's code prints tells nothing of the others.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import hmac
 import json
 import os
 import secrets
@@ -14,6 +18,8 @@ from pathlib import Path
 
 FILE = "cohort.json"
 LEAST = 8  # characters of a secret that a person chooses
+SALT = b"lora-from-scratch, the cohort's seeds"
+COST = 2**16  # of scrypt: 64 MiB and about a fifth of a second for each word that is tried
 
 
 def secret_of(course: Path, chosen: str | None = None) -> str:
@@ -47,8 +53,14 @@ def secret_of(course: Path, chosen: str | None = None) -> str:
 
 def seed_of(secret: str, unit: str, name: str) -> int:
     """The seed of an exercise's inputs, 24 bits: the same for the whole cohort, and told by nothing but the secret."""
-    digest = hashlib.sha256(json.dumps([secret, unit, name]).encode()).digest()
+    digest = hmac.new(_stretched(secret), json.dumps([unit, name]).encode(), hashlib.sha256).digest()
     return int.from_bytes(digest[:3], "big")
+
+
+@functools.cache
+def _stretched(secret: str) -> bytes:
+    """A key, at some cost: who knows a few seeds should not be able to try all words that a person might choose."""
+    return hashlib.scrypt(secret.encode(), salt=SALT, n=COST, r=8, p=1, maxmem=2 * 128 * 8 * COST, dklen=32)
 
 
 def _create(path: Path, secret: str) -> None:

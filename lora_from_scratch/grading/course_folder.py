@@ -7,6 +7,7 @@ import glob
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,10 @@ class CourseFolder:
         """The file of the learner's `Graded`."""
         return self.root / "graded" / learner / f"{self.assignment}.json"
 
+    def failed(self, learner: str) -> Path:
+        """The file that says which submission of the learner's could not be marked the last time, by its key."""
+        return self.root / "graded" / learner / f"{self.assignment}.failed"
+
     def feedback_mark(self, learner: str) -> Path:
         """The file that says what the learner's feedback page was made of."""
         return self.root / "graded" / learner / f"{self.assignment}.feedback"
@@ -92,25 +97,34 @@ class CourseFolder:
         return self.root / "reports" / f"{self.assignment}{suffix}"
 
     def learners(self) -> tuple[list[str], list[str]]:
-        """Who has handed the unit in, in order; and for each name that the gradebook cannot hold, a sentence."""
-        pattern = self.directory.format_path(
-            self.directory.submitted_directory, self.directory.student_id, self.assignment
-        )
-        wanted = self.directory.format_path(
-            self.directory.submitted_directory, "(?P<student>.*)", re.escape(self.assignment), escape=True
-        )
+        """Who has handed the unit in, in order; and for each folder that cannot be graded, a sentence."""
         excluded = [name for name in self.directory.student_id_exclude.split(",") if name]
         names, refused = [], []
-        for path in sorted(glob.glob(pattern)):
-            found = re.fullmatch(wanted, path)
-            if not found or found["student"] in excluded:
+        for path, name in self._handed_in():
+            if name in excluded:
                 continue
-            why = _unfit(found["student"])
+            why = _unfit(name) or _closed(path)
             if why:
-                refused.append(f"{path.encode(errors='replace').decode()}: {why}; rename the folder")
+                refused.append(f"{path.encode(errors='replace').decode()}: {why}")
             else:
-                names.append(found["student"])
+                names.append(name)
         return names, refused
+
+    def _handed_in(self) -> list[tuple[str, str]]:
+        """The unit's folders, each with the learner's name. The course's own path is no pattern, whatever it holds."""
+        step, root = self.directory.submitted_directory, str(self.root)
+        pattern = self.directory.format_path(step, self.directory.student_id, self.assignment)
+        wanted = self.directory.format_path(step, "(?P<student>.*)", re.escape(self.assignment), escape=True)
+        inside = os.path.relpath(pattern, root)
+        parts = Path(inside).parts
+        there = max((n for n, part in enumerate(parts) if glob.has_magic(part)), default=len(parts) - 1) + 1
+        found = []
+        for start in sorted(glob.glob(os.path.join(*parts[:there]), root_dir=root, include_hidden=True)):
+            path = os.path.join(root, start, *parts[there:])
+            matched = re.fullmatch(wanted, path)
+            if matched and (os.path.lexists(path) or _closed(path)):
+                found.append((path, matched["student"]))
+        return found
 
 
 def open_course(assignment: str, place: Path | None = None, db: str | None = None) -> CourseFolder:
@@ -200,7 +214,22 @@ def _unfit(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        return "the learner's name is not UTF-8"
+        return "the learner's name is not UTF-8; rename the folder"
     if name != name.strip() or not name.isprintable():
-        return "a learner's name must not begin or end with a space or hold what cannot be printed"
-    return f"a learner's name must have at most {LONGEST_NAME} characters" if len(name) > LONGEST_NAME else ""
+        return "a learner's name must not begin or end with a space or hold what cannot be printed; rename the folder"
+    if name.startswith("."):
+        return "nbgrader passes over folders whose names begin with a dot; rename it, or delete it if it is nobody's"
+    if len(name) > LONGEST_NAME:
+        return f"a learner's name must have at most {LONGEST_NAME} characters; rename the folder"
+    return ""
+
+
+def _closed(path: str) -> str:
+    """Why a folder cannot be looked into; "" if it can, or is not there."""
+    try:
+        with os.scandir(path):
+            return ""
+    except PermissionError:
+        return f"it may not be read by you; let yourself: chmod -R u+rwX {shlex.quote(path)}"
+    except OSError:
+        return ""

@@ -7,7 +7,7 @@ changes nothing: so a run that was killed goes on where it stopped, and ends as 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
 import json
 import os
 import time
@@ -22,15 +22,16 @@ from lora_from_scratch.checks.units import Unit
 from lora_from_scratch.grading import autograded, sandbox, tasks
 from lora_from_scratch.grading.cohort import secret_of
 from lora_from_scratch.grading.course_folder import CourseFolder, open_course
-from lora_from_scratch.grading.gradebook import Book, Entered
+from lora_from_scratch.grading.gradebook import Book, Entered, UnusableError
 from lora_from_scratch.grading.graded import Finding, Graded
-from lora_from_scratch.grading.keys import course_key, key_of, why_changed
+from lora_from_scratch.grading.keys import course_key, why_changed
 from lora_from_scratch.grading.pool import Outcome, Pool, Task
 from lora_from_scratch.grading.report import write_report
 from lora_from_scratch.grading.sandbox import Isolation
 from lora_from_scratch.support.files import remove_leftovers, write_json
 
 PATIENCE = 3.0  # seconds for a grading that was killed just now
+NOT_ENTERED = Entered(0.0, {}, 0.0, 0.0, 0.0, (), (), ())
 MARKER = "lora_from_scratch.grading.marking:mark_file"
 
 
@@ -204,93 +205,112 @@ class _Run:
     baseline: dict[str, Before] = field(default_factory=dict)
 
     def all(self, learners: list[str]) -> tuple[Row, ...]:
+        """Each learner is looked at, marked if need be, entered and published; each step is that learner's alone."""
         self.baseline = _baseline(self.course, learners)
         shared = course_key(self.course.released, self.unit, self.secret, self.options.isolation)
-        keys = {learner: key_of(self.course.handed_in(learner), shared) for learner in learners}
-        ready = {} if self.options.again else self._stored(keys)
         with tqdm(total=len(learners), unit="submission", desc=self.course.assignment, disable=None) as bar:
             for learner in learners:
                 _tidy(self.course, learner)
-                if learner not in ready:
-                    self.pool.submit(self._job(learner, keys[learner]))
-            for learner, graded in ready.items():
-                bar.update(self._enter(learner, graded))
+                self.pool.submit(Task(learner, tasks.LOOK, (self._job(learner, shared),)))
             for outcome in self.pool.outcomes():
-                if outcome.task.function == tasks.MARK:
-                    bar.update(self._marked(outcome))
-                else:
-                    bar.update(self._told(outcome))
+                bar.update(STEPS[outcome.task.function](self, outcome))
         return tuple(self.rows[learner] for learner in learners)
 
-    def _stored(self, keys: Mapping[str, str]) -> dict[str, Graded]:
-        """What is graded already, and would come out the same."""
-        found = {learner: _read(self.course.record(learner)) for learner in keys}
-        return {learner: graded for learner, graded in found.items() if graded and graded.key == keys[learner]}
-
-    def _job(self, learner: str, key: str) -> Task:
-        folder = self.course.handed_in(learner)
-        job = tasks.Job(
+    def _job(self, learner: str, shared: str) -> tasks.Job:
+        name = f"{self.course.assignment}.ipynb"
+        return tasks.Job(
             learner=learner,
             unit=self.unit.number,
-            notebook=folder / f"{self.course.assignment}.ipynb",
+            notebook=self.course.handed_in(learner) / name,
             released=self.course.released,
             record=self.course.record(learner),
-            key=key,
+            shown=self.course.autograded(learner) / name,
+            course_key=shared,
             secret=self.secret,
             isolation=self.options.isolation,
             cache=self.course.cache,
             marker=self.options.marker,
+            again=self.options.again,
         )
-        return Task(learner, tasks.MARK, (job,))
+
+    def _looked(self, outcome: Outcome) -> int:
+        job: tasks.Job = outcome.task.arguments[0]
+        if outcome.error:
+            return self._failed(job, tasks.Failed(outcome.error, machine=False))
+        key, prepared = outcome.value
+        if prepared is not None:
+            return self._enter(job.learner, prepared)
+        self.pool.submit(Task(job.learner, tasks.MARK, (dataclasses.replace(job, key=key),)))
+        return 0
 
     def _marked(self, outcome: Outcome) -> int:
-        learner = outcome.task.name
-        stored = _read(self.course.record(learner))
-        if not outcome.error and stored is not None:
-            self.marked += 1
-            return self._enter(learner, stored)
-        self.failed += 1
-        why = outcome.error or "the result that was written cannot be read"
-        trouble = f"could not be graded: {why}; the next run tries again"
-        return self._enter(learner, stored or self._nothing(learner, why), (trouble,))
+        job: tasks.Job = outcome.task.arguments[0]
+        if outcome.error:
+            return self._failed(job, tasks.Failed(outcome.error, machine=False))
+        if isinstance(outcome.value, tasks.Failed):
+            return self._failed(job, outcome.value)
+        self.marked += 1
+        self.course.failed(job.learner).unlink(missing_ok=True)
+        return self._enter(job.learner, outcome.value)
+
+    def _failed(self, job: tasks.Job, failed: tasks.Failed) -> int:
+        """The first time it is tried again by the next run; when that fails in the same way, a person decides."""
+        note, stored = self.course.failed(job.learner), tasks.stored_result(job.record)
+        graded = stored or self._nothing(job.learner, failed.why)
+        if not failed.machine and job.key and _text_of(note) == job.key:
+            graded = dataclasses.replace(graded, key=job.key, findings=(*graded.findings, _finding(failed.why)))
+            tasks.write_text(job.record, graded.to_json())
+            note.unlink()
+            trouble: tuple[str, ...] = ()
+        else:
+            if not failed.machine:
+                tasks.write_text(note, job.key)
+            self.failed += 1
+            trouble = (f"could not be graded: {failed.why}; the next run tries again",)
+        text = None if stored else autograded.shown(graded, self.released)
+        return self._enter(job.learner, tasks.Prepared(graded, text), trouble)
 
     def _nothing(self, learner: str, why: str) -> Graded:
         from lora_from_scratch.grading.marking import nothing
 
-        message = f"Grading this notebook failed, through no fault of yours; a person will look at it. ({why})"
-        finding = Finding("grading failed", "human", "", message)
-        return nothing(self.released, self.unit, learner, [finding], self.options.isolation)
+        return nothing(self.released, self.unit, learner, [_finding(why)], self.options.isolation)
 
-    def _enter(self, learner: str, graded: Graded, trouble: tuple[str, ...] = ()) -> int:
+    def _enter(self, learner: str, made: tasks.Prepared, trouble: tuple[str, ...] = ()) -> int:
         """Into the gradebook, then into autograded/: in this order, as what persons saw is read from autograded/."""
-        shown = self.course.autograded(learner) / f"{self.course.assignment}.ipynb"
-        text = autograded.shown(graded, self.released)
-        handed_in, unclear = _handed_in(self.course, learner)
-        entered = self.book.enter(graded, handed_in, autograded.changed_cells(shown, text))
-        autograded.write(self.course, learner, text)
-        before = self.baseline.get(learner)
+        graded, before = made.graded, self.baseline.get(learner)
+        trouble += (made.unclear,) if made.unclear else ()
+        try:
+            entered = self.book.enter(graded, made.handed_in, made.changed)
+        except UnusableError:
+            raise
+        except Exception as error:  # something in this submission that the gradebook cannot hold
+            self.failed += 1
+            entered = NOT_ENTERED
+            trouble += (f"could not be entered into the gradebook: {type(error).__name__}: {error}"[:500],)
         why = why_changed(before.key, graded.key) if before else ""
-        self.rows[learner] = Row(learner, graded, entered, before, why, trouble + unclear)
-        made_of = _made_of(shown, entered)
-        if not self.options.feedback or self._has_feedback(learner, made_of):
+        kept = dataclasses.replace(graded, notebook="")
+        self.rows[learner] = Row(learner, kept, entered, before, why, trouble)
+        if made.text is None or entered is NOT_ENTERED:
             return 1
-        where = (self.course.assignment, self.course.place, self.course.db_url, learner, made_of)
-        self.pool.submit(Task(learner, tasks.FEEDBACK, where), first=True)
+        course, said = self.course, json.dumps(dataclasses.asdict(entered), sort_keys=True)
+        where = (course.assignment, course.place, course.db_url, learner, made.text, said, self.options.feedback)
+        self.pool.submit(Task(learner, tasks.PUBLISH, where), first=True)
         return 0
 
-    def _has_feedback(self, learner: str, made_of: str) -> bool:
-        page = self.course.feedback(learner) / f"{self.course.assignment}.html"
-        try:
-            return page.is_file() and self.course.feedback_mark(learner).read_text(encoding="utf-8") == made_of
-        except OSError:
-            return False
-
-    def _told(self, outcome: Outcome) -> int:
+    def _published(self, outcome: Outcome) -> int:
         if outcome.error:
             row = self.rows[outcome.task.name]
-            trouble = (*row.trouble, f"there is no page of feedback: {outcome.error}")
-            self.rows[outcome.task.name] = Row(row.learner, row.graded, row.entered, row.before, row.why, trouble)
+            trouble = (*row.trouble, f"what is shown of it could not be written: {outcome.error}")
+            self.rows[outcome.task.name] = dataclasses.replace(row, trouble=trouble)
         return 1
+
+
+STEPS = {tasks.LOOK: _Run._looked, tasks.MARK: _Run._marked, tasks.PUBLISH: _Run._published}
+
+
+def _finding(why: str) -> Finding:
+    message = f"Grading this notebook failed, through no fault of yours; a person will look at it. ({why})"
+    return Finding("grading failed", "human", "", message)
 
 
 def _baseline(course: CourseFolder, learners: list[str]) -> dict[str, Before]:
@@ -298,7 +318,7 @@ def _baseline(course: CourseFolder, learners: list[str]) -> dict[str, Before]:
     try:
         found = json.loads(course.baseline.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        records = {learner: _read(course.record(learner)) for learner in learners}
+        records = {learner: tasks.stored_result(course.record(learner)) for learner in learners}
         found = {
             learner: {"key": graded.key, "points": {name: v.points for name, v in graded.verdicts.items()}}
             for learner, graded in records.items()
@@ -308,33 +328,11 @@ def _baseline(course: CourseFolder, learners: list[str]) -> dict[str, Before]:
     return {learner: Before(**one) for learner, one in found.items()}
 
 
-def _read(record: Path) -> Graded | None:
+def _text_of(path: Path) -> str:
     try:
-        return Graded.from_json(record.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return None
-
-
-def _handed_in(course: CourseFolder, learner: str) -> tuple[str | None, tuple[str, ...]]:
-    """When, as nbgrader's timestamp.txt says; and what is wrong with that file."""
-    from nbgrader.utils import parse_utc
-
-    path = course.handed_in(learner) / autograded.TIMESTAMP
-    content = autograded.read_small(path, autograded.LONGEST_TIMESTAMP)
-    if content is None:
-        strange = os.path.lexists(path)
-        return None, ("timestamp.txt is no plain small file: when it was handed in is not known",) * strange
-    text = content.decode(errors="replace").strip()
-    try:
-        return (text, ()) if text and parse_utc(text) else (None, ())
-    except (ValueError, ArithmeticError, TypeError, AttributeError):
-        return None, (f"timestamp.txt holds no time ({text[:40]!r}): when it was handed in is not known",)
-
-
-def _made_of(shown: Path, entered: Entered) -> str:
-    """What a page of feedback is made of, as a digest."""
-    said = [sorted(entered.scores.items()), entered.penalty, sorted(entered.comments), entered.max_score]
-    return hashlib.sha256(shown.read_bytes() + json.dumps(said).encode()).hexdigest()
+        return ""
 
 
 def _tidy(course: CourseFolder, learner: str) -> None:

@@ -18,6 +18,13 @@ from typing import Any
 from lora_from_scratch.grading.graded import Graded
 
 PATIENCE = 60  # seconds for another program that is writing to the same SQLite file
+HINT = "what is graded is kept; run the command again"
+HINTS = {
+    "readonly": "let yourself write to it and to its folder (chmod u+w), then run the command again",
+    "locked": "another program is writing to it; close that, then run the command again: what is graded is kept",
+    "not a database": "restore it from a copy, or name another one with --db",
+    "unable to open": "is there such a folder, and may you write there?",
+}
 NO_RESPONSE = "No response."  # nbgrader's own words
 
 
@@ -43,6 +50,10 @@ class Entered:
     comments: tuple[str, ...]
 
 
+class UnusableError(ValueError):
+    """The gradebook itself cannot be used: no fault of what is entered."""
+
+
 class Book:
     """The gradebook of a course, for one unit."""
 
@@ -61,7 +72,7 @@ class Book:
         self.url, self.assignment, self.config = url, assignment, config
         with _errors(url):
             # nbgrader's own steps open it without naming a course, and make this one: once, and not two at a time.
-            Gradebook(url).close()
+            Gradebook(patient(url)).close()
             self.gradebook = Gradebook(patient(url), course_id)
         self.session = self.gradebook.db
 
@@ -93,7 +104,7 @@ class Book:
                 return
             self.gradebook.update_or_create_assignment(self.assignment)
             self.session.remove()  # nothing may be locked while nbgrader writes
-            where = {"notebook": self.assignment, "assignment": self.assignment, "db_url": self.url}
+            where = {"notebook": self.assignment, "assignment": self.assignment, "db_url": patient(self.url)}
             try:
                 SaveCells(config=self.config).preprocess(released, {"nbgrader": where})
             except RuntimeError:
@@ -301,17 +312,22 @@ def _let_alembic_be_found() -> None:
 
 @contextlib.contextmanager
 def _errors(url: str) -> Iterator[None]:
-    """What goes wrong in the database, as one sentence."""
-    from nbgrader.api import InvalidEntry
-    from sqlalchemy.exc import SQLAlchemyError
+    """What goes wrong in the database, as one sentence, and without nbgrader's own log of it."""
+    from nbgrader.api import InvalidEntry, app_log
+    from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError, StatementError
 
     from lora_from_scratch.grading.course_folder import hidden
 
+    said, app_log.disabled = app_log.disabled, True
     try:
         yield
     except (SQLAlchemyError, InvalidEntry) as error:
         lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
-        hint = "what is graded is kept; run the command again"
+        hint = next((hint for words, hint in HINTS.items() if words in lines[0]), HINT)
         if "no such column" in lines[0] or "UndefinedColumn" in type(getattr(error, "orig", None)).__name__:
             hint = "it was made by an older nbgrader: copy it, then run `nbgrader db upgrade`"
-        raise ValueError(f"the gradebook {hidden(url)} cannot be used: {lines[0]}; {hint}") from error
+        bad_value = isinstance(error, DataError | IntegrityError) or type(error) is StatementError
+        kind = ValueError if bad_value else UnusableError
+        raise kind(f"the gradebook {hidden(url)} cannot be used: {lines[0]}; {hint}") from error
+    finally:
+        app_log.disabled = said

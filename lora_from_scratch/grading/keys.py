@@ -9,12 +9,12 @@ import hashlib
 import inspect
 import os
 import platform
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_from_scratch.checks import units
 from lora_from_scratch.checks.units import Unit
+from lora_from_scratch.grading.submissions.folder import entries, open_plain
 
 PACKAGE = units.PACKAGE.parent
 # Of the library's own files, those that no verdict depends on.
@@ -28,8 +28,6 @@ WITHOUT = (
     *(f"grading/{name}.py" for name in ("preprocessors", "report", "tasks")),
 )
 LARGEST_FILE = 25_000_000  # bytes of a file that is read; of a larger one only its size counts
-MOST_FILES = 2_000
-DEEPEST = 8
 DIGITS = 16
 REASONS = {
     "submission": "handed in again",
@@ -109,29 +107,18 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
-def _entries(folder: Path, depth: int = 0) -> Iterator[bytes]:
+def _entries(folder: Path) -> Iterator[bytes]:
     """What was handed in, whatever it is: no link is followed, and nothing is opened but files."""
     if folder.is_symlink():
         yield os.fsencode(os.readlink(folder))
         return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)[:MOST_FILES] if depth < DEEPEST else []
-    except OSError as error:
-        yield type(error).__name__.encode()
-        return
-    for entry in entries:
-        path = Path(entry.path)
-        yield os.fsencode(entry.name)
-        try:
-            found = entry.stat(follow_symlinks=False)
-            yield stat.filemode(found.st_mode)[0].encode()
-            if entry.is_symlink():
-                yield os.fsencode(os.readlink(path))
-            elif entry.is_dir():
-                yield from _entries(path, depth + 1)
-            elif entry.is_file() and found.st_size <= LARGEST_FILE:
-                yield hashlib.sha256(path.read_bytes()).digest()
-            else:
-                yield str(found.st_size).encode()
-        except OSError as error:
-            yield type(error).__name__.encode()
+    for entry in entries(folder):
+        yield os.fsencode(f"{entry.path} {entry.kind} {entry.detail}")
+        if entry.kind == "file" and entry.size > LARGEST_FILE:
+            yield str(entry.size).encode()
+        elif entry.kind == "file":
+            try:
+                with open_plain(folder / entry.path) as file:
+                    yield hashlib.file_digest(file, "sha256").digest()
+            except OSError as error:
+                yield type(error).__name__.encode()

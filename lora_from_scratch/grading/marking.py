@@ -6,8 +6,10 @@ nothing of the learner's runs. For a whole submission: `mark_file`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,11 @@ from lora_from_scratch.grading.cohort import seed_of
 from lora_from_scratch.grading.graded import Finding, Graded
 from lora_from_scratch.grading.plan import cells_to_run, is_check
 from lora_from_scratch.grading.sandbox import Guess, Isolation, Job, Limits, Observed, Probe, Run, Tried
+from lora_from_scratch.grading.submissions.choosing import choose
+from lora_from_scratch.grading.submissions.folder import take_data
 from lora_from_scratch.grading.submissions.matching import Matched, match
 from lora_from_scratch.grading.submissions.released import Place, Release
-from lora_from_scratch.grading.submissions.submission import read
 
-NO_DATA = (".ipynb_checkpoints", "timestamp.txt", "__pycache__")
 SUBMITTED = 2  # of the folders above a notebook, the one that no link may be below: submitted/LEARNER/unit_NN
 
 
@@ -59,20 +61,21 @@ def mark_file(
         ValueError, OSError: the machine or the course is at fault (no sandbox, a check that the unit does not have),
             not the submission.
     """
-    submission = read(path, path.absolute().parents[SUBMITTED])
+    submission, path = choose(path, path.absolute().parents[SUBMITTED], released)
     if submission.notebook is None:
         return nothing(released, unit, learner, submission.findings, settings.isolation, key)
-    return mark(
-        match(submission.notebook, released),
-        released,
-        unit,
-        learner,
-        secret,
-        settings,
-        findings=submission.findings,
-        data=data_beside(path),
-        key=key,
-    )
+    with data_beside(path) as (data, left_out):
+        return mark(
+            match(submission.notebook, released),
+            released,
+            unit,
+            learner,
+            secret,
+            settings,
+            findings=(*submission.findings, *left_out),
+            data=data,
+            key=key,
+        )
 
 
 def mark(
@@ -166,10 +169,12 @@ def _items(release: Release, unit: Unit) -> dict[str, Exercise | Prediction]:
     return {place.grade_id: known[place.name] for place in graded}
 
 
-def data_beside(path: Path) -> Path | None:
-    """The notebook's folder, if there is anything else in it."""
-    there = (file for file in path.parent.iterdir() if file.suffix != ".ipynb" and file.name not in NO_DATA)
-    return path.parent if next(there, None) is not None else None
+@contextlib.contextmanager
+def data_beside(path: Path) -> Iterator[tuple[Path | None, list[Finding]]]:
+    """A folder with a copy of what else lies in the notebook's, if anything does; and what had to be left out."""
+    with tempfile.TemporaryDirectory(prefix="handed-in-", ignore_cleanup_errors=True) as made:
+        taken, left_out = take_data(path.parent, Path(made))
+        yield (Path(made) if taken else None), left_out
 
 
 def _job(

@@ -1,7 +1,7 @@
 """Long-lived worker processes: each imports PyTorch once, then does one task after the other.
 
 A worker that dies takes nothing with it but the task it had, which is tried once more in a new one. Workers end with
-the process that started them, however that ends.
+the process that started them, however that ends. Each task has limits on memory and processor time of its own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-SECONDS = 3600.0  # a task that takes longer has lost its way: the sandbox has limits of its own, far below this
+MIB = 2**20
 ATTEMPTS = 2
+GROWN = 512 * MIB  # a worker that holds so much more than at its start gives way to a new one
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -49,6 +50,25 @@ class Outcome:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What one task may use of its worker; what a learner's code uses in the sandbox is not counted.
+
+    Attributes:
+        seconds: by the clock. A sandbox may take some minutes.
+        processor_seconds: of the worker itself, which matches, compares and writes pages.
+        memory: bytes beyond what the worker holds before its first task.
+    """
+
+    seconds: float = 1800.0
+    processor_seconds: int = 300
+    memory: int = 3072 * MIB
+
+
+class OutOfBoundsError(BaseException):
+    """Not an `Exception`, so that nothing on the way takes it for a mistake of its own."""
+
+
 @dataclass
 class _Worker:
     process: Any
@@ -68,7 +88,7 @@ class Pool:
     """
 
     workers: int
-    seconds: float = SECONDS
+    bounds: Bounds = field(default_factory=Bounds)
     start: str = "spawn"
     peak_bytes: int = 0
     _waiting: deque[Task] = field(default_factory=deque)
@@ -94,8 +114,8 @@ class Pool:
             heard |= {worker.process.sentinel: worker for worker in self._running}
             for worker in {id(heard[end]): heard[end] for end in wait(list(heard), timeout=1.0)}.values():
                 yield from self._hear(worker)
-            for worker in [w for w in self._running if w.task and time.monotonic() - w.since > self.seconds]:
-                yield from self._lost(worker, f"it took longer than {self.seconds:g} seconds")
+            for worker in [w for w in self._running if w.task and time.monotonic() - w.since > self.bounds.seconds]:
+                yield from self._lost(worker, f"it took longer than {self.bounds.seconds:g} seconds")
 
     def __enter__(self) -> Pool:
         return self
@@ -121,7 +141,7 @@ class Pool:
     def _start(self) -> _Worker:
         context: Any = multiprocessing.get_context(self.start)
         here, there = context.Pipe()
-        process = context.Process(target=work, args=(there,), daemon=True)
+        process = context.Process(target=work, args=(there, self.bounds), daemon=True)
         process.start()
         there.close()
         self._running.append(_Worker(process, here))
@@ -130,14 +150,19 @@ class Pool:
     def _hear(self, worker: _Worker) -> Iterator[Outcome]:
         try:
             while worker.pipe.poll():
-                kind, value, peak = worker.pipe.recv()
+                kind, value, peak, leaves = worker.pipe.recv()
                 self.peak_bytes = max(self.peak_bytes, peak)
                 worker.ready = True
                 if kind == "ready":
                     continue
                 task, worker.task = worker.task, None
                 assert task is not None
+                if leaves:
+                    _end(worker)
+                    self._running.remove(worker)
                 yield Outcome(task, value if kind == "done" else None, value if kind == "failed" else "")
+                if leaves:
+                    return
         except (EOFError, OSError):
             worker.process.join(10)
             if not worker.ready:
@@ -158,26 +183,78 @@ class Pool:
             yield Outcome(task, error=why)
 
 
-def work(pipe: Connection) -> None:
+def work(pipe: Connection, bounds: Bounds) -> None:
     """What a worker does until it gets None, or the other end of the pipe is closed."""
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; one of them decides
     import torch
 
-    from lora_from_scratch.finetune.peak_memory import peak_resident_bytes
+    from lora_from_scratch.finetune.peak_memory import peak_resident_bytes, resident_bytes
 
     torch.set_num_threads(1)
+    begun = resident_bytes()
+    _limit_memory(bounds.memory)
     try:
-        pipe.send(("ready", None, peak_resident_bytes()))
+        pipe.send(("ready", None, peak_resident_bytes(), False))
         while task := pipe.recv():
-            try:
-                module, _, name = task.function.partition(":")
-                answer = ("done", getattr(importlib.import_module(module), name)(*task.arguments))
-            except Exception as error:  # whatever goes wrong belongs to this task
-                answer = ("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000])
-            pipe.send((*answer, peak_resident_bytes()))
+            answer = _do(task, bounds)
+            leaves = resident_bytes() > begun + GROWN
+            pipe.send((*answer, peak_resident_bytes(), leaves))
+            if leaves:
+                return
     except (EOFError, OSError):
         return
+
+
+def _do(task: Task, bounds: Bounds) -> tuple[str, Any]:
+    """Do a task; "done" with what it returned, or "failed" with why. Whatever goes wrong belongs to this task."""
+    try:
+        with _processor_time(bounds.processor_seconds):
+            module, _, name = task.function.partition(":")
+            return "done", getattr(importlib.import_module(module), name)(*task.arguments)
+    except OutOfBoundsError as error:
+        return "failed", str(error)
+    except Exception as error:
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
+
+
+@contextlib.contextmanager
+def _processor_time(seconds: int) -> Iterator[None]:
+    """Raise `OutOfBoundsError` in the block when this process has used so much more processor time."""
+    if sys.platform == "win32":
+        yield
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+
+    def used() -> int:
+        return int(time.process_time()) + 1
+
+    def up(number: int, frame: object) -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (used() + 10, hard))  # where somebody swallows it: once more, later
+        raise OutOfBoundsError(f"it took more than {seconds} seconds of processor time")
+
+    before = signal.signal(signal.SIGXCPU, up)
+    resource.setrlimit(resource.RLIMIT_CPU, (used() + seconds, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+        signal.signal(signal.SIGXCPU, before)
+
+
+def _limit_memory(more: int) -> None:
+    """Private memory that can be written, beyond what there is (Linux). The sandbox sets limits of its own."""
+    if not sys.platform.startswith("linux"):
+        return
+    import resource
+
+    from lora_from_scratch.grading.sandbox.lockdown import sizes
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(sizes()["data"]) + more
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _end_with_parent() -> None:

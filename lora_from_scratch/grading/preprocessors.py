@@ -75,16 +75,19 @@ class MarkInSandbox(NbGraderPreprocessor):
         released, root = _released(self, resources), Path(directory.root)
         handed_in = directory.format_path(directory.submitted_directory, said["student"], said["assignment"])
         settings = marking.Settings(root / "graded" / ".cache", self.isolation)
-        graded = marking.mark(
-            match(nb, released),
-            released,
-            find_unit(said["assignment"].removeprefix("unit_")),
-            said["student"],
-            secret_of(root),
-            settings,
-            findings=[Finding(**finding) for finding in nb.metadata.get(FINDINGS, [])],
-            data=marking.data_beside(Path(handed_in) / f"{said['notebook']}.ipynb"),
-        )
+        found = [Finding(**finding) for finding in nb.metadata.get(FINDINGS, [])]
+        unit = find_unit(said["assignment"].removeprefix("unit_"))
+        with marking.data_beside(Path(handed_in) / f"{said['notebook']}.ipynb") as (data, left_out):
+            graded = marking.mark(
+                match(nb, released),
+                released,
+                unit,
+                said["student"],
+                secret_of(root),
+                settings,
+                findings=[*found, *left_out],
+                data=data,
+            )
         return nbformat.reads(shown(graded, released), as_version=4), resources
 
 

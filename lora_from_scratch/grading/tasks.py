@@ -1,23 +1,35 @@
-"""What the worker processes of a grading do: mark a submission, make a page of feedback."""
+"""What the worker processes of a grading do: everything that touches what a learner has handed in.
+
+Each task is about one learner. Whatever goes wrong in it is that learner's; `pool` bounds its time and memory.
+"""
 
 from __future__ import annotations
 
+import errno
 import functools
+import hashlib
+import importlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_from_scratch.checks.units import Unit, units
+from lora_from_scratch.grading import autograded
 from lora_from_scratch.grading.course_folder import CourseFolder, open_course
 from lora_from_scratch.grading.gradebook import patient
+from lora_from_scratch.grading.graded import Graded
+from lora_from_scratch.grading.keys import key_of
+from lora_from_scratch.grading.marking import Settings
+from lora_from_scratch.grading.sandbox import Isolation, SandboxError
+from lora_from_scratch.grading.submissions.folder import handed_in_at
+from lora_from_scratch.grading.submissions.released import forget
 from lora_from_scratch.support.files import write_atomically
 
-if TYPE_CHECKING:
-    from lora_from_scratch.grading.sandbox import Isolation
-
+LOOK = f"{__name__}:look"
 MARK = f"{__name__}:mark"
-FEEDBACK = f"{__name__}:make_feedback"
+PUBLISH = f"{__name__}:publish"
+MACHINES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,10 @@ class Job:
         notebook: submitted/LEARNER/unit_NN/unit_NN.ipynb.
         released: the notebook that learners got.
         record: the file that the result is written to.
+        shown: the notebook in autograded/, which shows what persons saw of the grading before.
+        course_key: the part of the key that all submissions share.
+        key: of the submission; "" until it was looked at.
+        again: mark it also if it would come out the same.
         marker: "module:function" that marks, with the arguments of `marking.mark_file`.
     """
 
@@ -36,39 +52,112 @@ class Job:
     notebook: Path
     released: Path
     record: Path
-    key: str
+    shown: Path
+    course_key: str
     secret: str
     isolation: Isolation
     cache: Path
     marker: str
+    key: str = ""
+    again: bool = False
 
 
-def mark(job: Job) -> None:
-    """Mark a submission and write the result, whole or not at all.
+@dataclass(frozen=True)
+class Prepared:
+    """A graded submission, as it goes into the gradebook and to where it is shown.
 
-    Raises:
-        ValueError, OSError: the machine or the course is at fault.
+    Attributes:
+        graded: without its notebook.
+        text: the notebook as it is shown; None: what is shown stays as it is.
+        changed: the grade_ids of cells that are not what persons saw of the grading before.
+        handed_in: when, in nbgrader's form; None: nobody knows.
+        unclear: what is wrong with the file that should say when.
     """
-    import importlib
 
-    from lora_from_scratch.grading.marking import Settings
+    graded: Graded
+    text: str | None
+    changed: frozenset[str] = frozenset()
+    handed_in: str | None = None
+    unclear: str = ""
 
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a submission could not be marked, and whether that is the machine's fault and not the submission's."""
+
+    why: str
+    machine: bool
+
+
+def look(job: Job) -> tuple[str, Prepared | None]:
+    """The submission's key, and the result if there is one already that would come out the same."""
+    key = key_of(job.notebook.parent, job.course_key)
+    stored = None if job.again else stored_result(job.record)
+    return key, _prepared(job, stored) if stored is not None and stored.key == key else None
+
+
+def mark(job: Job) -> Prepared | Failed:
+    """Mark a submission and write the result, whole or not at all."""
+    try:
+        graded = _mark(job)
+        prepared = _prepared(job, graded)
+        write_text(job.record, graded.to_json())
+        return prepared
+    except Exception as error:  # whatever it is, the others' grading goes on
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
+        return Failed(why, isinstance(error, SandboxError) or getattr(error, "errno", None) in MACHINES)
+
+
+def stored_result(record: Path) -> Graded | None:
+    try:
+        return Graded.from_json(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _mark(job: Job) -> Graded:
     module, _, name = job.marker.partition(":")
     mark_file = getattr(importlib.import_module(module), name)
     settings = Settings(cache=job.cache, isolation=job.isolation)
-    graded = mark_file(
-        job.notebook,
-        _released(job.released),
-        unit_of(job.unit),
-        job.learner,
-        job.secret,
-        settings,
-        key=job.key,
-    )
-    write_text(job.record, graded.to_json())
+    released, unit = _released(job.released), unit_of(job.unit)
+    try:
+        return mark_file(job.notebook, released, unit, job.learner, job.secret, settings, key=job.key)
+    finally:
+        forget()
 
 
-def make_feedback(assignment: str, place: Path, db: str, learner: str, made_of: str) -> None:
+def _prepared(job: Job, graded: Graded) -> Prepared:
+    text = autograded.shown(graded, _released(job.released))
+    changed = frozenset(autograded.changed_cells(job.shown, text))
+    return Prepared(graded, text, changed, *handed_in_at(job.notebook.parent))
+
+
+def publish(assignment: str, place: Path, db: str, learner: str, text: str, said: str, feedback: bool) -> None:
+    """Write what is shown of a submission, and the page of feedback if there is none that is made of the same.
+
+    Args:
+        said: what the gradebook says of the submission.
+
+    Raises:
+        ValueError, OSError: it could not be written.
+    """
+    course = _course(assignment, place, patient(db))
+    autograded.write(course, learner, text)
+    shown = course.autograded(learner) / f"{assignment}.ipynb"
+    made_of = hashlib.sha256(shown.read_bytes() + said.encode()).hexdigest()
+    if feedback and not _has_feedback(course, learner, made_of):
+        make_feedback(course, learner, made_of)
+
+
+def _has_feedback(course: CourseFolder, learner: str, made_of: str) -> bool:
+    page = course.feedback(learner) / f"{course.assignment}.html"
+    try:
+        return page.is_file() and course.feedback_mark(learner).read_text(encoding="utf-8") == made_of
+    except OSError:
+        return False
+
+
+def make_feedback(course: CourseFolder, learner: str, made_of: str) -> None:
     """Have nbgrader write the learner's page of feedback, and note what it was made of.
 
     Raises:
@@ -77,8 +166,7 @@ def make_feedback(assignment: str, place: Path, db: str, learner: str, made_of: 
     from nbgrader.converters import GenerateFeedback
     from nbgrader.converters.base import NbGraderException
 
-    course = _course(assignment, place, patient(db))
-    folder = course.autograded(learner)
+    folder, assignment = course.autograded(learner), course.assignment
 
     class OneLearner(GenerateFeedback):
         """nbgrader's own, which looks for folders by a pattern: "[x]" is a pattern too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ ALSO = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/usr/share/f
 # without this, a learner's code could set the kernel's parameters and change the modes of devices.
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 OF_PROC = ("cpuinfo", "filesystems", "loadavg", "meminfo", "mounts", "net", "self", "stat", "thread-self", "version")
+COPY = re.compile(r"lora[-_.]from[-_.]scratch(?![a-z])", re.IGNORECASE)
+DESCRIPTIONS = (".dist-info", ".egg-info", ".pth", ".egg-link")  # of what is installed: no code
 NEEDED = ("torch", "numpy", "IPython", "safetensors", "traitlets")
 
 
@@ -92,6 +95,9 @@ def command(
     for link in filter(os.path.islink, (*SYSTEM, f"{sys.prefix}/lib64", f"{sys.base_prefix}/lib64")):
         if not any(Path(link).is_relative_to(place) for place in visible()):
             arguments += ["--symlink", os.readlink(link), link]
+    for copy in other_copies():
+        hidden = ["--tmpfs", str(copy), "--remount-ro"] if copy.is_dir() else ["--ro-bind", "/dev/null"]
+        arguments += [*hidden, str(copy)]
     for source, place in bound:
         arguments += ["--ro-bind", str(source), place]
     arguments += [*_proc(), *_devices(shared)]
@@ -164,6 +170,24 @@ def _of_prefix(prefix: Path) -> list[Path]:
     system = prefix in (Path("/usr"), Path("/usr/local"), Path("/"))
     names = ("lib", "lib64") if system else ("bin", "lib", "lib64", "pyvenv.cfg")
     return [prefix / name for name in names if (prefix / name).exists() and not (prefix / name).is_symlink()]
+
+
+@functools.cache
+def other_copies() -> tuple[Path, ...]:
+    """What is visible and has the library's name: another installed copy would give away what is taken out of one."""
+    found = []
+    waiting = [place for place in visible() if place.is_dir()]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if COPY.match(entry.name) and not entry.name.endswith(DESCRIPTIONS):
+                        found.append(Path(entry.path))
+                    elif entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+        except OSError:  # nobody else inside can list it either
+            continue
+    return tuple(sorted(found))
 
 
 def mounted(places: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:

@@ -7,6 +7,7 @@ standard input. This module is copied into the sandbox's library, where `checks.
 
 from __future__ import annotations
 
+import builtins
 import gc
 import importlib
 import io
@@ -21,14 +22,25 @@ from typing import Any
 
 import torch
 from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.text import LSString, SList
 from traitlets.config import Config
 
 from lora_from_scratch.checks.notebook import unusable
-from lora_from_scratch.checks.observation import OutOfTime, Seen, observe, plain, seed_everything, time_limit
+from lora_from_scratch.checks.observation import (
+    Opaque,
+    OutOfTime,
+    Seen,
+    plain,
+    seed_everything,
+    time_limit,
+    try_on,
+)
 from lora_from_scratch.grading.sandbox import lockdown, wire
-from lora_from_scratch.grading.sandbox.pristine import Pristine
+from lora_from_scratch.grading.sandbox.pristine import Pristine, without_modes
 
 PACKAGE = __name__.partition(".")[0]
+RUNS_CODE = frozenset({"capture", "prun", "run", "time", "timeit"})  # magics in which an error is the learner's own
+GUESS_SECONDS = 2.0
 TRACEBACK = 4_000  # characters of a traceback that are kept: its end
 
 
@@ -63,7 +75,11 @@ class Beginning(io.TextIOBase):
 
 
 class Shell(InteractiveShell):
-    """IPython without a kernel, a terminal or a history. What ends a cell is kept instead of being printed."""
+    """IPython without a kernel, a terminal or a history. What ends a cell is kept instead of being printed.
+
+    A notebook's kernel goes on after `%matplotlib inline`, `!pip install` and the like, and so does this: what needs
+    a screen, another program or the network does nothing, and says so.
+    """
 
     error: BaseException | None = None
 
@@ -73,17 +89,68 @@ class Shell(InteractiveShell):
     def showsyntaxerror(self, *arguments: Any, **options: Any) -> None:
         self.error = self.error or sys.exc_info()[1]
 
+    def enable_gui(self, gui: str | None = None) -> None:
+        """There is no screen."""
+
+    def enable_matplotlib(self, gui: str | None = None) -> tuple[str | None, str]:
+        return None, "agg"
+
+    def enable_pylab(self, gui: str | None = None, import_all: bool = True) -> tuple[str | None, str, list[str]]:
+        """Without the names that Python has itself: NumPy's `max` and `sum` take other arguments."""
+        kept = {name: self.user_ns[name] for name in vars(builtins) if name in self.user_ns}
+        super().enable_pylab(gui, import_all)
+        for name in vars(builtins).keys() & self.user_ns.keys():
+            del self.user_ns[name]
+        self.user_ns.update(kept)
+        return None, "agg", []
+
+    def ask_exit(self) -> None:
+        """`exit` in a notebook ends the kernel after the cell; here the rest is still to be run."""
+
+    def system(self, cmd: str) -> None:
+        self.user_ns["_exit_code"] = 0
+        self._did_nothing(f"!{cmd}")
+
+    system_piped = system_raw = system
+
+    def getoutput(self, cmd: str, split: bool = True, depth: int = 0) -> Any:
+        self._did_nothing(f"!{cmd}")
+        return SList([]) if split else LSString("")
+
+    def run_line_magic(self, magic_name: str, line: str, _stack_depth: int = 1) -> Any:
+        try:
+            return super().run_line_magic(magic_name, line, _stack_depth + 1)
+        except Exception as error:
+            return self._survived(f"%{magic_name} {line}", magic_name, error)
+
+    def run_cell_magic(self, magic_name: str, line: str, cell: str) -> Any:
+        try:
+            return super().run_cell_magic(magic_name, line, cell)
+        except Exception as error:
+            return self._survived(f"%%{magic_name} {line}", magic_name, error)
+
+    def _survived(self, what: str, name: str, error: Exception) -> None:
+        if name in RUNS_CODE:
+            raise error
+        self._did_nothing(what)
+
+    def _did_nothing(self, what: str) -> None:
+        print(f"{what.strip()[:200]}: this does nothing while a notebook is graded.")
+
 
 class Runner:
     """Does the steps of a job.
 
     Args:
-        job: see `observing.describe_job`.
+        job: see `observing._Observing._describe`.
         send: sends a frame.
+        inputs: waits for the inputs of the exercise whose step has begun.
     """
 
-    def __init__(self, job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
-        self.job, self.send = job, send
+    def __init__(
+        self, job: dict[str, Any], send: Callable[[dict[str, Any]], None], inputs: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.job, self.send, self.inputs = job, send, inputs
         checks = importlib.import_module(f"{PACKAGE}.checks.unit_{job['unit']}.exercises")
         self.exercises = {exercise.name: exercise for exercise in checks.EXERCISES}
         self.called: set[str] = importlib.import_module(f"{PACKAGE}.taken_out").called
@@ -136,24 +203,32 @@ class Runner:
         }
 
     def try_answer(self, step: dict[str, Any]) -> dict[str, Any]:
-        exercise = self.exercises[step["name"]]
+        exercise, given = self.exercises[step["name"]], self.inputs()  # whether they are needed or not
         changed = self.pristine.restore()
         frame: dict[str, Any] = {"kind": "tried", "changed": changed, "called": [], "seen": [], "message": ""}
         gc.enable()
         if (why := unusable(exercise, self.names)) is not None:
             return frame | {"status": why.status, "message": why.message[:1000]}
         self.called.clear()
-        inputs = step["inputs"]
+        cases, answer = given["cases"], self.names[exercise.name]
+        tried: list[tuple[Seen, dict[str, Any]]]
         try:
-            with torch._C.DisableTorchFunctionSubclass():
-                seen = observe(exercise.probe, self.names[exercise.name], inputs, step["seconds"], step["seed"])
-        except KeyboardInterrupt:  # which `observe` leaves to the learner at the keyboard
-            seen = [Seen(errors=("KeyboardInterrupt",))] * len(inputs)
-        return frame | {"status": "seen", "seen": [wire.from_seen(s) for s in seen], "called": sorted(self.called)}
+            with without_modes():
+                tried = try_on(exercise.probe, answer, cases, step["seconds"], given["seed"])
+        except KeyboardInterrupt:  # which is left to the learner at the keyboard
+            tried = [(Seen(errors=("KeyboardInterrupt",)), case) for case in cases]
+        room = wire.Room(bytes=self.job["observation"])
+        with without_modes():
+            seen = [wire.from_tried(one, after, room) for one, after in tried]
+        return frame | {"status": "seen", "seen": seen, "called": sorted(self.called)}
 
     def read_guess(self, step: dict[str, Any]) -> dict[str, Any]:
-        value = plain(self.names.get(step["name"]))
-        return {"kind": "guess", "value": wire.from_seen(Seen(value))["value"]}
+        try:
+            with time_limit(GUESS_SECONDS):
+                value = wire.Room(bytes=self.job["observation"]).fitting(plain(self.names.get(step["name"])))
+        except BaseException as error:  # lists in lists without a floor, for example
+            value = Opaque(f"value that cannot be read ({type(error).__name__})")
+        return {"kind": "guess", "value": value}
 
 
 def _in_a_line(error: BaseException) -> str:
@@ -190,21 +265,25 @@ def copy_files(source: Path, target: Path, room: int) -> None:
 
 
 def main(folder: str, frames: int) -> None:
-    key = os.read(0, wire.KEY)
+    key, told = os.read(0, wire.KEY), os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     writer = wire.Writer(key)
     os.set_inheritable(frames, False)
-    write = os.write
+    read, write = os.read, os.write
 
     def send(frame: dict[str, Any]) -> None:
         content = memoryview(writer.frame(frame))
         while content:
             content = content[write(frames, content) :]
 
+    def inputs() -> Any:
+        read(told, 1)  # the grader has written them now, and not before
+        return wire.unpack(Path(folder, "inputs").read_bytes())
+
     job: Any = wire.unpack(Path(folder, "job").read_bytes())
     torch.set_num_threads(1)
     seed_everything(0)
-    runner = Runner(job, send)
+    runner = Runner(job, send, inputs)
     copy_files(Path(folder, "matplotlib"), Path(os.environ["MPLCONFIGDIR"]), job["folder"] // 4)
     copy_files(Path(folder, "files"), Path.cwd(), job["folder"] // 2)
     sys.path.insert(0, "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -12,6 +14,7 @@ from lora_from_scratch.grading.sandbox import seccomp
 OPEN_FILES = 256
 SIGNALS_WAITING = 256
 MIB = 2**20
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: end with the parent; the filter keeps it from being taken back
 
 
 def lock(memory: int, processor_seconds: int, file: int, filtered: bool = True) -> None:
@@ -41,8 +44,10 @@ def lock(memory: int, processor_seconds: int, file: int, filtered: bool = True) 
     for name, limit in limits.items():
         if hasattr(resource, f"RLIMIT_{name}"):
             _set(getattr(resource, f"RLIMIT_{name}"), limit)
-    if filtered and sys.platform == "linux":
-        seccomp.install()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if filtered:
+            seccomp.install()
 
 
 def sizes(process: str = "self") -> Mapping[str, float]:

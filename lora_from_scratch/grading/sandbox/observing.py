@@ -24,6 +24,7 @@ from lora_from_scratch.grading.sandbox.stripped import ASSETS, TAKEN_OUT, Stripp
 from lora_from_scratch.support.figures import BUILDING
 
 MOST_STARTS = 8  # of one submission's notebook, after as many crashes less one
+OVERHEAD = 2**20  # of an observation's bytes, for what is not tensors
 GRACE = 5.0  # seconds that the process has, beyond its own limit, to say that the time of a cell is up
 JOB = "/job"  # where the job is seen inside
 LIBRARY = "/library"  # where an instructor's own modules are
@@ -176,7 +177,7 @@ class _Observing:
 
     def _start(self, following: Following, library: Stripped) -> supervisor.End:
         with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as made:
-            folder = Path(made)
+            folder = following.folder = Path(made)
             (folder / "job").write_bytes(wire.pack(self._describe(following.steps)))
             (folder / "files").mkdir()
             shutil.copytree(fonts(self.job.cache), folder / "matplotlib")
@@ -223,6 +224,7 @@ class _Observing:
             "memory": limits.memory,
             "processor_seconds": limits.processor_seconds,
             "file": limits.file,
+            "observation": limits.observation - OVERHEAD,
         }
 
     def _describe_step(self, step: Step) -> dict[str, Data]:
@@ -230,14 +232,18 @@ class _Observing:
             return {"kind": "run", "source": step.source, "seconds": self.job.limits.cell_seconds}
         if isinstance(step, Guess):
             return {"kind": "guess", "name": step.name}
-        exercise = self.exercises[step.name]
-        inputs: list[Data] = [dict(case.inputs) for case in exercise.inputs(step.seed)]
-        seconds = exercise.seconds * self.job.limits.patience
-        return {"kind": "probe", "name": step.name, "seed": step.seed, "seconds": seconds, "inputs": inputs}
+        seconds = self.exercises[step.name].seconds * self.job.limits.patience
+        return {"kind": "probe", "name": step.name, "seconds": seconds}
+
+    def inputs(self, step: Probe) -> list[dict[str, Data]]:
+        return [dict(case.inputs) for case in self.exercises[step.name].inputs(step.seed)]
 
 
 class Following:
     """Takes the frames of one process, which must be those of its steps in their order.
+
+    Inputs are written where the process reads them when their exercise is tried, and not before: a cell could otherwise
+    compute in advance what takes too long.
 
     Args:
         left_out: steps that an earlier process ended in, and how.
@@ -245,6 +251,7 @@ class Following:
 
     def __init__(self, observing: _Observing, steps: list[Step], left_out: list[tuple[Step, Ending]]) -> None:
         self.observing, self.steps, self.left_out = observing, steps, left_out
+        self.folder = Path()  # what the process sees as its job
         self.current: Step | None = None
         self.place = 0
         self.state = "starting"
@@ -260,7 +267,7 @@ class Following:
     def until(self) -> float:
         return min(self.step_until, self.all_until)
 
-    def take(self, frame: Data) -> None:
+    def take(self, frame: Data) -> bool:
         if not isinstance(frame, dict) or type(frame.get("kind")) is not str or type(frame.get("step", 0)) is not int:
             raise ValueError("a frame is not what the runner sends")
         kind = str(frame["kind"])
@@ -272,6 +279,10 @@ class Following:
         elif self.state == "between" and kind == "started" and frame.get("step") == self.place < len(self.steps):
             self.current, self.state = self.steps[self.place], "in a step"
             self.step_until = time.monotonic() + self._seconds(self.current) + GRACE
+            if isinstance(self.current, Probe):
+                given: Data = {"cases": self.observing.inputs(self.current), "seed": self.current.seed}  # type: ignore[dict-item]
+                (self.folder / "inputs").write_bytes(wire.pack(given))
+                return True
         elif self.state == "in a step" and frame.get("step") == self.place:
             assert self.current is not None
             self._keep(self.current, frame)
@@ -279,6 +290,7 @@ class Following:
             self.step_until = time.monotonic() + GRACE
         else:
             raise ValueError(f"a frame of kind {kind[:30]!r} came while the process was {self.state}")
+        return False
 
     def _seconds(self, step: Step) -> float:
         limits = self.observing.job.limits
@@ -322,10 +334,10 @@ class Following:
         status, message, changed = _text(frame, "status", 20), _text(frame, "message", 1_000), _texts(frame, "changed")
         if status == "seen":
             seen = frame.get("seen")
-            cases = len(self.observing.exercises[step.name].inputs(step.seed))
-            if not isinstance(seen, list) or len(seen) != cases:
-                raise ValueError(f"there are not {cases} observations")
-            read: list[Seen] = [wire.to_seen(one) for one in seen]
+            given = self.observing.inputs(step)
+            if not isinstance(seen, list) or len(seen) != len(given):
+                raise ValueError(f"there are not {len(given)} observations")
+            read: list[Seen] = [wire.to_seen(one, inputs) for one, inputs in zip(seen, given, strict=True)]
             return Tried(step.name, "seen", "", tuple(read), changed)
         if status not in ("missing", "library"):
             raise ValueError("an answer has a status that there is not")

@@ -8,6 +8,9 @@ always do more.
 from __future__ import annotations
 
 import builtins
+import contextlib
+import gc
+import os
 import sys
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
@@ -43,8 +46,27 @@ MODULES = (
     "torch.random",
 )
 CLASSES = (torch.Tensor, torch.nn.Parameter, torch.nn.Module, torch.Generator)
+# With these a value is taken out of the sandbox.
+LOOKS = tuple(f"aten::{name}" for name in ("_to_copy", "alias", "clone", "contiguous", "copy_", "detach", "permute"))
+OPERATORS = ("aten/", "prims/", "prim/", "quantized/")
+TORCH = os.path.dirname(torch.__file__) + os.sep
 RECURSION = 3_000
 SHOWN = 20
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """No `TorchFunctionMode` or `TorchDispatchMode` that a notebook has left on sees what happens in the block."""
+    functions = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+    dispatched = [torch._C._pop_torch_dispatch_stack(None) for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            yield
+    finally:
+        for mode in reversed(functions):
+            torch._C._push_on_torch_function_stack(mode)
+        for mode in reversed(dispatched):
+            torch._C._push_on_torch_dispatch_stack(mode)
 
 
 class Pristine:
@@ -62,6 +84,7 @@ class Pristine:
             for value in kept.values()
             if isinstance(value, FunctionType)
         }
+        self.kernels = frozenset(torch.library._impls)
 
     def restore(self) -> list[str]:
         """Put back what is not as it was; the names of it, the first `SHOWN`."""
@@ -73,8 +96,7 @@ class Pristine:
             now = vars(owner)
             for attribute, value in self.kept[id(owner)].items():
                 if (found := now.get(attribute)) is not value:
-                    # PyTorch itself wraps `torch.manual_seed` when its compiler is imported: put back, not told.
-                    if (name, attribute) != ("torch", "manual_seed") or not hasattr(found, "__wrapped__"):
+                    if not _is_pytorchs(found):
                         changed.append(f"{name}.{attribute}")
                     (type if isinstance(owner, type) else ModuleType).__setattr__(owner, attribute, value)
             for attribute in self._in_front(owner):
@@ -84,7 +106,16 @@ class Pristine:
             if (value.__code__, value.__defaults__, value.__kwdefaults__) != (code, defaults, keywords):
                 changed.append(f"{value.__module__}.{value.__qualname__}")
                 value.__code__, value.__defaults__, value.__kwdefaults__ = code, defaults, keywords
-        return changed[:SHOWN]
+        return [*self._take_kernels_out(), *changed][:SHOWN]
+
+    def _take_kernels_out(self) -> list[str]:
+        """PyTorch's own operators do again what they did: kernels for them that a notebook has registered go."""
+        new = {name for name in set(torch.library._impls) - self.kernels if _is_a_notebooks(name)}
+        for library in [one for one in gc.get_objects() if type(one) is torch.library.Library] if new else []:
+            if new & library._op_impls:
+                library._destroy()
+        lasting = {name for name in LOOKS if _foreign_lines(name)}
+        return sorted({"torch.ops." + ".".join(name.split("/")[:2]) for name in new} | lasting)
 
     def _in_front(self, owner: Any) -> list[str]:
         """What was added to a class and hides what it inherits, or to a module and hides what Python has."""
@@ -106,3 +137,25 @@ class Pristine:
             called = callable(value) or isinstance(value, property | staticmethod | classmethod)
             if called and not isinstance(value, ModuleType) and (not name.startswith("__") or isinstance(owner, type)):
                 yield name, value
+
+
+def _is_a_notebooks(kernel: str) -> bool:
+    """Is a kernel for one of PyTorch's own operators ("aten/equal/CPU") registered by a file that is not PyTorch's?"""
+    if not kernel.startswith(OPERATORS):
+        return False
+    space, name, key = kernel.split("/")
+    return any(line.startswith((f"{key}:", f"{key}[alias]:")) for line in _foreign_lines(f"{space}::{name}"))
+
+
+def _foreign_lines(operator: str) -> list[str]:
+    """Of what the dispatcher says of an operator, the kernels that neither PyTorch's C++ nor its Python registered."""
+    lines = torch._C._dispatch_dump(operator).splitlines()
+    return [line for line in lines if ": registered at " in line and TORCH not in line and ".cpp:" not in line]
+
+
+def _is_pytorchs(value: Any) -> bool:
+    """Does PyTorch itself put this there, as when its default dtype is set or its compiler is imported?"""
+    value = getattr(value, "__func__", value)
+    if isinstance(value, FunctionType):
+        return value.__code__.co_filename.startswith(TORCH)
+    return isinstance(value, type) and value.__module__.partition(".")[0] == "torch"

@@ -107,6 +107,16 @@ WITHOUT_EFFECT = {
     "lchown": (94, -1),
     "fchown": (93, 55),
     "fchownat": (260, 54),
+    "utime": (132, -1),
+    "utimes": (235, -1),
+    "futimesat": (261, -1),
+    "utimensat": (280, 88),
+}
+# What is refused with these arguments only: the place of the argument (from 0), its value.
+WITH_ARGUMENT = {
+    "prctl": ((157, 167), 0, (1,)),  # PR_SET_PDEATHSIG: everything inside ends with the grader
+    # FS_IOC_SETFLAGS, its 32-bit form, FS_IOC_FSSETXATTR, FS_IOC_SETVERSION: attributes of the devices.
+    "ioctl": ((16, 29), 1, (0x40086602, 0x40046602, 0x401C5820, 0x40087602)),
 }
 STARTING = {"execve": (59, 221), "execveat": (322, 281)}
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
@@ -151,6 +161,12 @@ def program(machine: str | None = None, starting: bool = False) -> bytes:
     for numbers in WITHOUT_EFFECT.values():
         if numbers[column] >= 0:
             lines += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, REFUSE)]
+    for numbers, place, values in WITH_ARGUMENT.values():
+        length = 2 * len(values) + 1
+        lines += [(EQUAL, 0, length + 1, numbers[column]), (LOAD, 0, 0, FIRST_ARGUMENT + 8 * place)]
+        for value in values:
+            lines += [(EQUAL, 0, 1, value), (RETURN, 0, 0, REFUSE | errno.EPERM)]
+        lines += [(LOAD, 0, 0, NUMBER)]
     # clone3 hides its flags behind a pointer: the C library takes clone when there is none.
     lines += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, REFUSE | errno.ENOSYS)]
     lines += [(EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 1, 0, CLONE_THREAD)]

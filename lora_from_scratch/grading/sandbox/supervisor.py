@@ -31,8 +31,8 @@ PIECE = 1 << 16
 class Listener(Protocol):
     """Who takes the frames."""
 
-    def take(self, frame: Data) -> None:
-        """A frame has come. ValueError: it is not what can come now."""
+    def take(self, frame: Data) -> bool:
+        """A frame has come. True: what the process waits for is there. ValueError: it is not what can come now."""
 
     def until(self) -> float | None:
         """When the process has to be ended if nothing comes before, on the clock `time.monotonic`."""
@@ -86,7 +86,7 @@ def start(
     Args:
         walls: bubblewrap's command, given the file descriptors of the filter and of the information; or None.
         inside: what is started in it, given the file descriptor of the frames.
-        key: of the seals; the process reads it from its standard input.
+        key: of the seals; the process reads it from its standard input, and a byte each time that it may go on.
         folder, environment: of the process; bubblewrap has its own way of saying them to what is inside.
     """
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -118,7 +118,7 @@ def start(
         assert process.stdin is not None
         with contextlib.suppress(OSError):
             process.stdin.write(key)
-            process.stdin.close()
+            process.stdin.flush()
         ours.pop_all()
         return Started(process, frames, info)
 
@@ -207,9 +207,12 @@ class Watch:
         return take
 
     def _take_frames(self) -> bool:
+        assert self.started.process.stdin is not None
         content = os.read(self.started.frames, PIECE)
         for frame in self.reader.feed(content):
-            self.listener.take(frame)
+            if self.listener.take(frame):
+                with contextlib.suppress(OSError):
+                    os.write(self.started.process.stdin.fileno(), b"!")
             if self.listener.ready() and self.at_ready is None:
                 self.at_ready = time.monotonic()
         return bool(content)
@@ -275,7 +278,10 @@ class Watch:
 
     def _close(self) -> None:
         assert self.started.process.stdout is not None
+        assert self.started.process.stdin is not None
         self.started.process.stdout.close()
+        with contextlib.suppress(OSError):
+            self.started.process.stdin.close()
         os.close(self.started.frames)
         if self.started.info is not None:
             os.close(self.started.info)

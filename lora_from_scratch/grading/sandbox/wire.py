@@ -18,13 +18,13 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_from_scratch.checks.observation import Data, Opaque, Seen
+from lora_from_scratch.checks.observation import Data, Opaque, Seen, changed
 
 SEAL = 16
 KEY = 32
@@ -36,6 +36,9 @@ LONGEST_TEXT = 500_000
 MOST_TENSORS = 10_000
 MOST_AXES = 32
 
+VALUES_DEEPEST = DEEPEST - 8  # a value lies in an observation, that in a list, that in a frame
+LONGEST_NUMBER = 13_000  # bits; Python itself refuses to read whole numbers of more than 4,300 digits
+
 # The dtypes that safetensors has. Complex numbers cross as pairs of real ones.
 DTYPES = frozenset(
     getattr(torch, name)
@@ -46,9 +49,9 @@ DTYPES = frozenset(
 )
 PAIRS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
-# The fields of `Seen` that are text, with the most characters, and those that are lists of it.
+# The fields of `Seen` that are text, with the most characters.
 TEXTS = {"message": 1_000, "where": 1_000, "printed": 10_000}
-LISTS = ("errors", "changed")
+MOST_NAMES, LONGEST_NAME = 100, 500
 
 
 # --- Plain data as bytes -----------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def pack(data: Data) -> bytes:
     tensors: dict[str, Tensor] = {}
     try:
         text = json.dumps(_to_json(data, tensors, 0), separators=(",", ":")).encode()
-    except (TypeError, RecursionError) as error:
+    except (TypeError, RecursionError, OverflowError) as error:
         raise ValueError(f"this is not plain data: {error}") from None
     if len(text) > LARGEST_JSON or len(tensors) > MOST_TENSORS:
         raise ValueError(f"this is too much to send: {len(text):,} bytes of text, {len(tensors):,} tensors")
@@ -141,9 +144,9 @@ def _no_constant(text: str) -> None:
 
 
 class _Reader:
-    """From the JSON tree back to plain data; counts what it reads."""
+    """From the JSON tree back to plain data; counts what it reads. A tensor stands in one place, as `pack` has it."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
         self.items = 0
 
@@ -170,7 +173,7 @@ class _Reader:
         if keys == {"float"} and tree["float"] in ("nan", "inf", "-inf"):
             return float(tree["float"])
         if keys == {"tensor", "complex", "order"} and str(tree["tensor"]) in self.tensors:
-            return self.tensor(self.tensors[str(tree["tensor"])], tree["complex"], tree["order"])
+            return self.tensor(self.tensors.pop(str(tree["tensor"])), tree["complex"], tree["order"])
         raise ValueError(f"the frame has an object with the keys {', '.join(sorted(keys))[:200]}")
 
     def mapping(self, pairs: list[Any], depth: int) -> Data:
@@ -200,38 +203,101 @@ def _short(text: str) -> str:
 # --- Seen as plain data ------------------------------------------------------------------------------
 
 
-def from_seen(seen: Seen) -> dict[str, Data]:
-    """What was seen as plain data; a value that is too much to send becomes `Opaque`."""
-    data = {item.name: getattr(seen, item.name) for item in dataclasses.fields(seen)}
-    data |= {name: list(data[name])[:100] for name in LISTS}
+@dataclasses.dataclass
+class Room:
+    """What may still be sent in one frame; less than what `unpack` takes, so that nothing harmless is refused there."""
+
+    items: int = MOST_ITEMS - 20_000
+    text: int = LARGEST_JSON - 2**19
+    tensors: int = MOST_TENSORS - 1_000
+    bytes: int = 2**60
+
+    def fitting(self, value: Data) -> Data:
+        """The value, if there is room for it; `Opaque` otherwise."""
+        tried = dataclasses.replace(self)
+        try:
+            tried.take(value, 0)
+        except ValueError:
+            return Opaque("value that is too large to be looked at")
+        for item in dataclasses.fields(self):
+            setattr(self, item.name, getattr(tried, item.name))
+        return value
+
+    def take(self, value: Data, depth: int) -> None:
+        """Make the room less by what a value takes.
+
+        Raises:
+            ValueError: there is not enough.
+        """
+        self.items -= 1
+        self.text -= 30
+        if isinstance(value, Tensor):
+            self.tensors -= 1
+            self.text -= 100 + 8 * value.ndim
+            self.bytes -= 1000 + value.numel() * value.element_size()
+        elif isinstance(value, str):
+            self.text -= self._length(value)
+        elif isinstance(value, int):
+            self.text -= value.bit_length() // 3
+        if min(self.items, self.text, self.tensors, self.bytes) < 0 or depth > VALUES_DEEPEST:
+            raise ValueError("there is no room for this")
+        if isinstance(value, Tensor) and value.ndim > MOST_AXES:
+            raise ValueError("this has too many axes")
+        if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+            raise ValueError("this number is too long")
+        inner: Iterable[Data] = value if isinstance(value, list) else ()
+        if isinstance(value, dict):
+            self.text -= sum(map(self._length, value))
+            inner = value.values()
+        for item in inner:
+            self.take(item, depth + 1)
+
+    @staticmethod
+    def _length(text: str) -> int:
+        if len(text) > LONGEST_TEXT:
+            raise ValueError("this text is too long")
+        return len(json.dumps(text))
+
+
+def from_tried(seen: Seen, after: Mapping[str, Data], room: Room) -> dict[str, Data]:
+    """An observation and what its inputs are afterwards as plain data; a value that is too much becomes `Opaque`."""
+    data = {item.name: getattr(seen, item.name) for item in dataclasses.fields(seen) if item.name != "changed"}
+    data["errors"] = [name[:LONGEST_NAME] for name in data["errors"][:MOST_NAMES]]
     data |= {name: data[name][:most] for name, most in TEXTS.items()}
-    try:
-        pack(data["value"])
-    except ValueError:
-        data["value"] = Opaque("value that is too large to be looked at")
+    data["value"] = room.fitting(data["value"])
+    data["after"] = {name: room.fitting(value) for name, value in after.items()}
     return data
 
 
-def to_seen(data: Data) -> Seen:
-    """What `from_seen` made data of.
+def to_seen(data: Data, given: Mapping[str, Data]) -> Seen:
+    """What `from_tried` made data of. Whether an input was changed is found out here, outside the sandbox.
+
+    Args:
+        given: the inputs as they were.
 
     Raises:
         ValueError: it is something else.
     """
-    if not isinstance(data, dict) or data.keys() != {item.name for item in dataclasses.fields(Seen)}:
+    names = {item.name for item in dataclasses.fields(Seen)} - {"changed"} | {"after"}
+    if not isinstance(data, dict) or data.keys() != names:
         raise ValueError("an observation has other fields than it should")
     fields: dict[str, Any] = dict(data)
     for name, most in TEXTS.items():
         if type(fields[name]) is not str or len(fields[name]) > most:
             raise ValueError(f"an observation's {name} is not a text of at most {most:,} characters")
-    for name in LISTS:
-        texts = fields[name]
-        if not isinstance(texts, list) or len(texts) > 100 or any(type(t) is not str or len(t) > 500 for t in texts):
-            raise ValueError(f"an observation's {name} is not a short list of short texts")
-        fields[name] = tuple(texts)
+    errors, after = fields["errors"], fields.pop("after")
+    if not isinstance(errors, list) or len(errors) > MOST_NAMES or not all(map(_is_name, errors)):
+        raise ValueError("an observation's errors is not a short list of short texts")
     if type(fields["stopped"]) is not bool:
         raise ValueError("an observation's stopped is neither true nor false")
-    return Seen(**fields)
+    if not isinstance(after, dict) or after.keys() != (set() if fields["stopped"] else given.keys()):
+        raise ValueError("an observation has other inputs than were given")
+    fields["errors"] = tuple(errors)
+    return Seen(**fields, changed=changed(given, after))
+
+
+def _is_name(text: Data) -> bool:
+    return type(text) is str and len(text) <= LONGEST_NAME
 
 
 # --- Frames ------------------------------------------------------------------------------------------

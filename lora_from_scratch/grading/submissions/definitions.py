@@ -14,11 +14,15 @@ import symtable
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 LONGEST = 200_000  # characters of a cell that is still parsed
 BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__", "In", "Out", "get_ipython", "display", "_"}
 _MAGIC = re.compile(r"^([ \t]*)(?:[%!?].*|[\w.]+\?{1,2}[ \t]*)$", re.MULTILINE)
 _ANOTHER_LANGUAGE = re.compile(r"\s*%%(?!time\b|capture\b|prun\b)")  # %%bash, %%writefile, ...: it binds nothing
+_RUNS_ITS_CELL = re.compile(r"%%(time|capture|prun)\b")
+MOST_MAGICS = 50
+PACKAGE = __name__.partition(".")[0]
 LIBRARYS = ("library", "working")  # a name that is assigned from a call of these is the library's version
 COMPOUND = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Match)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -105,6 +109,15 @@ def imports_only(source: str) -> bool:
     return tree is not None and bool(tree.body) and all(isinstance(n, ast.Import | ast.ImportFrom) for n in tree.body)
 
 
+def imports_everything(source: str) -> bool:
+    """Does a cell import all names of a module of the learner's own, whatever they are?"""
+    tree = _parsed(source)
+    return tree is not None and any(
+        isinstance(node, ast.ImportFrom) and node.names[0].name == "*" and not _is_librarys(node.module)
+        for node in tree.body
+    )
+
+
 def same_code(one: str, other: str) -> bool:
     """The same but for white space and comments."""
     if one.strip() == other.strip():
@@ -154,17 +167,44 @@ def _parsed(source: str) -> ast.Module | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for text in (source, _without_magics(source)):
+        for text_of in (str, _as_python):
             try:
-                return ast.parse(text)
+                return ast.parse(text_of(source))
             except UNREADABLE:
                 continue
     return None
 
 
-def _without_magics(source: str) -> str:
-    """Lines that only IPython understands become ones that do nothing, so that line numbers stay."""
-    return _MAGIC.sub(lambda found: f"{found[1]}pass", source)
+def _as_python(source: str) -> str:
+    """What IPython makes of a cell before it is run, line for line: magics and shell commands become calls."""
+    lines = [f"{line}\n" for line in source.split("\n")]
+    if _RUNS_ITS_CELL.match(lines[0]):
+        lines[0] = "\n"
+    if sum(line.lstrip().startswith(("%", "!", "?")) for line in lines) > MOST_MAGICS:
+        return _MAGIC.sub(lambda found: f"{found[1]}pass", "".join(lines))  # each would be looked for from the start
+    try:
+        for transform in _transformer().cleanup_transforms:
+            lines = transform(lines)
+        return "".join(_transformer().do_token_transforms(lines))
+    except Exception as error:  # the tokenizer has errors of its own for what is no Python at all
+        raise SyntaxError(str(error)) from None
+
+
+@functools.cache
+def _transformer() -> Any:
+    """IPython's own, but so that every line stays where it is."""
+    from IPython.core.inputtransformer2 import TransformerManager, leading_empty_lines
+
+    class KeepsLines(TransformerManager):
+        def do_one_token_transform(self, lines: list[str]) -> tuple[bool, list[str]]:
+            changed, after = super().do_one_token_transform(lines)
+            pairs = zip(lines, after, strict=False)
+            place = next((n for n, (one, other) in enumerate(pairs) if one != other), len(after)) + 1
+            return changed, after[:place] + ["\n"] * (len(lines) - len(after)) + after[place:]
+
+    made = KeepsLines()
+    made.cleanup_transforms.remove(leading_empty_lines)
+    return made
 
 
 def _last_line(node: ast.stmt) -> int:
@@ -177,12 +217,18 @@ def _piece(node: ast.stmt, text: str) -> Piece:
         kinds = {node.name: "stub" if _is_stub(node) else "real"}
     elif isinstance(node, ast.Assign | ast.AnnAssign) and len(bound) == 1:
         kinds = dict.fromkeys(bound, _kind_of_value(node.value))
-    elif isinstance(node, ast.Import | ast.ImportFrom):
-        kinds = dict.fromkeys(bound, "library")
+    elif isinstance(node, ast.ImportFrom):
+        kinds = dict.fromkeys(bound, "library" if _is_librarys(node.module) else "real")
+    elif isinstance(node, ast.Import):
+        kinds = dict.fromkeys(bound, "library" if _is_librarys(node.names[0].name) else "value")
     else:
         kinds = dict.fromkeys(bound, "value")
     loop_variables = bound if isinstance(node, (*COMPOUND, *DEFINITIONS)) else set()
     return Piece(text, kinds, frozenset(used - loop_variables), _checked(node))
+
+
+def _is_librarys(module: str | None) -> bool:
+    return (module or "").partition(".")[0] == PACKAGE
 
 
 def _joined(one: Piece, other: Piece) -> Piece:

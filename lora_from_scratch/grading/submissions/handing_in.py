@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.grading.graded import Finding
-from lora_from_scratch.grading.submissions.definitions import is_python
+from lora_from_scratch.grading.submissions.definitions import imports_everything, is_python
 from lora_from_scratch.grading.submissions.matching import match
 from lora_from_scratch.grading.submissions.released import Place, Release
 from lora_from_scratch.grading.submissions.submission import read
@@ -61,6 +61,8 @@ def _to_do(release: Release, place: Place, notebook: Any) -> str:
     kind = kinds[-1] if kinds else ""
     if release.is_guess(place):
         return f"The prediction `{place.name}` is not made yet." if kind in ("", "stub") else ""
+    if not kind and any(imports_everything(cell.source) for cell in early):
+        return ""
     if not is_python(own.source):
         return f"The cell of `{place.name}` is not Python as it stands: run it, and mend what the error says."
     return {

@@ -117,3 +117,9 @@ def _binding(source: str, name: str) -> str:
         return "\n".join(ast.dump(ast.parse(text)) for text in found)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "\n".join(found)
+
+
+def forget() -> None:
+    """Let go of what was kept of a notebook's cells: a worker reads thousands of notebooks."""
+    pieces.cache_clear()
+    _binding.cache_clear()

@@ -9,15 +9,14 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.grading.graded import Finding
+from lora_from_scratch.grading.submissions.folder import open_plain
 
 LARGEST = 20_000_000  # bytes of a notebook, its pictures included
 MOST_CELLS = 2_000
@@ -73,8 +72,6 @@ def read(path: Path, below: Path | None = None) -> Submission:
     findings: list[Finding] = []
     try:
         _require_no_links(path, below or path.parent)
-        if not path.exists():
-            path = _under_another_name(path, findings)
         text, encoding = _decoded(_bytes_of(path))
         data = _parsed(text)
         findings += encoding
@@ -95,9 +92,10 @@ def normal(data: Any, findings: list[Finding]) -> Any:
         raise UnreadableError("no notebook", f"What you handed in is not a Jupyter notebook. {ELSEWHERE}.")
     if data.get("nbformat") not in FORMATS:
         findings.append(_note("old format", "Your notebook is in an unusual format. It was read as well as it can be."))
-    cells = list(_cells(data))
-    if len(cells) > MOST_CELLS:
-        raise UnreadableError("too large", f"Your notebook has {len(cells):,} cells; {MOST_CELLS:,} are the most.")
+    raw = _raw_cells(data)
+    if len(raw) > MOST_CELLS:
+        raise UnreadableError("too large", f"Your notebook has {len(raw):,} cells; {MOST_CELLS:,} are the most.")
+    cells = list(_cells(raw))
     if sum(len(cell["source"]) for cell in cells) > MOST_TEXT:
         raise UnreadableError("too large", f"Your notebook has more than {MOST_TEXT:,} characters in its cells.")
     pictures = sum(
@@ -109,7 +107,7 @@ def normal(data: Any, findings: list[Finding]) -> Any:
         findings.append(Finding("pictures", "human", "", "The pictures in your text are too large, and were left out."))
     given = data.get("metadata")
     metadata = {
-        key: {name: _clean(value) for name, value in given[key].items() if isinstance(value, str)}
+        key: {name: clean(value) for name, value in given[key].items() if isinstance(value, str)}
         for key in ("kernelspec", "language_info")
         if isinstance(given, dict) and isinstance(given.get(key), dict)
     }
@@ -123,37 +121,20 @@ def _require_no_links(path: Path, below: Path) -> None:
     parts = [path, *path.parents]
     for part in parts[: parts.index(below)] if below in parts else [path]:
         if part.is_symlink():
-            message = f"`{_clean(part.name)}` is a link to another place, not a file of yours. Hand in the file itself."
+            message = f"`{clean(part.name)}` is a link to another place, not a file of yours. Hand in the file itself."
             raise UnreadableError("symbolic link", message)
-
-
-def _under_another_name(path: Path, findings: list[Finding]) -> Path:
-    """The one notebook that lies there instead: browsers rename what they load down twice."""
-    try:
-        others = [file for file in path.parent.glob("*.ipynb") if file.is_file() and not file.is_symlink()]
-    except OSError:
-        others = []
-    if len(others) != 1:
-        there = ", ".join(sorted(f"`{_clean(file.name)}`" for file in others[:5]))
-        instead = f" There are {there}; which one counts cannot be known." if others else ""
-        raise UnreadableError("missing", f"There is no `{path.name}` in what you handed in.{instead}")
-    message = f"Your notebook is called `{_clean(others[0].name)}`; it should be `{path.name}`. It was taken for it."
-    findings.append(Finding("renamed file", "repaired", "", message))
-    return others[0]
 
 
 def _bytes_of(path: Path) -> bytes:
     """The file's bytes: of a regular file only, no link followed, never more than allowed."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+        with open_plain(path) as file:
+            content = file.read(LARGEST + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnreadableError("missing", f"There is no `{path.name}` in what you handed in.") from None
     except OSError as error:
-        why = f"What lies there as `{path.name}` cannot be opened ({error.strerror})."
+        why = f"What lies there as `{path.name}` cannot be read ({error.strerror}). {ELSEWHERE}."
         raise UnreadableError("unreadable file", why) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UnreadableError("unreadable file", f"What lies there as `{path.name}` is not a file. {ELSEWHERE}.")
-    with os.fdopen(descriptor, "rb") as file:
-        content = file.read(LARGEST + 1)
     if len(content) > LARGEST:
         advice = "Clear its outputs (Kernel, Restart and clear), save it, and hand it in again"
         raise UnreadableError("too large", f"Your notebook is larger than {LARGEST // 1_000_000} MB. {advice}.")
@@ -199,11 +180,11 @@ def _parsed(text: str) -> Any:
 # --- The notebook ------------------------------------------------------------------------------------------
 
 
-def _cells(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _cells(raw: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The cells, whatever they look like, as cells of nbformat 4.5."""
     used: set[str] = set()
-    for number, cell in enumerate(_raw_cells(data)):
-        source = _clean(_text(cell.get("source", cell.get("input", cell.get("code", "")))))
+    for number, cell in enumerate(raw):
+        source = clean(_text(cell.get("source", cell.get("input", cell.get("code", "")))))
         kind = str(cell.get("cell_type"))
         if kind == "heading":
             level = cell.get("level")
@@ -237,7 +218,7 @@ def _metadata(cell: dict[str, Any]) -> dict[str, Any]:
         return {}
     return {
         "nbgrader": {
-            key: _clean(said[key]) if isinstance(said[key], str) else said[key]
+            key: clean(said[key]) if isinstance(said[key], str) else said[key]
             for key in KEPT
             if isinstance(said.get(key), bool | int | float | str)
         }
@@ -255,7 +236,7 @@ def _attachments(cell: dict[str, Any]) -> dict[str, dict[str, str]]:
             if PICTURE.fullmatch(kind) and isinstance(data, str) and data.isascii()
         }
         if kept:
-            found[_clean(name)] = kept
+            found[clean(name)] = kept
     return found
 
 
@@ -265,7 +246,7 @@ def _text(source: Any) -> str:
     return source if isinstance(source, str) else ""
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Text that can be written as UTF-8: JSON can hold halves of characters."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
