@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lora_from_scratch.plain import one_line
+
 COMMANDS = (
     "demo",
     "shootout",
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _drop_output()
         if isinstance(error, BrokenPipeError):
             return NOBODY_READS
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error: {one_line(reason)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted; a training run goes on from its last checkpoint when started again", file=sys.stderr)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from lora_from_scratch.cli.lab import NOTEBOOKS
+from lora_from_scratch.plain import one_line
 
 FINE, TO_MEND, UNUSABLE = 0, 1, 2
 MARKS = {"note": "note", "repaired": "mend", "lost": "lost", "human": "mend"}
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     lines = [f"{MARKS[finding.severity]}: {finding.message}" for finding in outlook.findings]
     lines += [f"to do: {sentence}" for sentence in outlook.to_do]
     for line in lines:
-        print(line.replace("`", ""))
+        print(one_line(line).replace("`", ""))
     if not outlook.readable:
         print("This cannot be graded.")
         return UNUSABLE

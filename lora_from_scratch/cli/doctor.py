@@ -15,7 +15,7 @@ from pathlib import Path
 OLDEST = (3, 11)
 NEEDED_DISK = 500e6  # bytes: an installation's runs, with room
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "matplotlib", "sacrebleu")
-COURSE = ("jupyterlab", "ipykernel", "ipywidgets", "jupytext", "nbclient", "nbgrader")
+COURSE = ("jupyterlab", "ipykernel", "ipywidgets", "jupytext", "nbclient", "nbgrader", "nh3")
 INSTALL = "python -m pip install -e . -c constraints.txt"
 INSTALL_COURSE = "python -m pip install -e '.[course]' -c constraints.txt"
 WIDGETS = Path("labextensions/@jupyter-widgets/jupyterlab-manager/package.json")

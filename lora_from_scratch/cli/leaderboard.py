@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lora_from_scratch.cli import options as shared
+from lora_from_scratch.plain import one_line
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -49,5 +50,5 @@ def run(options: argparse.Namespace) -> int:
         print(f"{brief}: {BRIEFS[brief]}\n\n{leaderboard.board(lines)}\n")
         complaints |= dict.fromkeys(wrong)
     for complaint in complaints:
-        print(complaint, file=sys.stderr)
+        print(one_line(complaint), file=sys.stderr)
     return 1 if complaints else 0
