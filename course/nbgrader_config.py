@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
 from nbgrader.preprocessors import (
     AssignLatePenalties,
     CheckCellMetadata,
@@ -10,6 +11,7 @@ from nbgrader.preprocessors import (
     ClearOutput,
     ComputeChecksums,
     DeduplicateIds,
+    GetGrades,
     LimitOutput,
     LockCells,
     OverwriteCells,
@@ -18,8 +20,11 @@ from nbgrader.preprocessors import (
     SaveCells,
 )
 
+from lora_from_scratch.grading.exporters import CsvExport
+from lora_from_scratch.grading.feedback import FeedbackPage
+from lora_from_scratch.grading.formgrader import escape_names
 from lora_from_scratch.grading.preprocessors import ClearSolutions as CourseClearSolutions
-from lora_from_scratch.grading.preprocessors import MarkInSandbox, MatchRelease
+from lora_from_scratch.grading.preprocessors import HarmlessComments, HarmlessNames, MarkInSandbox, MatchRelease
 
 c = get_config()  # noqa: F821
 
@@ -64,6 +69,13 @@ c.Autograde.autograde_preprocessors = [
     AssignLatePenalties,
     CheckCellMetadata,
 ]
+
+# Names and comments in the formgrader, in feedback pages and in exports are only text.
+c.HTMLExporter.preprocessors = [HarmlessNames]
+c.GenerateFeedback.preprocessors = [GetGrades, HarmlessComments, CSSHTMLHeaderPreprocessor]
+c.GenerateFeedback.exporter_class = FeedbackPage
+c.ExportApp.plugin_class = CsvExport
+escape_names()
 
 # `nbgrader validate` runs a notebook as a whole, which takes up to five minutes.
 c.Execute.timeout = 600

@@ -219,6 +219,14 @@ def test_what_was_submitted_is_on_the_board_once(tmp_path: Path, texts: dict[str
     assert leaderboard.read_entry(tmp_path / "capstone.json") == entry(texts)
 
 
+def test_a_name_on_the_board_is_only_text_in_its_cell(tmp_path: Path, texts: dict[str, str]) -> None:
+    file = tmp_path / "entry.json"
+    leaderboard.write_entry(file, entry(texts, name="a\x1b[2J|b\nc\u202e"))
+    _, out, _ = call("leaderboard", "--brief", "tenants", file)
+    assert not [c for c in out if c != "\n" and not c.isprintable()]
+    assert "| a\N{REPLACEMENT CHARACTER}[2J\\|b c" in out
+
+
 def test_a_class_has_cards_of_its_own_from_a_seed(tmp_path: Path) -> None:
     code, _, _ = call("leaderboard", "--cards-seed", "5", "--write-cards", tmp_path / "cards.txt")
     assert code == 0

@@ -83,6 +83,35 @@ def test_moodle_gets_the_columns_of_its_own_export(course: GradingCourse) -> Non
     ]
 
 
+FORMULAS = ("=1+1", "@SUM(1)", "+1", "-1", "\t=1", "\r=1", " =1", "x;=1", "\uff1d1", '=HYPERLINK("http://x")', "a\n=1")
+
+
+@pytest.mark.parametrize("exporter", ["CanvasExport", "MoodleExport", "CsvExport"])
+def test_no_name_is_a_formula_in_a_table(exporter: str, course: GradingCourse, tmp_path: Path) -> None:
+    there = course.copy(tmp_path / "course")
+
+    def enrol(gradebook: Any) -> None:
+        for number, text in enumerate(FORMULAS):
+            gradebook.add_student(f"={number}", first_name=text, last_name=text, email=text, lms_user_id=text)
+
+    there.as_a_person(enrol)
+    head, *rows = export(there, f"--exporter={EXPORTERS}.{exporter}")
+    texts = [cell for row in rows for cell in row if not cell.replace(".", "").isdigit()]
+    assert [cell for cell in texts if cell.lstrip()[:1] in tuple("=+-@\uff1d")] == []
+    assert [cell for cell in texts if ";=" in cell or "\n" in cell or "\t" in cell or "\r" in cell] == []
+    assert {len(row) for row in rows} == {len(head)}
+    assert "'=1+1" in "\n".join(texts)
+
+
+def test_nbgraders_own_export_has_its_columns_and_quotes_names(course: GradingCourse) -> None:
+    head, *rows = export(course)
+    assert head == [
+        "assignment", "duedate", "timestamp", "student_id", "last_name", "first_name", "email",
+        "raw_score", "late_submission_penalty", "score", "max_score",
+    ]  # fmt: skip
+    assert [NAME, "", "", "bob, jr.", "", "", "", "7.0", "0.0", "7.0", "12.0"] in rows
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     with postgres() as url:
@@ -102,10 +131,10 @@ def test_a_gradebook_on_postgresql_holds_what_one_on_sqlite_holds_and_is_exporte
     assert there.scores("ada")["why_count"] == (None, 2.25, None, True)
     assert [row.learner for row in summary.rows if row.needs_a_human] == ["ada"]
     assert "(Score: 9.25 / 12.0)" in (there.root / "feedback" / "ada" / NAME / f"{NAME}.html").read_text()
-    head, *rows = export(there)  # nbgrader's own, which does not quote bob's comma
-    named = [dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head)]
+    head, *rows = export(there)
+    named = [dict(zip(head, row, strict=True)) for row in rows]
     scores = {row["student_id"]: (row["score"], row["max_score"]) for row in named}
-    assert scores == {"ada": ("9.25", "12.0"), "zoe": ("0.0", "12.0")}
+    assert scores == {"ada": ("9.25", "12.0"), "bob, jr.": ("7.0", "12.0"), "zoe": ("0.0", "12.0")}
 
 
 def test_the_formgraders_own_queries_work_on_postgresql(course: GradingCourse, server: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -202,39 +203,6 @@ def test_the_command_grades_real_submissions_in_the_sandbox(course: GradingCours
 
 # --- What is shown ---------------------------------------------------------------------------------------
 
-ACTIVE = [
-    "<script>fetch('/formgrader/api/grade/1', {method: 'PUT'})</script>",
-    "text <img src=x onerror=alert(1)>",
-    "<iframe srcdoc='x'></iframe>",
-    "<a href='JaVa\tScript:alert(1)'>click</a>",
-    "[click](<data:text/html;base64,PHNjcmlwdD4=>)",
-    "<svg onload=alert(1)>",
-    "<!DOCTYPE html>",
-    "<base href='//evil.example'>",
-    "<div style='background: url(//evil.example/x)'>",
-    r"$\href{javascript:alert(1)}{x}$",
-    "<form action=/x><button>Full credit</button></form>",
-]
-HARMLESS = [
-    "**Because** `a < b` and $a<b$; see [the paper](https://arxiv.org/abs/2106.09685).",
-    "| a | b |\n|---|---|\n| 1 | 2 |",
-    "```python\nprint('<script>')\n```",
-    '<img src="drawing.png" alt="mine" width="200">',
-    "1 < 2, and x<y too",
-]
-
-
-@pytest.mark.parametrize("text", ACTIVE + HARMLESS)
-def test_what_a_learner_wrote_is_shown_formatted_only_where_it_is_harmless(empty: GradingCourse, text: str) -> None:
-    from lora_from_scratch.grading.autograded import shown
-
-    notebook = empty.notebook({"why_count": text})
-    graded = Graded("ada", NAME, {}, {}, (), nbformat.writes(notebook), "none")
-    released = nbformat.read(empty.released, as_version=4)
-    cells = nbformat.reads(shown(graded, released), as_version=4).cells
-    assert cells[-1].source == (text if text in HARMLESS else f"```text\n{text}\n```")
-    assert [cell.source for cell in cells[:-1]] == [cell.source for cell in released.cells[:-1]]
-
 
 def test_raw_cells_become_text_and_findings_stand_on_top(empty: GradingCourse) -> None:
     from lora_from_scratch.grading.autograded import shown
@@ -244,8 +212,10 @@ def test_raw_cells_become_text_and_findings_stand_on_top(empty: GradingCourse) -
     findings = (Finding("moved cell", "repaired", "Counter", "It was <script>moved</script>."),)
     graded = Graded("ada", NAME, {}, {}, findings, nbformat.writes(notebook), "none")
     cells = nbformat.reads(shown(graded, nbformat.read(empty.released, as_version=4)), as_version=4).cells
-    assert (cells[-1].cell_type, cells[-1].source) == ("markdown", "```text\n<script>\n```")
-    assert "Put right, cell `Counter`: It was &lt;script>moved" in cells[0].source
+    assert cells[-1].cell_type == "markdown"
+    assert "<pre>&lt;script&gt;</pre>" in cells[-1].source
+    assert "Put right, cell <code>Counter</code>: It was &lt;script&gt;moved" in cells[0].source
+    assert not cells[-1].metadata
 
 
 def test_autograded_takes_over_pictures_and_no_links_and_has_nbgraders_permissions(
@@ -282,6 +252,9 @@ def test_feedback_pages_are_nbgraders_own_and_made_again_when_points_change(cour
     course.grade(feedback=True, marker=NOT_AGAIN)
     assert "(Score: 10.0 / 12.0)" in page.read_text()
     assert "Well said." in page.read_text()
+    contents = re.findall(r'<li><a href="#[^"]*">([^<]*)</a>', page.read_text())
+    assert {"fourfold_root", "Counter", "why_count", "why_count: comment"} <= set(contents)
+    assert not {"Test cell", "Comment", "Written response"} & set(contents)
 
 
 # --- The command line ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -e '.[course]'")
 
+from lora_from_scratch.grading.graded import Finding, Graded
 from tests.grading_course import NAME, RIGHT, GradingCourse, template
 from tests.stand_in_marker import HALF
 
@@ -101,6 +103,21 @@ def test_what_grading_could_not_decide_asks_for_a_person_and_is_said_in_a_commen
     assert scores["check-fourfold_root"][3] is False
     assert course.comments("ada")["Counter"][0] == "We are not sure about this."
     assert "&lt;b>one" in course.comments("ada")["guess_root"][0]
+
+
+def test_a_comment_of_grading_holds_no_control_characters_and_no_markup(course: GradingCourse) -> None:
+    course.hand_in("ada", **RIGHT)
+    course.grade()
+    record = course.root / "graded" / "ada" / f"{NAME}.json"
+    graded = Graded.from_json(record.read_text())
+    finding = Finding("ending", "lost", "Counter", "It raised `E`: \x00\x1b[2J\u202e<!--><img src=x onerror=x>-->")
+    record.write_text(dataclasses.replace(graded, findings=(finding,)).to_json())
+    course.grade()
+    assert course.comments("ada")["Counter"] == (
+        "It raised `E`: \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\\[2J\N{REPLACEMENT CHARACTER}"
+        "&lt;!-->&lt;img src=x onerror=x>-->",
+        None,
+    )
 
 
 def test_a_submission_is_entered_whole_or_not_at_all(course: GradingCourse, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import unicodedata
 from collections.abc import Iterator
 from html.parser import HTMLParser
 
@@ -9,6 +11,7 @@ import pytest
 
 pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -e '.[course]'")
 
+from lora_from_scratch.grading.graded import Finding
 from lora_from_scratch.grading.report import Section, as_html, as_markdown, sections
 from tests.cli_calls import call
 from tests.grading_course import NAME, RIGHT, GradingCourse, template
@@ -44,7 +47,7 @@ def test_misconceptions_are_counted_with_what_learners_are_told(parts: dict[str,
 def test_whatever_needs_a_human_is_listed_with_the_reason(parts: dict[str, Section]) -> None:
     assert parts["What needs a human"].rows == (
         ("<b>dora|", "the answer has changed since it was graded by hand: why_count"),
-        ("cleo", "We are not sure about this."),
+        ("cleo", "doubtful; the learner is told: We are not sure about this."),
     )
 
 
@@ -118,6 +121,27 @@ def test_the_markdown_has_tables_of_equal_width(parts: dict[str, Section]) -> No
         assert len({line.replace("\\|", "").count("|") for line in lines}) <= 1
 
 
+def test_a_notebook_that_could_not_be_read_lowers_no_mean(course: GradingCourse) -> None:
+    summary = course.grade()
+    seen = next(row for row in summary.rows if row.learner == "ada")
+    damaged = Finding("damaged notebook", "human", "", "Your notebook is damaged.")
+    verdicts = {
+        name: dataclasses.replace(verdict, status="missing", points=0.0)
+        for name, verdict in seen.graded.verdicts.items()
+    }
+    graded = dataclasses.replace(seen.graded, verdicts=verdicts, findings=(damaged,))
+    entered = dataclasses.replace(seen.entered, score=0.0)
+    unread = dataclasses.replace(seen, learner="eve", graded=graded, entered=entered)
+    parts = {part.title: part for part in sections(dataclasses.replace(summary, rows=(seen, unread)))}
+    assert parts["Exercises"].rows[0][1] == "4.00"
+    assert parts["Exercises"].sentences == ("Left out of the means: 1 that could not be read or graded.",)
+    assert "from 10 to 10" in parts["Overview"].sentences[-1]
+    assert parts["What needs a human"].rows[0] == (
+        "eve",
+        "damaged notebook; the learner is told: Your notebook is damaged.",
+    )
+
+
 def test_both_files_are_written_and_the_command_says_where(course: GradingCourse) -> None:
     course.grade()
     for suffix in (".html", ".md"):
@@ -139,3 +163,60 @@ def test_what_the_command_says_at_the_end(course: GradingCourse, capsys: pytest.
 def test_help_explains_the_exit_codes() -> None:
     with pytest.raises(SystemExit):
         call("grade", "--help")
+
+
+LEARNERS = (
+    "\x1b]0;title\x07x", "a\x00b", "\x9b31m", "a\u202eb", "\u2066a", "a\u2028b", "a\rb", "a\nb", "\x7f", "\ud800",
+    "<!--><img src=x onerror=alert(1)>-->", "](javascript:x)", "[a][b]", "![a](//x)", "`<b>`", "``<b>`", "\\`<b>\\`",
+    r"$\href{x}{y}$", "a|b", "<https://x>", "&lt;b&gt;", "**`**<b>`",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_report_obeys_nothing_that_a_learner_wrote(name: str) -> None:
+    nbconvert = pytest.importorskip("nbconvert.filters")
+    parts = [
+        Section("Learners", (f"See {name}.",), ("Learner", "What"), ((name, f"`{name}` raised {name}"),), (name,)),
+    ]
+    for text in (as_html(name, parts), as_markdown(name, parts)):
+        text.encode()
+        obeyed = {c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl") or c in "\u202e\u2066"}
+        assert obeyed == {"\n"}
+    reader = Tags()
+    reader.feed(as_html(name, parts))
+    assert not reader.seen & {"a", "b", "img"}
+    made = Tags()
+    page = nbconvert.markdown2html(as_markdown(name, parts))
+    made.feed(page)
+    assert made.seen <= {
+        "h1",
+        "h2",
+        "p",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "ul",
+        "li",
+        "code",
+        "strong",
+        "a",
+    }
+    links = {link.split('"')[0] for link in page.split('href="')[1:]}
+    assert all(link.startswith(("#", "https://x")) for link in links)  # of headings; and an address, where one is read
+
+
+def test_the_terminal_obeys_nothing_that_a_learner_wrote(
+    course: GradingCourse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_from_scratch.cli.grade import say
+
+    summary = course.grade()
+    row = dataclasses.replace(summary.rows[0], learner="\x1b[2Jada\u202e", trouble=("\x9b",))
+    say(dataclasses.replace(summary, rows=(row,), refused=("\x1b]0;x\x07: it cannot be\nsubmitted",)))
+    said = capsys.readouterr()
+    assert "[2Jada" in said.out
+    assert "]0;x" in said.err
+    assert not [c for c in said.out + said.err if c != "\n" and not c.isprintable()]

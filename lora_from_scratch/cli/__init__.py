@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lora_from_scratch.support.plain_text import one_line
+
 COMMANDS = (
     "demo",
     "shootout",
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _drop_output()
         if isinstance(error, BrokenPipeError):
             return BROKEN_PIPE
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error: {one_line(reason)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to resume training from the last checkpoint", file=sys.stderr)

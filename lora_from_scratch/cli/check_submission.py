@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from lora_from_scratch.cli.lab import NOTEBOOKS
+from lora_from_scratch.support.plain_text import one_line
 
 COMPLETE, INCOMPLETE, UNGRADABLE = 0, 1, 2  # exit codes
 LABELS = {"note": "note", "repaired": "fix", "lost": "lost", "human": "fix"}
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     lines = [f"{LABELS[finding.severity]}: {finding.message}" for finding in outlook.findings]
     lines += [f"to do: {sentence}" for sentence in outlook.to_do]
     for line in lines:
-        print(line.replace("`", ""))
+        print(one_line(line).replace("`", ""))
     if not outlook.readable:
         print("This notebook cannot be graded.")
         return UNGRADABLE

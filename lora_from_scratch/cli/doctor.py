@@ -15,7 +15,7 @@ from pathlib import Path
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_DISK = 500e6  # bytes of free space for runs, with a margin
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "matplotlib", "sacrebleu")
-COURSE = ("jupyterlab", "ipykernel", "ipywidgets", "jupytext", "nbclient", "nbgrader")
+COURSE = ("jupyterlab", "ipykernel", "ipywidgets", "jupytext", "nbclient", "nbgrader", "nh3")
 INSTALL = "python -m pip install -e . -c constraints.txt"
 INSTALL_COURSE = "python -m pip install -e '.[course]' -c constraints.txt"
 WIDGETS = Path("labextensions/@jupyter-widgets/jupyterlab-manager/package.json")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_from_scratch.cli import INTERRUPTED
+from lora_from_scratch.support.plain_text import one_line
 
 if TYPE_CHECKING:
     from lora_from_scratch.grading.grade import Summary
@@ -82,12 +83,12 @@ def print_summary(summary: Summary) -> None:
     if summary.peak_bytes:
         print(f"; {summary.workers} processes of at most {summary.peak_bytes / 2**20:.0f} MiB each", end="")
     print()
-    people = [row.learner for row in rows if row.needs_a_human]
+    people = [one_line(row.learner) for row in rows if row.needs_a_human]
     if people:
         shown = ", ".join(people[:10]) + (", ..." if len(people) > 10 else "")
         print(f"need a human: {len(people)} ({shown})")
     for sentence in summary.refused:
-        print(f"not graded: {sentence}", file=sys.stderr)
+        print(f"not graded: {one_line(sentence)}", file=sys.stderr)
     if summary.failed:
         print(f"could not be graded: {summary.failed}; run the command again", file=sys.stderr)
     if summary.isolation == "none":

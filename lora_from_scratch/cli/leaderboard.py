@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lora_from_scratch.cli import options as shared
+from lora_from_scratch.support.plain_text import one_line
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -51,5 +52,5 @@ def run(options: argparse.Namespace) -> int:
         print(f"{brief}: {BRIEFS[brief]}\n\n{leaderboard.board(lines)}\n")
         complaints |= dict.fromkeys(wrong)
     for complaint in complaints:
-        print(complaint, file=sys.stderr)
+        print(one_line(complaint), file=sys.stderr)
     return 1 if complaints else 0

@@ -1,15 +1,14 @@
 """The folder autograded/: what the formgrader and the feedback pages show of a submission.
 
-It is shown in the instructor's browser, where a script could change grades. So whatever a learner wrote is shown as
-text, unless it is plain formatting; of other files only pictures are taken over, and no link is followed.
+It is shown in the instructor's browser, where a script could change grades. So whatever a learner wrote goes through
+`harmless`; of other files only pictures are taken over, and no link is followed.
 """
 
 from __future__ import annotations
 
-import html.parser
+import copy
 import json
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,20 +17,13 @@ from typing import Any
 from lora_from_scratch.grading.course_folder import CourseFolder
 from lora_from_scratch.grading.graded import Finding, Graded
 from lora_from_scratch.support.files import write_atomically
+from lora_from_scratch.support.plain_text import in_html, plain
 
 TIMESTAMP = "timestamp.txt"
 LONGEST_TIMESTAMP = 200  # bytes
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 LARGEST_PICTURE = 5_000_000
 MOST_PICTURES = 20
-# What Markdown makes, and what people write by hand in it.
-TAGS = (
-    "a abbr b blockquote br code dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p pre q s "
-    "small span strong sub summary sup table tbody td th thead tr tt u ul var"
-)
-ATTRIBUTES = "align alt class colspan height href id open rowspan src start style title width"
-SCHEMES = ("http:", "https:", "mailto:", "attachment:", "data:image/png", "data:image/jpeg", "data:image/gif")
-ACTIVE_MATHS = re.compile(r"\\(href|require|style|class|cssId|mmlToken)\b")  # what MathJax makes links and HTML of
 WORDS = {"note": "Note", "repaired": "Put right", "lost": "Points lost", "human": "Somebody will look at this"}
 
 
@@ -53,17 +45,24 @@ def write(course: CourseFolder, learner: str, notebook: str) -> None:
 
 
 def shown(graded: Graded, released: Any) -> str:
-    """The autograded notebook as it is shown: with what was found about it on top, and harmless."""
+    """The autograded notebook as it is shown: with what was found about it on top, and harmless.
+
+    Only cells that are as they were released stay as they are.
+    """
     import nbformat
 
+    from lora_from_scratch.grading import outputs
+
     notebook = nbformat.reads(graded.notebook, as_version=4)
-    known = {(cell.cell_type, cell.source) for cell in released.cells}
+    notebook.metadata = copy.deepcopy(released.metadata)
+    known = {(cell.cell_type, cell.source): cell for cell in released.cells}
+    notebook.cells = [_shown(cell, known.get((cell.cell_type, cell.source))) for cell in notebook.cells]
     for cell in notebook.cells:
-        if (cell.cell_type, cell.source) not in known:
-            _disarm(cell)
+        if cell.cell_type == "code":
+            cell.outputs = list(map(outputs.harmless, cell.outputs))
     if graded.findings:
-        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(_findings(graded.findings), id="found-by-grading"))
-        _disarm(notebook.cells[0])
+        found = _findings(graded.findings)
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(found, id="found-by-grading"))
     return nbformat.writes(notebook) + "\n"
 
 
@@ -128,68 +127,33 @@ def _pictures(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _findings(findings: Iterable[Finding]) -> str:
-    """The findings as Markdown. They quote learners: nothing of them may be read as HTML."""
-    lines = ["**What grading found in this notebook**", ""]
+    """The findings as a cell of text."""
+    from lora_from_scratch.grading import harmless
+
+    items = ""
     for finding in findings:
-        text = " ".join(finding.message.split()).replace("&", "&amp;").replace("<", "&lt;")
         where = f", cell `{finding.cell}`" if finding.cell else ""
-        lines.append(f"- {WORDS[finding.severity]}{where}: {text}")
-    return "\n".join(lines)
+        items += f"<li>{in_html(f'{WORDS[finding.severity]}{where}: {finding.message}')}</li>"
+    return harmless.from_html(f"<p><strong>What grading found in this notebook</strong></p><ul>{items}</ul>")
 
 
-def _disarm(cell: Any) -> None:
-    """Make a learner's cell harmless: Markdown with anything active in it, and raw cells, become text."""
-    if cell.cell_type == "raw":
-        cell.cell_type, cell.source = "markdown", _fenced(cell.source)
-        cell.metadata.pop("format", None)
-        cell.metadata.pop("raw_mimetype", None)
+def _shown(cell: Any, released: Any | None) -> Any:
+    """A cell as it is shown.
+
+    Args:
+        released: the cell of the release that says the same, if there is one.
+    """
+    from lora_from_scratch.grading import harmless
+
+    attachments = cell.pop("attachments", None)
+    if released is not None:
+        if "attachments" in released:
+            cell.attachments = released.attachments
+    elif cell.cell_type == "code":
+        cell.source = plain(cell.source)
     elif cell.cell_type == "markdown":
-        attachments = cell.get("attachments", {})
-        for name in [name for name, data in attachments.items() if any("svg" in kind for kind in data)]:
-            del attachments[name]
-        if not _is_harmless(cell.source):
-            cell.source = _fenced(cell.source)
-
-
-def _fenced(text: str) -> str:
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _is_harmless(text: str) -> bool:
-    """Does the Markdown become formatting only?"""
-    from nbconvert.filters import markdown2html
-
-    if ACTIVE_MATHS.search(text):
-        return False
-    reader = _Reader()
-    try:
-        reader.feed(markdown2html(text))
-        reader.close()
-    except Exception:  # whatever the renderer cannot read is shown as it is
-        return False
-    return reader.harmless
-
-
-class _Reader(html.parser.HTMLParser):
-    harmless = True
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        for name, value in attrs:
-            target = "".join((value or "").split()).lower()
-            if name in ("href", "src") and ":" in target.split("/")[0] and not target.startswith(SCHEMES):
-                self.harmless = False
-            if name not in ATTRIBUTES.split() or (name == "style" and ("url" in target or "expression" in target)):
-                self.harmless = False
-        if tag not in TAGS.split():
-            self.harmless = False
-
-    def handle_decl(self, decl: str) -> None:
-        self.harmless = False
-
-    def unknown_decl(self, data: str) -> None:
-        self.harmless = False
-
-    def handle_pi(self, data: str) -> None:
-        self.harmless = False
+        cell.source = harmless.from_markdown(cell.source, attachments)
+    else:
+        cell.cell_type, cell.source = "markdown", harmless.from_text(cell.source)
+    cell.metadata = {"nbgrader": cell.metadata.nbgrader} if "nbgrader" in cell.metadata else {}
+    return cell

@@ -1,10 +1,12 @@
-"""Grades for learning management systems, as plugins of `nbgrader export`.
+"""Grades as tables, as plugins of `nbgrader export`: nbgrader's own, Canvas's and Moodle's.
 
+    nbgrader export --to grades.csv
     nbgrader export --exporter=lora_from_scratch.grading.exporters.CanvasExport --to canvas.csv
     nbgrader export --exporter=lora_from_scratch.grading.exporters.MoodleExport --to moodle.csv
 
-A score is what nbgrader's own export gives: with what persons gave, without the penalty for being late. Who has handed
-in nothing has an empty cell, which neither system takes for a grade. Names of columns are set in nbgrader_config.py:
+The first is the default (nbgrader_config.py). A score in the other two is what nbgrader's own export gives: with what
+persons gave, less the penalty for being late. Who has handed in nothing has an empty cell there, which neither system
+takes for a grade. Names of their columns are set in nbgrader_config.py:
 
     c.GradeExport.columns = {"unit_09": "Unit 09: LoRA (48213)"}
 """
@@ -15,8 +17,11 @@ import csv
 from collections.abc import Iterator
 from typing import Any
 
-from nbgrader.plugins import ExportPlugin
+from nbgrader.api import MissingEntry
+from nbgrader.plugins import CsvExportPlugin, ExportPlugin
 from traitlets import Dict, Unicode
+
+from lora_from_scratch.support.plain_text import table_cell
 
 
 class GradeExport(ExportPlugin):
@@ -28,8 +33,8 @@ class GradeExport(ExportPlugin):
 
     def export(self, gradebook: Any) -> None:
         """Write the table to the file that --to names."""
-        units = [unit for unit in gradebook.assignments if self._wanted(unit.name, self.assignment)]
-        students = [one for one in gradebook.students if self._wanted(one.id, self.student)]
+        units = [unit for unit in gradebook.assignments if _wanted(unit.name, self.assignment)]
+        students = [one for one in gradebook.students if _wanted(one.id, self.student)]
         if not units:
             self.log.warning("the gradebook has no unit to export")
         scores = {unit.name: self._scores(gradebook, unit.name) for unit in units}
@@ -39,7 +44,7 @@ class GradeExport(ExportPlugin):
             writer.writerows(self.head(units))
             for student in sorted(students, key=lambda one: one.id):
                 points = [scores[unit.name].get(student.id, "") for unit in units]
-                writer.writerow([*self.learner(student), *points])
+                writer.writerow([*map(table_cell, self.learner(student)), *points])
         self.log.info("Exported %d learners and %d units to %s", len(students), len(units), target)
 
     def head(self, units: list[Any]) -> Iterator[list[str]]:
@@ -62,10 +67,6 @@ class GradeExport(ExportPlugin):
         if waiting:
             self.log.warning("%s: %d submissions still wait for a person", unit, waiting)
         return found
-
-    @staticmethod
-    def _wanted(name: str, chosen: list[Any]) -> bool:
-        return not chosen or name in [str(one) for one in chosen]
 
 
 class CanvasExport(GradeExport):
@@ -104,6 +105,36 @@ class MoodleExport(GradeExport):
     def learner(self, student: Any) -> list[str]:
         names = [student.first_name or "", student.last_name or ""]
         return [*names, student.lms_user_id or student.id, student.id, student.email or ""]
+
+
+class CsvExport(CsvExportPlugin):
+    """The table of nbgrader's CsvExportPlugin, as CSV: it writes names as they are, commas and formulas included."""
+
+    COLUMNS = ("assignment", "duedate", "timestamp", "student_id", "last_name", "first_name", "email")
+    POINTS = ("raw_score", "late_submission_penalty", "score", "max_score")
+
+    def export(self, gradebook: Any) -> None:
+        """Write the table to the file that --to names."""
+        units = [unit for unit in gradebook.assignments if _wanted(unit.name, self.assignment)]
+        students = [one for one in gradebook.students if _wanted(one.id, self.student)]
+        with open(self.to or "grades.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*self.COLUMNS, *self.POINTS])
+            writer.writerows(self._row(gradebook, unit, student) for unit in units for student in students)
+
+    def _row(self, gradebook: Any, unit: Any, student: Any) -> list[Any]:
+        try:
+            submission = gradebook.find_submission(unit.name, student.id)
+            when, raw, penalty = submission.timestamp, submission.score, submission.late_submission_penalty
+        except MissingEntry:
+            when, raw, penalty = None, 0.0, 0.0
+        said = (unit.name, unit.duedate, when, student.id, student.last_name, student.first_name, student.email)
+        texts = ["" if value is None else table_cell(str(value)) for value in said]
+        return [*texts, raw, penalty, max(0.0, raw - penalty), unit.max_score]
+
+
+def _wanted(name: str, chosen: list[Any]) -> bool:
+    return not chosen or name in [str(one) for one in chosen]
 
 
 def _number(points: float) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.grading.graded import Graded
+from lora_from_scratch.support.plain_text import in_markdown
 
 PATIENCE = 60  # seconds for another program that is writing to the same SQLite file
 HINT = "what is graded is kept; run the command again"
@@ -213,7 +214,7 @@ class Book:
             name = comment.cell.name
             cell = cells.get(name)
             empty = cell is None or cell.metadata.nbgrader.get("checksum") == compute_checksum(cell)
-            found = [_harmless(f.message) for f in graded.findings if f.cell in (name, f"check-{name}")]
+            found = [in_markdown(f.message) for f in graded.findings if f.cell in (name, f"check-{name}")]
             comment.auto_comment = "\n\n".join([NO_RESPONSE] * empty + found) or None
 
     def _penalty(self, submitted: Any, late: float) -> float | None:
@@ -281,11 +282,6 @@ def _cells_in(released: Any) -> dict[str, tuple[Any, ...]]:
 
 def _grade_id(cell: Any) -> str:
     return cell.metadata.get("nbgrader", {}).get("grade_id", "")
-
-
-def _harmless(text: str) -> str:
-    """A comment is Markdown in nbgrader's pages: nothing that quotes a learner may be read as HTML."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(")
 
 
 def _added(session: Any, row: Any) -> Any:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from lora_from_scratch.checks import display
 from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.grading.sandbox import Observed, Output
+from lora_from_scratch.support.plain_text import plain
 
+NOT_SHOWN = "(An output of a kind that is not shown.)"
 SKIPPED = "Not run in grading: the cell is as it was released, and no answer needs it.\n"
-NOT_PRINTED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def write(notebook: Any, verdicts: Mapping[str, Verdict], observed: Observed | None) -> None:
@@ -40,11 +40,41 @@ def write(notebook: Any, verdicts: Mapping[str, Verdict], observed: Observed | N
             cell.outputs = [_stream("stdout", SKIPPED)]
 
 
+def harmless(output: Any) -> Any:
+    """An output as a person may open it: text, HTML through the sanitiser, pictures; nothing else of what it holds."""
+    kind = output.output_type
+    if kind == "stream":
+        return _stream("stderr" if output.name == "stderr" else "stdout", output.text)
+    if kind == "error":
+        lines = [plain(line) for line in output.traceback]
+        return _node(output_type=kind, ename=plain(output.ename), evalue=plain(output.evalue), traceback=lines)
+    data = _harmless_data(output.get("data", {})) or {"text/plain": NOT_SHOWN}
+    count = {"execution_count": output.execution_count} if kind == "execute_result" else {}
+    return _node(output_type="execute_result" if count else "display_data", data=data, metadata={}, **count)
+
+
 def as_text(notebook: Any) -> str:
     """The notebook as nbformat writes it, the same bytes for the same notebook."""
     import nbformat
 
     return nbformat.v4.writes(notebook) + "\n"
+
+
+def _harmless_data(given: Mapping[str, Any]) -> dict[str, str]:
+    from lora_from_scratch.grading.harmless import from_html, picture
+
+    data = {}
+    for kind, content in given.items():
+        content = "".join(content) if isinstance(content, list) else content
+        if not isinstance(content, str):
+            continue
+        if kind == "text/html":
+            data[kind] = from_html(content)
+        elif kind == "text/plain":
+            data[kind] = plain(content)
+        elif kind in ("image/png", "image/jpeg") and (found := picture(content)) and found[0] == kind:
+            data[kind] = found[1]
+    return data
 
 
 def _of_check(verdict: Verdict, count: int) -> list[Any]:
@@ -59,8 +89,8 @@ def _of_check(verdict: Verdict, count: int) -> list[Any]:
 def _of_cell(output: Output) -> list[Any]:
     shown = [_stream(name, text) for name, text in (("stdout", output.stdout), ("stderr", output.stderr)) if text]
     if output.status == "error":
-        name, _, message = _printable(output.error).partition(": ")
-        lines = _printable(output.traceback).split("\n")
+        name, _, message = plain(output.error).partition(": ")
+        lines = plain(output.traceback).split("\n")
         return [*shown, _node(output_type="error", ename=name, evalue=message, traceback=lines)]
     if output.status != "ran":
         return [*shown, _stream("stdout", f"{output.error}\n")]
@@ -68,14 +98,10 @@ def _of_cell(output: Output) -> list[Any]:
 
 
 def _stream(name: str, text: str) -> Any:
-    return _node(output_type="stream", name=name, text=_printable(text))
+    return _node(output_type="stream", name=name, text=plain(text))
 
 
 def _node(**fields: Any) -> Any:
     import nbformat
 
     return nbformat.from_dict(fields)
-
-
-def _printable(text: str) -> str:
-    return NOT_PRINTED.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))

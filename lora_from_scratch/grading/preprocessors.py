@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from nbgrader import preprocessors
 from nbgrader.coursedir import CourseDirectory
 from nbgrader.preprocessors.base import NbGraderPreprocessor
 from traitlets import Enum
+
+from lora_from_scratch.support.plain_text import one_line
 
 FINDINGS = "lora_from_scratch_findings"  # of the notebook's metadata, from the first step to the second
 
@@ -89,6 +92,28 @@ class MarkInSandbox(NbGraderPreprocessor):
                 data=data,
             )
         return nbformat.reads(shown(graded, released), as_version=4), resources
+
+
+class HarmlessNames(NbGraderPreprocessor):
+    """Before a page is made: nbgrader's templates put a learner's name into HTML as it is."""
+
+    def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
+        for name in ("student", "first_name", "last_name", "notebook_path"):
+            if resources.get(name):
+                resources[name] = html.escape(one_line(resources[name]))
+        return nb, resources
+
+
+class HarmlessComments(NbGraderPreprocessor):
+    """After GetGrades: comments are Markdown in nbgrader's feedback pages, and those of grading quote learners."""
+
+    def preprocess_cell(self, cell: Any, resources: Any, cell_index: int) -> tuple[Any, Any]:
+        from lora_from_scratch.grading.harmless import from_markdown
+
+        said = cell.metadata.get("nbgrader", {})
+        if said.get("comment"):
+            said["comment"] = from_markdown(said["comment"])
+        return cell, resources
 
 
 def _released(step: NbGraderPreprocessor, resources: Any) -> Any:

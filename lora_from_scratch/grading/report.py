@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.grading.building.assemble import RUBRIC
 from lora_from_scratch.grading.tasks import write_text
+from lora_from_scratch.support.plain_text import in_html, in_markdown, one_line
 
 if TYPE_CHECKING:
     from lora_from_scratch.grading.grade import Row, Summary
 
 SHOWN_LEARNERS = 8  # who has a misconception; of more only the number is said
+MANY = 8  # columns; the headings of a wider table stand upright
 SAME = 0.005  # points: nbgrader rounds to two digits
 STATES = {
     "passed": "passed",
@@ -32,15 +34,18 @@ STATES = {
     "broken": "check failed",
 }
 NO_SANDBOX = (
-    "**Graded without a sandbox** (`--isolation none`): a submission could read and change whatever the person who "
+    "Graded without a sandbox (`--isolation none`): a submission could read and change whatever the person who "
     "graded can. The points were made outside the submissions' processes all the same."
 )
 STYLE = """\
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; width: fit-content; }
+p, ul { max-width: 75rem; }
 table { border-collapse: collapse; margin: 0.5rem 0; }
 th, td { text-align: left; vertical-align: top; padding: 0.2rem 0.9rem 0.2rem 0; border-bottom: 1px solid #8886; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.many td, .many th { padding-right: 0.6rem; }
+.many thead th:not(:first-child) { writing-mode: vertical-rl; vertical-align: bottom; font-weight: normal; }
 .wide { overflow-x: auto; }
 code { font-size: 0.95em; }
 """
@@ -85,26 +90,26 @@ def sections(summary: Summary) -> list[Section]:
 
 
 def as_markdown(title: str, parts: Iterable[Section]) -> str:
-    lines = [f"# {_plain(title)}", ""]
+    lines = [f"# {in_markdown(title)}", ""]
     for part in parts:
         lines += [f"## {part.title}", ""]
         for sentence in part.sentences:
-            lines += [_plain(sentence), ""]
+            lines += [in_markdown(sentence), ""]
         if part.rows:
             lines.append("| " + " | ".join(map(_cell, part.headings)) + " |")
             lines.append("| " + " | ".join("---:" if _is_number(part, i) else "---" for i in _columns(part)) + " |")
             lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in part.rows] + [""]
         if part.items:
-            lines += [f"- {_plain(item)}" for item in part.items] + [""]
+            lines += [f"- {in_markdown(item)}" for item in part.items] + [""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def as_html(title: str, parts: Iterable[Section]) -> str:
     """A page that needs nothing from elsewhere and has no scripts."""
-    body = "".join(_section(part) for part in parts)
+    title, body = html.escape(one_line(title)), "".join(_section(part) for part in parts)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f"<style>\n{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}</body>\n</html>\n"
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>\n{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n"
     )
 
 
@@ -121,7 +126,7 @@ def _overview(summary: Summary) -> Section:
         NO_SANDBOX if summary.isolation == "none" else f"Graded in the sandbox ({summary.isolation}).",
     ]
     if rows:
-        scores = sorted(row.entered.score - row.entered.penalty for row in rows)
+        scores = sorted(row.entered.score - row.entered.penalty for row in _readable(rows) or rows)
         most = max(row.entered.max_score for row in rows)
         middle = (scores[(len(scores) - 1) // 2] + scores[len(scores) // 2]) / 2
         sentences.append(f"Points: median {middle:g} of {most:g}, from {scores[0]:g} to {scores[-1]:g}.")
@@ -131,7 +136,7 @@ def _overview(summary: Summary) -> Section:
 def _needs_a_human(summary: Summary) -> Section:
     rows = []
     for row in summary.rows:
-        reasons = [f.message for f in row.graded.findings if f.severity == "human"]
+        reasons = [f"{f.kind}; the learner is told: {f.message}" for f in row.graded.findings if f.severity == "human"]
         reasons += list(row.trouble)
         waiting, questions = row.entered.waiting, row.graded.open_questions
         again = [name for name in waiting if name in row.entered.by_hand]
@@ -195,16 +200,19 @@ def _misconceptions(summary: Summary) -> Section:
 
 
 def _exercises(summary: Summary) -> Section:
-    columns = [state for state in STATES if any(v.status == state for v in _all(summary.rows))]
+    readable = _readable(summary.rows)
+    columns = [state for state in STATES if any(v.status == state for v in _all(readable))]
     rows = []
-    for name in (name for name in summary.cells if any(name in row.graded.verdicts for row in summary.rows)):
-        verdicts = [row.graded.verdicts[name] for row in summary.rows if name in row.graded.verdicts]
+    for name in (name for name in summary.cells if any(name in row.graded.verdicts for row in readable)):
+        verdicts = [row.graded.verdicts[name] for row in readable if name in row.graded.verdicts]
         states = Counter(verdict.status for verdict in verdicts)
         mean = sum(verdict.points for verdict in verdicts) / len(verdicts)
         counts = (str(states[state]) if states[state] else "" for state in columns)
         rows.append((_exercise(name), f"{mean:.2f}", f"{verdicts[0].max_points:g}", *counts))
     headings = ("Exercise", "Mean points", "Of", *(STATES[state] for state in columns))
-    return Section("Exercises", (), headings, tuple(rows))
+    left_out = len(summary.rows) - len(readable)
+    said = (f"Left out of the means: {left_out} that could not be read or graded.",) * bool(left_out)
+    return Section("Exercises", said, headings, tuple(rows))
 
 
 def _learners(summary: Summary) -> Section:
@@ -247,6 +255,16 @@ def _place(summary: Summary) -> Callable[[str], int]:
     return lambda name: summary.cells.index(name) if name in summary.cells else len(summary.cells)
 
 
+def _readable(rows: Iterable[Row]) -> list[Row]:
+    """Without those of which nothing could be seen: all is missing, and a person looks at the notebook as a whole."""
+    return [
+        row
+        for row in rows
+        if any(verdict.status != "missing" for verdict in row.graded.verdicts.values())
+        or not any(finding.severity == "human" and not finding.cell for finding in row.graded.findings)
+    ]
+
+
 def _all(rows: Iterable[Row]) -> Iterable[Verdict]:
     return (verdict for row in rows for verdict in row.graded.verdicts.values())
 
@@ -264,18 +282,19 @@ def _names(names: Sequence[str]) -> str:
 
 def _section(part: Section) -> str:
     page = f"<h2>{html.escape(part.title)}</h2>\n"
-    page += "".join(f"<p>{_inline(sentence)}</p>\n" for sentence in part.sentences)
+    page += "".join(f"<p>{in_html(sentence)}</p>\n" for sentence in part.sentences)
     if part.rows:
         kinds = [' class="number"' if _is_number(part, i) else "" for i in _columns(part)]
-        head = "".join(f'<th scope="col"{kind}>{_inline(t)}</th>' for t, kind in zip(part.headings, kinds, strict=True))
-        page += f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+        head = "".join(f'<th scope="col"{kind}>{in_html(t)}</th>' for t, kind in zip(part.headings, kinds, strict=True))
+        many = ' class="many"' * (len(part.headings) > MANY)
+        page += f'<div class="wide"><table{many}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
         for row in part.rows:
-            cells = [f"<td{kind}>{_inline(text)}</td>" for text, kind in zip(row, kinds, strict=True)]
+            cells = [f"<td{kind}>{in_html(text)}</td>" for text, kind in zip(row, kinds, strict=True)]
             cells[0] = cells[0].replace("<td", '<th scope="row"').replace("</td>", "</th>")
             page += f"<tr>{''.join(cells)}</tr>\n"
         page += "</tbody>\n</table></div>\n"
     if part.items:
-        page += "<ul>\n" + "".join(f"<li>{_inline(item)}</li>\n" for item in part.items) + "</ul>\n"
+        page += "<ul>\n" + "".join(f"<li>{in_html(item)}</li>\n" for item in part.items) + "</ul>\n"
     return page
 
 
@@ -287,16 +306,5 @@ def _is_number(part: Section, column: int) -> bool:
     return all(re.fullmatch(r"-?[\d.]*( ✋)?( \?)?", row[column]) for row in part.rows) and column > 0
 
 
-def _inline(text: str) -> str:
-    escaped = html.escape(" ".join(text.split()))
-    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
-    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", escaped)
-
-
-def _plain(text: str) -> str:
-    """On one line, and nothing of it HTML or a link."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(")
-
-
 def _cell(text: str) -> str:
-    return _plain(text).replace("|", "\\|")
+    return in_markdown(text).replace("|", "\\|")

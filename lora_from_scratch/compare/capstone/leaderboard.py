@@ -20,6 +20,7 @@ from lora_from_scratch.compare.capstone.hidden import HOME_SEED, hidden_cards, s
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.support import learner_folder
 from lora_from_scratch.support.files import write_json
+from lora_from_scratch.support.plain_text import one_line
 
 LARGEST = 2_000_000  # the size limit of an entry, in bytes
 LONGEST_NAME = 60
@@ -164,7 +165,7 @@ def _cells(line: Placed) -> tuple[str, ...]:
     cost = line.cost
     return (
         str(line.place or "over"),
-        line.name + (" (the course's)" if line.house else ""),
+        one_line(line.name).replace("|", "\\|") + (" (the course's)" if line.house else ""),
         f"{line.bleu:.1f}",
         f"{100 * line.slot_errors:.1f} %",
         f"{cost['trained_parameters']:,.0f}" + _mark(line, "trained_parameters"),
