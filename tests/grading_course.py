@@ -18,7 +18,8 @@ from sqlalchemy import create_engine, inspect, text
 from lora_from_scratch.checks import units
 from lora_from_scratch.grading import keys
 from lora_from_scratch.grading.building import build
-from lora_from_scratch.grading.grade import Options, Summary, grade
+from lora_from_scratch.grading.grade import Options, grade
+from lora_from_scratch.grading.summary import Summary
 from tests.tiny_course import enter_course, make_course
 
 NAME = "unit_99"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_from_scratch.grading.grade import Summary
+from lora_from_scratch.grading.summary import Summary
 from tests import attacks_on_grading
 from tests.attacks import COUNTER, FULL, MARK, RIGHT, SECRETS, SOLVED, Attack
 from tests.grading_course import NAME, GradingCourse, template

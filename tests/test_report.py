@@ -211,11 +211,11 @@ def test_a_report_obeys_nothing_that_a_learner_wrote(name: str) -> None:
 def test_the_terminal_obeys_nothing_that_a_learner_wrote(
     course: GradingCourse, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_from_scratch.cli.grade import say
+    from lora_from_scratch.cli.grade import print_summary
 
     summary = course.grade()
     row = dataclasses.replace(summary.rows[0], learner="\x1b[2Jada\u202e", trouble=("\x9b",))
-    say(dataclasses.replace(summary, rows=(row,), refused=("\x1b]0;x\x07: it cannot be\nsubmitted",)))
+    print_summary(dataclasses.replace(summary, rows=(row,), refused=("\x1b]0;x\x07: it cannot be\nsubmitted",)))
     said = capsys.readouterr()
     assert "[2Jada" in said.out
     assert "]0;x" in said.err

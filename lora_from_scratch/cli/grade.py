@@ -11,7 +11,7 @@ from lora_from_scratch.cli import INTERRUPTED
 from lora_from_scratch.support.plain_text import one_line
 
 if TYPE_CHECKING:
-    from lora_from_scratch.grading.grade import Summary
+    from lora_from_scratch.grading.summary import Summary
 
 DESCRIPTION = """\
 Grade everything in submitted/ of an nbgrader course. Every notebook runs in a sandbox; the points are computed outside

@@ -19,7 +19,7 @@ from lora_from_scratch.grading.tasks import write_text
 from lora_from_scratch.support.plain_text import in_html, in_markdown, one_line
 
 if TYPE_CHECKING:
-    from lora_from_scratch.grading.grade import Row, Summary
+    from lora_from_scratch.grading.summary import Row, Summary
 
 SHOWN_LEARNERS = 8  # who has a misconception; of more only the number is said
 MANY = 8  # columns; the headings of a wider table stand upright

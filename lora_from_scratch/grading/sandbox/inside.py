@@ -44,8 +44,8 @@ GUESS_SECONDS = 2.0
 TRACEBACK = 4_000  # characters of a traceback that are kept: its end
 
 
-class Beginning(io.TextIOBase):
-    """Keeps the beginning of what is written."""
+class TruncatedOutput(io.TextIOBase):
+    """A text stream that keeps only the beginning of what is written to it."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -175,7 +175,7 @@ class Runner:
         self.send({"kind": "done"})
 
     def run_cell(self, step: dict[str, Any]) -> dict[str, Any]:
-        out, err = Beginning(self.job["printed"]), Beginning(self.job["printed"])
+        out, err = TruncatedOutput(self.job["printed"]), TruncatedOutput(self.job["printed"])
         before = sys.stdout, sys.stderr
         self.shell.error = None
         self.called.clear()

@@ -147,14 +147,14 @@ class _Observing:
             if self.left <= 0:
                 self.found.endings.append(Ending("wall time", "", TIME_IS_UP))
                 return
-            following = Following(self, [step for step in waiting if not self._is_known(step)], left_out)
-            end = self._start(following, library)
+            reader = FrameReader(self, [step for step in waiting if not self._is_known(step)], left_out)
+            end = self._start(reader, library)
             self.left -= end.seconds
             if end.why == "finished":
                 return
             if end.why == "not started":
                 raise SandboxError(f"the sandbox did not start ({end.detail}): {end.said[-500:]}")
-            at = following.current
+            at = reader.current
             ending = Ending(end.why, at.cell_id if at else "", ending_message(end.why, end.detail, self.job.limits))  # type: ignore[arg-type]
             self.found.endings.append(ending)
             if at is None:
@@ -175,10 +175,10 @@ class _Observing:
 
     # --- One process
 
-    def _start(self, following: Following, library: Stripped) -> supervisor.End:
+    def _start(self, reader: FrameReader, library: Stripped) -> supervisor.End:
         with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as made:
-            folder = following.folder = Path(made)
-            (folder / "job").write_bytes(wire.pack(self._describe(following.steps)))
+            folder = reader.folder = Path(made)
+            (folder / "job").write_bytes(wire.pack(self._describe(reader.steps)))
             (folder / "files").mkdir()
             shutil.copytree(fonts(self.job.cache), folder / "matplotlib")
             key = os.urandom(wire.KEY)
@@ -187,7 +187,7 @@ class _Observing:
                 started = begin(folder, library, key)
             except OSError as error:
                 raise SandboxError(f"the sandbox cannot be started: {error}") from None
-            return supervisor.Watch(started, key, self.job.limits, following).run()
+            return supervisor.Watch(started, key, self.job.limits, reader).run()
 
     def _in_walls(self, folder: Path, library: Stripped, key: bytes) -> supervisor.Started:
         package = os.path.dirname(os.path.abspath(lora_from_scratch.__file__))
@@ -239,8 +239,8 @@ class _Observing:
         return [dict(case.inputs) for case in self.exercises[step.name].inputs(step.seed)]
 
 
-class Following:
-    """Takes the frames of one process, which must be those of its steps in their order.
+class FrameReader:
+    """Reads the frames that one process sends, which must be those of its steps, in order.
 
     Inputs are written where the process reads them when their exercise is tried, and not before: a cell could otherwise
     compute in advance what takes too long.
