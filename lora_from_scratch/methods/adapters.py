@@ -13,6 +13,8 @@ All start so near zero that the adapter is nearly the identity. There are four p
                arXiv:2004.03829; "Adapter-L" in the LoRA paper), with relu for gelu
     parallel   beside the MLP, not behind it (He et al. 2022, arXiv:2110.04366): MLP(x) + s W_up relu(W_down x)
 
+In a model whose blocks are not known (`blocks.py`), or in other places, the modules are named: `Adapter(places=...)`.
+
 None is a change of the model's weights, because something bends in between: adapters cannot be merged, and an
 adapted model stays slower than its base.
 """
@@ -32,6 +34,7 @@ from torch.nn import functional as F
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.methods.blocks import check_layers, find_modules, parts_of_blocks, widths
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
 from lora_from_scratch.support.tape import Shadow, Tape
 
@@ -147,9 +150,11 @@ class AdapterAfter(nn.Module):
         super().__init__()
         self.base, self.adapter = base, adapter
 
-    def forward(self, x: Tensor, *others: Any) -> Tensor:
-        y: Tensor = self.adapter(self.base(x, *others))
-        return y
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        y = self.base(*inputs, **named)
+        if isinstance(y, tuple):  # an attention of transformers returns its weights as well
+            return self.adapter(y[0]), *y[1:]
+        return self.adapter(y)
 
 
 class AdapterBeside(AdapterAfter):
@@ -209,6 +214,31 @@ def insert_adapters(
     return adapters
 
 
+def insert_at(
+    model: nn.Module, places: Sequence[str], width: int, variant: str, scaling: float, generator: torch.Generator
+) -> None:
+    """As `insert_adapters`, at modules of any model, which are named in full. d is what linear layers in them say.
+
+    Raises:
+        ValueError: the width, or a module whose input or output has no width that fits. The model is then as it was.
+    """
+    wrapper = AdapterBeside if variant == "parallel" else AdapterAfter
+    wrapped = {}
+    for name in places:
+        base = model.get_submodule(name)
+        taken, d = widths(base, name)
+        if variant == "parallel" and taken != d:
+            raise ValueError(
+                f"{name} takes {taken} numbers and returns {d}; an adapter beside it needs as many of both"
+            )
+        if not 1 <= width <= d:
+            raise ValueError(f"{name}: width must be between 1 and {d}, the number of its outputs, got {width}")
+        adapter = new_adapter(variant, d, width, scaling, generator).to(next(base.parameters()))
+        wrapped[name] = wrapper(base, adapter).train(base.training)
+    for name in reversed(wrapped):  # the inner ones first: their names hold as long as the outer ones stand
+        replace_module(model, name, wrapped[name])
+
+
 def remove_adapters(model: nn.Module) -> None:
     """Take out, in place, what `insert_adapters` put in.
 
@@ -228,9 +258,7 @@ def adapter_places(n_layer: int, variant: str, layers: Sequence[int] = ()) -> li
         ValueError: there is no such variant, or no such layer.
     """
     _check_variant(variant)
-    for layer in layers:
-        if not 0 <= layer < n_layer:
-            raise ValueError(f"layers must be from 0 to {n_layer - 1} (the model has {n_layer}), got {layer}")
+    check_layers(layers, n_layer)
     chosen = sorted(set(layers)) or range(n_layer)
     return [f"transformer.h.{layer}.{place}".rstrip(".") for layer in chosen for place in PLACES[variant]]
 
@@ -260,7 +288,11 @@ def _check_variant(variant: str) -> None:
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """Adapters in a GPT-2; see the head of this file for the variants.
+    """Adapters in any model; see the head of this file for the variants.
+
+    The variant says where they go in the blocks of known architectures (`blocks.py`), ours among them. `places` names
+    the modules instead, each in full or by the end of its name at a dot. Such a module returns (..., d), or a tuple
+    that begins with it; for "parallel" it returns a tensor and is called with x first.
 
     Raises:
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
@@ -272,6 +304,7 @@ class Adapter(Method):
     layers: Sequence[int] = hyperparameter(  # to leave some out is AdapterDrop, Rücklé et al. 2021
         (), "the blocks to adapt, counted from 0; none named: all"
     )
+    places: Sequence[str] = ()  # the modules that get adapters; none named: those of the variant
     seed: int = 0  # of the first values
 
     name: ClassVar[str] = "adapter"
@@ -289,15 +322,31 @@ class Adapter(Method):
         if self.scaling != 1 and self.variant != "parallel":
             raise ValueError(f"scaling={self.scaling:g} is for the variant 'parallel'; {self.variant!r} has none")
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "places", (self.places,) if isinstance(self.places, str) else tuple(self.places))
+        if self.places and self.layers:
+            raise ValueError("places and layers exclude each other: places are modules of any block")
         for layer in self.layers:
             if not isinstance(layer, int) or isinstance(layer, bool):
                 raise ValueError(f"layers must be whole numbers, counted from 0, got {layer!r}")
 
-    def _install(self, model: GPT2) -> None:
+    def _install(self, model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        insert_adapters(model, self.width, self.variant, scaling=self.scaling, layers=self.layers, generator=generator)
+        if isinstance(model, GPT2) and not self.places:
+            options: dict[str, Any] = {"scaling": self.scaling, "layers": self.layers, "generator": generator}
+            insert_adapters(model, self.width, self.variant, **options)
+        else:
+            insert_at(model, self._places(model), self.width, self.variant, self.scaling, generator)
 
-    def _uninstall(self, model: GPT2) -> None:
+    def _places(self, model: nn.Module) -> list[str]:
+        """The full names of the modules that get an adapter."""
+        if self.places:
+            return find_modules(model, self.places)
+        try:
+            return parts_of_blocks(model, PLACES[self.variant], self.layers)
+        except LookupError as error:
+            raise ValueError(f"{error.args[0]}; name the modules that get adapters, in `places`") from None
+
+    def _uninstall(self, model: nn.Module) -> None:
         remove_adapters(model)
 
     @classmethod

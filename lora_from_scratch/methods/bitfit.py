@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,12 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2, Conv1D
+from lora_from_scratch.methods.adapters import replace_module
+from lora_from_scratch.methods.blocks import blocks_of
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
+from lora_from_scratch.methods.placement import fused_parts
 from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.wrapped import plain_name
 
 VARIANTS = ("all", "two")
 
@@ -51,14 +54,15 @@ class QueryBias(nn.Module):
       it does nothing.
 
     Args:
-        base: the `c_attn` that it stands for; frozen by whoever puts this layer into a model.
+        base: the `c_attn` that it stands for, ours or transformers'; frozen by whoever puts this layer into a model.
     """
 
-    def __init__(self, base: Conv1D) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base
-        self.bias_q = nn.Parameter(base.bias.detach()[: base.out_features // 3].clone())  # (d,)
-        self._unmerged: Tensor | None = None  # the bias as it was, while merged
+        self.bias_q = nn.Parameter(base.bias.detach()[: len(base.bias) // 3].clone())  # (d,)
+        self._unmerged: Tensor | None
+        self.register_buffer("_unmerged", None, persistent=False)  # the bias as it was, while merged
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,12 +89,13 @@ class QueryBias(nn.Module):
 class BitFit(Method):
     """Train biases and nothing else.
 
-    variant "all": every bias. "two": in each block b_q, the queries' third of `c_attn`'s bias, and b_m2, the
-    bias of the MLP's first layer `c_fc`: the two that move most (Ben Zaken et al., section 4; m2 is the second
-    matrix after the attention, m1 being the attention's own output).
+    variant "all": every bias of any model. "two": in each block b_q, the bias of the queries (a third of that of a
+    GPT-2's `c_attn`), and b_m2, the bias of the MLP's first layer: the two that move most (Ben Zaken et al., section 4;
+    m2 is the second matrix after the attention, m1 being the attention's own output). `blocks.py` has the
+    architectures.
 
     Raises:
-        ValueError: there is no such variant.
+        ValueError: there is no such variant, when it is made; or the model lacks these biases, in `adapt`.
     """
 
     variant: str = hyperparameter("all", "which biases: all of them, or the two that move most")
@@ -106,25 +111,35 @@ class BitFit(Method):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
 
-    def _install(self, model: GPT2) -> None:
+    def _install(self, model: nn.Module) -> None:
+        biases = select_biases(model)
+        if not biases:
+            raise ValueError(f"a {type(model).__name__} has no biases, and BitFit trains nothing else")
         if self.variant == "all":
-            for bias in select_biases(model).values():
+            for bias in biases.values():
                 bias.requires_grad_(True)
             return
-        for block in model.transformer.h:
-            block.mlp.c_fc.bias.requires_grad_(True)  # type: ignore[union-attr]
-            block.attn.c_attn = QueryBias(block.attn.c_attn)  # type: ignore[arg-type,union-attr]
+        layers = _layers_of_two(model)
+        for name in layers:
+            if f"{name}.bias" not in biases:
+                raise ValueError(
+                    f"{name} has no bias, so the variant 'two' does not fit; 'all' trains those that exist"
+                )
+        for name, layer in layers.items():
+            if fused_parts(model, name):
+                replace_module(model, name, QueryBias(layer))
+            else:
+                biases[f"{name}.bias"].requires_grad_(True)
 
-    def _uninstall(self, model: GPT2) -> None:
+    def _uninstall(self, model: nn.Module) -> None:
         for name, layer in _query_biases(model).items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base)
+            replace_module(model, name, layer.base)
 
-    def _merge(self, model: GPT2) -> None:
+    def _merge(self, model: nn.Module) -> None:
         for layer in _query_biases(model).values():
             layer.merge()
 
-    def _unmerge(self, model: GPT2) -> None:
+    def _unmerge(self, model: nn.Module) -> None:
         for layer in _query_biases(model).values():
             layer.unmerge()
 
@@ -136,8 +151,24 @@ class BitFit(Method):
         return True
 
 
+def _layers_of_two(model: nn.Module) -> dict[str, Any]:
+    """In each block the layer that makes the queries, and the first of the MLP, by their full names."""
+    try:
+        blocks = blocks_of(model)
+    except LookupError as error:
+        raise ValueError(f"{error.args[0]}; the variant 'all' fits any model") from None
+    names = []
+    for block, parts in blocks.items():
+        if parts.query is None:
+            raise ValueError(
+                f"the queries of {block} have no bias apart from keys and values; the variant 'all' fits it"
+            )
+        names += [f"{block}.{part}" for part in (parts.query, *parts.middle)]
+    return {name: model.get_submodule(name) for name in names}
+
+
 def _query_biases(model: nn.Module) -> dict[str, QueryBias]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QueryBias)}
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, QueryBias)}
 
 
 # --- What it keeps for the backward pass ---------------------------------------------------------------
