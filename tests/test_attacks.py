@@ -24,7 +24,7 @@ from tests.sandboxes import needs_bubblewrap
 
 pytestmark = needs_bubblewrap
 MARKER = "tests.attacks_marker:mark_file"
-HONEST = 60
+HONEST = 30
 ATTACKS = attacks_on_grading.ATTACKS
 
 # Right in different ways, loud, and slow to be quiet about it.
@@ -36,7 +36,7 @@ ROOTS = [
     "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\n" + RIGHT,
 ]
 COUNTERS = [COUNTER, COUNTER.replace("self.count = (self.count + 1)", "self.count = (1 + self.count)")]
-PARTLY = RIGHT.replace('raise ValueError("below zero")', "return x")
+REFUSES = 'raise ValueError("below zero")'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,12 @@ def learner_of(attack: Attack) -> str:
 
 
 def honest() -> Iterator[tuple[str, dict[str, str], dict[str, float]]]:
-    """Sixty learners with what they have written and what it is worth."""
-    kinds = itertools.cycle(itertools.product(ROOTS, COUNTERS, ("all", "part", "guesses wrong")))
-    for number, (root, counter, kind) in zip(range(HONEST), kinds, strict=False):
+    """Thirty learners, each with what nobody else has written, and what it is worth."""
+    kinds = itertools.product(ROOTS, COUNTERS, ("all", "part", "guesses wrong"))
+    for number, (root, counter, kind) in enumerate(kinds):
         answers, points = SOLVED | {"fourfold_root": root, "Counter": counter}, dict(FULL)
         if kind == "part":
-            answers["fourfold_root"], points["check-fourfold_root"] = PARTLY, 2.0
+            answers["fourfold_root"], points["check-fourfold_root"] = root.replace(REFUSES, "return x"), 2.0
         if kind == "guesses wrong":
             answers["guess_root"], points["check-guess_root"] = 'guess_root = "a"', 0.0
         yield f"honest-{number:02}", answers, points
@@ -135,6 +135,7 @@ def test_an_honest_submission_keeps_its_exact_points(
 
 def test_all_submissions_were_graded_in_the_sandbox(graded: Class) -> None:
     assert len(ATTACKS) >= 100
+    assert len({str(answers) for _, answers, _ in honest()}) == HONEST
     assert len(graded.summary.rows) == len(ATTACKS) + HONEST
     assert (graded.summary.failed, graded.summary.isolation) == (0, "bubblewrap")
     assert all(row.trouble == () for row in graded.summary.rows if row.learner.startswith("honest"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import random
-import subprocess
 
 import nbformat
 import pytest
@@ -13,29 +11,14 @@ from lora_from_scratch.checks.units import units
 from lora_from_scratch.grading.building import build, dependencies, refusals
 from lora_from_scratch.grading.building.differences import differences
 from tests.tiny_course import ROOT
+from tests.turns import in_turn
 
 UNITS = [
     pytest.param(unit, id=f"unit_{unit.number}", marks=getattr(pytest.mark, f"unit_{unit.number}"))
     for unit in units()
     if unit.number in build.sources(ROOT)
 ]
-
-
-def sample() -> set[object]:
-    """The two units whose turn it is: other ones in the next commit."""
-    try:
-        command = ["git", "rev-parse", "HEAD^{tree}"]
-        state = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):  # a copy without git
-        state = (ROOT / dependencies.RECORD).read_text(encoding="utf-8")
-    return set(random.Random(state).sample([param.id for param in UNITS], 2))
-
-
-SAMPLE = sample()
-EXECUTED = [  # `make test` executes two, `make test-all` all
-    pytest.param(*param.values, id=param.id, marks=[*param.marks, *[pytest.mark.slow] * (param.id not in SAMPLE)])
-    for param in UNITS
-]
+EXECUTED = [in_turn(unit) for unit in units() if unit.number in build.sources(ROOT)]
 MEBIBYTES, SECONDS = 2048, 300
 
 

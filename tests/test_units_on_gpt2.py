@@ -2,8 +2,8 @@
 
 The weights are random and each training has a step or four, so what the units say of their results is not looked at;
 everything has to run to its end. One unit runs on GPT-2 small itself, where the others take up to nine minutes each:
-they run on a model of its depth, number of heads and context, of a fifth of its width. `make test-gpt2` runs all of
-them on GPT-2 small.
+they take turns (see `turns`) on a model of its depth, number of heads and context, of a fifth of its width.
+`make test-gpt2` runs all of them on GPT-2 small.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks.units_on_gpt2 import FINE_TUNING, random_gpt2, run_unit
 from lora_from_scratch.grading.building import execution
+from tests import turns
 
 SMALL, NARROW = 768, 144
 QUICK = "08"
@@ -38,10 +39,12 @@ def model_of_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], 
 
 
 def unit_to_run(unit: str) -> Any:
-    marks = [getattr(pytest.mark, f"unit_{unit}")]
-    if unit in SLOW and not ALL_ON_SMALL:
+    if ALL_ON_SMALL or unit == QUICK:
+        return pytest.param(unit, SMALL, marks=getattr(pytest.mark, f"unit_{unit}"), id=f"unit_{unit}")
+    marks = turns.marks(unit)
+    if unit in SLOW:
         marks.append(pytest.mark.skip(reason="takes minutes; `make test-gpt2` runs it"))
-    return pytest.param(unit, SMALL if ALL_ON_SMALL or unit == QUICK else NARROW, marks=marks, id=f"unit_{unit}")
+    return pytest.param(unit, NARROW, marks=marks, id=f"unit_{unit}")
 
 
 @pytest.mark.parametrize(("unit", "width"), [unit_to_run(unit) for unit in FINE_TUNING])

@@ -1,0 +1,37 @@
+"""Whose turn it is: of what takes minutes for each unit, `make test` does two units, other ones for each commit.
+
+`make test-all` does all of them.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from typing import Any
+
+import pytest
+
+from lora_from_scratch.checks.units import Unit, units
+from lora_from_scratch.grading.building.dependencies import RECORD
+from tests.tiny_course import ROOT
+
+
+def state() -> str:
+    """What is committed: the same in every process of a run."""
+    try:
+        command = ["git", "rev-parse", "HEAD^{tree}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # a copy without git
+        return (ROOT / RECORD).read_text(encoding="utf-8")
+
+
+def marks(number: str) -> list[Any]:
+    """The marks of a test of a unit that takes turns."""
+    return [getattr(pytest.mark, f"unit_{number}"), *[pytest.mark.slow] * (number not in IN_TURN)]
+
+
+def in_turn(unit: Unit) -> Any:
+    return pytest.param(unit, id=f"unit_{unit.number}", marks=marks(unit.number))
+
+
+IN_TURN = set(random.Random(state()).sample([unit.number for unit in units()], 2))
