@@ -1,3 +1,3 @@
-"""Parameter-efficient fine-tuning, built from scratch, on a GPT-2 that fits a laptop."""
+"""Parameter-efficient fine-tuning, built from scratch, on a GPT-2 that fits on a laptop."""
 
 __version__ = "0.1.0"

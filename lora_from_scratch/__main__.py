@@ -1,4 +1,4 @@
-"""`python -m lora_from_scratch` is the command `lora-from-scratch`."""
+"""`python -m lora_from_scratch` runs the command `lora-from-scratch`."""
 
 import sys
 

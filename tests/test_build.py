@@ -279,7 +279,7 @@ def test_the_command_lists_everything_that_is_wrong(
     assert len(capsys.readouterr().err.splitlines()) == 3
     (course.root / "course/units/unit_99.py").write_text(SOURCE)
     assert main(["build", "--check", "--root", str(course.root)]) == 0
-    assert "unit 99: nothing to mend" in capsys.readouterr().out
+    assert "unit 99: no problems in the source" in capsys.readouterr().out
     assert main(["build", "98", "--root", str(course.root)]) == 2
     assert "there is no unit 98" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ def test_a_finished_notebook_is_fine(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert check(submission("01"), tmp_path) == 0
     said = capsys.readouterr().out
     assert "8 of 8" in said
-    assert "Nothing to mend" in said
+    assert "Nothing to fix" in said
 
 
 def test_what_is_not_written_yet_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +40,7 @@ def test_what_is_not_written_yet_is_listed(tmp_path: Path, capsys: pytest.Captur
         "to do: row_echelon is the library's version, which earns no points.",
         "to do: The cell of rank_deficiency is not Python as it stands: run it, and mend what the error says.",
         "to do: No cell above its check defines outer_product_sum.",
-        "2 of 8 exercises, predictions and open questions have something in them.",
+        "2 of 8 exercises, predictions and open questions have been filled in.",
     ):
         assert line in said
 
@@ -51,7 +51,7 @@ def test_damage_is_said_in_one_line_each_with_what_to_do(tmp_path: Path, capsys:
     notebook.cells.remove(answer(notebook))
     assert check(notebook, tmp_path) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("mend: The cell of rank is there 2 times")
+    assert said[0].startswith("fix: The cell of rank is there 2 times")
     assert said[1].startswith("lost: The answer to the open question nearly_low is not there")
     assert len(said) == 4
 

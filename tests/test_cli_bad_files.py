@@ -174,7 +174,7 @@ def test_json_that_is_nested_too_deep_is_a_damaged_file(here: Path, tmp_path: Pa
     [
         (b"", 1, "the header must name the column 'mr'"),
         (b"mr,text\na[b],c\n", 1, "the header must name the column 'ref'"),
-        (b"mr,ref\n", 1, "no record follows the header"),
+        (b"mr,ref\n", 1, "there are no records after the header"),
         (b"mr,ref\na[b],x\na[b,x\n", 3, "the bracket of slot 'a' is not closed"),
         (b"mr,ref\na[b],x\na[c],\n", 3, "the reference is empty"),
         (b"mr,ref\na[b],x,y\n", 2, "3 fields"),

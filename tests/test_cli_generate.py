@@ -43,7 +43,7 @@ def test_prompts_come_from_flags_or_else_from_standard_input(here: Path, monkeyp
     assert output_of(*command) == out
     for nothing in (io.StringIO(""), None):
         monkeypatch.setattr(sys, "stdin", nothing)
-        assert "nothing to go on with" in complaint(*command)
+        assert "no text to continue" in complaint(*command)
 
 
 def test_an_empty_prompt_is_the_beginning_of_a_text(here: Path) -> None:

@@ -35,18 +35,18 @@ def test_the_doctor_says_what_to_mend_and_ends_with_1(monkeypatch: pytest.Monkey
     ("patch", "said"),
     [
         (lambda m: m.setattr(doctor, "REQUIRED", ("torch", "no-such-package")), "missing: no-such-package; run: "),
-        (lambda m: m.setattr(doctor, "NEEDED_DISK", 1e18), "MB free here"),
+        (lambda m: m.setattr(doctor, "MINIMUM_DISK", 1e18), "MB free here"),
         (lambda m: m.setitem(sys.modules, "torch", None), "PROBLEM  PyTorch"),
         (lambda m: m.setattr("lora_from_scratch.gpt2.checkpoint.BUNDLED_DIRECTORY", Path("no")), "PROBLEM  bundled"),
-        (lambda m: m.setattr(doctor.tempfile, "TemporaryFile", _refuse), "this folder cannot be written"),
+        (lambda m: m.setattr(doctor.tempfile, "TemporaryFile", _refuse), "cannot write to this folder"),
         (
-            lambda m: m.setattr(doctor, "OLDEST", (9, 0)),
-            "is too old; make an environment with 3.11 or newer: python3.11",
+            lambda m: m.setattr(doctor, "MINIMUM_PYTHON", (9, 0)),
+            "is too old; create an environment with 3.11 or newer: python3.11",
         ),
         (lambda m: m.setattr(doctor, "COURSE", ("no-such-package",)), "run: python -m pip install -e '.[course]'"),
-        (lambda m: m.setattr(doctor, "WIDGETS", Path("no")), "JupyterLab does not find the extension"),
+        (lambda m: m.setattr(doctor, "WIDGETS", Path("no")), "JupyterLab cannot find the extension"),
         (lambda m: m.setenv("PATH", ""), "PROBLEM  alembic"),
-        (lambda m: m.setenv("LORA_FROM_SCRATCH_HOME", "/dev/null/no"), "is not kept: cannot write to /dev/null/no"),
+        (lambda m: m.setenv("LORA_FROM_SCRATCH_HOME", "/dev/null/no"), "is not saved: cannot write to /dev/null/no"),
     ],
 )
 def test_the_doctor_finds(monkeypatch: pytest.MonkeyPatch, patch: Callable[[Any], None], said: str) -> None:
@@ -59,7 +59,7 @@ def test_the_doctor_finds(monkeypatch: pytest.MonkeyPatch, patch: Callable[[Any]
 def test_every_problem_is_one_line_with_something_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "REQUIRED", ("no-such-package",))
     monkeypatch.setattr(doctor, "COURSE", ("no-such-package",))
-    monkeypatch.setattr(doctor, "NEEDED_DISK", 1e18)
+    monkeypatch.setattr(doctor, "MINIMUM_DISK", 1e18)
     monkeypatch.setattr("lora_from_scratch.gpt2.checkpoint.BUNDLED_DIRECTORY", Path("no"))
     monkeypatch.setenv("PATH", "")
     _, out, _ = call("doctor")
@@ -76,7 +76,7 @@ def test_every_problem_is_one_line_with_something_to_do(monkeypatch: pytest.Monk
     [
         (["python"], ""),
         ([sys.executable], ""),
-        (["/no/such/python"], "which is not there; run: python -m ipykernel install --sys-prefix"),
+        (["/no/such/python"], "which does not exist; run: python -m ipykernel install --sys-prefix"),
         (["/bin/sh"], "starts /bin/sh, not "),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_meaning_survives_being_written_and_parsed(meaning: dict[str, str]) ->
         ("[The Eagle]", "must be a slot's name"),
         ("name]The Eagle[", "expected slot[value]"),
         ("name[]", "slot 'name' has no value"),
-        ("name[a], food[b], name[c]", "slot 'name' comes twice"),
+        ("name[a], food[b], name[c]", "slot 'name' occurs twice"),
     ],
 )
 def test_a_malformed_meaning_is_refused_with_the_reason(mr: str, complaint: str) -> None:
@@ -149,11 +149,11 @@ def test_any_bytes_give_examples_or_a_value_error_that_names_file_and_line(file:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", ":1: the header must name the column 'mr' once, the file is empty"),
-        ("mr,text\nname[x],fine\n", ":1: the header must name the column 'ref' once, found mr, text"),
-        ("mr,mr,ref\na,b,c\n", ":1: the header must name the column 'mr' once"),
-        ("\n\nfoo\n", ":3: the header must name the column 'mr' once, found foo"),
-        ("mr,ref\n", ":1: no record follows"),
+        ("", ":1: the header must name the column 'mr' exactly once, the file is empty"),
+        ("mr,text\nname[x],fine\n", ":1: the header must name the column 'ref' exactly once, found mr, text"),
+        ("mr,mr,ref\na,b,c\n", ":1: the header must name the column 'mr' exactly once"),
+        ("\n\nfoo\n", ":3: the header must name the column 'mr' exactly once, found foo"),
+        ("mr,ref\n", ":1: there are no records after"),
     ],
 )
 def test_a_bad_header_is_refused(file: Path, text: str, complaint: str) -> None:

@@ -79,7 +79,7 @@ def test_an_interrupted_run_goes_on_when_it_is_started_again(
         else:
             patch.setattr(running, {"judging": "evaluate", "reporting": "write_json"}[moment], interrupt)
         assert main(run_in(here, tmp_path)) == 130
-    assert "goes on from its last checkpoint when started again" in capsys.readouterr().err
+    assert "run the same command again to resume training from the last checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "report.json").exists()
     with pytest.MonkeyPatch.context() as patch:
         if moment != "training":  # the training was over and is not done again

@@ -77,6 +77,6 @@ def test_a_batch_with_nothing_for_some_process_is_refused(
 ) -> None:
     monkeypatch.setattr(World, "from_environment", classmethod(lambda cls: World(0, 3)))
     assert main(command(here, tmp_path / "out", "--batch-size", "2")) == 2
-    said = "error: batch_size must be at least 3, one for each process, got 2"
+    said = "error: batch_size must be at least 3, one per process, got 2"
     assert capsys.readouterr().err.splitlines() == [said]
     assert not (tmp_path / "out").exists()

@@ -85,7 +85,7 @@ def test_a_corpus_is_read_as_text_and_as_gz_with_any_line_ends(tmp_path: Path, c
         ("latin.txt", "Dörfer".encode("latin-1"), "is not readable as UTF-8 text"),
         ("damaged.gz", gzip.compress(b"x" * 5000, mtime=0)[:-9], "is not readable as UTF-8 text"),
         ("text.gz", b"not compressed", "is not readable as UTF-8 text"),
-        ("few.txt", b"One book.\n\nTwo books.", "none is left to read"),
+        ("few.txt", b"One book.\n\nTwo books.", "none is left to train on"),
         ("short.txt", b"a\n\nb\n\nc", "a context of 16 needs at least 32"),
     ],
 )

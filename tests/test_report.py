@@ -127,9 +127,9 @@ def test_both_files_are_written_and_the_command_says_where(course: GradingCourse
 
 
 def test_what_the_command_says_at_the_end(course: GradingCourse, capsys: pytest.CaptureFixture[str]) -> None:
-    from lora_from_scratch.cli.grade import say
+    from lora_from_scratch.cli.grade import print_summary
 
-    say(course.grade())
+    print_summary(course.grade())
     said = capsys.readouterr().out
     assert said.startswith("unit 99: 4 submissions, 0 graded now, in ")
     assert "need a human: 2 (<b>dora|, cleo)" in said

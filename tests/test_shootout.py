@@ -237,14 +237,14 @@ def test_on_a_terminal_each_process_under_way_has_a_bar(monkeypatch: pytest.Monk
     screen.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", screen)
     display = side_by_side._Display([small_run(tmp_path, tmp_path / name, 1.0) for name in ("full", "lora")])
-    display.show(0, "3 of 9 examples are left out")
+    display.show(0, "3 of 9 examples are skipped")
     display.show(0, "\rfull:  60%|######    | 300/500 [00:45<00:30]")
     display.show(1, "\rlora:  10%|#         | 50/500 [00:07<01:10]")
     display.show(0, "\n")
     display.show(0, report("full"))
     display.close()
     said = screen.getvalue()
-    for line in ("full: 3 of 9 examples are left out", "full   60%|######    | 300/500", "lora   10%|"):
+    for line in ("full: 3 of 9 examples are skipped", "full   60%|######    | 300/500", "lora   10%|"):
         assert line in said
     assert said.index("full  trained; now it is judged") < said.index("full: done, 1 of 2, about ")
 

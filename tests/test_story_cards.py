@@ -177,7 +177,7 @@ def test_load_dataset_knows_the_task_by_name(task: Dataset) -> None:
         (CARD.replace("helper[a white dove], ", ""), "a price only beside a helper"),
         (CARD.replace("hero[woodcutter]", "hero[astronaut]"), "no value 'astronaut'; it may be one of: woodcutter"),
         (CARD.replace("trait[", "mood["), "no slot 'mood'"),
-        (CARD + ", hero[king]", "comes twice"),
+        (CARD + ", hero[king]", "occurs twice"),
     ],
 )
 def test_a_card_that_the_grammar_cannot_tell_is_refused(mr: str, complaint: str) -> None:

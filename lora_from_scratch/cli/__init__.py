@@ -1,4 +1,4 @@
-"""The command `lora-from-scratch`. Every command is a module here with `add_parser` and `run`."""
+"""The command `lora-from-scratch`. Each subcommand is a module in this package with `add_parser` and `run`."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ COMMANDS = (
     "doctor",
 )
 
-BAD_INPUT = 2  # the exit code when the person can mend it
+BAD_INPUT = 2  # exit code for errors that the user can fix
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-NOBODY_READS = 141  # and for a pipe that was closed
+BROKEN_PIPE = 141  # what a shell reports for a closed pipe (SIGPIPE)
 
 EPILOG = """\
 examples:
   lora-from-scratch demo                                     full fine-tuning and LoRA, side by side
   lora-from-scratch shootout                                 every core method on the same task
-  lora-from-scratch finetune --method lora --rank 4          your own adapter, in runs/story-cards-lora
+  lora-from-scratch finetune --method lora --rank 4          train an adapter, saved in runs/story-cards-lora
   lora-from-scratch generate --adapter runs/story-cards-lora --card "hero[fox], wish[a crown], ending[happy]"
   lora-from-scratch evaluate --adapter runs/story-cards-lora
 
-"lora-from-scratch COMMAND --help" explains a command. Every flag has a default that works.
+"lora-from-scratch COMMAND --help" describes a command.
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises what it does not understand, so that it ends in one line like any other bad input."""
+    """A parser that raises `ValueError` for bad arguments, so that they are reported like any other bad input."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
-    """The command line with these commands. Only their modules are imported."""
+    """Build a parser for these commands. Only their modules are imported."""
     from lora_from_scratch import __version__
 
     parser = Parser(
         prog="lora-from-scratch",
-        description="Parameter-efficient fine-tuning of a GPT-2, on a laptop, without a GPU and without a network.",
+        description="Parameter-efficient fine-tuning of a GPT-2 on a laptop, without a GPU or a network connection.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -68,12 +68,15 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Bad input ends with one line and exit code 2; LORA_FROM_SCRATCH_DEBUG=1 shows the traceback."""
+    """Run a command; bad input gives a one-line error and exit code 2.
+
+    LORA_FROM_SCRATCH_DEBUG=1 in the environment shows the traceback instead.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that this terminal cannot show is no reason to stop
+            stream.reconfigure(errors="replace")  # do not fail on a character that the terminal cannot show
     try:
         return _run(arguments)
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
@@ -83,16 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             _drop_output()
         if isinstance(error, BrokenPipeError):
-            return NOBODY_READS
+            return BROKEN_PIPE
         print(f"error: {reason}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("\ninterrupted; a training run goes on from its last checkpoint when started again", file=sys.stderr)
+        print("\ninterrupted; run the same command again to resume training from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
 
 
 def _run(arguments: Sequence[str]) -> int:
-    # Only the module that is needed: `doctor` has to run where nothing else does.
+    # Import only the module that is needed: `doctor` must run even where the others cannot be imported.
     known = arguments[:1] if arguments and arguments[0] in COMMANDS else COMMANDS
     parser = build_parser(known)
     options = parser.parse_args(arguments)
@@ -100,12 +103,12 @@ def _run(arguments: Sequence[str]) -> int:
         parser.print_help()
         return 0
     code = int(options.run(options) or 0)
-    sys.stdout.flush()  # a full disk shows now, and not when Python ends
+    sys.stdout.flush()  # report a full disk now, not while Python shuts down
     return code
 
 
 def _reason(error: Exception) -> str | None:
-    """What to say to the person, in one line; None: a mistake of the program, which shows its traceback."""
+    """The one-line message for the user, or None for a bug in the program, which shows its traceback."""
     if isinstance(error, ImportError):
         return f"{error}; the installation is incomplete, see: lora-from-scratch doctor"
     if isinstance(error, OSError) and error.strerror:
@@ -118,7 +121,7 @@ def _reason(error: Exception) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch reports a GPU's memory by a class of its own, the computer's by a sentence."""
+    """PyTorch has an exception class for a full GPU, but reports full main memory as a `RuntimeError`."""
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
@@ -127,7 +130,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _drop_output() -> None:
-    """If standard output is what failed, Python would try to write the rest of it once more at the end, and fail."""
+    """Discard buffered output that cannot be written; Python would otherwise fail on it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""`lora-from-scratch build`: the course's notebooks from their sources."""
+"""`lora-from-scratch build`: build the course's notebooks from their sources."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "build",
         help="build the course's notebooks from their sources (for authors)",
-        description="Builds notebooks/ and solutions/ from course/units and the library: the solved notebooks are run "
-        "from top to bottom, and nothing is written when anything is wrong. course/README.md says how a "
-        "unit is written.",
+        description="Build notebooks/ and solutions/ from course/units and the library. The solved notebooks are run "
+        "from top to bottom, and nothing is written if anything is wrong. course/README.md explains how to "
+        "write a unit.",
     )
     parser.add_argument(
-        "units", nargs="*", metavar="UNIT", help='units, such as "01" (default: all that have a source)'
+        "units", nargs="*", metavar="UNIT", help='units to build, such as "01" (default: all that have a source)'
     )
-    parser.add_argument("--check", action="store_true", help="check the sources only; run and write nothing")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="the project's folder (default: found from here)")
+    parser.add_argument("--check", action="store_true", help="only check the sources; run and write nothing")
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="the project's folder (default: this folder or one above it)"
+    )
     return parser
 
 
@@ -34,10 +36,10 @@ def run(options: argparse.Namespace) -> int:
         try:
             if options.check:
                 build.draft(unit, root)
-                print(f"unit {unit.number}: nothing to mend before it is run")
+                print(f"unit {unit.number}: no problems in the source")
             else:
                 cost = build.build(unit, root)
-                print(f"unit {unit.number}: built; {cost.seconds:.0f} s of processor time, {cost.mebibytes:.0f} MiB")
+                print(f"unit {unit.number}: built; {cost.seconds:.0f} s of CPU time, {cost.mebibytes:.0f} MiB")
         except Refused as problem:
             refused += 1
             print(f"unit {unit.number}: refused", file=sys.stderr)

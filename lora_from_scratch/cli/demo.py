@@ -1,4 +1,4 @@
-"""`lora-from-scratch demo`: full fine-tuning and LoRA, side by side."""
+"""`lora-from-scratch demo`: compare full fine-tuning and LoRA."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lora_from_scratch.finetune import defaults
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "demo",
-        help="full fine-tuning and LoRA side by side, in a few minutes",
-        description="Fine-tune a GPT-2 on the story cards by full fine-tuning and by LoRA, and compare them: "
-        "a table, a figure, a few sentences before and after, and both results to go on with.",
+        help="compare full fine-tuning and LoRA, in a few minutes",
+        description="Fine-tune a GPT-2 on the story cards with full fine-tuning and with LoRA, and compare the two: "
+        "a table, a figure, and texts generated before and after. Both fine-tuned models are saved.",
     )
     shared.add_model(parser)
     shared.add_output(parser, "runs/demo")
     parser.add_argument(
-        "--steps", type=int, default=defaults.STEPS, metavar="N", help="training steps of each method (%(default)s)"
+        "--steps", type=int, default=defaults.STEPS, metavar="N", help="training steps per method (%(default)s)"
     )
     add_jobs(parser)
-    shared.add_seed(parser, "what is random in training")
+    shared.add_seed(parser)
     return parser
 
 
@@ -31,7 +31,7 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="methods at a time; they share the cores (2, or 1 on one core)",
+        help="methods to train at the same time, sharing the cores (2, or 1 on a single core)",
     )
 
 

@@ -1,4 +1,4 @@
-"""`lora-from-scratch doctor`: what is wrong with this installation, and how to mend it."""
+"""`lora-from-scratch doctor`: diagnose this installation and say how to fix it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-OLDEST = (3, 11)
-NEEDED_DISK = 500e6  # bytes: an installation's runs, with room
+MINIMUM_PYTHON = (3, 11)
+MINIMUM_DISK = 500e6  # bytes of free space for runs, with a margin
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "matplotlib", "sacrebleu")
 COURSE = ("jupyterlab", "ipykernel", "ipywidgets", "jupytext", "nbclient", "nbgrader")
 INSTALL = "python -m pip install -e . -c constraints.txt"
@@ -24,28 +24,28 @@ WIDGETS = Path("labextensions/@jupyter-widgets/jupyterlab-manager/package.json")
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     return commands.add_parser(
         "doctor",
-        help="check this installation",
-        description="Check this installation and say how to mend it.",
+        help="diagnose this installation",
+        description="Check this installation and say how to fix what is wrong.",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one line a check; exit code 1 if something has to be mended."""
+    """Print one line per check; return exit code 1 if any check failed."""
     healthy = True
     for name, check in CHECKS.items():
         try:
             print(f"ok       {name:<14} {check()}")
-        except Exception as error:  # a doctor reports what it meets
+        except Exception as error:  # whatever goes wrong is what has to be reported
             healthy = False
             print(f"PROBLEM  {name:<14} {' '.join(str(error).split())}")
-    print("\nAll is well." if healthy else "\nMend what is marked PROBLEM and run this again.")
+    print("\nNo problems found." if healthy else "\nFix what is marked PROBLEM and run this again.")
     return 0 if healthy else 1
 
 
 def _python() -> str:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if sys.version_info < OLDEST:
-        raise RuntimeError(f"{found} is too old; make an environment with 3.11 or newer: python3.11 -m venv .venv")
+    if sys.version_info < MINIMUM_PYTHON:
+        raise RuntimeError(f"{found} is too old; create an environment with 3.11 or newer: python3.11 -m venv .venv")
     return found
 
 
@@ -62,7 +62,7 @@ def _torch() -> str:
     left, right = torch.eye(64).bfloat16(), torch.ones(64, 64).bfloat16()
     if not torch.equal(left @ right, right):
         again = "python -m pip install --force-reinstall --no-deps torch -c constraints.txt"
-        raise RuntimeError(f"a bf16 matrix product came out wrong; install torch again: {again}")
+        raise RuntimeError(f"a bf16 matrix product gives a wrong result; reinstall torch: {again}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU (none is needed)"
     return f"{torch.__version__}, {torch.get_num_threads()} threads, {gpu}"
 
@@ -84,8 +84,8 @@ def _course() -> str:
 
 
 def _kernel() -> str:
-    """The kernel "python3" of JupyterLab has to run this Python, where the library is."""
-    mend = "python -m ipykernel install --sys-prefix"
+    """JupyterLab's kernel "python3" must run this Python, the one with the library."""
+    fix = "python -m ipykernel install --sys-prefix"
     try:
         from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     except ImportError:
@@ -93,15 +93,15 @@ def _kernel() -> str:
     try:
         specification = KernelSpecManager().get_kernel_spec("python3")
     except NoSuchKernel:
-        raise RuntimeError(f'JupyterLab has no kernel "python3"; run: {mend}') from None
+        raise RuntimeError(f'JupyterLab has no kernel "python3"; run: {fix}') from None
     started = Path(specification.argv[0])
-    if not started.is_absolute():  # Jupyter puts its own Python there, which is this one
+    if not started.is_absolute():  # Jupyter replaces it with its own Python, which is this one
         return f"python3 starts {sys.executable}"
     if not started.exists():
-        raise RuntimeError(f'the kernel "python3" starts {started}, which is not there; run: {mend}')
-    # The environment, not the file: `python`, `python3` and `python3.11` of one environment are the same.
+        raise RuntimeError(f'the kernel "python3" starts {started}, which does not exist; run: {fix}')
+    # Compare the environment, not the file: `python` and `python3.11` of one environment are the same interpreter.
     if started.parent.resolve() != Path(sys.executable).parent.resolve():
-        raise RuntimeError(f'the kernel "python3" starts {started}, not {sys.executable}; run: {mend}')
+        raise RuntimeError(f'the kernel "python3" starts {started}, not {sys.executable}; run: {fix}')
     return f"python3 starts {started}"
 
 
@@ -117,27 +117,27 @@ def _widgets() -> str:
         pass
     if not any((place / WIDGETS).exists() for place in places):
         again = "python -m pip install --force-reinstall --no-deps jupyterlab_widgets -c constraints.txt"
-        raise RuntimeError(f"JupyterLab does not find the extension that shows sliders; run: {again}")
+        raise RuntimeError(f"JupyterLab cannot find the extension that shows sliders; run: {again}")
     return f"ipywidgets {importlib.metadata.version('ipywidgets')}, JupyterLab has the extension"
 
 
 def _alembic() -> str:
-    """nbgrader calls it by its name when it upgrades its database."""
+    """nbgrader runs the command `alembic` when it upgrades its database."""
     found = shutil.which("alembic")
     if found:
         return found
     folder = Path(sys.executable).parent
     if (folder / "alembic").exists():
-        raise RuntimeError(f"not on the PATH, which nbgrader needs; run: source {folder / 'activate'}")
-    raise RuntimeError(f"missing, which nbgrader needs; run: {INSTALL_COURSE}")
+        raise RuntimeError(f"nbgrader needs it on the PATH; run: source {folder / 'activate'}")
+    raise RuntimeError(f"nbgrader needs it, but it is missing; run: {INSTALL_COURSE}")
 
 
 def _disk() -> str:
     free = shutil.disk_usage(Path.cwd()).free
-    if free < NEEDED_DISK:
+    if free < MINIMUM_DISK:
         raise RuntimeError(
-            f"only {free / 1e6:.0f} MB free here; at least {NEEDED_DISK / 1e6:.0f} MB are needed: "
-            "delete old runs (rm -r runs) or change to another disk"
+            f"only {free / 1e6:.0f} MB free here, at least {MINIMUM_DISK / 1e6:.0f} MB needed: "
+            "delete old runs (rm -r runs) or use another disk"
         )
     return f"{free / 1e9:.1f} GB free"
 
@@ -147,7 +147,7 @@ def _writing() -> str:
         with tempfile.TemporaryFile(dir=Path.cwd()):
             pass
     except OSError as error:
-        raise RuntimeError(f"this folder cannot be written ({error.strerror}): change to one that is yours") from None
+        raise RuntimeError(f"cannot write to this folder ({error.strerror}): change to one of your own") from None
     return os.fspath(Path.cwd())
 
 
@@ -158,8 +158,8 @@ def _progress() -> str:
     try:
         check_writable(folder())
     except OSError as error:
-        place = f"export {HOME}=~/another-folder"
-        raise RuntimeError(f"what you pass in the course is not kept: {error}; choose one: {place}") from None
+        fix = f"export {HOME}=~/another-folder"
+        raise RuntimeError(f"progress in the course is not saved: {error}; choose another folder: {fix}") from None
     return os.fspath(folder())
 
 

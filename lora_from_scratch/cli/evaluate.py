@@ -1,4 +1,4 @@
-"""`lora-from-scratch evaluate`: the measures of a model, adapted or not, on a task."""
+"""`lora-from-scratch evaluate`: compute the metrics of a model, adapted or not, on a task."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lora_from_scratch.cli import options as shared
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "evaluate",
-        help="BLEU, slot errors, perplexity, forgetting",
-        description="Judge a model on a task: what it writes, how sure it is, what it forgot. "
-        "The numbers are those of finetune's table.",
+        help="compute BLEU, slot errors, perplexity and forgetting",
+        description="Evaluate a model on a task: BLEU and slot errors of what it writes, its perplexity, and how much "
+        "it has forgotten. These are the metrics in finetune's table.",
     )
     shared.add_model(parser)
     shared.add_adapter(parser)
     shared.add_data(parser)
     parser.add_argument(
-        "--split", choices=("validation", "test"), default="test", help="the part of the task (%(default)s)"
+        "--split", choices=("validation", "test"), default="test", help="which split of the data (%(default)s)"
     )
     shared.add_cards(parser)
     parser.add_argument(
-        "--beams", type=int, default=1, metavar="N", help="write by beam search with so many; 1: greedy (%(default)s)"
+        "--beams", type=int, default=1, metavar="N", help="beams of beam search; 1 decodes greedily (%(default)s)"
     )
     shared.add_device(parser)
-    parser.add_argument("--json", action="store_true", help="numbers for programs (off)")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON (off)")
     return parser
 
 
@@ -55,6 +55,6 @@ def run(options: argparse.Namespace) -> int:
     print(f"BLEU              {scores.bleu:8.2f}")
     print(f"slot errors       {100 * scores.slot_errors:8.2f} %")
     print(f"perplexity        {scores.perplexity:8.2f}   of the first reference of each card, given the card")
-    print(f"tale perplexity   {scores.tale_perplexity:8.2f}   forgetting: the project's own tales")
-    print(f"divergence        {scores.divergence:8.3f}   nats per token from the base model, on its own text")
+    print(f"tale perplexity   {scores.tale_perplexity:8.2f}   of the project's own tales: shows forgetting")
+    print(f"divergence        {scores.divergence:8.3f}   from the base model on its own text, nats per token")
     return 0

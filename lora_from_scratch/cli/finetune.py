@@ -19,13 +19,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "finetune",
         usage="%(prog)s [--flag value ...]",
-        help="fine-tune a GPT-2, judge it, save what it learned",
-        description="Fine-tune a GPT-2, judge it, and save what it learned. "
-        "Killed and started again with the same flags, it goes on from its last checkpoint.",
+        help="fine-tune a GPT-2, evaluate it and save what it learned",
+        description="Fine-tune a GPT-2, evaluate it, and save what it learned. "
+        "If it is interrupted, run it again with the same flags to resume from the last checkpoint.",
     )
     shared.add_model(parser)
     shared.add_data(parser)
     shared.add_output(parser, None)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the result of another run, or add to other files (off)"
+    )
     shared.add_device(parser)
     shared.add_cards(parser)
     shared.add_method(parser)
@@ -36,38 +39,45 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     flags = [
-        ("steps", int, defaults.STEPS, "updates of the weights"),
-        ("batch-size", int, defaults.BATCH_SIZE, "examples in each step"),
-        ("learning-rate", float, None, "the highest (tuned for each method)"),
+        ("steps", int, defaults.STEPS, "optimiser steps"),
+        ("batch-size", int, defaults.BATCH_SIZE, "examples per step"),
+        ("learning-rate", float, None, "peak learning rate (tuned for each method)"),
         (
             "warmup-steps",
             int,
             None,
-            f"in which the learning rate rises ({100 * defaults.WARMUP_FRACTION:g} %% of them)",
+            f"steps in which the learning rate rises ({100 * defaults.WARMUP_FRACTION:g} %% of all steps)",
         ),
-        ("weight-decay", float, defaults.WEIGHT_DECAY, "AdamW's, on matrices"),
-        ("clip-norm", float, 1.0, "the largest norm of the gradient; 0: any"),
-        ("accumulation", int, 1, "parts that a batch is cut into: less memory, same result"),
-        ("checkpoint-every", int, 100, "steps from one checkpoint to the next"),
+        ("weight-decay", float, defaults.WEIGHT_DECAY, "AdamW's weight decay, applied to matrices only"),
+        ("clip-norm", float, 1.0, "maximum norm of the gradient; 0: no clipping"),
+        ("accumulation", int, 1, "micro-batches per step: less memory, same result"),
+        ("checkpoint-every", int, 100, "steps between checkpoints"),
     ]
     for name, kind, default, text in flags:
         shown = text if default is None else f"{text} (%(default)s)"
         group.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=shown)
     group.add_argument(
-        "--schedule", choices=SCHEDULES, default="linear", help="how the learning rate falls (%(default)s)"
+        "--schedule", choices=SCHEDULES, default="linear", help="how the learning rate decays (%(default)s)"
     )
     group.add_argument(
-        "--precision", choices=PRECISIONS, default="bf16", help="of the matrix products; weights are fp32 (%(default)s)"
+        "--precision",
+        choices=PRECISIONS,
+        default="bf16",
+        help="precision of the matrix products; weights are fp32 (%(default)s)",
     )
     group.add_argument(
         "--optimizer",
         choices=OPTIMIZERS,
         default="adamw",
-        help="paged-adamw keeps AdamW's two numbers for each trained parameter in a file beside the output: "
-        "less memory, more time (%(default)s)",
+        help="paged-adamw keeps AdamW's two moments of each trained parameter in a file beside the output: "
+        "less memory, slower (%(default)s)",
     )
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time (off)")
-    shared.add_seed(group, "what is random in training")
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, slower (off)",
+    )
+    shared.add_seed(group)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -75,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.finetune.run import Run, finetune
 
     method, settings = shared.method_from(options), _settings(options)
-    first = World.from_environment().rank == 0  # under torchrun only one process speaks
+    first = World.from_environment().rank == 0  # under torchrun only one process prints
     report = finetune(
         Run(
             method=method,
@@ -89,11 +99,12 @@ def run(options: argparse.Namespace) -> int:
             device=options.device,
             cards=options.cards,
             checkpoint_every=options.checkpoint_every,
+            overwrite=options.overwrite,
         ),
         progress=first,
     )
     if first:
-        _say(report)
+        _print_report(report)
     return 0
 
 
@@ -118,7 +129,7 @@ def _settings(options: argparse.Namespace) -> TrainingSettings:
     )
 
 
-def _say(report: Report) -> None:
+def _print_report(report: Report) -> None:
     from lora_from_scratch.finetune.report import describe, table
 
     print(f"\n{table([report])}\n\n{describe([report])}\n")

@@ -1,4 +1,4 @@
-"""`lora-from-scratch generate`: let a model, adapted or not, go on with a text."""
+"""`lora-from-scratch generate`: continue a text with a model, adapted or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "generate",
         usage="%(prog)s [--flag value ...]",
         help="continue a text",
-        description="Continue a text. With an adapter or a fine-tuned model, give it a card (--card).",
+        description="Continue a text, or write the text for a card with an adapter or a fine-tuned model (--card).",
     )
     shared.add_model(parser)
     shared.add_adapter(parser)
@@ -24,41 +24,48 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="a text to go on with; may be repeated (without --prompt and --card: each line of standard input)",
+        help="a text to continue; may be repeated (without --prompt and --card: each line of standard input)",
     )
     parser.add_argument(
-        "--card", action="append", metavar="CARD", help="a meaning to say, such as 'hero[fox], wish[a crown]'"
+        "--card", action="append", metavar="CARD", help="a card to write, such as 'hero[fox], wish[a crown]'"
     )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"where to stop at the latest ({NEW_TOKENS}, or what the model's context leaves)",
+        help=f"the most tokens to generate ({NEW_TOKENS}, or fewer if the model's context is full)",
     )
-    choice = parser.add_argument_group("how the next token is chosen")
+    choice = parser.add_argument_group("decoding")
     choice.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="0 takes the likeliest, 1 draws as the model says, above 1 more freely (%(default)s)",
+        help="0 takes the most likely token, 1 samples from the model's distribution, above 1 more randomly "
+        "(%(default)s)",
     )
-    choice.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (all)")
-    choice.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that sum up to P (all)")
+    choice.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens (all)")
     choice.add_argument(
-        "--beams", type=int, default=1, metavar="N", help="beam search with so many; 1: none (%(default)s)"
+        "--top-p", type=float, metavar="P", help="sample from the most likely tokens whose probabilities reach P (all)"
+    )
+    choice.add_argument(
+        "--beams", type=int, default=1, metavar="N", help="beams of beam search; 1: no beam search (%(default)s)"
     )
     choice.add_argument(
         "--length-penalty",
         type=float,
         default=1.0,
         metavar="X",
-        help="of beam search: above 0 favours long texts (%(default)s)",
+        help="for beam search: above 0 favours longer texts (%(default)s)",
     )
     choice.add_argument(
-        "--no-repeat-ngram-size", type=int, default=0, metavar="N", help="no N tokens twice; 0: they may (%(default)s)"
+        "--no-repeat-ngram-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="never repeat a sequence of N tokens; 0: no restriction (%(default)s)",
     )
-    shared.add_seed(choice, "what is drawn")
+    shared.add_seed(choice)
     return parser
 
 
@@ -95,15 +102,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
-    """The texts to go on with: the flags', or else the lines of standard input."""
+    """The texts to continue: from the flags, or else the lines of standard input."""
     from lora_from_scratch.finetune.completions import prompt_text
     from lora_from_scratch.finetune.data import parse_mr
 
     for card in options.card or []:
-        parse_mr(card)  # its errors
+        parse_mr(card)  # raises if the card is malformed
     prompts = [*(options.prompt or []), *(prompt_text(card) for card in options.card or [])]
     if not prompts and sys.stdin and not sys.stdin.isatty():
         prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts:
-        raise ValueError("nothing to go on with: give --prompt TEXT, --card CARD, or lines on standard input")
+        raise ValueError("no text to continue: give --prompt TEXT, --card CARD, or lines on standard input")
     return prompts

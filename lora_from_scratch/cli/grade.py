@@ -1,4 +1,4 @@
-"""`lora-from-scratch grade`: from what was handed in to the gradebook, the feedback and a report."""
+"""`lora-from-scratch grade`: grade submissions and write the gradebook, the feedback and a report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from lora_from_scratch.grading.grade import Summary
 
 DESCRIPTION = """\
-Grades what lies in submitted/ of an nbgrader course: every notebook runs in a sandbox, the points are made outside it.
-Writes nbgrader's gradebook, autograded/, feedback/, and a report: reports/unit_NN.html and .md. What is graded already
-is not graded again unless it, the release or the checks have changed; so a run that was stopped goes on where it was.
-Points and comments that a person gave stay.
+Grade everything in submitted/ of an nbgrader course. Every notebook runs in a sandbox; the points are computed outside
+it. Writes nbgrader's gradebook, autograded/, feedback/, and a report: reports/unit_NN.html and .md. A submission is
+graded again only if it, the release or the checks have changed, so a run that was stopped resumes where it was.
+Points and comments given by hand are kept.
 
-exit code: 0 all is decided; 1 something needs a human (the report says what); 2 something could not be graded
+exit code: 0 everything is graded; 1 something needs a human (see the report); 2 something could not be graded
 """
 
 
@@ -30,18 +30,22 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("unit", metavar="UNIT", help='the unit, such as "09" or "unit_09"')
-    parser.add_argument("--course", type=Path, metavar="DIR", help="the course's folder (default: found from here)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a processor)")
+    parser.add_argument(
+        "--course", type=Path, metavar="DIR", help="the course's folder (default: this folder or one above it)"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="worker processes (default: one per CPU)")
     parser.add_argument(
         "--isolation",
         default="bubblewrap",
         choices=["bubblewrap", "none"],
-        help="the sandbox (default), or none: submissions can do what you can do, and every report says so",
+        help="the sandbox (default), or none: submissions then run with your permissions, and every report says so",
     )
-    parser.add_argument("--again", action="store_true", help="grade everything again, also what has not changed")
-    parser.add_argument("--db", metavar="URL", help="the gradebook, e.g. postgresql://user:password@host/name")
-    parser.add_argument("--no-feedback", action="store_true", help="leave the feedback pages as they are")
-    parser.add_argument("--cohort-seed", metavar="SECRET", help="the cohort's secret, the first time (default: made)")
+    parser.add_argument("--again", action="store_true", help="grade everything again, even what has not changed")
+    parser.add_argument("--db", metavar="URL", help="the gradebook, such as postgresql://user:password@host/name")
+    parser.add_argument("--no-feedback", action="store_true", help="do not write feedback pages")
+    parser.add_argument(
+        "--cohort-seed", metavar="SECRET", help="the cohort's secret, on the first run (default: generated)"
+    )
     return parser
 
 
@@ -49,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.grading.grade import Options, grade
 
     if options.workers < 0:
-        raise ValueError(f"--workers must be at least 1, or 0 for one a processor, got {options.workers}")
+        raise ValueError(f"--workers must be at least 1, or 0 for one per CPU, got {options.workers}")
     try:
         summary = grade(
             Path(options.unit).stem.removeprefix("unit_").zfill(2),
@@ -64,19 +68,19 @@ def run(options: argparse.Namespace) -> int:
             ),
         )
     except KeyboardInterrupt:
-        print("\nstopped; what is graded is kept, and the same command goes on from here", file=sys.stderr)
+        print("\nstopped; finished grading is kept, run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
-    say(summary)
+    print_summary(summary)
     return summary.code
 
 
-def say(summary: Summary) -> None:
-    """What was done, and what is left to do."""
+def print_summary(summary: Summary) -> None:
+    """Print what was graded and what is left to do."""
     rows = summary.rows
     print(f"unit {summary.unit.number}: {len(rows)} submissions, {summary.marked} graded now", end="")
     print(f", in {summary.seconds:.0f} s", end="")
     if summary.peak_bytes:
-        print(f"; {summary.workers} processes, each at most {summary.peak_bytes / 2**20:.0f} MiB", end="")
+        print(f"; {summary.workers} processes of at most {summary.peak_bytes / 2**20:.0f} MiB each", end="")
     print()
     people = [row.learner for row in rows if row.needs_a_human]
     if people:

@@ -1,4 +1,4 @@
-"""`lora-from-scratch lab`: JupyterLab on the course's notebooks, in a copy that is yours."""
+"""`lora-from-scratch lab`: open JupyterLab on your own copy of the course's notebooks."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from pathlib import Path
 from lora_from_scratch.support.allocator import quick_allocator
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-EXTRA = "JupyterLab is not installed; run: python -m pip install -e '.[course]' -c constraints.txt"
+NOT_INSTALLED = "JupyterLab is not installed; run: python -m pip install -e '.[course]' -c constraints.txt"
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "lab",
         help="open JupyterLab on the course's notebooks",
-        description="Copy the course's notebooks into a folder of your own (those that are not there yet; what you "
-        "have written is never overwritten) and open JupyterLab on one of them.",
+        description="Copy the course's notebooks into your own folder and open JupyterLab on one of them. Only missing "
+        "notebooks are copied; your work is never overwritten.",
     )
     parser.add_argument("--unit", default="00", metavar="NN", help="the unit to open (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("work"), help="your folder (default: %(default)s)")
-    parser.add_argument("--no-browser", action="store_true", help="only start the server and say its address")
-    parser.add_argument("--port", type=int, help="of the server (default: Jupyter's choice)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("work"), help="the folder for your notebooks (default: %(default)s)"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="only start the server and print its address")
+    parser.add_argument("--port", type=int, help="the server's port (default: chosen by Jupyter)")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """Become JupyterLab.
+    """Replace this process by JupyterLab.
 
     Raises:
         ValueError: there is no such unit.
-        OSError: there are no notebooks here, or the folder cannot be written.
+        OSError: there are no notebooks here, or the folder cannot be written to.
         ImportError: JupyterLab is not installed.
     """
     if importlib.util.find_spec("jupyterlab") is None:
-        raise ImportError(EXTRA)
+        raise ImportError(NOT_INSTALLED)
     new = copy_notebooks(NOTEBOOKS, options.folder)
     notebook = find_notebook(options.folder, options.unit)
     print(
@@ -50,10 +52,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def copy_notebooks(source: Path, folder: Path) -> int:
-    """Copy what is not there yet, and count the notebooks among it.
+    """Copy the files that `folder` does not have yet; return how many of them are notebooks.
 
     Raises:
-        OSError: there is nothing to copy, or the folder cannot be written.
+        OSError: there is nothing to copy, or the folder cannot be written to.
     """
     files = [file for file in sorted(source.rglob("*")) if file.is_file() and ".ipynb_checkpoints" not in file.parts]
     if not files:
@@ -84,9 +86,9 @@ def find_notebook(folder: Path, unit: str) -> Path:
 
 
 def lab_command(folder: Path, notebook: Path, no_browser: bool = False, port: int | None = None) -> list[str]:
-    """How JupyterLab is started: by this Python, whose own kernel it then uses."""
+    """The command that starts JupyterLab with this Python, so that it uses this Python's kernel."""
     command = [sys.executable, "-m", "jupyter", "lab", os.fspath(notebook), f"--ServerApp.root_dir={folder.resolve()}"]
     command += ["--no-browser"] if no_browser else []
     command += [f"--port={port}"] if port else []
-    root = hasattr(os, "geteuid") and os.geteuid() == 0  # in a container; Jupyter refuses otherwise
+    root = hasattr(os, "geteuid") and os.geteuid() == 0  # as in a container; without the flag Jupyter refuses to start
     return command + (["--allow-root"] if root else [])

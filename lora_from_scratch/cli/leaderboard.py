@@ -1,4 +1,4 @@
-"""`lora-from-scratch leaderboard`: the capstone's entries, scored and placed."""
+"""`lora-from-scratch leaderboard`: score and rank the capstone's entries."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from lora_from_scratch.cli import options as shared
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "leaderboard",
-        help="the capstone's leaderboard: score entries and place them",
-        description="Score entries of the capstone (unit 14) on its hidden cards, and place them, a board for each "
-        "brief. Without files: what was submitted on this computer.",
+        help="score and rank the capstone's entries",
+        description="Score entries of the capstone (unit 14) on its hidden cards and rank them, with one board per "
+        "brief. Without files, the entries submitted on this computer are used.",
     )
     parser.add_argument("entries", nargs="*", type=Path, metavar="ENTRY", help="files that learners handed in")
-    parser.add_argument("--brief", help="only this brief")
-    parser.add_argument("--cards-seed", type=int, metavar="N", help="of a class's own cards, kept by the instructor")
+    parser.add_argument("--brief", help="show only this brief")
     parser.add_argument(
-        "--write-cards", type=Path, metavar="FILE", help="write the cards of --cards-seed, and nothing else"
+        "--cards-seed", type=int, metavar="N", help="seed of a class's own cards, kept secret by the instructor"
+    )
+    parser.add_argument(
+        "--write-cards", type=Path, metavar="FILE", help="only write the cards of --cards-seed to this file"
     )
     shared.add_model(parser)
     return parser

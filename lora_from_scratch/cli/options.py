@@ -1,4 +1,4 @@
-"""Flags that several commands share, and the flags that are made from a method's own fields."""
+"""Flags that several commands share, and flags generated from the fields of the methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.registry import for_training, method_class, method_classes
 
 METAVARS = {"init_text": "TEXT"}
-Kind = tuple[type, bool]  # of what, and whether of several
+Kind = tuple[type, bool]  # the type of a value, and whether the flag takes several
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         type=directory,
         metavar="DIRECTORY",
-        help="what finetune wrote, an adapter or a whole model; or an adapter of PEFT (none)",
+        help="an adapter or a whole model written by finetune, or a PEFT adapter (none)",
     )
 
 
@@ -48,13 +48,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_cards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cards", type=int, default=CARDS, metavar="N", help="judge by so many cards, or all if fewer (%(default)s)"
+        "--cards", type=int, default=CARDS, metavar="N", help="the most cards to evaluate on (%(default)s)"
     )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto: a GPU if there is one (cpu)"
+        "--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto for a GPU if there is one (cpu)"
     )
 
 
@@ -64,18 +64,18 @@ def add_output(parser: argparse.ArgumentParser, default: str | None) -> None:
         type=directory,
         default=Path(default) if default else None,
         metavar="DIRECTORY",
-        help=f"where the result goes ({default or 'runs/DATA-METHOD'})",
+        help=f"where to write the result ({default or 'runs/DATA-METHOD'})",
     )
 
 
-def add_seed(parser: Any, of: str) -> None:
+def add_seed(parser: Any) -> None:
     parser.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help=f"of {of}: the same seed, the same result (%(default)s)"
+        "--seed", type=seed, default=0, metavar="N", help="seed of everything that is random (%(default)s)"
     )
 
 
 def seed(text: str) -> int:
-    """A number that every random number generator takes."""
+    """Parse a seed, a number that every random number generator accepts."""
     number = int(text)
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, got {number}")
@@ -83,16 +83,18 @@ def seed(text: str) -> int:
 
 
 def directory(text: str) -> Path:
-    """A path that is not empty, as an unset variable of a shell would make it."""
+    """Parse a path that is not empty, as an unset shell variable would make it."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name of the directory is empty")
     return Path(text)
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
-    """`--method`, and a flag for every hyperparameter that some method has."""
+    """Add `--method`, and a flag for each hyperparameter of each method."""
     group = parser.add_argument_group("method")
-    group.add_argument("--method", default="lora", choices=list(method_classes()), help="what is trained (%(default)s)")
+    group.add_argument(
+        "--method", default="lora", choices=list(method_classes()), help="fine-tuning method (%(default)s)"
+    )
     for name, uses in _hyperparameters().items():
         defaults = "; ".join(f"{method}: {_written(default)}" for method, _, default in uses)
         kinds = [kind for _, kind, _ in uses]
@@ -106,10 +108,10 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def method_from(options: argparse.Namespace) -> Method:
-    """The method that the flags describe.
+    """Build the method that the flags describe.
 
     Raises:
-        ValueError: a flag that belongs to another method, or a value that the method refuses.
+        ValueError: a flag belongs to another method, or the method rejects a value.
     """
     cls = method_class(options.method)
     own = {name: use[1] for name, uses in _hyperparameters().items() for use in uses if use[0] == options.method}
@@ -118,13 +120,13 @@ def method_from(options: argparse.Namespace) -> Method:
     foreign = [_flag(name) for name in given if name not in own]
     if foreign:
         allowed = ", ".join(map(_flag, own)) or "none"
-        raise ValueError(f"method {options.method} has no {', '.join(foreign)}; its hyperparameters are: {allowed}")
+        raise ValueError(f"method {options.method} does not take {', '.join(foreign)}; its flags are: {allowed}")
     given = {name: _converted(name, value, *own[name]) for name, value in given.items()}
     return for_training(cls, options.seed, **given)
 
 
 def _converted(name: str, value: Any, kind: type, several: bool) -> Any:
-    """What was typed, as the method's own type: one flag may be a number for one method and several for another."""
+    """Convert a flag's value to the method's own type; one method may take one number where another takes several."""
     if isinstance(value, bool):
         return value
     words = value if isinstance(value, list) else [value]
@@ -141,14 +143,14 @@ def _converted(name: str, value: Any, kind: type, several: bool) -> Any:
 
 
 def _targets(words: tuple[str, ...]) -> str | tuple[str, ...]:
-    """Several names are names; one word with the signs of a regular expression is a pattern."""
+    """Several words are names; a single word with characters special to regular expressions is a pattern."""
     if words == ("all-linear",) or (len(words) == 1 and re.search(r"[\\^$*+?()\[\]|{}]", words[0])):
         return words[0]
     return words
 
 
 def _hyperparameters() -> dict[str, list[tuple[str, Kind, Any]]]:
-    """Hyperparameter: the methods that have it, each with kind and default. Only those with a help text."""
+    """For each hyperparameter with a help text: the methods that have it, each with its kind and default."""
     found: dict[str, list[tuple[str, Kind, Any]]] = {}
     for method, cls in method_classes().items():
         hints = typing.get_type_hints(cls)
@@ -160,13 +162,13 @@ def _hyperparameters() -> dict[str, list[tuple[str, Kind, Any]]]:
 
 
 def _help(name: str, uses: list[tuple[str, Kind, Any]]) -> str:
-    """What the methods say of a hyperparameter that has this name in each of them."""
+    """The help text of a hyperparameter, joined from those of the methods that have one of this name."""
     texts = [f.metadata["help"] for method, _, _ in uses for f in fields(method_class(method)) if f.name == name]
     return "; or ".join(dict.fromkeys(texts))
 
 
 def _kind(hint: Any) -> Kind | None:
-    """Of what a flag is (bool, int, float or str), and whether of several; None for what no flag can hold."""
+    """The type of a flag (bool, int, float or str) and whether it takes several; None if no flag can hold it."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for choice in choices:
         if typing.get_origin(choice) in (tuple, Sequence):
@@ -176,7 +178,7 @@ def _kind(hint: Any) -> Kind | None:
 
 
 def _written(default: Any) -> str:
-    """A default as a person would type it."""
+    """Format a default value as a user would type it."""
     if isinstance(default, bool):
         return "on" if default else "off"
     if default is None:

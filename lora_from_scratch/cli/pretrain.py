@@ -1,4 +1,4 @@
-"""`lora-from-scratch pretrain`: make a small GPT-2 from plain text, as the bundled one was made."""
+"""`lora-from-scratch pretrain`: train a small GPT-2 on plain text, as the bundled model was trained."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lora_from_scratch.cli import options as shared
 from lora_from_scratch.finetune.training import PRECISIONS
 
 HELP = {
-    "steps": "updates of the weights",
-    "batch_size": "windows of text in each step",
-    "context": "tokens that the model sees at once",
-    "vocab_size": "tokens of the tokenizer, at most",
-    "n_layer": "blocks",
-    "n_head": "attention heads of a block",
-    "n_embd": "width",
-    "dropout": "share of the activations that is dropped in training",
-    "matrix_learning_rate": "Muon's, for the matrices of the blocks",
-    "learning_rate": "AdamW's, for everything else",
-    "weight_decay": "of both, on matrices",
-    "warmup_steps": "in which the learning rates rise",
-    "held_out_books": "so many books at the end of the corpus are not read, and judge the model",
-    "precision": "of the matrix products: " + " or ".join(PRECISIONS),
+    "steps": "optimiser steps",
+    "batch_size": "windows of text per step",
+    "context": "length of the model's context in tokens",
+    "vocab_size": "maximum size of the tokenizer's vocabulary",
+    "n_layer": "number of blocks",
+    "n_head": "attention heads per block",
+    "n_embd": "embedding width",
+    "dropout": "dropout probability in training",
+    "matrix_learning_rate": "Muon's learning rate, for the matrices of the blocks",
+    "learning_rate": "AdamW's learning rate, for everything else",
+    "weight_decay": "weight decay of both optimisers, applied to matrices only",
+    "warmup_steps": "steps in which the learning rates rise",
+    "held_out_books": "number of books at the end of the corpus to hold out for evaluation",
+    "precision": "precision of the matrix products: " + " or ".join(PRECISIONS),
 }
 
 
@@ -33,22 +33,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "pretrain",
         usage="%(prog)s --corpus FILE [--flag value ...]",
-        help="make a small GPT-2 from plain text",
+        help="train a small GPT-2 on plain text",
         description="Train a tokenizer and a GPT-2 on a corpus. "
-        "Killed and started again with the same flags, it goes on from its last checkpoint.",
+        "If it is interrupted, run it again with the same flags to resume from the last checkpoint.",
     )
     parser.add_argument(
         "--corpus",
         type=Path,
         required=True,
         metavar="FILE",
-        help="text or .gz: one paragraph a line, a blank line between books",
+        help="plain text or .gz: one paragraph per line, a blank line between books",
     )
     shared.add_output(parser, "runs/pretrain")
     shared.add_device(parser)
     for f in fields(PretrainingSettings):
         if f.name == "seed":
-            shared.add_seed(parser, "what is random in training")
+            shared.add_seed(parser)
             continue
         parser.add_argument(
             f"--{f.name.replace('_', '-')}",

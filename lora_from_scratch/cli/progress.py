@@ -1,4 +1,4 @@
-"""`lora-from-scratch progress`: how far you have come in the course."""
+"""`lora-from-scratch progress`: show your progress in the course."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import argparse
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "progress",
-        help="how far you have come in the course",
-        description="What you have passed in the course, per unit and per idea. Everything stays on this computer.",
+        help="show your progress in the course",
+        description="Show what you have passed in the course, by unit and by idea. Everything stays on this computer.",
     )
-    parser.add_argument("unit", nargs="?", metavar="UNIT", help="the number of a unit, to see each of its exercises")
+    parser.add_argument("unit", nargs="?", metavar="UNIT", help="the number of a unit, to list its exercises")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`lora-from-scratch shootout`: every core method on the same task."""
+"""`lora-from-scratch shootout`: compare every core method on the same task."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lora_from_scratch.finetune import defaults
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "shootout",
-        help="every core method on the same task and budget",
-        description="Fine-tune a GPT-2 on the story cards by every core method, with the same number of steps, and "
+        help="compare every core method on the same task, with the same number of steps",
+        description="Fine-tune a GPT-2 on the story cards with every core method, for the same number of steps, and "
         "compare them: a table, and a figure of quality against trained parameters. "
-        "Killed and started again with the same flags, it goes on where it was.",
+        "If it is interrupted, run it again with the same flags to resume.",
     )
     shared.add_model(parser)
     shared.add_output(parser, "runs/shootout")
     parser.add_argument(
-        "--methods", nargs="+", metavar="NAME", help="the methods, by their names in the table (all core methods)"
+        "--methods", nargs="+", metavar="NAME", help="methods to run, by their names in the table (all core methods)"
     )
     parser.add_argument(
-        "--steps", type=int, default=defaults.STEPS, metavar="N", help="training steps of each method (%(default)s)"
+        "--steps", type=int, default=defaults.STEPS, metavar="N", help="training steps per method (%(default)s)"
     )
     shared.add_cards(parser)
     add_jobs(parser)
-    shared.add_seed(parser, "what is random in training")
+    shared.add_seed(parser)
     return parser
 
 

@@ -1,16 +1,17 @@
-"""What a training step costs in memory: predicted from the shapes, and measured.
+"""The memory of a training step: predicted from the shapes, and measured.
 
-Five things fill the memory (Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3, count them so):
+It has five parts (following Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3):
 
-    weights       4 bytes a parameter in fp32; 4.127 bits in QLoRA's 4-bit layers
-    gradients     4 bytes for each *trained* parameter
-    optimiser     8 bytes for each *trained* parameter: AdamW's m and v
-    activations   what the forward pass keeps for the backward pass (`tape.py`): with the batch they grow
-    transient     logits and loss: about 4 numbers for each token and each word of the vocabulary
+    weights       4 bytes per parameter in fp32; 4.127 bits in QLoRA's 4-bit layers
+    gradients     4 bytes per *trained* parameter
+    optimiser     8 bytes per *trained* parameter: AdamW's m and v
+    activations   what the forward pass keeps for the backward pass (`tape.py`); grows with the batch
+    transient     logits and loss: about 4 numbers per token and entry of the vocabulary
 
-A method that trains few parameters does away with gradients and optimiser; the weights stay, and so do most of the
-activations. They are not all there at the same time: gradients come as activations go. The peak is the largest of
-the moments of a step: the forward pass, the loss, the backward pass through each block, the embeddings, the update.
+A method that trains few parameters saves most of the gradients and the optimiser's state; the weights and most of the
+activations remain. The parts do not all exist at the same time: gradients are added while activations are freed. The
+peak is the largest of several moments: the forward pass, the loss, the backward pass through each block and through
+the embeddings, and the update.
 
 Hu et al. 2021, section 4.2, for GPT-3 175B with Adam: 1.2 TB of memory for full fine-tuning, 350 GB for LoRA.
 """
@@ -40,14 +41,14 @@ UPDATE = "update"  # the moment of the optimiser's step
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes. Each part at its largest; as they are not all there at once, the total is less than the sum."""
+    """Bytes of each part at its largest. They do not all exist at once, so the total is less than their sum."""
 
-    weights: int  # parameters and buffers, and what the method keeps of the base for `undo`
+    weights: int  # parameters, buffers, and what the method keeps of the base model for `undo`
     gradients: int  # of the parameters, at the end of the backward pass
     optimizer: int
     activations: int  # at the end of the forward pass, without the logits
-    transient: int  # logits, and what the loss and its derivative need beside them
-    moments: Mapping[str, int]  # the most that lives at each moment, in the order of time
+    transient: int  # logits, and what the loss and its derivative need in addition
+    moments: Mapping[str, int]  # the peak at each moment, in chronological order
 
     @property
     def total(self) -> int:
@@ -56,7 +57,7 @@ class MemoryBudget:
 
     @property
     def peak_moment(self) -> str:
-        """When the peak is: "forward", "loss", "head", "block 5" (of the backward pass), "embeddings" or "update"."""
+        """The moment of the peak: "forward", "loss", "head", "block 5" (backward pass), "embeddings" or "update"."""
         return max(self.moments, key=lambda moment: self.moments[moment])
 
 
@@ -74,17 +75,17 @@ def predicted_memory(
     padded: bool = False,
     device: str = "cpu",
 ) -> MemoryBudget:
-    """What `method` will need on a GPT-2 of this shape. Nothing of the model's size is allocated.
+    """Predict the memory that `method` needs on a GPT-2 of this shape, without allocating a model.
 
     Args:
-        batch_size, tokens: B texts of T tokens; each token but the first of a text counts in the loss.
-        precision: "fp32", or "bf16" for autocast (weights, gradients and optimiser stay in fp32).
+        batch_size, tokens: B texts of T tokens; every token except the first of a text counts in the loss.
+        precision: "fp32", or "bf16" for autocast (weights, gradients and optimiser state stay in fp32).
         padded: whether batches come with an attention mask.
-        device: "cpu" or "cuda", whose kernels keep different things.
+        device: "cpu" or "cuda", whose kernels keep different tensors.
 
     Raises:
-        ValueError: the method does not fit the shape, the text does not fit the context, or a number or the
-            precision is not one that there is.
+        ValueError: the method does not fit the shape, the text does not fit the context, a number is out of range, or
+            the precision is unknown.
     """
     model = method.blank_model(config).train()
     kept = method.bytes_for_undo(config)
@@ -104,10 +105,10 @@ def memory_of(
     padded: bool = False,
     device: str = "cpu",
 ) -> MemoryBudget:
-    """`predicted_memory` for a model that is there and adapted already, on any device, "meta" included.
+    """`predicted_memory` for an existing, adapted model, on any device, "meta" included.
 
     Raises:
-        ValueError: as `predicted_memory`; or nothing in the model is trained.
+        ValueError: as for `predicted_memory`, or nothing in the model is trained.
     """
     _check(model, batch_size, tokens, precision)
     weights = sum(storage.nbytes() for storage in _storages(held_tensors(model)))
@@ -134,14 +135,14 @@ def memory_of(
 
 
 def trainable_memory(model: nn.Module) -> dict[str, int]:
-    """The bytes that training with `torch.optim.AdamW` needs because something is trained: none for what is frozen.
+    """The bytes of gradients and optimiser state when training with `torch.optim.AdamW`. Frozen parameters need none.
 
-    A parameter with `requires_grad` has a gradient of its own shape and dtype, and in the optimiser m and v, both of
-    its shape and dtype as well. Besides, the optimiser counts the steps of each *tensor* in one float32 number.
-    A parameter that several modules share is one parameter. Weights and activations are not counted here.
+    A parameter with `requires_grad` has a gradient of its own shape and dtype, and m and v in the optimiser, both also
+    of its shape and dtype. In addition, the optimiser counts the steps of each *tensor* in one float32 number. A
+    parameter shared by several modules counts once. Weights and activations are not counted here.
 
     Returns:
-        the bytes of "gradients" and "optimizer", under these names.
+        a dictionary with the bytes of "gradients" and "optimizer".
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
@@ -149,7 +150,7 @@ def trainable_memory(model: nn.Module) -> dict[str, int]:
 
 
 def held_tensors(model: GPT2) -> list[Tensor]:
-    """All that the model holds: its own, its 4-bit weights, and what the method remembers of the base."""
+    """All tensors that the model holds: its own, its 4-bit weights, and what the method keeps of the base model."""
     tensors = [*model.parameters(), *model.buffers()]
     for layer in nf4_layers(model).values():
         absmax = layer.quantized.absmax
@@ -165,7 +166,7 @@ def _check(model: GPT2, batch_size: int, tokens: int, precision: str) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not 2 <= tokens <= context:
-        raise ValueError(f"tokens must be between 2 and {context} (the room for text), got {tokens}")
+        raise ValueError(f"tokens must be between 2 and {context} (the model's context), got {tokens}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not any(p.requires_grad for p in model.parameters()):
@@ -176,12 +177,12 @@ def _check(model: GPT2, batch_size: int, tokens: int, precision: str) -> None:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that live, while it is entered.
+    """A context manager that counts the bytes of all live tensors.
 
-    Every operation of PyTorch passes through here. The storage of what comes out is counted once, however many
-    tensors share it, from now until PyTorch frees it; what autograd keeps is therefore counted as long as it is
-    kept. Not counted: tensors from before, memory that a kernel takes and gives back within one operation, and what
-    the allocator rounds up.
+    It intercepts every PyTorch operation. The storage of each result is counted once, however many tensors share it,
+    until PyTorch frees it; tensors that autograd keeps are therefore counted as long as they are kept. Not counted:
+    tensors created earlier, memory that a kernel allocates and frees within one operation, and the allocator's
+    rounding.
     """
 
     def __init__(self) -> None:
@@ -205,7 +206,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 class AllocatedMemory:
-    """The same on a GPU, by PyTorch's own allocator; kernels' own memory is counted there."""
+    """The same on a GPU, using PyTorch's own allocator; it also counts the temporary memory of kernels."""
 
     def __enter__(self) -> AllocatedMemory:
         self.before = torch.cuda.memory_allocated()
@@ -238,9 +239,10 @@ def measured_memory(
     padded: bool = False,
     device: str = "cpu",
 ) -> MemoryBudget:
-    """What `predicted_memory` predicts, counted in two training steps of a random model (`LiveMemory`).
+    """Measure what `predicted_memory` predicts, in two training steps of a random model (`LiveMemory`).
 
-    The second step counts: then the optimiser has its state. Its moments are "forward", "loss", "backward", "update".
+    The second step is reported, since the optimiser then has its state. The moments are "forward", "loss", "backward"
+    and "update".
     """
     memory = AllocatedMemory() if device == "cuda" else LiveMemory()
     with memory, torch.device(device):
@@ -272,7 +274,7 @@ def _step(
     memory: LiveMemory | AllocatedMemory,
     precision: str,
 ) -> dict[str, Any]:
-    """Forward, backward, update, as the `Trainer` does them, with a look at the memory in between."""
+    """Forward, backward, update, as in the `Trainer`, with memory readings in between."""
     moments: dict[str, int] = {}
 
     def note(moment: str) -> None:
@@ -283,7 +285,7 @@ def _step(
         logits = model(ids, attention_mask=mask)
     after = memory.now
     note("forward")
-    logits.register_hook(lambda gradient: note("loss"))  # the derivative has come as far as the logits
+    logits.register_hook(lambda gradient: note("loss"))  # called when the gradient of the logits is ready
     next_token_loss(logits, ids).backward()
     note("backward")
     optimizer.step()
@@ -293,5 +295,5 @@ def _step(
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
-    """The memory of these tensors, each piece once."""
+    """The storages of these tensors, each once."""
     return list({storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)}.values())

@@ -1,4 +1,4 @@
-"""Alpha and the learning rate are one knob: how LoRA's training depends on them under Adam (Hu et al. 2021, 4.1)."""
+"""Why LoRA's alpha and the learning rate are interchangeable under Adam (Hu et al. 2021, section 4.1)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 def exchange_alpha(
     A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float
 ) -> tuple[Tensor, Tensor, float]:
-    """Where and how fast a LoRA with another alpha has to be trained so that it learns exactly the same.
+    """The initial A, B and learning rate with which a LoRA with another alpha learns exactly the same.
 
-    Two LoRAs of one rank, `dW = s B A` with s = alpha / r, are trained by Adam on the same batches. The second has
-    `new_alpha`; its A and B are those of the first, both multiplied by one number c. For one c and one learning rate
-    the two have the same dW at the start and after every step. Find them from two facts:
+    Two LoRAs of the same rank, `dW = s B A` with s = alpha / r, are trained with Adam on the same batches. The second
+    has `new_alpha`; its A and B are those of the first, both multiplied by the same number c. There is one c and one
+    learning rate for which the two have the same dW at the start and after every step. They follow from two facts:
 
-    - dW has to be the same now, and is a product of s, B and A;
-    - Adam divides each gradient by its own size, so an entry moves by as much as the learning rate says, however large
-      or small its gradient is. What A and B are multiplied by, their steps have to be multiplied by as well.
+    - dW must be the same now, and it is the product of s, B and A;
+    - Adam divides each gradient by its own size, so an entry moves by an amount set by the learning rate, however large
+      or small its gradient is. The steps of A and B must be multiplied by the same factor as A and B themselves.
 
-    That is the paper's remark (Hu et al. 2021, section 4.1): with Adam, tuning alpha is roughly the same as tuning the
-    learning rate, if the start is scaled appropriately. It is exact but for Adam's eps, without weight decay and
-    without clipping of the gradient.
+    This is the paper's remark (Hu et al. 2021, section 4.1) that with Adam, tuning alpha is roughly the same as tuning
+    the learning rate if the initialisation is scaled appropriately. Apart from Adam's eps, it is exact without weight
+    decay and without gradient clipping.
 
     Args:
         A: (r, in).

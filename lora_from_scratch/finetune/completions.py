@@ -1,4 +1,4 @@
-"""From (meaning representation, reference) pairs to batches in which only the reference is learned."""
+"""Turns (meaning representation, reference) pairs into batches in which only the reference is learned."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lora_from_scratch.finetune.training import Batch
 from lora_from_scratch.gpt2.model import IGNORE_INDEX
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 
-ROUND_UP_TO = 16
-GROUP = 8
+LENGTH_MULTIPLE = 16  # batches are padded to a multiple of this length
+BUCKET_STEPS = 8  # number of consecutive steps whose examples are sorted by length
 
 
 def prompt_text(mr: str) -> str:
-    """What the model is given: the card, and a line break where the completion begins."""
+    """The model's prompt: the card, and a line break after which the completion begins."""
     return f"{mr}\n"
 
 
 def completion_labels(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Join prompt and completion; label the completion only.
+    """Concatenate prompt and completion; label only the completion.
 
     Args:
         prompt_ids: P token ids.
@@ -37,13 +37,13 @@ def completion_labels(prompt_ids: Sequence[int], completion_ids: Sequence[int]) 
 
 
 def collate(rows: Sequence[tuple[list[int], list[int]]], padding_id: int, context: int | None = None) -> Batch:
-    """Pad (input ids, labels) on the right to one length.
+    """Pad (input ids, labels) on the right to a common length.
 
-    No attention mask is needed: attention is causal, so nothing sees the padding behind it, and the
-    padding's own labels are -100. The length is rounded up to a multiple of 16: PyTorch prepares its matrix
-    products for each shape that it meets, and few shapes save time and memory. It stays within `context`.
+    No attention mask is needed: attention is causal, so no token sees the padding after it, and the padding's own
+    labels are -100. The length is rounded up to a multiple of 16, but not beyond `context`: PyTorch prepares its
+    matrix products for every new shape, so having few shapes saves time and memory.
     """
-    longest = -(-max(len(ids) for ids, _ in rows) // ROUND_UP_TO) * ROUND_UP_TO
+    longest = -(-max(len(ids) for ids, _ in rows) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     longest = min(longest, context or longest)
     input_ids = torch.full((len(rows), longest), padding_id)
     labels = torch.full((len(rows), longest), IGNORE_INDEX)
@@ -58,11 +58,11 @@ class Completions:
 
     Args:
         examples: pairs of meaning representation and reference.
-        tokenizer: the model's.
-        context: the most tokens that the model takes; longer examples are left out and counted in `left_out`.
+        tokenizer: the model's tokenizer.
+        context: the model's maximum number of tokens; longer examples are left out and counted in `left_out`.
 
     Raises:
-        ValueError: no example is left.
+        ValueError: every example is too long.
     """
 
     def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> None:
@@ -77,22 +77,23 @@ class Completions:
             raise ValueError(f"none of the {len(rows)} examples fits into the model's context of {context} tokens")
 
     def fingerprint(self) -> int:
-        """A number that other examples, in all likelihood, do not have: a CRC-32 of the token ids."""
+        """A CRC-32 of the token ids, to tell data sets apart."""
         return zlib.crc32(repr(self.rows).encode())
 
     def batch_at(self, step: int, batch_size: int, seed: int) -> Batch:
-        """The batch of one training step: each example once an epoch, the order drawn from the seed.
+        """The batch of one training step: each example once per epoch, in an order drawn from the seed.
 
-        The examples of `GROUP` steps that follow one another are dealt out by length, so that little is padded.
+        The examples of `BUCKET_STEPS` consecutive steps are batched by length, which keeps the padding short.
         """
-        group, place = divmod(step, GROUP)
-        items = [item for _, item in shuffled_places(len(self.rows), GROUP * batch_size, seed, group)]
+        bucket, place = divmod(step, BUCKET_STEPS)
+        items = [item for _, item in shuffled_places(len(self.rows), BUCKET_STEPS * batch_size, seed, bucket)]
         items.sort(key=lambda item: len(self.rows[item][0]))
-        turn = shuffled_places(GROUP, GROUP, seed, group)[place][1]  # short and long batches in no order
+        # Shuffle the batches of a bucket, so that their lengths do not increase from step to step.
+        turn = shuffled_places(BUCKET_STEPS, BUCKET_STEPS, seed, bucket)[place][1]
         rows = [self.rows[item] for item in items[turn * batch_size :][:batch_size]]
         return collate(rows, self.padding_id, self.context)
 
     def batches(self, batch_size: int) -> list[Batch]:
-        """All examples once, in their order, for evaluation."""
+        """All examples once, in order, for evaluation."""
         chunks = (self.rows[i : i + batch_size] for i in range(0, len(self.rows), batch_size))
         return [collate(chunk, self.padding_id, self.context) for chunk in chunks]

@@ -1,8 +1,8 @@
-"""Pairs of a meaning and a text that says it, in the schema of the E2E data set.
+"""Pairs of a meaning and a text that expresses it, in the schema of the E2E data set.
 
 E2E (Novikova, Dusek and Rieser 2017) calls the meaning `mr` (meaning representation) and the text `ref`
-(reference). A meaning is a list of slots with values, `hero[woodcutter], place[on an island]`; one meaning
-may have several references.
+(reference). A meaning is a list of slots with values, such as `hero[woodcutter], place[on an island]`. A meaning may
+have several references.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 STORY_CARDS = "story-cards"  # the name of the bundled task
 
-# slot -> value -> the phrases that say it. What the slot error rate looks for.
+# slot -> value -> the phrases that express it, as searched for by the slot error rate
 Lexicon = Mapping[str, Mapping[str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One pair: a meaning representation and one text that says it."""
+    """A meaning representation and one text that expresses it."""
 
     mr: str
     ref: str
@@ -26,17 +26,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits that share no meaning. An example is one pair, so a meaning may come several times in a row."""
+    """Three splits that share no meaning. Each example is one pair, so a meaning may occur several times in a row."""
 
     name: str
     train: list[Example]
     validation: list[Example]
     test: list[Example]
-    lexicon: Lexicon = field(default_factory=dict)  # of the task, for `metrics.slot_error_rate`
+    lexicon: Lexicon = field(default_factory=dict)  # the task's phrases, for `metrics.slot_error_rate`
 
 
 def references_by_mr(examples: Iterable[Example]) -> dict[str, list[str]]:
-    """All references of each meaning; meanings and references in the order of `examples`."""
+    """All references of each meaning, in the order of `examples`."""
     references: dict[str, list[str]] = {}
     for example in examples:
         references.setdefault(example.mr, []).append(example.ref)
@@ -44,11 +44,11 @@ def references_by_mr(examples: Iterable[Example]) -> dict[str, list[str]]:
 
 
 def parse_mr(mr: str) -> dict[str, str]:
-    """`slot[value], slot[value]` to a dictionary, in the order in which the slots are written.
+    """Parse `slot[value], slot[value]` into a dictionary, keeping the order of the slots.
 
     Raises:
-        ValueError: nothing is given, a bracket is not closed, text stands outside the brackets, a slot or a
-            value is empty, or a slot comes twice.
+        ValueError: the string is empty, a bracket is not closed, there is text outside the brackets, a slot or a
+            value is empty, or a slot occurs twice.
     """
     slots: dict[str, str] = {}
     rest = mr.strip()
@@ -57,7 +57,7 @@ def parse_mr(mr: str) -> dict[str, str]:
     while rest:
         name, value, rest = _split_off_slot(rest, mr)
         if name in slots:
-            raise ValueError(f"slot {name!r} comes twice in {mr!r}: keep one of them")
+            raise ValueError(f"slot {name!r} occurs twice in {mr!r}: keep one of them")
         slots[name] = value
         if rest and not (rest.startswith(",") and rest[1:].strip()):
             raise ValueError(f"expected ', slot[value]' after {name}[{value}] in {mr!r}, found {rest!r}")
@@ -66,13 +66,13 @@ def parse_mr(mr: str) -> dict[str, str]:
 
 
 def _split_off_slot(text: str, mr: str) -> tuple[str, str, str]:
-    """The name and the value of the first slot, and the text behind it."""
+    """The name and the value of the first slot, and the text after it."""
     name, opened, behind = text.partition("[")
     name = name.strip()
     if not opened or "]" in name:
         raise ValueError(f"expected slot[value] in {mr!r}, found {text!r}")
     if not name or "," in name:
-        raise ValueError(f"text outside the brackets in {mr!r}: before '[' stands {name!r}, it must be a slot's name")
+        raise ValueError(f"text outside the brackets in {mr!r}: {name!r} before '[' is not the name of a slot")
     value, closed, behind = behind.partition("]")
     if not closed or "[" in value:
         raise ValueError(f"the bracket of slot {name!r} is not closed in {mr!r}: add ']'")

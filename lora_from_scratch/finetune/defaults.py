@@ -1,4 +1,4 @@
-"""What a run is trained with by default. The learning rate of each method stands in the method's own file."""
+"""Default training settings. The learning rate of each method is in the method's own file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WEIGHT_DECAY = 0.01
 
 
 def learning_rate_for(method: str, config: GPT2Config) -> float:
-    """The tuned learning rate of a method, by its name, on a model of this size.
+    """The tuned learning rate of a method, given by name, for a model of this size.
 
     Raises:
         ValueError: there is no such method.

@@ -1,6 +1,6 @@
-"""Where to train: on which device, and in how many processes (`torchrun`).
+"""The device to train on, and training in several processes (`torchrun`).
 
-The model is not wrapped; the processes add up their gradients.
+The model is not wrapped; the gradients are summed over the processes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is. Alone: rank 0 of 1."""
+    """The rank of this process and the number of processes; (0, 1) for a single process."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def from_environment(cls) -> World:
-        """Join the processes that `torchrun` started (it sets WORLD_SIZE and RANK); else be alone."""
+        """Join the process group that `torchrun` started (it sets WORLD_SIZE and RANK), if there is one."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
@@ -31,27 +31,27 @@ class World:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), size)
 
-    def add_up(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, in place."""
+    def all_reduce(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor with its sum over the processes, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a person names: "cpu", "cuda" (under `torchrun`, each process takes one), "cuda:1", or "auto".
+    """The device of this name: "cpu", "cuda" (under `torchrun`, one GPU per process), "cuda:1", or "auto".
 
     Raises:
-        ValueError: it is none of these, or PyTorch sees no such GPU.
+        ValueError: the name is none of these, or PyTorch finds no such GPU.
     """
     if name not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", name):
-        raise ValueError(f"unknown device {name!r}; the devices are cpu, cuda, cuda:0, cuda:1, ... and auto")
+        raise ValueError(f"unknown device {name!r}; give cpu, cuda, cuda:0, cuda:1, ... or auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not gpus):
         return torch.device("cpu")
     if not gpus:
-        raise ValueError(f"device {name} was asked for, but PyTorch sees no GPU here; use --device cpu")
+        raise ValueError(f"device {name} was requested, but PyTorch finds no GPU here; use --device cpu")
     index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
     if index >= gpus:
-        raise ValueError(f"device cuda:{index} was asked for, but the GPUs here are cuda:0 to cuda:{gpus - 1}")
+        raise ValueError(f"device cuda:{index} was requested, but the GPUs here are cuda:0 to cuda:{gpus - 1}")
     return torch.device("cuda", index)

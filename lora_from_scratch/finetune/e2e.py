@@ -1,7 +1,7 @@
 """The E2E data set (Novikova, Dusek and Rieser 2017): reading its CSV files, splitting one by meaning, its slots.
 
-A file has a header with the columns `mr` and `ref` (others are ignored) and one pair a record. Meanings
-are written `name[The Eagle], food[English]`; fields may be quoted and then hold commas and line breaks.
+A file has a header with the columns `mr` and `ref` (others are ignored) and one pair per record. Meanings are written
+`name[The Eagle], food[English]`; a quoted field may contain commas and line breaks.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 from lora_from_scratch.finetune.data import Dataset, Example, Lexicon, format_mr, parse_mr
 
 COLUMNS = ("mr", "ref")
-VALIDATION_SHARE = TEST_SHARE = 0.1  # of the meanings of a file that is split here
+VALIDATION_SHARE = TEST_SHARE = 0.1  # fractions of the meanings when a single file is split
 SPLIT_FILES = (("trainset.csv",), ("devset.csv",), ("testset_w_refs.csv", "testset.csv"))
 
 # --- Reading ---------------------------------------------------------------------------------------
 
 
 def read_e2e_csv(path: str | Path) -> list[Example]:
-    """All pairs of a CSV file, as they stand in it.
+    """Read all pairs of a CSV file, in order.
 
-    UTF-8 with or without a byte order mark; lines may end in LF or CRLF.
+    The file must be UTF-8, with or without a byte order mark; lines may end in LF or CRLF.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is malformed. The message begins with "path:line:", the line being the one of the
-            file (from 1) in which the record starts.
+        ValueError: the file is malformed. The message begins with "path:line:", where line is the line of the file
+            (from 1) on which the record starts.
     """
     text = _read_text(Path(path))
     records = _records(text, path)
@@ -41,7 +41,7 @@ def read_e2e_csv(path: str | Path) -> list[Example]:
         if header.count(column) != 1:
             found = f"found {', '.join(header)}" if header else "the file is empty"
             raise ValueError(
-                f"{path}:{header_line}: the header must name the column {column!r} once, {found}; "
+                f"{path}:{header_line}: the header must name the column {column!r} exactly once, {found}; "
                 "begin the file with the line mr,ref"
             )
     mr_column, ref_column = (header.index(column) for column in COLUMNS)
@@ -50,11 +50,11 @@ def read_e2e_csv(path: str | Path) -> list[Example]:
         if len(record) != len(header):
             raise ValueError(
                 f"{path}:{line}: {_fields(len(record))}, but the header has {_fields(len(header))}; "
-                "put quotes around a field that holds commas"
+                "put quotes around a field that contains commas"
             )
         examples.append(_example(record[mr_column], record[ref_column], f"{path}:{line}"))
     if not examples:
-        raise ValueError(f"{path}:{header_line}: no record follows the header; add lines with a meaning and a text")
+        raise ValueError(f"{path}:{header_line}: there are no records after the header; add lines with mr and ref")
     return examples
 
 
@@ -73,7 +73,7 @@ def _example(mr: str, ref: str, place: str) -> Example:
 
 
 def _read_text(path: Path) -> str:
-    """The file's text, which must be UTF-8 and hold no NUL byte."""
+    """The file's text, which must be UTF-8 without NUL bytes."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}; give the path of an E2E CSV file")
     data = path.read_bytes()
@@ -86,17 +86,17 @@ def _read_text(path: Path) -> str:
         ) from None
     if "\0" in text:
         line = _line_at(text[: text.index("\0")])
-        raise ValueError(f"{path}:{line}: a NUL byte, which no text holds; save the file as UTF-8 text")
+        raise ValueError(f"{path}:{line}: NUL byte; save the file as UTF-8 text")
     return text
 
 
 def _line_at(before: str) -> int:
-    """The number of the line that `before` ends in."""
+    """The number of the line in which `before` ends."""
     return 1 + len(re.findall(r"\r\n|\r|\n", before))
 
 
 def _records(text: str, path: str | Path) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the line in which it starts; empty lines are left out."""
+    """Each record with the line on which it starts; empty lines are skipped."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         line = reader.line_num + 1
@@ -116,7 +116,7 @@ def _records(text: str, path: str | Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_e2e(path: str | Path, seed: int = 0) -> Dataset:
-    """A directory with the official split, or one CSV file that is split by meaning.
+    """Read a directory with the official split, or a single CSV file, which is split by meaning.
 
     Raises:
         FileNotFoundError: the path or one of the three files does not exist.
@@ -126,7 +126,7 @@ def read_e2e(path: str | Path, seed: int = 0) -> Dataset:
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(
-                f"there is no data set {path}: give story-cards, an E2E CSV file, or a directory with trainset.csv, "
+                f"no such data set: {path}; give story-cards, an E2E CSV file, or a directory with trainset.csv, "
                 "devset.csv and testset.csv"
             )
         return split_by_meaning(str(path), read_e2e_csv(path), seed)
@@ -137,8 +137,8 @@ def read_e2e(path: str | Path, seed: int = 0) -> Dataset:
         for example in examples:
             if owner.setdefault(meaning_key(example.mr), file) != file:
                 raise ValueError(
-                    f"{file} and {owner[meaning_key(example.mr)]} share the meaning {example.mr!r}, so the scores "
-                    "would be worth nothing; keep it in one of them"
+                    f"{file} and {owner[meaning_key(example.mr)]} share the meaning {example.mr!r}, which would make "
+                    "the scores meaningless; keep it in only one of them"
                 )
     return _dataset(str(path), splits)
 
@@ -151,14 +151,15 @@ def _first_existing(directory: Path, names: Sequence[str]) -> Path:
 
 
 def meaning_key(mr: str) -> str:
-    """What two spellings of one meaning have in common: the order of the slots does not count."""
+    """A canonical form of a meaning, independent of the order of its slots."""
     return format_mr(dict(sorted(parse_mr(mr).items())))
 
 
 def split_by_meaning(name: str, examples: Sequence[Example], seed: int = 0) -> Dataset:
-    """80 % of the meanings for training, 10 % for validation, 10 % for testing; all references of one stay together.
+    """Use 80 % of the meanings for training, 10 % for validation and 10 % for testing.
 
-    The meanings are ordered by a SHA-256 of (seed, meaning), so the split is the same on every machine.
+    All references of a meaning stay together. The meanings are ordered by a SHA-256 of (seed, meaning), so the split is
+    the same on every machine.
 
     Raises:
         ValueError: there are fewer than three meanings.
@@ -197,7 +198,7 @@ _MODERATE = (
     "reasonably priced",
     "reasonable prices",
 )
-_DEAR = ("expensive", "high price", "high priced", "high prices", "highly priced", "high end", "pricey", "costly")
+_EXPENSIVE = ("expensive", "high price", "high priced", "high prices", "highly priced", "high end", "pricey", "costly")
 _GOOD = (
     "highly rated",
     "high rating",
@@ -247,8 +248,8 @@ _FRIENDLY = [
 ]
 _NOT = ("not", "not a", "non", "isn't", "isn't a", "no", "not very", "nor", "isn't very", "not really", "not the most")
 
-# slot -> value -> other ways to say it. A phrase may belong to several values ("cheap" and "less than £20"):
-# it then counts for whichever of them the meaning has.
+# slot -> value -> other phrases for it. A phrase may belong to several values ("cheap" and "less than £20"); it then
+# counts for whichever of them the meaning has.
 _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "eatType": {"coffee shop": ("coffee house", "coffee place"), "pub": ("pubs",), "restaurant": ("restaurants",)},
     "food": {"English": ("british",), "Fast food": ("burgers",), "Japanese": ("sushi",), "Italian": ("pasta",)},
@@ -257,8 +258,8 @@ _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         "less than £20": ("under £20", "below £20", "less than 20 pounds", *_CHEAP),
         "moderate": _MODERATE,
         "£20-25": ("£20 to £25", "£20 £25", "20 25 pounds", "between £20 and £25", *_MODERATE),
-        "high": _DEAR,
-        "more than £30": ("over £30", "above £30", "more than 30 pounds", *_DEAR),
+        "high": _EXPENSIVE,
+        "more than £30": ("over £30", "above £30", "more than 30 pounds", *_EXPENSIVE),
     },
     "customer rating": {
         "high": (*_GOOD, *_stars("5", "five")),
@@ -277,7 +278,7 @@ _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         "no": (*(f"{no} {phrase}" for no, phrase in product(_NOT, _FRIENDLY)), "adult", "adults", "adults only"),
     },
 }
-_OF_WHAT = {"high", "average", "low", "yes", "no"}  # values that, as a word by itself, could belong to any slot
+_AMBIGUOUS = {"high", "average", "low", "yes", "no"}  # values that could belong to any slot when they stand alone
 
 
 def _dataset(name: str, splits: Sequence[list[Example]]) -> Dataset:
@@ -289,11 +290,11 @@ def _dataset(name: str, splits: Sequence[list[Example]]) -> Dataset:
 def e2e_lexicon(mrs: Iterable[str]) -> Lexicon:
     """The phrases for every slot and value that occurs in the meanings, for `metrics.slot_error_rate`.
 
-    Names (`name`, `near`), areas, foods and kinds of place count when they stand in the text word for word, a
-    leading "The" left away if need be; prices, ratings and family-friendliness also by a list of usual phrases, and
-    the bare words "high", "average", "low", "yes" and "no" never. A list cannot know every way to say a thing, and
-    people leave slots out and add what is not asked for. So E2E's own references have a rate of 0.12 on the
-    development set: compare models with that, not with 0.
+    Names (`name`, `near`), areas, foods and kinds of place must occur in the text verbatim (names without a leading
+    "The"). Prices, ratings and family-friendliness are also found by a list of common phrases, but never by the bare
+    words "high", "average", "low", "yes" and "no". No list covers every way to express a value, and the human authors
+    left slots out and added others. E2E's own references therefore have a rate of 0.12 on the development set: compare
+    models with that, not with 0.
     """
     lexicon: dict[str, dict[str, tuple[str, ...]]] = {}
     for mr in mrs:
@@ -308,5 +309,5 @@ def _phrases(slot: str, value: str) -> tuple[str, ...]:
     aliases = _ALIASES.get(slot, {}).get(value, ())
     if slot in ("name", "near"):
         aliases = (value.removeprefix("The "),)
-    itself = () if value in _OF_WHAT and aliases else (value,)
+    itself = () if value in _AMBIGUOUS and aliases else (value,)
     return tuple(dict.fromkeys((*itself, *aliases)))

@@ -1,4 +1,4 @@
-"""What a fine-tuned model is judged by: its texts, its certainty, and what it forgot."""
+"""Evaluation of a fine-tuned model: the quality of its texts, its perplexity, and forgetting."""
 
 from __future__ import annotations
 
@@ -24,30 +24,28 @@ from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 110
-
-
-CARDS = 300  # so many meanings are a judgement; more take the afternoon
+CARDS = 300  # default number of meanings to evaluate on
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The measures of one model on one task."""
+    """The metrics of one model on one task."""
 
-    bleu: float  # 0 to 100, corpus BLEU of greedy texts against all references (sacrebleu's default)
-    slot_errors: float  # missing and invented slots over all slots
+    bleu: float  # 0 to 100, corpus BLEU of greedily decoded texts against all references (sacrebleu's default)
+    slot_errors: float  # (missing + invented slots) / slots
     perplexity: float  # of the first reference's tokens, given its card
-    tale_perplexity: float  # of the project's own tales: what was forgotten shows here
-    divergence: float  # nats per token, KL(base || model) on text drawn from the base; 0 for the base itself
+    tale_perplexity: float  # of the project's own tales; it rises when the model forgets
+    divergence: float  # nats per token, KL(base || model) on text sampled from the base; 0 for the base itself
 
 
 def first_cards(examples: Sequence[Example], cards: int) -> list[Example]:
-    """The examples of the first so many meanings, with all their references.
+    """The examples of the first `cards` meanings, with all their references.
 
     Raises:
         ValueError: `cards` is not positive.
     """
     if cards < 1:
-        raise ValueError(f"the number of cards to judge by must be at least 1, got {cards}")
+        raise ValueError(f"the number of cards to evaluate on must be at least 1, got {cards}")
     kept = set(list(dict.fromkeys(example.mr for example in examples))[:cards])
     return [example for example in examples if example.mr in kept]
 
@@ -55,14 +53,14 @@ def first_cards(examples: Sequence[Example], cards: int) -> list[Example]:
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, mrs: Sequence[str], batch_size: int = 64, num_beams: int = 1
 ) -> list[str]:
-    """The model's text for each meaning representation, greedy (or by beam search), in the order given.
+    """Generate a text for each meaning representation, greedily or by beam search, in the given order.
 
     Raises:
         ValueError: a meaning leaves no room for a text in the model's context.
     """
     prompts = [tokenizer.encode(prompt_text(mr)) for mr in mrs]
     room = _room(prompts, mrs, model.config.n_positions)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # keeps the padding of a batch short
     texts = [""] * len(prompts)
     for start in range(0, len(prompts), batch_size):
         places = by_length[start : start + batch_size]
@@ -79,10 +77,10 @@ def write_texts(
 
 
 def check_examples(examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> None:
-    """Find out, before hours of training, whether `evaluate` can judge by these examples.
+    """Check before a long training run that `evaluate` can use these examples.
 
     Raises:
-        ValueError: a meaning leaves no room for a text in a context of so many tokens, or no example fits into it.
+        ValueError: a meaning leaves no room for a text in a context of this many tokens, or no example fits into it.
     """
     mrs = list(references_by_mr(examples))
     _room([tokenizer.encode(prompt_text(mr)) for mr in mrs], mrs, context)
@@ -90,13 +88,13 @@ def check_examples(examples: Sequence[Example], tokenizer: Tokenizer, context: i
 
 
 def _room(prompts: Sequence[Sequence[int]], mrs: Sequence[str], context: int) -> int:
-    """How many tokens the longest prompt leaves for a text."""
+    """The number of tokens that the longest prompt leaves for a text."""
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     room = context - len(prompts[longest])
     if room < 1:
         raise ValueError(
-            f"a meaning has {len(prompts[longest])} tokens and the model's context is {context}, which leaves no room "
-            f"for a text: {mrs[longest]!r}"
+            f"a meaning has {len(prompts[longest])} tokens, which leaves no room for a text in the model's context of "
+            f"{context} tokens: {mrs[longest]!r}"
         )
     return room
 
@@ -104,19 +102,19 @@ def _room(prompts: Sequence[Sequence[int]], mrs: Sequence[str], context: int) ->
 def evaluate(
     model: GPT2, base: GPT2, tokenizer: Tokenizer, examples: Sequence[Example], dataset: Dataset, num_beams: int = 1
 ) -> tuple[Scores, dict[str, str]]:
-    """All measures of a model, and the text that it wrote for each card.
+    """Compute all metrics of a model, and return them with the text that it generated for each card.
 
     Args:
         model: the adapted model.
         base: the model it was adapted from.
-        tokenizer: theirs.
-        examples: the pairs to be judged on, several references for a card as separate pairs.
-        dataset: the task that they belong to (it knows how to find slots in a text).
+        tokenizer: the tokenizer of both.
+        examples: the pairs to evaluate on; several references for a card are separate pairs.
+        dataset: the task that they belong to; its lexicon finds slots in a text.
     """
     references = references_by_mr(examples)
     texts = write_texts(model, tokenizer, list(references), num_beams=num_beams)
     firsts = [Example(mr, refs[0]) for mr, refs in references.items()]
-    firsts.sort(key=lambda example: len(example.mr) + len(example.ref))  # little padding in a batch
+    firsts.sort(key=lambda example: len(example.mr) + len(example.ref))  # keeps the padding of a batch short
     batches = Completions(firsts, tokenizer, model.config.n_positions).batches(batch_size=8)
     drawn = text_drawn_from(base, tokenizer)
     scores = Scores(
@@ -130,7 +128,7 @@ def evaluate(
 
 
 def tale_perplexity(model: GPT2, tokenizer: Tokenizer) -> float:
-    """The perplexity of the tales that ship with the project, each read from its beginning."""
+    """The perplexity of the tales that ship with the project, each from its beginning."""
     total = tokens = 0.0
     for tale in load_tales():
         ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(tale)])
@@ -140,7 +138,7 @@ def tale_perplexity(model: GPT2, tokenizer: Tokenizer) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that is beyond what a float holds (a loss above 709)."""
+    """exp(loss), or infinity where that exceeds the range of a float (a loss above 709)."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -148,9 +146,9 @@ def perplexity(loss: float) -> float:
 
 
 def text_drawn_from(base: GPT2, tokenizer: Tokenizer, rows: int = 16, tokens: int = 128, seed: int = 0) -> Tensor:
-    """(rows, 1 + tokens) token ids sampled from a model at temperature 1, each row from an empty text.
+    """Sample (rows, 1 + tokens) token ids from a model at temperature 1, each row starting from an empty text.
 
-    A context that is shorter gives shorter rows.
+    The rows are shorter if the model's context is.
     """
     tokens = min(tokens, base.config.n_positions - 1)
     drawn = generate(base, [[tokenizer.eos_id]] * rows, max_new_tokens=tokens, temperature=1.0, seed=seed)

@@ -1,7 +1,7 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174, section 4): compute twice what you have no room to keep.
+"""Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174, section 4): recompute activations, do not store them.
 
-`GPT2` uses PyTorch's own (`torch.utils.checkpoint`, with `use_reentrant=False`), which also knows of autocast and of
-functions with many arguments. This is its idea, for one argument, in the older of its two forms.
+`GPT2` uses PyTorch's implementation (`torch.utils.checkpoint`, with `use_reentrant=False`), which also supports
+autocast and functions of several arguments. This module shows the idea for one argument, in the older, reentrant form.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from torch import Tensor
 
 
 class CheckpointFunction(torch.autograd.Function):
-    """`y = function(x)`, of which nothing is kept for the backward pass but x. There, it is computed once more.
+    """`y = function(x)`, keeping only x for the backward pass, where the function is computed again.
 
     `CheckpointFunction.apply(function, x)` calls `forward`, and later PyTorch calls `backward`, with the same `ctx`:
 
     - `forward`: returns `function(x)`. PyTorch runs it without recording anything, so no activation is kept.
     - `backward`: grad_y = dL/dy, in the shape of y. It computes `function(x)` again, this time recorded (gradients
-      have to be enabled), and goes back through that. The parameters that `function` uses get their gradients there
-      (added to `.grad`, as by any backward pass). Returns None for the function, and dL/dx.
+      must be enabled), and backpropagates through that. This is where the parameters that `function` uses get their
+      gradients (added to `.grad`, as in any backward pass). Returns None for the function, and dL/dx.
 
-    Both times the function sees the same random numbers, or its dropout would be another one: `ctx` keeps the state of
-    PyTorch's random numbers too. The backward pass leaves that state as it finds it.
+    The function must see the same random numbers both times, or its dropout masks would differ: `ctx` also keeps the
+    state of PyTorch's random number generator. The backward pass leaves that state unchanged.
 
-    x is whatever tensor was given, perhaps a part of a larger graph; the second computation begins at a copy that is
-    cut off from it.
+    x may be part of a larger graph; the second computation starts from a detached copy of it.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""How good a text is, and how much of the model was lost: BLEU, slot errors, perplexity, divergence.
+"""Metrics for the quality of texts and for forgetting: BLEU, slot errors, perplexity, divergence.
 
-A model here is anything that maps token ids (B, T) to the logits (B, T, V) of the token that follows each
-of them. It is put into evaluation mode for the measurement and back afterwards.
+A model here is anything that maps token ids (B, T) to next-token logits (B, T, V). It is put into evaluation mode for
+the measurement and restored afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_from_scratch.gpt2.model import IGNORE_INDEX
 
 # (input ids, labels), and perhaps a mask
 LabelledBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
-ROWS_AT_ONCE = 8  # windows that go through the model together
+BATCH_SIZE = 8  # windows per forward pass
 
 # --- Texts -----------------------------------------------------------------------------------------
 
@@ -31,11 +31,11 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     """Corpus BLEU (Papineni et al. 2002), 0 to 100, as sacrebleu computes it by default (Post 2018).
 
     Args:
-        predictions: one text a meaning.
-        references: the references of each meaning, one or more; their number may differ.
+        predictions: one text per meaning.
+        references: one or more references for each meaning; their number may differ.
 
     Raises:
-        ValueError: no texts, not as many references as texts, or a text without a reference.
+        ValueError: there are no texts, the numbers of texts and of references differ, or a text has no reference.
     """
     from sacrebleu.metrics import BLEU
 
@@ -44,7 +44,7 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
         where = next(i for i, refs in enumerate(references) if not refs)
         raise ValueError(f"text {where} has no reference; give at least one for each text")
     most = max(len(refs) for refs in references)
-    # sacrebleu wants the i-th references of all texts together; None stands where a text has fewer.
+    # sacrebleu takes a list with the i-th reference of every text, or None where a text has fewer.
     streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
     return float(BLEU().corpus_score(list(predictions), streams).score)
 
@@ -53,16 +53,17 @@ def slot_error_rate(predictions: Sequence[str], mrs: Sequence[str], lexicon: Lex
     """(missing + invented slots) / slots, over all texts (Wen et al. 2015, equation 14).
 
     A slot is missing if none of the phrases for its value is in the text. A slot with a value that the meaning does
-    not have is invented; so a wrong value counts twice, as missing and as invented, and the rate can be above 1.
-    Saying the same thing twice is no error. Values that the lexicon does not list cannot be seen.
+    not have is invented. A wrong value therefore counts twice, as missing and as invented, and the rate can exceed 1.
+    Repetition is not an error. Values that are not in the lexicon cannot be detected.
 
     Args:
-        predictions: one text a meaning.
+        predictions: one text per meaning.
         mrs: the meaning representations.
         lexicon: slot -> value -> phrases.
 
     Raises:
-        ValueError: no texts, not as many meanings as texts, or a slot or a value that is not in the lexicon.
+        ValueError: there are no texts, the numbers of texts and of meanings differ, or a slot or value is not in the
+            lexicon.
     """
     _check_lengths(len(predictions), len(mrs), "meaning representations")
     finder = MentionFinder(lexicon)
@@ -75,25 +76,25 @@ def slot_error_rate(predictions: Sequence[str], mrs: Sequence[str], lexicon: Lex
 
 
 class MentionFinder:
-    """Finds which slots and values a text mentions, by the phrases of a lexicon.
+    """Finds which slots and values a text mentions, using the phrases of a lexicon.
 
-    Upper and lower case, hyphens and accents do not count; a phrase has to be whole words; where two phrases begin at
-    one place the longer one is taken ("king's son" is no king).
+    Case, hyphens and accents are ignored. A phrase matches whole words only. Where two phrases start at the same place,
+    the longer one is taken ("king's son" is not a king).
     """
 
     def __init__(self, lexicon: Lexicon) -> None:
         self.lexicon = lexicon
-        self.meanings: dict[str, set[tuple[str, str]]] = {}  # phrase -> what it may mean
+        self.meanings: dict[str, set[tuple[str, str]]] = {}  # phrase -> the (slot, value) pairs it may stand for
         for slot, values in lexicon.items():
             for value, phrases in values.items():
                 for phrase in phrases:
-                    self.meanings.setdefault(_plain(phrase), set()).add((slot, value))
+                    self.meanings.setdefault(_normalised(phrase), set()).add((slot, value))
         longest_first = sorted(self.meanings, key=len, reverse=True)
         self.pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
 
     def mentions(self, text: str) -> list[set[tuple[str, str]]]:
         """For each phrase in the text, in order, the (slot, value) pairs that it may stand for."""
-        return [self.meanings[match.group()] for match in self.pattern.finditer(_plain(text))]
+        return [self.meanings[match.group()] for match in self.pattern.finditer(_normalised(text))]
 
     def slot_errors(self, text: str, mr: str) -> tuple[set[str], set[tuple[str, str]]]:
         """The slots of the meaning that the text leaves out, and the (slot, value) pairs that it invents."""
@@ -107,12 +108,12 @@ class MentionFinder:
             right = meanings & set(wanted.items())
             said |= right
             if not right:
-                invented.add(min(meanings))  # a phrase with several readings is one invention
+                invented.add(min(meanings))  # an ambiguous phrase counts once
         return {slot for slot, value in wanted.items() if (slot, value) not in said}, invented
 
 
-def _plain(text: str) -> str:
-    """Without case, accents, hyphens and double spaces."""
+def _normalised(text: str) -> str:
+    """The text in lower case, without accents, hyphens and double spaces."""
     letters = unicodedata.normalize("NFKD", text.casefold().replace("-", " ").replace("\u2019", "'"))
     return " ".join("".join(letter for letter in letters if not unicodedata.combining(letter)).split())
 
@@ -126,19 +127,19 @@ def _check_lengths(texts: int, others: int, name: str) -> None:
 
 
 def completion_loss(model: nn.Module, batches: Iterable[LabelledBatch]) -> float:
-    """The mean negative log-likelihood, in nats, of every labelled token of all batches together.
+    """The mean negative log-likelihood, in nats, of the labelled tokens of all batches.
 
     Args:
-        model: token ids to logits.
-        batches: pairs (input_ids (B, T), labels (B, T)), padded on the right; a label of -100 does not count.
-            Labels are not shifted: the logits at position t are compared with the label at t + 1. A third
-            field (the mask of a `training.Batch`) is not needed here and is not read.
+        model: maps token ids to logits.
+        batches: pairs (input_ids (B, T), labels (B, T)), padded on the right; labels of -100 are ignored. Labels are
+            not shifted: the logits at position t are compared with the label at t + 1. A third field (the mask of a
+            `training.Batch`) is ignored.
 
     Raises:
-        ValueError: no label counts.
+        ValueError: every label is ignored.
     """
     total, tokens = 0.0, 0
-    with _measuring(model):
+    with _evaluation_mode(model):
         for batch in batches:
             loss, count = _summed_loss(model, batch[0], batch[1])
             total, tokens = total + loss, tokens + count
@@ -148,21 +149,21 @@ def completion_loss(model: nn.Module, batches: Iterable[LabelledBatch]) -> float
 
 
 def completion_perplexity(model: nn.Module, batches: Iterable[LabelledBatch]) -> float:
-    """`exp(completion_loss)`: how many tokens the model hesitates between, on average."""
+    """`exp(completion_loss)`: the effective number of tokens that the model chooses between."""
     return math.exp(completion_loss(model, batches))
 
 
 def text_loss(model: nn.Module, token_ids: Tensor, context: int) -> float:
     """The mean negative log-likelihood, in nats per token, of running text.
 
-    The text is cut into windows of `context` tokens, each of which begins with the last token of the one before. So
-    every token but the very first is predicted exactly once. A token sees only what stands before it in its
-    window, little at the window's beginning: the loss is somewhat higher than with a sliding window.
+    The text is cut into windows of `context` tokens, each of which begins with the last token of the previous one, so
+    every token except the first is predicted exactly once. A token sees only the earlier tokens of its own window,
+    few of them near its beginning, so the loss is somewhat higher than with a sliding window.
 
     Args:
-        model: token ids to logits.
+        model: maps token ids to logits.
         token_ids: (N,), N >= 2.
-        context: the length of a window, at least 2 and at most what the model takes.
+        context: the length of a window, at least 2 and at most the model's context.
 
     Raises:
         ValueError: the text or the context is too short.
@@ -174,18 +175,18 @@ def text_loss(model: nn.Module, token_ids: Tensor, context: int) -> float:
         )
     # The window at `start` predicts the tokens start + 1 to start + context - 1.
     windows = [token_ids[start : start + context] for start in range(0, len(token_ids) - 1, context - 1)]
-    batches = [torch.stack(windows[:-1][i : i + ROWS_AT_ONCE]) for i in range(0, len(windows) - 1, ROWS_AT_ONCE)]
+    batches = [torch.stack(windows[:-1][i : i + BATCH_SIZE]) for i in range(0, len(windows) - 1, BATCH_SIZE)]
     batches.append(windows[-1][None])  # the last one may be shorter
     return completion_loss(model, ((batch, batch) for batch in batches))
 
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
-    """How far a prediction has moved from the base model's, at every position: `KL(p || q) = sum_v p_v ln(p_v / q_v)`.
+    """How far the predictions moved from the base model's, at each position: `KL(p || q) = sum_v p_v ln(p_v / q_v)`.
 
-    p is what the base model predicts, `softmax(base_logits)`, and q what the other one does; v runs over the
-    vocabulary. In words: how many nats worse than p itself q predicts a token that is drawn from p. It is 0 where
-    p = q and positive elsewhere, and it is not symmetric (Kullback and Leibler 1951). It stays finite where a
-    probability is too small for a float, since no logarithm of a probability is taken.
+    p is the base model's prediction, `softmax(base_logits)`, and q the other model's; v runs over the vocabulary. It
+    measures how many nats worse than p itself q predicts a token drawn from p. It is 0 where p = q and positive
+    elsewhere, and it is not symmetric (Kullback and Leibler 1951). It stays finite where a probability is too small
+    for a float, since no logarithm of a probability is taken.
 
     Args:
         base_logits: (..., V).
@@ -202,31 +203,31 @@ def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
 def divergence_from_base(model: nn.Module, base_model: nn.Module, token_ids: Tensor) -> float:
     """`mean_t KL(p_base(. | x_<=t) || p_model(. | x_<=t))` in nats per token: how far the model has moved.
 
-    With texts drawn from the base model this estimates the divergence between the two models over whole texts, per
-    token. It is 0 if and only if they agree on these texts.
+    With texts sampled from the base model this estimates the divergence, per token, between the two models'
+    distributions over whole texts. It is 0 if and only if they agree on these texts.
 
     Args:
         model: the adapted model.
-        base_model: the model before; a separate copy.
+        base_model: the model before adaptation; a separate copy.
         token_ids: (B, T), or (T,) for one text.
 
     Raises:
-        ValueError: there is no token.
+        ValueError: there are no tokens.
     """
     if token_ids.numel() == 0:
         raise ValueError("divergence_from_base needs at least one token, got none")
     rows = token_ids.reshape(-1, token_ids.shape[-1])  # (B, T)
     total = 0.0
-    with _measuring(base_model), _measuring(model):
-        for part in rows.split(ROWS_AT_ONCE):
+    with _evaluation_mode(base_model), _evaluation_mode(model):
+        for part in rows.split(BATCH_SIZE):
             base_logits = base_model(part.to(_device(base_model)))  # (B, T, V)
             logits = model(part.to(_device(model))).to(base_logits.device)
             total += kl_divergence(base_logits, logits).double().sum().item()
-    return max(0.0, total / rows.numel())  # rounding may leave -1e-9
+    return max(0.0, total / rows.numel())  # rounding may give -1e-9
 
 
 def _summed_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[float, int]:
-    """The summed loss of a batch, in nats, and the number of tokens that count."""
+    """The summed loss of a batch, in nats, and the number of labelled tokens."""
     shifted = labels[:, 1:].reshape(-1).to(_device(model))
     logits = model(input_ids.to(_device(model)))[:, :-1].float()  # (B, T - 1, V)
     loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), shifted, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -234,8 +235,8 @@ def _summed_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[f
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; every module's mode as it was afterwards."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Disable dropout and gradients; restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -254,9 +255,9 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def load_tales() -> list[str]:
-    """The tales that ship with the project and that no model has read, one string each, paragraphs on lines.
+    """The tales that ship with the project, one string each, one paragraph per line. No model was trained on them.
 
-    A model that is fine-tuned on something else predicts them worse than before: that is what it forgot.
+    A model that is fine-tuned on something else predicts them worse than before, which measures its forgetting.
     """
     path = resources.files("lora_from_scratch").joinpath("assets", "tales.txt")
     return [tale.strip() for tale in path.read_text(encoding="ascii").split("\n\n") if tale.strip()]

@@ -1,15 +1,15 @@
-"""AdamW whose memory lies in a file (Dettmers et al. 2023, QLoRA, section 3, "Paged Optimizers").
+"""AdamW with its state in a file (Dettmers et al. 2023, QLoRA, section 3, "Paged Optimizers").
 
-Adam keeps two numbers for every parameter, m and v: twice the memory of what is trained. They are needed
-only while their own parameter is updated. So they can lie elsewhere and come in one parameter at a time.
+Adam keeps two numbers for every parameter, m and v: twice the memory of the trained parameters. They are needed only
+while their own parameter is updated, so they can be stored elsewhere and loaded for one parameter at a time.
 
-QLoRA takes CUDA's unified memory for that: the GPU's driver moves pages of m and v between the GPU and the computer's
-memory, and only when the GPU runs short. Here the same is done one storey lower, with what every operating system
-has: a memory-mapped file. The pages of a parameter are read when they are touched and given back after the update.
+QLoRA uses CUDA's unified memory for this: the GPU's driver moves pages of m and v between GPU memory and main memory,
+only when GPU memory runs out. This module does the same between main memory and disk, with a memory-mapped file. The
+pages of a parameter are loaded when they are accessed and released after the update.
 
-What differs: nobody waits for a shortage, every step moves all of m and v; where the parameters are on a GPU, each
-m and v is copied there and back; and pages that were given back stay in the system's file cache as long as nobody
-else wants the memory, so on a machine with room the file is rarely read from the disk.
+There are three differences. Every step moves all of m and v, not only when memory runs out. If the parameters are on a
+GPU, m and v are copied to it and back. And released pages stay in the system's file cache until the memory is needed,
+so on a machine with free memory the file is rarely read from disk.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # m and v, under PyTorch's names
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW`, bit for bit, with m and v in memory-mapped files.
+    """Equal to `torch.optim.AdamW` bit for bit, with m and v in memory-mapped files.
 
-    `state_dict` has AdamW's layout: either of the two goes on where the other stopped.
+    `state_dict` has AdamW's layout, so either optimiser can resume from the other's state.
 
     Args:
-        parameters: as for any optimiser: parameters, or groups of them.
-        lr, betas, eps, weight_decay: as AdamW's, with its defaults.
-        directory: where the files lie, on a disk (a folder in memory, as /tmp is on some systems, saves nothing);
-            None: the system's temporary folder. They have no name and vanish with the process.
+        parameters: parameters or parameter groups, as for any optimiser.
+        lr, betas, eps, weight_decay: as in AdamW, with its defaults.
+        directory: where to put the files. It should be on a disk: a folder in memory, as /tmp is on some systems, saves
+            nothing. None: the system's temporary folder. The files have no name and vanish with the process.
 
     Raises:
-        ValueError: a number out of its range.
-        OSError: there is no such directory, or no room in it: all that will be needed is taken at the start.
+        ValueError: a number is out of range.
+        OSError: there is no such directory, or not enough space in it; all the space is allocated at the start.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PagedAdamW(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """A file for the m and v of a group of parameters, all 0. Called by the constructor for each group."""
+        """Create a file for the m and v of a parameter group, all zeros. The constructor calls it for each group."""
         super().add_param_group(param_group)
         parameters = self.param_groups[-1]["params"]
         for p, pages in zip(parameters, allocate(parameters, self.directory), strict=True):
@@ -72,7 +72,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient, one after the other."""
+        """Update every parameter that has a gradient, one at a time."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -83,20 +83,20 @@ class PagedAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 state["step"] += 1
-                m, v = (state[name].to(p.device) for name in MOMENTS)  # paged in; on a CPU no copy is made
+                m, v = (state[name].to(p.device) for name in MOMENTS)  # loads the pages; on a CPU this makes no copy
                 options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
                 update_in_place(p, p.grad, m, v, int(state["step"]), **options)
                 for name, moment in zip(MOMENTS, (m, v), strict=True):
-                    if moment is not state[name]:  # it came from another device
+                    if moment is not state[name]:  # a copy on another device
                         state[name].copy_(moment)
                 self.pages[p].release()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another PagedAdamW or AdamW stopped; m and v go straight into the files.
+        """Load the state of another PagedAdamW or AdamW; m and v are written directly to the files.
 
         Raises:
-            ValueError: the groups, or the shapes of m and v, are those of another model.
+            ValueError: the groups, or the shapes of m and v, do not match this optimiser's parameters.
         """
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -104,7 +104,7 @@ class PagedAdamW(torch.optim.Optimizer):
         for place, p in zip(places, parameters, strict=False):
             if place in moments and moments[place]["exp_avg"].shape != p.shape:
                 raise ValueError(
-                    f"the state of parameter {place} has shape {tuple(moments[place]['exp_avg'].shape)}, and the "
+                    f"the state of parameter {place} has shape {tuple(moments[place]['exp_avg'].shape)}, but the "
                     f"parameter has {tuple(p.shape)}: the state belongs to another model"
                 )
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
@@ -133,19 +133,19 @@ def update_in_place(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """What `finetune.adamw.adamw_step` computes, in place and in the order of PyTorch's operations.
+    """The update of `finetune.adamw.adamw_step`, in place and in the order of PyTorch's operations.
 
-    In place, because m and v lie in a file; in this order, because then it is PyTorch's result bit for bit.
+    It works in place because m and v are in a file, and in this order to equal PyTorch's result bit for bit.
 
     Args:
-        p, grad, m, v: of one shape.
+        p, grad, m, v: tensors of the same shape.
         step: t, from 1.
     """
     beta1, beta2 = betas
     p.mul_(1 - lr * weight_decay)
     m.lerp_(grad, 1 - beta1)  # m = beta1 m + (1 - beta1) g
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)  # v = beta2 v + (1 - beta2) g^2
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step  # m and v began at 0
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step  # bias correction: m and v started at 0
     denominator = (v.sqrt() / correction2**0.5).add_(eps)
     p.addcdiv_(m, denominator, value=-(lr / correction1))  # p = p - lr m' / (sqrt(v') + eps)
 
@@ -154,20 +154,20 @@ def update_in_place(
 
 
 class Pages:
-    """The m and v of one parameter, on the CPU, whose memory is a part of a memory-mapped file.
+    """The m and v of one parameter, on the CPU, stored in a part of a memory-mapped file.
 
-    - `Pages(mapping, start, like)`: from byte `start` of the file lies m, and right behind it v, both in the shape and
-      dtype of the parameter `like`. They are attributes, `m` and `v`, and tensors that share the file's memory: what
-      is written into them is in the file, and the other way round (`torch.frombuffer` makes such a tensor). `length`
-      is the bytes that they take in the file, rounded up to whole pages (`page_aligned`).
-    - `release()`: takes these `length` bytes, and no others, out of the process's memory; what was written stays
-      in the file, and comes back when it is touched. That is `mapping.madvise(mmap.MADV_DONTNEED, start, length)`,
-      which wants whole pages. On Windows, where the module `mmap` has no MADV_DONTNEED, it does nothing.
+    - `Pages(mapping, start, like)`: m starts at byte `start` of the file and v follows it immediately, both in the
+      shape and dtype of the parameter `like`. They are the attributes `m` and `v`, tensors that share the file's
+      memory: writing to them changes the file, and vice versa (`torch.frombuffer` makes such a tensor). `length` is
+      the number of bytes that they take in the file, rounded up to whole pages (`page_aligned`).
+    - `release()`: releases these `length` bytes, and no others, from the process's memory; what was written stays in
+      the file and is loaded again when it is accessed. This is `mapping.madvise(mmap.MADV_DONTNEED, start, length)`,
+      which requires whole pages. On Windows, where the module `mmap` has no MADV_DONTNEED, it does nothing.
 
     Args:
-        mapping: `mmap.mmap`, with room for `length` bytes from `start` on.
-        start: a multiple of the size of a page.
-        like: a tensor of any shape and dtype, with at least one number. Its values do not matter.
+        mapping: `mmap.mmap`, with room for `length` bytes from `start`.
+        start: a multiple of the page size.
+        like: a tensor of any shape and dtype, with at least one element. Its values do not matter.
     """
 
     def __init__(self, mapping: mmap.mmap, start: int, like: Tensor) -> None:
@@ -181,13 +181,13 @@ class Pages:
 
 
 def allocate(parameters: list[nn.Parameter], directory: str | Path | None) -> list[Pages]:
-    """One nameless file, full of zeros, for the m and v of these parameters."""
+    """Create one unnamed file, filled with zeros, for the m and v of these parameters."""
     starts = [0]
     for p in parameters:
         starts.append(starts[-1] + page_aligned(2 * p.nbytes))
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
-            _take_room(file.fileno(), starts[-1])
+            _reserve_space(file.fileno(), starts[-1])
             mapping = mmap.mmap(file.fileno(), starts[-1])
     except OSError as error:
         place = tempfile.gettempdir() if directory is None else directory
@@ -197,13 +197,13 @@ def allocate(parameters: list[nn.Parameter], directory: str | Path | None) -> li
     return [Pages(mapping, start, p) for p, start in zip(parameters, starts, strict=False)]
 
 
-def _take_room(file: int, size: int) -> None:
-    """Make a file so long. Its place on the disk is taken now: later a full disk would be a crash (SIGBUS)."""
+def _reserve_space(file: int, size: int) -> None:
+    """Extend a file to `size` bytes and allocate them now: running out of disk later would be a crash (SIGBUS)."""
     os.ftruncate(file, size)
     if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
         os.posix_fallocate(file, 0, size)
 
 
 def page_aligned(size: int) -> int:
-    """The next multiple of the size of a page of memory: only whole pages can be released."""
+    """`size` rounded up to a multiple of the page size: only whole pages can be released."""
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

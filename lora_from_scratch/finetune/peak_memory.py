@@ -1,4 +1,4 @@
-"""How much memory this process holds, by the operating system's own count."""
+"""The memory use of this process, as counted by the operating system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that the process holds now; where the system does not say, the most it ever held."""
+    """The process's resident memory in bytes; on systems that do not report it, the peak so far."""
     statm = Path("/proc/self/statm")
     if statm.exists():  # Linux
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -18,9 +18,9 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most bytes that the process has held since it began; 0 where the system does not say (Windows)."""
+    """The process's peak resident memory in bytes; 0 on systems that do not report it (Windows)."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux: not ru_maxrss, which a child inherits from its parent
+    if status.exists():  # on Linux ru_maxrss does not work: a child process inherits it from its parent
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -33,10 +33,10 @@ def peak_resident_bytes() -> int:
 
 
 class PeakMemory:
-    """The most memory held from now on, above what was held when this was made.
+    """The peak memory from now on, above the memory in use when this object was created.
 
-    On a GPU PyTorch's allocator says it exactly. On a CPU it is the process's high-water mark, which never
-    falls: make one of these early in a fresh process, before the model is loaded.
+    On a GPU it comes from PyTorch's allocator and is exact. On a CPU it is the process's high-water mark, which never
+    falls: create this object early in a fresh process, before the model is loaded.
     """
 
     def __init__(self, device: torch.device) -> None:

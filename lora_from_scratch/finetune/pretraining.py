@@ -1,7 +1,7 @@
-"""Pretraining a small GPT-2 on plain text: how the bundled model was made.
+"""Pretraining a small GPT-2 on plain text, as the bundled model was made.
 
-A corpus is a text file (or `.gz`) with one paragraph a line and a blank line between books. The last
-books are held out whole: the model is judged on books of which it has not read a line.
+A corpus is a text file (or `.gz`) with one paragraph per line and a blank line between books. The last books are held
+out entirely: the model is evaluated on books that it has not seen at all.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.support.files import check_writable, remove_leftovers, write_directory_atomically
 
-CHECKPOINT = "checkpoint.pt"  # in the output directory; it stays, so that a run can be made longer
-SMALLEST_VOCABULARY = 257  # the bytes and the end-of-text token
+CHECKPOINT = "checkpoint.pt"  # in the output directory; kept, so that a run can be extended
+SMALLEST_VOCABULARY = 257  # the 256 bytes and the end-of-text token
 END_OF_TEXT_ID = 0  # as `Tokenizer.train` numbers the tokens
 
 
 @dataclass(frozen=True)
 class PretrainingSettings:
-    """The bundled model's own settings are the defaults.
+    """Settings of a pretraining run; the defaults are those of the bundled model.
 
-    The matrices inside the blocks are trained by Muon (Jordan et al. 2024), everything else by AdamW.
+    The matrices inside the blocks are trained with Muon (Jordan et al. 2024), everything else with AdamW.
 
     Raises:
-        ValueError: a number out of its range that neither `TrainingSettings` nor `GPT2Config` looks at.
+        ValueError: a number is out of range that `TrainingSettings` and `GPT2Config` do not check themselves.
     """
 
     steps: int = 5000
@@ -47,8 +47,8 @@ class PretrainingSettings:
     n_head: int = 8
     n_embd: int = 256
     dropout: float = 0.1
-    matrix_learning_rate: float = 0.02  # Muon's
-    learning_rate: float = 1.5e-3  # AdamW's
+    matrix_learning_rate: float = 0.02  # for Muon
+    learning_rate: float = 1.5e-3  # for AdamW
     weight_decay: float = 0.1
     warmup_steps: int = 200
     held_out_books: int = 2
@@ -67,16 +67,16 @@ class PretrainingSettings:
 
 
 def read_books(corpus: str | Path) -> list[str]:
-    """The books of a corpus file.
+    """Read the books of a corpus file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not text in UTF-8, or a damaged `.gz`.
+        ValueError: the file is not UTF-8 text, or a damaged `.gz`.
     """
     path = Path(corpus)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no corpus at {path}: give a text file (or .gz), one paragraph a line, a blank line between books"
+            f"no corpus at {path}: give a text file (or .gz) with one paragraph per line and a blank line between books"
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -90,10 +90,10 @@ def read_books(corpus: str | Path) -> list[str]:
 
 
 def windows_at(tokens: Tensor, context: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The batch of one step, (batch_size, context): every window of the text once before any comes again.
+    """The batch of one step, (batch_size, context): each window of the text once per epoch.
 
-    Each pass over the text (epoch) starts at another offset and takes its windows in another order, both
-    drawn from (seed, epoch), so that the batch is a function of the step alone.
+    Each epoch starts at a different offset and visits its windows in a different order, both drawn from (seed, epoch),
+    so that the batch is a function of the step alone.
     """
     per_epoch = (len(tokens) - context) // context
     picked = []
@@ -105,9 +105,9 @@ def windows_at(tokens: Tensor, context: int, batch_size: int, seed: int, step: i
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, tokens: Tensor, context: int, precision: str = "fp32") -> float:
-    """Mean nats per token over the whole windows of a text; the first token of a window is not predicted.
+    """Mean nats per token over the full windows of a text; the first token of a window is not predicted.
 
-    A text that is shorter than a window is one window.
+    A text shorter than a window is treated as one window.
     """
     device = next(model.parameters()).device
     context = min(context, len(tokens))
@@ -125,7 +125,7 @@ def held_out_loss(model: nn.Module, tokens: Tensor, context: int, precision: str
 
 
 def make_optimizers(model: GPT2, settings: PretrainingSettings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks; AdamW for embeddings, biases and normalisations."""
+    """Muon for the matrices of the blocks; AdamW for embeddings, biases and normalisation."""
     inside = [p for p in model.transformer.h.parameters() if p.ndim == 2]
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -152,31 +152,31 @@ def pretrain(
 ) -> dict[str, float]:
     """Train a tokenizer and a GPT-2 on a corpus and save both in Hugging Face's layout.
 
-    Run again after a kill, it goes on from `output/checkpoint.pt`.
+    If it is interrupted and called again, it resumes from `output/checkpoint.pt`.
 
     Returns:
-        The loss on each held-out book, by its place in the corpus, and over all of them ("held-out").
+        The loss on each held-out book, by its place in the corpus, and on all of them together ("held-out").
 
     Raises:
-        ValueError, OSError: whatever is wrong with the corpus, the settings or the place to save to, before anything
-            is written.
+        ValueError, OSError: something is wrong with the corpus, the settings or the output folder. Raised before
+            anything is written.
     """
     output = Path(output)
     check_writable(output)
     place, training = find_device(device), _training_settings(settings)
-    _config(settings, settings.vocab_size)  # its errors now, and not after the tokenizer is trained
+    _config(settings, settings.vocab_size)  # raises now instead of after the tokenizer is trained
     books = read_books(corpus)
     if settings.held_out_books >= len(books):
         raise ValueError(
             f"the corpus has {len(books)} books, and the last {settings.held_out_books} are to be held out: "
-            "none is left to read (a blank line ends a book)"
+            "none is left to train on (a blank line ends a book)"
         )
     read, held_out = books[: -settings.held_out_books], books[-settings.held_out_books :]
     tokenizer = _tokenizer(read, output, settings)
     tokens, held_out_tokens = _tokens(tokenizer, read), _tokens(tokenizer, held_out)
     if len(tokens) < 2 * settings.context:
         raise ValueError(
-            f"the books to read have {len(tokens)} tokens; a context of {settings.context} needs at least "
+            f"the books to train on have {len(tokens)} tokens; a context of {settings.context} needs at least "
             f"{2 * settings.context}"
         )
 
@@ -204,16 +204,16 @@ def pretrain(
         progress=progress,
         description="pretraining",
     )
-    write_directory_atomically(output, tokenizer.save)  # beside the checkpoint, which is of no use without it
+    write_directory_atomically(output, tokenizer.save)  # the checkpoint is useless without it
     trainer.run()
     if trainer.world.rank == 0:
         from lora_from_scratch.gpt2.checkpoint import save_gpt2
 
         remove_leftovers(output)
-        # The dropout was this run's; whoever adapts the model decides for themselves.
+        # Dropout is a setting of this run; do not impose it on later fine-tuning.
         model.config = replace(model.config, embd_pdrop=0.0, resid_pdrop=0.0)
         save_gpt2(model, tokenizer, output, dtype=torch.float16)
-    model.half().float()  # what is judged is what was saved
+    model.half().float()  # evaluate the weights as saved
     first = len(books) - len(held_out)
     losses = {
         f"book {first + i}": held_out_loss(model, _tokens(tokenizer, [book]), settings.context)
@@ -249,18 +249,18 @@ def _training_settings(settings: PretrainingSettings) -> TrainingSettings:
 
 
 def _tag(settings: PretrainingSettings, tokens: Tensor) -> str:
-    """What else makes two runs the same: the sizes, the optimisers' numbers, the text (by its CRC-32)."""
+    """Identifies a run, besides its training settings: the sizes, the optimisers' settings, the text's CRC-32."""
     text = zlib.crc32(tokens.numpy().tobytes())
     return str({name: value for name, value in asdict(settings).items() if name != "steps"} | {"text": text})
 
 
 def _tokenizer(books: list[str], output: Path, settings: PretrainingSettings) -> Tokenizer:
-    """That of the run that goes on, or a new one; the same books give the same."""
+    """The tokenizer of the run to resume, or a new one; the same books give the same tokenizer."""
     if (output / CHECKPOINT).is_file():
         return Tokenizer.from_directory(output)
     return Tokenizer.train(books, settings.vocab_size)
 
 
 def _tokens(tokenizer: Tokenizer, books: list[str]) -> Tensor:
-    """All the books in one row, each closed by the end-of-text token."""
+    """The tokens of all books in sequence, each book followed by the end-of-text token."""
     return torch.tensor([token for book in books for token in [*tokenizer.encode(book), tokenizer.eos_id]])

@@ -1,4 +1,4 @@
-"""Reports as text for people: one table, and what the models wrote."""
+"""Formats reports as text: a table, and samples of what the models generated."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ HEADINGS = (
 
 
 def rows(reports: Sequence[Report], headings: Sequence[str] = HEADINGS) -> list[tuple[str, ...]]:
-    """The cells of the table, a row for each report."""
+    """The cells of the table, one row per report."""
     return [tuple(_cells(report)[heading] for heading in headings) for report in reports]
 
 
 def table(reports: Sequence[Report], headings: Sequence[str] = HEADINGS) -> str:
-    """The table in Markdown, padded so that it reads well in a terminal too. "divergence" may be one more heading."""
+    """The table in Markdown, padded to be readable in a terminal. `headings` may also include "divergence"."""
     lines = [tuple(headings), *rows(reports, headings)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
 
@@ -42,7 +42,7 @@ def table(reports: Sequence[Report], headings: Sequence[str] = HEADINGS) -> str:
 
 
 def describe(reports: Sequence[Report]) -> str:
-    """What the models wrote for a few cards, before and after."""
+    """What the models generated for a few cards, before and after fine-tuning."""
     paragraphs = []
     for place, sample in enumerate(reports[0].samples):
         lines = [f"Card    {sample['mr']}", f"before  {_short(sample['before'])}"]
@@ -52,7 +52,7 @@ def describe(reports: Sequence[Report]) -> str:
 
 
 def _cells(report: Report) -> dict[str, str]:
-    """What stands under each heading."""
+    """The cell under each heading."""
     s = report.scores
     return {
         "method": report.method,
@@ -71,14 +71,14 @@ def _cells(report: Report) -> dict[str, str]:
 
 
 def _trained(report: Report) -> str:
-    """What was trained; and what is kept of it, where that is less (a prefix's MLP is thrown away)."""
+    """The number of trained parameters, and how many are kept if fewer (a prefix's MLP is discarded)."""
     kept = report.saved_parameters
     aside = f" ({kept:,} kept)" if 0 < kept < report.trained_parameters else ""
     return f"{report.trained_parameters:,}{aside}"
 
 
 def size(count: int) -> str:
-    """Bytes for people: 1.4 MB."""
+    """Format a number of bytes, as in 1.4 MB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.{0 if count >= 100 * scale else 1}f} {unit}"

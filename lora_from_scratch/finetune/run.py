@@ -1,7 +1,8 @@
-"""One fine-tuning run from beginning to end: load, adapt, train, judge, save."""
+"""One fine-tuning run from beginning to end: load, adapt, train, save, evaluate."""
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Callable
@@ -34,9 +35,9 @@ from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.method import Method
-from lora_from_scratch.support.files import check_writable, remove_leftovers, write_json
+from lora_from_scratch.support.files import check_writable, is_leftover, remove_leftovers, write_json
 
-CHECKPOINT = "training-checkpoint.pt"  # in the output directory while the run is under way
+CHECKPOINT = "training-checkpoint.pt"  # in the output directory during the run
 REPORT = "report.json"
 SAMPLES = 3
 OPTIMIZERS = ("adamw", "paged-adamw")
@@ -44,7 +45,7 @@ OPTIMIZERS = ("adamw", "paged-adamw")
 
 @dataclass(frozen=True)
 class Run:
-    """What to do. Everything in it is data, so that a run can be handed to another process and written down."""
+    """The specification of a run: plain data, so that it can be passed to another process and saved."""
 
     method: Method
     settings: TrainingSettings
@@ -52,12 +53,13 @@ class Run:
     model: str = "bundled"
     data: str = "story-cards"
     batch_size: int = defaults.BATCH_SIZE
-    optimizer: str = "adamw"  # or "paged-adamw": its state in a file, for where memory is short
+    optimizer: str = "adamw"  # or "paged-adamw", which keeps its state in a file to save memory
     gradient_checkpointing: bool = False
     device: str = "cpu"
-    split: str = "test"  # judged on "test" or "validation"; "" trains and saves only
-    cards: int = CARDS  # judged by the first so many meanings
+    split: str = "test"  # evaluate on "test" or "validation"; "": do not evaluate
+    cards: int = CARDS  # evaluate on the first so many meanings
     checkpoint_every: int = 100  # steps
+    overwrite: bool = False  # whether the result of another run in `output` may be replaced
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "cards", "checkpoint_every"):
@@ -69,7 +71,10 @@ class Run:
 
 @dataclass
 class Report:
-    """What came of it. Peak memory and seconds are of the training alone: judging it needs the whole base model."""
+    """The result of a run.
+
+    Peak memory and seconds are those of training only; evaluation also needs the whole base model.
+    """
 
     method: str
     trained_parameters: int
@@ -80,7 +85,7 @@ class Report:
     saved_bytes: int
     final_loss: float  # mean of the last 20 steps, nats per token
     output: str
-    saved_parameters: int = 0  # numbers in what was saved: of a prefix, without the MLP that was trained with it
+    saved_parameters: int = 0  # number of saved parameters; for a prefix, without the MLP that was trained with it
     scores: Scores | None = None
     tale_perplexity_before: float = float("nan")
     samples: list[dict[str, str]] = field(default_factory=list)  # each with mr, before, after
@@ -93,33 +98,33 @@ class Report:
 
 
 def finetune(run: Run, progress: bool = True) -> Report:
-    """Carry out a run. Killed and started again, it goes on from its last checkpoint.
+    """Carry out a run. If it is interrupted and called again, it resumes from its last checkpoint.
 
     Raises:
-        ValueError, OSError: whatever is wrong with the model, the data, the settings or the place to save to,
-            before the training where it can be known before.
+        ValueError, OSError: something is wrong with the model, the data, the settings or the output folder. Raised
+            before training wherever possible.
     """
     _check_output(run)
     world = World.from_environment()
     if run.batch_size < world.size:
-        raise ValueError(f"batch_size must be at least {world.size}, one for each process, got {run.batch_size}")
+        raise ValueError(f"batch_size must be at least {world.size}, one per process, got {run.batch_size}")
     device = find_device(run.device)
     dataset = load_dataset(run.data)
-    judged = first_cards(getattr(dataset, run.split), run.cards) if run.split else []
+    evaluated = first_cards(getattr(dataset, run.split), run.cards) if run.split else []
     memory = PeakMemory(device)
     model, tokenizer = run.method.load_base(run.model)
     run = replace(run, method=run.method.for_tokenizer(tokenizer))
     model.to(device)
     total, base = _parameters(model), _fingerprint(model)
     run.method.adapt(model)
-    context = model.config.n_positions  # a method may take some of it
-    if judged:
-        check_examples(judged, tokenizer, context)
+    context = model.config.n_positions  # a method may take up some of it
+    if evaluated:
+        check_examples(evaluated, tokenizer, context)
     completions = _completions(dataset, tokenizer, context, progress)
     model.gradient_checkpointing = run.gradient_checkpointing
     trained = sum(p.numel() for p in run.method.trainable(model).values())
-    history = _trainer(run, model, completions, base, progress).run()  # its optimiser state goes: judging needs room
-    world.add_up([torch.zeros(())])  # every process is done with the checkpoint before the first one deletes it
+    history = _trainer(run, model, completions, base, progress).run()  # frees the optimiser's state for the evaluation
+    world.all_reduce([torch.zeros(())])  # a barrier: no process still needs the checkpoint when it is deleted
     report = Report(
         method=run.method.name,
         trained_parameters=trained,
@@ -135,8 +140,8 @@ def finetune(run: Run, progress: bool = True) -> Report:
     model.gradient_checkpointing = False
     if world.rank == 0:
         report.saved_bytes, report.saved_parameters = _save(run, model, tokenizer)
-        if judged:
-            _judge(report, run, model, tokenizer, dataset, judged)
+        if evaluated:
+            _evaluate(report, run, model, tokenizer, dataset, evaluated)
         _write_report(report, run)
         (run.output / CHECKPOINT).unlink(missing_ok=True)
         remove_leftovers(run.output)
@@ -144,13 +149,49 @@ def finetune(run: Run, progress: bool = True) -> Report:
 
 
 def _check_output(run: Run) -> None:
-    """The place can be written, and what lies there is neither what this run reads nor another kind of result."""
+    """Check that the output folder is writable and holds neither this run's base model nor another kind of result."""
     check_writable(run.output)
     if run.output.resolve() == checkpoint_directory(run.model).resolve():
-        raise ValueError(f"the output {run.output} is the model's own directory; choose another place for the result")
+        raise ValueError(f"the output {run.output} is the model's own directory; choose another output")
     other, kind = ("config.json", "a whole model") if run.method.peft_type else (CONFIG_FILE, "an adapter")
     if (run.output / other).exists():
-        raise ValueError(f"{run.output} holds {kind}, which this run would leave beside its own; choose another output")
+        raise ValueError(f"{run.output} holds {kind}, and this run would add its own result; choose another output")
+    if not run.overwrite:
+        _refuse_to_replace(run)
+
+
+def _refuse_to_replace(run: Run) -> None:
+    """Stop before what somebody may still want is replaced: another run's result, or files of something else.
+
+    The same run may be repeated, and one that was interrupted may be resumed.
+    """
+    choose = "choose another output, or overwrite it (--overwrite)"
+    if (run.output / REPORT).exists():
+        different = _differences(run)
+        if different:
+            raise ValueError(f"{run.output} holds the result of another run (different: {different}); {choose}")
+    elif not (run.output / CHECKPOINT).exists() and run.output.is_dir():
+        names = sorted(path.name for path in run.output.iterdir() if not is_leftover(path))
+        if names:
+            raise ValueError(f"{run.output} holds other files ({', '.join(names[:3])}); {choose}")
+
+
+def _differences(run: Run) -> str:
+    """The settings in which the run that wrote the report differs from this one, for people."""
+    try:
+        document = json.loads((run.output / REPORT).read_text(encoding="utf-8"))
+        before, method = dict(document["run"]), document["report"]["method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its report cannot be read"
+    if method != run.method.name:
+        return "method"
+    now = json.loads(json.dumps(asdict(run), default=str))
+    parts = {name: (before.pop(name, {}), now.pop(name)) for name in ("method", "settings")}
+    for place in ("output", "checkpoint_every", "overwrite"):
+        before.pop(place, None)
+        now.pop(place)
+    names = [name for old, new in ((before, now), *parts.values()) for name in new if old.get(name) != new[name]]
+    return ", ".join(dict.fromkeys(names))
 
 
 def _completions(dataset: Dataset, tokenizer: Tokenizer, context: int, progress: bool) -> Completions:
@@ -158,25 +199,25 @@ def _completions(dataset: Dataset, tokenizer: Tokenizer, context: int, progress:
     if completions.left_out and progress:
         print(
             f"{completions.left_out:,} of {len(dataset.train):,} examples are longer than the context of "
-            f"{context} tokens and are left out"
+            f"{context} tokens and are skipped"
         )
     return completions
 
 
-def _judge(
-    report: Report, run: Run, model: GPT2, tokenizer: Tokenizer, dataset: Dataset, judged: list[Example]
+def _evaluate(
+    report: Report, run: Run, model: GPT2, tokenizer: Tokenizer, dataset: Dataset, examples: list[Example]
 ) -> None:
     base, _ = load_gpt2(run.model)
     base.to(next(model.parameters()).device)
     report.tale_perplexity_before = tale_perplexity(base, tokenizer)
-    report.scores, texts = evaluate(model, base, tokenizer, judged, dataset)
+    report.scores, texts = evaluate(model, base, tokenizer, examples, dataset)
     mrs = list(texts)[:SAMPLES]
     before = write_texts(base, tokenizer, mrs)
     report.samples = [{"mr": mr, "before": old, "after": texts[mr]} for mr, old in zip(mrs, before, strict=True)]
 
 
 def _write_report(report: Report, run: Run) -> None:
-    """`report.json` beside the weights: the numbers and what they were measured with."""
+    """Write `report.json` beside the weights: the results, and the run that produced them."""
     document: dict[str, Any] = {"report": asdict(report), "run": {**asdict(run), "output": str(run.output)}}
     write_json(run.output / REPORT, document)
 
@@ -187,21 +228,21 @@ def _trainer(run: Run, model: GPT2, completions: Completions, base: int, progres
         lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
         run.settings,
         method=run.method,
-        optimizers=_paged(run, model) if run.optimizer == "paged-adamw" else None,
+        optimizers=_paged_optimizers(run, model) if run.optimizer == "paged-adamw" else None,
         checkpoint=run.output / CHECKPOINT,
         checkpoint_every=run.checkpoint_every,
-        # Not the names of model and data: by now they may stand for something else.
+        # Fingerprints instead of names: what the names of the model and the data refer to may have changed.
         settings_tag=f"{run.method} batch {run.batch_size} model {base} data {completions.fingerprint()}",
         progress=progress,
         description=run.method.name,
     )
 
 
-def _paged(run: Run, model: GPT2) -> Callable[[], list[torch.optim.Optimizer]]:
-    """Makes the optimiser whose state is in a file, on the output's disk."""
+def _paged_optimizers(run: Run, model: GPT2) -> Callable[[], list[torch.optim.Optimizer]]:
+    """A function that makes the optimiser whose state is in a file, on the same disk as the output."""
 
     def optimizers() -> list[torch.optim.Optimizer]:
-        usual = adamw(run.method.parameter_groups(model), run.settings)  # for its groups; it holds no state yet
+        usual = adamw(run.method.parameter_groups(model), run.settings)  # only for its groups; it has no state yet
         groups = [{name: group[name] for name in ("params", "weight_decay", "lr")} for group in usual.param_groups]
         place = next(place for place in (run.output, *run.output.parents) if place.is_dir())
         return [PagedAdamW(groups, lr=run.settings.learning_rate, betas=run.settings.betas, directory=place)]
@@ -210,13 +251,13 @@ def _paged(run: Run, model: GPT2) -> Callable[[], list[torch.optim.Optimizer]]:
 
 
 def _parameters(model: GPT2) -> int:
-    """How many a model of this shape has; of a quantised one too, whose weights are no parameters of PyTorch's."""
+    """The parameter count of a model of this shape; quantised weights, which are no `nn.Parameter`, count too."""
     with torch.device("meta"):  # shapes without memory
         return sum(p.numel() for p in GPT2(model.config).parameters())
 
 
 def _fingerprint(model: GPT2) -> int:
-    """A number that other weights, in all likelihood, do not have: a CRC-32."""
+    """A CRC-32 of the weights, to tell models apart."""
     crc = 0
     for tensor in model.state_dict().values():
         crc = zlib.crc32(tensor.cpu().contiguous().numpy(), crc)
@@ -224,7 +265,7 @@ def _fingerprint(model: GPT2) -> int:
 
 
 def _save(run: Run, model: GPT2, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Write the result; return its size in bytes, that of nothing else that may lie beside it, and in parameters."""
+    """Save the result; return its size in bytes and in parameters, not counting other files in the folder."""
 
     def files() -> dict[str, int]:
         return {file.name: file.stat().st_ino for file in run.output.iterdir() if file.is_file()}
@@ -237,5 +278,5 @@ def _save(run: Run, model: GPT2, tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def _numbers_in(file: Path) -> int:
-    with safe_open(file, framework="pt") as tensors:  # reads the table of contents only
+    with safe_open(file, framework="pt") as tensors:  # reads only the header
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""Random choices that are a function of (seed, step): see `training`."""
+"""Random choices as a function of (seed, step); see `training`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
-    """A seed for one step (and one process) of a run: mixed, so that neighbours have nothing in common."""
+    """A seed for one step (and one process) of a run, hashed so that the seeds of neighbouring steps are unrelated."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64  # SplitMix64's mixer (Steele et al. 2014)
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
@@ -17,7 +17,7 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
 
 
 def shuffled_places(count: int, batch_size: int, seed: int, step: int) -> list[tuple[int, int]]:
-    """The (epoch, item) pairs of one step's batch: every item once, in an order drawn anew for each epoch."""
+    """The (epoch, item) pairs of one step's batch: every item once per epoch, in a new random order each epoch."""
     first = step * batch_size
     places = (divmod(index, count) for index in range(first, first + batch_size))
     return [(epoch, int(_order(count, seed, epoch)[place])) for epoch, place in places]

@@ -1,12 +1,12 @@
-"""The grammar of the story cards: a meaning becomes the opening of a fairy tale.
+"""The grammar of the story cards: turns a meaning into the opening of a fairy tale.
 
-Three steps, as in classical data-to-text generation (Reiter and Dale 2000, chapter 3):
+It has three steps, as in classical data-to-text generation (Reiter and Dale 2000, chapter 3):
 
-1. Planning decides in which order the slots are said, which of them share a clause, and where a sentence ends.
-2. Lexical choice picks one phrase for every value. Many of them deny the opposite: "was never afraid" is brave.
-3. Realisation joins the clauses and sees to articles, pronouns, commas and capitals.
+1. Planning decides the order of the slots, which of them share a clause, and where a sentence ends.
+2. Lexical choice picks one phrase for every value. Many phrases deny the opposite: "was never afraid" means brave.
+3. Realisation joins the clauses and adds articles, pronouns, commas and capitals.
 
-Phrases hold {he}, {him} and {his} where the hero's pronoun belongs.
+Phrases contain {he}, {him} and {his} where the hero's pronoun belongs.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Hero:
 @dataclass(frozen=True)
 class Trait:
     adjectives: tuple[str, ...]  # "a brave king"
-    predicates: tuple[str, ...]  # "was never afraid": verb phrases, mostly denials
+    predicates: tuple[str, ...]  # verb phrases, mostly negations of the opposite: "was never afraid"
 
 
 @dataclass(frozen=True)
 class Ending:
     tales: tuple[str, ...]  # noun phrases that open the text: "a tale with a sad ending"
-    clauses: tuple[str, ...]  # clauses that close it: "no good came of it"
+    clauses: tuple[str, ...]  # clauses that end it: "no good came of it"
 
 
 HEROES = {
@@ -121,7 +121,7 @@ HELPERS: dict[str, tuple[str, ...]] = {
     "an eagle": ("an eagle", "a great eagle"),
 }
 
-FREE = "nothing"  # the one price that nobody pays
+FREE = "nothing"  # the price when the help is free
 PRICES: dict[str, tuple[str, ...]] = {
     "a song": ("a song", "one song"),
     "a kiss": ("a kiss", "one kiss"),
@@ -153,7 +153,7 @@ def _both_pronouns(phrases: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(phrase.format(his=his) for phrase in phrases for his in ("his", "her")))
 
 
-# Every phrase that can say a value of a slot, for the slot error rate.
+# Every phrase that can express a value of a slot, for the slot error rate.
 LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
     "hero": {value: hero.nouns for value, hero in HEROES.items()},
     "trait": {value: trait.adjectives + trait.predicates for value, trait in TRAITS.items()},
@@ -164,7 +164,7 @@ LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
     "ending": {value: ending.tales + ending.clauses for value, ending in ENDINGS.items()},
 }
 
-# The frames around them: structure words only, nothing that a slot could mean.
+# The frames around the phrases; they contain nothing that could be taken for a slot's value.
 WISH_FRAMES = ("wished for {wish}", "longed for {wish}", "wanted nothing but {wish}")
 HELP_FRAMES = ("offered to help {him}", "promised to help {him}", "agreed to help {him}")
 GIFT_FRAMES = ("offered {him} {wish}", "promised {him} {wish}")
@@ -182,7 +182,7 @@ MAX_SENTENCES = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """How one meaning is laid out. An empty string: the slot is not on the card."""
+    """The layout of a text. An empty string means that the slot is not on the card."""
 
     trait: str  # "adjective": a brave king; "clause": he was never afraid
     place: str  # "front": on an island there lived ...; "clause": ... who lived on an island
@@ -192,18 +192,18 @@ class Plan:
         str  # "phrase": ... in return for it; "front": in return for it, ...; "verb": ... and asked for it; "sentence"
     )
     ending: str  # "first": a tale with a happy ending ...; "last": ... all ended well
-    clauses_in_opening: int  # how many of the hero's clauses the opening sentence takes; a second one takes the rest
-    join_helper: bool  # the helper's clause continues the sentence before it: ..., and one day ...
-    join_ending: bool
+    clauses_in_opening: int  # number of the hero's clauses in the opening sentence; a second sentence has the rest
+    join_helper: bool  # whether the helper's clause continues the previous sentence: ..., and one day ...
+    join_ending: bool  # whether the ending continues the previous sentence
 
     @property
     def hero_clauses(self) -> list[str]:
-        """The slots that are said by a verb phrase about the hero, in the order in which they come."""
+        """The slots that are expressed by a verb phrase about the hero, in order."""
         return [slot for slot in ("place", "trait", "wish") if getattr(self, slot) == "clause"]
 
     @property
     def left_over(self) -> int:
-        """The hero's clauses that the opening does not take."""
+        """The number of the hero's clauses that are not in the opening sentence."""
         return len(self.hero_clauses) - self.clauses_in_opening
 
     @property
@@ -215,18 +215,18 @@ class Plan:
     def is_good(self) -> bool:
         """Whether this layout reads well."""
         in_opening, left_over = self.clauses_in_opening, self.left_over
-        last_hero_sentence = left_over or in_opening  # how many clauses it has
+        last_hero_sentence = left_over or in_opening  # its number of clauses
         helper_is_long = self.helper != "" and self.price != "sentence" and (self.join_helper or self.price == "verb")
         return (
             self.sentences <= MAX_SENTENCES
             and left_over >= 0
-            # Not: "There was once a king. He lived in a tower."
+            # Exclude "There was once a king. He lived in a tower."
             and not (left_over and not in_opening and self.place != "front")
             and not (self.ending == "first" and self.place == "front")
-            # What is joined has something to be joined to, and no sentence goes on for ever.
+            # A joined clause needs a sentence to continue, and no sentence may be too long.
             and not (self.join_helper and (not self.helper or self.price == "front" or last_hero_sentence > 1))
             and not (self.join_ending and (self.ending != "last" or not self.helper or helper_is_long))
-            # The helper's frames have room for only so much.
+            # The helper's frames cannot express every combination.
             and not (self.wish == "gift" and self.helper not in ("active", "met"))
             and not (self.wish == "search" and self.helper != "met")
             and not (self.helper == "met" and self.price in ("front", "verb"))
@@ -246,7 +246,7 @@ LAYOUTS = {
 
 @cache
 def plans(slots: frozenset[str], free: bool = False) -> tuple[Plan, ...]:
-    """Every good plan for a card with these slots; `free`: its price is "nothing", which cannot come first."""
+    """Every good plan for a card with these slots; `free` means the price is "nothing", which cannot come first."""
     layouts = [LAYOUTS[slot] if slot in slots else ("",) for slot in LAYOUTS]
     if free:
         layouts[list(LAYOUTS).index("price")] = ("phrase", "verb")
@@ -262,7 +262,7 @@ def plans(slots: frozenset[str], free: bool = False) -> tuple[Plan, ...]:
 
 
 def realise(card: Mapping[str, str], plan: Plan, rng: Random) -> str:
-    """The text of a card under a plan; `rng` chooses among synonyms."""
+    """Write the text of a card according to a plan; `rng` chooses among synonyms."""
     pronoun = HEROES[card["hero"]].pronoun
     words = {"he": "he", "him": "him", "his": "his"} if pronoun == "he" else {"he": "she", "him": "her", "his": "her"}
     sentences = [sentence.format_map(words) for sentence in _sentences(card, plan, rng)]
@@ -298,7 +298,7 @@ def _sentences(card: Mapping[str, str], plan: Plan, rng: Random) -> Iterator[str
 
 
 def _opening(card: Mapping[str, str], plan: Plan, clauses: list[str], rng: Random) -> str:
-    """The clause that brings the hero in, with the first of the clauses about him or her."""
+    """The clause that introduces the hero, with the first clauses about him or her."""
     hero = rng.choice(HEROES[card["hero"]].nouns)
     if plan.trait == "adjective":
         hero = f"{rng.choice(TRAITS[card['trait']].adjectives)} {hero}"
@@ -315,7 +315,7 @@ def _opening(card: Mapping[str, str], plan: Plan, clauses: list[str], rng: Rando
 
 
 def _hero_clause(slot: str, card: Mapping[str, str], rng: Random) -> str:
-    """A verb phrase about the hero that says one slot."""
+    """A verb phrase about the hero that expresses one slot."""
     if slot == "place":
         return f"lived {rng.choice(PLACES[card['place']])}"
     if slot == "wish":
@@ -325,7 +325,7 @@ def _hero_clause(slot: str, card: Mapping[str, str], rng: Random) -> str:
 
 
 def _helper_clause(card: Mapping[str, str], plan: Plan, rng: Random) -> str:
-    """The clause that brings the helper in; with the wish if it is the helper's gift, and most often with the price."""
+    """The clause that introduces the helper, with the wish if it is the helper's gift, and usually with the price."""
     helper = rng.choice(HELPERS[card["helper"]])
     if plan.helper == "only":
         return rng.choice((f"nobody but {helper} would help {{him}}", f"there was no one to help {{him}} but {helper}"))
@@ -352,12 +352,12 @@ def _price_frames(layout: str, free: bool) -> tuple[str, ...]:
 
 
 def _fill(frame: str, **phrases: str) -> str:
-    """Put phrases into a frame; its {he}, {him} and {his} stay until the whole text is known."""
+    """Insert phrases into a frame; {he}, {him} and {his} are left for `realise` to fill in."""
     for name, phrase in phrases.items():
         frame = frame.replace(f"{{{name}}}", phrase)
     return frame
 
 
 def with_article(noun_phrase: str) -> str:
-    """ "a" or "an" in front: a king, an idle king. (No word here is spelt with a vowel and spoken without.)"""
+    """Add "a" or "an": a king, an idle king. Spelling decides, which is right for every word of this grammar."""
     return f"{'an' if noun_phrase[0] in 'aeiou' else 'a'} {noun_phrase}"

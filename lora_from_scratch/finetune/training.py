@@ -1,8 +1,8 @@
-"""The training loop. One loop serves pretraining and every method of fine-tuning.
+"""The training loop, used for pretraining and for every fine-tuning method.
 
-What makes it repeatable and resumable is one decision: **everything random in step t is drawn from
-(seed, t)**, the batch and the dropout masks alike. A run that was killed therefore needs nothing but the
-last checkpoint (weights, optimiser state, step) to go on as if nothing had happened.
+**Everything random in step t is drawn from (seed, t)**, the batch as well as the dropout masks. This makes a run
+reproducible, and an interrupted run needs only its last checkpoint (weights, optimiser state, step) to resume exactly
+where it was.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from lora_from_scratch.support.files import write_atomically
 
 SCHEDULES = ("linear", "cosine", "trapezoid", "constant")
 PRECISIONS = ("bf16", "fp32")
-BEFORE_TRAINING = -1  # stream of random numbers of `Method.before_training`; those of the processes are 0, 1, ...
+BEFORE_TRAINING = -1  # the random stream of `Method.before_training`; the processes have streams 0, 1, ...
 
 
 class Batch(NamedTuple):
-    """Some texts of one length. Padding, if any, is on the right."""
+    """A batch of texts of equal length. Padding, if any, is on the right."""
 
     input_ids: Tensor  # (B, T)
-    labels: Tensor  # (B, T): the token ids that count in the loss, -100 elsewhere
-    attention_mask: Tensor | None = None  # (B, T), 1 for a token; None: no padding
+    labels: Tensor  # (B, T): token ids where the loss is computed, -100 elsewhere
+    attention_mask: Tensor | None = None  # (B, T), 1 for a token and 0 for padding; None: no padding
 
     def rows(self, start: int, stop: int | None, step: int = 1) -> Batch:
         pick = slice(start, stop, step)
@@ -47,32 +47,32 @@ class Batch(NamedTuple):
 
     @property
     def predictions(self) -> int:
-        """How many tokens are predicted: labels that count, the first of each row having no predecessor."""
+        """The number of predicted tokens: labels other than -100, without the first of each row."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or the gradient became infinite or not a number."""
+    """The loss or the gradient became infinite or NaN."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train. What is trained is the model's `requires_grad`; on what, the batches.
+    """Hyperparameters of a training run.
 
     Raises:
-        ValueError: a number out of its range or an unknown schedule or precision.
+        ValueError: a number is out of range, or the schedule or precision is unknown.
     """
 
     steps: int
     learning_rate: float
     warmup_steps: int = 0
-    schedule: str = "linear"  # after the warm-up: to 0 in a line, in half a cosine; trapezoid: see learning_rate_at
-    decay_fraction: float = 0.4  # of the steps; the trapezoid's last part
-    weight_decay: float = 0.01  # on matrices, not on vectors (biases, normalisation)
+    schedule: str = "linear"  # one of `SCHEDULES`, see `learning_rate_at`
+    decay_fraction: float = 0.4  # fraction of the steps in which the trapezoid decays
+    weight_decay: float = 0.01  # applied to matrices, not to vectors (biases, normalisation)
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float = 1.0  # the largest norm of the whole gradient; 0: no clipping
-    accumulation: int = 1  # a batch is cut into this many parts, one after the other: less memory, same result
-    precision: str = "bf16"  # the arithmetic of the forward pass (autocast); weights and Adam stay in fp32
+    clip_norm: float = 1.0  # maximum norm of the whole gradient; 0: no clipping
+    accumulation: int = 1  # number of micro-batches per batch: less memory, same result
+    precision: str = "bf16"  # of the forward pass (autocast); weights and optimiser state stay in fp32
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,14 +92,14 @@ class TrainingSettings:
 
 
 def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
-    """The learning rate of one step, as a fraction of the highest: a line up, then half a cosine down.
+    """The learning rate of one step, as a fraction of the peak: linear warm-up, then half a cosine down.
 
     Steps are counted from 0. With W warm-up steps out of T:
 
-    - the first W steps rise in a line: the first has 1 / W, not 0, and the last of them, number W - 1, has 1;
-    - from step W on it falls along half a cosine: step W still has 1, the steps halfway between W and T have 1/2, and 0
-      would come at step T, the first that is not taken any more (Loshchilov and Hutter 2017, arXiv:1608.03983,
-      equation 5, for one restart).
+    - over the first W steps it rises linearly: step 0 has 1 / W, not 0, and step W - 1 has 1;
+    - from step W on it falls along half a cosine: step W still has 1, the step halfway between W and T has 1/2, and it
+      would reach 0 at step T, which is no longer taken (Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5, for
+      one restart).
 
     With W = 0 there is no warm-up and step 0 has 1.
 
@@ -109,7 +109,7 @@ def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
         warmup_steps: W, 0 to T.
 
     Raises:
-        ValueError: the step or the number of warm-up steps is out of its range.
+        ValueError: the step or the number of warm-up steps is out of range.
     """
     if not (0 <= step < steps and 0 <= warmup_steps <= steps):
         raise ValueError(
@@ -118,21 +118,22 @@ def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
         )
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / (steps - warmup_steps)  # of the fall, from 0 to almost 1
+    done = (step - warmup_steps) / (steps - warmup_steps)  # fraction of the decay, from 0 to almost 1
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def learning_rate_at(step: int, settings: TrainingSettings) -> float:
-    """The learning rate of step 0, 1, ... `steps - 1`, as a fraction of the highest.
+    """The learning rate of step 0, 1, ... `steps - 1`, as a fraction of the peak.
 
-    Warm-up is linear. Then `linear` and `cosine` fall to zero over the rest; `trapezoid` stays at the top
-    and falls in a line over the last `decay_fraction` of the steps (Hägele et al. 2024, arXiv:2405.18392).
+    Warm-up is linear. After it, `linear` and `cosine` decay to zero over the remaining steps, `constant` stays at the
+    peak, and `trapezoid` stays there until it decays linearly over the last `decay_fraction` of the steps (Hägele et
+    al. 2024, arXiv:2405.18392).
     """
     if settings.schedule == "cosine":
         return warmup_cosine(step, settings.steps, settings.warmup_steps)
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
-    left = (settings.steps - step) / max(1, settings.steps - settings.warmup_steps)  # from 1 down to almost 0
+    left = (settings.steps - step) / max(1, settings.steps - settings.warmup_steps)  # fraction left, 1 to almost 0
     if settings.schedule == "trapezoid":
         return min(1.0, (settings.steps - step) / (settings.decay_fraction * settings.steps))
     return left if settings.schedule == "linear" else 1.0
@@ -141,10 +142,10 @@ def learning_rate_at(step: int, settings: TrainingSettings) -> float:
 def adamw(
     trainable: Mapping[str, nn.Parameter] | Sequence[Mapping[str, Any]], settings: TrainingSettings
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with weight decay on the matrices only.
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only.
 
     Args:
-        trainable: the parameters by name, or groups of them, as `Method.parameter_groups` returns.
+        trainable: the parameters by name, or parameter groups as returned by `Method.parameter_groups`.
     """
     given: Sequence[Mapping[str, Any]] = (
         [{"params": list(trainable.values())}] if isinstance(trainable, Mapping) else trainable
@@ -162,12 +163,12 @@ def adamw(
 
 @dataclass
 class History:
-    """What happened: one number a step, and what the evaluations said."""
+    """The record of a run: the loss of every step, and the results of the evaluations."""
 
     losses: list[float] = field(default_factory=list)  # nats per predicted token
     evaluations: list[dict[str, float]] = field(default_factory=list)  # each with its "step"
-    tokens: int = 0  # predicted in the whole run
-    seconds: float = 0.0  # in the steps, over all the parts of a resumed run
+    tokens: int = 0  # predicted tokens in the whole run
+    seconds: float = 0.0  # spent in training steps, including those before a resume
 
 
 class Trainer:
@@ -176,13 +177,13 @@ class Trainer:
     Args:
         model: any module with `model(input_ids, attention_mask=...) -> logits (B, T, V)`; its parameters
             with `requires_grad` are trained.
-        batch_at: step -> the whole batch of that step, the same whenever it is asked.
+        batch_at: maps a step to its whole batch; must always return the same batch for the same step.
         settings: see `TrainingSettings`.
-        method: by which the model is adapted, if it is: then its hooks are called (see `methods/method.py`).
-        optimizers: made by the caller where AdamW on everything is not wanted.
-        checkpoint: a file; if it exists the run goes on from it. Written every `checkpoint_every` steps.
-        evaluate: called every `evaluate_every` steps and after the last; what it returns is recorded.
-        settings_tag: what else defines the run (data, model, method); a checkpoint with another tag is refused.
+        method: the method that adapted the model, if any; its hooks are called (see `methods/method.py`).
+        optimizers: used instead of AdamW on everything; optimisers, or a function that makes them.
+        checkpoint: a file, written every `checkpoint_every` steps; if it exists, the run resumes from it.
+        evaluate: called every `evaluate_every` steps and after the last; its results are recorded.
+        settings_tag: identifies the data, the model and the method; a checkpoint with another tag is refused.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class Trainer:
         if not self.trainable:
             raise ValueError("nothing to train: no parameter of the model has requires_grad=True")
         self.device = next(iter(self.trainable.values())).device
-        if callable(optimizers):  # parameters may have been made before the training
+        if callable(optimizers):  # only now, since `before_training` may have created parameters
             optimizers = optimizers()
         groups = self.trainable if method is None else method.parameter_groups(model)
         self.optimizers = optimizers or [adamw(groups, settings)]
@@ -223,16 +224,16 @@ class Trainer:
         self.step = 0
 
     def run(self) -> History:
-        """Train to the last step (from the checkpoint, if there is one) and return what happened.
+        """Train to the last step (from the checkpoint, if there is one) and return the history.
 
         Raises:
-            NonFiniteLossError: with the step and what to try; the last checkpoint stays.
+            NonFiniteLossError: the loss or gradient is not finite; the last checkpoint is kept.
             ValueError: the checkpoint belongs to another run or is damaged.
         """
         if self.checkpoint and self.checkpoint.exists():
             self._load()
         hidden = not self.progress or self.world.rank != 0
-        quiet: dict[str, Any] = {"disable": True} if hidden else {}  # not said: then tqdm's own TQDM_DISABLE decides
+        quiet: dict[str, Any] = {"disable": True} if hidden else {}  # if unset, TQDM_DISABLE in the environment decides
         self.model.train()
         with tqdm(
             total=self.settings.steps,
@@ -259,7 +260,7 @@ class Trainer:
         return self.history
 
     def _one_step(self, step: int) -> tuple[float, int]:
-        """Forward, backward, update. Returns the loss over the whole batch and how many tokens it predicted."""
+        """Forward, backward, update. Returns the loss of the whole batch and the number of predicted tokens."""
         torch.manual_seed(step_seed(self.settings.seed, step, self.world.rank))
         batch = self.batch_at(step)
         predictions = max(1, batch.predictions)
@@ -270,15 +271,15 @@ class Trainer:
             piece = mine.rows(part, None, parts).to(self.device)
             with autocast(self.device, self.settings.precision):
                 logits = self.model(piece.input_ids, attention_mask=piece.attention_mask)
-            # The mean over the whole batch, piece by piece: however the batch is cut, the gradient is the same.
+            # Weighted to give the mean over the whole batch: the gradient does not depend on how the batch is split.
             share = next_token_loss(logits, piece.labels) * (piece.predictions / predictions)
             share.backward()
             loss += share.detach()
         extra = None if self.method is None else self.method.extra_loss(self.model)
         if extra is not None:
-            (extra / self.world.size).backward()  # `loss` stays that of the task
+            (extra / self.world.size).backward()  # the recorded loss remains the task's
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
-        self.world.add_up([loss, *gradients])
+        self.world.all_reduce([loss, *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
         self._stop_unless_finite(step, float(loss), float(norm))
         if self.settings.clip_norm:
@@ -317,10 +318,10 @@ class Trainer:
         if self.checkpoint and (last or self.step % self.checkpoint_every == 0) and self.world.rank == 0:
             self.save()
 
-    # --- Checkpoints: one file, written beside its place and moved there whole ---
+    # --- Checkpoints: a single file, replaced atomically ---
 
     def save(self) -> None:
-        """Write the checkpoint; a kill in the middle leaves the one before."""
+        """Write the checkpoint atomically: if this is interrupted, the previous one remains."""
         assert self.checkpoint is not None
         state = {
             "step": self.step,
@@ -344,7 +345,7 @@ class Trainer:
         except Exception as error:  # torch.load raises many types for a damaged file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"{self.checkpoint} is not a readable checkpoint ({reason}); delete it to start anew"
+                f"{self.checkpoint} is not a readable checkpoint ({reason}); delete it to start over"
             ) from None
         self._refuse_another_run(saved, step, state["tag"], state["trainable"])
         for name, value in state["trainable"].items():
@@ -359,7 +360,7 @@ class Trainer:
     def _refuse_another_run(self, saved: TrainingSettings, step: int, tag: str, tensors: dict[str, Tensor]) -> None:
         now = self.settings
         if now.schedule == saved.schedule == "trapezoid" and step <= min(_decay_start(now), _decay_start(saved)):
-            saved = replace(saved, steps=now.steps)  # before the decay begins, the steps to come are still open
+            saved = replace(saved, steps=now.steps)  # until the decay begins, the number of steps may still be changed
         different = [k for k, v in asdict(saved).items() if v != asdict(now)[k]]
         if tag != self.tag:
             different.append("data, model or method")
@@ -368,12 +369,12 @@ class Trainer:
         if different:
             raise ValueError(
                 f"{self.checkpoint} is the checkpoint of another run (different: {', '.join(different)}); "
-                "give the same settings to go on with it, or delete it to start anew"
+                "use the same settings to resume it, or delete it to start over"
             )
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """bf16 where it is safe (matrix products), fp32 where it is not (sums, norms); or nothing, for fp32."""
+    """For bf16, autocast: bf16 where it is safe (matrix products), fp32 elsewhere (sums, norms). No-op for fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 

@@ -94,11 +94,14 @@ def check_writable(directory: str | Path) -> None:
         raise OSError(f"cannot write to {directory}: {error.strerror}; choose another place") from None
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether it is named like what the functions above write before it is whole."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
 def remove_leftovers(directory: str | Path) -> None:
     """Remove what a killed process was writing in `directory` with the functions above."""
-    for path in Path(directory).glob(".*.part"):
-        if not _LEFTOVER.fullmatch(path.name):
-            continue
+    for path in filter(is_leftover, Path(directory).glob(".*.part")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
