@@ -8,22 +8,20 @@
 # %% [markdown]
 # # Unit 13: QLoRA
 #
-# **When you are through, you can**
+# **After this unit, you can**
 #
-# - train a LoRA through weights of four bits, and keep nothing of them unpacked;
-# - say for any model what fills the memory of a training step, and which of three means helps: fewer bits, computing
-#   twice, or moving the optimiser out;
-# - put the optimiser's state into a file, page by page;
-# - say what quantisation costs before training and after it, and how much of that LoftQ gives back.
+# - train a LoRA through 4-bit weights without storing them unpacked;
+# - say for any model what fills the memory of a training step, and which of three techniques helps: fewer bits,
+#   recomputing activations, or moving the optimiser state out;
+# - store the optimiser's state in a file, page by page;
+# - say what quantisation costs before and after training, and how much of that LoftQ restores.
 #
-# **You need** LoRA (unit 09) and the 4-bit format (unit 12). Unit 00 helps with the memory, unit 02 with the SVD.
+# **Prerequisites**: LoRA (unit 09) and the 4-bit format (unit 12). Unit 00 helps with the memory, unit 02 with the SVD.
 #
 # **Time**: about 90 minutes. 6 exercises, 2 predictions, one open question.
 #
-# ![Left, stacked bars of the memory of a training step for full fine-tuning, LoRA, QLoRA and QLoRA with
-# checkpointing, each shorter than the one before: LoRA loses gradients and optimiser, QLoRA most of the weights,
-# checkpointing the activations; the logits stay. Right, how far a model is from the base before training: QLoRA, then
-# LoftQ with more iterations or a higher rank, ever nearer.](unit_13.png)
+# ![Held-out loss after training, three seeds joined by lines, for LoRA on the full weights, QLoRA, and QLoRA that
+# starts with LoftQ. Does training through 4-bit weights cost any quality?](unit_13.png)
 
 # %%
 import copy
@@ -64,33 +62,34 @@ from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
 from lora_from_scratch.support.linear_layers import weight_of
 
-# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 10 minutes and 6 GB of memory),
-# or a checkpoint's directory.
+# The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 10 minutes and 6 GB of
+# memory), or the path of a checkpoint directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 16))
 
 # %% [markdown]
 # ## Through the weights, not into them
 #
-# Unit 12 ended with weights that take four bits and are stuck: no gradient passes through rounding. QLoRA (Dettmers et
-# al. 2023, arXiv:2305.14314, section 3, eq. 5 and 6) does not try. It trains a LoRA *beside* them:
+# Unit 12 ended with weights that take four bits and can no longer be trained: no gradient passes through rounding.
+# QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3, eq. 5 and 6) does not try to. It trains a LoRA *beside*
+# them:
 #
 # $$ y = \mathrm{dequant}(W)\, x + b + s\, B A\, x $$
 #
-# - $x$ (in), $y$ (out): what goes into the layer and what comes out, in 16 or 32 bits; $b$ (out) the bias;
-# - $W$ (out, in): frozen, in four bits; $\mathrm{dequant}(W)$: the same matrix in the type of $x$;
+# - $x$ (in), $y$ (out): the input and the output of the layer, in 16 or 32 bits; $b$ (out): the bias;
+# - $W$ (out, in): frozen, in four bits; $\mathrm{dequant}(W)$: the same matrix in the dtype of $x$;
 # - $A$ (r, in), $B$ (out, r): trained, in 16 or 32 bits; $s = \alpha / r$.
 #
-# What does training need of $W$? With $g = \partial L / \partial y$ (out),
+# What does training need from $W$? With $g = \partial L / \partial y$ (out),
 #
 # $$ \frac{\partial L}{\partial x} = \mathrm{dequant}(W)^\top g + s\, A^\top B^\top g, \qquad
 # \frac{\partial L}{\partial W} \text{: not needed, } W \text{ is frozen.} $$
 #
-# So the gradient goes *through* $W$, on its way to the LoRAs of the blocks below, but never *into* it. Rounding is
-# in nobody's way.
+# So the gradient goes *through* $W$, on its way to the LoRAs of earlier blocks, but never *into* it. Rounding does not
+# stand in its way.
 #
-# It sounds as if `F.linear(x, W.dequantize())` would do. Look at what autograd then keeps for the backward pass, in six
-# layers one above the other.
+# `F.linear(x, W.dequantize())` looks like all you need. But look at what autograd then saves for the backward pass, in
+# six consecutive layers.
 
 # %%
 base, tokenizer = load_gpt2(MODEL)
@@ -100,7 +99,7 @@ square = quantize_4bit(base.transformer.h[0].attn.c_proj.weight.T.contiguous(), 
 
 
 def kept_by(layer, depth=6):
-    """Bytes of all tensors that autograd keeps of `depth` layers, one above the other."""
+    """Bytes of all tensors that autograd saves for `depth` consecutive layers."""
     kept = {}
 
     def keep(tensor):
@@ -119,14 +118,14 @@ def kept_by(layer, depth=6):
 full_size = 4 * square.shape[0] * square.shape[1]
 plain_bytes, plain_gradient = kept_by(lambda x: F.linear(x, square.dequantize()))
 print(f"one W: {full_size:,} bytes in 32 bits, {square.nbytes:,} in four")
-print(f"kept by six layers of F.linear: {plain_bytes:,} bytes, the size of {plain_bytes / full_size:.1f} W in 32 bits")
+print(f"saved by six layers of F.linear: {plain_bytes:,} bytes, the size of {plain_bytes / full_size:.1f} W in 32 bits")
 
 # %% [markdown]
-# Each layer keeps its own dequantised $W$, because the backward pass wants it. At the end of the forward pass all of
-# them are there at once: the model in 32 bits *and* the model in four. You have to tell autograd that $W$ can be made
-# again.
+# Each layer saves its own dequantised $W$, because the backward pass needs it. At the end of the forward pass all of
+# them are in memory at once: the model in 32 bits *and* the model in four. You have to tell autograd that $W$ can be
+# recomputed.
 #
-# A `torch.autograd.Function` does that. You write both directions yourself, and what is not put into `ctx` is not kept.
+# A `torch.autograd.Function` does that. You write both directions yourself, and only what you store on `ctx` is kept.
 
 # %% exercise="FourBitProduct"
 
@@ -134,19 +133,19 @@ print(f"kept by six layers of F.linear: {plain_bytes:,} bytes, the size of {plai
 product = working("FourBitProduct")
 
 own_bytes, own_gradient = kept_by(lambda x: product.apply(x, None, square))
-print(f"kept by six layers: {own_bytes:,} bytes")
+print(f"saved by six layers: {own_bytes:,} bytes")
 print(f"the gradient differs from F.linear's by {(own_gradient - plain_gradient).abs().max():.0e}")
 
 # %% [markdown]
-# Nothing is kept, and the gradient is the same. The price: $W$ is dequantised twice in a training step. One layer's $W$
-# is in memory at a time, for a moment, and that is all.
+# Nothing is saved, and the gradient is the same. The cost: $W$ is dequantised twice per training step. Only one layer's
+# $W$ is in memory at a time, and only for a moment.
 
 # %% [markdown]
 # ## A model in four bits
 #
-# The library's `NF4Linear` is a module around this product: it holds the `QuantizedTensor` and the bias, and says in
-# which type to compute. `NF4Linear.from_layer(layer)` makes one of a layer. What is left is to put one into the place
-# of every matrix of a model.
+# The library's `NF4Linear` is a module around this product: it holds the `QuantizedTensor` and the bias, and specifies
+# the dtype to compute in. `NF4Linear.from_layer(layer)` creates one from an existing layer. What remains is to replace
+# every matrix of a model.
 
 # %% exercise="quantize_model"
 
@@ -158,19 +157,19 @@ dense = quantize(small)
 matrices = sum(layer.weight.nbytes for layer in dense.values())
 packed = sum(layer.quantized.nbytes for layer in nf4_layers(small).values())
 rest = sum(p.nbytes for p in small.parameters())
-print(f"{len(dense)} matrices: {matrices:,} bytes become {packed:,}, {8 * packed / (matrices / 4):.3f} bits a weight")
-print(f"all else stays as it is: {rest:,} bytes, most of them the embeddings")
+print(f"{len(dense)} matrices: {matrices:,} bytes become {packed:,}, {8 * packed / (matrices / 4):.3f} bits per weight")
+print(f"everything else is unchanged: {rest:,} bytes, most of them the embeddings")
 
 # %% [markdown]
-# Look at the last line. On a small model the embeddings are a large part, and in four bits they become the largest. On
-# a model of billions they are a per cent or two.
+# Look at the last line. In a small model the embeddings are a large part, and once the matrices are in four bits they
+# are the largest. In a model with billions of parameters they are a per cent or two.
 #
-# Now the recipe of QLoRA in six lines: quantise, put a LoRA around every 4-bit layer, train the LoRAs alone.
+# This is the recipe of QLoRA in six lines: quantise, put a LoRA around every 4-bit layer, train only the LoRAs.
 
 
 # %%
 def with_lora(rank=8, seed=0, four_bits=True):
-    """A copy of the base with a LoRA on every matrix, at its start (B = 0)."""
+    """A copy of the base with a freshly initialised LoRA (B = 0) on every matrix."""
     model = copy.deepcopy(base)
     if four_bits:
         quantize(model)
@@ -184,37 +183,37 @@ def with_lora(rank=8, seed=0, four_bits=True):
 model = with_lora()
 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 del small, dense
-print(f"trained: {trained:,} numbers, {4 * trained:,} bytes; the frozen matrices take {packed:,} bytes")
+print(f"trained: {trained:,} parameters, {4 * trained:,} bytes; the frozen matrices take {packed:,} bytes")
 
 # %% [markdown]
-# The library's method `QLoRA` does this, and saves, merges and undoes as well (`lora-from-scratch finetune --method
+# The library's method `QLoRA` does this, and also saves, merges and undoes (`lora-from-scratch finetune --method
 # qlora`).
 #
-# On *every* matrix: the paper finds that this matters more than the rank. With LoRA on q and v alone it does not reach
-# 16-bit fine-tuning, with LoRA on all linear layers it does (section 4, figure 2).
+# The paper finds that it matters more to adapt *every* matrix than to use a high rank. With LoRA on q and v alone, it
+# does not reach 16-bit fine-tuning; with LoRA on all linear layers it does (section 4, figure 2).
 
 # %% [markdown]
 # ## Where the memory goes
 #
-# The paper's case is a model of 65 billion parameters. In 16 bits, with 16-bit gradients and Adam's two numbers in 32:
+# The paper's example is a model with 65 billion parameters. In 16 bits, with 16-bit gradients and Adam's two values per
+# parameter in 32 bits:
 
 # %%
 n = 65e9
 print(f"full:  {n * (2 + 2 + 8) / 1e9:.0f} GB for weights, gradients and optimiser")
-print(f"QLoRA: {n * 4.127 / 8 / 1e9:.1f} GB for the weights; gradients and optimiser belong to the LoRA alone")
+print(f"QLoRA: {n * 4.127 / 8 / 1e9:.1f} GB for the weights; gradients and optimiser state only for the LoRA")
 
 # %% [markdown]
-# "More than 780 GB" and "less than 48 GB", says the paper (abstract, section 1). Is it the same for the model in
-# front of you?
+# The paper says "more than 780 GB" and "less than 48 GB" (abstract, section 1). Is the saving the same for this model?
 
 # %% prediction="an_eighth"
 
 # %% [markdown]
 # `finetune/accounting.py` counts the bytes of a training step in two ways. It *predicts* them from the shapes, and it
-# *measures* them: it takes two steps with a random model of the same shape, and follows every tensor from its birth to
-# its end. The peak is less than the sum of the parts, since they are not all there at the same moment. "Logits" are the
-# predictions over the vocabulary, and what the loss needs beside them. The arithmetic is bfloat16 (autocast), the
-# weights that are not in four bits are float32.
+# *measures* them: it takes two steps with a random model of the same shape, and tracks every tensor from its allocation
+# until it is freed. The peak is less than the sum of the parts, because they are not all in memory at the same moment.
+# "Logits" are the predictions over the vocabulary, and what the loss needs in addition. The arithmetic is bfloat16
+# (autocast); the weights that are not in four bits are float32.
 
 # %%
 ROWS, TOKENS, MIB = 8, 96, 2**20
@@ -256,23 +255,23 @@ print(f"\nQLoRA's peak is {budgets['QLoRA'].total / budgets['LoRA'].total:.0%} o
 # %% check="an_eighth"
 
 # %% [markdown]
-# Read the table by columns.
+# Read the table column by column.
 #
-# - **Weights**: what you expected, as far as the embeddings allow.
-# - **Gradients and optimiser**: LoRA has done away with them; four bits add nothing to that.
-# - **Activations**: they fall from LoRA to QLoRA, though nothing was done about them. Autocast makes a 16-bit copy of
-#   each 32-bit weight, and autograd keeps that copy, just as it kept $W$ above. Your layer keeps none.
+# - **Weights**: as expected, apart from the embeddings.
+# - **Gradients and optimiser**: LoRA has already removed nearly all of them; four bits change nothing here.
+# - **Activations**: they decrease from LoRA to QLoRA, although nothing was done about them. Autocast makes a 16-bit
+#   copy of each 32-bit weight, and autograd saves that copy, just as it saved $W$ above. Your layer saves none.
 # - **Logits**: tokens times vocabulary, the same for all.
 #
-# On this model the weights are no longer what fills the memory. What about the activations?
+# In this model the weights are no longer what fills the memory. What about the activations?
 
 # %% [markdown]
-# ## Compute twice, keep once
+# ## Recompute instead of storing
 #
-# You have just thrown a $W$ away and made it again. The same can be done with *activations*: keep what goes into a
-# block, throw away what is in between, and compute the block once more when the backward pass comes there. That is
-# **gradient checkpointing** (Chen et al. 2016, arXiv:1604.06174). For $L$ blocks that keep $a$ bytes each and have an
-# input of $x$ bytes, $L a$ becomes about $L x + a$: one block is unpacked at a time.
+# You have just discarded a $W$ and recomputed it. You can do the same with *activations*: store the input of a block,
+# discard everything inside it, and compute the block again when the backward pass reaches it. That is **gradient
+# checkpointing** (Chen et al. 2016, arXiv:1604.06174). For $L$ blocks that save $a$ bytes each and have an input of $x$
+# bytes, $L a$ becomes about $L x + a$, because only one block is expanded at a time.
 
 # %% exercise="CheckpointFunction"
 
@@ -286,7 +285,7 @@ for layer in lora_layers(block).values():
 
 
 def gradients_of(run):
-    """The bytes that autograd keeps of one block, and the gradients of x and of the LoRAs."""
+    """The bytes that autograd saves for one block, and the gradients of x and of the LoRAs."""
     kept = {}
 
     def keep(tensor):
@@ -305,12 +304,12 @@ def gradients_of(run):
 
 usual, wanted = gradients_of(block)
 once, found = gradients_of(lambda x: checkpoint.apply(block, x))
-print(f"kept of one block: {usual:,} bytes as usual, {once:,} with checkpointing (x itself has {x.nbytes:,})")
+print(f"saved for one block: {usual:,} bytes as usual, {once:,} with checkpointing (x itself has {x.nbytes:,})")
 print("the same gradients, bit for bit:", all(map(torch.equal, wanted, found)))
 del model, block
 
 # %% [markdown]
-# Inside of GPT-2 the library uses PyTorch's own, which does the same for every block. It is the fourth row:
+# For GPT-2, the library uses PyTorch's own checkpointing, which does the same for every block. It is the fourth row:
 
 # %%
 count("QLoRA + checkpointing", four_bit, True)
@@ -319,8 +318,8 @@ saved = 1 - budgets["QLoRA + checkpointing"].total / budgets["LoRA"].total
 print(f"\nfour bits and checkpointing together: {saved:.0%} less than LoRA")
 
 # %% [markdown]
-# Which of the two helps more depends on the model and on the batch. Weights grow with the square of the width,
-# activations with the width times the tokens. Move the slider from the bundled shape to GPT-2 XL (1.5 billion
+# Which of the two helps more depends on the model and the batch. Weights grow with the square of the width, activations
+# with the width times the number of tokens. Move the slider from the bundled shape to GPT-2 XL (1.5 billion
 # parameters), with 4 texts of 256 tokens each.
 
 # %%
@@ -337,7 +336,7 @@ for size, config in tqdm(SIZES.items(), desc="shapes"):
 
 
 def stacked(axes, budgets, unit, of):
-    """A bar for each method, cut into its parts; the names of the parts stand above the first bar that shows them."""
+    """A stacked bar for each method; the name of a part is above the first bar that shows it."""
     named = set()
     for place, budget in enumerate(budgets):
         left = 0.0
@@ -373,21 +372,25 @@ slider(
     list(SIZES),
     "XL",
     "Stacked bars of the predicted memory of a training step of GPT-2 XL for full fine-tuning, LoRA, QLoRA and QLoRA "
-    "with checkpointing. Full: weights, gradients and an optimiser twice as large. LoRA: weights and activations. "
-    "QLoRA: mostly activations. With checkpointing: little of anything.",
+    "with checkpointing. Full: weights, gradients, and optimiser state twice as large. LoRA: weights and activations. "
+    "QLoRA: mostly activations. With checkpointing: all parts are small.",
 )
 
 # %%
-print("peak, as a share of LoRA's".ljust(28) + "".join(f"{size:>10}" for size in SIZES))
+print("peak, relative to LoRA's".ljust(28) + "".join(f"{size:>10}" for size in SIZES))
 for name in WAYS:
     shares = [by_size[size, name].total / by_size[size, "LoRA"].total for size in SIZES]
     print(f"{name:<28}" + "".join(f"{share:>10.0%}" for share in shares))
 
 # %% [markdown]
-# ## What it costs in work
+# The last row is not monotonic, because checkpointing does not reduce the logits, which take tokens times vocabulary.
+# GPT-2 small has a vocabulary of 50,257 tokens and a small width: its logits are 30 % of LoRA's peak. They are 18 % in
+# the bundled model, which has 4,096 tokens, and 4 % in GPT-2 XL, whose weights and activations are far larger.
 #
-# Memory is bought with time. Clocks lie on a shared machine, so count: the multiplications and additions of one forward
-# and backward pass, and how many weights are unpacked.
+# ## What it costs in computation
+#
+# Saving memory takes time. Time measurements are unreliable on a shared machine, so count instead: the multiplications
+# and additions of one forward and backward pass, and how many weights are unpacked.
 
 # %%
 dataset = load_dataset("story-cards")
@@ -426,33 +429,32 @@ del everything
 frozen = matrices // 4
 for name, (operations, unpacked) in steps.items():
     share = operations / steps["LoRA"][0]
-    print(f"{name:<22} {share:>5.0%} of LoRA's operations, every weight unpacked {unpacked / frozen:.2f} times")
+    print(f"{name:<22} {share:>5.0%} of LoRA's operations, each weight unpacked {unpacked / frozen:.2f} times")
 
 # %% [markdown]
-# - Four bits cost no product of matrices more, but every weight is unpacked twice (and a little less: the lowest layer
-#   has nothing below it that wants a gradient), and unpacking is not counted in the first column. What people report
-#   of larger models is about a third less memory for about a third more time.
-# - Checkpointing adds one more forward pass: the blocks are computed three times instead of two, and unpacked three
-#   times.
+# - Four bits add no matrix products, but every weight is unpacked twice (slightly less on average, because no gradient
+#   is needed below the lowest layer), and unpacking is not counted in the first column.
+# - Checkpointing adds one more forward pass: the work of three passes instead of two, and every weight is unpacked
+#   three times.
 #
-# So the order in which to spend time: first what is free, then what costs least for what it saves *on your model*.
+# So start with what is free, then take what costs least for what it saves *on your model*.
 
 # %% [markdown]
 # ## The optimiser's state, page by page
 #
-# Even where the average fits, a long text may not, and a run that dies at step 9,000 has cost as much as one that
-# works. QLoRA's third idea is a **paged optimiser** (section 3, "Paged Optimizers"): Adam's $m$ and $v$ are needed at
-# one moment of a step only, so let the system move them out when there is no room. The paper uses CUDA's unified
-# memory, which moves pages between the graphics card and the computer. You do the same one storey lower, between the
-# computer's memory and a file, with what every operating system has: `mmap`. The pages of a mapped file come into
-# memory when they are touched, and leave it when you say so.
+# Even if the average text fits, a long one may not, and a run that fails at step 9,000 has cost as much as one that
+# succeeds. QLoRA's third idea is a **paged optimiser** (section 3, "Paged Optimizers"): Adam's $m$ and $v$ are needed
+# only at one moment of a step, so let the system move them out when memory is short. The paper uses CUDA's unified
+# memory, which moves pages between the graphics card and the computer. You do the same one level lower, between the
+# computer's memory and a file, with a feature of every operating system: `mmap`. The pages of a mapped file are loaded
+# into memory when they are accessed, and released when you say so.
 
 # %% exercise="Pages"
 
 # %% [markdown]
-# Take one step of AdamW on a parameter whose $m$ and $v$ lie in a file. `update_in_place` is AdamW in place (your
-# `adamw_step` of unit 04, writing into its arguments): made anew, $m$ and $v$ would be in memory again and not in the
-# file.
+# Take a step of AdamW on a parameter whose $m$ and $v$ are in a file. `update_in_place` is AdamW in place (your
+# `adamw_step` of unit 04, writing into its arguments): newly created $m$ and $v$ would be in memory again and not in
+# the file.
 
 # %%
 Paged = working("Pages")
@@ -473,10 +475,10 @@ for step in range(1, 4):
     twin.grad = gradient
     theirs.step()
 print(f"m and v: {pages.m.nbytes + pages.v.nbytes:,} bytes, in {pages.length:,} bytes of pages")
-print("after three steps, the bits of PyTorch's AdamW:", torch.equal(p, twin))
+print("after three steps, identical to PyTorch's AdamW:", torch.equal(p, twin))
 
 # %% [markdown]
-# How much is there to move out? The column "optimiser" of the table says it.
+# How much is there to move out? See the "optimiser" column of the table.
 
 # %%
 for name, budget in budgets.items():
@@ -485,15 +487,15 @@ for name, budget in budgets.items():
     )
 
 # %% [markdown]
-# With a LoRA there is little: paging is for full fine-tuning, for large ranks, and for the moment at which a long text
-# needs everything. In the library it is `--optimizer paged-adamw`.
+# With a LoRA there is little: paging is useful for full fine-tuning, for large ranks, and for the moment when a long
+# text needs all the memory. The library's option is `--optimizer paged-adamw`.
 
 # %% [markdown]
 # ## What quantisation costs
 #
-# So far only memory has changed. What of the model? Before any training, measure three things, as in unit 12: the
-# **divergence** from the base model on the project's tales (nats a token), the loss on these tales, and the loss on the
-# story cards that you will train for.
+# So far only the memory has changed. What about the model? Before any training, measure three things, as in unit 12:
+# the **divergence** from the base model on the project's tales (nats per token), the loss on these tales, and the loss
+# on the story cards that you will train on.
 
 # %%
 ids = [i for tale in load_tales() for i in (tokenizer.eos_id, *tokenizer.encode(tale))]
@@ -511,7 +513,7 @@ tale_targets = windows[:, 1:, None]
 
 
 def distance(model):
-    """Divergence from the base and change of the loss on tales (both in millinats a token)."""
+    """Divergence from the base and change of the loss on tales (both in millinats per token), with its standard error."""
     seen = log_probabilities(model)
     divergence = (reference.exp() * (reference - seen)).sum(-1).mean()
     change = (reference - seen).gather(-1, tale_targets)
@@ -522,17 +524,17 @@ before = completion_loss(base, held_out)
 starts = {"QLoRA": with_lora()}
 apart, change, spread = distance(starts["QLoRA"])
 cards = completion_loss(starts["QLoRA"], held_out)
-print(f"divergence            {apart:.1f} millinats a token")
+print(f"divergence            {apart:.1f} millinats per token")
 print(f"loss on tales         {change:+.1f} millinats, with a standard error of {spread:.1f} over the tokens")
 print(f"loss on story cards   {before:.3f} before, {cards:.3f} in four bits ({1000 * (cards - before):+.0f} millinats)")
 
 # %% [markdown]
-# A small price; on large models it is smaller still. The paper's, for the four codebooks of unit 12: mean perplexity
-# 27.41 for NF4 with double quantisation, 34.34 for INT4 (table 2).
+# The cost is small; on large models it is smaller still. The paper's results for the codebooks of unit 12: mean
+# perplexity 27.41 for NF4 with double quantisation, 34.34 for INT4 (table 2).
 #
-# But look at what training begins with. LoRA begins at the model, exactly: $B = 0$. QLoRA begins at the *quantised*
-# model, a little beside it. And there is a LoRA, of rank $r$, that could hold something from the start. Could it not
-# hold what was lost, $W - Q$?
+# But consider what training starts from. LoRA starts exactly at the base model: $B = 0$. QLoRA starts at the
+# *quantised* model, which is slightly different. And there is a LoRA of rank $r$ that could hold something from the
+# start. Could it hold what quantisation lost, $W - Q$?
 
 # %% prediction="what_rank_eight_holds"
 
@@ -540,21 +542,21 @@ print(f"loss on story cards   {before:.3f} before, {cards:.3f} in four bits ({10
 W = weight_of(base.transformer.h[base.config.n_layer // 3].attn.c_attn).detach()
 error = W - quantize_4bit(W).dequantize()
 noise = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
-print(f"W is {tuple(W.shape)}. Share of the squared size that the best matrix of rank r holds:")
+print(f"W is {tuple(W.shape)}. Share of the squared norm in the best matrix of rank r:")
 print("".ljust(24) + "".join(f"{f'r = {r}':>9}" for r in (1, 8, 32, 128)))
-for name, matrix in {"W itself": W, "W - Q": error, "noise of that shape": noise}.items():
+for name, matrix in {"W itself": W, "W - Q": error, "noise of the same shape": noise}.items():
     energy = torch.linalg.svdvals(matrix).square().cumsum(0)
     print(f"{name:<24}" + "".join(f"{energy[r - 1] / energy[-1]:>9.1%}" for r in (1, 8, 32, 128)))
 
 # %% check="what_rank_eight_holds"
 
 # %% [markdown]
-# What quantisation loses is hardly distinguishable from noise. That is bad news for every method that wants to repair
-# it with a low rank, and good news for quantisation: it has no favourite direction.
+# What quantisation loses is hardly distinguishable from noise. That is bad news for every method that tries to restore
+# it with a low rank, and good news for quantisation: the error does not favour any direction.
 #
-# Still, a tenth is a tenth. **LoftQ** (Li et al. 2023, arXiv:2310.08659, section 3, algorithm 1) goes one step
-# further. If $B A$ holds a part of $W$, that part need not be in $Q$; so quantise again what is left, and so on in
-# turn, to make $\lVert W - Q - B A \rVert$ small:
+# Still, a tenth can be restored. **LoftQ** (Li et al. 2023, arXiv:2310.08659, section 3, algorithm 1) goes one step
+# further. If $B A$ holds a part of $W$, that part need not be in $Q$; so quantise the remainder, and alternate, to make
+# $\lVert W - Q - B A \rVert$ small:
 #
 # $$ Q_t = \mathrm{quant}(W - B_{t-1} A_{t-1}), \qquad B_t A_t = \mathrm{SVD}_r(W - Q_t), \qquad B_0 A_0 = 0 . $$
 
@@ -579,7 +581,7 @@ for rank in (8, 64):
     print(f"{f'r = {rank}':<10}" + "".join(f"{error:>9.2%}" for error in errors))
 
 # %% [markdown]
-# Now into a model. A LoRA layer multiplies by its own scaling, and LoftQ knows of none.
+# Now put it into a model. A LoRA layer multiplies by its own scaling, which LoftQ does not take into account.
 
 # %% exercise="begin_with_loftq"
 
@@ -588,7 +590,7 @@ begin = working("begin_with_loftq")
 
 
 def with_loftq(rank, iterations):
-    """QLoRA that begins with LoftQ."""
+    """QLoRA initialised with LoftQ."""
     model = with_lora(rank)
     for name, layer in tqdm(lora_layers(model).items(), desc=f"LoftQ, r = {rank}"):
         begin(layer, weight_of(base.get_submodule(name)), iterations, four_bits)
@@ -601,27 +603,29 @@ starts["LoftQ, r = 64, T = 1"] = with_loftq(64, 1)
 
 # %%
 apart = {}
-print("the start".ljust(24) + "divergence   change of the loss on tales (millinats a token)")
+print("initialisation".ljust(24) + "divergence   change of the loss on tales (millinats per token)")
 for name, model in starts.items():
     apart[name], change, spread = distance(model)
     print(f"{name:<24}{apart[name]:>10.1f}   {change:>+6.1f} +- {spread:.1f}")
 
 # %% [markdown]
-# The divergence falls as LoftQ promises: some of the way with one iteration, more with five, and more still with a
-# higher rank. The loss need not follow in order, and that is no contradiction: it adds up changes of both signs, and is
-# hardly larger than its own standard error. (Unit 12: perplexity is blunt.)
+# The divergence falls as LoftQ promises: a little with one iteration, more with five, and more still with a higher
+# rank. The loss need not follow the same order: it adds up changes of both signs, and its change is hardly larger than
+# its standard error (see unit 12 on perplexity).
 #
-# One thing does not depend on luck: a rank of 8 cannot give back most of it. Your prediction's table says why.
+# One thing does not depend on chance: a rank of 8 cannot restore most of the loss. The table after your prediction
+# shows why.
 
 # %% [markdown]
 # ## And after training?
 #
-# The start is not the end. Train three models on the story cards, with the same batches and the same learning rate:
-# LoRA on the full weights, QLoRA, and QLoRA that begins with LoftQ (r = 8, five iterations). Three seeds, which draw
-# the order of the cards and the first A (LoftQ's A is what it is). The runs are short.
+# What matters is the result of training, not the start. Train three models on the story cards, with the same batches
+# and the same learning rate: LoRA on the full weights, QLoRA, and QLoRA initialised with LoftQ (r = 8, five
+# iterations). Each has three seeds, which determine the order of the cards and the initial A (LoftQ's A does not depend
+# on the seed). The runs are short.
 
 # %%
-starts = {name: starts[name] for name in ("LoftQ, r = 8, T = 5",)}  # the others are not needed any more
+starts = {name: starts[name] for name in ("LoftQ, r = 8, T = 5",)}  # the others are no longer needed
 SEEDS = (0, 1, 2)
 settings = {
     "steps": STEPS,
@@ -637,7 +641,7 @@ ends = {}
 
 
 def train(name):
-    """A run for each seed; their held-out losses go into `ends`. Returns the model of the first seed."""
+    """Train with each seed and append the held-out losses to `ends`; return the model of the first seed."""
     models, ends[name] = [], []
     for seed in tqdm(SEEDS, desc=name, unit="run"):
         model = make[name](seed)
@@ -666,24 +670,43 @@ for name, losses in ends.items():
     runs = ", ".join(f"{loss:.3f}" for loss in losses)
     differences = ", ".join(f"{loss - lora:+.3f}" for loss, lora in zip(losses, ends["LoRA"], strict=True))
     print(f"{name:<8}{runs:<26}{differences if name != 'LoRA' else ''}")
-by_seed = max(max(losses) - min(losses) for losses in ends.values())
-by_method = max(abs(sum(losses) - sum(ends["LoRA"])) / 3 for losses in ends.values())
-print(f"\nlargest difference between seeds {by_seed:.3f}, between means of methods {by_method:.3f}")
-
-# %% [markdown]
-# Compare the two numbers of the last line. When this unit was written, the seed mattered more than whether the base was
-# quantised, and no quantised model ended behind LoRA: if anything they were a little ahead, by less than another seed
-# changes (and at a rate of 4e-3 instead of 3e-3 with no common sign). So, on this model and this task: **what four bits
-# cost is gone after a few steps of training**, since the LoRA that learns the task learns to live with $Q$ as well; and
-# whether LoftQ's better start is still worth something at the end, three seeds cannot say.
-#
-# That is the paper's main result in small: with NF4 and LoRA on all layers, QLoRA reaches what LoRA in 16 bits reaches
-# (table 4: mean MMLU accuracy of LLaMA models from 7 to 65 billion parameters 53.1 against 53.0; with FP4 52.2). And it
-# agrees with LoftQ's own: its large gains are at two bits, where QLoRA often does not train at all; at four bits the
-# two are close (abstract, section 4). It is *no* proof that quantisation never costs anything. These were three seeds,
-# one small model, one easy task.
+print("\nmean difference to LoRA, with the standard error over the pairs")
+for name in ("QLoRA", "LoftQ"):
+    pairs = torch.tensor(ends[name]) - torch.tensor(ends["LoRA"])
+    print(f"{name:<8}{pairs.mean():+.3f} +- {pairs.std() / len(pairs) ** 0.5:.3f}")
 
 # %% figure="unit_13.png"
+figure, (axes,) = plotting.panels(1, width=6.4, height=3.4)
+for seed, losses in enumerate(zip(*ends.values(), strict=True)):
+    axes.plot(range(len(ends)), losses, marker="o", color=plotting.COLOURS[0], linewidth=1.2)
+    axes.annotate(f"seed {seed}", (len(ends) - 1, losses[-1]), xytext=(8, 0), textcoords="offset points", va="center")
+axes.set_xticks(range(len(ends)), ["LoRA, full weights", "QLoRA", "QLoRA with LoftQ"])
+axes.margins(x=0.2, y=0.3)
+plotting.label(
+    axes, x="", y="held-out loss, nats per token", title="Does training through 4-bit weights cost any quality?"
+)
+show(
+    figure,
+    f"Held-out loss after {STEPS} steps, three seeds joined by lines: "
+    + "; ".join(f"{name} {', '.join(f'{loss:.3f}' for loss in losses)}" for name, losses in ends.items())
+    + ".",
+)
+
+# %% [markdown]
+# The runs are paired: with the same seed, the three methods see the same batches. So judge a method by the differences
+# to LoRA with the same seed, in which the effect of the order cancels, and not by the spread over seeds. With these
+# settings no quantised model ended worse than LoRA; if anything, they were slightly better, but three pairs are too few
+# to conclude that. (At a learning rate of 4e-3 instead of 3e-3, the differences had no common sign.) So, on this model
+# and this task, **a few steps of training are enough to make up for the four bits**, because the LoRA that learns the
+# task also learns to compensate for $Q$.
+#
+# This agrees with the paper's main result: with NF4 and LoRA on all layers, QLoRA reaches the quality of LoRA in 16
+# bits (table 4: mean MMLU accuracy of LLaMA models with 7 to 65 billion parameters, 53.1 against 53.0; with FP4 52.2).
+# It also agrees with LoftQ's own results: its large gains are at two bits, where QLoRA often does not train at all; at
+# four bits the two are close (abstract, section 4). It does *not* prove that quantisation never costs anything: this
+# was one small model and one easy task.
+
+# %%
 figure, (left, right) = plotting.panels(2, width=6.4, height=3.4)
 widest = sum(getattr(budgets["full"], part) for part in PARTS) / MIB
 stacked(left, list(budgets.values()), MIB, widest)
@@ -701,13 +724,13 @@ right.invert_yaxis()
 for place, value in enumerate(apart.values()):
     right.text(value, place, f" {value:.1f}", va="center")
 right.set_xlim(0, 1.15 * max(apart.values()))
-plotting.label(right, x="divergence from the base, millinats a token", title="Before the first step")
+plotting.label(right, x="divergence from the base, millinats per token", title="Before the first step")
 show(
     figure,
     "Left, stacked bars of the memory of a training step, in MiB: "
-    + "; ".join(f"{name} has its peak at {measured[name] / MIB:.0f}" for name in budgets)
-    + ". LoRA has no gradients and optimiser to speak of, QLoRA small weights, and with checkpointing few activations. "
-    "Right, the divergence from the base model before training, in millinats a token: "
+    + "; ".join(f"{name} peaks at {measured[name] / MIB:.0f}" for name in budgets)
+    + ". LoRA has hardly any gradients and optimiser state, QLoRA small weights, and with checkpointing there are "
+    "few activations. Right, the divergence from the base model before training, in millinats per token: "
     + ", ".join(f"{name} {value:.1f}" for name, value in apart.items())
     + ".",
 )
@@ -715,9 +738,9 @@ show(
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **Checkpointing a frozen model.** Your `CheckpointFunction`, like PyTorch's with `use_reentrant=True`, makes a
-# graph only if *x* needs a gradient. In LoRA the embeddings are frozen, so the x of the first block needs none, and
-# nothing at all is trained. A classic (Hugging Face transformers, issues 23170 and 42489).
+# **Checkpointing a frozen model.** Your `CheckpointFunction`, like PyTorch's with `use_reentrant=True`, records a graph
+# only if *x* requires a gradient. With LoRA the embeddings are frozen, so the x of the first block does not require
+# one, and nothing at all is trained. This is a well-known problem (Hugging Face transformers, issues 23170 and 42489).
 
 # %%
 model = with_lora()
@@ -732,18 +755,18 @@ trained = [p for p in block.parameters() if p.requires_grad]
 print(f"with x.requires_grad_(): {sum(p.grad is not None for p in trained)} of {len(trained)} have a gradient")
 
 # %% [markdown]
-# In Hugging Face's libraries that is what `enable_input_require_grads()` does; PyTorch's newer form
-# (`use_reentrant=False`), which the library here uses, has no such trap. It is worse when only the first block is
-# checkpointed: then the others learn, the loss falls, and nobody notices the one that never does.
+# In Hugging Face's libraries, `enable_input_require_grads()` solves this; PyTorch's newer form (`use_reentrant=False`),
+# which this library uses, does not have the problem. It is worse if only the first block is checkpointed: the others
+# then learn, the loss falls, and nobody notices that the first block does not.
 #
-# **Merging.** With which weights do you merge what QLoRA has learned? There are three: the dequantised ones, which
-# it was trained on; the full ones, which many take since they have the file at hand; and four bits again, so that
-# the model stays small.
+# **Merging.** Into which weights do you merge what QLoRA has learned? There are three choices: the dequantised weights,
+# which it was trained on; the full weights, which many people use because they have the file; and the dequantised
+# weights quantised to four bits again, so that the model stays small.
 
 
 # %%
 def merged(how):
-    """A plain model with the LoRA of `tuned` merged; and how much of the change is not there afterwards."""
+    """A plain model with the LoRA of `tuned` merged, and the relative error of the change."""
     model, lost, size = copy.deepcopy(base), 0.0, 0.0
     for name, layer in lora_layers(tuned).items():
         Q = layer.base.quantized.dequantize()
@@ -758,17 +781,16 @@ def merged(how):
 print(f"not merged: held-out loss {ends['QLoRA'][0]:.4f}")
 for how in ("dequantised weights", "full weights", "four bits again"):
     plain, off = merged(how)
-    print(
-        f"{how:<20} held-out loss {completion_loss(plain, held_out):.4f}, off by {off:>4.0%} of the size of the change"
-    )
+    print(f"{how:<20} held-out loss {completion_loss(plain, held_out):.4f}, relative error of the change {off:>4.0%}")
 
 # %% [markdown]
-# Only the first is the model that you have trained. The second is off by $W - Q$, which the LoRA has learned to live
-# with; the third rounds a second time, and what is smaller than half a step is rounded away. How much the loss minds
-# depends on how large the change is: a long training with a large learning rate survives more than a careful one.
+# Only the first is the model that you trained. The second is off by $W - Q$, for which the LoRA has learned to
+# compensate; the third is rounded a second time, and changes smaller than half a step are rounded away. How much this
+# affects the loss depends on the size of the change: the result of long training with a large learning rate tolerates
+# more than that of careful training.
 #
-# **Keeping the full weights "just in case".** `QLoRA` keeps them by default, so that `undo` can give the base back. For
-# a comparison on a small model that is right. For saving memory it is absurd.
+# **Keeping the full weights.** `QLoRA` keeps them by default, so that `undo` can restore the base. That is right for a
+# comparison on a small model, but it defeats the purpose if you want to save memory.
 
 # %%
 for keep in (False, True):
@@ -776,23 +798,25 @@ for keep in (False, True):
     print(f"keep_base={keep!s:<6} weights {kept.weights / MIB:>5.1f} MiB, peak {kept.total / MIB:.1f} MiB")
 
 # %% [markdown]
-# **LoftQ without the scaling.** A file with LoftQ's A and B is loaded by code that multiplies by alpha / r.
+# **LoftQ without the scaling.** Code that multiplies by alpha / r loads a file with LoftQ's A and B.
 
 # %%
 careless = copy.deepcopy(starts["LoftQ, r = 8, T = 5"])
 with torch.no_grad():
     for layer in lora_layers(careless).values():
         layer.lora_B *= layer.scaling
-print(f"s B A instead of B A, s = {layer.scaling:g}: divergence {distance(careless)[0]:.0f} millinats a token", end="")
-print(f", with care {apart['LoftQ, r = 8, T = 5']:.1f}")
+print(
+    f"s B A instead of B A, s = {layer.scaling:g}: divergence {distance(careless)[0]:.0f} millinats per token", end=""
+)
+print(f", correctly scaled {apart['LoftQ, r = 8, T = 5']:.1f}")
 
 # %% [markdown]
-# And a LoftQ adapter belongs to *its* Q. On the base that somebody else has quantised, $B A$ repairs an error that
+# Also, a LoftQ adapter belongs to *its* Q. On a base that was quantised by other software, $B A$ corrects an error that
 # is not there.
 #
-# **Counting what is not there.** The 4-bit weights are no parameters of PyTorch's. Whoever reports "trained share" as
-# trained over `model.parameters()` divides by the wrong number; in bitsandbytes, where the packed bytes *are* a
-# parameter, it is wrong by another factor.
+# **Counting parameters that do not exist.** The 4-bit weights are not PyTorch parameters. If you report the trained
+# share relative to `model.parameters()`, you divide by the wrong number; in bitsandbytes, where the packed bytes *are*
+# a parameter, it is wrong by another factor.
 
 # %%
 model = with_lora()
@@ -802,51 +826,54 @@ total = sum(p.numel() for p in base.parameters())
 print(f"{learned / numel:.1%} of model.parameters(), {learned / total:.1%} of the base model's parameters")
 
 # %% [markdown]
-# **A file that lies in memory.** On many systems `/tmp` is a piece of memory. A paged optimiser whose file is there
-# moves its pages from memory to memory, and saves nothing: give it a directory on a disk.
+# **A file that is in memory.** On many systems `/tmp` is kept in memory. A paged optimiser with its file there moves
+# pages from memory to memory, and saves nothing: give it a directory on a disk.
 
 # %% [markdown]
 # ## Summary
 #
-# - The gradient goes through a frozen W and not into it: W may have four bits, if it is unpacked twice and kept never.
-# - Memory has five parts. LoRA takes gradients and optimiser, four bits take the weights, checkpointing the
-#   activations, and paging moves the optimiser. Look which part is yours before you choose.
-# - Bits and bytes are paid for in work: every weight unpacked twice a step, or one more forward pass.
-# - What quantisation loses looks like noise: a low rank gives little of it back, and iterating helps some.
-# - After training, the seed mattered more than the four bits. Say so with three seeds, or do not say it.
+# - The gradient goes through a frozen W and not into it: W may have four bits, if it is dequantised twice per step and
+#   never stored.
+# - Memory has five parts. LoRA reduces gradients and optimiser state, four bits reduce the weights, checkpointing the
+#   activations, and paging moves the optimiser state out. Find out which part is largest for you before you choose.
+# - Memory is saved at the cost of computation: every weight is dequantised twice per step, or there is one more forward
+#   pass.
+# - What quantisation loses looks like noise: a low rank restores little of it, and iterating helps somewhat.
+# - After training, no quantised model was worse than LoRA here. Compare runs with the same seed pair by pair, and use
+#   several seeds.
 #
 # ## Go further
 #
 # - Dettmers et al. 2023, *QLoRA* (arXiv:2305.14314): section 3 (the method), section 4 (against 16 bits).
-# - Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost* (arXiv:1604.06174): section 4, why every
-#   square-root-of-L-th block is enough.
+# - Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost* (arXiv:1604.06174): section 4, why it is enough to
+#   store every square-root-of-L-th block.
 # - Li et al. 2023, *LoftQ* (arXiv:2310.08659): section 3, algorithm 1.
-# - Guo et al. 2023, *LQ-LoRA* (arXiv:2311.12023): bits chosen for each matrix; Xu et al. 2023, *QA-LoRA*
+# - Guo et al. 2023, *LQ-LoRA* (arXiv:2311.12023): different bits for each matrix; Xu et al. 2023, *QA-LoRA*
 #   (arXiv:2309.14717): a merge that stays in four bits.
-# - `benchmarks/qlora_memory.py`: the same memory as the operating system sees it.
+# - `benchmarks/qlora_memory.py`: the same memory as the operating system measures it.
 #
-# You can now make prompts learn, fold prefixes, insert adapters, train biases, factor changes, and do all of that on
-# four bits. Somebody gives you a task, so many parameters, so much memory and so many milliseconds. Which do you take,
-# and how do you defend it? That is the capstone, the next unit.
+# You can now train prompts, reparametrise prefixes, insert adapters, train biases, factorise changes, and do all of
+# that on four bits. Suppose you are given a task, a number of parameters, an amount of memory and a time limit. Which
+# method do you choose, and how do you justify it? That is the capstone, the next unit.
 
 # %% [markdown] open_question="which_part_is_yours" points=4
 # ### Open question
 #
 # A colleague fine-tunes a model of 1.5 billion parameters with LoRA on texts of 4,000 tokens and runs out of memory.
-# "So I need QLoRA", she says. Write about ten lines: which numbers would you ask for first, how would you find out
-# what fills her memory, in which order would you try four bits, checkpointing, a smaller batch with accumulation,
-# and a paged optimiser, and what does each of them cost her? She also wants to merge the result and to deploy it in
-# four bits: what do you tell her?
+# "So I need QLoRA", she says. Write about ten lines: which numbers would you ask for first, how would you find out what
+# fills her memory, in which order would you try four bits, checkpointing, a smaller batch with accumulation, and a
+# paged optimiser, and what does each of them cost her? She also wants to merge the result and to deploy it in four
+# bits: what do you tell her?
 #
 # **Rubric.**
-# - 1 point: memory by component first; at 4,000 tokens activations (and logits) outweigh 1.5 billion weights in 16
-#   bits.
+# - 1 point: asks for memory by component first; at 4,000 tokens activations (and logits) outweigh 1.5 billion weights
+#   in 16 bits.
 # - 1 point: an order with reasons: checkpointing or smaller pieces of the batch before four bits; paging last, since a
 #   LoRA's optimiser state is small.
-# - 1 point: the prices: about one more forward pass; unpacking every weight in both directions; more steps, or slower
+# - 1 point: the costs: about one more forward pass; unpacking every weight in both directions; more steps, or slower
 #   ones.
-# - 1 point: merging into the weights that it was trained on, and quantising again loses a part of the change:
-#   measure it (or a method whose merge stays in four bits).
+# - 1 point: merge into the weights that it was trained on; quantising again loses a part of the change, so measure it
+#   (or use a method whose merge stays in four bits).
 
 # %% volatile=true
 progress("13")

@@ -8,20 +8,21 @@
 # %% [markdown]
 # # Unit 14: Capstone
 #
-# **When you are through, you can**
+# **After this unit, you can**
 #
-# - say what a method costs in four currencies before you train it, and whether that is within a budget;
+# - say what a method costs in four respects before you train it, and whether that is within a budget;
 # - compare methods fairly: each with its own learning rate, on the same cards, with a test of whether the difference
-#   would survive other cards;
-# - choose a method for a job, train it, submit it, and defend the choice in writing;
-# - say for every method of this course when *not* to use it.
+#   would hold on other cards;
+# - choose a method for a job, train it, submit it, and justify the choice in writing;
+# - say for every method in this course when *not* to use it.
 #
-# **You need** units 04 to 13, or the library in their place: each method is one line here.
+# **Prerequisites**: units 04 to 13, or the library's versions: each method is one line here.
 #
-# **Time**: about two hours, four minutes of them computing, and an evening for the report. 5 exercises, 2 predictions.
+# **Time**: about two hours, including 4 minutes of computation, and an evening for the report. 5 exercises, 2
+# predictions.
 #
-# ![Points of methods: the bytes that each keeps for a task against its BLEU on the hidden cards. A pale band
-# joins those that no other method beats in both.](unit_14.png)
+# ![One point per method: the bytes that it stores for each task against its BLEU on the hidden cards. A pale band joins
+# the methods that no other method beats in both respects.](unit_14.png)
 
 # %%
 import os
@@ -49,8 +50,8 @@ from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show
 
-# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
-# or a checkpoint's directory.
+# The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 15 minutes and 5 GB of
+# memory), or the path of a checkpoint directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 80))
 
@@ -61,7 +62,7 @@ dataset = load_dataset("story-cards")
 # %% [markdown]
 # ## The job
 #
-# Three customers want story cards told as tales. Each has another worry:
+# Three customers want tales written from story cards. Each has a different constraint:
 
 # %%
 for brief, words in BRIEFS.items():
@@ -70,11 +71,11 @@ for brief, words in BRIEFS.items():
         print(f"         {name} <= {limit:,}   ({COSTS[name]})")
 
 # %% [markdown]
-# You will take one of them, choose a method within its budget, train it, and hand in texts for cards whose references
-# are not in this notebook. The brief with the best BLEU within its budget leads the board.
+# You will take one of these briefs, choose a method within its budget, train it, and submit texts for cards whose
+# references are not in this notebook. The entry with the best BLEU within the budget leads the leaderboard.
 #
-# The limits are shares of what full fine-tuning of the same model costs. Here are the costs of every method of this
-# course with the settings that it has been tuned with. Nothing is trained for this table: shapes are enough (unit 00).
+# The limits are shares of what full fine-tuning of the same model costs. The table below lists the costs of every
+# method in this course with its tuned settings. Nothing is trained for this table: shapes are enough (unit 00).
 
 # %%
 methods = contestants()
@@ -86,9 +87,10 @@ for name, cost in costs.items():
     print(f"{name:<18}{cost['trained_parameters']:>10,}{memory:>8.1f} MiB{cost['added_work']:>12,}{saved:>8,.0f} KiB")
 
 # %% [markdown]
-# Four currencies, four orders. A soft prompt trains and keeps the least, and adds the most work: its vectors stand in
-# front of every text. A prefix trains an MLP that is thrown away (unit 06), so it keeps less than it trains. QLoRA
-# saves memory and nothing else. "Parameter-efficient" says something about one column only.
+# There are four kinds of cost, and each ranks the methods differently. A soft prompt trains and stores the least, and
+# adds the most work, because its vectors are prepended to every text. A prefix trains an MLP that is discarded
+# afterwards (unit 06), so it stores less than it trains. QLoRA saves memory and nothing else. "Parameter-efficient"
+# describes only one column.
 
 # %% exercise="over_budget"
 
@@ -101,7 +103,7 @@ for brief in BRIEFS:
     print(f"{brief:<8} {', '.join(fitting)}")
 
 # %% [markdown]
-# Why is the limit for the thousand tenants on bytes? Guess before you compute.
+# Why does the brief with a thousand tenants limit the bytes? Predict before you compute.
 
 # %% prediction="thousand_customers"
 
@@ -109,17 +111,19 @@ for brief in BRIEFS:
 checkpoints = 1000 * costs["full"]["saved_bytes"]
 adapters = costs["full"]["saved_bytes"] + 1000 * costs["lora"]["saved_bytes"]
 print(f"1,000 checkpoints:              {checkpoints / 2**30:6.2f} GiB")
-print(f"one base and 1,000 LoRAs:       {adapters / 2**30:6.2f} GiB, {checkpoints / adapters:.0f} times less")
+print(
+    f"one base and 1,000 LoRAs:       {adapters / 2**30:6.2f} GiB, smaller by a factor of {checkpoints / adapters:.0f}"
+)
 
 # %% check="thousand_customers"
 
 # %% [markdown]
-# ## A fair race
+# ## A fair comparison
 #
-# Which of those that fit is the best? Every unit so far compared methods, and each time the learning rate came
-# ready-made. It is the first thing that a comparison gets wrong: a method that is judged at another method's learning
-# rate looks worse than it is. So tune each by itself, on held-out cards that are not the test, and ask of every sweep
-# whether it can be believed.
+# Which of the methods within a budget is the best? Every unit so far compared methods, and each time the learning rate
+# was given. It is the most common mistake in a comparison: a method at a learning rate tuned for another method looks
+# worse than it is. So tune each method on its own, on held-out cards that are not the test cards, and ask of every
+# sweep whether its result can be trusted.
 
 # %% exercise="best_learning_rate"
 
@@ -130,10 +134,12 @@ held_out = Completions(dataset.validation[: 8 * 16 : 8], tokenizer, config.n_pos
 
 
 def train(method, rate, steps, seed=0):
-    """A fresh model, adapted and trained; and its loss on held-out cards."""
+    """Adapt and train a fresh model; return it and its loss on held-out cards."""
     model, _ = load_gpt2(MODEL)
     method.adapt(model)
-    examples = Completions(dataset.train, tokenizer, model.config.n_positions)  # a method may take some of the context
+    examples = Completions(
+        dataset.train, tokenizer, model.config.n_positions
+    )  # a method may use up some of the context
     settings = TrainingSettings(
         steps=steps, learning_rate=rate, warmup_steps=defaults.warmup_steps_for(steps), seed=seed
     )
@@ -147,23 +153,23 @@ for rate in tqdm([2e-3, 8e-3, 3e-2]):
     _, losses[rate] = train(Adapter(variant="parallel"), rate, short)
     print(f"parallel adapter, {short} steps at {rate:.0e}: loss {losses[rate]:.2f}")
 rate, believable = best_rate(losses)
-print(f"best: {rate:.0e};", "it has neighbours on both sides" if believable else "it is at the edge: try further out")
+print(f"best: {rate:.0e};", "it has neighbours on both sides" if believable else "it is at the edge: extend the sweep")
 
 # %% [markdown]
-# This sweep has a second weakness, which no code can see: it has so few steps. The best rate of a short run is often
-# too high for a long one. The course's own entries had 500 steps each, and rates that were tuned with 500 steps
-# (`benchmarks/learning_rates.md`). Here is what they reach on the hidden cards, whoever can afford them:
+# This sweep has a second weakness, which the code cannot detect: it has very few steps. The best rate of a short run is
+# often too high for a long one. The course's own entries had 500 steps each, and rates that were tuned with 500 steps
+# (`benchmarks/learning_rates.md`). The next table shows what they reach on the hidden cards, regardless of any budget:
 
 # %%
 house = house_entries("tenants", {})  # without a limit
 print(board(placed(house)))
 
 # %% [markdown]
-# ## Who is not beaten?
+# ## Which methods are not dominated?
 #
-# A list by BLEU ignores the price, a list by price ignores BLEU. What can be said without weighing the one against the
-# other is who is **dominated**: somebody else is at least as good in everything, and better in something. The rest is
-# the **Pareto front**, and only there you have to choose.
+# Ranking by BLEU ignores the cost, and ranking by cost ignores BLEU. Without weighing one against the other, you can
+# only say which methods are **dominated**: another method is at least as good in every respect, and better in one. The
+# remaining methods are the **Pareto front**, and you only have to choose among these.
 
 # %% exercise="pareto_front"
 
@@ -178,31 +184,33 @@ front = sorted((int(place) for place in front_of(saved[:, None], quality)), key=
 figure, (axes,) = plotting.panels(1, width=7.2, height=4.2)
 axes.set_xscale("log")
 axes.step(saved[front] / 1024, quality[front], where="post", color="0.9", linewidth=7, zorder=0)
-plotting.label(axes, x="KiB kept for each task (logarithmic)", y="BLEU on the hidden cards", title="Who is not beaten")
+plotting.label(
+    axes, x="KiB stored per task (logarithmic)", y="BLEU on the hidden cards", title=("Quality against storage")
+)
 plotting.points(axes, {entry.name: (entry.cost["saved_bytes"] / 1024, entry.bleu) for entry in entries})
 on_front = ", ".join(entries[place].name for place in front)
 others = ", ".join(entry.name for place, entry in enumerate(entries) if place not in front)
 show(
     figure,
-    "Points of methods: the KiB that each keeps for a task, on a logarithmic axis, against its BLEU on the hidden "
+    "One point per method: the KiB that it stores for each task, on a logarithmic axis, against its BLEU on the hidden "
     "cards. "
-    f"A pale band joins those that no other beats in both: {on_front}. Below it: {others}.",
+    f"A pale band joins those that no other method beats in both: {on_front}. Below it: {others}.",
 )
 
 # %% [markdown]
-# Off the front is not the same as useless. This picture knows two currencies; add the memory of training or the work
-# of each token, and others come to the front:
+# A method off the front can still be useful. This figure considers storage and quality only; add the memory of training
+# or the work per token, and other methods are on the front:
 
 # %%
 names = ("saved_bytes", "training_memory", "added_work")
 more = torch.tensor([[float(entry.cost[name]) for name in names] for entry in entries])
 now = {entries[int(place)].name for place in front_of(more, quality)}
-print("on the front with three currencies:", ", ".join(sorted(now)))
-print("new there:", ", ".join(sorted(now - {entries[place].name for place in front})) or "nobody")
+print("on the front with three costs:", ", ".join(sorted(now)))
+print("additional methods:", ", ".join(sorted(now - {entries[place].name for place in front})) or "nobody")
 
 # %% [markdown]
-# With enough currencies nearly everybody is on the front. A budget is what turns this into a decision: it says which
-# costs do not matter as long as they stay below a limit.
+# With enough kinds of cost, nearly every method is on the front. A budget turns this into a decision: costs do not
+# matter as long as they stay below their limits.
 
 # %% exercise="choose_method"
 
@@ -214,21 +222,21 @@ for brief in BRIEFS:
     print(f"{brief:<8} {choose(candidates, budget_of(brief, config))}")
 
 # %% [markdown]
-# That is the choice among *these* settings. A rank, a width, a set of layers are yours to change, and between two of
-# these points there may be a better one.
+# This is the choice among *these* settings. You can change the rank, the width or the set of layers, and there may be a
+# better point between two of these.
 #
 # ## Your entry
 #
 # Take a brief, and change the next cell: the name, the method, its settings, the learning rate, the number of steps.
-# What stands there is a modest start. Everything that you know from thirteen units may be used; what is judged is on
-# the board, and in your report.
+# The present settings are a modest start. You may use everything that you know from the previous units; your entry is
+# judged by the leaderboard, and by your report.
 
 # %%
 BRIEF = "tenants"  # or "latency", "laptop"
 NAME = "a modest start"
 METHOD = LoRA(rank=3, alpha=24)
 RATE = defaults.learning_rate_for("lora", config)
-MERGED = False  # True: you ship it merged into the weights, so that it adds no work
+MERGED = False  # True: the update is merged into the weights, so that it adds no work
 
 cost = cost_of(config, METHOD, merged=MERGED)
 exceeded = too_much(cost, budget_of(BRIEF, config))
@@ -239,8 +247,8 @@ model, loss = train(METHOD, RATE, STEPS)
 print(f"loss on held-out cards after {STEPS} steps: {loss:.2f}")
 
 # %% [markdown]
-# Look at a text before you submit a hundred. (An instructor may give your class cards of its own, in a file
-# `cards.txt` beside this notebook.)
+# Look at one text before you submit a hundred. (An instructor may give your class other cards, in a file `cards.txt`
+# next to this notebook.)
 
 # %%
 cards = hidden_cards()
@@ -253,31 +261,32 @@ print("text:", texts[cards[0]][:300])
 
 # %%
 if cards == hidden_cards():
-    lines = submit(Entry(NAME, BRIEF, cost, texts), config)  # writes capstone.json, which you hand in
+    lines = submit(Entry(NAME, BRIEF, cost, texts), config)  # writes capstone.json, the file that you submit
     print(board(lines))
 
 # %% [markdown]
-# `lora-from-scratch leaderboard` shows all that you have submitted on this computer. The references are a matter of
-# honour at home: everything is on your own disk. In a class the instructor draws other cards and keeps their seed.
+# `lora-from-scratch leaderboard` shows all entries that you have submitted on this computer. If you study alone, please
+# do not look at the references: everything is on your own disk. In a class, the instructor draws other cards and keeps
+# their seed.
 #
 # ## Would it be first again?
 #
-# Two lines on the board differ by a point. Another hundred cards would give other numbers: would they give the same
-# order?
+# Two entries on the leaderboard differ by a point. Another hundred cards would give other numbers. Would they give the
+# same order?
 
 # %% prediction="two_points_ahead"
 
 # %% [markdown]
-# The cards that you have are the only ones that you have. But you can draw from them, a hundred with repetition, as if
-# each card stood for many of its kind, and look who wins; and again, a thousand times. That is the **bootstrap**
-# (Efron 1979); Koehn (2004, *Statistical Significance Tests for Machine Translation Evaluation*) brought it to BLEU.
+# You have no other cards than these. But you can draw a hundred of them with replacement, as if each card stood for
+# many of its kind, and see which entry wins; and repeat this a thousand times. This is the **bootstrap** (Efron 1979);
+# Koehn (2004, *Statistical Significance Tests for Machine Translation Evaluation*) applied it to BLEU.
 
 # %% exercise="paired_bootstrap"
 
 # %% [markdown]
-# An honest question for it: does it matter with which seed you trained? The same method, the same rate, the same
-# number of steps; the only difference is the order of the cards and the start of A. Slot errors are counted card by
-# card here, on validation cards.
+# Use it to answer a question: does the training seed matter? The method, the rate and the number of steps are the same;
+# the only differences are the order of the cards and the initial A. Here slot errors are counted card by card, on
+# validation cards.
 
 # %%
 compare = working("paired_bootstrap")
@@ -286,7 +295,7 @@ tests = list(references_by_mr(dataset.validation))[:60]
 
 
 def slot_errors(model):
-    """Minus the slot errors of each card: more is better."""
+    """The negative number of slot errors of each card, so that more is better."""
     written = write_texts(model, tokenizer, tests)
     found = [finder.slot_errors(text, mr) for text, mr in zip(written, tests, strict=True)]
     return -torch.tensor([float(len(missing) + len(invented)) for missing, invented in found])
@@ -296,7 +305,7 @@ twin, _ = train(LoRA(rank=3, alpha=24, seed=1), RATE, STEPS, seed=1)
 half, _ = train(METHOD, RATE, max(1, STEPS // 2))
 mine, others = slot_errors(model), {"another seed": slot_errors(twin), "half the steps": slot_errors(half)}
 places = torch.randint(len(tests), (1000, len(tests)), generator=torch.Generator().manual_seed(0))
-print(f"yours: {-float(mine.mean()):.2f} slot errors a card")
+print(f"yours: {-float(mine.mean()):.2f} slot errors per card")
 for name, scores in others.items():
     share = compare(mine, scores, places)
     print(f"{name}: {-float(scores.mean()):.2f}; yours wins {share:.0%} of 1,000 draws of {len(tests)} cards")
@@ -304,74 +313,76 @@ for name, scores in others.items():
 # %% check="two_points_ahead"
 
 # %% [markdown]
-# The bootstrap answers one question: do the *cards* decide? It knows nothing of the seed. Two runs of the very same
-# method can differ by more than the cards explain, and then neither is better, both are one draw. Before you write "A
-# beats B", train both with three seeds.
+# The bootstrap answers one question: does the choice of *cards* decide the order? It does not take the seed into
+# account. Two runs of the same method can differ by more than the cards explain, and then neither is better: each is
+# one random sample. Before you write "A beats B", train both with three seeds.
 #
-# ## Which method, when
+# ## Which method to use when
 #
-# | Method | Take it when | Leave it when |
+# | Method | Use it if | Avoid it if |
 # |---|---|---|
-# | Full fine-tuning (04) | there is one task, much data and enough memory; nothing else reaches it | there are many tasks, or the old abilities must stay |
-# | Few-shot prompt (05) | there is no training at all, and the model is large | texts are long, or every token costs |
-# | Soft prompt (05) | a task has to fit into kilobytes, and the model is very large | the model is small: it learns slowly and takes context |
-# | Prefix, LLaMA-Adapter (06) | the weights may not be touched; the gate starts without harm | the context is short; the quality has to grow with the size |
-# | Adapters (07) | training memory is scarce, and a little latency is not | every millisecond counts: they cannot be merged |
-# | BitFit, selective (08) | 0.1 % has to do, and the task is near to what the model knows | the task is new to the model |
-# | LoRA (09 to 11) | nearly always the first try: merges, switches, batches, and is supported everywhere | the change needs a high rank: new facts, new words |
-# | QLoRA (12, 13) | the base does not fit into memory otherwise | it does fit: each step takes longer, and the base is worse |
+# | Full fine-tuning (04) | there is one task, plenty of data and enough memory; nothing else reaches its quality | there are many tasks, or existing abilities must be preserved |
+# | Few-shot prompt (05) | you cannot train at all, and the model is large | texts are long, or every token costs money |
+# | Soft prompt (05) | a task has to fit into kilobytes, and the model is very large | the model is small: it learns slowly and uses up context |
+# | Prefix, LLaMA-Adapter (06) | the weights must not be changed; LLaMA-Adapter's gate starts as the base model | the context is short, or quality has to grow with size |
+# | Adapters (07) | training memory is scarce, and a little latency is acceptable | every millisecond counts: they cannot be merged |
+# | BitFit, selective (08) | 0.1 % of the parameters has to be enough, and the task is close to what the model knows | the task is new to the model |
+# | LoRA (09 to 11) | nearly always try it first: it merges, switches, batches, and is supported everywhere | the change needs a high rank: new facts, new words |
+# | QLoRA (12, 13) | the base does not fit into memory otherwise | it does fit: each step takes longer, and the base is less precise |
 #
-# Three questions decide most cases. *How many tasks?* Many speak for something small that is not merged. *What is
-# scarce when training?* Memory speaks for a quantised base, checkpointing, short backward passes. *What is scarce when
-# answering?* Latency speaks for what can be merged.
+# Three questions decide most cases. *How many tasks are there?* With many, use something small that is not merged.
+# *What is scarce during training?* If it is memory, use a quantised base, checkpointing, and methods with short
+# backward passes. *What is scarce at inference?* If it is latency, use a method that can be merged.
 #
 # ## What goes wrong in practice
 #
-# **Choosing on the test.** Fifty people submit, all of them with the same method, and each is lucky or unlucky with
+# **Choosing on the test set.** Fifty people submit entries, all with the same method, and each is lucky or unlucky with
 # the hundred cards. How good does the winner look?
 
 # %%
 rng = random.Random(0)
 rates = [sum(rng.random() < 0.20 for _ in range(100)) / 100 for _ in range(50)]
 print("every system has slot errors on 20 % of all cards")
-print(f"the best of 50 has them on {min(rates):.0%} of the 100, the worst on {max(rates):.0%}")
+print(f"the best of 50 has them on {min(rates):.0%} of its 100 cards, the worst on {max(rates):.0%}")
 
 # %% [markdown]
-# The best of many is better than it is. A board that can be asked again and again stops being a test; the number that
-# counts is the one on cards that were looked at once.
+# The best of many looks better than it is. A leaderboard that can be queried again and again is no longer a test; the
+# score that counts is the one on cards that were used only once.
 #
-# **One currency.** "Only 5,120 parameters" is true of the soft prompt above. What does it do to each token?
+# **Only one kind of cost.** "Only 5,120 parameters" is true of the soft prompt above. What does it add to the work per
+# token?
 
 # %%
 for name in ("prompt", "bitfit", "lora"):
     cost = costs[name]
     share = cost["added_work"] / base_work(config)
-    print(f"{name:<8} trains {cost['trained_parameters']:>8,} and adds {share:6.1%} to the work of each token")
+    print(f"{name:<8} trains {cost['trained_parameters']:>8,} and adds {share:6.1%} to the work per token")
 
 # %% [markdown]
-# **Memory that does not shrink with the parameters.** BitFit trains about a ninth of what LoRA trains here. Does it
-# need a ninth of the memory?
+# **Memory that does not shrink with the parameters.** BitFit trains less than a tenth of what LoRA trains here. Does it
+# need a tenth of the memory?
 
 # %%
 for name in ("full", "lora", "bitfit", "qlora"):
     print(f"{name:<8} {costs[name]['training_memory'] / 2**20:6.1f} MiB at the peak of a step")
 
 # %% [markdown]
-# Weights and activations do not care how much is trained. What is saved is gradients and the optimiser's state, and
-# beyond those two every further zero saves nothing.
+# The memory of weights and activations does not depend on how much is trained. Only gradients and optimiser state
+# become smaller, and once those are negligible, fewer parameters save nothing more.
 #
 # ## Summary
 #
-# - A method has at least four prices: what is trained, the memory of training, the work of each token, the bytes of
-#   each task. No method is the cheapest in all of them.
-# - Tune each method by itself; a best rate at the edge of a sweep is none.
-# - The Pareto front says what can be said without weighing; a budget decides among the rest.
-# - A difference is worth a sentence when it survives other cards (bootstrap) and other seeds (train again).
-# - LoRA is the first try for good reasons. The reasons end where the change has a high rank or the base does not fit.
+# - A method has at least four kinds of cost: trained parameters, training memory, work per token, bytes per task. No
+#   method is the cheapest in all of them.
+# - Tune each method on its own; a best rate at the edge of a sweep cannot be trusted.
+# - The Pareto front shows what can be said without weighing the costs; a budget decides among the rest.
+# - A difference is worth reporting if it holds on other cards (bootstrap) and with other seeds (train again).
+# - There are good reasons to try LoRA first. They no longer apply if the change has a high rank or the base does not
+#   fit into memory.
 #
 # ## Go further
 #
-# - Lialin et al. 2023, *Scaling Down to Scale Up* (arXiv:2303.15647): a survey with costs side by side.
+# - Lialin et al. 2023, *Scaling Down to Scale Up* (arXiv:2303.15647): a survey that compares costs.
 # - He et al. 2021, *Towards a Unified View of Parameter-Efficient Transfer Learning* (arXiv:2110.04366).
 # - Koehn 2004, *Statistical Significance Tests for Machine Translation Evaluation*.
 # - Dodge et al. 2019, *Show Your Work: Improved Reporting of Experimental Results* (arXiv:1909.03004).
@@ -380,23 +391,23 @@ for name in ("full", "lora", "bitfit", "qlora"):
 # %% [markdown] open_question="capstone_report" points=14
 # ### The report
 #
-# Write one to two pages for the customer of your brief, who has read nothing of this course.
+# Write one to two pages for the customer of your brief, who has not read this course.
 #
-# What did you choose, and why: where does the method act, what can be merged, what is stored? Show with numbers that your
-# entry keeps the limits of the brief: costs, scores, the spread over at least three seeds. Which learning rates did you
-# try for it, and which other methods or settings (two at least), each with a rate of its own? Show two texts, one that
-# is good and one that is not; say what is wrong with it, what you take for the cause, and how you would find out. What
-# would you do with ten times the budget? When would you advise against your own choice?
+# What did you choose, and why: where does the method act, what can be merged, what is stored? Show with numbers that
+# your entry keeps within the limits of the brief: costs, scores, the spread over at least three seeds. Which learning
+# rates did you try for it, and which other methods or settings (at least two), each with its own learning rate? Show
+# two texts, one good and one bad; say what is wrong with the bad one, what you think the cause is, and how you would
+# find out. What would you do with ten times the budget? When would you advise against your own choice?
 #
 # **Rubric.**
-# - 2 points: the brief's limits are stated, and the entry is shown to keep them, with numbers.
-# - 2 points: at least two other methods or settings were tried, each with a learning rate of its own.
-# - 2 points: the sweep of the chosen method's learning rate is shown and its best is not at the edge.
-# - 2 points: three seeds or more, with the spread, and no claim that the spread does not carry.
-# - 2 points: the choice is argued from how the method works (where it acts, what can be merged, what is stored).
-# - 2 points: a text that went wrong is shown, with a guess at the cause and a way to test the guess.
+# - 2 points: the brief's limits are stated, and the entry is shown to keep within them, with numbers.
+# - 2 points: at least two other methods or settings were tried, each with its own learning rate.
+# - 2 points: the sweep of the chosen method's learning rate is shown, and the best rate is not at the edge.
+# - 2 points: at least three seeds, with the spread, and no claim that the spread does not support.
+# - 2 points: the choice is justified by how the method works (where it acts, what can be merged, what is stored).
+# - 2 points: a bad text is shown, with a possible cause and a way to test it.
 # - 1 point: a case in which another method would be the right one.
-# - 1 point: it can be read by somebody who has not taken the course.
+# - 1 point: the report can be understood by someone who has not taken the course.
 
 # %% volatile=true
 progress("14")

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_from_scratch.checks.bank import changed, right, wrong
-from lora_from_scratch.quantization.nf4 import nf4_codebook, normalize_blocks, pack_nibbles, quantize_nf4
 from lora_from_scratch.quantization.int8 import blockwise_absmax
+from lora_from_scratch.quantization.nf4 import nf4_codebook, normalize_blocks, pack_nibbles, quantize_nf4
 
 TINY = 1e-30
 

@@ -83,8 +83,8 @@ class LeavesTheSumToPyTorch(torch.autograd.Function):
 
 @wrong(
     "FourBitProduct",
-    "The dequantised weight lives on after the forward pass. In a model that happens in every layer at once, and all "
-    "that quantising had saved is gone.",
+    "The dequantised weight stays in memory after the forward pass. In a model this happens in every layer at once, "
+    "and all that quantisation saved is lost.",
 )
 class KeepsTheWeight(torch.autograd.Function):
     @staticmethod
@@ -100,7 +100,7 @@ class KeepsTheWeight(torch.autograd.Function):
 
 @wrong(
     "FourBitProduct",
-    "You keep x. That is what a layer with a trained weight has to do; which of your gradients has x in it?",
+    "You save x. A layer with a trained weight has to do that; which of your gradients depends on x?",
 )
 class KeepsTheInput(torch.autograd.Function):
     @staticmethod
@@ -111,14 +111,14 @@ class KeepsTheInput(torch.autograd.Function):
     backward = staticmethod(gradients)
 
 
-@wrong("FourBitProduct", "The bias is left out of y.")
+@wrong("FourBitProduct", "y lacks the bias.")
 @changed(FourBitProduct, ("F.linear(x, W, bias)", "F.linear(x, W)"))
 class WithoutTheBias: ...
 
 
 @wrong(
     "FourBitProduct",
-    "You multiply the gradient by the transposed weight, as on the way forward. Write down the shapes of dL/dy, W and "
+    "You multiply the gradient by the transposed weight, as in the forward pass. Write down the shapes of dL/dy, W and "
     "dL/dx: which product fits?",
 )
 @changed(FourBitProduct, ("grad_x = grad_y @ W", "grad_x = grad_y @ W.T"))
@@ -127,8 +127,8 @@ class TheTransposedWeightAgain: ...
 
 @wrong(
     "FourBitProduct",
-    "No gradient of x comes back. The weight is frozen, but what lies in front of this layer is not: a LoRA in an "
-    "earlier block learns only through this gradient.",
+    "You return no gradient for x. The weight is frozen, but the layers before this one are not: a LoRA in an earlier "
+    "block learns only through this gradient.",
 )
 @changed(FourBitProduct, ("return grad_x, ", "return None, "))
 class NoGradientForX: ...
@@ -141,13 +141,13 @@ class TheMeanOverTheRows: ...
 
 @wrong(
     "FourBitProduct",
-    "W comes in the dtype in which it was stored. It has to meet x, so it has to be made in the dtype of x.",
+    "You dequantise W to its original dtype. It is multiplied with x, so dequantise it to the dtype of x.",
 )
 @changed(FourBitProduct, ("dequantize(x.dtype)", "dequantize()"))
 class InTheStoredDtype: ...
 
 
-@wrong("FourBitProduct", "You compute in float32 whatever x is. y has to have the dtype of x.")
+@wrong("FourBitProduct", "You compute in float32 whatever the dtype of x. y must have the dtype of x.")
 class AlwaysInFloat32(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, quantized):
@@ -160,8 +160,8 @@ class AlwaysInFloat32(torch.autograd.Function):
 
 @wrong(
     "FourBitProduct",
-    "You dequantise W in the backward pass although nobody needs the gradient of x. In the first layer above frozen "
-    "embeddings that is work for nothing: ask `ctx`.",
+    "You dequantise W in the backward pass even if the gradient of x is not needed. In the first layer after frozen "
+    "embeddings that is wasted work: check `ctx`.",
 )
 @changed(FourBitProduct, ("if ctx.needs_input_grad[0]:", "if True:"))
 class WithoutAsking: ...
@@ -217,7 +217,7 @@ def puts_them_back_when_one_fails(model, quant_type="nf4", blocksize=64, double_
 
 @wrong(
     "quantize_model",
-    "Some of the matrices are still in full. Every Conv1D of every block is meant, those of the MLP as well.",
+    "Some of the matrices are not quantised. Replace every Conv1D of every block, including those of the MLP.",
 )
 def the_attention_alone(model, quant_type="nf4", blocksize=64, double_quantization=True):
     check_not_adapted(model)
@@ -231,7 +231,7 @@ def the_attention_alone(model, quant_type="nf4", blocksize=64, double_quantizati
 
 @wrong(
     "quantize_model",
-    "You look at the model's own children only, and those are no matrices. The matrices are in modules in modules.",
+    "You look only at the model's direct children, which are not matrices. The matrices are in nested modules.",
 )
 def the_children_alone(model, quant_type="nf4", blocksize=64, double_quantization=True):
     check_not_adapted(model)
@@ -242,7 +242,7 @@ def the_children_alone(model, quant_type="nf4", blocksize=64, double_quantizatio
     return dense
 
 
-@wrong("quantize_model", "You return the new layers. The model has those; what nobody has any more are the old ones.")
+@wrong("quantize_model", "You return the new layers. The model already holds those; return the old ones.")
 def returns_the_new_ones(model, quant_type="nf4", blocksize=64, double_quantization=True):
     check_not_adapted(model)
     options = quant_type, blocksize, double_quantization
@@ -253,8 +253,8 @@ def returns_the_new_ones(model, quant_type="nf4", blocksize=64, double_quantizat
 
 @wrong(
     "quantize_model",
-    "The model is changed half-way when a later weight turns out to be broken. Make all new layers first, and put them "
-    "in when nothing can go wrong any more.",
+    "The model is left half changed if a later weight turns out to be invalid. Create all the new layers first, and "
+    "insert them when nothing can fail any more.",
 )
 def layer_by_layer(model, quant_type="nf4", blocksize=64, double_quantization=True):
     check_not_adapted(model)
@@ -266,7 +266,7 @@ def layer_by_layer(model, quant_type="nf4", blocksize=64, double_quantization=Tr
 
 @wrong(
     "quantize_model",
-    "A model that a method has adapted has to be refused: what the method remembers of it would no longer be true.",
+    "Raise an error for a model that a method has adapted: the method's record of it would no longer be true.",
 )
 def even_if_it_is_adapted(model, quant_type="nf4", blocksize=64, double_quantization=True):
     dense = matrices(model)
@@ -277,8 +277,8 @@ def even_if_it_is_adapted(model, quant_type="nf4", blocksize=64, double_quantiza
 
 @wrong(
     "quantize_model",
-    "A broken weight is refused, but the message does not say in which of the layers it is. In a model of hundreds of "
-    "them, that is what one wants to know.",
+    "You raise an error for an invalid weight, but the message does not say which layer it is in. In a model with "
+    "hundreds of layers, the user needs to know.",
 )
 def without_the_name(model, quant_type="nf4", blocksize=64, double_quantization=True):
     check_not_adapted(model)
@@ -288,7 +288,10 @@ def without_the_name(model, quant_type="nf4", blocksize=64, double_quantization=
     return dense
 
 
-@wrong("quantize_model", "You quantise as usual, whatever type, block size and double quantisation are asked for.")
+@wrong(
+    "quantize_model",
+    "You always quantise with the default type, block size and double quantisation. Use the given ones.",
+)
 def as_usual(model, quant_type="nf4", blocksize=64, double_quantization=True):
     check_not_adapted(model)
     dense = matrices(model)
@@ -298,7 +301,7 @@ def as_usual(model, quant_type="nf4", blocksize=64, double_quantization=True):
 
 @wrong(
     "quantize_model",
-    "You take the weight of a Conv1D as it is stored, (in, out). The 4-bit layer wants (out, in).",
+    "You use the weight of a Conv1D as it is stored, (in, out). The 4-bit layer expects (out, in).",
 )
 def not_turned_round(model, quant_type="nf4", blocksize=64, double_quantization=True):
     check_not_adapted(model)

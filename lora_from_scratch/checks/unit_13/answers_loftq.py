@@ -59,7 +59,7 @@ def with_numpys_svd(W, rank, iterations=1, quantize=quantize_4bit):
     return Q, A, B
 
 
-@wrong("loftq_init", "You stop after one iteration, however many are asked for.")
+@wrong("loftq_init", "You stop after one iteration, whatever number is given.")
 def once(W, rank, iterations=1, quantize=quantize_4bit):
     W = ready(W, rank, iterations)
     Q = quantize(W)
@@ -68,8 +68,8 @@ def once(W, rank, iterations=1, quantize=quantize_4bit):
 
 @wrong(
     "loftq_init",
-    "You quantise W itself in every iteration, so every one ends like the first. What B A holds already need not be in "
-    "Q any more.",
+    "You quantise W itself in every iteration, so each one gives the same result as the first. What B A already holds "
+    "need not be in Q.",
 )
 @changed(loftq_init, ("Q = quantize(W - low_rank)", "Q = quantize(W)"))
 def w_every_time(): ...
@@ -77,8 +77,8 @@ def w_every_time(): ...
 
 @wrong(
     "loftq_init",
-    "You begin with the low rank and quantise the rest: there B A holds the largest directions of W, not what "
-    "quantisation loses. The other half comes first.",
+    "You start with the low-rank part and quantise the remainder: B A then holds the largest directions of W, not what "
+    "quantisation loses. Quantise first.",
 )
 def the_low_rank_first(W, rank, iterations=1, quantize=quantize_4bit):
     W = ready(W, rank, iterations)
@@ -90,7 +90,7 @@ def the_low_rank_first(W, rank, iterations=1, quantize=quantize_4bit):
     return Q, A, B
 
 
-@wrong("loftq_init", "A and B come from W itself. They are to hold what Q has lost of it.")
+@wrong("loftq_init", "A and B are computed from W itself. They have to hold what Q has lost of it.")
 def factors_of_w(W, rank, iterations=1, quantize=quantize_4bit):
     W = ready(W, rank, iterations)
     A, B = best_factors(W, rank)
@@ -102,7 +102,7 @@ def factors_of_w(W, rank, iterations=1, quantize=quantize_4bit):
 
 @wrong(
     "loftq_init",
-    "You quantise once more at the end. Then A and B belong to the Q before, and not to the one that you return.",
+    "You quantise once more at the end. A and B then belong to the previous Q, and not to the one that you return.",
 )
 @changed(loftq_init, ("return Q, A, B", "return quantize(W - low_rank), A, B"))
 def a_last_q(): ...
@@ -110,7 +110,7 @@ def a_last_q(): ...
 
 @wrong(
     "loftq_init",
-    "The singular values count twice in B A: both A and B have all of them.",
+    "B A contains the singular values twice: both A and B are multiplied by all of them.",
 )
 def s_twice(W, rank, iterations=1, quantize=quantize_4bit):
     W = ready(W, rank, iterations)
@@ -123,7 +123,7 @@ def s_twice(W, rank, iterations=1, quantize=quantize_4bit):
     return Q, A, B
 
 
-@wrong("loftq_init", "The singular values are missing from B A: it has the right directions, and all of one size.")
+@wrong("loftq_init", "B A lacks the singular values: it has the right directions, all with the same size.")
 def without_s(W, rank, iterations=1, quantize=quantize_4bit):
     W = ready(W, rank, iterations)
     low_rank = torch.zeros_like(W)
@@ -135,7 +135,7 @@ def without_s(W, rank, iterations=1, quantize=quantize_4bit):
     return Q, A, B
 
 
-@wrong("loftq_init", "You take the smallest singular values: what the low rank can hold best are the largest.")
+@wrong("loftq_init", "You take the smallest singular values: the best low-rank approximation uses the largest.")
 def the_smallest(W, rank, iterations=1, quantize=quantize_4bit):
     W = ready(W, rank, iterations)
     low_rank = torch.zeros_like(W)
@@ -147,7 +147,10 @@ def the_smallest(W, rank, iterations=1, quantize=quantize_4bit):
     return Q, A, B
 
 
-@wrong("loftq_init", "The sign is turned round: W - Q has to be added to Q to give W, so B A is W - Q and not Q - W.")
+@wrong(
+    "loftq_init",
+    "Your sign is reversed: W - Q has to be added to Q to give W, so B A approximates W - Q and not Q - W.",
+)
 @changed(
     loftq_init,
     ("Q = quantize(W - low_rank)", "Q = quantize(W + low_rank)"),
@@ -156,7 +159,7 @@ def the_smallest(W, rank, iterations=1, quantize=quantize_4bit):
 def the_other_sign(): ...
 
 
-@wrong("loftq_init", "The order of the results is Q, A, B, and A is the one of r rows; you return B first.")
+@wrong("loftq_init", "The order of the results is Q, A, B, and A is the one with r rows; you return B first.")
 def b_before_a(W, rank, iterations=1, quantize=quantize_4bit):
     W = ready(W, rank, iterations)
     Q, A, B = loftq_init(W, rank, iterations, quantize)
@@ -206,7 +209,7 @@ def its_root_in_both(layer, W, iterations=1, quantize=quantize_4bit):
 
 @wrong(
     "begin_with_loftq",
-    "LoftQ's B A is meant to be added as it is, and the layer multiplies it by its scaling. Your layer begins with too "
+    "LoftQ's B A has to be added unchanged, but the layer multiplies it by its scaling. Your layer starts with too "
     "much or too little of it.",
 )
 def without_the_scaling(layer, W, iterations=1, quantize=quantize_4bit):
@@ -214,14 +217,14 @@ def without_the_scaling(layer, W, iterations=1, quantize=quantize_4bit):
     write(layer, *loftq_init(W, layer.rank, iterations, quantize))
 
 
-@wrong("begin_with_loftq", "You multiply by the scaling, and the layer does so once more.")
+@wrong("begin_with_loftq", "You multiply by the scaling, and the layer does so again.")
 def the_scaling_squared(layer, W, iterations=1, quantize=quantize_4bit):
     refuse(layer, W)
     Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
     write(layer, Q, A, B * layer.scaling)
 
 
-@wrong("begin_with_loftq", "Both A and B are divided by the scaling, so it is taken out of their product twice.")
+@wrong("begin_with_loftq", "You divide both A and B by the scaling, so their product is divided by its square.")
 def out_of_both(layer, W, iterations=1, quantize=quantize_4bit):
     refuse(layer, W)
     Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
@@ -230,7 +233,7 @@ def out_of_both(layer, W, iterations=1, quantize=quantize_4bit):
 
 @wrong(
     "begin_with_loftq",
-    "You divide by the rank. What the layer multiplies by is alpha / r; it has that number, ask it.",
+    "You divide by the rank. The layer multiplies by alpha / r: use the scaling that it stores.",
 )
 def divided_by_the_rank(layer, W, iterations=1, quantize=quantize_4bit):
     refuse(layer, W)
@@ -240,8 +243,8 @@ def divided_by_the_rank(layer, W, iterations=1, quantize=quantize_4bit):
 
 @wrong(
     "begin_with_loftq",
-    "You set the layer's scaling to 1. It starts right, but alpha has lost its meaning: every later step of training "
-    "is of another size.",
+    "You set the layer's scaling to 1. The start is right, but alpha no longer has its meaning: every later training "
+    "step has a different size.",
 )
 def changes_the_scaling(layer, W, iterations=1, quantize=quantize_4bit):
     refuse(layer, W)
@@ -251,7 +254,7 @@ def changes_the_scaling(layer, W, iterations=1, quantize=quantize_4bit):
 
 @wrong(
     "begin_with_loftq",
-    "The layer still has its old Q. LoftQ chooses Q, A and B together: its A and B fit its own Q alone.",
+    "The layer still has its old Q. LoftQ chooses Q, A and B together: its A and B only fit its own Q.",
 )
 def the_old_q(layer, W, iterations=1, quantize=quantize_4bit):
     refuse(layer, W)
@@ -261,7 +264,7 @@ def the_old_q(layer, W, iterations=1, quantize=quantize_4bit):
 
 @wrong(
     "begin_with_loftq",
-    "A and B are new parameters. An optimiser that was made before holds the old ones, and would train those.",
+    "A and B are new parameters. An optimiser created earlier holds the old ones, and would train those.",
 )
 def new_parameters(layer, W, iterations=1, quantize=quantize_4bit):
     refuse(layer, W)
@@ -270,7 +273,7 @@ def new_parameters(layer, W, iterations=1, quantize=quantize_4bit):
     layer.lora_A, layer.lora_B = nn.Parameter(A), nn.Parameter(B / layer.scaling)
 
 
-@wrong("begin_with_loftq", "You always take one iteration, however many are asked for.")
+@wrong("begin_with_loftq", "You always use one iteration, whatever number is given.")
 def one_iteration(layer, W, iterations=1, quantize=quantize_4bit):
     refuse(layer, W)
     Q, A, B = loftq_init(W, layer.rank, 1, quantize)
@@ -279,8 +282,7 @@ def one_iteration(layer, W, iterations=1, quantize=quantize_4bit):
 
 @wrong(
     "begin_with_loftq",
-    "You begin with what Q is, and not with what W was: the weight before is lost on you, so there is no error to make "
-    "up for.",
+    "You start from Q and not from the original W, so there is no error to correct.",
 )
 def of_the_quantised_weight(layer, W, iterations=1, quantize=quantize_4bit):
     refuse(layer, W)

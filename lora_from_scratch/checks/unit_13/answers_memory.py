@@ -33,7 +33,7 @@ class PyTorchsOlderForm:
 
 @right("CheckpointFunction")
 class StateByHand(torch.autograd.Function):
-    """Puts the random numbers back itself; keeps x as an attribute."""
+    """Restores the random state itself and keeps x as an attribute."""
 
     @staticmethod
     def forward(ctx, function, x):
@@ -57,7 +57,8 @@ class StateByHand(torch.autograd.Function):
 
 @wrong(
     "CheckpointFunction",
-    "You record the first computation and go back through that. All its activations are kept, and nothing is saved.",
+    "You record the first computation and go back through that graph. All its activations are kept, and no memory is "
+    "saved.",
 )
 class KeepsTheGraph(torch.autograd.Function):
     @staticmethod
@@ -75,7 +76,7 @@ class KeepsTheGraph(torch.autograd.Function):
 
 @wrong(
     "CheckpointFunction",
-    "Inside of `backward` PyTorch records nothing unless it is told to, so there is no graph to go back through.",
+    "Inside `backward`, PyTorch does not record a graph unless it is told to, so there is no graph to go back through.",
 )
 @changed(CheckpointFunction, (", torch.enable_grad():", ":"))
 class NothingIsRecorded: ...
@@ -83,8 +84,8 @@ class NothingIsRecorded: ...
 
 @wrong(
     "CheckpointFunction",
-    "Your second graph hangs on the first one: going back through it runs on into what came before x. Begin at a copy "
-    "that is cut off.",
+    "Your second graph is connected to the first one: its backward pass continues into what came before x. Start from "
+    "a detached copy.",
 )
 class NotCutOff(torch.autograd.Function):
     forward = staticmethod(remember)
@@ -112,8 +113,8 @@ class OnlyTheGradientOfX: ...
 
 @wrong(
     "CheckpointFunction",
-    "The function draws other random numbers the second time: its dropout is another one, and the gradient belongs to "
-    "a y that nobody has seen.",
+    "The function draws different random numbers the second time: its dropout mask differs, and the gradient belongs "
+    "to a y that was never returned.",
 )
 @changed(CheckpointFunction, ("torch.set_rng_state(ctx.random_state)", ""))
 class OtherRandomNumbers: ...
@@ -121,8 +122,8 @@ class OtherRandomNumbers: ...
 
 @wrong(
     "CheckpointFunction",
-    "The gradients are right, but after your backward pass the random numbers begin again where the forward pass "
-    "stood: leave their state as you found it.",
+    "The gradients are right, but after your backward pass the random state is the one from the forward pass: leave it "
+    "as you found it.",
 )
 class LeavesTheOldState(torch.autograd.Function):
     forward = staticmethod(remember)
@@ -140,13 +141,15 @@ class LeavesTheOldState(torch.autograd.Function):
 
 @wrong(
     "CheckpointFunction",
-    "You go back from the sum of y. What comes from above, dL/dy, has to go into it: y is not the loss.",
+    "You start the backward pass from the sum of y. Use dL/dy, the incoming gradient: y is not the loss.",
 )
 @changed(CheckpointFunction, ("ctx.function(x)", "ctx.function(x).sum()"), ("backward(grad_y)", "backward()"))
 class IgnoresWhatComesFromAbove: ...
 
 
-@wrong("CheckpointFunction", "The gradients come in the order of the arguments of `apply`: the function is the first.")
+@wrong(
+    "CheckpointFunction", "The gradients must be in the order of the arguments of `apply`: the function comes first."
+)
 @changed(CheckpointFunction, ("None, x.grad", "x.grad, None"))
 class InTheOtherOrder: ...
 
@@ -191,7 +194,7 @@ class ByNumpy(Released):
 
 @wrong(
     "Pages",
-    "m and v are tensors of their own. What is written into them never reaches the file, and the memory stays taken.",
+    "m and v are separate tensors. What is written into them never reaches the file, and they stay in memory.",
 )
 class Copies(Released):
     def __init__(self, mapping, start, like):
@@ -199,47 +202,47 @@ class Copies(Released):
         self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)
 
 
-@wrong("Pages", "m and v lie at the same place: who writes one overwrites the other.")
+@wrong("Pages", "m and v are in the same place: writing one overwrites the other.")
 class AtTheSamePlace(Released):
     def __init__(self, mapping, start, like):
         self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
         self.m, self.v = part(mapping, like, start), part(mapping, like, start)
 
 
-@wrong("Pages", "v comes first in your file, and m behind it.")
+@wrong("Pages", "In your file v comes first and m second.")
 @changed(Pages, ("self.m, self.v = ", "self.v, self.m = "))
 class InTheOtherOrderInTheFile: ...
 
 
 @wrong(
     "Pages",
-    "Your m and v always lie at the beginning of the file, whatever `start` is. There all parameters would share one "
-    "place.",
+    "Your m and v are always at the start of the file, whatever `start` is. All parameters would then share one place.",
 )
 @changed(Pages, ("offset=start", "offset=0"))
 class AtTheBeginning: ...
 
 
-@wrong("Pages", "v begins on a page of its own. It has to lie right behind m, or most of a page is wasted.")
+@wrong("Pages", "Your v starts on a new page. It has to come right after m, or most of a page is wasted.")
 class OnPagesOfTheirOwn(Released):
     def __init__(self, mapping, start, like):
         self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
         self.m, self.v = part(mapping, like, start), part(mapping, like, start + page_aligned(like.nbytes))
 
 
-@wrong("Pages", "Your length has room for one of the two, and m and v both lie there.")
+@wrong("Pages", "Your length has room for only one of the two, but both m and v are there.")
 @changed(Pages, ("page_aligned(2 * like.nbytes)", "page_aligned(like.nbytes)"))
 class RoomForOne: ...
 
 
-@wrong("Pages", "Your length is not rounded up. Memory can only be given back in whole pages.")
+@wrong("Pages", "Your length is not rounded up. Memory can only be released in whole pages.")
 @changed(Pages, ("page_aligned(2 * like.nbytes)", "2 * like.nbytes"))
 class NotWholePages: ...
 
 
 @wrong(
     "Pages",
-    "You release the whole file. The pages of the other parameters go with it, and have to come back for no reason.",
+    "You release the whole file. The pages of the other parameters are released too, and have to be loaded again for "
+    "no reason.",
 )
 @changed(Pages, ("DONTNEED, self.start, self.length)", "DONTNEED)"))
 class ReleasesAll: ...
@@ -247,13 +250,13 @@ class ReleasesAll: ...
 
 @wrong(
     "Pages",
-    "`release` takes nothing out of the memory. Writing to the disk is not enough: the pages stay until they are "
-    "given back.",
+    "`release` does not free any memory. Writing to the disk is not enough: the pages stay in memory until they are "
+    "released.",
 )
 @changed(Pages, ("madvise(mmap.MADV_DONTNEED, self", "flush(self"))
 class ReleasesNothing: ...
 
 
-@wrong("Pages", "m and v are float32 whatever the parameter is.")
+@wrong("Pages", "m and v are float32 whatever the dtype of the parameter.")
 @changed(Pages, ("dtype=like.dtype", "dtype=torch.float32"))
 class AlwaysFloat32: ...

@@ -1,4 +1,4 @@
-"""Unit 13, QLoRA: what is checked. The inputs, and what is looked at, are in `unit_13_probes.py`."""
+"""Unit 13, QLoRA: what is checked. The inputs and the probes are in `probes.py`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ EXERCISES = [
         minutes=15,
         points=4,
         hints=(
-            "`forward` is two lines: make W, and multiply as a linear layer does. What does `backward` need of it, and "
-            "where can it get that once more?",
-            "With y = x W^T + b, every row of x gets dL/dx = dL/dy W: look at the shapes. The bias is added to every "
-            "row, so its gradient is a sum over all the rows.",
-            "`ctx.quantized = quantized` keeps the four bits. `ctx.needs_input_grad[0]` is about x, `[1]` about the "
-            "bias. `grad_y.reshape(-1, out)` makes rows of any batch.",
+            "`forward` is two lines: dequantise W, and multiply as a linear layer does. What does `backward` need of "
+            "it, and how can it get that again?",
+            "With y = x W^T + b, every row of x has dL/dx = dL/dy W: check the shapes. The bias is added to every row, "
+            "so its gradient is a sum over all the rows.",
+            "`ctx.quantized = quantized` stores the four bits. `ctx.needs_input_grad[0]` is about x, `[1]` about the "
+            "bias. `grad_y.reshape(-1, out)` turns any batch into rows.",
         ),
         cases=product_cases,
         probe=run_product,
@@ -52,12 +52,12 @@ EXERCISES = [
         minutes=10,
         points=3,
         hints=(
-            "Two dictionaries by name: the layers that are there, and the new ones. Only when all the new ones are "
-            "made, change the model.",
-            "`model.named_modules()` has every module with its full name, `isinstance(module, Conv1D)` picks the "
-            "matrices, `NF4Linear.from_layer` makes the new layer, and `inject_lora` puts layers in by name.",
-            "`try: ... except ValueError as error:` around `from_layer`, and in it a ValueError of your own that "
-            "begins with the name. `adaptation_of(model)` before all else.",
+            "Use two dictionaries by name: the existing layers, and the new ones. Change the model only when all the "
+            "new layers have been created.",
+            "`model.named_modules()` yields every module with its full name, `isinstance(module, Conv1D)` selects the "
+            "matrices, `NF4Linear.from_layer` creates the new layer, and `inject_lora` inserts layers by name.",
+            "Put `try: ... except ValueError as error:` around `from_layer`, and raise your own ValueError that begins "
+            "with the name. Call `adaptation_of(model)` before anything else.",
         ),
         cases=model_cases,
         probe=run_quantize_model,
@@ -69,12 +69,12 @@ EXERCISES = [
         minutes=15,
         points=4,
         hints=(
-            "`forward` has to remember three things: the function, x, and where the random numbers stood.",
-            "In `backward` you make a small graph of your own. It begins at a copy of x that is cut off and needs a "
+            "`forward` has to remember three things: the function, x, and the state of the random number generator.",
+            "In `backward` you build a small graph of your own. It starts at a detached copy of x that requires a "
             "gradient, and ends at y; and you have dL/dy.",
             "`x.detach().requires_grad_()`, `torch.enable_grad()`, `y.backward(grad_y)`, and then `x.grad`. For the "
-            "random numbers: `torch.get_rng_state()`, `torch.set_rng_state(...)`, and `torch.random.fork_rng(devices"
-            "=[])`, a block after which they stand where they stood.",
+            "random numbers: `torch.get_rng_state()`, `torch.set_rng_state(...)`, and "
+            "`torch.random.fork_rng(devices=[])`, a context that restores the generator's state at its end.",
         ),
         cases=checkpoint_cases,
         probe=run_checkpoint,
@@ -87,10 +87,11 @@ EXERCISES = [
         minutes=12,
         points=3,
         hints=(
-            "One tensor for both, over the file's memory, cut in two halves: m is the first, v the second.",
+            "Create one tensor for both over the file's memory, and split it into two halves: m is the first, v the "
+            "second.",
             "`torch.frombuffer(mapping, dtype=..., count=..., offset=...)`: the count is in numbers, the offset in "
-            "bytes. `.chunk(2)` cuts, `.view(like.shape)` gives the shape; neither copies.",
-            "`page_aligned(2 * like.nbytes)` is the length. Keep `mapping` and `start` for `release`, and ask "
+            "bytes. `.chunk(2)` splits, `.view(like.shape)` gives the shape; neither copies.",
+            "`page_aligned(2 * like.nbytes)` is the length. Store `mapping` and `start` for `release`, and check "
             '`hasattr(mmap, "MADV_DONTNEED")` first.',
         ),
         cases=pages_cases,
@@ -104,11 +105,11 @@ EXERCISES = [
         minutes=12,
         points=3,
         hints=(
-            "A loop with two lines: quantise what B A does not hold yet; let B A hold what the quantised one lacks.",
-            "Before the first iteration B A is zero. The two halves look at each other's newest result, never at "
-            "their own.",
-            "`best_factors(matrix, rank)`, imported above, gives A and B of the nearest matrix of that rank. Go on in "
-            "float32: `W.detach().float()`.",
+            "Use a loop with two lines: quantise what B A does not hold yet, then let B A hold what the quantised "
+            "matrix lacks.",
+            "Before the first iteration B A is zero. Each half uses the newest result of the other, never its own.",
+            "`best_factors(matrix, rank)`, imported above, returns A and B of the nearest matrix of that rank. Compute "
+            "in float32: `W.detach().float()`.",
         ),
         cases=loftq_cases,
         probe=run_loftq,
@@ -121,10 +122,10 @@ EXERCISES = [
         minutes=6,
         points=2,
         hints=(
-            "`loftq_init` does the work. Where do its three results go, and which of them does the layer not use as "
-            "it is?",
-            "The layer multiplies B A by `layer.scaling`. Whatever you put in has to come out right after that.",
-            "`copy_` writes new numbers into a parameter that stays the object it is, which optimisers rely on.",
+            "`loftq_init` does the work. Where do its three results go, and which of them can the layer not use "
+            "unchanged?",
+            "The layer multiplies B A by `layer.scaling`. After that multiplication the product has to be LoftQ's B A.",
+            "`copy_` writes new values into a parameter and keeps the parameter object, which optimisers rely on.",
         ),
         cases=begin_cases,
         probe=run_begin,
@@ -136,41 +137,43 @@ PREDICTIONS = [
     Prediction(
         "an_eighth",
         question=(
-            "With LoRA on all matrices, one training step of the bundled GPT-2 (8 texts of 96 tokens) takes so much "
-            "memory at its peak. Now the frozen matrices are stored in 4 bits instead of 32, and nothing else "
-            "changes. What becomes of the peak?"
+            "With LoRA on all matrices, one training step of the bundled GPT-2 (8 texts of 96 tokens) uses a certain "
+            "amount of memory at its peak. Now the frozen matrices are stored in 4 bits instead of 32, and nothing "
+            "else changes. What happens to the peak?"
         ),
         choices={
             "a": "it falls to about an eighth: the weights were nearly all of it",
             "b": "it falls to about a half",
             "c": "it falls by about a fifth: most of it was something else",
-            "d": "it does not fall, since W has to be dequantised for every product",
+            "d": "it does not fall, because W has to be dequantised for every product",
         },
         answer="c",
         explanation=(
-            "The matrices shrink to an eighth, but on a small model with a batch of texts they are not what fills the "
-            "memory: activations and logits are, and they grow with the batch, not with the bits. The dequantised W is "
-            "one layer at a time. The larger the model and the fewer the tokens, the more the four bits save."
+            "The matrices shrink to an eighth, but in a small model with a batch of texts they are not what fills the "
+            "memory: activations and logits are, and they grow with the batch, not with the bits. Only one layer's "
+            "dequantised W is in memory at a time. The larger the model and the fewer the tokens, the more the four "
+            "bits save."
         ),
         idea="memory by component",
     ),
     Prediction(
         "what_rank_eight_holds",
         question=(
-            "W - Q, what quantisation loses of a 256 x 768 matrix of the bundled GPT-2, is itself a 256 x 768 matrix. "
-            "A LoRA of rank 8 begins with the best that rank 8 can hold of it. How large a share of the squared error "
-            "is that?"
+            "W - Q, the quantisation error of a 256 x 768 matrix of the bundled GPT-2, is itself a 256 x 768 matrix. A "
+            "LoRA of rank 8 is initialised with the best rank-8 approximation of it. How large a share of the squared "
+            "error does that hold?"
         ),
         choices={
-            "a": "nearly all, as of a fine-tuning update: what is learned has a low rank",
+            "a": "nearly all, as for a fine-tuning update: what is learned has a low rank",
             "b": "about a half",
-            "c": "about a tenth: rounding errors look like noise, and noise has every rank",
+            "c": "about a tenth: rounding errors look like noise, and noise has full rank",
         },
         answer="c",
         explanation=(
-            "Each weight is rounded by itself, so the error has hardly any directions of its own: its singular values "
-            "are much alike. Rank 8 of 256 holds more than 8 / 256 of such a matrix only because it may choose the "
-            "largest. A low rank is enough for what training learns, not for what rounding destroys."
+            "Each weight is rounded on its own, so the error hardly prefers any direction: its singular values "
+            "decrease about as slowly as those of noise. The best rank-8 approximation holds more than 8 / 256 of such "
+            "a matrix only because it uses the largest ones. A low rank is enough for what training learns, not for "
+            "what rounding destroys."
         ),
         idea="LoftQ",
     ),

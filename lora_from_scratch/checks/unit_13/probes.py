@@ -1,4 +1,4 @@
-"""Unit 13, QLoRA: the inputs that answers are tried on, and what is looked at."""
+"""Unit 13, QLoRA: the inputs of the cases, and the probes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def product_cases(draw: Draw) -> Iterator[Case]:
         }
         return Case(name, given | more, part)
 
-    yield case("4 rows of 6 numbers to 5, without a bias", "forward and backward", 5, 6, 4, bias=None)
+    yield case("4 rows of 6 inputs, 5 outputs, without a bias", "forward and backward", 5, 6, 4, bias=None)
     yield case("a square weight and a bias", "forward and backward", 6, 6, 3)
     yield case("3 texts of 2 tokens", "forward and backward", 4, 7, 3, 2)
-    yield case("one token by itself", "forward and backward", 3, 5)
+    yield case("a single token", "forward and backward", 3, 5)
     yield case("x in bfloat16", "forward and backward", 4, 8, 2, bias=None, dtype="bfloat16")
     yield case("a frozen bias", "what nobody needs", 5, 3, 2, 2, trained_bias=False)
     yield case("the gradient of x is not needed", "what nobody needs", 4, 6, 5, x_needs_it=False)
@@ -55,7 +55,7 @@ def run_product(
     trained_bias: bool = True,
     x_needs_it: bool = True,
 ) -> Any:
-    """y, the gradients, how much lives between forward and backward, and whether W is made for nothing."""
+    """y, the gradients, how much is kept between forward and backward, and whether W is dequantised needlessly."""
     made: list[torch.dtype] = []
 
     class Watched(QuantizedTensor):
@@ -99,10 +99,10 @@ def model_cases(draw: Draw) -> Iterator[Case]:
 
     yield case("a GPT-2 of one block", "the model", n_layer=1)
     other: dict[str, Data] = {"quant_type": "fp4", "blocksize": 32, "double_quantization": False}
-    yield case("a GPT-2 of two blocks, FP4 in blocks of 32, not doubly quantised", "the model", **other)
-    yield case("a model that is in four bits already", "the model", n_layer=1, state="quantised")
-    yield case("a weight of the second block is not a number", "what is refused", state="broken")
-    yield case("a model with a LoRA in it", "what is refused", n_layer=1, state="adapted")
+    yield case("a GPT-2 of two blocks, FP4 in blocks of 32, without double quantisation", "the model", **other)
+    yield case("a model that is already in four bits", "the model", n_layer=1, state="quantised")
+    yield case("a weight of the second block is not finite", "what is refused", state="broken")
+    yield case("a model that contains a LoRA", "what is refused", n_layer=1, state="adapted")
 
 
 def small_gpt2(n_layer: int, seed: int, state: str) -> GPT2:
@@ -127,7 +127,7 @@ def small_gpt2(n_layer: int, seed: int, state: str) -> GPT2:
 def run_quantize_model(
     answer: Callable[..., Any], seed: int, tokens: Tensor, n_layer: int = 2, state: str = "full", **options: Any
 ) -> Any:
-    """What the model is made of afterwards and computes; or, where it is refused, whether it is as it was."""
+    """The model's layers and output afterwards; after an error, whether the model is unchanged."""
     model = small_gpt2(n_layer, seed, state)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     try:
@@ -161,10 +161,10 @@ def checkpoint_cases(draw: Draw) -> Iterator[Case]:
         }
         return Case(name, given | more, part)
 
-    yield case("one function of two layers", "the gradients", 2, 3)
-    yield case("x comes from another operation", "the gradients", 3, 4, inside=True)
-    yield case("the parameters have a gradient already", "the gradients", 2, 3, before=True)
-    yield case("two functions, one after the other", "the gradients", 2, 4, times=2, inside=True)
+    yield case("a function with two layers", "the gradients", 2, 3)
+    yield case("x is the result of another operation", "the gradients", 3, 4, inside=True)
+    yield case("the parameters already have a gradient", "the gradients", 2, 3, before=True)
+    yield case("two functions in sequence", "the gradients", 2, 4, times=2, inside=True)
     yield case("a function with dropout", "randomness", 6, 8, dropout=0.5)
 
 
@@ -178,7 +178,7 @@ def run_checkpoint(
     times: int = 1,
     dropout: float = 0.0,
 ) -> Any:
-    """y, all gradients, what is kept of the activations, how often the function runs, and the random numbers."""
+    """y, all gradients, which activations are kept, how often the function runs, and the random numbers."""
     W.requires_grad_(True)
     W.grad = torch.ones_like(W) if before else None
     x.requires_grad_(True)
@@ -218,16 +218,16 @@ def pages_cases(draw: Draw) -> Iterator[Case]:
         given: dict[str, Data] = {"shape": list(shape), "dtype": dtype, "start": start}
         return Case(name, given | {"m": draw.integers(1, 99, n), "v": draw.integers(100, 199, n)}, part)
 
-    yield case("a matrix of 2 x 3 at the beginning of the file", "m and v", 2, 3)
+    yield case("a matrix of 2 x 3 at the start of the file", "m and v", 2, 3)
     yield case("a vector on the third page", "m and v", 5, start=2)
     yield case("float64, on the second page", "m and v", 2, 2, 3, start=1, dtype="float64")
     yield case("a single number in float16", "m and v", dtype="float16")
-    yield case("m fits on a page, m and v do not", "whole pages", 7, 100)
+    yield case("m fits on one page, m and v together do not", "whole pages", 7, 100)
     yield case("more than two pages, on the second page", "whole pages", 1100, start=1)
 
 
 def run_pages(answer: Any, shape: list[int], dtype: str, start: int, m: Tensor, v: Tensor) -> Any:
-    """Where in the file m and v lie, what is in the tensors when it is written there, and what is released."""
+    """Where m and v are in the file, what the tensors contain when the file is written, and what is released."""
     released: list[list[Any]] = []
 
     class Watched(mmap.mmap):
@@ -253,7 +253,7 @@ def run_pages(answer: Any, shape: list[int], dtype: str, start: int, m: Tensor, 
 
 
 class Quantizer:
-    """NF4 in blocks of 32, which counts how often it is called."""
+    """NF4 in blocks of 32, counting the calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -297,12 +297,12 @@ def begin_cases(draw: Draw) -> Iterator[Case]:
         given: dict[str, Data] = {"W": draw.normal(outputs, inputs), "x": draw.normal(3, inputs)}
         return Case(name, given | {"rank": rank, "alpha": alpha, "iterations": iterations}, part)
 
-    yield case("10 to 6 features, r = 2, alpha = 8", "the layer", 6, 10, 2, 8.0)
-    yield case("8 to 8 features, r = 4, alpha = 1", "the layer", 8, 8, 4, 1.0)
-    yield case("5 to 12 features, r = 1, alpha = 3, three iterations", "the layer", 12, 5, 1, 3.0, 3)
+    yield case("10 inputs, 6 outputs, r = 2, alpha = 8", "the layer", 6, 10, 2, 8.0)
+    yield case("8 inputs, 8 outputs, r = 4, alpha = 1", "the layer", 8, 8, 4, 1.0)
+    yield case("5 inputs, 12 outputs, r = 1, alpha = 3, three iterations", "the layer", 12, 5, 1, 3.0, 3)
     usual = case("a LoRA on a layer that is not in four bits", "what is refused", 4, 6, 2, 4.0)
     yield Case(usual.name, {**usual.inputs, "on": "full"}, usual.part)
-    other = case("W has another shape than the layer", "what is refused", 4, 6, 2, 4.0)
+    other = case("W and the layer have different shapes", "what is refused", 4, 6, 2, 4.0)
     yield Case(other.name, {**other.inputs, "on": "turned"}, other.part)
 
 
@@ -335,7 +335,7 @@ def run_begin(
 
 
 def nearly_the_same_start(case: Case, seen: Seen, expected: Seen) -> bool:
-    """The same, but that a weight next to a border may have the neighbour's code: rounding decides there."""
+    """Equal, except that a weight close to a midpoint may have the neighbouring code: rounding decides."""
     one, other = seen.value, expected.value
     if not isinstance(one, dict) or not isinstance(other, dict) or one.keys() != other.keys():
         return False

@@ -40,7 +40,7 @@ def with_sets_and_sorting(cost, budget):
     return sorted(exceeded, key=list(budget).index)
 
 
-@wrong("over_budget", "You count what costs exactly the limit as too expensive. A limit may be used up.")
+@wrong("over_budget", "You treat a cost that equals the limit as too expensive. A limit may be reached.")
 @changed(over_budget, ("cost[name] > limit", "cost[name] >= limit"))
 def limit_is_too_much(): ...
 
@@ -50,26 +50,24 @@ def limit_is_too_much(): ...
 def zero_is_no_limit(): ...
 
 
-@wrong("over_budget", "You take a cost that nobody knows for 0. Unknown is not free: it has to be refused.")
+@wrong("over_budget", "You treat an unknown cost as 0. Unknown does not mean free: raise a ValueError.")
 def unknown_is_free(cost, budget):
     return [name for name, limit in budget.items() if cost.get(name, 0) > limit]
 
 
-@wrong("over_budget", "The names come in the order of the costs. The reader of a budget wants the budget's order.")
+@wrong("over_budget", "The names are in the order of the costs. Return them in the order of the budget.")
 def order_of_the_costs(cost, budget):
     if any(name not in cost for name in budget):
         raise ValueError("unknown")
     return [name for name in cost if name in budget and cost[name] > budget[name]]
 
 
-@wrong("over_budget", "You return what is within the budget. The question is what is not.")
+@wrong("over_budget", "You return what is within the budget. Return what exceeds it.")
 @changed(over_budget, ("cost[name] > limit", "cost[name] <= limit"))
 def what_fits(): ...
 
 
-@wrong(
-    "over_budget", "You stop at the first limit that is broken. Whoever has to change something wants to know them all."
-)
+@wrong("over_budget", "You stop at the first limit that is exceeded. Return all of them.")
 def only_the_first(cost, budget):
     if any(name not in cost for name in budget):
         raise ValueError("unknown")
@@ -104,8 +102,7 @@ def with_numpy(losses):
 
 @wrong(
     "best_learning_rate",
-    "A NaN came through your comparison: nothing is smaller than NaN, so a run that diverged can win if it comes "
-    "first.",
+    "A NaN affects your comparison: nothing is smaller than NaN, so a run that diverged can win if it comes first.",
 )
 def nan_wins(losses):
     if not losses or all(math.isnan(loss) for loss in losses.values()):
@@ -119,8 +116,7 @@ def nan_wins(losses):
 
 @wrong(
     "best_learning_rate",
-    "You forget the runs that diverged when you look for neighbours. That a rate is too large is something that was "
-    "tried and is known.",
+    "You ignore the runs that diverged when you look for neighbours. A rate that was too large was tried as well.",
 )
 @changed(best_learning_rate, ("min(losses) < best < max(losses)", "min(finished) < best < max(finished)"))
 def diverged_is_no_neighbour(): ...
@@ -128,31 +124,30 @@ def diverged_is_no_neighbour(): ...
 
 @wrong(
     "best_learning_rate",
-    "Your edge is that of the order in which the rates were tried. Neighbours are the next smaller and the next larger "
-    "rate.",
+    "You look at the order in which the rates were tried. Neighbours are the next smaller and the next larger rate.",
 )
 @changed(best_learning_rate, ("min(losses) < best < max(losses)", "best not in (next(iter(losses)), list(losses)[-1])"))
 def edge_of_the_order(): ...
 
 
-@wrong("best_learning_rate", "You take the rate with the highest loss. Of a loss, less is better.")
+@wrong("best_learning_rate", "You take the rate with the highest loss. Lower losses are better.")
 @changed(best_learning_rate, ("best = min(", "best = max("))
 def highest_loss(): ...
 
 
-@wrong("best_learning_rate", "You say that every sweep can be believed. At the edge of what was tried it cannot.")
+@wrong("best_learning_rate", "You return that every sweep can be trusted. If the best rate is at the edge, it cannot.")
 @changed(best_learning_rate, ("min(losses) < best < max(losses)", "True"))
 def always_believed(): ...
 
 
-@wrong("best_learning_rate", "You say the opposite: the best rate at the edge is the one that cannot be believed.")
+@wrong("best_learning_rate", "Your answer is inverted: if the best rate is at the edge, the sweep cannot be trusted.")
 @changed(best_learning_rate, ("min(losses) < best < max(losses)", "not min(losses) < best < max(losses)"))
 def the_other_way_round(): ...
 
 
 @wrong(
     "best_learning_rate",
-    "You take one neighbour for enough. With nothing tried on the other side, the best may lie there.",
+    "You require only one neighbour. If nothing was tried on the other side, the best rate may be there.",
 )
 @changed(best_learning_rate, ("min(losses) < best < max(losses)", "len(losses) > 1"))
 def one_neighbour(): ...
@@ -190,14 +185,16 @@ def by_walking(candidates, budget):
     return best
 
 
-@wrong("choose_method", "You choose the best and forget the budget: somebody has to pay for it.")
+@wrong("choose_method", "You choose the best candidate and ignore the budget.")
 def budget_forgotten(candidates, budget):
     if not any(_fits(values, budget) for values in candidates.values()):
         raise ValueError("nothing fits")
     return max(candidates, key=lambda n: (candidates[n]["quality"], -candidates[n]["trained_parameters"]))
 
 
-@wrong("choose_method", "You choose the cheapest that is within the budget. A budget is there to be used for quality.")
+@wrong(
+    "choose_method", "You choose the cheapest candidate within the budget. Within the budget, choose the best quality."
+)
 def the_cheapest(candidates, budget):
     names = [name for name in candidates if _fits(candidates[name], budget)]
     if not names:
@@ -207,7 +204,8 @@ def the_cheapest(candidates, budget):
 
 @wrong(
     "choose_method",
-    "Of two that are equally good you take the one that trains more. The other one gives the same for less.",
+    "Of two equally good candidates you choose the one that trains more. The other one gives the same quality with "
+    "fewer parameters.",
 )
 @changed(choose_method, ("-affordable[name]", "affordable[name]"))
 def the_larger_of_equals(): ...
@@ -215,7 +213,7 @@ def the_larger_of_equals(): ...
 
 @wrong(
     "choose_method",
-    "Your best begins at 0, so that no candidate with a negative quality, such as minus a loss, can win.",
+    "Your search for the best starts at 0, so no candidate with a negative quality, such as minus a loss, can win.",
 )
 def begins_at_zero(candidates, budget):
     best, quality = None, 0.0
@@ -229,14 +227,17 @@ def begins_at_zero(candidates, budget):
 
 @wrong(
     "choose_method",
-    "When nothing is affordable you return something all the same. Nobody would notice that the budget is broken.",
+    "You return a candidate even if none is affordable. Raise a ValueError, or nobody would notice that the budget is "
+    "exceeded.",
 )
 def returns_none(candidates, budget):
     names = [name for name in candidates if _fits(candidates[name], budget)]
     return max(names, key=lambda n: (candidates[n]["quality"], -candidates[n]["trained_parameters"]), default=None)
 
 
-@wrong("choose_method", "You take a candidate as affordable when one of the limits is kept. All of them have to be.")
+@wrong(
+    "choose_method", "You treat a candidate as affordable if it keeps one of the limits. It has to keep all of them."
+)
 def any_limit(candidates, budget):
     def fits(values):
         return not budget or any(values[name] <= limit for name, limit in budget.items())
@@ -289,8 +290,8 @@ def as_a_tensor(costs, quality):
 
 @wrong(
     "pareto_front",
-    "One of two equal candidates beats the other in your answer, or both beat each other: to beat is to be better "
-    "somewhere, and not only nowhere worse.",
+    "In your answer one of two equal candidates beats the other, or each beats the other: to beat means to be better "
+    "somewhere, not only nowhere worse.",
 )
 @changed(pareto_front, ("(nowhere_worse & better_somewhere)", "nowhere_worse.fill_diagonal_(False)"))
 def equal_beats(): ...
@@ -298,40 +299,40 @@ def equal_beats(): ...
 
 @wrong(
     "pareto_front",
-    "You ask for better in every respect. Whoever is as cheap and better, or as good and cheaper, beats the other too.",
+    "You require a candidate to be better in every respect. One that is as cheap and better, or as good and cheaper, "
+    "also beats the other.",
 )
 @changed(pareto_front, ("values[None]).any(dim=-1)", "values[None]).all(dim=-1)"))
 def better_everywhere(): ...
 
 
-@wrong("pareto_front", "Less quality counts as better in your answer. Costs and quality point in opposite directions.")
+@wrong("pareto_front", "In your answer lower quality counts as better. Costs and quality point in opposite directions.")
 @changed(pareto_front, ("-quality[:, None]", "quality[:, None]"))
 def quality_as_a_cost(): ...
 
 
 @wrong(
     "pareto_front",
-    "You have added the costs up. A megabyte and a microsecond have no sum: a candidate may be worth its place for one "
-    "of them alone.",
+    "You add up the costs. Different units cannot be added: a candidate may be on the front because of one cost alone.",
 )
 @changed(pareto_front, ("[costs, -quality", "[costs.sum(dim=1, keepdim=True), -quality"))
 def sum_of_the_costs(): ...
 
 
-@wrong("pareto_front", "You return the candidates that are beaten. The front is the others.")
+@wrong("pareto_front", "You return the candidates that are beaten. The front consists of the others.")
 @changed(pareto_front, ("if not beaten", "if beaten"))
 def the_beaten(): ...
 
 
 @wrong(
     "pareto_front",
-    "You have turned the question round: a candidate that beats nobody can still be on the front, if nobody beats it.",
+    "You have reversed the question: a candidate that beats no other can still be on the front, if no other beats it.",
 )
 @changed(pareto_front, ("any(dim=0)", "any(dim=1)"), ("if not beaten", "if beaten"))
 def who_beats_somebody(): ...
 
 
-@wrong("pareto_front", "You look at the first cost alone. A candidate may be the cheapest in another one.")
+@wrong("pareto_front", "You use only the first cost. A candidate may be the cheapest in another one.")
 @changed(pareto_front, ("[costs, -quality", "[costs[:, :1], -quality"))
 def first_cost_only(): ...
 
@@ -363,7 +364,7 @@ def with_arrays(one, other, places):
 
 @wrong(
     "paired_bootstrap",
-    "You score the second system on other cards than the first. Then the luck of the draw is counted twice; paired "
+    "You score the second system on other cards than the first. That adds the randomness of a second draw; paired "
     "means the same cards for both.",
 )
 def not_paired(one, other, places):
@@ -372,13 +373,16 @@ def not_paired(one, other, places):
     return float((margin > 0).double().mean() + 0.5 * (margin == 0).double().mean())
 
 
-@wrong("paired_bootstrap", "A draw on which both are equal counts nothing in your answer. It is half a win for each.")
+@wrong(
+    "paired_bootstrap", "Your answer does not count a draw on which both are equal. It counts as half a win for each."
+)
 @changed(paired_bootstrap, (" + 0.5 * (difference == 0)", ""))
 def ties_lose(): ...
 
 
 @wrong(
-    "paired_bootstrap", "A draw on which both are equal is a whole win for the first in your answer. It is half of one."
+    "paired_bootstrap",
+    "Your answer counts a draw on which both are equal as a whole win for the first. It counts as half a win.",
 )
 @changed(paired_bootstrap, ("0.5 * (difference == 0)", "1.0 * (difference == 0)"))
 def ties_win(): ...
@@ -386,14 +390,14 @@ def ties_win(): ...
 
 @wrong(
     "paired_bootstrap",
-    "You count the cards that the first wins, not the draws. A test set is won by its mean: one card can outweigh "
+    "You count the cards that the first system wins, not the draws. The mean decides a test set: one card can outweigh "
     "many.",
 )
 @changed(paired_bootstrap, ("[places].mean(dim=1)", "[places]"))
 def counts_cards(): ...
 
 
-@wrong("paired_bootstrap", "You return how far the first is ahead on average. The question is how often it is ahead.")
+@wrong("paired_bootstrap", "You return how far the first system is ahead on average. Return how often it is ahead.")
 def mean_difference(one, other, places):
     _same_cards(one, other)
     return float((one - other).double()[places].mean())
@@ -404,7 +408,7 @@ def mean_difference(one, other, places):
 def the_second(): ...
 
 
-@wrong("paired_bootstrap", "You have not used the draws: on the cards that there are the answer is only yes or no.")
+@wrong("paired_bootstrap", "You do not use the draws: on the original cards alone the answer is only yes or no.")
 def without_draws(one, other, places):
     _same_cards(one, other)
     margin = (one - other).double().mean()

@@ -37,14 +37,14 @@ def budget_cases(draw: Draw) -> Iterator[Case]:
     limit = draw.integer(10_000, 20_000)
     yield Case("within every limit", {"cost": cost(), "budget": {"saved_bytes": limit, "added_work": 1000}})
     yield Case(
-        "one limit of three is exceeded",
+        "one of three limits is exceeded",
         {
             "cost": cost(saved_bytes=limit + 1),
             "budget": {"saved_bytes": limit, "added_work": 1000, "trained_parameters": 9000},
         },
     )
     yield Case(
-        "two limits are exceeded, in another order than the costs",
+        "two limits are exceeded; the budget and the costs have different orders",
         {
             "cost": cost(saved_bytes=2 * limit, trained_parameters=3 * limit),
             "budget": {"saved_bytes": limit, "added_work": 1000, "trained_parameters": limit},
@@ -56,7 +56,7 @@ def budget_cases(draw: Draw) -> Iterator[Case]:
     yield Case("no limits", {"cost": cost(), "budget": {}})
     known = cost()
     del known["training_memory"]
-    yield Case("a limit on something whose cost is not known", {"cost": known, "budget": {"training_memory": 2**40}})
+    yield Case("a limit on an unknown cost", {"cost": known, "budget": {"training_memory": 2**40}})
 
 
 # --- choose_method -----------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def method_cases(draw: Draw) -> Iterator[Case]:
         names[2]: candidate(number(60, 65), many, 90),
     }
     yield Case("everything is affordable", {"candidates": three, "budget": {"training_memory": 500}})
-    yield Case("the best is too expensive", {"candidates": three, "budget": {"training_memory": 100}})
+    yield Case("the best is over budget", {"candidates": three, "budget": {"training_memory": 100}})
     yield Case("only the worst is affordable", {"candidates": three, "budget": {"trained_parameters": 1000}})
     both: dict[str, Data] = {"training_memory": 100, "trained_parameters": 1000}
     yield Case("two limits", {"candidates": three, "budget": both})
@@ -87,14 +87,14 @@ def method_cases(draw: Draw) -> Iterator[Case]:
         names[4]: candidate(level, few, 95),
         names[5]: candidate(level - 5, few // 2, 10),
     }
-    yield Case("two are equally good", {"candidates": equal, "budget": {"training_memory": 100}})
+    yield Case("two of equal quality", {"candidates": equal, "budget": {"training_memory": 100}})
     losses: dict[str, Data] = {
         names[6]: candidate(-number(2, 3), many, 70),
         names[7]: candidate(-number(4, 5), few, 70),
     }
-    yield Case("the quality is a negative number (minus the loss)", {"candidates": losses, "budget": {}})
+    yield Case("the quality is negative (minus the loss)", {"candidates": losses, "budget": {}})
     exact: dict[str, Data] = {"training_memory": 90}
-    yield Case("one that costs exactly the limit", {"candidates": three, "budget": exact})
+    yield Case("one candidate costs exactly the limit", {"candidates": three, "budget": exact})
     yield Case("nothing is affordable", {"candidates": three, "budget": {"training_memory": 5}})
 
 
@@ -102,9 +102,9 @@ def method_cases(draw: Draw) -> Iterator[Case]:
 
 
 def try_rates(answer: Callable[..., Any], rates: list[float], losses: list[float]) -> Any:
-    """Plain data has text as keys: the dictionary is made here."""
+    """Keys of plain data are strings: the dictionary is built here."""
     rate, believable = answer(dict(zip(rates, losses, strict=True)))
-    return {"the rate": float(rate), "can it be believed": bool(believable)}
+    return {"the rate": float(rate), "can it be trusted": bool(believable)}
 
 
 def rate_cases(draw: Draw) -> Iterator[Case]:
@@ -120,11 +120,11 @@ def rate_cases(draw: Draw) -> Iterator[Case]:
     yield Case("the best is in the middle", sweep(2.0, 1.5, 1.9))
     yield Case("the best is the smallest rate", sweep(1.2, 1.5, 1.9))
     yield Case("the best is the largest rate", sweep(2.0, 1.5, 1.1))
-    yield Case("five rates, not in order", turned(sweep(2.0, 1.8, 1.5, 1.3, 1.6), [3, 0, 4, 2, 1]))
-    yield Case("the edge, not in order", turned(sweep(2.0, 1.8, 1.5, 1.1), [1, 3, 0, 2]))
+    yield Case("five rates, unsorted", turned(sweep(2.0, 1.8, 1.5, 1.3, 1.6), [3, 0, 4, 2, 1]))
+    yield Case("the best is at the edge, unsorted", turned(sweep(2.0, 1.8, 1.5, 1.1), [1, 3, 0, 2]))
     yield Case("the largest rate diverged", sweep(2.0, 1.5, math.nan))
     yield Case("the smallest is the best, the others diverged", sweep(1.5, math.nan, math.nan))
-    yield Case("the first that was tried diverged", turned(sweep(2.0, 1.6, 1.7, math.nan), [3, 1, 2, 0]))
+    yield Case("the first rate tried diverged", turned(sweep(2.0, 1.6, 1.7, math.nan), [3, 1, 2, 0]))
     yield Case("one rate", sweep(1.5))
     yield Case("everything diverged", sweep(math.nan, math.nan))
 
@@ -133,29 +133,29 @@ def rate_cases(draw: Draw) -> Iterator[Case]:
 
 
 def try_front(answer: Callable[..., Any], costs: Any, quality: Any) -> Any:
-    """Places in a list, an array or a tensor are the same thing."""
+    """Indices may come as a list, an array or a tensor."""
     front = answer(costs, quality)
     return [int(place) for place in front] if hasattr(front, "shape") and len(front.shape) == 1 else front
 
 
 def front_cases(draw: Draw) -> Iterator[Case]:
     def points(*rows: tuple[float, ...]) -> dict[str, Data]:
-        """Rows of costs, the last number of each the quality; stretched, which changes no order."""
+        """Rows of costs, each followed by the quality; rescaled, which does not change any order."""
         values = torch.tensor(rows, dtype=torch.float64) * (1 + draw.integer(0, 3)) + 0.25 * draw.integer(0, 8)
         return {"costs": values[:, :-1].contiguous(), "quality": values[:, -1].contiguous()}
 
     yield Case("one beats the other", points((1, 5), (2, 4)))
-    yield Case("better and dearer: none beats the other", points((1, 4), (2, 5)))
-    yield Case("equally good, one is dearer", points((2, 5), (1, 5), (3, 4)))
-    yield Case("equally dear, one is better", points((1, 4), (1, 5)))
-    yield Case("two that are equal in everything", points((1, 5), (1, 5), (2, 4)))
+    yield Case("better and more expensive: neither beats the other", points((1, 4), (2, 5)))
+    yield Case("equally good, one more expensive", points((2, 5), (1, 5), (3, 4)))
+    yield Case("equally expensive, one better", points((1, 4), (1, 5)))
+    yield Case("two that are equal in every respect", points((1, 5), (1, 5), (2, 4)))
     yield Case("two that are equal, and one that beats both", points((2, 4), (2, 4), (1, 5)))
-    yield Case("two costs: each is the cheapest in one of them", points((1, 4, 4), (3, 1, 4), (3, 4, 4)))
-    yield Case("the best one is the dearest in all", points((1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 2.5)))
+    yield Case("two costs: each candidate is the cheapest in one of them", points((1, 4, 4), (3, 1, 4), (3, 4, 4)))
+    yield Case("the best one is the most expensive in every cost", points((1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 2.5)))
     n = draw.integer(7, 9)
     grid = torch.randint(0, 4, (n, 3), generator=draw.generator).double()
-    yield Case("many, with two costs", {"costs": grid[:, :2].contiguous(), "quality": grid[:, 2].contiguous()})
-    yield Case("as many costs as qualities, but one", {"costs": grid[:, :2].contiguous(), "quality": grid[1:, 2]})
+    yield Case("many candidates, two costs", {"costs": grid[:, :2].contiguous(), "quality": grid[:, 2].contiguous()})
+    yield Case("one quality fewer than rows of costs", {"costs": grid[:, :2].contiguous(), "quality": grid[1:, 2]})
 
 
 # --- paired_bootstrap --------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def bootstrap_cases(draw: Draw) -> Iterator[Case]:
     ahead = scores(6, ahead=5.0)
     yield Case("the first is better on every card", ahead | draws(8, 6))
     yield Case("the second is better on every card", {"one": ahead["other"], "other": ahead["one"]} | draws(8, 6))
-    yield Case("both are the same", {"one": ahead["one"], "other": ahead["one"]} | draws(4, 6))
+    yield Case("both are equal", {"one": ahead["one"], "other": ahead["one"]} | draws(4, 6))
     yield Case("close, 40 draws", scores(12) | draws(40, 12))
     skewed = torch.zeros(10, dtype=torch.float64)
     skewed[draw.integer(0, 9)] = 10.0
@@ -181,7 +181,7 @@ def bootstrap_cases(draw: Draw) -> Iterator[Case]:
     yield Case("ahead by a single card", nearly | draws(60, 10))
     whole = {"one": draw.integers(0, 2, 8), "other": draw.integers(0, 2, 8)}
     yield Case("whole numbers, with ties", whole | draws(50, 8))
-    yield Case("not as many cards for the second", {"one": skewed, "other": skewed[:9]} | draws(4, 9))
+    yield Case("fewer cards for the second", {"one": skewed, "other": skewed[:9]} | draws(4, 9))
 
 
 EXERCISES = [
@@ -192,11 +192,10 @@ EXERCISES = [
         minutes=5,
         points=2,
         hints=(
-            "Two questions, one after the other: is every limit about something that is known? Which limits are "
-            "broken?",
-            "The second is one list comprehension over the budget's items; the budget gives the order.",
-            "Refuse what is missing first, with a ValueError that names it. Then keep the names whose cost is larger "
-            "than the limit; equal is allowed.",
+            "There are two questions: is the cost of every limited resource known? Which limits are exceeded?",
+            "The second question takes one list comprehension over the budget's items, in the budget's order.",
+            "First raise a ValueError that names the missing costs. Then keep the names whose cost exceeds the limit; "
+            "equal is allowed.",
         ),
         cases=budget_cases,
     ),
@@ -207,29 +206,14 @@ EXERCISES = [
         minutes=10,
         points=3,
         hints=(
-            "NaN is not larger and not smaller than anything: what does min do with it? Deal with it before you "
-            "compare.",
-            "Leave out the runs that diverged when you look for the best loss, and count them in when you ask whether "
-            "the best rate has neighbours.",
-            "min(finished, key=...) gives the best rate. It is inside the sweep when it is neither the smallest nor "
-            "the largest of all rates that were tried.",
+            "NaN is neither larger nor smaller than anything: what does min do with it? Handle it before you compare.",
+            "Leave out the runs that diverged when you look for the best loss, but count them when you ask whether the "
+            "best rate has neighbours.",
+            "min(finished, key=...) gives the best rate. It is inside the sweep if it is neither the smallest nor the "
+            "largest of all the rates tried.",
         ),
         cases=rate_cases,
         probe=try_rates,
-    ),
-    Exercise(
-        choose_method,
-        idea="choosing a method",
-        difficulty=2,
-        minutes=10,
-        points=3,
-        hints=(
-            "First throw out what is over budget; your over_budget does that. Only then compare.",
-            "max with a key that is a tuple compares the first entries, and the second ones where the first are equal.",
-            "The key of a candidate: its quality, and then minus the number of parameters that it trains, since fewer "
-            "is better. If nothing is left, raise a ValueError.",
-        ),
-        cases=method_cases,
     ),
     Exercise(
         pareto_front,
@@ -238,14 +222,28 @@ EXERCISES = [
         minutes=20,
         points=4,
         hints=(
-            "Make everything point the same way first: less is better for the costs and for minus the quality.",
-            "For a pair i, j ask two questions over all columns: is i nowhere worse than j (all), is i somewhere "
+            "First make everything point the same way: less is better for the costs and for minus the quality.",
+            "For a pair i, j ask two questions over all columns: is i nowhere worse than j (all), and is i somewhere "
             "better (any)? i beats j if both hold.",
             "Broadcasting compares all pairs at once: values[:, None] against values[None] has the shape (n, n, k + "
-            "1). A candidate is on the front if nobody beats it.",
+            "1). A candidate is on the front if no other beats it.",
         ),
         cases=front_cases,
         probe=try_front,
+    ),
+    Exercise(
+        choose_method,
+        idea="choosing a method",
+        difficulty=2,
+        minutes=10,
+        points=3,
+        hints=(
+            "First discard what is over budget, with your over_budget. Then compare.",
+            "max with a tuple as key compares the first entries, and the second entries if the first are equal.",
+            "The key of a candidate is its quality, followed by minus the number of parameters it trains, since fewer "
+            "is better. If no candidate is left, raise a ValueError.",
+        ),
+        cases=method_cases,
     ),
     Exercise(
         paired_bootstrap,
@@ -254,10 +252,10 @@ EXERCISES = [
         minutes=15,
         points=4,
         hints=(
-            "A row of places is a test set. Both systems have to be scored on the same one, so look at differences.",
-            "Indexing a vector with a matrix of places gives a matrix: a row of differences for each draw.",
-            "The mean of each row says who won that draw. Count the rows above 0, and half of those that are exactly "
-            "0, and divide by the number of rows.",
+            "A row of places is a test set. Both systems have to be scored on the same one, so use differences.",
+            "Indexing a vector with a matrix of places gives a matrix: one row of differences per draw.",
+            "The mean of each row decides that draw. Count the rows above 0, and half of those that are exactly 0, and "
+            "divide by the number of rows.",
         ),
         cases=bootstrap_cases,
     ),
@@ -266,28 +264,38 @@ EXERCISES = [
 PREDICTIONS = [
     Prediction(
         name="thousand_customers",
-        question="A thousand customers, each with a task of their own. You keep either a fully fine-tuned checkpoint "
-        "of the bundled model for each, or the base once and a LoRA of rank 8 beside every matrix (196,608 parameters "
-        "of 5,853,184) for each, everything in 32 bits. How many times more bytes do the checkpoints need?",
+        question=(
+            "You serve a thousand customers, each with a task of their own. You store either a fully fine-tuned "
+            "checkpoint of the bundled model for each, or the base once and, for each customer, a LoRA of rank 8 on "
+            "every matrix (196,608 parameters; the model has 5,853,184), everything in 32 bits. By what factor do the "
+            "checkpoints need more bytes?"
+        ),
         answer=1000 * 5_853_184 / (5_853_184 + 1000 * 196_608),
         within=1.35,
-        explanation="1,000 checkpoints have 1,000 · 5.85 M numbers. With LoRA it is 5.85 M once and 1,000 · 0.197 M: "
-        "about 29 times fewer. For a large model the ratio approaches the inverse of the share that is trained.",
+        explanation=(
+            "1,000 checkpoints have 1,000 · 5.85 M parameters. With LoRA there are 5.85 M once and 1,000 · 0.197 M: "
+            "smaller by a factor of about 29. For a large number of customers the factor approaches the inverse of the "
+            "share that is trained."
+        ),
         idea="choosing a method",
         points=1,
     ),
     Prediction(
         name="two_points_ahead",
-        question="Two systems wrote texts for the same 100 cards; the first has a mean slot error rate two points "
-        "lower. Can you tell from that number alone whether another 100 cards would give the same order?",
+        question=(
+            "Two systems generated texts for the same 100 cards; the mean slot error rate of the first is two points "
+            "lower. Can you tell from that number alone whether another 100 cards would give the same order?"
+        ),
         choices={
             "a": "yes: 100 cards are enough for two points",
             "b": "no: it depends on how much the difference varies from card to card",
             "c": "no: a difference of two points is always chance",
         },
         answer="b",
-        explanation="Two points can come from two cards or from all hundred. The bootstrap draws the cards again, with "
-        "repetition, and looks how often the order stays.",
+        explanation=(
+            "Two points can come from two cards or from all hundred. The bootstrap draws the cards again, with "
+            "replacement, and counts how often the order stays the same."
+        ),
         idea="fair comparisons",
         points=1,
     ),

@@ -1,4 +1,4 @@
-"""The capstone: choosing a method under a budget, and a leaderboard on cards whose texts nobody has seen.
+"""The capstone: choosing a method under a budget, and a leaderboard on cards with hidden references.
 
-`budget` says what a method costs, `choosing` picks one, `hidden` has the cards, `leaderboard` keeps the score.
+`budget` computes costs, `choosing` compares methods, `hidden` has the cards, `leaderboard` scores entries.
 """

@@ -1,4 +1,4 @@
-"""What a method costs, before anything is trained, and whether that is within a budget."""
+"""What a method costs, computed before training, and whether that is within a budget."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.methods.method import Method
 
 COSTS = {
-    "trained_parameters": "numbers that are trained",
-    "training_memory": "bytes at the peak of a training step",
-    "added_work": "multiply-adds for each token that is read, beyond the base model's",
-    "saved_bytes": "bytes that have to be kept for each task",
+    "trained_parameters": "number of trained parameters",
+    "training_memory": "peak bytes of a training step",
+    "added_work": "multiply-adds per token read, in addition to the base model's",
+    "saved_bytes": "bytes stored per task",
 }
 
 BRIEFS = {
-    "tenants": "1,000 customers, each with a model of their own, on one server that answers all of them in one batch",
-    "latency": "one task, and no answer may come later than the base model's",
-    "laptop": "a student's old laptop has to train it",
+    "tenants": "1,000 customers, each with their own model, on one server that answers all of them in one batch",
+    "latency": "one task, and no answer may take longer than the base model's",
+    "laptop": "the model has to be trained on a student's old laptop",
 }
 
 
 def cost_of(
     config: GPT2Config, method: Method, *, batch_size: int = 8, tokens: int = 96, merged: bool = False
 ) -> dict[str, int]:
-    """What adapting a GPT-2 of this shape costs, under the names of `COSTS`. Nothing is trained or allocated.
+    """The costs of adapting a GPT-2 of this shape, by the names in `COSTS`. Nothing is trained or allocated.
 
     Args:
-        batch_size, tokens: of a training step, for the memory: B texts of T tokens.
-        merged: the update is put into the weights before the model is used, so that it adds no work.
+        batch_size, tokens: B texts of T tokens per training step, for the memory.
+        merged: whether the update is merged into the weights for inference, so that it adds no work.
 
     Raises:
         ValueError: the method cannot be merged, or does not fit the shape.
     """
     if merged and not method.can_merge:
-        raise ValueError(f"{method.name} cannot be merged into the weights; leave `merged` out")
+        raise ValueError(f"{method.name} cannot be merged into the weights; use merged=False")
     model = method.blank_model(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = 0 if merged else multiply_adds(method.on_full_base().blank_model(config)) - base_work(config)
@@ -59,7 +59,7 @@ def saved_bytes(model: GPT2, method: Method) -> int:
 
 
 def multiply_adds(model: GPT2, tokens: int = 64) -> int:
-    """The multiplications with an addition that one token costs when a text of so many tokens is read.
+    """Multiply-adds per token when a text of this many tokens is read.
 
     PyTorch counts them, operation by operation; on the meta device nothing is computed.
     """
@@ -72,33 +72,33 @@ def multiply_adds(model: GPT2, tokens: int = 64) -> int:
 
 
 def base_work(config: GPT2Config) -> int:
-    """`multiply_adds` of a GPT-2 of this shape that nobody has adapted."""
+    """`multiply_adds` of an unadapted GPT-2 of this shape."""
     with torch.device("meta"):
         return multiply_adds(GPT2(config))
 
 
 def over_budget(cost: Mapping[str, float], budget: Mapping[str, float]) -> list[str]:
-    """What is too expensive: the names in the budget whose cost is above the limit, in the budget's order.
+    """The names in the budget whose cost exceeds the limit, in the budget's order.
 
-    What costs exactly the limit is within it. What the budget does not name has no limit.
+    A cost equal to the limit is within it. Costs that the budget does not name are not limited.
 
     Args:
-        cost: of each resource, by name.
-        budget: the most that it may cost, by name; a part of the resources.
+        cost: the cost of each resource, by name.
+        budget: the limit of some or all of the resources, by name.
 
     Raises:
         ValueError: the budget names a resource whose cost is not known. Unknown is not free.
     """
     unknown = [name for name in budget if name not in cost]
     if unknown:
-        raise ValueError(f"the budget limits {', '.join(unknown)}, and the cost says nothing about it")
+        raise ValueError(f"the budget limits {', '.join(unknown)}, whose cost is not given")
     return [name for name, limit in budget.items() if cost[name] > limit]
 
 
 def budget_of(brief: str, config: GPT2Config) -> dict[str, float]:
     """The limits of one of the `BRIEFS` for a GPT-2 of this shape.
 
-    They are shares of what full fine-tuning costs, so that they make sense for every size of model.
+    They are shares of the costs of full fine-tuning, so that they suit models of every size.
 
     Raises:
         ValueError: there is no such brief.

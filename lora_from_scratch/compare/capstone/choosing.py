@@ -1,4 +1,4 @@
-"""Choosing among methods by what was measured, and not by more than was measured."""
+"""Choosing among methods by measurements, without claiming more than they show."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lora_from_scratch.compare.capstone.budget import over_budget
 
 
 def pareto_front(costs: Tensor, quality: Tensor) -> list[int]:
-    """The candidates that no other one beats: the Pareto front, as places in increasing order.
+    """The Pareto front: the indices of the candidates that no other candidate beats, in increasing order.
 
     One candidate beats (dominates) another if it is nowhere worse, in no cost and not in quality, and better
-    somewhere. Two that are equal in everything do not beat each other: both are on the front or neither is.
+    somewhere. Two that are equal in every respect do not beat each other: both are on the front or neither is.
 
     Args:
-        costs: (n, k), of n candidates in k resources; less is better.
+        costs: (n, k), the costs of n candidates in k resources; less is better.
         quality: (n,), more is better.
 
     Raises:
-        ValueError: there are not as many qualities as rows of costs.
+        ValueError: the number of qualities and the number of rows of costs differ.
     """
     if costs.dim() != 2 or quality.shape != costs.shape[:1]:
         raise ValueError(f"costs must be (n, k) and quality (n,), got {tuple(costs.shape)} and {tuple(quality.shape)}")
@@ -34,33 +34,33 @@ def pareto_front(costs: Tensor, quality: Tensor) -> list[int]:
 
 
 def choose_method(candidates: Mapping[str, Mapping[str, float]], budget: Mapping[str, float]) -> str:
-    """The candidate of the highest quality within the budget; of several, the one that trains the fewest parameters.
+    """The candidate of the highest quality within the budget; among equals, the one that trains fewest parameters.
 
     Args:
-        candidates: by name, each with its costs and, under "quality", how good it is (more is better).
-        budget: the most that each cost may be (`over_budget`).
+        candidates: costs and "quality" of each candidate, by name; a higher quality is better.
+        budget: the limits of the costs, as in `over_budget`.
 
     Raises:
         ValueError: no candidate is within the budget.
     """
     affordable = {name: values for name, values in candidates.items() if not over_budget(values, budget)}
     if not affordable:
-        raise ValueError(f"none of {', '.join(candidates)} is within the budget; it has to be raised, or more tried")
+        raise ValueError(f"none of {', '.join(candidates)} is within the budget; raise it or try other settings")
     return max(affordable, key=lambda name: (affordable[name]["quality"], -affordable[name]["trained_parameters"]))
 
 
 def best_learning_rate(losses: Mapping[float, float]) -> tuple[float, bool]:
-    """The learning rate with the lowest loss, and whether the sweep can be believed.
+    """The learning rate with the lowest loss, and whether the sweep can be trusted.
 
-    It can if the best rate has a neighbour on both sides: a best rate at the edge of what was tried may be far from
-    the best that there is, and a method that is judged by it looks worse than it is.
+    It can if rates were tried on both sides of the best one: a best rate at the edge of the sweep may be far from the
+    optimum, and a method judged by it looks worse than it is.
 
     Args:
-        losses: the loss on held-out data for each rate that was tried, in any order; NaN where the run diverged,
-            which is worse than any loss. A rate that diverged is a neighbour like any other.
+        losses: the loss on held-out data for each rate tried, in any order; NaN if the run diverged, which is worse
+            than any loss. A rate that diverged counts as a neighbour.
 
     Returns:
-        the rate, and True if there is a smaller and a larger one among those that were tried.
+        The rate, and True if both a smaller and a larger rate were tried.
 
     Raises:
         ValueError: nothing was tried, or every run diverged.
@@ -73,21 +73,21 @@ def best_learning_rate(losses: Mapping[float, float]) -> tuple[float, bool]:
 
 
 def paired_bootstrap(one: Tensor, other: Tensor, places: Tensor) -> float:
-    """In what share of resampled test sets does the first system beat the second? (Koehn 2004, section 3)
+    """The share of resampled test sets on which the first system beats the second (Koehn 2004, section 3).
 
-    A test set is one draw of cards; another draw would give another difference. Each row of `places` is such a draw
-    from the cards that there are, with repetition, the *same* cards for both systems. Near 1 the first is better
-    whatever the cards, near 1/2 the cards decide. A draw on which both are equal counts half.
+    A test set is one sample of cards; another sample would give another difference. Each row of `places` is a sample
+    of the existing cards with replacement, the *same* cards for both systems. Near 1, the first system is better
+    whatever the cards; near 1/2, the cards decide. A sample on which both are equal counts half.
 
     Args:
         one, other: (n,), the scores of both systems on the same n cards; more is better.
         places: (samples, n), int64, from 0 to n - 1: the cards of each draw.
 
     Raises:
-        ValueError: the two have not the same number of cards.
+        ValueError: the systems have scores for different numbers of cards.
     """
     if one.shape != other.shape or one.dim() != 1:
-        raise ValueError(f"both need a score for each of the same cards, got {tuple(one.shape)}, {tuple(other.shape)}")
+        raise ValueError(f"both need one score for each card, got shapes {tuple(one.shape)} and {tuple(other.shape)}")
     difference = (one - other).double()[places].mean(dim=1)  # (samples,)
     wins = (difference > 0).double() + 0.5 * (difference == 0)
     return float(wins.mean())

@@ -1,7 +1,7 @@
-"""Cards to write texts for, and the texts that they are compared with, which are in no notebook.
+"""Cards to write texts for, and their reference texts, which are not in any notebook.
 
-The cards are none of the task's own. At home everything is on one's own computer, so that "hidden" is a matter of not
-looking; an instructor draws the cards of a class from a seed of their own and keeps it.
+The cards are not in the task's data set. For learners at home everything is on their own computer, so "hidden" means
+that they do not look; an instructor draws the cards of a class from another seed and keeps it secret.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lora_from_scratch.finetune.story_cards import draw_cards, references, story
 from lora_from_scratch.finetune.story_grammar import LEXICON
 
 CARDS = 100
-HOME_SEED = 14  # of who learns alone
+HOME_SEED = 14  # for learners at home
 
 
 def hidden_cards(seed: int = HOME_SEED, count: int = CARDS) -> list[str]:
-    """Cards that are in no split of the task's own data."""
+    """Cards that are not in any split of the task's data."""
     fresh = (mr for mr in draw_cards(Random(f"capstone {seed}")) if mr not in _known())
     return list(itertools.islice(fresh, count))
 
@@ -40,14 +40,14 @@ def score(texts: Mapping[str, str], cards: Sequence[str], seed: int = HOME_SEED)
     """BLEU (0 to 100) and slot error rate of the texts for these cards.
 
     Raises:
-        ValueError: a card has no text, a text has no card, or something is no text.
+        ValueError: a card has no text, a text has no card, or a text is not a string.
     """
     missing = [mr for mr in cards if mr not in texts]
     if missing:
         raise ValueError(f"{len(missing)} of {len(cards)} cards have no text, the first is {missing[0]!r}")
     unknown = [mr for mr in texts if mr not in set(cards)]
     if unknown:
-        raise ValueError(f"{len(unknown)} texts belong to no card of this task, the first to {unknown[0]!r}")
+        raise ValueError(f"{len(unknown)} texts do not belong to a card of this task, the first is for {unknown[0]!r}")
     wrong = next((mr for mr in cards if not isinstance(texts[mr], str)), None)
     if wrong is not None:
         raise ValueError(f"the text for {wrong!r} is a {type(texts[wrong]).__name__}; it must be a string")

@@ -1,7 +1,7 @@
-"""Who has made the most of a budget: entries, their scores, and a board of them.
+"""The leaderboard of the capstone: entries, their scores, and the board.
 
-An entry is a JSON file that a learner hands in. What it says of its costs is the learner's word; its texts are scored
-by whoever has the cards' references.
+An entry is a JSON file that a learner submits. Its costs are as the learner states them; its texts are scored by
+whoever has the cards' references.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.support import learner_folder
 from lora_from_scratch.support.files import write_json
 
-LARGEST = 2_000_000  # bytes of an entry
+LARGEST = 2_000_000  # the size limit of an entry, in bytes
 LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What somebody hands in: what it is, what it costs, and a text for every card."""
+    """A submission: its name and brief, its costs, and a text for every card."""
 
     name: str
     brief: str
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Placed:
-    """A line of the board. `place` is None where the budget was exceeded; `over` says in what."""
+    """A line of the board. `place` is None if the budget is exceeded; `over` names the exceeded limits."""
 
     name: str
     brief: str
@@ -50,7 +50,7 @@ class Placed:
 
 
 def write_entry(path: str | Path, entry: Entry) -> None:
-    """Write what is handed in.
+    """Write an entry to a file.
 
     Raises:
         ValueError: the entry is not complete.
@@ -64,8 +64,8 @@ def read_entry(path: str | Path) -> Entry:
     """Read what `write_entry` wrote. Nothing in it is trusted.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is something else.
+        OSError: there is no such file.
+        ValueError: the file is not a valid entry.
     """
     file = Path(path)
     if file.stat().st_size > LARGEST:
@@ -81,7 +81,7 @@ def judge_entry(entry: Entry, budget: Mapping[str, float], seed: int = HOME_SEED
     """Score an entry's texts, and compare its costs with the budget.
 
     Raises:
-        ValueError: a card has no text, a text no card, or a cost that the budget limits is missing.
+        ValueError: a card has no text, a text has no card, or a cost that the budget limits is missing.
     """
     scores = score(entry.texts, hidden_cards(seed), seed)
     return Placed(
@@ -90,14 +90,14 @@ def judge_entry(entry: Entry, budget: Mapping[str, float], seed: int = HOME_SEED
 
 
 def placed(entries: Iterable[Placed]) -> list[Placed]:
-    """The board of one brief: the best BLEU first, equal scores on the same place, what is over budget at the end."""
+    """The board of one brief: the best BLEU first, equal scores in the same place, entries over budget at the end."""
     lines = sorted(entries, key=lambda entry: (bool(entry.over), -entry.bleu, entry.slot_errors, entry.name))
     scores = [entry.bleu for entry in lines if not entry.over]
     return [Placed(**{**asdict(e), "place": None if e.over else scores.index(e.bleu) + 1}) for e in lines]
 
 
 def house_entries(brief: str, budget: Mapping[str, float]) -> list[Placed]:
-    """What the course's own runs reach (`benchmarks/capstone_house.py`): all methods, tuned, 500 steps."""
+    """The course's own entries (`benchmarks/capstone_house.py`): all methods, tuned, 500 steps."""
     path = resources.files("lora_from_scratch").joinpath("assets", "capstone_house.json")
     document = json.loads(path.read_text(encoding="utf-8"))
     return [
@@ -110,14 +110,14 @@ def house_entries(brief: str, budget: Mapping[str, float]) -> list[Placed]:
 
 
 def own_folder() -> Path:
-    """Where what somebody has submitted on this computer is kept, a file for each name."""
+    """The folder of the entries submitted on this computer, one file per name."""
     return learner_folder.folder() / "leaderboard"
 
 
 def submit(entry: Entry, config: GPT2Config, path: str | Path = "capstone.json", seed: int = HOME_SEED) -> list[Placed]:
-    """Score an entry, write it to be handed in, keep it on this computer, and return its brief's board.
+    """Score an entry, write it to `path`, keep a copy on this computer, and return its brief's board.
 
-    An entry of the same name and brief takes the place of the one before.
+    An earlier entry with the same name and brief is replaced.
 
     Raises:
         ValueError: the entry is not complete. Nothing is written then.
@@ -127,7 +127,7 @@ def submit(entry: Entry, config: GPT2Config, path: str | Path = "capstone.json",
     budget = budget_of(entry.brief, config)
     mine = judge_entry(entry, budget, seed)
     write_entry(path, entry)
-    if learner_folder.switched_off():  # the notebooks are being built, or nothing is to be kept
+    if learner_folder.switched_off():  # the notebooks are being built, or nothing should be kept
         return placed([mine, *house_entries(entry.brief, budget)])
     digest = hashlib.sha256(entry.name.encode()).hexdigest()[:16]
     write_entry(own_folder() / f"{entry.brief}-{digest}.json", entry)
@@ -137,7 +137,7 @@ def submit(entry: Entry, config: GPT2Config, path: str | Path = "capstone.json",
 def board_of(
     brief: str, config: GPT2Config, files: Iterable[Path], seed: int = HOME_SEED
 ) -> tuple[list[Placed], list[str]]:
-    """The board of a brief from these entries and the course's own; and what is wrong with those that are left out."""
+    """The board of a brief from these entries and the course's own, and a message for each entry that is left out."""
     budget = budget_of(brief, config)
     lines, complaints = house_entries(brief, budget), []
     for file in files:
@@ -151,7 +151,7 @@ def board_of(
 
 
 def board(lines: Sequence[Placed]) -> str:
-    """The board as a table in Markdown."""
+    """The board as a Markdown table."""
     head = ("place", "name", "BLEU", "slot errors", "trained", "memory", "added work", "saved")
     rows = [head, *(_cells(line) for line in lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -182,7 +182,7 @@ def _check(data: Any, where: str) -> dict[str, Any]:
     """The fields of an entry.
 
     Raises:
-        ValueError: one is missing, or is something else.
+        ValueError: a field is missing or invalid.
     """
     if not isinstance(data, dict) or set(data) != {"name", "brief", "cost", "texts"}:
         raise ValueError(f"{where} is not an entry: it needs name, brief, cost and texts")
@@ -195,7 +195,7 @@ def _check(data: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: the cost must give a number, at least 0, for each of {', '.join(COSTS)}")
     texts = data["texts"]
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-        raise ValueError(f"{where}: the texts must be a text for each card")
+        raise ValueError(f"{where}: texts must give a text for each card")
     return data
 
 
