@@ -234,8 +234,8 @@ show(
 # %% exercise="quantize_nf4"
 
 # %% [markdown]
-# Now the reverse, in a few plain lines. A 4-bit layer does this every time it is used, so the library's layers call a
-# faster version (`quantization/fast_nf4.py`), which is tested to give the same bits.
+# Now the reverse, in a few simple lines. Dequantisation runs every time a layer is used, so the library's layers call a
+# faster version (`quantization/fast_nf4.py`), which is tested to give exactly the same bits.
 
 # %% exercise="dequantize_nf4"
 

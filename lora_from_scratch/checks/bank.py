@@ -3,6 +3,8 @@
 A wrong answer is code with what is said to whoever wrote it. It tests the check (which has to refuse it, with these
 words), and it is the check's diagnosis: an answer that does the same as it in every case has made this mistake.
 
+Most answers are written out. A wrong one that differs from the reference by a token or two says only that (`changed`).
+
 The answers to a unit's exercises are in the files `answers*.py` of its folder; a check loads those of its own unit.
 An instructor adds answers in a folder of the same layout (see `units`).
 """
@@ -96,11 +98,11 @@ def changed(reference: Any, *pieces: tuple[str, str]) -> Callable[[Any], Any]:
         @changed(over_budget, ("cost[name] > limit", "cost[name] >= limit"))
         def limit_is_too_much(): ...
 
-    For a mistake of a token or two, which a copy of the whole function would hide.
+    For a mistake of a token or two, which would be hard to see in a copy of the whole function.
 
     Args:
-        reference: the function or class that solves the exercise.
-        pieces: each an old text, which must occur exactly once in the reference's source, and the new text for it.
+        reference: the library's function or class, which solves the exercise.
+        pieces: pairs (old, new). The old text must occur exactly once in the reference's source.
 
     Raises:
         ValueError: an old text does not occur exactly once.

@@ -21,11 +21,8 @@ PACKAGE = units.PACKAGE.parent
 WITHOUT = (
     "cli/",
     "grading/building/",
-    *(
-        f"grading/{name}.py"
-        for name in ("autograded", "course_folder", "exporters", "grade", "gradebook", "keys", "pool")
-    ),
-    *(f"grading/{name}.py" for name in ("preprocessors", "report", "summary", "tasks")),
+    *(f"grading/{name}.py" for name in ("autograded", "course_folder", "exporters", "feedback", "formgrader", "grade")),
+    *(f"grading/{name}.py" for name in ("gradebook", "keys", "pool", "preprocessors", "report", "summary", "tasks")),
 )
 LARGEST_FILE = 25_000_000  # bytes of a file that is read; of a larger one only its size counts
 DIGITS = 16

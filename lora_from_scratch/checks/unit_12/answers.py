@@ -22,8 +22,8 @@ TINY = 1e-30
 # --- absmax_int8 -------------------------------------------------------------------------------------
 
 
-def to_int8(x: Tensor, absmax: Tensor, levels: float = 127) -> Tensor:
-    return torch.round(x.float() * (levels / absmax.float().clamp(min=TINY))).to(torch.int8)
+def to_int8(x: Tensor, absmax: Tensor) -> Tensor:
+    return torch.round(x.float() * (127 / absmax.float().clamp(min=TINY))).to(torch.int8)
 
 
 @right("absmax_int8")
