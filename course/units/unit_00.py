@@ -227,9 +227,8 @@ for texts, tokens in ((1, 512), (1, 1024), (1, 2048), (8, 2048)):
 # %% [markdown]
 # Twice as many texts need twice as many bytes. Texts of twice the *length* need more than that: the attention matrices,
 # (T, T) for each head, grow with the square of the length. The activations of a single long text are therefore nearly
-# as large as the weights, and the paper's 350 GB include none of this. In practice they are not all kept: modern
-# kernels never store the (T, T) matrices, and gradient checkpointing computes the rest a second time instead of keeping
-# it (unit 13).
+# as large as the weights. In practice they are not all kept: modern kernels never store the (T, T) matrices, and
+# gradient checkpointing computes the rest a second time instead of keeping it (unit 13).
 
 # %% [markdown]
 # ## What is saved
@@ -377,9 +376,10 @@ for name, parts in measured.items():
 # kept. A frozen matrix needs no gradient, so its input can be freed, unless something trained beside it needs it. With
 # LoRA on q and v only, the inputs of the MLP's matrices are freed; with LoRA on every matrix, almost nothing is.
 #
-# So what LoRA saves depends on what fills your memory. With a large model and short texts, weights, gradients and
-# optimiser states dominate, and LoRA saves two thirds to three quarters of the memory. With a small model and long
-# texts, activations dominate, and LoRA helps little. Move the slider to larger models to see the balance shift.
+# So what LoRA saves depends on what fills your memory. (The paper's 350 GB do not include the activations.) With a
+# large model and short texts, weights, gradients and optimiser states dominate, and LoRA saves two thirds to three
+# quarters of the memory. With a small model and long texts, activations dominate, and LoRA helps little. Move the
+# slider to larger models to see the balance shift.
 #
 # (The sum is a little pessimistic: during the backward pass activations are freed as gradients appear, so not all of
 # it is in memory at the same moment.)

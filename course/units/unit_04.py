@@ -416,7 +416,7 @@ plotting.label(
     axes,
     x="trained parameters (millions)",
     y="loss on unseen cards (nats per token)",
-    title="Training fewer parameters, the model learns less in 20 steps",
+    title="With fewer trained parameters the model learns less",
 )
 plotting.points(axes, {name: result[:2] for name, result in results.items()})
 show(
@@ -636,7 +636,8 @@ print(f"the batch reads {len(batch.input_ids.unique())} different tokens; {rows}
 # - Only the labels decide what a model is trained on; a wrong label raises no error, so look at the texts.
 # - AdamW moves every weight by about the learning rate, whatever the size of its gradient; its weight decay is
 #   independent of the gradient.
-# - Warm-up keeps the first steps short, because there this is dangerous; the cosine ends the run with short steps.
+# - Warm-up keeps the first steps short, when long ones would do the most damage; the cosine ends the run with short
+#   steps.
 # - Full fine-tuning learns the task, needs three times the memory of the weights in addition to them, and forgets from
 #   the first steps on.
 # - Freezing lower blocks saves gradients, optimiser state and activations; how much it costs has to be measured.

@@ -527,7 +527,7 @@ show(
 # At first only the gates learn, and the prompts have to wait for them, so this cautious start is also a slow one. But
 # do not read too much into the order of the four: the library's rates are meant for runs of 500 steps, and only the
 # direct prefix was tried with three rates. What is certain is where they *start*. Which method to choose depends on
-# whether you can less afford a bad start or a slow one. LLaMA-Adapter was designed for following instructions without
+# which you can afford less: a bad start or a slow one. LLaMA-Adapter was designed for following instructions without
 # losing what the model knows, with 1.2 M parameters for a model of 7 B.
 #
 # How much attention does the trained prefix get?
