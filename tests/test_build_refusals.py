@@ -94,6 +94,13 @@ BROKEN = {
     "not empty": (SOURCE.replace('exercise="Counter"', 'exercise="Counter"\nx = 1'), "must be empty: the build writes"),
     "empty": (SOURCE + "\n# %%\n", "the cell is empty"),
     "syntax": (SOURCE + "\n# %%\nfor x in\n", "invalid syntax (line 1 of the cell)"),
+    "numbers out of order": (
+        SOURCE.replace("fourfold_root", "?")
+        .replace('exercise="Counter"', 'exercise="fourfold_root"')
+        .replace('exercise="?"', 'exercise="Counter"')
+        .replace("?", "fourfold_root"),
+        'exercise="fourfold_root" must come here',
+    ),
     "leak in code": (
         SOURCE + "\n# %%\nx = torch.ones(1)\nprint(torch.sqrt(x.double())*scale/math.cos(0.0))\n"
         "def f(x):\n    return torch.sqrt( x.double() ) * scale / math.cos(0.0)\n",

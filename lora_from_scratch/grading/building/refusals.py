@@ -105,7 +105,13 @@ def _cells_of(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
 
 
 def _order(unit: Unit, source: list[SourceCell]) -> Iterable[str]:
-    """A prediction is asked before it is checked, and something happens in between."""
+    """Exercises are in the order of their numbers. A prediction is asked, then shown by an experiment, then checked."""
+    listed = [item.name for item in unit.exercises]
+    found = [cell for cell in source if cell.get("exercise") in listed]
+    for cell, name in zip(found, listed, strict=False):
+        if cell.get("exercise") != name:
+            yield f'{cell.place}: exercise="{name}" must come here, as in the unit\'s list, which numbers it'
+            break
     for item in unit.predictions:
         asked = [index for index, cell in enumerate(source) if cell.get("prediction") == item.name]
         checked = [index for index, cell in enumerate(source) if cell.get("check") == item.name]
