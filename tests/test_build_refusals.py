@@ -39,7 +39,10 @@ def shorter(course: Course, **changes: object) -> tuple[Exercise, ...]:
 )
 def test_an_exercise_is_refused_without(course: Course, changes: dict, message: str) -> None:
     problems = course.refusal(exercises=shorter(course, **changes))
-    assert any(problem.startswith("checks/unit_99.py, fourfold_root: ") and message in problem for problem in problems)
+    assert any(
+        problem.startswith("checks/unit_99/exercises.py, fourfold_root: ") and message in problem
+        for problem in problems
+    )
 
 
 @pytest.mark.parametrize(("right", "message"), [(False, "4 wrong answers"), (True, "1 other right answers")])

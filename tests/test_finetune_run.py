@@ -22,6 +22,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.methods.adapter_files import WEIGHTS_FILE
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.registry import load_adapter, method_classes
+from tests.cli_calls import complaint
 from tests.tiny_runs import ADAPTER, RESULT, SHORT, examples, files_in, make_model, run_in, write_data
 
 
@@ -91,10 +92,39 @@ def test_the_samples_are_what_the_model_writes_before_and_after(here: Path) -> N
 def test_bytes_of_other_files_in_the_output_are_not_counted_and_the_files_stay(here: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for _ in range(2):  # the second run replaces the first one's files
-        assert main(run_in(here, tmp_path)) == 0
+        assert main(run_in(here, tmp_path, "--overwrite")) == 0
         report = json.loads((tmp_path / "report.json").read_text())["report"]
         assert report["saved_bytes"] == sum((tmp_path / name).stat().st_size for name in ADAPTER)
     assert set(files_in(tmp_path)) == RESULT | {"notes.txt"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--rank", "3"], "different: rank"),
+        (["--seed", "4"], "different: seed"),
+        (["--learning-rate", "0.5", "--cards", "2"], "different: cards, learning_rate"),
+        (["--method", "qlora"], "different: method"),
+    ],
+)
+def test_the_result_of_another_run_is_replaced_only_when_that_is_asked_for(
+    here: Path, tmp_path: Path, more: list[str], said: str
+) -> None:
+    assert main(run_in(here, tmp_path)) == 0
+    before = files_in(tmp_path)
+    message = complaint(*run_in(here, tmp_path, *more))
+    assert f"{tmp_path} holds the result of another run ({said})" in message
+    assert "--overwrite" in message
+    assert files_in(tmp_path) == before
+    assert main(run_in(here, tmp_path)) == 0  # the same run may be repeated
+    assert main(run_in(here, tmp_path, *more, "--overwrite")) == 0
+    assert files_in(tmp_path)["report.json"] != before["report.json"]
+
+
+def test_an_output_with_other_files_is_refused_by_name(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert "holds other files (thesis.tex)" in complaint(*run_in(here, tmp_path))
+    assert set(files_in(tmp_path)) == {"thesis.tex"}
 
 
 def test_full_fine_tuning_writes_a_whole_model_that_serves_as_model_and_as_adapter(here: Path, tmp_path: Path) -> None:

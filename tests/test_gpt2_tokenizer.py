@@ -232,9 +232,12 @@ def test_windows_line_ends_do_not_change_the_tokenizer(saved: Path) -> None:
     ("change", "message"),
     [
         ({"pre_tokenizer": {"type": "Whitespace"}}, "not GPT-2's byte-level BPE"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "not GPT-2's byte-level BPE"),
         ({"normalizer": {"type": "Lowercase"}}, "not GPT-2's byte-level BPE"),
-        ({"added_tokens": [{"id": 50257, "content": "<pad>"}]}, "adds the token '<pad>'"),
+        (
+            {"added_tokens": [{"id": 50258, "content": "<pad>"}]},
+            "must follow the 50257 of the vocabulary",
+        ),
+        ({"added_tokens": [{"id": 50257, "content": "<pad>", "lstrip": True}]}, "'<pad>' has lstrip"),
         ({"model": None}, "is not a tokenizer"),
     ],
 )
@@ -243,4 +246,82 @@ def test_a_tokenizer_json_that_is_not_a_gpt2s_is_refused(tmp_path: Path, change:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
+        Tokenizer.from_directory(tmp_path)
+
+
+# --- Added tokens, another end, a space in front ---------------------------------------------------
+
+SETTINGS = {
+    "added tokens": ({"pad_token": "<|pad|>", "additional_special_tokens": ["<|sep|>", "<|mask|>"]}, {}),
+    "another end": ({"eos_token": "<|stop|>"}, {}),
+    "a space in front": ({}, {"add_prefix_space": True}),
+    "all of them": ({"pad_token": "[PAD]", "eos_token": "<|stop|>"}, {"add_prefix_space": True}),
+}
+MIXED = [
+    "a<|sep|>b",
+    "x <|pad|> y",
+    " <|mask|>",
+    "[PAD]one[PAD]",
+    "no special token",
+    "<|stop|>",
+    "the end<|endoftext|>",
+    "",
+]
+
+
+def with_settings(name: str) -> Any:
+    special, options = SETTINGS[name]
+    folder = shared("data/gpt2")
+    transformers = pytest.importorskip("transformers")
+    made = transformers.GPT2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), **options)
+    made.add_special_tokens(special)
+    return made
+
+
+def as_transformers_4(theirs: Any, folder: Path) -> None:
+    """`save_pretrained` as it was before tokenizer.json was all that is written."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(shared("data/gpt2") / name, folder)
+    (folder / "added_tokens.json").write_text(json.dumps(theirs.get_added_vocab()))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": theirs.eos_token}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": theirs.add_prefix_space}))
+
+
+@pytest.mark.parametrize("form", ["transformers 4", "transformers 5", "ours"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_tokenizer_with_settings_of_its_own_gives_the_ids_of_transformers(
+    name: str, form: str, tmp_path: Path
+) -> None:
+    theirs = with_settings(name)
+    if form == "transformers 4":
+        as_transformers_4(theirs, tmp_path)
+    else:
+        theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.from_directory(tmp_path)
+    if form == "ours":
+        ours.save(tmp_path / "again")
+        ours = Tokenizer.from_directory(tmp_path / "again")
+        theirs = type(theirs).from_pretrained(tmp_path / "again")
+    assert ours.eos_id == theirs.eos_token_id
+    assert ours.vocab_size == len(theirs)
+    for text in MIXED:
+        assert ours.encode(text) == theirs(text).input_ids, text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text).input_ids, skip_special_tokens=False)
+
+
+def test_two_files_that_give_a_token_different_ids_are_refused(saved: Path) -> None:
+    count = Tokenizer.from_directory(saved).vocab_size
+    (saved / "added_tokens.json").write_text(json.dumps({"<pad>": count}))
+    (saved / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {str(count + 1): {"content": "<pad>"}}})
+    )
+    with pytest.raises(ValueError, match=r"the files give the token '<pad>' two different ids"):
+        Tokenizer.from_directory(saved)
+
+
+def test_a_tokenizer_json_that_disagrees_with_the_two_files_is_refused(tmp_path: Path) -> None:
+    peer().save_pretrained(tmp_path)
+    small = Tokenizer.train(["a small text, a small text"], 270)
+    small.save(tmp_path)
+    with pytest.raises(ValueError, match=r"has other tokens than vocab\.json and merges\.txt; keep one"):
         Tokenizer.from_directory(tmp_path)

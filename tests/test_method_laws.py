@@ -1,7 +1,7 @@
 """Laws of every method, on random models with random hyperparameters.
 
-Each law is tried on every method that it speaks of, by hypothesis. What a single method has to do beside these is in
-its own test file.
+The methods are those of the registry, and the file of each says what the laws are tried on (`Method.sample`). What a
+single method has to do beside these is in its own test file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,85 +21,13 @@ from torch import Tensor
 
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
-from lora_from_scratch.methods.adapters import Adapter
-from lora_from_scratch.methods.bitfit import BitFit
-from lora_from_scratch.methods.full_finetuning import FullFineTuning
-from lora_from_scratch.methods.llama_adapter import LlamaAdapter
-from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method, adaptation_of
-from lora_from_scratch.methods.prefix_tuning import PrefixTuning
-from lora_from_scratch.methods.prompt_tuning import PromptTuning
-from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import load_adapter, method_class, method_classes
-from lora_from_scratch.methods.spafit import SPAFIT
-from tests.helpers import tiny_model
+from tests.helpers import tiny_config, tiny_model
 from tests.test_method import assert_same, snapshot
 
 Shape = dict[str, int]
-
-WHOLE_LAYERS: list[Any] = ["all-linear", ("c_attn",), ("mlp.c_proj", "c_fc"), r".*h\.0\..*c_proj"]
-PARTS: list[Any] = [("c_attn.q",), ("c_attn.q", "c_attn.v"), ("c_attn.v", "c_fc")]
-
-
-def a_lora(draw: Any, targets: list[Any]) -> dict[str, Any]:
-    """Hyperparameters; the width is at least 4, so that a rank of 2 fits even two parts of c_attn."""
-    return {
-        "rank": draw(st.integers(1, 2)),
-        "alpha": draw(st.floats(0.1, 20)),
-        "targets": draw(st.sampled_from(targets)),
-        "dropout": draw(st.sampled_from([0.0, 0.1])),
-        "rslora": draw(st.booleans()),
-        "seed": draw(st.integers(0, 99)),
-    }
-
-
-def a_qlora(draw: Any) -> QLoRA:
-    return QLoRA(
-        **a_lora(draw, WHOLE_LAYERS),
-        quant_type=draw(st.sampled_from(["nf4", "fp4"])),
-        blocksize=draw(st.sampled_from([32, 64])),
-        double_quantization=draw(st.booleans()),
-        loftq_iterations=draw(st.integers(0, 1)),
-    )
-
-
-def a_prompt(draw: Any) -> PromptTuning:
-    return PromptTuning(draw(st.integers(1, 4)), init=draw(st.sampled_from(["random", "vocabulary"])))
-
-
-def a_prefix(draw: Any) -> PrefixTuning:
-    return PrefixTuning(draw(st.integers(1, 4)), reparametrise=draw(st.booleans()), hidden=draw(st.integers(1, 5)))
-
-
-def a_llama_adapter(draw: Any, shape: Shape) -> LlamaAdapter:
-    layers = draw(st.one_of(st.none(), st.integers(1, shape["n_layer"])))
-    return LlamaAdapter(draw(st.integers(1, 4)), layers, as_peft=draw(st.booleans()))
-
-
-def an_adapter(draw: Any, shape: Shape, variants: list[str]) -> Adapter:
-    return Adapter(width=draw(st.integers(1, shape["n_embd"])), variant=draw(st.sampled_from(variants)))
-
-
-def a_spafit(draw: Any, shape: Shape) -> SPAFIT:
-    biased = draw(st.integers(0, shape["n_layer"] - 1))
-    frozen = draw(st.integers(0, shape["n_layer"] - 1 - biased))
-    return SPAFIT(frozen_layers=frozen, bias_layers=biased, rank=draw(st.integers(1, 2)))
-
-
-KINDS: dict[str, Callable[[Any, Shape], Method]] = {
-    "full": lambda draw, shape: FullFineTuning(),
-    "lora": lambda draw, shape: LoRA(**a_lora(draw, WHOLE_LAYERS + PARTS)),
-    "qlora": lambda draw, shape: a_qlora(draw),
-    "prompt": lambda draw, shape: a_prompt(draw),
-    "prefix": lambda draw, shape: a_prefix(draw),
-    "llama-adapter": a_llama_adapter,
-    "adapter": lambda draw, shape: an_adapter(draw, shape, ["houlsby", "pfeiffer", "lin", "parallel"]),
-    "parallel adapter": lambda draw, shape: an_adapter(draw, shape, ["parallel"]),
-    "bitfit": lambda draw, shape: BitFit(variant=draw(st.sampled_from(["all", "two"]))),
-    "spafit": a_spafit,
-}
-EXACT_AT_THE_START = ["full", "lora", "llama-adapter", "parallel adapter", "bitfit", "spafit"]
-EVERY = [kind for kind in KINDS if kind != "parallel adapter"]
+Law = Callable[["Case"], None]
 
 
 @st.composite
@@ -143,29 +72,37 @@ class Case:
             return logits
 
 
-def cases(kind: str) -> st.SearchStrategy[Case]:
+def cases(cls: type[Method]) -> st.SearchStrategy[Case]:
     @st.composite
     def build(draw: st.DrawFn) -> Case:
         shape = draw(shapes())
-        return Case(
-            shape, KINDS[kind](draw, shape), draw(st.integers(0, 999)), draw(st.integers(1, 3)), draw(st.integers(2, 8))
-        )
+        method = cls.sample(Random(draw(st.integers(0, 10**6))), tiny_config(**shape))
+        return Case(shape, method, draw(st.integers(0, 999)), draw(st.integers(1, 3)), draw(st.integers(2, 8)))
 
     return build()
 
 
-def for_each(kinds: list[str], examples: int) -> Callable[[Callable[[Case], None]], Any]:
-    """The law, tried on so many random cases of each kind of method."""
+def try_law(law: Law, cls: type[Method], examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, database=None)
+    @given(cases(cls))
+    def holds(case: Case) -> None:
+        law(case)
 
-    def decorate(law: Callable[[Case], None]) -> Any:
-        @pytest.mark.parametrize("kind", kinds)
-        def test(kind: str) -> None:
-            @settings(max_examples=examples, deadline=None, database=None)
-            @given(cases(kind))
-            def holds(case: Case) -> None:
-                law(case)
+    holds()
 
-            holds()
+
+LAWS: list[tuple[Law, Callable[[type[Method]], bool], int]] = []  # each with the methods that it is for, and examples
+
+
+def for_every_method(examples: int, where: Callable[[type[Method]], bool] = lambda cls: True) -> Callable[[Law], Any]:
+    """The law, tried on so many random cases of each method that it speaks of."""
+
+    def decorate(law: Law) -> Any:
+        LAWS.append((law, where, examples))
+
+        @pytest.mark.parametrize("name", [name for name, cls in method_classes().items() if where(cls)])
+        def test(name: str) -> None:
+            try_law(law, method_classes()[name], examples)
 
         test.__name__, test.__doc__ = law.__name__, law.__doc__
         return test
@@ -173,27 +110,27 @@ def for_each(kinds: list[str], examples: int) -> Callable[[Callable[[Case], None
     return decorate
 
 
-def test_every_method_is_put_to_these_laws() -> None:
-    assert set(method_classes()) == set(EVERY)
-
-
-@for_each(EXACT_AT_THE_START, examples=15)
-def test_at_the_start_nothing_changes_by_one_bit(case: Case) -> None:
+@for_every_method(examples=15)
+def test_at_the_start_nothing_changes_by_one_bit_where_the_method_says_so(case: Case) -> None:
+    if case.method.starts_as_base() is not True:
+        return
     model = case.base()
     before = case.logits(model)
     case.method.adapt(model)
     assert torch.equal(case.logits(model), before)
 
 
-@for_each(["adapter"], examples=25)
+@for_every_method(examples=25, where=lambda cls: cls.name == "adapter")
 def test_at_the_start_a_near_identity_changes_the_logits_by_less_than_a_thousandth(case: Case) -> None:
+    if case.method.starts_as_base() is False:
+        return
     model = case.base(std=0.1)
     before = case.logits(model)
     case.method.adapt(model)
     assert (case.logits(model) - before).abs().max() < 1e-3
 
 
-@for_each(["lora", "qlora", "bitfit", "spafit"], examples=15)
+@for_every_method(examples=15, where=lambda cls: cls.can_merge)
 def test_merging_keeps_the_function_and_unmerging_gives_every_bit_back(case: Case) -> None:
     model, method = case.trained(), case.method
     before, logits = snapshot(model), case.logits(model)
@@ -205,16 +142,15 @@ def test_merging_keeps_the_function_and_unmerging_gives_every_bit_back(case: Cas
         assert torch.equal(case.logits(model), logits)
 
 
-@for_each(EVERY, examples=4)
+@for_every_method(examples=4)
 def test_in_20_steps_frozen_tensors_have_no_gradient_and_do_not_move_by_one_bit(case: Case) -> None:
     model, method = case.base().train(), case.method
     of_the_base = {id(parameter) for parameter in model.parameters()}
     method.adapt(model)
     before, learned = snapshot(model), method.trainable(model)
-    if not isinstance(method, FullFineTuning):  # of the base's own, the two that train biases train those and no other
-        own = [name for name, parameter in learned.items() if id(parameter) in of_the_base]
-        assert all(name.endswith("bias") for name in own)
-        assert not own or isinstance(method, BitFit | SPAFIT)
+    own = [name for name, parameter in learned.items() if id(parameter) in of_the_base]
+    assert bool(own) == (method.trains_of_base != "nothing")
+    assert method.trains_of_base == "everything" or all(name.endswith("bias") for name in own)
     optimizer = torch.optim.AdamW(learned.values(), lr=1e-2, weight_decay=0.1)
     for _ in range(20):
         next_token_loss(model(case.tokens), case.tokens).backward()
@@ -225,10 +161,10 @@ def test_in_20_steps_frozen_tensors_have_no_gradient_and_do_not_move_by_one_bit(
     moved = {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])}
     assert moved
     assert moved <= set(learned)
-    assert (set(before) == set(learned)) == isinstance(method, FullFineTuning)
+    assert (set(before) == set(learned)) == (method.trains_of_base == "everything")
 
 
-@for_each(EVERY, examples=8)
+@for_every_method(examples=8)
 def test_what_is_saved_and_loaded_gives_the_same_logits_bit_for_bit(case: Case) -> None:
     model, again = case.trained(), case.base()
     with tempfile.TemporaryDirectory() as directory:
@@ -237,7 +173,7 @@ def test_what_is_saved_and_loaded_gives_the_same_logits_bit_for_bit(case: Case) 
     assert torch.equal(case.logits(again), case.logits(model))
 
 
-@for_each(EVERY, examples=8)
+@for_every_method(examples=8)
 def test_undoing_gives_the_base_back_bit_for_bit(case: Case) -> None:
     model, base = case.trained(), case.base()
     case.method.undo(model)
@@ -247,23 +183,18 @@ def test_undoing_gives_the_base_back_bit_for_bit(case: Case) -> None:
 
 # --- Directories that do not fit -------------------------------------------------------------------------
 
-OPTIONS: dict[str, dict[str, Any]] = {  # that fit a tiny model; the others' defaults do
-    "lora": {"rank": 2},
-    "qlora": {"rank": 2},
-    "llama-adapter": {"top_layers": 2},
-    "adapter": {"width": 4},
-    "spafit": {"frozen_layers": 0, "bias_layers": 1},
-}
+ADAPTERS = [name for name, cls in method_classes().items() if not cls.saves_model]
 
 
-def saved_by(kind: str, directory: Path) -> None:
-    model, method = tiny_model(), method_class(kind)(**OPTIONS.get(kind, {}))
+def saved_by(name: str, directory: Path) -> None:
+    model = tiny_model()
+    method = method_class(name).sample(Random(2), model.config)
     method.adapt(model)
     method.save(model, directory)
 
 
 @pytest.mark.parametrize("other", [{"n_embd": 12}, {"n_layer": 1}, {"n_embd": 48, "n_layer": 3}], ids=str)
-@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "full"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_of_another_model_is_refused_in_one_line_and_the_model_stays_as_it_was(
     kind: str, other: Shape, tmp_path: Path
 ) -> None:
@@ -279,7 +210,7 @@ def test_an_adapter_of_another_model_is_refused_in_one_line_and_the_model_stays_
     assert adaptation_of(model) is None
 
 
-@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "full"])  # full writes a model, not an adapter
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_unknown_field_is_refused_with_its_value_and_the_fields_that_are_known(kind: str, tmp_path: Path) -> None:
     saved_by(kind, tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())

@@ -8,20 +8,21 @@
 # %% [markdown]
 # # Unit 00: Start here: what fine-tuning costs
 #
-# **When you are through, you can**
+# **By the end of this unit you can**
 #
-# - work with this course: write an answer, check it, read a verdict, open a hint, go on when you are stuck;
-# - count what training a model needs: parameters, bytes of memory, bytes on disk;
+# - work with this course: write an answer, check it, read a verdict, open a hint, move on when you are stuck;
+# - calculate what training a model needs: parameters, bytes of memory, bytes on disk;
 # - say why fine-tuning GPT-3 takes more than a terabyte of memory, what LoRA takes instead, and which part LoRA
 #   does *not* make smaller.
 #
-# **You need** Python, and to know what a matrix, a gradient and a neural network are. Nothing of LoRA.
+# **Prerequisites**: Python, and what a matrix, a gradient and a neural network are. No prior knowledge of LoRA is
+# needed.
 #
 # **Time**: about 60 minutes. 5 exercises, 2 predictions, one open question.
 #
-# ![Left, bars of memory for training GPT-3 175B: 1.4 terabytes when everything is trained, of which the weights are
-# a quarter; 350 gigabytes with LoRA, nearly all of it weights. Right, the file that is saved: 350 gigabytes
-# against 38 megabytes.](unit_00.png)
+# ![Left, a bar of the memory for training GPT-3 175B in full: 1.4 terabytes, of which the weights are a quarter; below
+# it, where the bar for LoRA belongs, a question mark. Right, the file that is saved: 350 gigabytes after full
+# fine-tuning, and a question mark for LoRA.](unit_00.png)
 
 # %%
 import tempfile
@@ -42,25 +43,25 @@ from lora_from_scratch.support.figures import show, slider
 # %% [markdown]
 # ## How this course works
 #
-# An exercise is a function (later also a class) whose body is missing. Its text between the `"""` is the
-# specification: shapes, units, what has to be refused. Everything you need to know stands there.
+# An exercise is a function (later also a class) whose body is missing. The text between the `"""` is its specification:
+# shapes, units, which inputs must be refused. It contains everything you need to know.
 #
-# Below it stands a cell with `check(...)`. Run it whenever you like, as often as you like. It tries your function on
-# inputs that are drawn afresh each time, and tells you what it saw.
+# Below it is a cell with `check(...)`. Run it as often as you like. It tries your function on inputs that are drawn
+# anew each time, and tells you what it found.
 #
-# Begin with something small. Everything that fine-tuning costs comes down to one question: **how many bytes is that?**
+# Start small. The cost of fine-tuning always comes down to one question: **how many bytes is that?**
 
 # %% exercise="tensor_bytes"
 
 # %% [markdown]
-# **Try the check three times**, to meet the three verdicts:
+# **Try the check three times** to see the three verdicts:
 #
-# 1. Run it before you write anything: the exercise is *not started*, which is no failure.
+# 1. Run it before you write anything: the exercise is *not started*, which does not count as a failure.
 # 2. Write `return sum(shape) * bytes_per_number`, which is wrong, run the cell and then the check.
-# 3. Write what is right.
+# 3. Write the right answer.
 #
-# This is the second verdict, in case you skipped it. It names the case that failed, what went in and what came out, and
-# which idea is missing. It never shows the answer.
+# This is the second verdict, in case you skipped it. It names the case that failed, shows what went in and what came
+# out, and says which idea is missing. It never shows the answer.
 
 
 # %%
@@ -70,27 +71,27 @@ def adds_the_lengths(shape, bytes_per_number=4):
 
 check("tensor_bytes", seed=0, namespace={"tensor_bytes": adds_the_lengths})
 # %% [markdown]
-# `seed=0` draws the same inputs again, so that you can look at one case for as long as you like. Without it they are
-# new.
+# `seed=0` draws the same inputs again, so that you can study one case for as long as you like. Without it, every run
+# draws new ones.
 #
-# **A hint** opens on request. There are three for each exercise, each gives away more, and they cost nothing.
+# **Hints** open on request. Each exercise has three, each more revealing than the one before, and they cost no points.
 
 # %%
 hint("tensor_bytes")
 
 # %% [markdown]
-# **Stuck?** Take the library's version and go on: `tensor_bytes = library("tensor_bytes")`. Everything that follows
-# works with it. It earns no points; yours does, on the day it passes. You can come back at any time.
+# **Stuck?** Take the library's version and move on: `tensor_bytes = library("tensor_bytes")`. Everything that follows
+# works with it. It earns no points; you can come back at any time, and your own version earns them once it passes.
 #
 # Later cells say `working("tensor_bytes")`. That is *your* function if it passes its check, and the library's
-# otherwise. So every experiment runs, whatever you have solved.
+# otherwise. So every experiment runs, whichever exercises you have solved.
 
 # %%
 bytes_of = working("tensor_bytes")
 print(f"GPT-2's token embedding, 50,257 x 768 in float32: {bytes_of([50257, 768]) / 1e6:.0f} MB")
 
 # %% [markdown]
-# **How far you are** is kept on this computer: what passed, and how often you tried.
+# **Your progress** is stored on this computer: what passed, and how often you tried.
 
 # %% volatile=true
 progress("00")
@@ -98,16 +99,17 @@ progress("00")
 # %% [markdown]
 # ## Count the parameters
 #
-# A model is a list of tensors. Some are trained, some may be *frozen*: they take part in every computation, but the
-# optimiser never changes them. In PyTorch a frozen parameter has `requires_grad == False`. The methods of this course
-# differ in nothing more than in which numbers they train, so this pair of counts is the first thing to ask of each.
+# A model is a list of tensors. Some are trained; others may be *frozen*: they take part in every computation, but the
+# optimiser never changes them. In PyTorch a frozen parameter has `requires_grad == False`. The main difference between
+# the methods of this course is which numbers they train, so this pair of counts is the first thing to ask about each of
+# them.
 
 # %% exercise="count_parameters"
 
 # %% [markdown]
-# Now count the model that you will work on in this whole course: a GPT-2 of six layers that has read fairy tales. Then
-# adapt it with LoRA. What that does is the subject of unit 09; here it freezes the model and puts pairs of thin
-# matrices beside some of its weights.
+# Now count the parameters of the model that you will use throughout this course: a six-layer GPT-2 trained on fairy
+# tales. Then adapt it with LoRA. Unit 09 explains what that does; for now it is enough that it freezes the model and
+# puts a pair of thin matrices beside some of its weights.
 
 # %%
 count = working("count_parameters")
@@ -121,9 +123,9 @@ trained, total = count(model)
 print(f"with LoRA: {trained:>9,} of {total:,} ({trained / total:.2%})")
 
 # %% [markdown]
-# And the model that the question began with. GPT-3 does not fit into your memory, but its *shapes* do: on PyTorch's
-# device "meta" a tensor has a shape and no numbers. 96 layers of width 12,288 with 96 heads, for 2,048 tokens
-# (Brown et al. 2020, table 2.1):
+# Now GPT-3. It does not fit into your memory, but its *shapes* do: on PyTorch's device "meta" a tensor has a shape but
+# no numbers. It has 96 layers of width 12,288 with 96 heads, and reads up to 2,048 tokens (Brown et al. 2020, table
+# 2.1):
 
 # %%
 with torch.device("meta"):
@@ -141,13 +143,13 @@ print(f"GPT-3: {gpt3_parameters:,} parameters, {2 * gpt3_parameters / 1e9:,.0f} 
 #   $v_t = \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2$, each as large as $w$ ($\beta_1$ and $\beta_2$ are two numbers just
 #   below 1; Kingma and Ba 2015, algorithm 1);
 #
-# and, for all of them together, the **activations**: what the forward pass computed on its way and the backward pass
-# will need again.
+# and, for the model as a whole, the **activations**: the intermediate results of the forward pass that the backward
+# pass will need.
 
 # %% exercise="training_memory"
 
 # %% [markdown]
-# What is it for GPT-3, when everything is trained? Leave the activations aside for a moment.
+# How much is it for GPT-3 when everything is trained? Leave the activations aside for a moment.
 
 # %%
 memory = working("training_memory")
@@ -162,64 +164,17 @@ for precision in ("float32", "bfloat16", "mixed"):
     print(f"{precision:>8}: {sum(parts.values()) / 1e12:.1f} TB ({terabytes(parts)})")
 
 # %% [markdown]
-# Look at the first line and the last: *mixed* precision, which is how large models are trained, needs as much as
-# float32 here. Its 16-bit weights and gradients save exactly what the optimiser's copy costs.
+# Compare the first line with the last: *mixed* precision, which is how large models are trained, needs as much memory
+# as float32. The 16-bit weights and gradients save exactly as much as the optimiser's float32 copy costs.
 #
 # The LoRA paper says that fine-tuning GPT-3 with Adam took **1.2 TB**, and 350 GB with LoRA (Hu et al. 2021, section
-# 4.2). It does not say how it counts. With 16 bits for everything you get 1.4 TB; without the gradients 1.05 TB.
-# 1.2 TB lies between, and 350 GB is the weights alone in 16 bits.
+# 4.2). It does not say how it counts. With 16 bits for everything you get 1.4 TB, and 1.05 TB without the gradients.
+# 1.2 TB lies between the two, and 350 GB is the weights alone in 16 bits.
 #
-# Either way it is the number of *trained* parameters that is expensive: a frozen one costs 2 bytes in 16 bits, a
-# trained one 8, and 16 in mixed precision. An A100 has 80 GB.
+# Either way it is the *trained* parameters that are expensive: a frozen one costs 2 bytes in 16 bits, a trained one
+# costs 8, and 16 in mixed precision. An A100 has 80 GB.
 #
-# Now the activations. They depend on the text, not on what is trained. Add them up for one block and multiply.
-
-# %% exercise="activation_bytes"
-
-# %%
-activations = working("activation_bytes")
-
-for texts, tokens in ((1, 512), (1, 1024), (1, 2048), (8, 2048)):
-    size = activations(texts, tokens, width=12288, heads=96, layers=96)
-    print(f"GPT-3, {texts} x {tokens:>4} tokens: {size / 1e9:>5,.0f} GB of activations")
-
-# %% [markdown]
-# Twice the texts, twice the bytes. Twice the *length*, more than twice: the tables of attention, (T, T) for each head,
-# grow with the square. So the activations of a single long text are nearly as large as the weights, and none of this is
-# in the 350 GB of the paper. In practice one does not keep them all: modern kernels never write the (T, T) tables down,
-# and gradient checkpointing computes the rest twice instead of keeping it (unit 13).
-
-# %% [markdown]
-# ## What is saved
-#
-# After training something goes to disk. After full fine-tuning it is the whole model; for a hundred tasks, a hundred
-# whole models. Whoever froze the model needs to save only what was trained.
-
-# %% prediction="size_of_the_change"
-
-# %% exercise="checkpoint_bytes"
-
-# %% [markdown]
-# The experiment: put LoRA on GPT-3, as in the paper, with rank 4 on the matrices that make queries and values, and
-# look.
-
-# %%
-stored = working("checkpoint_bytes")
-
-gpt3 = gpt3.bfloat16()
-whole = stored(gpt3)
-LoRA(rank=4, targets=("c_attn.q", "c_attn.v")).adapt(gpt3)
-gpt3_trained, gpt3_total = count(gpt3)
-change = stored(gpt3, only_trained=True)
-print(f"trained: {gpt3_trained:,} of {gpt3_total:,}, one in {gpt3_total / gpt3_trained:,.0f}")
-print(f"saved:   {change / 1e6:.1f} MB instead of {whole / 1e9:,.0f} GB")
-
-# %% check="size_of_the_change"
-
-# %% [markdown]
-# Keep this picture. On the left what has to be in memory, on the right what goes to disk. LoRA takes away gradients and
-# optimiser, three quarters of the left; it takes away all but one part in nine thousand of the right; and it leaves the
-# weights where they were.
+# This unit fills in the two gaps in the following picture.
 
 # %% figure="unit_00.png"
 PARTS = {"weights": "", "gradients": "///", "optimizer": "...", "activations": "xx"}
@@ -239,13 +194,75 @@ def stacked(axes, runs, unit, smallest=0.09):
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
                 axes.text(left + width / 2, place, name, ha="center", va="center", fontsize=8, bbox=box)
             left += width
-        said = f"{left:,.0f}" if left >= 100 else f"{left:.1f}"
+        said = f"{left:,.0f}" if left >= 100 else f"{left:.1f}" if left else "?"
         axes.text(left + 0.01 * widest, place, said, va="center", fontweight="bold")
     axes.set_yticks(range(len(runs)), list(runs))
-    axes.set_xlim(0, 1.14 * widest)
-    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.14 * widest), ylim=(len(runs) - 0.5, -0.5))
 
 
+figure, (left, right) = plotting.panels(2, width=5.0, height=2.5)
+stacked(left, {"full": memory(gpt3_parameters, gpt3_parameters, precision="bfloat16"), "LoRA": {}}, 1e9)
+plotting.label(left, x="gigabytes of memory, without activations", title="To train GPT-3 in 16 bits")
+stacked(right, {"full": {"weights": 2 * gpt3_parameters}, "LoRA": {}}, 1e9)
+plotting.label(right, x="gigabytes", title="To save the result")
+show(
+    figure,
+    "Left, a bar of the memory for training GPT-3 in 16 bits: about 1,400 gigabytes for full fine-tuning, a quarter "
+    "each for weights and gradients and half for the optimiser; the bar for LoRA is missing, with a question mark in "
+    "its place. Right, what is saved: 349 gigabytes for full fine-tuning, and again a question mark for LoRA.",
+)
+
+# %% [markdown]
+# Now the activations. Add them up for one block and multiply.
+
+# %% exercise="activation_bytes"
+
+# %%
+activations = working("activation_bytes")
+
+for texts, tokens in ((1, 512), (1, 1024), (1, 2048), (8, 2048)):
+    size = activations(texts, tokens, width=12288, heads=96, layers=96)
+    print(f"GPT-3, {texts} x {tokens:>4} tokens: {size / 1e9:>5,.0f} GB of activations")
+
+# %% [markdown]
+# Twice as many texts need twice as many bytes. Texts of twice the *length* need more than that: the attention matrices,
+# (T, T) for each head, grow with the square of the length. The activations of a single long text are therefore nearly
+# as large as the weights, and the paper's 350 GB include none of this. In practice they are not all kept: modern
+# kernels never store the (T, T) matrices, and gradient checkpointing computes the rest a second time instead of keeping
+# it (unit 13).
+
+# %% [markdown]
+# ## What is saved
+#
+# After training, the result is saved to disk. After full fine-tuning that is the whole model; for a hundred tasks, a
+# hundred whole models. If the model was frozen, only what was trained has to be saved.
+
+# %% prediction="size_of_the_change"
+
+# %% exercise="checkpoint_bytes"
+
+# %% [markdown]
+# The experiment: adapt GPT-3 with LoRA as in the paper, with rank 4 on the matrices that compute queries and values.
+
+# %%
+stored = working("checkpoint_bytes")
+
+gpt3 = gpt3.bfloat16()
+whole = stored(gpt3)
+LoRA(rank=4, targets=("c_attn.q", "c_attn.v")).adapt(gpt3)
+gpt3_trained, gpt3_total = count(gpt3)
+change = stored(gpt3, only_trained=True)
+print(f"trained: {gpt3_trained:,} of {gpt3_total:,}, one in {gpt3_total / gpt3_trained:,.0f}")
+print(f"saved:   {change / 1e6:.1f} MB instead of {whole / 1e9:,.0f} GB")
+
+# %% check="size_of_the_change"
+
+# %% [markdown]
+# Here is the completed picture: on the left what has to be in memory, on the right what goes to disk. LoRA removes the
+# gradients and the optimiser's states, three quarters of the left-hand bar, and leaves the weights as they are. On the
+# right it removes all but one part in nine thousand.
+
+# %%
 runs = {
     "full": memory(gpt3_parameters, gpt3_parameters, precision="bfloat16"),
     "LoRA": memory(gpt3_total, gpt3_trained, precision="bfloat16"),
@@ -271,22 +288,22 @@ show(
 # %% [markdown]
 # ## Count, then measure
 #
-# So far you have trusted arithmetic. The bundled GPT-2 is small enough to look: train it for one step, and ask every
+# So far all of this was arithmetic. The bundled GPT-2 is small enough to measure: train it for one step and ask every
 # tensor how large it is.
 
 # %% prediction="what_stays"
 
 # %% [markdown]
-# Weights, gradients and Adam's states can be asked directly. For the activations PyTorch has a hook that sees each
-# tensor at the moment when it is kept for the backward pass. Tensors can share memory, so count each piece of memory
-# once, and leave out those that are weights.
+# The sizes of weights, gradients and Adam's states can be read directly. For the activations PyTorch has a hook that is
+# called with each tensor as it is saved for the backward pass. Tensors can share memory, so each piece of memory counts
+# once, and weights are left out.
 
 # %%
 ids = torch.tensor([tokenizer.encode("Once upon a time there was a king who had three daughters. " * 6)[:64]] * 4)
 
 
 def one_step(method):
-    """Adapt a fresh model, train it for one step on 4 texts of 64 tokens, and weigh what there is."""
+    """Adapt a fresh model, train it for one step on 4 texts of 64 tokens, and measure the bytes of each part."""
     model, _ = load_gpt2("bundled")
     method.adapt(model)
     model.train()
@@ -322,7 +339,7 @@ for name, method in tqdm(methods.items(), desc="one step each"):
     adapted[name], measured[name] = one_step(method)
 
 # %% [markdown]
-# Put what you counted beside what was measured, in bytes:
+# Compare what you calculated with what was measured, in bytes:
 
 # %%
 for name, parts in measured.items():
@@ -332,8 +349,8 @@ for name, parts in measured.items():
     print(f"{name:<18}  " + "  ".join(said))
 
 # %% [markdown]
-# In brackets: how many bytes more there are than you counted. Weights and gradients are right to the byte. The
-# optimiser has a few hundred more: PyTorch's Adam also keeps, for each tensor, the number of the step in 4 bytes.
+# In brackets is how many bytes more were measured than calculated. Weights and gradients agree to the byte. The
+# optimiser holds up to a few hundred more: for each tensor PyTorch's Adam also keeps the step number, in 4 bytes.
 #
 # And the activations?
 
@@ -343,9 +360,9 @@ stacked(axes, measured, 1e6, smallest=0.07)
 plotting.label(axes, x="megabytes, measured after one step on 4 x 64 tokens", title="The activations stay")
 show(
     figure,
-    "Bars of the measured memory of one training step of the bundled GPT-2. Full fine-tuning: weights, gradients, an "
-    "optimiser twice as large, and activations. Both kinds of LoRA: the same weights, next to no gradients and "
-    "optimiser, and activations that are at least two thirds as large as before.",
+    "Bars of the measured memory of one training step of the bundled GPT-2. Full fine-tuning: weights, gradients, "
+    "optimiser states twice as large, and activations. Both kinds of LoRA: the same weights, almost no gradients and "
+    "optimiser states, and activations that are at least two thirds as large as before.",
 )
 
 # %%
@@ -356,18 +373,19 @@ for name, parts in measured.items():
 # %% check="what_stays"
 
 # %% [markdown]
-# Why are they a little smaller at all? The gradient of a weight matrix is made from its *input*, which therefore has to
-# be kept. A frozen matrix needs no gradient, so its input may go, unless something trained beside it needs it. With
-# LoRA on q and v only, the inputs of the MLP's matrices are let go; with LoRA everywhere nearly nothing is.
+# Why are they smaller at all? The gradient of a weight matrix is computed from its *input*, which therefore has to be
+# kept. A frozen matrix needs no gradient, so its input can be freed, unless something trained beside it needs it. With
+# LoRA on q and v only, the inputs of the MLP's matrices are freed; with LoRA on every matrix, almost nothing is.
 #
-# So LoRA's saving depends on what fills your memory. A large model and short texts: weights, gradients and optimiser
-# dominate, and LoRA takes two thirds to three quarters away. A small model and long texts: activations dominate, and
-# LoRA does little. Move the slider to see the second become the first.
+# So what LoRA saves depends on what fills your memory. With a large model and short texts, weights, gradients and
+# optimiser states dominate, and LoRA saves two thirds to three quarters of the memory. With a small model and long
+# texts, activations dominate, and LoRA helps little. Move the slider to larger models to see the balance shift.
 #
-# (The sum is a little pessimistic: gradients come as activations go, so not all of it is there at the same moment.)
+# (The sum is a little pessimistic: during the backward pass activations are freed as gradients appear, so not all of
+# it is in memory at the same moment.)
 
 # %%
-MODELS = {  # layers, width, heads: Radford et al. 2019, table 2; Brown et al. 2020, table 2.1
+MODELS = {  # (layers, width, heads): Radford et al. 2019, table 2; Brown et al. 2020, table 2.1
     "GPT-2 small": (12, 768, 12),
     "GPT-2 medium": (24, 1024, 16),
     "GPT-2 large": (36, 1280, 20),
@@ -399,12 +417,12 @@ slider(
     "model",
     list(MODELS),
     "GPT-2 XL",
-    "Bars of the memory for training a GPT of the chosen size, full and with LoRA, beside a dotted line at 24 GB. "
-    "For GPT-2 XL full fine-tuning is beyond the line and LoRA before it; both are counted with the same activations.",
+    "Bars of the memory for training a GPT of the chosen size, in full and with LoRA, and a dotted line at 24 GB. For "
+    "GPT-2 XL full fine-tuning exceeds the line and LoRA stays below it; both include the same activations.",
 )
 
 # %% [markdown]
-# And on disk? Save what LoRA trained, and the whole model, as real files.
+# And on disk? Save what LoRA trained, and then the whole model, as real files.
 
 # %%
 model = adapted["LoRA, all matrices"]
@@ -421,8 +439,8 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **A state dict counts what is shared twice.** Many checkpoints list the output layer and the embedding under two
-# names, though they are one tensor.
+# **A state dict lists shared tensors twice.** Many checkpoints list the output layer and the embedding under two names,
+# although they are one tensor.
 
 # %%
 tied = nn.ModuleDict({"embedding": nn.Embedding(4096, 256), "head": nn.Linear(256, 4096, bias=False)})
@@ -431,13 +449,13 @@ print("in the state dict:", sum(t.numel() for t in tied.state_dict().values()))
 print("in the model:     ", count(tied)[1])
 
 # %% [markdown]
-# **A small piece of a large tensor takes the large one with it.** `weight[:8]` is a window onto the whole weight, and
-# `torch.save` writes the memory behind the window. A copy is small.
+# **Saving a slice saves the whole tensor.** `weight[:8]` is a view of the whole weight, and `torch.save` writes all the
+# memory behind the view. A copy is small.
 
 # %%
 weight = torch.zeros(4096, 256)
 with tempfile.TemporaryDirectory() as folder:
-    for name, piece in {"window": weight[:8], "copy": weight[:8].clone()}.items():
+    for name, piece in {"view": weight[:8], "copy": weight[:8].clone()}.items():
         file = Path(folder) / name
         torch.save(piece, file)
         print(
@@ -445,8 +463,8 @@ with tempfile.TemporaryDirectory() as folder:
         )
 
 # %% [markdown]
-# **It fits, and then it does not.** Adam makes m and v at its first step. Whoever measures memory after the backward
-# pass, and finds room, runs out of memory one line later.
+# **Memory that suffices for the backward pass may not suffice for the step.** Adam creates m and v in its first step.
+# If you measure memory after the backward pass and find that there is room, you can still run out of it one line later.
 
 # %%
 layer = nn.Linear(1000, 1000)
@@ -459,19 +477,19 @@ for moment in ("after backward", "after the step"):
     adam.step()
 
 # %% [markdown]
-# **Not given to the optimiser is not frozen.** A parameter that still has `requires_grad` gets its gradient computed
-# and kept, even when nobody uses it.
+# **Leaving a parameter out of the optimiser does not freeze it.** As long as it has `requires_grad`, its gradient is
+# computed and kept, even if nothing uses it.
 
 # %%
 body, head = nn.Linear(1000, 1000), nn.Linear(1000, 10)
 adam = torch.optim.Adam(head.parameters())  # only the head is meant to be trained
 head(body(torch.ones(1, 1000))).sum().backward()
-print(f"gradients nobody asked for: {sum(p.grad.nbytes for p in body.parameters()):,} bytes")
+print(f"gradients that nothing uses: {sum(p.grad.nbytes for p in body.parameters()):,} bytes")
 body.requires_grad_(False)  # this is freezing
 
 # %% [markdown]
-# **GB or GiB?** Disks count in GB of $10^9$ bytes, many tools for memory in GiB of $2^{30}$. At this size the
-# difference is a whole graphics card.
+# **GB or GiB?** Disks are measured in GB of $10^9$ bytes; many tools report memory in GiB of $2^{30}$ bytes. At this
+# size the difference is as large as the memory of a graphics card.
 
 # %%
 print(f"GPT-3 in 16 bits: {whole / 1e9:.0f} GB = {whole / 2**30:.0f} GiB")
@@ -479,32 +497,33 @@ print(f"GPT-3 in 16 bits: {whole / 1e9:.0f} GB = {whole / 2**30:.0f} GiB")
 # %% [markdown]
 # ## Summary
 #
-# - Training with Adam holds weights, gradients, two numbers of Adam's for each parameter, and activations.
+# - Training with Adam keeps in memory: weights, gradients, two numbers for each trained parameter, and activations.
 # - In 16 bits a frozen parameter costs 2 bytes and a trained one 8; in mixed precision, 2 and 16.
-# - Freezing takes away gradients and optimiser. It leaves the weights, and most of the activations.
-# - GPT-3 needs more than a terabyte to fine-tune fully, and about 350 GB with LoRA: the weights.
-# - What is saved shrinks with the number of trained parameters: 350 GB become 38 MB.
+# - Freezing removes gradients and optimiser states. The weights stay, and so do most of the activations.
+# - Fine-tuning GPT-3 takes more than a terabyte in full, and about 350 GB with LoRA, which is the weights alone.
+# - The saved file shrinks with the number of trained parameters: from 350 GB to 38 MB.
 #
 # ## Go further
 #
 # - Hu et al. 2021, *LoRA* (arXiv:2106.09685): section 1, and section 4.2 on memory and disk.
-# - Rajbhandari et al. 2020, *ZeRO* (arXiv:1910.02054): section 3, where the memory goes.
+# - Rajbhandari et al. 2020, *ZeRO* (arXiv:1910.02054): section 3, on where the memory goes.
 # - Korthikanti et al. 2022, *Reducing Activation Recomputation* (arXiv:2205.05198): section 4.
-# - `lora_from_scratch/finetune/accounting.py`: the exact account of a step, every tensor of it, moment by moment.
+# - `lora_from_scratch/finetune/accounting.py`: the exact memory account of a training step, tensor by tensor.
 #
-# You have counted that 18.9 million numbers say how 175 billion have to change. How can so few numbers change
-# *every* entry of a large matrix? The answer is a property of matrices, their **rank**, and it is the next unit.
+# You have seen that 18.9 million numbers describe how a model of 175 billion changes. How can so few numbers change
+# *every* entry of a large matrix? The answer is a property of matrices, their **rank**, which is the subject of the
+# next unit.
 
 # %% [markdown] open_question="what_gets_cheaper" points=4
 # ### Open question
 #
 # A colleague writes: "LoRA trains 10,000 times fewer parameters, so fine-tuning gets 10,000 times cheaper. I'll put our
 # 13-billion-parameter model on my 24 GB card, with texts of 4,000 tokens." Answer in about ten lines, with numbers of
-# your own: which costs fall by about 10,000, which do not, and what will happen on the card?
+# your own: which costs fall by a factor of about 10,000, which do not, and what will happen on the card?
 #
 # **Rubric.**
 # - 1 point: names what falls in proportion to the trained parameters (gradients, optimiser, the saved file).
 # - 1 point: names what does not (weights; activations; the time of the forward pass and most of the backward pass).
-# - 1 point: computes the weights (26 GB in 16 bits) and sees that they alone do not fit.
+# - 1 point: computes the size of the weights (26 GB in 16 bits) and sees that they alone do not fit.
 # - 1 point: says something about the activations of long texts, or names a way out (fewer bits a weight,
 #   checkpointing).

@@ -8,21 +8,21 @@
 # %% [markdown]
 # # Unit 02: The singular value decomposition
 #
-# **When you are through, you can**
+# **By the end of this unit you can**
 #
-# - take any matrix apart into directions, sorted by how much each matters, with a method that you wrote yourself;
-# - give the nearest matrix of rank $r$, and its error before you compute it;
-# - say how many directions a weight needs, how many noise needs, and how many the *update* needs that fine-tuning
-#   adds.
+# - decompose any matrix into directions, sorted by how much each matters, with code that you wrote yourself;
+# - find the nearest matrix of rank $r$, and know its error before you compute it;
+# - compare how many directions a trained weight needs, how many noise needs, and how many the *update* made by
+#   fine-tuning needs.
 #
-# **You need** unit 01 (or its idea: a matrix of rank $r$ is a sum of $r$ outer products), matrix products and norms.
+# **Prerequisites**: unit 01 (or its idea: a matrix of rank $r$ is a sum of $r$ outer products), matrix products and
+# norms.
 #
 # **Time**: about 90 minutes. 7 exercises, 2 predictions, one open question.
 #
-# ![Left, share of the energy over the number of directions, up to 256, mean of all matrices of the model's blocks: the
-# update of fine-tuning rises far faster than the pretrained weight, which lies between it and noise, nearer to noise.
-# Right, loss on story cards over the rank: the first few directions of an update bring most of what was learned; a
-# weight that is cut to the same rank is useless.](unit_02.png)
+# ![Left, a drawn picture in grey: hills with a striped field, a tower, a pointed roof and a sun. Right, the same
+# picture rebuilt from only 8 directions: large shapes and straight edges are there, slanted edges are smeared. How many
+# directions does a weight of a language model need, and how many its fine-tuning?](unit_02.png)
 
 # %%
 import torch
@@ -48,17 +48,17 @@ def doubles(*results):
 # %% [markdown]
 # ## What a matrix does
 #
-# Unit 01 ended with a whole number. Add a speck of noise to a matrix of rank 2 and that number jumps to full, though
-# nothing that matters has changed. So ask a better question: not *how many* directions there are, but **how much each
-# of them counts**.
+# In unit 01 the rank was a whole number. Add a little noise to a matrix of rank 2 and that number jumps to full rank,
+# although nothing that matters has changed. So ask a better question: not *how many* directions there are, but **how
+# much each of them contributes**.
 #
-# Send a circle through a matrix and look.
+# Look at what a matrix does to a circle.
 
 
 # %%
 def draw_circle(M):
     turn = torch.linspace(0, 2 * torch.pi, 200)
-    circle = torch.stack([turn.cos(), turn.sin()])  # (2, 200): one point a column
+    circle = torch.stack([turn.cos(), turn.sin()])  # (2, 200): one point per column
     U, S, Vh = torch.linalg.svd(M)
     figure, (before, after) = plotting.panels(2, width=4.4, height=3.2)
     for axes, curve, arrows, names in (
@@ -84,26 +84,27 @@ show(
 )
 
 # %% [markdown]
-# A circle becomes an ellipse, and two directions at right angles become its half-axes, *again at right angles*. That
-# holds for every matrix $M$ of shape $(m, n)$ (Golub and Van Loan, section 2.4):
+# A circle becomes an ellipse, and two directions at right angles become its half-axes, which are *again at right
+# angles*. This holds for every matrix $M$ of shape $(m, n)$ (Golub and Van Loan, section 2.4):
 #
 # $$M = \sum_{k=1}^{\min(m, n)} \sigma_k\, u_k v_k^\top = U\, \mathrm{diag}(S)\, V^\top,
 # \qquad \sigma_1 \ge \sigma_2 \ge \dots \ge 0.$$
 #
-# - $v_k$, of length $n$: the *right singular vectors*, directions of the input, at right angles to one another. As
-#   rows they are `Vh`, which is $V^\top$.
-# - $u_k$, of length $m$: the *left singular vectors*, directions of the output, also at right angles. The columns
-#   of `U`.
-# - $\sigma_k$, a number: the *singular value*, how much $M$ stretches: $M v_k = \sigma_k u_k$. All of them are `S`.
+# - $v_k$, of length $n$: the *right singular vectors*, directions of the input, at right angles to one another. They
+#   are the rows of `Vh`, which is $V^\top$.
+# - $u_k$, of length $m$: the *left singular vectors*, directions of the output, also at right angles to one another.
+#   They are the columns of `U`.
+# - $\sigma_k$, a number: the *singular value*, by which $M$ stretches $v_k$: $M v_k = \sigma_k u_k$. All of them
+#   together are `S`.
 #
-# It is a sum of outer products, as in unit 01, but a sorted one. How do you find it?
+# This is a sum of outer products, as in unit 01, but a sorted one. How do you find it?
 
 # %% [markdown]
 # ## Multiply, again and again
 #
 # Take $G = M^\top M$, of shape $(n, n)$. It is symmetric, and $G v_k = \sigma_k^2 v_k$: the $v_k$ are its
-# *eigenvectors*, with the *eigenvalues* $\lambda_k = \sigma_k^2$. Write any vector $x$ as a mixture of them. Every
-# multiplication by $G$ stretches the part along $v_1$ most. So what becomes of $x$?
+# *eigenvectors*, with the *eigenvalues* $\lambda_k = \sigma_k^2$. Write any vector $x$ as a combination of them. Every
+# multiplication by $G$ stretches the part along $v_1$ most. So what happens to $x$?
 
 # %%
 G = torch.tensor([[2.0, -1.0], [-1.0, 2.0]])  # eigenvalues 3 and 1; the eigenvector of 3 is (0.7071, -0.7071)
@@ -113,22 +114,24 @@ for times in (0, 1, 2, 4, 8):
     print(f"G x, {times} times: ({x[0]:5.0f}, {x[1]:5.0f}), of length 1: ({unit[0]:.4f}, {unit[1]:7.4f})")
 
 # %% [markdown]
-# It turns to $v_1$, and it grows without end. So divide it by its length at every step, and stop when it no longer
-# moves. How many steps is that? The part along $v_2$ shrinks by $\lambda_2 / \lambda_1$ at each:
+# It turns towards $v_1$, and grows without bound. So divide it by its length at every step, and stop when it no longer
+# moves. How many steps does that take? Relative to the part along $v_1$, the part along $v_2$ shrinks by the factor
+# $\lambda_2 / \lambda_1$ at each step:
 
 # %%
 for ratio in (0.5, 0.9, 0.99, 0.998):
     steps = torch.log(torch.tensor(1e-12)) / torch.log(torch.tensor(ratio))
-    print(f"lambda2 / lambda1 = {ratio:<5}: about {steps:>6,.0f} steps until 1e-12 of it is left")
+    print(f"lambda2 / lambda1 = {ratio:<5}: about {steps:>6,.0f} steps until it has shrunk to 1e-12")
 
 # %% [markdown]
-# You write this as a function. A loop that multiplies and divides is right; the docstring has a trick that makes it
-# fast, too. Where several answers are right (either sign, any vector of a repeated eigenvalue), the check takes any.
+# Write this as a function. A loop that multiplies and divides is enough; the docstring has a trick that also makes it
+# fast. Where several answers are right (either sign, any vector of a repeated eigenvalue), the check accepts any of
+# them.
 
 # %% exercise="dominant_eigenvector"
 
 # %% [markdown]
-# With $v_1$ you have the other two as well: $M v_1$ is $\sigma_1 u_1$, and $u_1$ has length 1.
+# Once you have $v_1$, the other two follow: $M v_1$ is $\sigma_1 u_1$, and $u_1$ has length 1.
 
 # %% exercise="dominant_singular_triplet"
 
@@ -143,17 +146,17 @@ print(f"sigma: {sigma:.6f}, torch has {torch.linalg.svdvals(M)[0]:.6f}")
 print(f"M v - sigma u: {(M @ v - sigma * u).norm():.1e},  M^T u - sigma v: {(M.T @ u - sigma * v).norm():.1e}")
 
 # %% [markdown]
-# ## Take it out, and start again
+# ## Subtract it and start again
 #
 # Subtract $\sigma_1 u_1 v_1^\top$ from $M$. What is left has $\sigma_2$ as its largest singular value. This is
-# *deflation*. It ends when nothing is left but rounding error. Say *what* counts as rounding error: that is the
-# tolerance of unit 01 again.
+# *deflation*. It ends when only rounding error is left. What counts as rounding error? That is the tolerance of unit 01
+# again.
 
 # %% exercise="svd_by_deflation"
 
 # %% [markdown]
-# The hardest small matrix there is: the Hilbert matrix of unit 01, whose singular values fall by a factor of about 30
-# each. Yours against torch's, on 12 x 12:
+# A hard test is the Hilbert matrix of unit 01, whose singular values fall faster and faster, each between 5 and more
+# than 100 times smaller than the one before. Compare your decomposition with torch's for the 12 x 12 matrix:
 
 # %%
 deflation = working("svd_by_deflation")
@@ -162,10 +165,10 @@ hilbert = 1 / (i[:, None] + i + 1)
 U, S, Vh = doubles(*deflation(hilbert))
 print("yours: ", " ".join(f"{value:.1e}" for value in S))
 print("torch: ", " ".join(f"{value:.1e}" for value in torch.linalg.svdvals(hilbert)))
-print(f"{len(S)} above rounding. U^T U - I: {(U.T @ U - torch.eye(len(S), dtype=U.dtype)).abs().max():.1e}")
+print(f"{len(S)} above rounding error. U^T U - I: {(U.T @ U - torch.eye(len(S), dtype=U.dtype)).abs().max():.1e}")
 
 # %% [markdown]
-# You have written a singular value decomposition. From here on `torch.linalg.svd` does the work, only because it is
+# You have written a singular value decomposition. From here on the unit uses `torch.linalg.svd`, only because it is
 # faster.
 
 # %% [markdown]
@@ -177,15 +180,15 @@ print(f"{len(S)} above rounding. U^T U - I: {(U.T @ U - torch.eye(len(S), dtype=
 # \lVert M - M_r \rVert_F = \sqrt{\sigma_{r+1}^2 + \sigma_{r+2}^2 + \dots}, \qquad
 # \lVert M - M_r \rVert_2 = \sigma_{r+1}.$$
 #
-# $\lVert\cdot\rVert_F$, the *Frobenius* norm, is the root of the sum of all squared entries;
-# $\lVert\cdot\rVert_2$, the *spectral* norm, is the most that a matrix stretches any vector of length 1. **No other
-# matrix of rank $r$ is nearer, in either norm** (Eckart and Young 1936; Mirsky 1960). It is one of the rare places
-# where the best answer to a hard question is a slice.
+# $\lVert\cdot\rVert_F$, the *Frobenius* norm, is the root of the sum of all squared entries; $\lVert\cdot\rVert_2$, the
+# *spectral* norm, is the largest factor by which a matrix stretches a vector. **No other matrix of rank $r$ is nearer,
+# in either norm** (Eckart and Young 1936; Mirsky 1960). To find the best approximation, all you have to do is take a
+# slice.
 
 # %% exercise="truncate"
 
 # %% [markdown]
-# To see what that does, use a matrix that you can look at. This one is a picture, made of a few formulas:
+# To see what that does, use a matrix that you can look at: a picture, drawn with a few formulas.
 
 
 # %%
@@ -208,6 +211,7 @@ picture = paint()
 cut = working("truncate")
 
 
+# %% figure="unit_02.png"
 def draw_picture(rank):
     figure, axes = plotting.panels(2, width=4.4, height=3.7)
     stored = low_rank_parameter_count(*picture.shape, rank)
@@ -226,16 +230,16 @@ slider(
     "rank",
     (1, 2, 3, 5, 8, 12, 16, 24, 32, 48, 64, 96),
     start=8,
-    alt="Left, a drawn picture in grey: hills with a striped field, a tower, a pointed roof and a sun. "
-    "Right, the same as a matrix of low rank: large shapes and straight edges are there, slanted edges are smeared "
-    "into horizontal and vertical streaks.",
+    alt="Left, a drawn picture in grey: hills with a striped field, a tower, a pointed roof and a sun. Right, the "
+    "same as a matrix of rank 8: large shapes and straight edges are there, slanted edges are smeared into "
+    "horizontal and vertical streaks.",
 )
 
 # %% [markdown]
-# Move the slider. What runs along rows and columns (tower, sky) is there at once; what is slanted or round (roof,
-# sun, stripes) takes many terms. Low rank is not the same as simple to the eye.
+# Move the slider. Shapes that run along rows and columns (tower, sky) appear at once; slanted or round ones
+# (roof, sun, stripes) take many terms. A matrix that looks simple need not have low rank.
 #
-# The error needs no second look at the picture: the singular values know it.
+# To know the error you do not need the truncated matrix: the singular values are enough.
 
 # %% exercise="approximation_error"
 
@@ -263,8 +267,8 @@ for share in (0.9, 0.99, 0.999):
     print(f"the picture, {share:.1%} of its energy: rank {needed(picture, share)} of {min(picture.shape)}")
 
 # %% [markdown]
-# One direction or two hold 90 %, and you know what the picture looks like at rank 2: a grey smear. Keep that in mind
-# when somebody says "90 % of the energy". And before you measure a weight, find out what this number is worth.
+# A single direction holds 90 %, and you have seen what the picture looks like at rank 1 or 2: a grey smear. Keep that
+# in mind when somebody says "90 % of the energy". Before you measure a weight, find out what such a number means.
 
 # %% prediction="noise_energy"
 
@@ -279,8 +283,8 @@ print(f"the first 128 of 256 directions hold {(S[:128] ** 2).sum() / (S**2).sum(
 # %% [markdown]
 # ## The weights of a trained model
 #
-# So compare with noise. Load the bundled GPT-2 and look at a weight of its third block, `mlp.c_fc`, which takes 256
-# numbers to 1,024, beside noise of the same shape and the same norm.
+# So always compare with noise. Load the bundled GPT-2 and look at a weight of its third block, `mlp.c_fc`, which maps
+# 256 numbers to 1,024, beside noise of the same shape and the same norm.
 
 # %%
 model, tokenizer = load_gpt2("bundled")
@@ -327,14 +331,14 @@ slider(
     "rank",
     (1, 4, 8, 16, 32, 64, 96, 128, 192, 256),
     start=32,
-    alt="Left, a corner of a weight of GPT-2 as grey squares: it looks like noise. Middle, at low rank: paler. "
-    "Right, relative error over the rank for the weight and for noise of the same shape: two curves that fall slowly "
-    "from 1 to 0 at rank 256, that of the weight a little below that of noise.",
+    alt="Left, a corner of a weight of GPT-2 as grey squares: it looks like noise. Middle, at low rank: paler. Right, "
+    "relative error against rank for the weight and for noise of the same shape: two curves that fall slowly from "
+    "1 to 0 at rank 256, that of the weight a little below that of noise.",
 )
 
 # %% [markdown]
-# No house appears in there. A trained weight is **not** a matrix of low rank: it is a little nearer to one than noise
-# is. How much, differs from matrix to matrix. So look at all of them: `c_attn` (queries, keys and values),
+# No picture appears here. A trained weight is **not** a matrix of low rank: it is only a little nearer to one than
+# noise is. How much nearer differs from matrix to matrix, so look at all of them: `c_attn` (queries, keys and values),
 # `attn.c_proj`, `mlp.c_fc` and `mlp.c_proj` in each of the six blocks. The smaller side is 256 everywhere.
 
 # %%
@@ -346,13 +350,13 @@ noises = {name: torch.randn(before[name].shape, generator=generator) for name in
 
 
 def ranks_by_kind(matrices, share=0.9):
-    """Kind -> the ranks of its six matrices, sorted."""
+    """The ranks of the six matrices of each kind, sorted."""
     ranks = {name: needed(matrices[name], share) for name in NAMES}
     return {kind: sorted(ranks[name] for name in NAMES if kind in name) for kind in KINDS}
 
 
 def print_ranks(ranks):
-    print("rank for 90 % of the energy, of 256: the lowest and the highest of the six blocks")
+    print("rank for 90 % of the energy, of 256: lowest to highest of the six blocks")
     for kind in KINDS:
         print(f"{kind:12}" + "".join(f"   {name} {of[kind][0]:>3} to {of[kind][-1]:>3}" for name, of in ranks.items()))
 
@@ -361,22 +365,22 @@ ranks = {"weight": ranks_by_kind(before), "noise": ranks_by_kind(noises)}
 print_ranks(ranks)
 
 # %% [markdown]
-# How far below the noise a weight lies depends on the training as well. The matrices of this model were trained with
-# Muon, whose steps have nearly equal singular values, and that makes flatter spectra than Adam does (Liu et al. 2025,
-# arXiv:2502.16982, compare the two). The comparison with noise is the habit to keep.
+# How far a weight lies below noise also depends on how it was trained. The matrices of this model were trained with
+# Muon, whose updates have nearly equal singular values, which leads to flatter spectra than Adam (Liu et al. 2025,
+# arXiv:2502.16982, compare the two). Whatever the optimiser, make it a habit to compare with noise.
 
 # %% [markdown]
 # ## The same for data: principal components
 #
-# Singular vectors also say in which directions *data* vary. Let the rows of $X$, of shape $(N, d)$, be $N$ samples
+# Singular vectors also tell in which directions *data* vary. Let the rows of $X$, of shape $(N, d)$, be $N$ samples
 # with their mean subtracted. Their covariance matrix is $X^\top X / (N - 1)$, of shape $(d, d)$; its eigenvectors are
 # the $v_k$ of $X$, and the variance along $v_k$ is $\sigma_k^2 / (N - 1)$. That is *principal component analysis*.
 
 # %% exercise="pca"
 
 # %% [markdown]
-# Let it look at something that nobody can see: the 256 numbers with which the model begins each word. Two directions
-# out of 256, chosen by variance alone; the method is told nothing about the words.
+# Apply it to something that cannot be seen directly: the 256 numbers by which the model represents each word at its
+# input. Keep two directions of the 256, chosen by variance alone; the method is told nothing about the words.
 
 # %%
 words = "king queen prince princess woman boy girl dog cat fox two three four seven red green white black golden "
@@ -400,20 +404,20 @@ show(
 )
 
 # %% [markdown]
-# Kings with foxes, numbers with colours, saying with going: the strongest directions are those of *grammar*, of which
-# words can stand in the same place.
+# Kings are near foxes, numbers near colours, saying near going: the strongest directions reflect *grammar*, that is,
+# which words can stand in the same place.
 
 # %% [markdown]
 # ## What fine-tuning changes
 #
 # Now the question on which this whole course rests. Fine-tuning turns a weight $W_0$ into $W_0 + \Delta W$. You saw
-# that $W_0$ itself has no low rank. And $\Delta W$?
+# that $W_0$ itself does not have low rank. What about $\Delta W$?
 
 # %% prediction="lowest_rank"
 
 # %% [markdown]
-# Fine-tune the whole model, every one of its parameters, for a minute: it learns to turn a *story card* into the
-# opening of a tale. Nothing in this training knows of ranks.
+# Fine-tune all parameters of the model for about a minute: it learns to turn a *story card* into the opening of a tale.
+# Nothing in this training asks for a low rank.
 
 # %%
 STEPS = 60
@@ -441,21 +445,21 @@ bar.close()
 after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 updates = {name: after[name] - before[name] for name in NAMES}
 loss_after = completion_loss(model, held_out)
-print(f"loss on cards that it has not seen, nats per token: {loss_before:.2f} before, {loss_after:.2f} after")
+print(f"loss on cards not used in training, nats per token: {loss_before:.2f} before, {loss_after:.2f} after")
 
 # %%
 ranks["update"] = ranks_by_kind(updates)
 print_ranks(ranks)
 strict = [int(torch.linalg.matrix_rank(update)) for update in updates.values()]
-print(f"and the rank of unit 01: {min(strict)} to {max(strict)}")
+print(f"rank of the updates in the sense of unit 01: {min(strict)} to {max(strict)}")
 
 # %% check="lowest_rank"
 
 # %% [markdown]
-# The rank in the strict sense says nothing here; the energy does. But energy is a number about numbers. What counts
-# is the *loss*. So cut every update to rank $r$, put the model together again, $W_0 + (\Delta W)_r$, and measure. For
-# comparison, cut the finished weight $W_0 + \Delta W$ to rank $r$ instead. Embeddings, biases and norms stay as
-# the fine-tuning left them, in both.
+# The rank in the strict sense says nothing here; the energy does. But energy only describes the matrix. What matters is
+# the *loss*. So truncate every update to rank $r$, put the model together again with $W_0 + (\Delta W)_r$, and measure.
+# For comparison, truncate the fine-tuned weight $W_0 + \Delta W$ to rank $r$ instead. Embeddings, biases and norms stay
+# as fine-tuning left them in both cases.
 
 # %%
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -470,7 +474,7 @@ def loss_with(weights):
 
 
 def factors(matrix):
-    """The decomposition with the singular values multiplied into U: cut at any rank by a slice."""
+    """The decomposition with the singular values multiplied into U, so that a slice truncates it to any rank."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return left * values, right
 
@@ -488,7 +492,7 @@ print("update cut to r:" + " ".join(f"{loss:>5.2f}" for loss in loss_of_update))
 print("weight cut to r:" + " ".join(f"{loss:>5.2f}" for loss in loss_of_weight))
 gain = loss_of_update[0] - loss_of_update[-1]
 kept = {r: (loss_of_update[0] - loss) / gain for r, loss in zip(RANKS, loss_of_update, strict=True)}
-print("of what the matrices gained: " + ", ".join(f"rank {r} {kept[r]:.0%}" for r in (1, 4, 16, 64)))
+print("share of the matrices' gain: " + ", ".join(f"rank {r} {kept[r]:.0%}" for r in (1, 4, 16, 64)))
 
 
 # %%
@@ -501,7 +505,7 @@ def mean_energy(matrices):
     return torch.stack(shares).mean(dim=0)  # (256,)
 
 
-# %% figure="unit_02.png"
+# %%
 figure, (left, right) = plotting.panels(2, width=5.0, height=3.9)
 labels = {"update of fine-tuning": (60, 1.03, "left"), "weight": (62, 0.66, "right"), "noise": (104, 0.62, "left")}
 for style, (name, matrices) in enumerate(zip(labels, (updates, before, noises), strict=True)):
@@ -528,27 +532,31 @@ right.set_xticks(places, [str(r) for r in RANKS])
 right.set_ylim(0, top)
 show(
     figure,
-    alt="Left, share of the energy over the number of directions, mean over all matrices of the blocks: the update of "
-    "fine-tuning rises far faster than the weight, which lies between it and noise, nearer to noise. Right, loss on "
-    "story cards over the rank: the first few directions of the update bring most of what was learned; the weight cut "
-    "to the same rank is far worse than the model before fine-tuning, until nearly all directions are kept.",
+    alt=(
+        "Left, share of the energy against the number of directions, mean over all matrices of the blocks: the update "
+        "of fine-tuning rises far faster than the weight, which lies between it and noise, nearer to noise. Right, "
+        "loss on story cards against rank: the first few directions of the update bring most of what was learned; the "
+        "weight truncated to the same rank is far worse than the model before fine-tuning unless about half of the "
+        "directions are kept."
+    ),
 )
 
 # %% [markdown]
-# Read it with care.
+# Interpret this with care.
 #
-# - *An update can be cut* after training: that is what you measured. It does not follow that a training which is only
-#   *allowed* rank $r$ finds an update as good. That is the hypothesis of LoRA (Hu et al. 2021, section 4.1), and units
-#   09 and 10 test it.
-# - The loss falls with every doubling of $r$, only less and less. There is no rank at which "all" of the update is in.
-# - At $r = 0$ the loss is already below that before fine-tuning: embeddings, biases and norms have kept what they
-#   learned.
-# - One model, one task, one short training with AdamW. Another optimiser makes other updates.
+# - *An update can be truncated* after training: that is what you measured. It does not follow that training which is
+#   *restricted* to rank $r$ finds an equally good update. That is the hypothesis of LoRA (Hu et al. 2021, section 4.1),
+#   and units 09 and 10 test it.
+# - The loss falls with every doubling of $r$, but less and less. There is no single rank at which "all" of the update
+#   is included.
+# - At $r = 0$ the loss is already below that before fine-tuning, because embeddings, biases and norms keep what they
+#   have learned.
+# - This is one model, one task and one short training run with AdamW. Another optimiser makes different updates.
 
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **`Vh` is not `V`.** On a square matrix nothing complains:
+# **`Vh` is not `V`.** With a square matrix, mixing them up raises no error:
 
 # %%
 square = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -557,18 +565,18 @@ print(f"U diag(S) Vh:   off by {(left * values @ rows - square).norm():.1e}")
 print(f"U diag(S) Vh^T: off by {(left * values @ rows.T - square).norm():.1e}, and no error")
 
 # %% [markdown]
-# **Signs are free.** Compare products, never vectors. (Two checkpoints, two libraries, two versions of one library
-# may differ.)
+# **Signs are arbitrary.** Compare products, never vectors. (The signs may differ between two checkpoints, two
+# libraries, or two versions of one library.)
 
 # %%
-flipped_left, flipped_rows = -left, -rows  # as right as the other
+flipped_left, flipped_rows = -left, -rows  # just as right
 print(f"the vectors differ by {(flipped_left - left).abs().max():.2f}")
 print(f"their products by {(flipped_left * values @ flipped_rows - left * values @ rows).abs().max():.0e}")
 
 # %% [markdown]
-# **$M^\top M$ squares the singular values, and loses the small ones.** What is 1e-10 of the largest becomes
-# 1e-20, which float64 cannot hold beside 1. For the largest one (your power iteration) that does no harm. For
-# the others it does:
+# **$M^\top M$ squares the singular values, and loses the small ones.** A value that is 1e-10 of the largest becomes
+# 1e-20 of it, which float64 cannot represent beside 1. For the largest value (your power iteration) that does no harm.
+# For the others it does:
 
 # %%
 generator = torch.Generator().manual_seed(5)
@@ -580,7 +588,7 @@ print("roots of M^T M:", " ".join(f"{value:.1e}" for value in gram))
 print("by deflation:  ", " ".join(f"{value:.1e}" for value in doubles(deflation(M)[1])[0]))
 
 # %% [markdown]
-# **PCA without subtracting the mean** finds the mean:
+# **PCA without subtracting the mean** finds the mean as its first direction:
 
 # %%
 first = torch.linalg.svd(embeddings + 1)[2][0]  # the same words, moved by 1 in every direction
@@ -588,8 +596,8 @@ direction = (embeddings + 1).mean(dim=0)
 print(f"cosine of the first direction and the mean: {abs(float(first @ direction / direction.norm())):.4f}")
 
 # %% [markdown]
-# **A low rank that saves nothing.** Two factors of rank $r$ hold $r (m + n)$ numbers. That is less than $m n$ only
-# for $r < m n / (m + n)$:
+# **A lower rank need not save much.** Two factors of rank $r$ hold $r (m + n)$ numbers. That is less than $m n$ only
+# for $r < m n / (m + n)$. Here the saving is 10 %:
 
 # %%
 r = needed(W, 0.9)
@@ -600,10 +608,11 @@ print(f"{low_rank_parameter_count(*W.shape, r):,}")
 # ## Summary
 #
 # 1. Every matrix is a sorted sum of outer products at right angles: $M = \sum_k \sigma_k u_k v_k^\top$.
-# 2. Power iteration finds the first term, deflation the others; squares, tiny values and repeated values are where
-#    it breaks.
-# 3. The first $r$ terms are the nearest matrix of rank $r$; its error is made of the singular values left out.
-# 4. A share of the energy means something only beside that of noise: a trained weight has no low rank.
+# 2. Power iteration finds the first term, deflation the others; squaring, tiny values and repeated values are where
+#    they go wrong.
+# 3. The first $r$ terms are the nearest matrix of rank $r$; its error follows from the singular values left out.
+# 4. A share of the energy is meaningful only in comparison with noise. By that measure a trained weight does not have
+#    low rank.
 # 5. The update of fine-tuning lies in far fewer directions than the weight, and a few of them carry most of what was
 #    learned.
 #
@@ -615,28 +624,30 @@ print(f"{low_rank_parameter_count(*W.shape, r):,}")
 # - Aghajanyan, Zettlemoyer and Gupta 2020, *Intrinsic Dimensionality Explains the Effectiveness of Language Model
 #   Fine-Tuning* (arXiv:2012.13255), sections 3 and 4.
 # - Hu et al. 2021, *LoRA* (arXiv:2106.09685), sections 4.1 and 7.2.
-# - Martin and Mahoney 2021, *Implicit Self-Regularization in Deep Neural Networks* (arXiv:1810.01075), section 1:
-#   what the spectra of trained weights look like beside those of noise.
+# - Martin and Mahoney 2021, *Implicit Self-Regularization in Deep Neural Networks* (arXiv:1810.01075), section 1: what
+#   the spectra of trained weights look like compared with those of noise.
 
 # %% [markdown] open_question="update_rank_argument" points=4
-# **Open question.** A colleague measures the updates of a fine-tuned model: 90 % of their energy lies in about 60
-# of 256 directions. "So LoRA needs rank 60 here", she says. Another answers: "Your picture of the loss says that
-# rank 8 is enough." What does each of the two measurements show, and what does it not show? Which experiment would
-# settle it? (Six to twelve sentences; use the numbers of this unit.)
+# **Open question.** A colleague measures the updates of a fine-tuned model: 90 % of their energy lies in about 60 of
+# 256 directions. "So LoRA needs rank 60 here", she says. Another answers: "Your plot of the loss says that rank 8 is
+# enough." What does each of the two measurements show, and what does it not show? Which experiment would settle the
+# question? (Six to twelve sentences; use the numbers of this unit.)
 #
 # **Rubric.**
 #
 # - 1 point: energy is not loss; many weak directions can hold energy that does nothing for the task. Numbers from
 #   the unit.
 # - 1 point: a share of the energy is compared with that of noise, or of the weight, of the same shape.
-# - 1 point: cutting a finished update is not the same as training within rank r (either may be better: the training
-#   can make up for the limit, or not find the way); or: what embeddings, biases and norms learned was kept.
-# - 1 point: an experiment that would settle it: train with rank r for several r, everything else equal, the
-#   learning rate tuned for each, the loss on cards that were not trained on, more than one seed.
+# - 1 point: cutting a finished update is not the same as training within rank r (either may be better: training can
+#   compensate for the restriction, or fail to find an equally good update); or: what embeddings, biases and norms
+#   learned was kept.
+# - 1 point: an experiment that would settle it: train with rank r for several values of r, everything else equal, the
+#   learning rate tuned for each, the loss measured on cards not used in training, with more than one seed.
 
 # %% [markdown]
-# You took six blocks of matrices apart without asking what they are for. What *is* `c_attn`, and why is it 256 by
-# 768? In unit 03 you build the model around these matrices, until yours computes what the checkpoint computes.
+# You have decomposed the matrices of six blocks without asking what they are for. What *is* `c_attn`, and why is it 256
+# by 768? In unit 03 you build the model around these matrices, until your code computes exactly what the library's
+# model computes from the checkpoint.
 
 # %%
 progress("02")

@@ -9,18 +9,24 @@
 # %% [markdown]
 # # Unit 03: GPT-2
 #
-# Everything in this course is done to one model. Before you change its weights, you write it: about thirty lines of
-# arithmetic, and then the numbers of a trained checkpoint flow through *your* functions and come out as a fairy tale.
+# This whole course works with one model. Before you change its weights, you write the model yourself, in about thirty
+# lines of arithmetic. Then you run the weights of a trained checkpoint through *your* functions, and they write a fairy
+# tale.
 #
-# **Afterwards you can** cut a matrix product into attention heads, write causal attention with and without a cache,
-# put a transformer block together, compute the loss that every fine-tuning in this course minimises, draw the next
-# token with temperature, top-k and top-p, and say what the fused matrix `c_attn` holds: the one that LoRA adapts first.
+# **By the end of this unit you can**
 #
-# **You need** matrix products and the softmax. **It takes** about 90 minutes, and less than a minute of computing.
+# - split the result of a matrix product into attention heads, and write causal attention with and without a cache;
+# - assemble a transformer block, and compute the loss that every fine-tuning in this course minimises;
+# - sample the next token with temperature, top-k and top-p;
+# - say what the fused matrix `c_attn`, the first one that LoRA adapts, contains.
 #
-# ![Three heads of the bundled GPT-2 as squares of grey: each row is a token, each column a token that it may look at.
-# Everything above the diagonal is white. One head marks the token before, one picks a few tokens, one spreads over the
-# past.](unit_03.png)
+# **Prerequisites**: matrix products and the softmax.
+#
+# **Time**: about 90 minutes, of which less than a minute is computing.
+#
+# ![The attention of three heads of the bundled GPT-2 as grey squares: each row is a token, each column a token that it
+# may attend to. Everything above the diagonal is white. One head attends to the previous token, one to a few tokens,
+# one to all previous tokens alike.](unit_03.png)
 
 # %%
 import math
@@ -38,10 +44,10 @@ from lora_from_scratch.support.figures import show, slider
 from lora_from_scratch.support.plotting import curve, label, panels
 
 # %% [markdown]
-# ## A text becomes numbers, and numbers become a text
+# ## From text to numbers and back
 #
-# The bundled model is a GPT-2 with 6 layers of width 256, trained for this course on children's books that are in the
-# public domain. Its tokenizer cuts a text into pieces that it knows.
+# The bundled model is a GPT-2 with 6 layers of width 256, trained for this course on public-domain children's books.
+# Its tokenizer splits a text into pieces from its vocabulary.
 
 # %%
 model, tokenizer = load_gpt2("bundled")
@@ -53,8 +59,8 @@ print(tokens)
 print("the first five as numbers:", ids[0, :5].tolist(), "of", config.vocab_size)
 
 # %% [markdown]
-# What does the model say to that? For each of the T tokens that it reads it gives V numbers, one for each token of the
-# vocabulary: the **logits** of what comes next. A softmax makes probabilities of them.
+# What does the model predict? For each of the T tokens that it reads it returns V numbers, one for each token of the
+# vocabulary: the **logits** of the token that comes next. A softmax turns them into probabilities.
 
 # %%
 with torch.no_grad():
@@ -64,41 +70,41 @@ for token in logits[0, -1].topk(5).indices.tolist():
     print(f"{tokenizer.decode([token])!r:12} {logits[0, -1].softmax(-1)[token]:6.1%}")
 
 # %% [markdown]
-# Nothing in there is more than sums, products and one exponential. Which ones? Start with the part that lets one token
-# know of another.
+# Inside there is little more than sums, products and exponentials. Start with the part through which one token receives
+# information from another.
 
 # %% [markdown]
-# ## Attention: who looks at whom
+# ## Attention: which token attends to which
 #
 # Each token t asks a question, its **query** $q_t$. Each token s answers with a **key** $k_s$ and offers a **value**
-# $v_s$. Where query and key point the same way, token t takes much of the value:
+# $v_s$. Where query and key point in the same direction, token t takes a large share of the value:
 #
 # $$y_t = \sum_{s \le t} a_{ts} v_s, \qquad
 # a_{ts} = \operatorname{softmax}_s\!\left(\frac{q_t \cdot k_s}{\sqrt{hd}}\right)$$
 #
 # with $q_t, k_s, v_s, y_t \in \mathbb{R}^{hd}$ (Vaswani et al. 2017, section 3.2.1). The sum stops at t: a model that
-# has to predict the next token must not look at it.
+# has to predict the next token must not see it.
 #
-# One such weighted mean can ask one question at a time. So the width d is cut into H **heads** of hd = d / H columns,
-# and each head does its own attention (section 3.2.2 there). PyTorch multiplies the last two axes and treats all axes
-# before them as a batch: the heads have to move in front of the tokens.
+# One such weighted mean answers a single question. So the width d is split into H **heads** of hd = d / H columns, and
+# each head computes its own attention (section 3.2.2 there). PyTorch multiplies the last two axes and treats all axes
+# before them as a batch, so the heads have to move in front of the tokens.
 
 # %%
 x = torch.arange(12).view(1, 2, 6)  # (B, T, d): 2 tokens of width 6
 print(x)
-print("seen as (1, 2, 3, 2), still token by token:")
+print("viewed as (1, 2, 3, 2), still token by token:")
 print(x.view(1, 2, 3, 2))
 
 # %% [markdown]
-# With 3 heads, head 0 has to get the columns 0 and 1 of *both* tokens: the numbers 0, 1, 6, 7. In the second print they
-# are not side by side yet.
+# With 3 heads, head 0 has to get the columns 0 and 1 of *both* tokens: the numbers 0, 1, 6, 7. In the second output
+# they are not yet next to each other.
 
 # %% exercise="split_heads"
 
 # %% [markdown]
-# The way back, `merge_heads`, is ready-made: it lays the heads of a token side by side again. Now for what a query may
-# see. When a text is read at once there are as many queries as keys. But when it is written token by token, the keys of
-# what was read before lie in a **cache**: then there are fewer queries than keys, and they stand at the *end*.
+# The inverse, `merge_heads`, is provided: it puts the heads of a token side by side again. Next: what may a query see?
+# When a whole text is read at once, there are as many queries as keys. When it is generated token by token, the keys of
+# the earlier tokens are in a **cache**: then there are fewer queries than keys, and they belong to the *last* tokens.
 
 # %%
 print("5 tokens, 3 of them in the cache:")
@@ -115,19 +121,19 @@ generator = torch.Generator().manual_seed(0)
 for width in (4, 32, 256):
     q, k = torch.randn(2, 2000, width, generator=generator)
     scores = (q * k).sum(dim=-1)
-    print(f"hd = {width:3}: the scores spread by {scores.std():5.1f}; the root of hd is {math.sqrt(width):5.1f}")
+    print(f"hd = {width:3}: standard deviation of the scores {scores.std():5.1f}; sqrt(hd) {math.sqrt(width):5.1f}")
 
 # %% [markdown]
-# The more columns, the larger the scores, and a softmax of large scores looks at one key and forgets the others. The
-# $\sqrt{hd}$ in the equation takes that away, whatever the width of a head.
+# The more columns, the larger the scores, and a softmax of large scores puts nearly all its weight on one key. The
+# $\sqrt{hd}$ in the equation compensates for that, whatever the width of a head.
 
 # %% exercise="causal_attention"
 
 # %% [markdown]
 # ### A picture of attention
 #
-# The result of attention is a mean of the values with the weights $a_{ts}$. How can you see the weights themselves? You
-# choose the values: with the identity matrix in the place of v, what comes out *is* the matrix of weights.
+# The result of attention is a mean of the values with the weights $a_{ts}$. How can you see the weights themselves? By
+# choosing the values: with the identity matrix in place of v, the result *is* the matrix of weights.
 
 # %%
 causal_attention = working("causal_attention")
@@ -150,25 +156,26 @@ weights = attention_weights(ids)
 print("weights:", tuple(weights.shape), "- each row sums to 1:", bool(torch.allclose(weights.sum(-1), torch.ones(()))))
 
 # %% [markdown]
-# 48 heads. Which of them do something that has a name? Measure for each how much of its weight goes, on average, to
-# the token before and to the token itself, and how far it spreads. (The entropy of a row says how many tokens it
-# looks at; that of an even spread is the largest there is.)
+# There are 48 heads. Do some of them have a recognisable function? Measure for each how much of its weight goes, on
+# average, to the previous token and to the token itself, and how evenly it is spread. (The entropy of a row indicates
+# how many tokens it attends to; it is largest when all weights are equal.)
 
 # %%
 T = ids.shape[1]
 before = weights.diagonal(offset=-1, dim1=-2, dim2=-1).mean(-1)  # (L, H)
 itself = weights.diagonal(dim1=-2, dim2=-1)[..., 1:].mean(-1)
 entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1)[..., 1:]
-spread = (entropy / torch.arange(2, T + 1).log()).mean(-1)  # 1: all tokens alike
+spread = (entropy / torch.arange(2, T + 1).log()).mean(-1)  # 1: all tokens equally
 
 print("layer   before   itself   spread     (means over the heads)")
 for layer in range(config.n_layer):
     print(f"{layer:5} {before[layer].mean():8.2f} {itself[layer].mean():8.2f} {spread[layer].mean():8.2f}")
 
 # %% [markdown]
-# A spread near 1 is a head that takes the plain mean of all that came before: it has not learned where to look, or has
-# no need to. Is there a layer of such heads in the table? Here are three: the one that looks most at the token before,
-# the one that looks at the fewest tokens of all others, and the one that spreads most.
+# A head with a spread near 1 takes the plain mean of everything so far: it has not learned where to look, or does not
+# need to. Is there a layer of such heads in the table? The figure shows three heads: the one that attends most to the
+# previous token, of the others the one that attends to the fewest tokens, and the one that spreads its attention most
+# evenly.
 
 # %% figure="unit_03.png"
 
@@ -178,27 +185,28 @@ def draw_weights(axes, matrix, title, names=True):
     ticks = range(len(tokens)) if names else []
     axes.set_xticks(ticks, [token.strip() for token in tokens] if names else [], rotation=90, fontsize=7)
     axes.set_yticks(ticks, [token.strip() for token in tokens] if names else [], fontsize=7)
-    label(axes, x="looks at" if names else "", y="token" if names else "", title=title)
+    label(axes, x="attends to" if names else "", y="token" if names else "", title=title)
 
 
 figure, axes = panels(3, width=3.5, height=3.9)
 previous = int(before.argmax())  # heads counted through all layers
 focused = spread.flatten().clone()
-focused[previous] = 1  # another one
-kinds = {"the token before": previous, "few tokens": int(focused.argmin()), "all alike": int(spread.argmax())}
+focused[previous] = 1  # so that a different head is chosen
+kinds = {"previous token": previous, "few tokens": int(focused.argmin()), "all tokens alike": int(spread.argmax())}
 for axis, (kind, number) in zip(axes, kinds.items(), strict=True):
     layer, head = divmod(number, config.n_head)
     draw_weights(axis, weights[layer, head], f"{kind}\nlayer {layer}, head {head}")
 show(
     figure,
-    "Three squares of grey, tokens of a sentence on both axes; darker means more attention (its square root is "
-    "drawn). Above the diagonal all is white. Left: darkest just below the diagonal, the token before. Middle: a few "
-    "dark cells, where this head has found what it looks for. Right: an even staircase that pales as the rows grow.",
+    "Three grey squares, with the tokens of a sentence on both axes; darker means more attention (its square root is "
+    "drawn). Everything above the diagonal is white. Left: darkest just below the diagonal, at the previous token. "
+    "Middle: a few dark cells, at the tokens that this head picks out. Right: an even staircase that becomes paler as "
+    "the rows get longer.",
 )
 
 # %% [markdown]
-# All three are empty above the diagonal: nobody looks into the future. Look through the layers with the slider. Do the
-# heads of one layer do the same, or different things?
+# All three are empty above the diagonal: no token sees the future. Browse the layers with the slider. Do the heads of
+# one layer do the same thing, or different things?
 
 
 # %%
@@ -214,43 +222,43 @@ slider(
     "layer",
     range(config.n_layer),
     config.n_layer - 2,
-    "Eight small squares of grey in a row, one for each head of the layer, in the form of the figure above: all are "
-    "white above the diagonal, and differ in where below it they are dark.",
+    "Eight small grey squares in a row, one for each head of the layer, as in the figure above: all are white above "
+    "the diagonal, and differ in where below it they are dark.",
 )
 
 # %% [markdown]
 # ## The block
 #
-# Attention moves information between tokens; then each token works on it alone, in an MLP: up to four times the width,
-# a bend, and down again. GPT-2's bend is the tanh approximation of the GELU (Hendrycks and Gimpel 2016, section 2).
+# Attention moves information between tokens; then an MLP processes each token on its own: it expands to four times the
+# width, applies a nonlinearity, and projects back. GPT-2's nonlinearity is the tanh approximation of the GELU
+# (Hendrycks and Gimpel 2016, section 2).
 
 # %% exercise="gelu"
 
 # %% [markdown]
-# Why does it matter which of the two GELUs you take? See how far apart they are.
+# Does it matter which of the two GELUs you use? See how far apart they are.
 
 # %%
 gelu = working("gelu")
 z = torch.linspace(-4, 4, 801)
 gap = (gelu(z) - F.gelu(z)).abs()
-print(f"largest difference {gap.max():.5f}, at x = {abs(z[gap.argmax()]):.2f} and its mirror image")
+print(f"largest difference {gap.max():.5f}, at x = +/-{abs(z[gap.argmax()]):.2f}")
 
 # %% [markdown]
-# Little. Keep that number in mind for the experiment below.
+# They are close. Remember this number for the experiment below.
 #
 # Now the block. In the original Transformer every sum is normalised (Vaswani et al. 2017, section 3.1). GPT-2 moved the
-# normalisation to the *input* of each part (Radford et al. 2019, section 2.3), so that an unbroken line of sums runs
-# from the embeddings to the top: the **residual stream**, (B, T, d). Every layer reads from it and adds to it. That is
-# also why a method that adds a small correction to a layer, as all of this course's do, has so direct a way to the
-# output.
+# normalisation to the *input* of each part (Radford et al. 2019, section 2.3), so that an unbroken chain of additions
+# runs from the embeddings to the top: the **residual stream**, (B, T, d). Every layer reads from it and adds to it. It
+# also gives small corrections to a layer, such as the methods of this course learn, a direct path to the output.
 
 # %% exercise="transformer_block"
 
 # %% [markdown]
 # ## Your model
 #
-# Now put it together. The checkpoint is a dictionary of names and tensors, and nothing else. A linear layer of GPT-2 is
-# a **Conv1D**, `y = x W + b` with W of shape (in, out): the transpose of what `nn.Linear` stores.
+# Now put it all together. The checkpoint is nothing but a dictionary of names and tensors. A linear layer of GPT-2 is a
+# **Conv1D**, `y = x W + b` with W of shape (in, out): the transpose of what `nn.Linear` stores.
 
 # %%
 checkpoint = {name.removeprefix("transformer."): tensor.detach() for name, tensor in model.state_dict().items()}
@@ -260,9 +268,9 @@ for name in ("wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "h.0.attn.c_p
 # %% prediction="where_is_the_key"
 
 # %% [markdown]
-# Here is the whole model as a function of token ids and the checkpoint, with your functions in it (or the library's,
-# for those that do not pass their check yet). Read `attention`: what cuts the output of `c_attn` is given from outside,
-# so that three guesses can be tried.
+# Here is the whole model as a function of token ids and the checkpoint, using your functions (or the library's, for
+# those that do not pass their check yet). Look at `attention`: the function that splits the output of `c_attn` is
+# passed in from outside, so that three hypotheses can be tried.
 
 # %%
 mine = SimpleNamespace(
@@ -301,11 +309,12 @@ def my_gpt2(ids, w, parts):
     for layer in range(config.n_layer):
         x = block(x, w, layer, parts)
     x = F.layer_norm(x, x.shape[-1:], w["ln_f.weight"], w["ln_f.bias"])
-    return x @ w["wte.weight"].T  # the output matrix is the token embedding itself
+    return x @ w["wte.weight"].T  # the output matrix is the token embedding
 
 
 # %% [markdown]
-# Three ways in which q, k and v might lie in the 768 columns. Which gives the checkpoint's own logits?
+# Here are three ways in which q, k and v might be arranged in the 768 columns. Which one reproduces the model's own
+# logits?
 
 
 # %%
@@ -328,29 +337,30 @@ for name, cut in {"a": head_by_head, "b": mine.cut, "c": in_turn}.items():
 # %% check="where_is_the_key"
 
 # %% [markdown]
-# One of the three differs by nothing. Those are *your* functions, and a checkpoint that `transformers` loads as well.
-# Only the output told you: the other two have the right shapes, run without a complaint and talk nonsense.
+# One of the three agrees. It uses *your* functions and a checkpoint that `transformers` can load as well. Only the
+# output shows which one is right: the other two have the right shapes, run without an error and produce nonsense.
 #
-# What `c_attn` fuses, in one line: `W = [W_q | W_k | W_v]`, each (d, d), side by side on the **output** axis. When unit
-# 09 adapts "the queries and the values", these are its first and last thirds.
+# In one line, `c_attn` fuses `W = [W_q | W_k | W_v]`, each (d, d), side by side along the **output** axis. When unit 09
+# adapts "the queries and the values", these are its first and last thirds.
 
 # %% [markdown]
 # ## The loss
 #
-# The model is trained to make the next token likely (Radford et al. 2019, section 2). For a text of token ids
-# $x_0 \dots x_{T-1}$ and its logits $z \in \mathbb{R}^{T \times V}$ the loss is the mean over t of
+# The model is trained to assign a high probability to the next token (Radford et al. 2019, section 2). For a text of
+# token ids $x_0 \dots x_{T-1}$ and its logits $z \in \mathbb{R}^{T \times V}$ the loss is the mean over t of
 #
 # $$-\log \operatorname{softmax}(z_t)[x_{t+1}]$$
 #
-# in nats. Some labels must not count: padding, and later in the course the prompt. By convention their label is -100.
+# in nats. Some positions must not count: padding, and later in the course the prompt. By convention their label is
+# -100.
 
 # %%
-print(f"a model that knows nothing: log({config.vocab_size}) = {math.log(config.vocab_size):.2f} nats a token")
+print(f"uniform guessing: log({config.vocab_size}) = {math.log(config.vocab_size):.2f} nats per token")
 
 # %% exercise="next_token_loss"
 
 # %% [markdown]
-# Measure the model on text that it has never read: the beginnings of the tales that were written for this course.
+# Measure the model on text that it was not trained on: the beginnings of the tales that were written for this course.
 
 # %%
 next_token_loss = working("next_token_loss")
@@ -363,13 +373,14 @@ def loss_of(parts, w=checkpoint):
 
 
 right_loss = loss_of(mine)
-print(f"loss {right_loss:.2f} nats a token: as if it had to choose between {math.exp(right_loss):.0f} tokens each time")
+print(f"loss {right_loss:.2f} nats per token: like guessing among {math.exp(right_loss):.0f} equally likely tokens")
 
 # %% [markdown]
 # ## The experiment: one mistake at a time
 #
-# The model works. Now break it, in ways in which people do break it: one mistake at a time, in the same trained
-# weights, and each time the loss on the tales. Guess first: which mistake costs most, and which would you never notice?
+# The model works. Now break it with mistakes that people really make, one at a time and always with the same trained
+# weights, and measure the loss on the tales each time. Guess first: which mistake costs most, and which would you never
+# notice?
 
 # %%
 split_heads, transformer_block = working("split_heads"), working("transformer_block")
@@ -377,7 +388,7 @@ causal_mask = working("causal_mask")
 
 
 def attend(q, k, v, scale=None, seen=None, axis=-1):
-    """Attention with something changed; None: as it should be."""
+    """Attention with one thing changed; None leaves the part as it should be."""
     T = q.shape[2]
     scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     seen = causal_mask(T, T) if seen is None else seen
@@ -425,7 +436,7 @@ for place, name in enumerate(order):
     axes.annotate(f"{losses[name]:.2f}", (losses[name], place), xytext=(4, 0), textcoords="offset points", va="center")
 axes.axvline(math.log(config.vocab_size), color="black", linestyle=":")
 axes.annotate(
-    "knows nothing",
+    "uniform guessing",
     (math.log(config.vocab_size), 0),
     xytext=(-4, 0),
     textcoords="offset points",
@@ -433,11 +444,11 @@ axes.annotate(
     va="center",
 )
 axes.set_ylim(len(order) - 0.4, -1)
-label(axes, x="loss on the tales, in nats a token", title="The same weights, one mistake at a time")
+label(axes, x="loss on the tales, in nats per token", title="The same weights, one mistake at a time")
 show(
     figure,
-    "Horizontal bars: the right model on top, then eleven mistakes by their loss from small to large; a "
-    "dotted line marks the loss of a model that knows nothing. " + "; ".join(f"{n} {losses[n]:.2f}" for n in order),
+    "Horizontal bars: the correct model on top, then eleven mistakes in order of increasing loss; a dotted line marks "
+    "the loss of uniform guessing. " + "; ".join(f"{n} {losses[n]:.2f}" for n in order),
 )
 
 # %%
@@ -445,19 +456,20 @@ for name in ("as it should be", "exact GELU"):
     print(f"{name:16} {losses[name]:.5f}")
 
 # %% [markdown]
-# Not one of the eleven stopped with an error. Most of them are models that run, write words, and look like a somewhat
-# weaker model: without the bar on top you would not know that something is wrong. The wrong GELU cannot be seen in the
-# loss at all; it moves it somewhere behind the decimal point, upwards or downwards. That is why every part in this
-# course is compared with a reference to many digits, and why "it trains" is not a test.
+# None of the eleven stops with an error. Most of them run, produce words, and look like a somewhat weaker model:
+# without the bar on top you would not know that something is wrong. The wrong GELU is invisible in the loss: it changes
+# only distant decimal places, upwards or downwards. That is why this course compares every part with a reference to
+# many digits, and why "it trains" is not a test.
 #
-# Did you expect the two bars that see the future to be the shortest? These weights were *trained* with the right mask:
-# what a later token offers is noise to them. A model that is trained without the mask is the dangerous one: it learns
-# to copy the answer, has a loss near 0, and writes rubbish, since there is no answer to copy when it writes.
+# Did you expect the two mistakes that see the future to have the lowest loss? These weights were *trained* with the
+# right mask, so what later tokens contribute is noise to them. It is training without the mask that is dangerous: the
+# model learns to copy the answer, reaches a loss near 0, and generates rubbish, because at generation time there is no
+# answer to copy.
 
 # %% [markdown]
 # ## How far back does it look?
 #
-# The context of the model is 256 tokens. Does it use them? Let every token see only the last w tokens, itself included,
+# The model's context is 256 tokens. Does it use all of it? Let every token see only the last w tokens, itself included,
 # and measure again.
 
 
@@ -483,32 +495,32 @@ axes.set_xticks(widths, [str(w) for w in widths])
 for w, value in zip(widths, by_width, strict=True):
     axes.annotate(f"{value:.2f}", (w, value), xytext=(4, 6), textcoords="offset points")
 axes.margins(x=0.1, y=0.2)
-label(axes, x="tokens that attention may see", y="loss (nats a token)", title="What the past is worth")
+label(axes, x="tokens that attention may see", y="loss (nats per token)", title="How much the context helps")
 show(
     figure,
-    "Loss on the tales over the number of tokens that attention may see, from 1 to 128 on a doubling scale: "
+    "Loss on the tales against the number of tokens that attention may see, from 1 to 128 on a doubling scale: "
     + ", ".join(f"{w}: {value:.2f}" for w, value in zip(widths, by_width, strict=True)),
 )
 
 # %% [markdown]
-# A caution before you read much into it: the model was trained with all of its context, so a narrow window also puts it
-# into a situation that it has never met. The curve says what *this* model loses, not what a model with a short
-# memory could learn. (And a window of 8 is not a
-# memory of 8: what a token has read is read by the next layer, so that six layers reach 6 times 7 = 42 tokens back.)
+# Do not read too much into it: the model was trained with its full context, so a narrow window also puts it into a
+# situation that it has never seen. The curve shows what *this* model loses, not what a model trained with a short
+# window could learn. (A window of 8 does not limit the memory to 8 tokens either: each layer reads what the layer below
+# has already gathered, so six layers reach 6 times 7 = 42 tokens back.)
 
 # %% [markdown]
-# ## Writing
+# ## Generating text
 #
-# Logits are not yet a text. Taking the most likely token every time gives a text that repeats itself; drawing from the
-# whole distribution lets, once in a while, one of thousands of nearly impossible tokens through, and the text never
-# recovers. Between the two:
+# Logits are not yet a text. Always taking the most likely token gives a text that repeats itself; sampling from the
+# whole distribution lets through, once in a while, one of thousands of very unlikely tokens, and the text never
+# recovers. Between these extremes are:
 #
 # - **temperature** $\tau$: $\operatorname{softmax}(z / \tau)$, sharper below 1, flatter above;
 # - **top-k**: only the k most likely tokens (Fan et al. 2018, section 5);
-# - **top-p** or nucleus: the fewest tokens that together reach probability p (Holtzman et al. 2020, section 3.1), many
-#   where the model is unsure and few where it is sure.
+# - **top-p** or nucleus sampling: the fewest tokens that together reach probability p (Holtzman et al. 2020, section
+#   3.1), many where the model is unsure and few where it is sure.
 #
-# `filter_top_k` is ready-made. Here is what it does, and what a dropped token looks like:
+# `filter_top_k` is provided. Here is what it does, and what a dropped token looks like:
 
 # %%
 from lora_from_scratch.gpt2.generation import filter_top_k
@@ -532,7 +544,7 @@ def draw_temperature(temperature):
     shades = ["0.25" if kept[i] else "0.8" for i in likely]
     axes.bar(range(12), z.softmax(-1)[likely], color=shades, edgecolor="0.25")
     axes.set_xticks(range(12), [tokenizer.decode([i]).strip() for i in likely.tolist()], rotation=45)
-    title = f"Temperature {temperature:g}: the dark ones are kept ({int(kept.sum())} in all)"
+    title = f"Temperature {temperature:g}: dark bars are kept ({int(kept.sum())} in all)"
     label(axes, x=f"after '... {SENTENCE[-10:]}'", y="probability", title=title)
     return figure
 
@@ -549,7 +561,7 @@ slider(
 # %% exercise="sample_next_token"
 
 # %% [markdown]
-# Let it write. `write` is the plainest loop there is: read everything, draw one token, put it behind the text, again.
+# Let it write. `write` is the simplest possible loop: read everything, sample one token, append it to the text, repeat.
 
 # %%
 sample_next_token = working("sample_next_token")
@@ -567,32 +579,32 @@ def write(prompt, new_tokens, seed=0, **options):
 
 PROMPT = "Once upon a time there was a miller who"
 for name, options in {
-    "always the likeliest": {"temperature": 0},
+    "always the most likely token": {"temperature": 0},
     "temperature 0.8, p = 0.9": {"temperature": 0.8, "top_p": 0.9},
     "temperature 2": {"temperature": 2.0},
 }.items():
     print(f"[{name}]\n{write(PROMPT, 40, **options)}\n")
 
 # %% [markdown]
-# Your functions write. The likeliest word every time goes round in circles, a high temperature falls apart, and between
-# the two stands nearly a tale. But `write` wastes almost all of its work.
+# Your functions generate text. With the most likely token every time it goes round in circles, with a high temperature
+# it falls apart, and in between it is almost a tale. But `write` wastes nearly all of its work.
 
 # %% [markdown]
 # ## What a KV cache saves
 #
-# For the 50th new token `write` reads the whole text again: all keys and values of all tokens, which are the same as
-# one step before, since no token depends on a later one. So keep them. The **KV cache** holds k and v of every layer,
-# each (B, H, S, hd); a step then reads *one* token, whose query meets all S keys.
+# For the 50th new token `write` reads the whole text again and recomputes the keys and values of all tokens, which have
+# not changed since the previous step, because no token depends on a later one. So keep them. The **KV cache** holds k
+# and v of every layer, each (B, H, S, hd); a step then reads *one* token, whose query is compared with all S keys.
 
 # %% prediction="tokens_saved"
 
 # %% [markdown]
-# Count rather than measure seconds: a hook notes how many tokens each call of the model reads.
+# Count tokens instead of measuring seconds: a hook records how many tokens each call of the model reads.
 
 
 # %%
 def tokens_read(use_cache):
-    """How many tokens each step reads; and the text."""
+    """The number of tokens that each step reads, and the text."""
     read = []
     hook = model.register_forward_pre_hook(lambda module, given: read.append(given[0].shape[1]))
     prompt = tokenizer.encode(SENTENCE + " woman, who lived")[:16]
@@ -610,9 +622,9 @@ print("the same text:", text_without == text_with, "- ratio", round(sum(without)
 # %% check="tokens_saved"
 
 # %% [markdown]
-# In multiplications: a token costs $12 L d^2$ for the matrices of the L blocks and $V d$ for the output, and each pair
-# of a query and a key $2 L d$ for its score and its value. (Attention over T queries and S keys is counted in full,
-# T times S, as a plain implementation computes it.)
+# In multiplications, a token costs $12 L d^2$ for the matrices of the L blocks and $V d$ for the output, and each pair
+# of a query and a key costs $2 L d$ for its score and its value. (Attention over T queries and S keys is counted as T
+# times S, as a plain implementation computes it.)
 
 
 # %%
@@ -626,16 +638,17 @@ cost_without = [multiplications(T, T) / 1e6 for T in without]
 cost_with = [multiplications(T, S) / 1e6 for T, S in zip(with_cache, without, strict=True)]
 curve(axes, cost_without, label="without a cache", style=0)
 curve(axes, cost_with, label="with a cache", style=1)
-label(axes, x="new token", y="million multiplications", title="What one more token costs")
+label(axes, x="new token", y="million multiplications", title="Cost of one more token")
 show(
     figure,
-    "Million multiplications for each new token, 1 to 64. Without a cache a rising line; with a cache the first token "
-    "costs as much as without, since the prompt is read, and every other one a small, nearly constant number.",
+    "Million multiplications for each new token, 1 to 64. Without a cache, a rising line; with a cache, the first "
+    "token costs as much as without, because the prompt is read, and every later one costs a small, nearly constant "
+    "number.",
 )
 
 # %% [markdown]
-# What is the price? Memory: two numbers for each layer, column and token. And a duty: whoever changes how keys and
-# values are made (a LoRA on `c_attn`, say) must do so *before* they go into the cache.
+# The price is memory: two numbers for each layer, column and token. There is also a constraint: whatever changes how
+# keys and values are computed (LoRA on `c_attn`, for example) must be applied *before* they are stored in the cache.
 
 # %%
 SHAPES = {"bundled": (6, 256, 256), "GPT-2 small": (12, 768, 1024), "GPT-2 XL": (48, 1600, 1024)}
@@ -646,8 +659,8 @@ for name, (layers, width, context) in SHAPES.items():
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **A leak that no loss shows.** The test for a causal mask takes two lines: change the last token, and see whether an
-# earlier logit moves.
+# **A leak that the loss does not show.** To test a causal mask, change the last token and see whether an earlier logit
+# changes.
 
 # %%
 changed = tales[:1, :20].clone()
@@ -655,11 +668,11 @@ changed[0, -1] = (changed[0, -1] + 1) % config.vocab_size
 for name in ("as it should be", "sees the next token"):
     parts = SimpleNamespace(**{**vars(mine), **MISTAKES.get(name, {})})
     moved = (my_gpt2(tales[:1, :20], checkpoint, parts) - my_gpt2(changed, checkpoint, parts)).abs()
-    print(f"{name:20} earlier logits move by {moved[0, :-1].max():.2f}")
+    print(f"{name:20} earlier logits change by {moved[0, :-1].max():.2f}")
 
 # %% [markdown]
-# **A transposed Conv1D.** `c_attn` is (256, 768): transposed by mistake, it stops with an error. `attn.c_proj` is
-# (256, 256), and nothing stops you.
+# **A transposed Conv1D.** `c_attn` is (256, 768): if you transpose it by mistake, you get an error. `attn.c_proj` is
+# (256, 256), and you get none.
 
 # %%
 h = torch.randn(1, 2, 256, generator=torch.Generator().manual_seed(0))
@@ -670,8 +683,9 @@ for name in ("attn.c_attn", "attn.c_proj"):
         print(name, "transposed:", str(error).split("(")[0].strip())
 
 # %% [markdown]
-# **Labels shifted twice, or never.** `transformers` shifts inside its loss, other code shifts the labels beforehand. Do
-# both and the model learns to skip a token; do neither and it learns to repeat. All three are a number that falls.
+# **Labels shifted twice, or never.** `transformers` shifts inside its loss; other code shifts the labels beforehand. If
+# both happen, the model learns to skip a token; if neither does, it learns to repeat. In all three cases the loss falls
+# during training.
 
 # %%
 with torch.no_grad():
@@ -682,8 +696,8 @@ print(f"shifted before as well:    {next_token_loss(z, shifted):.2f}")
 print(f"never shifted:             {F.cross_entropy(z.flatten(0, 1), tales.flatten()):.2f}")
 
 # %% [markdown]
-# **Padding that counts.** Pad half of each text with token 0 and leave the labels as they are: the loss is now mostly
-# about something else. With -100 it is the loss of the texts.
+# **Padding that counts.** Replace half of each text by padding with token 0 and use it as the label: the loss is now
+# mostly about the padding. With -100 as the label it is the loss of the texts.
 
 # %%
 padded = tales.clone()
@@ -697,23 +711,25 @@ print(f"padding as -100:    {next_token_loss(z, labels):.2f}")
 print(f"padding as token 0: {next_token_loss(z, padded):.2f}")
 
 # %% [markdown]
-# **A nucleus without its last token.** Drop the token that *crosses* p and a confident model has nothing left: all
-# logits are minus infinity, and the softmax of that is not a number.
+# **A nucleus without its last token.** If you drop the token that *crosses* p, a confident model has nothing left: all
+# logits are minus infinity, and their softmax is NaN.
 
 # %%
 sure = torch.tensor([6.0, 1.0, 0.0])
-dropped = sure.masked_fill(sure.softmax(-1).cumsum(-1) > 0.9, -math.inf)  # these are in falling order already
+dropped = sure.masked_fill(sure.softmax(-1).cumsum(-1) > 0.9, -math.inf)  # already in descending order
 print("one too few:", dropped.tolist(), "->", dropped.softmax(-1).tolist())
 print("as it should be:", filter_top_p(sure, 0.9).softmax(-1).tolist())
 
 # %% [markdown]
 # ## Summary
 #
-# 1. Attention is a mean of values; its weights are a softmax of scaled scores over the keys up to the query's place.
-# 2. `c_attn` is [W_q | W_k | W_v], (d, 3d), side by side on the output axis; each third is cut into heads afterwards.
-# 3. A block reads the normalised residual stream and adds to the stream itself; GPT-2's GELU is the tanh one.
-# 4. The loss compares the logits at t with the token at t + 1, shifted once, and leaves out every label of -100.
-# 5. With a KV cache one more token costs one token; without it, the whole text again.
+# 1. Attention is a weighted mean of values; the weights are a softmax of scaled scores over the keys up to the query's
+#    position.
+# 2. `c_attn` is [W_q | W_k | W_v], (d, 3d), side by side along the output axis; each third is then split into heads.
+# 3. A block reads the normalised residual stream and adds to the stream itself; GPT-2 uses the tanh approximation of
+#   GELU.
+# 4. The loss compares the logits at t with the token at t + 1, shifted once, and ignores every label of -100.
+# 5. With a KV cache, generating one more token means reading one token; without it, reading the whole text again.
 #
 # ## Go further
 #
@@ -721,20 +737,20 @@ print("as it should be:", filter_top_p(sure, 0.9).softmax(-1).tolist())
 # - Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*, section 2: what GPT-2 changed.
 # - Xiong et al. 2020, *On Layer Normalization in the Transformer Architecture*, section 3: why pre-norm trains without
 #   a warm-up.
-# - Holtzman et al. 2020, *The Curious Case of Neural Text Degeneration*, sections 3 and 4: why the likeliest text is a
-#   bad text.
-# - Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*: heads that look at the token before, and
-#   what they are for.
+# - Holtzman et al. 2020, *The Curious Case of Neural Text Degeneration*, sections 3 and 4: why the most likely text is
+#   a bad text.
+# - Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*: heads that attend to the previous token,
+#   and what they are for.
 # - Shazeer 2019, *Fast Transformer Decoding*: why reading the cache, not multiplying, limits the speed of generation.
 
 # %% [markdown] open_question="cache_and_adapters" points=4
 # ### Open question
 #
-# You serve one GPT-2 to forty customers. Each has a fine-tuned version of their own, and all of their texts begin with
-# the same long instruction of 200 tokens. Somebody proposes to compute the KV cache of the instruction once, with the
-# model as it was, and to share it. Which of its keys and values are still right if a customer has trained
-# (a) all weights, (b) the last two blocks, (c) only `attn.c_proj` of the last block, (d) only the value columns of
-# `c_attn` in the last block? Say for each why, and what can be shared.
+# You serve one GPT-2 to forty customers. Each has their own fine-tuned version, and all of their texts begin with the
+# same long instruction of 200 tokens. Somebody proposes to compute the KV cache of the instruction once, with the
+# original model, and to share it. Which of its keys and values are still right if a customer has trained (a) all
+# weights, (b) the last two blocks, (c) only `attn.c_proj` of the last block, (d) only the value columns of `c_attn` in
+# the last block? Explain each answer, and say what can be shared.
 #
 # **Rubric.**
 #
@@ -744,5 +760,5 @@ print("as it should be:", filter_top_p(sure, 0.9).softmax(-1).tolist())
 # - 1 point: (d) all but the values of the last block; its keys and everything below can be shared.
 
 # %% [markdown]
-# Every number in this unit was somebody else's: the weights are what they are. In the next unit you change them, all of
-# them at once. The model then writes what you want. What does it forget for it?
+# In this unit you left the pretrained weights as they are. In the next unit you change all of them at once. The model
+# then writes what you want. What happens to what it could do before?

@@ -8,14 +8,14 @@
 # %% [markdown]
 # # Unit 04: Full fine-tuning
 #
-# **When you are through, you can**
+# **By the end of this unit you can**
 #
 # - say which tokens of a text a model is trained on, and make the labels that say so;
 # - write AdamW and its learning-rate schedule, and train a whole GPT-2 with your own code;
 # - measure what the model has learned, and what it has forgotten for it;
 # - freeze a part of a model, and say what that saves in memory and costs in quality.
 #
-# **You need** the loss of unit 03, and gradients. Unit 00 shows how checking works.
+# **Prerequisites**: the loss of unit 03, and gradients. Unit 00 shows how checking works.
 #
 # **Time**: about 85 minutes, two of them computing. 5 exercises, 2 predictions, one open question.
 #

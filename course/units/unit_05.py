@@ -8,14 +8,14 @@
 # %% [markdown]
 # # Unit 05: Prompts
 #
-# **When you are through, you can**
+# **By the end of this unit you can**
 #
 # - write a few-shot prompt, and say what it costs and what a small model makes of it;
 # - write soft prompts: vectors in front of the text, learned, while no weight of the model moves;
 # - start one from noise, from the vocabulary or from a text, and say why the start matters;
 # - read what a soft prompt "says", and say why that explains little.
 #
-# **You need** the loss and a training run (unit 04). Unit 03 shows what a block does with a token's vector.
+# **Prerequisites**: the loss and a training run (unit 04). Unit 03 shows what a block does with a token's vector.
 #
 # **Time**: about 80 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
 #

@@ -8,14 +8,14 @@
 # %% [markdown]
 # # Unit 06: Prefix tuning
 #
-# **When you are through, you can**
+# **By the end of this unit you can**
 #
 # - give every layer of a GPT-2 a past that it never read, and say why a past of zeros is not the same as none;
 # - train that past through an MLP, throw the MLP away, and keep a file of a few kilobytes;
 # - put a gate in front of it that starts shut, so that the model begins as what it was;
 # - say what a prefix costs, and why a longer one need not be a better one.
 #
-# **You need** attention (unit 03), a training run (unit 04) and, for comparison, soft prompts (unit 05).
+# **Prerequisites**: attention (unit 03), a training run (unit 04) and, for comparison, soft prompts (unit 05).
 #
 # **Time**: about 80 minutes, two of them computing. 7 exercises, 2 predictions, one open question.
 #

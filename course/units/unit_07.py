@@ -8,13 +8,13 @@
 # %% [markdown]
 # # Unit 07: Adapters
 #
-# **When you are through, you can**
+# **By the end of this unit you can**
 #
 # - write a bottleneck adapter that changes next to nothing at its start, and say why it must not be exactly zero;
 # - put adapters into a GPT-2 at the places of three papers, and take them out again without a trace;
 # - say what they cost: in numbers, in operations, and in time, which are three different things.
 #
-# **You need** one block of GPT-2 (unit 03) and a training run (unit 04).
+# **Prerequisites**: one block of GPT-2 (unit 03) and a training run (unit 04).
 #
 # **Time**: about 75 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
 #

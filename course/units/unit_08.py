@@ -8,20 +8,20 @@
 # %% [markdown]
 # # Unit 08: BitFit and selective tuning
 #
-# **When you are through, you can**
+# **After this unit, you can**
 #
-# - train a model's biases and nothing else, or a part of one bias that shares its tensor with others;
-# - say which bias of the attention does nothing at all, and why an optimiser moves it all the same;
-# - cut a model into layers that are frozen, that train a little, and that train more;
-# - measure where a task pulls at a model, and give each tensor a learning rate of its own.
+# - train a model's biases and nothing else, or only the part of a bias that belongs to the queries;
+# - say which bias of the attention has no effect at all, and why an optimiser moves it all the same;
+# - split a model into layers that are frozen, layers that train a little, and layers that train more;
+# - measure how strongly a task pulls at each tensor, and give each tensor a learning rate of its own.
 #
-# **You need** a training run (unit 04) and one block of GPT-2 (unit 03).
+# **Prerequisites**: a training run (unit 04) and one block of GPT-2 (unit 03).
 #
-# **Time**: about 80 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
+# **Time**: about 80 minutes, including 2 minutes of computation. 6 exercises, 2 predictions, one open question.
 #
-# ![Loss on unseen cards against the share of the model that is trained, on a logarithmic axis: two biases a block, the
-# LayerNorms, all biases, SPAFIT, everything. A fraction of a per cent already lowers the loss by a good
-# part.](unit_08.png)
+# ![Loss on unseen cards against the share of the model that is trained, on a logarithmic axis, for five choices: two
+# biases per block, the LayerNorms, all biases, SPAFIT, everything. How far does the loss fall when only a small part of
+# the model is trained?](unit_08.png)
 
 # %%
 import copy
@@ -44,24 +44,23 @@ from lora_from_scratch.methods.spafit import SPAFIT
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
 
-# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 7 GB of memory),
-# or a checkpoint's directory.
+# The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 15 minutes and 7 GB of
+# memory), or the path of a checkpoint directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 24))
 
 # %% [markdown]
-# ## Nothing new at all
+# ## Nothing new to add
 #
-# Prompts and prefixes (units 05 and 06) take context. Adapters (unit 07) add layers, which make every forward pass
-# longer. Is there a way to add *nothing*, and still to train little?
+# Prompts and prefixes (units 05 and 06) use up context. Adapters (unit 07) add layers, which make every forward pass
+# longer. Can you train only a little without adding *anything*?
 #
-# You could train what is there already, and not much of it. Unit 04 trained whole blocks. Ben Zaken et al. (2022,
-# "BitFit", arXiv:2106.10199, section 3) go the other way, through all blocks but only along the edges: every layer
-# computes
+# You can train a small part of what is already there. Unit 04 trained whole blocks. Ben Zaken et al. (2022, "BitFit",
+# arXiv:2106.10199, section 3) instead train a little in every block. Every linear layer computes
 #
 # $$y = W x + b$$
 #
-# with a matrix $W$ (out, in) and a bias $b$ (out). Freeze every $W$; train every $b$. How much is that?
+# with a matrix $W$ (out, in) and a bias $b$ (out). Freeze every $W$ and train every $b$. How much of the model is that?
 
 # %% prediction="share_of_biases"
 
@@ -72,25 +71,25 @@ biases_of = working("select_biases")
 
 shapes = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
 for name, (width, layers, heads) in shapes.items():
-    with torch.device("meta"):  # shapes without numbers
+    with torch.device("meta"):  # shapes only, no values
         empty = GPT2(GPT2Config(n_embd=width, n_layer=layers, n_head=heads))
     count, total = sum(p.numel() for p in biases_of(empty).values()), sum(p.numel() for p in empty.parameters())
-    print(f"{name:<12} {count:>9,} of {total:>13,} numbers are biases: {count / total:.3%}")
+    print(f"{name:<12} {count:>9,} of {total:>13,} parameters are biases: {count / total:.3%}")
 
 base, tokenizer = load_gpt2(MODEL)
 total = sum(p.numel() for p in base.parameters())
 count = sum(p.numel() for p in biases_of(base).values())
-print(f"{'this model':<12} {count:>9,} of {total:>13,} numbers are biases: {count / total:.3%}")
+print(f"{'this model':<12} {count:>9,} of {total:>13,} parameters are biases: {count / total:.3%}")
 
 # %% check="share_of_biases"
 
 # %% [markdown]
-# And since a bias is trained where it stands, nothing is in the way afterwards: the tuned model costs, operation for
-# operation, what the base costs. What has to be stored for a task are the biases.
+# A bias is trained in place, so inference costs exactly what it cost before: the tuned model performs the same
+# operations as the base model. Only the biases have to be stored for each task.
 #
-# ## A bias that does nothing
+# ## A bias that has no effect
 #
-# Before you train them all, look at one of them closely. The bias of `c_attn` has 3 d numbers: the first d are added to
+# Before you train them all, look closely at one of them. The bias of `c_attn` has 3 d entries: the first d are added to
 # every query, the next d to every key, the last d to every value.
 
 # %% prediction="a_bias_without_gradient"
@@ -110,7 +109,7 @@ for part, piece in zip(("queries", "keys", "values"), gradient.chunk(3), strict=
 # %% check="a_bias_without_gradient"
 
 # %% [markdown]
-# Put anything you like into it, and the model says the same:
+# Change the keys' bias however you like: the output stays the same.
 
 # %%
 changed = copy.deepcopy(base)
@@ -120,23 +119,23 @@ with torch.no_grad():
     for block in changed.transformer.h:
         keys = block.attn.c_attn.bias.chunk(3)[1]
         keys += torch.randn(keys.shape, generator=draw)
-    print(f"every bias of the keys changed at random: logits of size {before.abs().max():.0f}", end=" ")
-    print(f"move by up to {(changed(batch.input_ids) - before).abs().max():.0e}")
+    print(f"with random changes to every keys' bias, logits of magnitude {before.abs().max():.0f}", end=" ")
+    print(f"change by at most {(changed(batch.input_ids) - before).abs().max():.0e}")
 del changed
 
 # %% [markdown]
-# So a part of the "trained parameters" of BitFit, one eleventh on a GPT-2, is there for nothing. (Cordonnier et al.
-# 2020, arXiv:2006.16362, point it out for attention in general.)
+# So some of BitFit's trained parameters, one in eleven on GPT-2, have no effect. (Cordonnier et al. 2020,
+# arXiv:2006.16362, point this out for attention in general.)
 #
-# ## Two biases a block
+# ## Two biases per block
 #
-# Which biases matter most? Ben Zaken et al. look at how far each moves in training. They keep two: that of the
-# queries, and that of the MLP's first layer, `c_fc`. That is 5 d of a block's 11 d, half of 0.08 %, and they report to
-# lose little by it.
+# Which biases matter most? Ben Zaken et al. measure how far each bias moves in training and keep two: the bias of the
+# queries and that of the MLP's first layer, `c_fc`. That is 5 d of a block's 11 d, about half of 0.08 % of the model,
+# and they report losing little by it.
 #
-# On a GPT-2 this is not as easy as it sounds. The queries' bias is no tensor. It is a third of one, and PyTorch trains
-# a tensor or does not. So you need a layer that stands for `c_attn`, holds the first third by itself, and can put it
-# back.
+# On GPT-2 this takes some work. The queries' bias is not a tensor of its own but a third of one, and PyTorch can only
+# train a whole tensor. So you need a layer that replaces `c_attn`, holds the first third as a separate parameter, and
+# can write it back.
 
 # %% exercise="QueryBias"
 
@@ -151,18 +150,19 @@ with torch.no_grad():
     q, k, v = (layer(x) - start).chunk(3, dim=-1)
     print(f"bias_q + 1 moves q by {q.mean():.2f}, k by {k.abs().max():.2f} and v by {v.abs().max():.2f}")
     layer.merge()
-    print("merged, the base alone does the same:", torch.equal(layer.base(x), layer(x)))
+    print("merged, the base alone gives the same output: ", torch.equal(layer.base(x), layer(x)))
     layer.unmerge()
-    print("unmerged, it is what it was:         ", torch.equal(layer.base(x), start))
+    print("unmerged, the base is as it was:              ", torch.equal(layer.base(x), start))
 
 # %% [markdown]
-# ## How far does it go?
+# ## How far does it get?
 #
-# Three plans, each with three seeds: all biases; two biases a block; and for comparison the LayerNorms, scales and
-# biases, which are as few numbers as the biases. (Frankle et al. 2021, arXiv:2003.00152, got surprisingly far by
-# training nothing but the normalisation of a network that was otherwise *random*; Zhao et al. 2024, arXiv:2312.11420,
-# tune the LayerNorms of language models.) The learning rate is the one tuned for BitFit with all biases, in 500 steps;
-# nobody has tuned it for the other two. In a run as short as this one, a quarter of the steps is warm-up.
+# Compare three choices, each with three seeds: all biases; two biases per block; and the scales and biases of the
+# LayerNorms, of which there are about as many as of the two biases. (Frankle et al. 2021, arXiv:2003.00152, got
+# surprisingly far by training nothing but the normalisation layers of a network that was otherwise *random*; Zhao et
+# al. 2024, arXiv:2312.11420, tune the LayerNorms of language models.) The learning rate was tuned for BitFit with all
+# biases over 500 steps; it has not been tuned for the other two. In a run as short as this one, a quarter of the steps
+# is warm-up.
 
 
 # %%
@@ -184,7 +184,7 @@ def layer_norms(model):
 
 
 def train(prepare, rate, seed=0, optimizer_of=None, name="", warmup=STEPS // 4):
-    """A copy of the base, frozen, prepared and trained: the model, the share that was trained, the loss on cards."""
+    """Train a frozen copy of the base after `prepare`; return it, the share that is trained, and its loss on cards."""
     model = copy.deepcopy(base).requires_grad_(False)
     prepare(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -224,12 +224,12 @@ for name, (share, losses) in results.items():
     print(f"{name:<19} {share:.2%} trained, loss {min(losses):.2f} to {max(losses):.2f} (three seeds)")
 
 # %% [markdown]
-# ## Layers in groups
+# ## Groups of layers
 #
-# Between "a little of every layer" and "all of the last layers" (unit 04) there is something in the middle: the further
-# a layer is from the input, the more of it is trained. SPAFIT (Arora and Wang 2024, arXiv:2405.00201) cuts the layers
-# into three groups: frozen; biases only; biases and LoRA. LoRA is the next unit. Here it is ready-made, "something
-# that trains a few per cent of a matrix". The cut is yours.
+# Between "a little of every layer" and "all of the last layers" (unit 04) there is a middle way: the further a layer is
+# from the input, the more of it is trained. SPAFIT (Arora and Wang 2024, arXiv:2405.00201) splits the layers into three
+# groups: frozen; biases only; biases and LoRA. LoRA is the subject of the next unit; here it is ready-made, a method
+# that trains a few per cent of a matrix. You write the split.
 
 # %% exercise="stratify"
 
@@ -256,8 +256,8 @@ def draw_groups(frozen):
     for layer, size in enumerate(sizes):
         axes.annotate(f"{size:,}", (layer, size), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.set_ylim(0, 1.15 * with_lora)
-    title = f"{frozen} frozen, 1 with biases: {sum(sizes) / total:.2%} is trained"
-    plotting.label(axes, x="layer, from the input to the output", y="trained numbers", title=title)
+    title = f"{frozen} frozen, 1 with biases only: {sum(sizes) / total:.2%} of the model is trained"
+    plotting.label(axes, x="layer, from the input to the output", y="trained parameters", title=title)
     return figure
 
 
@@ -266,12 +266,12 @@ slider(
     "frozen layers",
     list(range(base.config.n_layer - 1)),
     1,
-    "Bars of the trained numbers in each layer: none in the frozen layers, a few in the one that trains its biases, and "
-    "many more in the layers behind it, which have LoRAs as well.",
+    "Bars of the number of trained parameters in each layer: none in the frozen layers, a few in the layer that trains "
+    "its biases, and many more in the layers after it, which have LoRA as well.",
 )
 
 # %% [markdown]
-# Now the two that are missing: SPAFIT, and everything.
+# Two more to compare: SPAFIT, and training everything.
 
 
 # %%
@@ -284,7 +284,7 @@ models["everything"], share, loss = train(lambda model: model.requires_grad_(Tru
 results["everything"] = share, [loss]
 for name, (share, losses) in results.items():
     fallen = (base_loss - sum(losses) / len(losses)) / (base_loss - loss)
-    print(f"{name:<19} {share:>7.2%} trained, {fallen:>4.0%} of the fall in loss of full fine-tuning")
+    print(f"{name:<19} {share:>7.2%} trained, {fallen:>4.0%} of full fine-tuning's reduction in loss")
 
 # %% figure="unit_08.png"
 figure, (axes,) = plotting.panels(1, width=7.2, height=3.8)
@@ -296,9 +296,9 @@ axes.annotate("before", (100, base_loss), xytext=(0, 4), textcoords="offset poin
 axes.set_ylim(0, 1.15 * base_loss)
 plotting.label(
     axes,
-    x="trained, per cent of the model (logarithmic)",
+    x="share of the model that is trained, per cent",
     y="loss on unseen cards, nats per token",
-    title=f"A fraction of a per cent, {STEPS} steps",
+    title=f"How far do a few trained parameters get? {STEPS} steps",
 )
 plotting.points(axes, {name: (100 * share, sum(losses) / len(losses)) for name, (share, losses) in results.items()})
 show(
@@ -310,15 +310,15 @@ show(
 )
 
 # %% [markdown]
-# What you see: a fraction of a per cent of the numbers, all of which were there before, goes a good part of the way. And
-# numbers are not worth the same everywhere: all biases are more than twice as many as the two of a block; compare what
-# the rest of them adds. (Ben Zaken et al. lose little without them, on classification with BERT.) Compare the
-# LayerNorms too, which are the fewest; and the soft prompt of unit 05, which had hardly fewer numbers than they have and
-# came a far shorter way in as many steps.
+# A fraction of a per cent of the parameters, all of which existed before, achieves more than half of full fine-tuning's
+# reduction in loss. Where these parameters are matters more than how many there are: there are more than twice as many
+# biases as in the two-biases-per-block run, so compare how little the rest add. (Ben Zaken et al. lose little without
+# them, on classification with BERT.) Compare the LayerNorms too, which have the fewest parameters; and the soft prompt
+# of unit 05, which had hardly fewer parameters and reduced the loss far less in as many steps.
 #
-# What you do not see: who wins in the end. This is a short run. With the course's 500 steps the gap to full
-# fine-tuning is a matter of what the task needs, and the sweeps in `benchmarks/` have those numbers. On larger models
-# Hu et al. (2021, table 4) compare, on GPT-3:
+# This short run does not show which choice is best in the end. Over the course's 500 steps the gap to full fine-tuning
+# depends on the task; the sweeps in `benchmarks/` have those numbers. Hu et al. (2021, table 4) compare the methods on
+# a larger model, GPT-3:
 #
 # | | trained | WikiSQL | MNLI |
 # |---|---|---|---|
@@ -326,20 +326,20 @@ show(
 # | BitFit | 14.2 M | 71.3 | 91.0 |
 # | LoRA | 4.7 M | 73.4 | 91.7 |
 #
-# Choosing one of three classes (MNLI) costs BitFit nothing there; writing SQL does.
+# BitFit loses nothing at choosing one of three classes (MNLI), but it does at writing SQL.
 #
-# ## Surgery
+# ## Surgical fine-tuning
 #
-# So far somebody has decided which tensors may move. Let the task decide. Unit 04 used **relative gradient norms**
-# ready-made (Lee et al. 2023, "Surgical fine-tuning", arXiv:2210.11466; they call the method Auto-RGN):
+# So far, a person has decided which tensors are trained. Now let the task decide. Unit 04 used **relative gradient
+# norms** ready-made (Lee et al. 2023, "Surgical fine-tuning", arXiv:2210.11466; they call the method Auto-RGN):
 #
 # $$\mathrm{RGN}(p) = \frac{1}{N} \sum_{n=1}^{N} \frac{\lVert g_n \rVert}{\lVert p \rVert}$$
 #
 # - $p$: a tensor of the model, of any shape; $\lVert p \rVert$ its Euclidean norm;
 # - $g_n$: the gradient of the loss of batch n with respect to $p$, of the same shape.
 #
-# A large value says: the task pulls hard at this tensor, beside how large it is. (Here: at the matrices. What becomes of
-# the vectors, you will see below.)
+# A large value means that the task pulls hard at this tensor, relative to the tensor's size. (Here you measure the
+# matrices only; what happens with vectors is shown below.)
 
 # %% exercise="relative_gradient_norms"
 
@@ -356,8 +356,8 @@ for name in sorted(norms, key=norms.get, reverse=True)[-2:]:
     print(f"{norms[name]:.3f}  {name}")
 
 # %% [markdown]
-# These numbers become learning rates: the tensor at which the task pulls hardest gets the whole rate, the others their
-# share of it.
+# These norms become learning rates: the tensor at which the task pulls hardest gets the full rate, the others a share
+# of it.
 
 # %% exercise="auto_rgn_weights"
 
@@ -378,18 +378,18 @@ for place, values in enumerate(by_kind.values()):
 axes.set_yticks(range(len(by_kind)), list(by_kind))
 axes.invert_yaxis()
 axes.set_xlim(0, 1.05)
-plotting.label(axes, x="share of the learning rate (a point for each layer)", title="Where the cards pull")
+plotting.label(axes, x="share of the learning rate (one point per layer)", title="Where the task pulls")
 show(
     figure,
-    "Points for each kind of tensor, one a layer, at the share of the learning rate that Auto-RGN gives it. Means: "
+    "Points for each kind of tensor, one per layer, at the share of the learning rate that Auto-RGN gives it. Means: "
     + ", ".join(f"{kind} {sum(values) / len(values):.2f}" for kind, values in by_kind.items())
     + ".",
 )
 
 # %% [markdown]
-# Does it help? Auto-RGN lowers every rate but one, so at the same top rate it trains less. To be fair, try a second run
-# in which the top rate is raised until the *mean* rate, over all the numbers, is what full fine-tuning has. (The
-# matrices are trained, the vectors stay as they are.)
+# Does it help? Auto-RGN lowers every rate but one, so with the same top rate it trains less. For a fair comparison, try
+# a second run in which the top rate is raised until the *mean* rate over all the parameters equals that of full
+# fine-tuning. (The matrices are trained; the vectors stay as they are.)
 
 # %%
 parameters = dict(base.named_parameters())
@@ -415,14 +415,15 @@ for name, loss in surgery.items():
     print(f"{name:<25} loss {loss:.2f}")
 
 # %% [markdown]
-# Compare the three, and with the spread over seeds that you saw above. Lee et al. tune image classifiers after a shift
-# of the data, with few examples, where the danger is to spoil what is right already; there Auto-RGN beats a single
-# rate. Here the data are plenty and the task is new, and the measurement was made once, at the start, while they repeat
-# it every epoch. One run each: do not take a small difference for a result.
+# Compare the three with each other, and with the spread over seeds that you saw above. Lee et al. tune image
+# classifiers after a distribution shift, with few examples, where training can spoil what the model already does well;
+# there Auto-RGN beats a single rate. Here there is plenty of data and the task is new, and the norms were measured
+# once, at the start, whereas Lee et al. measure them again in every epoch. These are single runs: do not draw
+# conclusions from a small difference.
 #
 # ## What a bias cannot do
 #
-# Why is full fine-tuning still ahead? Feed one layer, the middle of an MLP, the *same* inputs before and after the
+# Why is full fine-tuning still ahead? Feed one layer, in the middle of the model, the *same* inputs before and after
 # training, and look at how its output has changed, token by token. How much of the change is the same for every token?
 
 # %%
@@ -438,19 +439,19 @@ with torch.no_grad():
     for name in ("all biases", "everything"):
         change = models[name].transformer.h[place].mlp.c_fc(x) - base.transformer.h[place].mlp.c_fc(x)  # (tokens, 4 d)
         common = change.mean(dim=0).square().sum() / change.square().sum(dim=1).mean()
-        print(f"{name:<12} {common:.0%} of the change of c_fc's output is one and the same for all tokens")
+        print(f"{name:<12} {common:.0%} of the change in c_fc's output is the same for all tokens")
 
 # %% [markdown]
-# A bias shifts what a layer says, by the same amount whatever it is told. What the layer *looks for* is in W, and stays.
-# So the first line has to say 100 %. The second is the surprise, on the bundled model: most of what full fine-tuning does,
-# in so few steps, is a shift as well. That is one reason why BitFit comes as far as it does; the other is that the
-# nonlinearities behind a layer turn a shift into something that differs from token to token. What is left, to 100 %, is
-# what no bias can do: answer two tokens differently that the layer could not tell apart before.
+# A bias shifts a layer's output by the same amount whatever the input. What the layer *responds to* is determined by W,
+# which stays. So the first line must be 100 %. The second may surprise you: on the bundled model, most of what full
+# fine-tuning does in so few steps is a shift as well. That is one reason why BitFit gets as far as it does; the other
+# is that the nonlinearities after a layer turn a shift into something that differs from token to token. The remainder,
+# up to 100 %, is what a bias in this layer cannot do: respond differently to different inputs.
 #
 # ## What goes wrong in practice
 #
-# **An optimiser moves what does nothing.** The gradient of the keys' bias is zero up to rounding. Adam divides a
-# gradient by its own size. What is left of rounding errors, divided by their size?
+# **An optimiser moves parameters that have no effect.** The gradient of the keys' bias is zero up to rounding errors.
+# Adam divides a gradient by its own magnitude. What do you get when you divide rounding errors by their magnitude?
 
 # %%
 tuned = models["all biases"]
@@ -466,15 +467,15 @@ with torch.no_grad():
     for new, old in zip(tuned.transformer.h, base.transformer.h, strict=True):
         d = base.config.n_embd
         new.attn.c_attn.bias[d : 2 * d] = old.attn.c_attn.bias[d : 2 * d]
-print(f"the keys' biases put back: loss {completion_loss(tuned, held_out):.4f}", end=" ")
+print(f"with the keys' biases restored: loss {completion_loss(tuned, held_out):.4f}", end=" ")
 print(f"instead of {results['all biases'][1][0]:.4f}")
 
 # %% [markdown]
-# How far a parameter has moved does not say what it is worth. Whoever ranks parameters by their change, with Adam,
-# ranks noise along with the rest.
+# How far a parameter has moved does not tell you what it is worth. If you rank parameters by how far Adam has moved
+# them, you rank noise along with the rest.
 #
-# **The learning rate of full fine-tuning.** Biases want a rate many times as large. With the one that is right for
-# everything, they hardly move.
+# **The learning rate of full fine-tuning.** Biases need a rate many times as large. With the rate that is right for
+# full fine-tuning, they hardly move.
 
 # %%
 _, _, slow = train(all_biases, FULL, name="small rate")
@@ -483,30 +484,30 @@ print(
 )
 
 # %% [markdown]
-# **A tuned rate without its warm-up.** A rate belongs to a schedule. The same one with a single step of warm-up, in a run
-# that has no time to come back from where the first steps throw it:
+# **A tuned rate without its warm-up.** A learning rate is tuned together with a schedule. Here is the same rate with a
+# single step of warm-up, in a run that is too short to recover from the first steps:
 
 # %%
 _, _, thrown = train(all_biases, RATE, name="no warm-up", warmup=1)
 print(f"all biases with {STEPS // 4} steps of warm-up: loss {results['all biases'][1][0]:.2f}; with 1: {thrown:.2f}")
 
 # %% [markdown]
-# **One small tensor takes the whole rate.** Measure the vectors as well, biases and scales. Some of them are so small
-# that any gradient is huge beside them.
+# **One small tensor takes the whole rate.** Now measure the vectors as well, biases and scales. Some of them are so
+# small that any gradient is huge in comparison.
 
 # %%
 for _, p in base.named_parameters():
-    p.requires_grad_(bool(p.any()))  # what is all zeros has no relative size
+    p.requires_grad_(bool(p.any()))  # a tensor of zeros has no relative size
 everywhere = shares_of(rgn_of(base, [examples.batch_at(0, 4, seed=1)]))
 matrices = [share for name, share in everywhere.items() if parameters[name].ndim == 2]
 alone = list(shares.values())
-print("the whole rate goes to", max(everywhere, key=everywhere.get))
+print("the full rate goes to", max(everywhere, key=everywhere.get))
 print(f"a matrix gets {sum(alone) / len(alone):.3f} of the rate without the vectors, ", end="")
 print(f"{sum(matrices) / len(matrices):.3f} with them")
 
 # %% [markdown]
-# **Nothing to divide by.** A fresh bias is zero. Code that adds a small number below the fraction to "make it safe"
-# gives that tensor the whole learning rate. Yours refuses:
+# **Division by zero.** A fresh bias is zero. Code that adds a small number to the denominator to make the division
+# "safe" gives that tensor the full learning rate. Yours raises an error:
 
 # %%
 fresh = copy.deepcopy(base).requires_grad_(True)
@@ -519,25 +520,28 @@ except ValueError as error:
 del fresh
 
 # %% [markdown]
-# **A schedule flattens the groups.** Many training loops set the learning rate of *every* group to the schedule's
-# value. Then your shares are gone after the first step. The loop of this course multiplies each group's own rate.
+# **A schedule overwrites the groups' rates.** Many training loops set the learning rate of *every* group to the
+# schedule's value. Your shares are then gone after the first step. The training loop of this course multiplies each
+# group's own rate by the schedule.
 
 # %%
 model = nn.Linear(4, 4)
 optimizer = torch.optim.AdamW(groups_of(model, {"weight": 1.0, "bias": 0.1}, 1e-3))
-print("as made:            ", [f"{group['lr']:g}" for group in optimizer.param_groups])
+print("as created:          ", [f"{group['lr']:g}" for group in optimizer.param_groups])
 for group in optimizer.param_groups:
-    group["lr"] = 1e-3 * 0.5  # half of the schedule
-print("after such a loop:  ", [f"{group['lr']:g}" for group in optimizer.param_groups])
+    group["lr"] = 1e-3 * 0.5  # the schedule is at one half
+print("after such a loop:   ", [f"{group['lr']:g}" for group in optimizer.param_groups])
 
 # %% [markdown]
 # ## Summary
 #
-# - BitFit trains the biases: 0.08 % of GPT-2 small, nothing added, nothing slower, and much of the way.
-# - The keys' bias does nothing, since a softmax ignores what is added to all its inputs; Adam moves it anyway.
-# - Where a number sits counts more than how many there are; biases sit in every layer.
-# - SPAFIT trains more of a layer the further it is from the input; Auto-RGN lets gradients set each tensor's rate.
-# - Measure relative sizes with care: near zero everything is large.
+# - BitFit trains the biases: 0.08 % of GPT-2 small, with nothing added, no cost at inference, and more than half of
+#   full fine-tuning's reduction in loss in this run.
+# - The keys' bias has no effect, because a softmax does not change when the same number is added to all its inputs;
+#   Adam moves it anyway.
+# - Where a parameter is matters more than how many there are; biases are in every layer.
+# - SPAFIT trains more of a layer the further it is from the input; Auto-RGN derives each tensor's rate from gradients.
+# - Use relative sizes with care: compared with something near zero, everything is large.
 #
 # ## Go further
 #
@@ -547,25 +551,26 @@ print("after such a loop:  ", [f"{group['lr']:g}" for group in optimizer.param_g
 # - Frankle et al. 2021, *Training BatchNorm and only BatchNorm* (arXiv:2003.00152).
 # - `lora_from_scratch/methods/bitfit.py`: what you wrote, and the methods around it.
 #
-# Biases cost nothing to run, and they can only shift. Full fine-tuning turns the weights, and costs a model for every
-# task. Is there something that turns a weight as training would, with few numbers, and that *goes away* when the
-# training is over? That is unit 09.
+# Biases add no cost at inference, but they can only shift. Full fine-tuning changes the weights themselves, and needs a
+# whole model for every task. Is there a method that changes a weight as training would, with few parameters, and that
+# *disappears* into the weight when training is over? That is unit 09.
 
 # %% [markdown] open_question="who_decides" points=4
 # ### Open question
 #
-# A colleague wants to know which tensors of a model to train for a new task and proposes: train everything once, rank
-# the tensors by how far they have moved, keep the top tenth, and train only these from then on. Write about ten lines:
-# what can go wrong with this ranking (you have seen one case), how would you rank instead, and how would you test
-# that the chosen tenth is better than another tenth?
+# A colleague wants to find out which tensors of a model to train for a new task and proposes: train everything once,
+# rank the tensors by how far they have moved, keep the top tenth, and from then on train only these. Write about ten
+# lines: what can go wrong with this ranking (you have seen one case), how would you rank the tensors instead, and how
+# would you test that the chosen tenth is better than another tenth?
 #
 # **Rubric.**
-# - 1 point: with Adam the distance moved says little about the effect; the keys' bias as the example, or a small
+# - 1 point: with Adam, the distance moved says little about the effect; the example is the keys' bias or a small
 #   tensor.
-# - 1 point: another ranking with its own weakness named: relative gradient norms (a moment's slope, near-zero tensors),
-#   or the loss after putting a tensor back.
-# - 1 point: a control: a random tenth, or another rule, of equal size, each with a learning rate of its own.
-# - 1 point: seeds and unseen data: the difference has to be larger than the spread, on cards that no decision has used.
+# - 1 point: another ranking, together with its weakness: relative gradient norms (the slope at one moment, near-zero
+#   tensors), or the loss after restoring a tensor.
+# - 1 point: a control: a random tenth, or another rule, of equal size, each with its own tuned learning rate.
+# - 1 point: seeds and unseen data: the difference has to exceed the spread over seeds, on cards that were not used for
+#   any decision.
 
 # %% volatile=true
 progress("08")

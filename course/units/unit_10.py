@@ -8,21 +8,21 @@
 # %% [markdown]
 # # Unit 10: Fine-tuning with LoRA
 #
-# **When you are through, you can**
+# **After this unit, you can**
 #
-# - say what a choice of matrices and a rank costs, and choose both under a budget;
-# - repeat two tables of the LoRA paper in small, and say where yours agree and where they do not, and why;
+# - say what a choice of matrices and rank costs, and choose both under a budget;
+# - reproduce two tables of the LoRA paper on a small scale, and explain where your results agree with it and where they
+#   do not;
 # - read and write an adapter directory that PEFT understands;
 # - serve many tasks with one model: exchange one LoRA for another, or give every row of a batch its own.
 #
-# **You need** LoRA's arithmetic (unit 09) and a training run (unit 04).
+# **Prerequisites**: LoRA's arithmetic (unit 09) and a training run (unit 04).
 #
-# **Time**: about 90 minutes, two of them computing. 6 exercises, 2 predictions, one open question.
+# **Time**: about 90 minutes, including 2 minutes of computation. 6 exercises, 2 predictions, one open question.
 #
-# ![Left, the held-out loss over LoRA's rank from 1 to 64: it falls with the rank, and the three seeds of a rank lie
-# closer together than rank 1 and rank 64. Right, bars of how far the loss falls for eight choices of matrices with
-# the same number of trained parameters: rank 1 on every matrix leads, rank 8 on q or on k alone comes
-# last.](unit_10.png)
+# ![The matrices of one GPT-2 block, three times: LoRA of rank 8 on the query matrix alone, of rank 4 on the query and
+# value matrices, of rank 1 on every matrix. All three train the same number of parameters. Which one learns
+# most?](unit_10.png)
 
 # %%
 import copy
@@ -56,24 +56,27 @@ from lora_from_scratch.serving.batched_lora import read_lora
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
 
-# The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
-# or a checkpoint's directory.
+# The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 15 minutes and 5 GB of
+# memory), or the path of a checkpoint directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
-STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 48))  # of the longest training run here; the sweep's have half
+STEPS = int(
+    os.environ.get("LORA_FROM_SCRATCH_STEPS", 48)
+)  # of the longest training run here; the runs of a sweep have half as many
 SHORT = max(1, STEPS // 2)
 
 # %% [markdown]
 # ## What a choice costs
 #
-# In unit 09 you put rank 8 on every matrix, and it worked. Would rank 1 have done? And if you may train only so many
-# numbers, do you put them into one matrix with a high rank, or into all of them with a low one? Hu et al. (2021,
-# arXiv:2106.09685) ask the same in sections 7.1 and 7.2. Such questions mean nothing without a price. So count first.
+# In unit 09 you put rank 8 on every matrix, and it worked. Would rank 1 have been enough? And with a fixed number of
+# trained parameters, should you spend them on one matrix with a high rank, or on all matrices with a low rank? Hu et
+# al. (2021, arXiv:2106.09685) ask the same questions in sections 7.1 and 7.2. Such comparisons are only meaningful at
+# equal cost, so count first.
 
 # %% exercise="lora_parameter_count"
 
 # %% [markdown]
 # Compare with the literature. For r = 4 on q and v the paper prints 0.35 M (GPT-2 medium), 0.77 M (large) and 18 M
-# (GPT-3). Only the last agrees with a count; 0.35 and 0.77 are one tenth of a per cent of the two models.
+# (GPT-3). Only the last agrees with a count; 0.35 and 0.77 are one tenth of a per cent of the two models' parameters.
 
 # %%
 count = working("lora_parameter_count")
@@ -84,8 +87,8 @@ for name, (blocks, d) in SHAPES.items():
     print(f"{name:<13} {count([(d, d)] * 2 * blocks, 4):>11,}")
 
 # %% [markdown]
-# The library finds the matrices of a model by the ends of their names, as PEFT does: `find_targets` returns the
-# layers, and `target_sizes` their sizes. Look at what the names mean; "c_attn.q" is the library's name for a third of
+# The library finds the matrices of a model by the ends of their names, as PEFT does: `find_targets` returns the layers,
+# and `target_sizes` their sizes. See what the names select; "c_attn.q" is this library's name for the query third of
 # `c_attn`.
 
 # %%
@@ -98,14 +101,14 @@ for targets in (("c_attn.q", "c_attn.v"), ("c_attn",), ("attn.c_proj",), ("mlp.c
     print(f"{' and '.join(targets):<24} {in_one_block!s:<28} r = 1 costs {count(target_sizes(model, targets), 1):>7,}")
 
 # %% [markdown]
-# Now the other way round: the budget is given, and you want the most for it.
+# Now the reverse: the budget is given, and you want the highest rank for it.
 
 # %% exercise="rank_for_budget"
 
 # %% [markdown]
-# With this you can lay the same budget in eight ways over GPT-2 small. Move the slider. At 147,456, which is r = 4 on
-# q and v, the last line is worth a thought: for the price of rank 8 on the queries you get rank 1 on *every* matrix
-# of a block.
+# With this function you can spend the same budget in eight ways on GPT-2 small. Move the slider. At 147,456, which is r
+# = 4 on q and v, compare the first line with the last: for the price of rank 8 on the queries you get rank 1 on *every*
+# matrix of a block.
 
 # %%
 rank_for = working("rank_for_budget")
@@ -120,7 +123,7 @@ PLACES = {
     "q, k, v, o": ("c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj"),
     "every matrix": ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
 }
-with torch.device("meta"):  # shapes without numbers
+with torch.device("meta"):  # shapes only, no values
     small = GPT2(GPT2Config(n_layer=12, n_embd=768, n_head=12))
 
 
@@ -140,7 +143,7 @@ def affordable(budget):
         text = f"r = {rank}" if rank else "too little for r = 1"
         axes.annotate(text, (rank, row), xytext=(4, 0), textcoords="offset points", va="center")
     axes.set_xlim(0, 1.25 * max(*ranks.values(), 1))
-    plotting.label(axes, x="the largest rank", title=f"GPT-2 small, at most {budget:,} trained numbers")
+    plotting.label(axes, x="highest rank", title=f"GPT-2 small, at most {budget:,} trained parameters")
     return figure
 
 
@@ -149,16 +152,17 @@ slider(
     "budget",
     [18432, 36864, 73728, 147456, 294912, 1179648],
     147456,
-    "Bars of the largest rank for eight choices of matrices in GPT-2 small under one budget: 8 on a single one of q, "
-    "k, v and o, 4 on two of them, 2 on all four, and 1 on every matrix of a block, the MLP's included.",
+    "Bars of the highest rank for eight choices of matrices in GPT-2 small under one budget: 8 on a single one of q, "
+    "k, v and o, 4 on two of them, 2 on all four, and 1 on every matrix of a block, including the MLP's.",
 )
 
 # %% [markdown]
 # ## A training run
 #
-# The task is the one you know, from a story card to the opening of a tale. All runs of this unit take the shortest of
-# the cards, so that they are short. The measure is the loss on held-out cards, of the tale's tokens only: it costs a
-# second, where writing texts and scoring them (BLEU) costs a minute, and it moves when BLEU does not move yet.
+# The task is the one from the previous units: write the opening of a tale from a story card. All runs in this unit use
+# the shortest cards, to save time. The measure is the loss on held-out cards, on the tale's tokens only: it takes a
+# second, whereas generating texts and scoring them with BLEU takes a minute, and it responds to small changes that BLEU
+# does not show.
 
 # %%
 dataset = load_dataset("story-cards")
@@ -175,12 +179,12 @@ held_out = Completions(held_out_cards, tokenizer, config.n_positions).batches(12
 before = completion_loss(model, held_out)
 print(held_out_cards[0].mr)
 print(held_out_cards[0].ref)
-print(f"\n{len(writing.rows)} cards to learn from; held-out loss of the base: {before:.2f} nats per token")
+print(f"\n{len(writing.rows)} training cards; held-out loss of the base: {before:.2f} nats per token")
 
 
 # %%
 def train(method, examples, steps, batch, seed=0):
-    """Adapt `model` with this method and train it; it stays adapted."""
+    """Adapt `model` with this method and train it; the model stays adapted."""
     method.adapt(model)
     settings = TrainingSettings(
         steps=steps,
@@ -195,31 +199,30 @@ writer = LoRA()  # the library's default
 print(writer)
 losses = train(writer, writing, STEPS, 8)
 learned = sum(p.numel() for p in writer.trainable(model).values())
-print(f"\n{learned:,} of {total:,} numbers trained ({learned / total:.1%})")
+print(f"\n{learned:,} of {total:,} parameters trained ({learned / total:.1%})")
 print(f"held-out loss: {before:.2f} -> {completion_loss(model, held_out):.2f}")
-print("it writes:", write_texts(model, tokenizer, [held_out_cards[0].mr])[0][:300])
+print("generated text:", write_texts(model, tokenizer, [held_out_cards[0].mr])[0][:300])
 
 # %% [markdown]
-# What was learned is kept aside, and the model is the base again, bit for bit: A and B are beside the weights and not
-# in them.
+# Save what was learned and restore the base, bit for bit. This is exact because A and B are separate from the weights.
 
 # %%
 learned_by_the_writer = writer.state_dict(model)
 writer.undo(model)
-print(f"the base again: {completion_loss(model, held_out) == before}")
+print(f"base restored: {completion_loss(model, held_out) == before}")
 
 # %% [markdown]
 # ## Which rank?
 #
 # Hu et al. (2021, section 7.2, table 6) adapt q and v of GPT-3 with r from 1 to 64 and find that the rank hardly
-# matters: "a rank as small as one" does. What do you expect on the bundled model?
+# matters: "a rank as small as one" suffices. What do you expect on the bundled model?
 
 # %% prediction="rank_one"
 
 # %% [markdown]
-# The sweep. As in the paper alpha stays the same for all ranks (32, which is what the authors' code has for GPT-2),
-# so the learning rate may stay too: that is what alpha / r is for (unit 09). One run says little. So the two ends are
-# trained with three seeds each; a seed decides how A begins and which cards come when.
+# Now the sweep. As in the paper, alpha is the same for all ranks (32, the value in the authors' code for GPT-2), so the
+# learning rate can be the same too: that is the purpose of alpha / r (unit 09). A single run says little, so the lowest
+# and the highest rank are trained with three seeds each. The seed determines the initial A and the order of the cards.
 
 # %%
 RANKS = (1, 2, 4, 8, 64)
@@ -227,7 +230,7 @@ ALPHA = 32
 
 
 def after_training(rank, targets, seed=0, alpha=ALPHA):
-    """The held-out loss after a short run; the model is the base afterwards."""
+    """Return the held-out loss after a short run; restore the base."""
     method = LoRA(rank=rank, alpha=alpha, targets=targets, seed=seed)
     train(method, writing, SHORT, 4, seed)
     loss = completion_loss(model, held_out)
@@ -241,8 +244,8 @@ for rank, seed in tqdm(runs, desc="ranks", unit="run"):
     by_rank[rank].append(after_training(rank, PLACES["q, v"], seed))
 
 # %% [markdown]
-# Beside ours the paper's numbers: accuracy in per cent on WikiSQL (another seed changes it by 0.5) and on MultiNLI
-# (0.1). There higher is better; here lower.
+# The paper's numbers are shown next to yours: accuracy in per cent on WikiSQL (another seed changes it by 0.5) and on
+# MultiNLI (0.1). Higher is better for accuracy, lower for your loss.
 
 # %%
 WIKISQL = {1: 73.4, 2: 73.3, 4: 73.7, 8: 73.8, 64: 73.5}
@@ -264,8 +267,8 @@ print(
 # %% check="rank_one"
 
 # %% [markdown]
-# Is it the rank, or is the learning rate of one of them wrong? For Adam, alpha acts much like a learning rate (unit
-# 09). So try both ends once more with four times the alpha.
+# Is this due to the rank, or is the learning rate wrong for one of them? For Adam, alpha acts much like a learning rate
+# (unit 09). So run both ends again with four times the alpha.
 
 # %%
 for rank in (RANKS[0], RANKS[-1]):
@@ -273,40 +276,69 @@ for rank in (RANKS[0], RANKS[-1]):
     print(f"r = {rank:>2}: alpha = {ALPHA}: {by_rank[rank][0]:.2f}, alpha = {4 * ALPHA}: {louder:.2f}")
 
 # %% [markdown]
-# When this unit was written, rank 1 gained no more from that than another seed gives, and rank 64 gained much: for a
-# high rank, alpha / r with alpha = 32 is on the quiet side (rsLoRA's argument, unit 09). So the table above does not
-# flatter the high ranks; it holds them back.
+# On the bundled model, a larger alpha lowers the loss of rank 1 by no more than another seed does, and that of rank 64
+# by much more: for a high rank, alpha / r with alpha = 32 is too small (rsLoRA's argument, unit 09). So the table above
+# does not favour the high ranks; it underestimates them.
 #
-# Then why is rank 1 enough for GPT-3 and not here? Three reasons, and none of them is an error of the paper.
+# Then why is rank 1 enough for GPT-3 but not here? There are three reasons, and none of them is an error in the paper.
 #
-# 1. **What has to be learned.** GPT-3 has read everything; for MultiNLI it has to be told which of its abilities to
-#    use. The bundled model has never seen a card. A footnote in the paper's section 7.2 says so: a small r will not
-#    do for every task; if the task were in another language than the pretraining, training the whole model could well
-#    be better. Zeng and Lee (2023, arXiv:2310.17513) prove a form of it: the nearer the frozen model is to the
-#    target, the lower the rank that suffices.
-# 2. **How large the model is.** Larger pretrained models need fewer directions to be adapted (Aghajanyan et al. 2020,
-#    arXiv:2012.13255): what is new to a small model is a variation of something known to a large one.
-# 3. **How long, and measured by what.** These runs are short: the table says how *far* each rank comes in so many
-#    steps, not where it would end. (In runs of 60 steps of batch 8, made when this unit was written, the ends lay
-#    further apart, not nearer.) And an accuracy stands still where a loss still falls.
+# 1. **The task.** GPT-3 has been trained on a vast amount of text; for MultiNLI it only has to learn which of its
+#    abilities to use. The bundled model has never seen a card. A footnote in the paper's section 7.2 says that a small
+#    r will not work for every task: if the task were in a different language than the pretraining data, training the
+#    whole model could well be better. Zeng and Lee (2023, arXiv:2310.17513) prove a form of this: the closer the frozen
+#    model is to the target, the lower the rank that suffices.
+# 2. **The size of the model.** Larger pretrained models need fewer directions for adaptation (Aghajanyan et al. 2020,
+#    arXiv:2012.13255): what is new to a small model is a variation of something that a large model knows.
+# 3. **The length of training and the measure.** These runs are short: the table shows how *far* each rank gets in so
+#    many steps, not where it would end. And an accuracy can stay the same while the loss still falls.
 #
-# And do not read too much into the middle of the table either: from rank 4 on, one step to the next is hardly more than
-# another seed makes.
+# Do not read too much into the middle of the table: from rank 2 on, the differences between neighbours are no larger
+# than those between seeds.
 #
-# "r = 1 is often enough" is a finding about tasks that lie near what a large model can do already. It is no property
-# of LoRA.
+# "r = 1 is often enough" is a finding about tasks that are close to what a large model can already do. It is not a
+# property of LoRA.
 
 # %% [markdown]
 # ## Which matrices?
 #
-# The other half of the question: the same budget, in eight places. The first seven are the paper's (section 7.1,
-# table 5). It did not adapt the MLP; the eighth does.
+# The second question: the same budget in eight places. The first seven are the paper's (section 7.1, table 5). The paper
+# did not adapt the MLP; the eighth does. Here are three of the eight ways in one block:
+
+# %% figure="unit_10.png"
+BOXES = {
+    "q": (1, 1),
+    "k": (1, 1),
+    "v": (1, 1),
+    "o": (1, 1),
+    "c_fc": (4, 1),
+    "c_proj": (1, 4),
+}  # (out, in) in units of d
+WAYS = {"r = 8 on q": ("q",), "r = 4 on q and v": ("q", "v"), "r = 1 on every matrix": tuple(BOXES)}
+figure, panels = plotting.panels(len(WAYS), width=3.5, height=3)
+for axes, (title, adapted) in zip(panels, WAYS.items(), strict=True):
+    left = 0.0
+    for name, (rows, columns) in BOXES.items():
+        color = plotting.COLOURS[1] if name in adapted else "0.85"
+        axes.bar(left, rows, width=columns, align="edge", color=color)
+        axes.annotate(name, (left + columns / 2, rows), xytext=(0, 3), textcoords="offset points", ha="center")
+        left += columns + (0.1 if name in ("q", "k") else 0.6)  # q, k and v are parts of c_attn
+    axes.set_ylim(0, 5)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+    plotting.label(axes, x="", title=title)
+figure.suptitle("The same number of trained parameters: which learns most?")
+show(
+    figure,
+    "The matrices of one GPT-2 block as boxes, three times, with the adapted ones highlighted: rank 8 on the query "
+    "matrix alone, rank 4 on the query and value matrices, rank 1 on every matrix. All three train the same number of "
+    "parameters. Which one learns most?",
+)
 
 # %% prediction="stack_or_spread"
 
 # %%
 budget = count(target_sizes(model, PLACES["q, v"]), 4)
-by_place = {"q, v": (4, by_rank[4][0])}  # you have that one already
+by_place = {"q, v": (4, by_rank[4][0])}  # already trained above
 for place, targets in tqdm(PLACES.items(), desc="places", unit="run"):
     if place not in by_place:
         rank = rank_for(target_sizes(model, targets), budget)
@@ -317,40 +349,56 @@ by_place = {place: by_place[place] for place in PLACES}
 GPT3 = {"q": (70.4, 91.0), "k": (70.0, 90.8), "v": (73.0, 91.0), "o": (73.2, 91.3), "q, k": (71.4, 91.3)}
 GPT3 |= {"q, v": (73.7, 91.3), "q, k, v, o": (73.7, 91.7)}
 
-print(f"{budget:,} trained numbers ({budget / total:.2%})       GPT-3 (Hu et al.), 18 M")
+print(f"{budget:,} parameters ({budget / total:.2%})       GPT-3 (Hu et al.), 18 M")
 print("matrices        r   held-out loss      WikiSQL   MultiNLI")
 for place, (rank, loss) in by_place.items():
     paper = "{:>7}   {:>8}".format(*GPT3[place]) if place in GPT3 else "  not in the table"
     print(f"{place:<13} {rank:>3}   {loss:>13.2f}      {paper}")
 most = count(target_sizes(model, PLACES["q, v"]), RANKS[-1])
-print(f"\nfor comparison: q, v with r = {RANKS[-1]}, {most:,} numbers, has {ends[1]:.2f}")
+print(f"\nfor comparison: q, v with r = {RANKS[-1]}, {most:,} parameters, has {ends[1]:.2f}")
 print(f"another seed changes the loss of q, v by up to {spread:.2f}\n")
 
-print("from the worst to the best")
+print("from worst to best")
 print("  here:    " + "  <  ".join(sorted(GPT3, key=lambda place: -by_place[place][1])))
 print("  WikiSQL: " + "  <  ".join(sorted(GPT3, key=lambda place: GPT3[place][0])))
 
 # %% check="stack_or_spread"
 
 # %% [markdown]
-# What can agree between a model of 6 million and one of 175 billion is the *order*, and the last lines show it. (On
-# WikiSQL another seed changes the accuracy by 0.5, so neighbours may change places; MultiNLI hardly tells the places
-# apart.)
+# A model of 6 million parameters and one of 175 billion can agree on the *order* of the places, and the last lines show
+# that they do. (On WikiSQL another seed changes the accuracy by 0.5, so neighbours may swap; MultiNLI hardly
+# distinguishes the places.)
 #
 # - q alone, k alone and even both together are behind v alone and o alone. q and k decide *where* a head looks; v and o
-#   decide *what* it takes along.
-# - Rank is no substitute for matrices: q and v with r = 4 are before v with r = 8, and all four with r = 2 at the top.
-# - The MLP, which the paper left aside, is worth its numbers: with its matrices among them even rank 1 comes first.
-#   Later work found on large models that LoRA should be on every linear layer (Dettmers et al. 2023, QLoRA,
+#   decide *what* it takes from there.
+# - Rank does not replace matrices: q and v with r = 4 beat v with r = 8, and all four with r = 2 beat both.
+# - The MLP, which the paper left out, is worth its parameters: if its matrices are included, even rank 1 comes first.
+#   Later work on large models found that LoRA should be on every linear layer (Dettmers et al. 2023, QLoRA,
 #   arXiv:2305.14314).
 #
-# So there is an answer to the question of the beginning. Rank 1 *was* too little on two matrices; on every matrix it is
-# the best way to spend this budget, and ahead of rank 64 on q and v. Spend on matrices first and on rank afterwards.
+# This answers the question from the start. On two matrices, rank 1 *was* too little; on every matrix, it is the best of
+# these ways to spend the budget, and better than rank 64 on q and v. Spend the budget on matrices first and on rank
+# afterwards.
 #
-# (Eight places, one seed each, one learning rate for all: the differences that are several times the spread between
-# seeds are worth something, the others are not.)
+# All eight runs had alpha = 32, so their scaling alpha / r lies between 4 and 32. Does that explain the order? Repeat
+# three of them with the scaling of the last line.
 
-# %% figure="unit_10.png"
+# %%
+for place in ("q", "q, v", "q, k, v, o"):
+    rank, loss = by_place[place]
+    rescaled = after_training(rank, PLACES[place], alpha=ALPHA * rank)
+    print(f"{place:<12} r = {rank}: alpha = {ALPHA}: {loss:.2f}, alpha = {ALPHA * rank}: {rescaled:.2f}")
+place, (rank, loss) = "every matrix", by_place["every matrix"]
+print(f"{place:<12} r = {rank}: alpha = {ALPHA}: {loss:.2f}")
+
+# %% [markdown]
+# On the bundled model all three improve, and the order stays the same: the scaling explains part of the differences, but
+# not who is first.
+#
+# (Eight places, one seed each, one learning rate for all: differences that are several times the spread between seeds
+# are meaningful, the others are not.)
+
+# %%
 figure, (left, right) = plotting.panels(2, width=5.2, height=3.3)
 means = [sum(seen) / len(seen) for seen in by_rank.values()]
 left.plot(range(len(RANKS)), means, color=plotting.COLOURS[0], linewidth=1.8)
@@ -358,7 +406,7 @@ for place, seen in enumerate(by_rank.values()):
     left.plot([place] * len(seen), seen, "o", color=plotting.COLOURS[0], markersize=5)
 left.set_xticks(range(len(RANKS)), RANKS)
 left.annotate(
-    "a dot is a run;\nthe line is the mean",
+    "one dot per run;\nthe line is the mean",
     (0.98, 0.95),
     xycoords="axes fraction",
     ha="right",
@@ -366,7 +414,7 @@ left.annotate(
     color="0.3",
 )
 left.margins(x=0.08, y=0.15)
-plotting.label(left, x="rank, on q and v", y="held-out loss, nats per token", title="More rank, less loss")
+plotting.label(left, x="rank, on q and v", y="held-out loss, nats per token", title="Loss against rank")
 gains = {f"{place}: r = {rank}": before - loss for place, (rank, loss) in by_place.items()}
 rows = range(len(gains))
 right.barh(rows, list(gains.values()), color=plotting.COLOURS[1], height=0.6)
@@ -375,12 +423,12 @@ right.invert_yaxis()
 for row, gain in zip(rows, gains.values(), strict=True):
     right.annotate(f"{gain:.2f}", (gain, row), xytext=(4, 0), textcoords="offset points", va="center")
 right.set_xlim(min(0, 1.1 * min(gains.values())), max(0.1, 1.15 * max(gains.values())))
-plotting.label(right, x="how far the loss falls, nats per token", title=f"{budget:,} numbers, eight ways")
+plotting.label(right, x="reduction in loss, nats per token", title=f"{budget:,} parameters, eight ways")
 show(
     figure,
-    f"Left, the held-out loss over the rank on q and v, after {SHORT} steps: "
+    f"Left, the held-out loss against the rank on q and v, after {SHORT} steps: "
     + ", ".join(f"rank {rank} {mean:.2f}" for rank, mean in zip(RANKS, means, strict=True))
-    + f". Right, bars of how far the loss falls with {budget:,} trained numbers: "
+    + f". Right, bars of the reduction in loss with {budget:,} trained parameters: "
     + ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
     + ".",
 )
@@ -388,8 +436,8 @@ show(
 # %% [markdown]
 # ## An adapter is a directory
 #
-# The writer of the beginning is a dictionary of tensors. To hand it to somebody it needs a form that others know:
-# PEFT's, two files. Put it back into the model and save it.
+# The writing adapter from the start of this unit is a dictionary of tensors. To share it, you need a format that others
+# can read: PEFT's, which consists of two files. Put the adapter back into the model and save it.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -404,7 +452,8 @@ print(json.loads((folder / "writer" / "adapter_config.json").read_text()))
 print(f"the whole model in float32: {4 * total:,} bytes")
 
 # %% [markdown]
-# The first file holds what a tensor cannot say: the rank, the alpha, and which layers. The second holds the tensors.
+# The first file holds what the tensors cannot tell you: the rank, the alpha, and which layers are adapted. The second
+# file holds the tensors.
 
 # %%
 tensors = load_file(folder / "writer" / "adapter_model.safetensors")
@@ -412,8 +461,8 @@ for key in list(tensors)[:2]:
     print(key, tuple(tensors[key].shape))
 
 # %% [markdown]
-# These are not the names that the parameters have in your model. PEFT wraps a model twice, and each wrapper leaves a
-# step in front of every name. A file from a stranger may hold more than you can read. What then?
+# These are not the names of the parameters in your model. PEFT wraps a model twice, and each wrapper adds a prefix to
+# every name. A file from someone else may also contain tensors that you cannot use. What should happen then?
 
 # %% exercise="lora_state_from_peft"
 
@@ -422,11 +471,11 @@ to_our_names = working("lora_state_from_peft")
 
 state = to_our_names(tensors)
 print(next(iter(state)))
-print("the same tensors:", all(torch.equal(state[name], learned_by_the_writer[name]) for name in learned_by_the_writer))
+print("same tensors:", all(torch.equal(state[name], learned_by_the_writer[name]) for name in learned_by_the_writer))
 
 # %% [markdown]
-# `load_adapter` does the whole of it: reads both files, adapts, loads. A LoRA that PEFT has saved loads the same way,
-# and PEFT loads ours:
+# `load_adapter` does all of this: it reads both files, adapts the model and loads the tensors. It also loads a LoRA
+# that PEFT has saved, and PEFT loads ours:
 #
 # ```python
 # PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("gpt2"), "writer")
@@ -441,8 +490,8 @@ method.undo(model)
 # %% [markdown]
 # ## One model, many tasks
 #
-# An adapter is small, so there will be many. Here is a second one, for the opposite task: it *reads*. Given a tale,
-# it says how the card's `ending` was called.
+# An adapter is small, so you can have many. Here is a second one, for the opposite task: it *reads*. Given a tale, it
+# names the value of the card's `ending`.
 
 
 # %%
@@ -465,7 +514,7 @@ print(f"{right_ones} of {len(asked)} endings are right after {STEPS} steps")
 reader.undo(model)
 
 # %% [markdown]
-# You serve one model, merged, so that it costs what the base costs. A request for the other task comes in. "When we
+# You serve one model, merged, so that it costs what the base costs. Now a request for the other task arrives. "When we
 # need to switch to another downstream task, we can recover $W_0$ by subtracting $BA$ and then adding a different
 # $B'A'$, a quick operation with very little memory overhead" (Hu et al. 2021, section 4.1):
 #
@@ -481,54 +530,56 @@ switch = working("switch_task")
 tasks = {"the base": {}} | {name: read_lora(model, folder / name) for name in ("writer", "reader")}
 served = copy.deepcopy(model)
 now = "the base"
-print("in the weights   loss of writing   loss of reading")
+print("merged now       loss of writing   loss of reading")
 for task in ("the base", "writer", "reader", "the base"):
     switch(served, tasks[now], tasks[task])
     now = task
     print(f"{now:<15} {completion_loss(served, held_out):>16.2f} {completion_loss(served, held_out_reading):>17.2f}")
 
 # %% [markdown]
-# Each is better at its own task and worse than the base at the other's. Exchanging them has cost as many numbers as A
-# and B have, read from wherever they lie; a whole model would have to be loaded otherwise.
+# Each adapter is better than the base at its own task. Switching only needs to read the values of A and B; otherwise
+# you would have to load a whole model.
 #
 # ## Many tasks in one batch
 #
-# Switching is right when requests for one task come in a row. When they come mixed, every switch is waiting time.
-# Look at what a *batch* of mixed requests needs. For row i with the adapter k:
+# Switching works well when requests for one task arrive in sequence. When they arrive mixed, every switch makes the
+# others wait. Look at what a *batch* of mixed requests needs. For row i with adapter k:
 #
 # $$y_i = W_0 x_i + s_k\, B_k A_k\, x_i$$
 #
-# The expensive product is the same for all rows. Do it once for the batch, and add the thin ones. Three ways to do
-# that, for one layer of d to d, n rows of T tokens and K adapters of rank r:
+# The expensive product is the same for all rows. Compute it once for the batch, and add the low-rank terms. There are
+# three ways to do that. The table is for one layer with d inputs and d outputs, n rows of T tokens and K adapters of
+# rank r:
 
 # %%
 d, n, T, K, r = config.n_embd, 16, 1, 8, 4
 ways = {
-    "one adapter after the other": (2 * K, 0, 2 * n * T * r * d),
+    "one adapter at a time": (2 * K, 0, 2 * n * T * r * d),
     "gather A and B for each row": (2, 2 * n * r * d, 2 * n * T * r * d),
-    "every row by every A, mask": (2, 0, 2 * n * T * K * r * d),
+    "every row by every A, masked": (2, 0, 2 * n * T * K * r * d),
 }
 print(f"n = {n} rows, K = {K} adapters, d = {d}, r = {r}; W itself: {n * T * d * d:,} multiplications")
-print("                               products   numbers copied   multiplications")
+print("                               products    values copied   multiplications")
 for name, (products, copied, multiplied) in ways.items():
     print(f"{name:<30} {products:>8}   {copied:>14,}   {multiplied:>15,}")
 
 # %% [markdown]
-# The first way starts many tiny products. The second copies an A and a B for each row, and wants all ranks equal
-# (Punica, Chen et al. 2023, arXiv:2310.18547, has a GPU kernel that gathers without copying). The third multiplies K
-# times too much and throws most of it away: two ordinary products, any ranks, nothing copied. With few adapters and
-# few tokens that is cheap beside W. Its first half:
+# The first way starts many tiny products. The second copies an A and a B for each row, and needs equal ranks (Punica,
+# Chen et al. 2023, arXiv:2310.18547, has a GPU kernel that gathers without copying). The third does K times as many
+# multiplications as needed and discards most of the results, but it takes only two ordinary products, works with any
+# ranks, and copies nothing. With few adapters of low rank it is cheap compared with W. Write its first half:
 
 # %% exercise="shrink"
 
 # %% [markdown]
-# And the whole. All K adapters have the same rank here, and you may take any of the three ways.
+# Now the complete computation. All K adapters have the same rank here, and you may use any of the three ways.
 
 # %% exercise="batched_lora"
 
 # %% [markdown]
-# Put it into the model. A layer keeps its base and the stacks of both tasks; who gets which is written down once for
-# all layers. (The reader has rank 8 and the writer 16: zeros fill it up. They change nothing.)
+# Put it into the model. A layer keeps its base and the stacked matrices of both tasks; the assignment of rows to
+# adapters is shared by all layers. (Both adapters have rank 8 here. If ranks differ, the smaller one is padded with
+# zeros, which does not change the result.)
 
 # %%
 batched = working("batched_lora")
@@ -540,7 +591,7 @@ class Mixed(nn.Module):
         self.base, self.rows = base, None
         rank = max(len(A) for A, _ in adapters)
         self.A = torch.stack([nn.functional.pad(A, (0, 0, 0, rank - len(A))) for A, _ in adapters])  # (K, r, in)
-        self.B = torch.stack([nn.functional.pad(B, (0, rank - len(A))) for A, B in adapters])  # (K, out, r), s in it
+        self.B = torch.stack([nn.functional.pad(B, (0, rank - len(A))) for A, B in adapters])  # (K, out, r), includes s
 
     def forward(self, x):
         return self.base(x) + batched(x, self.A, self.B, 1.0, self.rows)
@@ -566,7 +617,7 @@ with torch.no_grad():
         alone = copy.deepcopy(model)
         switch(alone, {}, tasks[task])
         error = (together[row] - alone(ids[row : row + 1])[0]).abs().max() / together[row].abs().max()
-        print(f"row {row}, {task:<8}: differs from that adapter alone by {error:.0e} of the largest logit")
+        print(f"row {row}, {task:<8}: differs from a single-task model by {error:.0e} of the largest logit")
 
 
 # %%
@@ -580,47 +631,48 @@ print(f"operations of the mixed batch: {operations(mixed) / operations(model):.1
 
 # %% [markdown]
 # The library's `ServedAdapters` does the same with adapters of different ranks and layers: `served.rows(["writer",
-# "reader", None])`. S-LoRA (Sheng et al. 2023, arXiv:2311.03285) serves thousands: the adapters lie in main memory and
-# come to the GPU when a row asks for them.
+# "reader", None])`. S-LoRA (Sheng et al. 2023, arXiv:2311.03285) serves thousands: the adapters are kept in main memory
+# and are moved to the GPU when a row needs them.
 #
 # ## What goes wrong in practice
 #
-# **A name means more than you meant.** A target is the *end* of a name. GPT-2 has two layers called `c_proj` in each
-# block, and a rank that you chose for the attention goes to the MLP as well.
+# **A name matches more than you meant.** A target is the *end* of a name. GPT-2 has two layers called `c_proj` in each
+# block, so a rank that you chose for the attention is applied to the MLP as well.
 
 # %%
 for targets in (("attn.c_proj",), ("c_proj",)):
     found = find_targets(model, targets)
     print(
-        f"{targets[0]:<11} means {len(found) // config.n_layer} in each block, r = 8: "
+        f"{targets[0]:<11} matches {len(found) // config.n_layer} in each block, r = 8: "
         f"{count(target_sizes(model, targets), 8):,} numbers"
     )
 
 # %% [markdown]
-# **-1 is somebody.** Whoever gathers the A by the row's index, and has -1 for "no adapter", gives that row the last
-# one.
+# **-1 is a valid index.** If you gather A by each row's index and use -1 for "no adapter", that row gets the last
+# adapter.
 
 # %%
 A_stack = torch.stack([torch.full((1, 2), 10.0), torch.full((1, 2), 20.0)])
-print("the A of a row with index -1:", A_stack[torch.tensor([-1])].flatten().tolist())
+print("A of a row with index -1:", A_stack[torch.tensor([-1])].flatten().tolist())
 
 # %% [markdown]
-# **An adapter on another base.** A and B say nothing about W. Put the writer on a model that has the reader in its
-# weights, as happens when somebody forgets to take it out: shapes fit, nothing complains.
+# **An adapter on a different base.** A and B contain no information about W. Load the writing adapter into a model
+# whose weights still contain the merged reading adapter: the shapes fit, and there is no error.
 
 # %%
 forgotten = copy.deepcopy(model)
 switch(forgotten, {}, tasks["reader"])
 right_base = copy.deepcopy(model)
-for name, base in {"the base": right_base, "the base with the reader in it": forgotten}.items():
+for name, base in {"the base": right_base, "the base with the reader merged": forgotten}.items():
     load_adapter(base, folder / "writer")
     print(f"the writer on {name:<31}: held-out loss {completion_loss(base, held_out):.2f}")
 
 # %% [markdown]
-# `adapter_config.json` has a field for the base's name, `base_model_name_or_path`. It is a name and not a proof.
+# `adapter_config.json` has a field for the base's name, `base_model_name_or_path`. The name does not prove that the
+# weights are the same.
 #
-# **Switching drifts.** Each switch rounds. In float32 you will not notice; in bfloat16, with 8 bits for the digits, W
-# after many switches is another W. Whoever switches often keeps $W_0$, as `merge` and `unmerge` of the library do.
+# **Switching drifts.** Each switch rounds. In float32 you will not notice it; in bfloat16, with 8 significant bits,
+# many switches change W visibly. If you switch often, keep a copy of $W_0$, as the library's `merge` and `unmerge` do.
 
 # %%
 name = next(iter(tasks["writer"]))
@@ -639,33 +691,35 @@ for dtype in (torch.float32, torch.bfloat16):
     )
 
 # %% [markdown]
-# **One run for each rank.** Had you trained each rank with one seed, which neighbours could you have told apart?
+# **One run per rank.** If you had trained each rank with one seed, which neighbouring ranks could you have told apart?
 
 # %%
 for smaller, larger in itertools.pairwise(RANKS):
     gap = by_rank[larger][0] - by_rank[smaller][0]
-    told = "more" if abs(gap) > spread else "not more"
+    told = "more" if abs(gap) > spread else "no more"
     print(f"r = {smaller} to r = {larger:>2}: {gap:+.2f}, {told} than another seed changes")
 
 # %% [markdown]
 # ## Summary
 #
-# - The price of a choice is r (in + out), added up over the matrices; give a price before you compare.
-# - r = 1 is enough for a large model on a task near to what it knows. Here, on q and v of a small one, it was not.
-# - The same numbers do more when they are spread: many matrices with a low rank, the MLP's among them.
-# - An adapter is two files: the tensors under PEFT's names, and the numbers without which they mean something else.
-# - One model serves many: switch by subtracting and adding, or give each row its own A and B in one batch.
+# - The cost of a choice is r (in + out), summed over the matrices; state the cost before you compare.
+# - r = 1 is enough for a large model on a task close to what it knows. Here, on q and v of a small model, it was not.
+# - The same number of parameters achieves more when it is spread: many matrices with a low rank, including the MLP's.
+# - An adapter is two files: the tensors under PEFT's names, and the settings without which the tensors cannot be used
+#   correctly.
+# - One model serves many tasks: switch by subtracting and adding, or give each row its own A and B in one batch.
 #
 # ## Go further
 #
 # - Hu et al. 2021, *LoRA* (arXiv:2106.09685): sections 7.1 and 7.2 with tables 5 and 6.
-# - Zeng and Lee 2023, *The Expressive Power of Low-Rank Adaptation* (arXiv:2310.17513): which rank is enough, proved.
+# - Zeng and Lee 2023, *The Expressive Power of Low-Rank Adaptation* (arXiv:2310.17513): a proof of which rank suffices.
 # - Chen et al. 2023, *Punica* (arXiv:2310.18547), and Sheng et al. 2023, *S-LoRA* (arXiv:2311.03285): serving many.
-# - `lora_from_scratch/methods/placement.py`, `peft_format.py`, `batched_lora.py`: what you wrote, and what is around it.
+# - `lora_from_scratch/methods/placement.py`, `peft_format.py`, `batched_lora.py`: what you wrote, and the code around
+#   it.
 # - `lora-from-scratch finetune --help`: the same run, longer, with BLEU and a report.
 #
-# You have now trained changes of rank 1 and of rank 64 for the same task, and the second went further. Did it find
-# the first one's direction and some more, or something else altogether? What does a change add to W that W did not
+# You have now trained changes of rank 1 and of rank 64 for the same task, and rank 64 went further. Did it find the
+# direction that rank 1 found and some more, or something else altogether? What does the change add to W that W did not
 # have? And what did the model *lose* while its loss on the cards fell? That is unit 11.
 
 # %% [markdown] open_question="a_claim_about_ranks" points=4
@@ -674,15 +728,15 @@ for smaller, larger in itertools.pairwise(RANKS):
 # A blog post says: "We fine-tuned with LoRA on q and v and compared r = 8 with r = 128, one run each, alpha = 16, the
 # same learning rate. r = 128 was worse on the training loss. So high ranks overfit; use r = 8." Write at most 150
 # words: what is wrong with the conclusion, what else could explain the result, and which runs would you make, under
-# which budget, to advise somebody with this model and this task?
+# which budget, to advise someone with this model and this task?
 #
 # **Rubric.**
 #
 # - 1 point: overfitting shows as a *lower* training loss with a higher held-out loss; here the training loss is higher.
 # - 1 point: with alpha fixed, alpha / r is 16 times smaller at r = 128: the learning rate or alpha has to be tuned
 #   for each.
-# - 1 point: one run each says nothing without the spread between seeds, and has to be judged on held-out data.
-# - 1 point: proposes a comparison at equal trained parameters that also varies the matrices (the MLP's among them).
+# - 1 point: a single run says nothing without the spread between seeds, and the comparison has to use held-out data.
+# - 1 point: proposes a comparison at equal trained parameters that also varies the matrices (including the MLP's).
 
 # %% volatile=true
 progress("10")

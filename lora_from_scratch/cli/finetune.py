@@ -26,6 +26,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     shared.add_model(parser)
     shared.add_data(parser)
     shared.add_output(parser, None)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="allow an output folder with another run's result or other files (off)"
+    )
     shared.add_device(parser)
     shared.add_cards(parser)
     shared.add_method(parser)
@@ -96,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
             device=options.device,
             cards=options.cards,
             checkpoint_every=options.checkpoint_every,
+            overwrite=options.overwrite,
         ),
         progress=first,
     )

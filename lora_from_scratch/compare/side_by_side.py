@@ -88,6 +88,7 @@ def tuned_run(
         batch_size=defaults.BATCH_SIZE,
         split=split,
         cards=cards,
+        overwrite=True,  # the demo and the shootout repeat changed runs in their own folders
     )
 
 
@@ -270,7 +271,9 @@ def run_or_reload(runs: Sequence[Run], jobs: int | None = None) -> list[Report]:
 
 def _identity(run: Run, model: str, data: int) -> dict[str, Any]:
     """Everything that a run's report depends on, as JSON: settings, weights, examples, but not the output folder."""
-    settings = {name: value for name, value in asdict(run).items() if name not in ("output", "checkpoint_every")}
+    settings = {
+        name: value for name, value in asdict(run).items() if name not in ("output", "checkpoint_every", "overwrite")
+    }
     document = {"method": run.method.name, "run": settings, "model": model, "data": data}
     loaded: dict[str, Any] = json.loads(json.dumps(document, default=str))
     return loaded

@@ -1,7 +1,6 @@
 """What fine-tuning costs, counted by hand: parameters, bytes in memory, bytes on disk.
 
-Textbook arithmetic, right to within the things that nobody writes down. What a step really needs, to the byte, is
-in `finetune/accounting.py`.
+These are textbook estimates. What a training step needs to the byte is in `finetune/accounting.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ NUMBER_FORMATS = ("float32", "bfloat16", "mixed")
 
 
 def tensor_bytes(shape: Sequence[int], bytes_per_number: int = 4) -> int:
-    """How many bytes the numbers of one tensor take.
+    """Number of bytes that the numbers of one tensor take.
 
-    Example: a matrix of 3 rows and 5 columns in float32, 4 bytes a number, takes 60 bytes. A tensor with no axes,
-    of shape `()`, is a single number.
+    Example: a matrix of 3 rows and 5 columns in float32, with 4 bytes per number, takes 60 bytes. A tensor with no
+    axes, of shape `()`, is a single number.
 
     Args:
         shape: the length of each axis; whole numbers of at least 0.
@@ -28,15 +27,15 @@ def tensor_bytes(shape: Sequence[int], bytes_per_number: int = 4) -> int:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many numbers of a model are trained, and how many there are.
+    """Number of trained parameters of a model, and number of all its parameters.
 
-    A tensor of shape (out, in) counts as out * in numbers. A parameter that several modules share counts once:
-    GPT-2's output layer *is* its token embedding. Buffers, such as the running mean of a batch normalisation, are not
-    parameters: no optimiser ever gets them.
+    A tensor of shape (out, in) counts as out * in numbers. A parameter that several modules share counts once: GPT-2's
+    output layer *is* its token embedding. Buffers, such as the running mean of a batch normalisation, are not
+    parameters: an optimiser never updates them.
 
     Returns:
-        trained: of the parameters with `requires_grad`.
-        total: of all parameters, frozen ones included.
+        trained: how many numbers the parameters with `requires_grad` hold.
+        total: how many numbers all parameters hold, including frozen ones.
     """
     parameters = list(model.parameters())  # each once, however many modules share it
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -45,28 +44,28 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def training_memory(parameters: int, trained: int, activations: int = 0, precision: str = "float32") -> dict[str, int]:
-    """What training with Adam holds in memory, in bytes, by what it is for.
+    """Memory that training with Adam takes, in bytes, by purpose.
 
-    Every parameter has a weight. Only a trained one has a gradient, and two running means that Adam keeps: m of the
-    gradient and v of its square (Kingma and Ba 2015, algorithm 1). How large each number is depends on the precision:
+    Every parameter has a weight. Only a trained one also has a gradient and two running means that Adam keeps: m of the
+    gradient and v of its square (Kingma and Ba 2015, algorithm 1). The size of each number depends on the precision:
 
     - "float32": every number is in float32.
     - "bfloat16": every number is in bfloat16.
-    - "mixed": weights and gradients are in 16 bits; the optimiser's m and v are in float32, and beside them it keeps
-      a copy of each trained weight in float32, because small updates vanish in 16 bits (Rajbhandari et al. 2020,
-      ZeRO, arXiv:1910.02054, section 3.1). The copy counts as the optimiser's.
+    - "mixed": weights and gradients are in 16 bits; the optimiser's m and v are in float32, and it also keeps a float32
+      copy of each trained weight, because small updates would be lost in 16 bits (Rajbhandari et al. 2020, ZeRO,
+      arXiv:1910.02054, section 3.1). The copy counts towards "optimizer".
 
     Args:
-        parameters: how many parameters the model has, frozen ones included.
+        parameters: how many parameters the model has, including frozen ones.
         trained: how many of them are trained.
-        activations: the bytes that the forward pass keeps for the backward pass, as `activation_bytes` counts them.
-        precision: one of the three.
+        activations: the bytes that the forward pass keeps for the backward pass, as counted by `activation_bytes`.
+        precision: one of the three names above.
 
     Returns:
         The bytes of "weights", "gradients", "optimizer" and "activations", under these names.
 
     Raises:
-        ValueError: more parameters are trained than there are, or there is no such precision.
+        ValueError: `trained` is larger than `parameters`, or the precision is unknown.
     """
     if trained > parameters:
         raise ValueError(f"trained must be at most {parameters}, the number of parameters, got {trained}")
@@ -83,26 +82,26 @@ def training_memory(parameters: int, trained: int, activations: int = 0, precisi
 
 
 def activation_bytes(batch: int, tokens: int, width: int, heads: int, layers: int) -> int:
-    """What the blocks of a transformer keep of the forward pass until the backward pass, in bytes.
+    """Bytes of the activations that the blocks of a transformer keep for the backward pass.
 
     For B texts of T tokens in a model of width d with H heads, one block keeps (Korthikanti et al. 2022,
-    arXiv:2205.05198, section 4.1), with 2 bytes a number and 1 byte an entry of a dropout mask:
+    arXiv:2205.05198, section 4.1), with 2 bytes per number and 1 byte per entry of a dropout mask:
 
     - two layer normalisations: the input of each, (B, T, d);
-    - attention: the input that q, k and v are made of, (B, T, d); q, k and v, (B, T, d) each; the softmax,
-      (B, H, T, T); the mask of its dropout, (B, H, T, T); the softmax after dropout, (B, H, T, T); the input of the
-      output projection, (B, T, d); the mask of the last dropout, (B, T, d);
+    - attention: the input from which q, k and v are computed, (B, T, d); q, k and v, (B, T, d) each; the softmax, (B,
+      H, T, T); the mask of its dropout, (B, H, T, T); the softmax after dropout, (B, H, T, T); the input of the output
+      projection, (B, T, d); the mask of the last dropout, (B, T, d);
     - the MLP: the input of its first product, (B, T, d); that of the activation function, (B, T, 4 d); that of its
       second product, (B, T, 4 d); the mask of its dropout, (B, T, d).
 
-    Every block keeps its own. Embeddings and logits are left out.
+    Every block keeps its own activations. Embeddings and logits are not counted.
 
     Args:
         batch: B.
         tokens: T.
         width: d.
         heads: H.
-        layers: how many blocks there are.
+        layers: the number of blocks.
     """
     stream = batch * tokens * width  # numbers in (B, T, d)
     scores = batch * heads * tokens * tokens  # numbers in (B, H, T, T)
@@ -113,13 +112,13 @@ def activation_bytes(batch: int, tokens: int, width: int, heads: int, layers: in
 
 
 def checkpoint_bytes(model: nn.Module, only_trained: bool = False) -> int:
-    """How many bytes of numbers a checkpoint of a model's parameters holds.
+    """Number of bytes that a model's parameters take in a checkpoint.
 
-    Each parameter takes the bytes of its own dtype: one model may hold several. A parameter that several modules
-    share is stored once. The names and shapes beside the numbers, a few kilobytes, are not counted.
+    Each parameter takes the bytes of its own dtype: a model may mix several. A parameter that several modules share is
+    stored once. The names and shapes that are stored with them, a few kilobytes, are not counted.
 
     Args:
-        only_trained: store only the parameters with `requires_grad`. That is enough for whoever has the rest already:
-            what LoRA saves is a file of this kind (Hu et al. 2021, arXiv:2106.09685, section 4.2).
+        only_trained: store only the parameters with `requires_grad`. That is enough if the rest is available elsewhere:
+            LoRA saves a file of this kind (Hu et al. 2021, arXiv:2106.09685, section 4.2).
     """
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not only_trained)

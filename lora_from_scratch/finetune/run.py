@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.method import Method
-from lora_from_scratch.support.files import check_writable, remove_leftovers, write_json
+from lora_from_scratch.support.files import check_writable, is_leftover, remove_leftovers, write_json
 
 CHECKPOINT = "training-checkpoint.pt"  # in the output directory during the run
 REPORT = "report.json"
@@ -58,6 +59,7 @@ class Run:
     split: str = "test"  # evaluate on "test" or "validation"; "": do not evaluate
     cards: int = CARDS  # evaluate on the first so many meanings
     checkpoint_every: int = 100  # steps
+    overwrite: bool = False  # whether the result of another run in `output` may be replaced
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "cards", "checkpoint_every"):
@@ -154,6 +156,42 @@ def _check_output(run: Run) -> None:
     other, kind = ("config.json", "a whole model") if run.method.peft_type else (CONFIG_FILE, "an adapter")
     if (run.output / other).exists():
         raise ValueError(f"{run.output} holds {kind}, and this run would add its own result; choose another output")
+    if not run.overwrite:
+        _refuse_to_replace(run)
+
+
+def _refuse_to_replace(run: Run) -> None:
+    """Refuse an output folder that holds another run's result or unrelated files.
+
+    The same run may be repeated, and an interrupted run may be resumed.
+    """
+    choose = "choose another output, or use --overwrite"
+    if (run.output / REPORT).exists():
+        different = _differences(run)
+        if different:
+            raise ValueError(f"{run.output} holds the result of another run (different: {different}); {choose}")
+    elif not (run.output / CHECKPOINT).exists() and run.output.is_dir():
+        names = sorted(path.name for path in run.output.iterdir() if not is_leftover(path))
+        if names:
+            raise ValueError(f"{run.output} holds other files ({', '.join(names[:3])}); {choose}")
+
+
+def _differences(run: Run) -> str:
+    """The names of the settings in which the run that wrote the report differs from this one."""
+    try:
+        document = json.loads((run.output / REPORT).read_text(encoding="utf-8"))
+        before, method = dict(document["run"]), document["report"]["method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its report cannot be read"
+    if method != run.method.name:
+        return "method"
+    now = json.loads(json.dumps(asdict(run), default=str))
+    parts = {name: (before.pop(name, {}), now.pop(name)) for name in ("method", "settings")}
+    for place in ("output", "checkpoint_every", "overwrite"):
+        before.pop(place, None)
+        now.pop(place)
+    names = [name for old, new in ((before, now), *parts.values()) for name in new if old.get(name) != new[name]]
+    return ", ".join(dict.fromkeys(names))
 
 
 def _completions(dataset: Dataset, tokenizer: Tokenizer, context: int, progress: bool) -> Completions:

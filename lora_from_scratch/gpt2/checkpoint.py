@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_from_scratch.gpt2 import tokenizer_files
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from lora_from_scratch.support.files import write_directory_atomically
 BUNDLED = "bundled"
 BUNDLED_DIRECTORY = Path(__file__).parent.parent / "assets" / "gpt2"
 
-_HUB_FILES = ["config.json", "vocab.json", "merges.txt", "tokenizer.json"]
+_HUB_FILES = ["config.json", "vocab.json", "merges.txt", "tokenizer.json", *tokenizer_files.SETTINGS_FILES]
 _HUB_SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 _HUB_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 

@@ -1,7 +1,7 @@
 """The rank of a matrix: how many independent rows it has, found by Gaussian elimination.
 
-Every function takes a matrix M of shape (m, n) and leaves it as it was. Results do not carry gradients, except
-that of `outer_product_sum`, which is plain arithmetic.
+Every function takes a matrix M of shape (m, n) and does not modify it. Results carry no gradients, except that of
+`outer_product_sum`, which is plain arithmetic.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import math
 import torch
 from torch import Tensor
 
-# --- What every function of this file and of svd.py asks first ---------------------------------------
+# --- Validation, shared with svd.py ------------------------------------------------------------------
 
 
 def require_matrix(matrix: Tensor, name: str = "matrix") -> Tensor:
-    """The matrix in a dtype that can be computed with, detached from the graph; not a copy where none is needed.
+    """Return the matrix in the computing dtype, detached from the graph; copied only where necessary.
 
-    float32 and float64 stay what they are, whole numbers and booleans become float64, float16 and bfloat16
-    become float32. This is "the computing dtype" of the other docstrings.
+    float32 and float64 stay as they are, integers and booleans become float64, float16 and bfloat16 become float32.
+    This is "the computing dtype" of the other docstrings.
 
     Raises:
-        ValueError: it is not a tensor, has not exactly two axes, has no entries, is complex, or holds NaN or infinity.
+        ValueError: it is not a tensor, does not have exactly two axes, has no entries, is complex, or holds NaN or
+            infinity.
     """
     if not isinstance(matrix, Tensor):
         raise ValueError(f"{name} must be a torch tensor, got {type(matrix).__name__}: wrap it in torch.tensor(...)")
@@ -44,14 +45,14 @@ def require_matrix(matrix: Tensor, name: str = "matrix") -> Tensor:
 
 
 def require_rank(rank: int, largest: int, smallest: int = 0, name: str = "rank") -> int:
-    """The rank itself, if it is a whole number from `smallest` to `largest`; otherwise ValueError."""
+    """Return the rank if it is a whole number from `smallest` to `largest`; otherwise raise a ValueError."""
     if isinstance(rank, bool) or not isinstance(rank, int) or not smallest <= rank <= largest:
         raise ValueError(f"{name} must be a whole number between {smallest} and {largest}, got {rank!r}")
     return rank
 
 
 def rounding_tolerance(matrix: Tensor, scale: float) -> float:
-    """`max(m, n) * eps * scale`: what counts as zero in a floating-point matrix whose size is `scale`.
+    """`max(m, n) * eps * scale`: what counts as zero in a floating-point matrix whose entries have the size `scale`.
 
     `eps` is the gap between 1 and the next number of the matrix's dtype (1.2e-7 in float32, 2.2e-16 in float64).
     The formula is the default of numpy and torch's `matrix_rank`, where the scale is the largest singular value.
@@ -67,13 +68,13 @@ def row_echelon(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor,
 
     Step k looks for the entry of largest absolute value among the rows and columns from k on (the first, row by
     row, if several are equal), swaps it to position (k, k), and subtracts multiples of row k from the rows below so
-    that they are zero in column k. When that largest entry is not above the tolerance, what is left counts as zero,
-    is set to exactly 0, and the elimination ends.
+    that they are zero in column k. When that largest entry is not above the tolerance, everything that is left counts
+    as zero, is set to exactly 0, and the elimination ends.
 
-    Why complete pivoting, and not only the best row of each column: the pivots then come out in nearly
-    descending order and small ones really mean "nothing left", so that the rank agrees with the one that singular
-    values give. With row swaps only, rounding errors grow enough to be mistaken for another independent row.
-    The price: columns are swapped too, which is why their order is returned (Golub and Van Loan, section 3.4.6).
+    Complete pivoting is used instead of only choosing the best row for each column, because the pivots then come out
+    in nearly descending order and a small one really means "nothing left", so that the rank agrees with the one from
+    singular values. With row swaps only, rounding errors can grow enough to be mistaken for another independent row.
+    Columns are swapped too, which is why their order is returned (Golub and Van Loan, section 3.4.6).
 
     Args:
         matrix: M, (m, n).
@@ -87,7 +88,7 @@ def row_echelon(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor,
             them are independent columns of M.
 
     Raises:
-        ValueError: see `require_matrix`; or the tolerance is negative or not a finite number.
+        ValueError: as `require_matrix`; or the tolerance is negative or not a finite number.
     """
     matrix = require_matrix(matrix)
     if tolerance is None:
@@ -114,14 +115,14 @@ def row_echelon(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor,
 def rank(matrix: Tensor, tolerance: float | None = None) -> int:
     """The numerical rank: how many rows of the echelon form are not zero.
 
-    On paper the rank is a whole number that a change of 1e-20 in one entry can raise. In floating point every
-    entry carries such a change, so the question becomes: how many independent rows are there that rounding alone does
-    not explain? The tolerance draws that line. Example: the Hilbert matrix `1 / (i + j + 1)` of size 12 x 12
-    is invertible, so its rank is 12; its float64 numbers show only 11 and its float32 numbers only 6.
+    On paper, a change of 1e-20 in one entry can raise the rank. In floating point every entry carries such a change, so
+    the question becomes: how many independent rows are there that rounding alone cannot explain? The tolerance draws
+    the line. Example: the Hilbert matrix `1 / (i + j + 1)` of size 12 x 12 is invertible, so its rank is 12; in float64
+    its numerical rank is only 11 and in float32 only 6.
 
-    For a matrix of rank r plus rounding, and for the Hilbert matrix, this equals the count of singular values above
-    numpy's tolerance. Elimination can be fooled where singular values are not: 1 on the diagonal and -1 everywhere
-    above it, 60 x 60, has a singular value of about 1e-18, yet no pivot is smaller than 1: rank 60 here, 59 there.
+    For a matrix of rank r plus rounding, and for the Hilbert matrix, this equals the number of singular values above
+    numpy's tolerance. Elimination can be fooled where singular values cannot: 1 on the diagonal and -1 everywhere above
+    it, 60 x 60, has a singular value of about 1e-18, yet no pivot is smaller than 1: rank 60 here, 59 there.
 
     Args:
         matrix: M, (m, n).
@@ -138,7 +139,7 @@ def rank(matrix: Tensor, tolerance: float | None = None) -> int:
 
 
 def rank_deficiency(matrix: Tensor, tolerance: float | None = None) -> int:
-    """How many independent rows or columns a matrix lacks: 0 for one of full rank, the highest that its shape allows.
+    """How many independent rows or columns a matrix lacks to have full rank, the highest that its shape allows.
 
     Args:
         matrix: M, (m, n).
@@ -154,20 +155,20 @@ def rank_deficiency(matrix: Tensor, tolerance: float | None = None) -> int:
 
 
 def outer_product_sum(B: Tensor, A: Tensor) -> Tensor:
-    """The product `B A`, written as a sum of r matrices of rank one: `sum_k B[:, k] A[k, :]^T`.
+    """The product `B A`, written as a sum of r matrices of rank 1: `sum_k B[:, k] A[k, :]^T`.
 
     Every term has rank at most 1, so the sum has rank at most r, however large m and n are. This is all that
     "low-rank" in LoRA means (Hu et al. 2021, section 4.1: the update of W is B A).
 
     Args:
-        B: (m, r), its columns are the left factors.
-        A: (r, n), its rows are the right factors. r may be 0: the sum of no terms is the zero matrix.
+        B: (m, r); its columns are the left factors.
+        A: (r, n); its rows are the right factors. r may be 0: the sum of no terms is the zero matrix.
 
     Returns:
-        (m, n), the dtype that B and A promote to. Gradients flow to both.
+        (m, n), in the dtype that B and A promote to. Gradients flow to both.
 
     Raises:
-        ValueError: B or A has not two axes, or B has not as many columns as A has rows.
+        ValueError: B or A does not have two axes, or B does not have as many columns as A has rows.
     """
     if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
         raise ValueError(
@@ -182,13 +183,13 @@ def outer_product_sum(B: Tensor, A: Tensor) -> Tensor:
 def low_rank_parameter_count(out_features: int, in_features: int, rank: int) -> int:
     """How many numbers it takes to store `B A` as its two factors instead of multiplied out.
 
-    B has `out_features` rows and a column for each unit of rank; A has a row for each and `in_features` columns. For a
-    square matrix the two have fewer numbers than the product only while the rank is below half the side.
+    B has `out_features` rows and one column per unit of rank; A has one row per unit of rank and `in_features` columns.
+    For a square matrix the two hold fewer numbers than the product only while the rank is below half the side.
 
     Args:
-        out_features: the rows of B, at least 1.
-        in_features: the columns of A, at least 1.
-        rank: between 1 and the smaller side: a larger one cannot raise the rank of the product any more.
+        out_features: the number of rows of B, at least 1.
+        in_features: the number of columns of A, at least 1.
+        rank: between 1 and the smaller side: a larger one cannot raise the rank of the product any further.
 
     Raises:
         ValueError: an argument is not a whole number in its range.
@@ -201,7 +202,7 @@ def low_rank_parameter_count(out_features: int, in_features: int, rank: int) -> 
 
 
 def check_rank(rank: int, largest: int, why: str) -> None:
-    """Refuse a rank that does not fit.
+    """Raise an error if a rank is out of range.
 
     Args:
         why: what sets the limit, for the message: "the smaller side of W".

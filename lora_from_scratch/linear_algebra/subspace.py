@@ -1,6 +1,6 @@
-"""What an update adds to a weight: the subspaces of LoRA, compared (Hu et al. 2021, section 7 and appendices G, H).
+"""Comparing subspaces: what an update adds to a weight (Hu et al. 2021, section 7 and appendices G, H).
 
-Inputs are left as they were, and results are plain numbers.
+Inputs are not modified, and results carry no gradients.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ def effective_rank(matrix: Tensor) -> float:
 
 
 def subspace_similarity(A: Tensor, B: Tensor, i: int, j: int) -> float:
-    """How much of one subspace lies in another: phi of the LoRA paper (section 7.2, equation 4; appendix G).
+    """How much of one subspace lies in another: phi in the LoRA paper (section 7.2, equation 4; appendix G).
 
     `phi = |V_A^T V_B|_F^2 / min(i, j)`, where V_A (n, i) holds the i right singular vectors of A with the largest
-    singular values and V_B (n, j) those of B. It is the mean squared cosine of the angles between the two
-    subspaces: 1 if the smaller lies in the larger, 0 if they are orthogonal, about `max(i, j) / n` for two
-    random ones. For two subspaces of one size p it is `1 - d^2 / p`, with d their projection distance on the
-    Grassmannian (the set of all subspaces of that size).
+    singular values and V_B (n, j) those of B. It is the mean squared cosine of the angles between the two subspaces: 1
+    if the smaller lies in the larger, 0 if they are orthogonal, about `max(i, j) / n` for two random ones. For two
+    subspaces of the same dimension p it is `1 - d^2 / p`, where d is their projection distance on the Grassmannian (the
+    set of all subspaces of that dimension).
 
     Both matrices are laid out as `lora_A`, (r, in), or as a whole update, (out, in). For the subspace of the *outputs*
-    of `lora_B` (out, r), give its transpose.
+    of `lora_B` (out, r), pass its transpose.
 
     Args:
         A: (r_A, n).
         B: (r_B, n), the same n.
-        i: how many directions of A, between 1 and its numerical rank.
-        j: how many directions of B, between 1 and its numerical rank.
+        i: number of directions of A, between 1 and its numerical rank.
+        j: number of directions of B, between 1 and its numerical rank.
 
     Returns:
-        A number between 0 and 1, unchanged when (A, i) and (B, j) change places.
+        A number between 0 and 1, unchanged when (A, i) and (B, j) are swapped.
 
     Raises:
-        ValueError: see `require_matrix`; the two have not the same number of columns; or i or j is out of range.
+        ValueError: see `require_matrix`; A and B do not have the same number of columns; or i or j is out of range.
             Beyond the rank (singular values of at most `max(shape) * eps * S_1`) directions are arbitrary.
     """
     A, B = require_same_columns(A, B)
@@ -72,8 +72,8 @@ def similarity_grid(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     """`subspace_similarity` for every pair of sizes at once: the heat maps of the LoRA paper (figures 3 and 4).
 
     Entry (i - 1, j - 1) is phi(A, B, i, j), for i from 1 to `rows` and j from 1 to `columns`. One singular value
-    decomposition of A and one of B are enough: going from i to i + 1 adds the squared cosines of one more direction
-    of A, and the singular vectors themselves stay what they are.
+    decomposition of A and one of B are enough: going from i to i + 1 adds the squared cosines of one more direction of
+    A and leaves the other singular vectors unchanged.
 
     Args:
         A: (r_A, n).
@@ -98,7 +98,7 @@ def similarity_grid(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def amplification_factor(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    """How much stronger an update is than the weight was, in the update's own directions.
+    """How much stronger an update is than the original weight, in the update's own directions.
 
     `|U^T delta_W V|_F / |U^T W V|_F`, where U (m, r) and V (n, r) hold the left and right singular vectors of
     `delta_W` with the r largest singular values (Hu et al. 2021, section 7.3 and table 7). If r is the rank of
@@ -106,12 +106,12 @@ def amplification_factor(W: Tensor, delta_W: Tensor, rank: int) -> float:
     6.91 / 0.32, which it prints as 21.5.
 
     Args:
-        W: (m, n), the weight before.
-        delta_W: (m, n), what was added, for LoRA `s B A`.
+        W: (m, n), the original weight.
+        delta_W: (m, n), the update; for LoRA, `s B A`.
         rank: r, between 1 and the numerical rank of `delta_W`.
 
     Returns:
-        A positive number; infinity if W has nothing at all in these directions.
+        A positive number; infinity if W is exactly zero in these directions.
 
     Raises:
         ValueError: see `require_matrix`; the shapes differ; or the rank is out of range (an update of zero has rank 0).
@@ -128,12 +128,12 @@ def amplification_factor(W: Tensor, delta_W: Tensor, rank: int) -> float:
 def top_directions(
     matrix: Tensor, count: int, name: str = "count", of: str = "the matrix"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular vectors and values of a matrix M (m, n) that are largest, as long as they are well defined.
+    """The largest singular values of a matrix M (m, n) and their vectors, as far as they are well defined.
 
     Args:
         matrix: M, from `require_matrix`.
         count: how many, between 1 and the numerical rank of M.
-        name, of: what an error calls the count and the matrix.
+        name, of: how error messages refer to the count and the matrix.
 
     Returns:
         U (m, count), S (count,), Vh (count, n): the left vectors are columns of U, the right ones *rows* of Vh.
@@ -150,7 +150,7 @@ def top_directions(
 
 
 def require_same_columns(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """`require_matrix` of both, which also have to have the same number of columns; otherwise ValueError."""
+    """Apply `require_matrix` to both and raise a ValueError unless they have the same number of columns."""
     A, B = require_matrix(A, "A"), require_matrix(B, "B")
     if A.shape[1] != B.shape[1]:
         raise ValueError(f"A and B must have the same number of columns, got {tuple(A.shape)} and {tuple(B.shape)}")

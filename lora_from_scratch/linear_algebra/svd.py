@@ -1,11 +1,11 @@
-"""The singular value decomposition: built from power iteration, then used to cut a matrix down to low rank.
+"""The singular value decomposition: built from power iteration, then used to truncate a matrix to low rank.
 
 M (m, n) = U diag(S) Vh: U (m, k) has orthonormal columns, Vh (k, n) has orthonormal rows, S (k,) is positive and
-descending; these are torch.linalg.svd's names and layout. Inputs are left as they were, and results do not
-carry gradients. The first three functions build the decomposition; the others use torch.linalg as a tool.
+descending; these are torch.linalg.svd's names and layout. Inputs are not modified, and results do not carry gradients.
+The first three functions build the decomposition; the others call torch.linalg.
 
 Sign: (u, v) and (-u, -v) are the same triplet, and either is right. Here the entry of v with the largest absolute
-value is positive (the first, if several are equal), and u has the sign that goes with it.
+value is positive (the first, if several are equal), and u has the matching sign.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from torch import Tensor
 
 from lora_from_scratch.linear_algebra.rank import require_matrix, require_rank, rounding_tolerance
 
-# --- Building it -------------------------------------------------------------------------------------
+# --- Building the decomposition ----------------------------------------------------------------------
 
 
 def dominant_eigenvector(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The direction that a symmetric matrix stretches most, by power iteration.
+    """The direction that a symmetric matrix stretches most, found by power iteration.
 
-    Start from a random x. Multiply it by G and divide it by its norm, again and again, until a step changes it by at
-    most `8 eps` in norm. A step shrinks what x has of eigenvector k by `lambda_k / lambda_1` relative to the first,
-    until only the first is left (Golub and Van Loan, section 8.2.1).
+    Start from a random x. Multiply it by G and divide it by its norm, again and again, until a step changes it by
+    at most `8 eps` in norm. Relative to the component along the first eigenvector, each step shrinks the component
+    along eigenvector k by the factor `lambda_k / lambda_1`, until only the first is left (Golub and Van Loan, section
+    8.2.1).
 
-    Nearly equal eigenvalues take very many steps, in float64 about 14,000 for a difference of 0.2 %. A trick saves
-    them: square G after every step, and divide it by its norm so that it does not overflow. Then step t does the
-    work of 2^t, and 14 steps do what 14,000 did.
+    Nearly equal eigenvalues take very many steps: in float64 about 14,000 for a difference of 0.2 %. To save them,
+    square G after every step, and divide it by its norm so that it does not overflow. Then step t does the work of
+    2^t, and 14 steps do what 14,000 did.
 
     Args:
-        G: (k, k), symmetric, with no negative eigenvalue, such as `M^T M`.
-        generator: where the random start comes from (on the CPU); None means a fresh one with seed 0, so that the
-            same matrix always gives the same answer.
+        G: (k, k), symmetric, without negative eigenvalues, such as `M^T M`.
+        generator: draws the random start (on the CPU); None means a new one with seed 0, so that the same matrix
+            always gives the same answer.
 
     Returns:
         x (k,) of norm 1 with `G x = lambda_1 x`, in the computing dtype (`require_matrix`); either sign is right. If
-        the largest eigenvalue is repeated, some unit vector of its subspace. For the zero matrix any unit vector.
+        the largest eigenvalue is repeated, any unit vector of its eigenspace; for the zero matrix, any unit vector.
 
     Raises:
         ValueError: see `require_matrix`; or G is not square.
@@ -57,22 +58,22 @@ def dominant_eigenvector(G: Tensor, generator: torch.Generator | None = None) ->
 def dominant_singular_triplet(
     matrix: Tensor, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular value and its two vectors.
+    """The largest singular value and its two singular vectors.
 
     `M^T M v = sigma^2 v`, so v is the dominant eigenvector of `M^T M`. Then `sigma = |M v|` and `u = M v / sigma`.
 
-    - M is divided by its largest entry first, so that squares neither overflow nor vanish; sigma is multiplied by it
-      in the end.
-    - A wide matrix has the smaller product `M M^T`: that gives u, and `v = M^T u / |M^T u|`.
+    - M is first divided by its largest absolute entry, so that squares neither overflow nor underflow; sigma is scaled
+      back at the end.
+    - For a wide matrix `M M^T` is the smaller product: it gives u, and `v = M^T u / |M^T u|`.
 
     Args:
         matrix: M, (m, n).
         generator: as in `dominant_eigenvector`.
 
     Returns:
-        u (m,), sigma (a scalar), v (n,): u and v of norm 1 with `M v = sigma u` and `M^T u = sigma v`, sigma
-        at least 0, all in the computing dtype (`require_matrix`). (-u, -v) are as right as (u, v). For the zero
-        matrix sigma is 0 and any unit vectors are right: the first of each basis.
+        u (m,), sigma (a scalar), v (n,): u and v of norm 1 with `M v = sigma u` and `M^T u = sigma v`, sigma at least
+        0, all in the computing dtype (`require_matrix`). (-u, -v) is as right as (u, v). For the zero matrix sigma is 0
+        and any unit vectors are right; here, the first standard basis vectors.
 
     Raises:
         ValueError: see `require_matrix`.
@@ -93,25 +94,26 @@ def dominant_singular_triplet(
 
 
 def svd_by_deflation(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition, one triplet at a time: find the largest, subtract it, start again.
+    """The singular value decomposition, one triplet at a time: find the largest, subtract it, repeat.
 
     `R_0 = M`; `(u, sigma, v)` is the dominant triplet of `R_k`; `R_(k+1) = R_k - sigma u v^T`. It ends when
     `rank` triplets are found or when sigma is at most `max(m, n) * eps * sigma_1`, which is rounding error and not
     part of M.
 
-    Two things go wrong in practice. The subtraction leaves a rounding error of `eps sigma_1` along the old directions,
-    and to a sigma of 1e-12 that is large: so after each subtraction project the old directions out of R once more,
-    `R <- (I - U U^T) R (I - V V^T)`. And take a new random start each time (give all of them one generator): where
-    a singular value is repeated, only the rounding error of the old start points in the directions still missing.
+    Two things go wrong in practice. First, the subtraction leaves a rounding error of `eps sigma_1` along the old
+    directions, which is large beside a sigma of 1e-12: so after each subtraction project the old directions out of R
+    once more, `R <- (I - U U^T) R (I - V V^T)`. Second, where a singular value is repeated, the old random start
+    reaches the missing directions only by its rounding error: so take a new random start each time (pass the same
+    generator to every call).
 
     Args:
         matrix: M, (m, n).
-        rank: at most so many triplets, between 0 and min(m, n); None means all of them.
+        rank: the largest number of triplets to return, between 0 and min(m, n); None means all of them.
 
     Returns:
-        U (m, k), S (k,), Vh (k, n) in the computing dtype, largest sigma first (equal ones in any order), each
-        pair of vectors with either sign; k is the smaller of `rank` and the number of singular values above the
-        threshold (0 for the zero matrix). If `rank` did not cut it short, `U * S @ Vh` is M.
+        U (m, k), S (k,), Vh (k, n) in the computing dtype, largest sigma first (equal ones in any order), each pair of
+        vectors with either sign; k is the smaller of `rank` and the number of singular values above the threshold (0
+        for the zero matrix). Unless `rank` limits it, `U * S @ Vh` is M.
 
     Raises:
         ValueError: see `require_matrix`; or the rank is out of range.
@@ -146,13 +148,13 @@ def _sign_of_largest(x: Tensor) -> Tensor:
     return x.gather(-1, x.abs().argmax(dim=-1, keepdim=True)).sign()
 
 
-# --- Using it ----------------------------------------------------------------------------------------
+# --- Using the decomposition -------------------------------------------------------------------------
 
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:
     """The nearest matrix of rank at most r: the first r terms of `sum_k S_k U[:, k] Vh[k]`.
 
-    Nearest in the Frobenius and in the spectral norm at once (Eckart and Young 1936; Mirsky 1960).
+    It is nearest both in the Frobenius and in the spectral norm (Eckart and Young 1936; Mirsky 1960).
 
     Args:
         matrix: M, (m, n).
@@ -171,7 +173,7 @@ def truncate(matrix: Tensor, rank: int) -> Tensor:
 
 
 def approximation_error(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
-    """How far M is from the nearest matrix of rank r, from its singular values alone (Eckart and Young 1936).
+    """Distance of M from the nearest matrix of rank r, computed from its singular values (Eckart and Young 1936).
 
     In the Frobenius norm `sqrt(S_(r+1)^2 + S_(r+2)^2 + ...)`, in the spectral norm `S_(r+1)`; 0 if r = min(m, n).
 
@@ -181,7 +183,7 @@ def approximation_error(matrix: Tensor, rank: int, norm: str = "frobenius") -> f
         norm: "frobenius" or "spectral".
 
     Raises:
-        ValueError: see `require_matrix`; the rank is out of range; or the norm is another one.
+        ValueError: see `require_matrix`; the rank is out of range; or the norm is unknown.
     """
     matrix = require_matrix(matrix)
     require_rank(rank, min(matrix.shape))
@@ -196,8 +198,8 @@ def approximation_error(matrix: Tensor, rank: int, norm: str = "frobenius") -> f
 def rank_for_energy(matrix: Tensor, energy: float) -> int:
     """The smallest rank that keeps a share of the energy: `S_1^2 + ... + S_r^2 >= energy * |M|_F^2`.
 
-    A sum that falls short by rounding, at most `8 eps |M|_F^2`, counts as reached. So with `energy` = 1 the directions
-    that hold less than that together are not asked for.
+    A sum that falls short by at most `8 eps |M|_F^2`, which may be rounding error, counts as reached. So `energy` = 1
+    does not require directions that together hold less than that.
 
     Args:
         matrix: M, (m, n).
@@ -221,15 +223,15 @@ def rank_for_energy(matrix: Tensor, energy: float) -> int:
 
 
 def pca(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Principal component analysis, which is the SVD of the centred data.
+    """Principal component analysis: the SVD of the centred data.
 
     With `X = data - mean`, the right singular vectors of X are the directions of largest variance, and
     `S^2 / (N - 1)` is the variance along them: `X^T X / (N - 1)` is the covariance matrix, and
     `X^T X = V diag(S^2) V^T`. A sample's coordinates are `(data - mean) @ directions.T`.
 
     Args:
-        data: (N, d), one sample a row, N >= 2.
-        count: how many directions, between 1 and min(N, d).
+        data: (N, d), one sample per row, N >= 2.
+        count: number of directions, between 1 and min(N, d).
 
     Returns:
         mean (d,); directions (count, d), orthonormal rows, largest variance first, each with either sign (here

@@ -87,7 +87,7 @@ class Method(ABC):
     name: ClassVar[str]  # what a person types
     peft_type: ClassVar[str]  # what `adapter_config.json` calls it; "": it writes a whole model
     learning_rates: ClassVar[LearningRates]
-    position: ClassVar[float] = 1000  # among the methods, in tables
+    position: ClassVar[float] = 1000  # among the methods, in tables; a variant inherits it and comes next
     can_merge: ClassVar[bool] = False  # whether the change can be put into the weights themselves
     saves_model: ClassVar[bool] = False  # whether `save` writes a whole model instead of an adapter
     needs_gpt2: ClassVar[bool] = False  # whether it reaches into our own GPT-2, so that no other model will do
@@ -336,8 +336,9 @@ class Method(ABC):
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Whether this method understands an `adapter_config.json`. A subclass is asked before its base class."""
-        return config.get("peft_type") == cls.peft_type
+        """Whether this method understands an `adapter_config.json`. A subclass is asked before its base class; one that
+        trains in another way and saves the same (LoRA+) leaves it to the base class to read."""
+        return "peft_type" in vars(cls) and config.get("peft_type") == cls.peft_type
 
     @classmethod
     def from_adapter(

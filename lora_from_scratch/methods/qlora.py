@@ -294,7 +294,9 @@ class QLoRA(LoRA):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """A LoRA's directory whose base we quantised."""
         quantisation = config.get("loftq_config")
-        return super().reads(config) and isinstance(quantisation, dict) and "quant_type" in quantisation
+        return (
+            config.get("peft_type") == cls.peft_type and isinstance(quantisation, dict) and "quant_type" in quantisation
+        )
 
     @classmethod
     def from_adapter(

@@ -94,11 +94,14 @@ def check_writable(directory: str | Path) -> None:
         raise OSError(f"cannot write to {directory}: {error.strerror}; choose another directory") from None
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether the path has the name of a temporary file of the functions above."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
 def remove_leftovers(directory: str | Path) -> None:
     """Remove temporary files that a killed process left in `directory` while using the functions above."""
-    for path in Path(directory).glob(".*.part"):
-        if not _LEFTOVER.fullmatch(path.name):
-            continue
+    for path in filter(is_leftover, Path(directory).glob(".*.part")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

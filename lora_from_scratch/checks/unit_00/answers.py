@@ -1,4 +1,4 @@
-"""Unit 00, start here: mistakes that people make, and other right ways."""
+"""Unit 00, start here: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -30,7 +30,7 @@ def asks_a_tensor(shape, bytes_per_number=4):
     return torch.empty(tuple(shape)).numel() * bytes_per_number
 
 
-@wrong("tensor_bytes", "You add the lengths of the axes. A matrix is not its edges: count the numbers inside it.")
+@wrong("tensor_bytes", "You add the lengths of the axes. Count the numbers inside the matrix, not along its edges.")
 def adds_the_sizes(shape, bytes_per_number=4):
     return sum(shape) * bytes_per_number
 
@@ -43,12 +43,12 @@ def counts_numbers(shape, bytes_per_number=4):
     return result
 
 
-@wrong("tensor_bytes", "This is the size in bits. A byte has eight of them, and the argument is in bytes already.")
+@wrong("tensor_bytes", "This is the size in bits. A byte has eight bits, and the argument is already in bytes.")
 def answers_in_bits(shape, bytes_per_number=4):
     return int(np.prod(shape)) * bytes_per_number * 8
 
 
-@wrong("tensor_bytes", "You always count 4 bytes a number. Not every model is in float32: the argument says it.")
+@wrong("tensor_bytes", "You always count 4 bytes per number. Not every model is in float32: use the argument.")
 def always_float32(shape, bytes_per_number=4):
     return int(np.prod(shape)) * 4
 
@@ -59,12 +59,12 @@ def first_two_axes(shape, bytes_per_number=4):
     return rows * columns * bytes_per_number
 
 
-@wrong("tensor_bytes", "A tensor with no axes still holds one number. What should a product begin with?")
+@wrong("tensor_bytes", "A tensor with no axes still holds one number. What should a product start from?")
 def nothing_without_axes(shape, bytes_per_number=4):
     return int(np.prod(shape)) * bytes_per_number if len(shape) else 0
 
 
-@wrong("tensor_bytes", "This multiplies by the number's size once for each axis; each number takes it only once.")
+@wrong("tensor_bytes", "You multiply by the size of a number once per axis; multiply by it only once in all.")
 def bytes_for_each_axis(shape, bytes_per_number=4):
     total = 1
     for size in shape:
@@ -120,7 +120,7 @@ def the_other_order(model):
     return total, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@wrong("count_parameters", "You count what is frozen in the place of what is trained.")
+@wrong("count_parameters", "You count the frozen parameters instead of the trained ones.")
 def counts_the_frozen(model):
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return frozen, sum(p.numel() for p in model.parameters())
@@ -128,7 +128,7 @@ def counts_the_frozen(model):
 
 @wrong(
     "count_parameters",
-    "A state dict lists a shared tensor under each of its names, and buffers as well. Neither belongs into this count.",
+    "A state dict lists a shared tensor under each of its names, and buffers as well. Neither belongs in this count.",
 )
 def counts_the_state_dict(model):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -141,26 +141,26 @@ def shared_ones_twice(model):
     return sum(p.numel() for _, p in named if p.requires_grad), sum(p.numel() for _, p in named)
 
 
-@wrong("count_parameters", "Buffers are not parameters: no optimiser ever gets them.")
+@wrong("count_parameters", "Buffers are not parameters: an optimiser never updates them.")
 def with_buffers(model):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buffers = sum(b.numel() for b in model.buffers())
     return trained, sum(p.numel() for p in model.parameters()) + buffers
 
 
-@wrong("count_parameters", "You leave the biases out. They are small, but they are parameters like the matrices.")
+@wrong("count_parameters", "You leave out the biases. They are small, but they are parameters just like the matrices.")
 def only_matrices(model):
     matrices = [p for p in model.parameters() if p.ndim == 2]
     return sum(p.numel() for p in matrices if p.requires_grad), sum(p.numel() for p in matrices)
 
 
-@wrong("count_parameters", "The length of a tensor is that of its first axis alone. How many numbers are in it?")
+@wrong("count_parameters", "The `len` of a tensor is the length of its first axis only. How many numbers are in it?")
 def only_the_first_axis(model):
     parameters = list(model.parameters())
     return sum(len(p) for p in parameters if p.requires_grad), sum(len(p) for p in parameters)
 
 
-@wrong("count_parameters", "These are bytes. How many numbers are there?")
+@wrong("count_parameters", "This is the number of bytes. How many numbers are there?")
 def counts_bytes(model):
     parameters = list(model.parameters())
     return sum(p.nbytes for p in parameters if p.requires_grad), sum(p.nbytes for p in parameters)
@@ -213,7 +213,8 @@ def in_floating_point(parameters, trained, activations=0, precision="float32"):
 
 
 @wrong(
-    "training_memory", "You give frozen parameters a gradient. What is not trained has none, and no state of Adam's."
+    "training_memory",
+    "You give frozen parameters a gradient. What is not trained has neither a gradient nor Adam's states.",
 )
 def everything_has_a_gradient(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
@@ -226,7 +227,10 @@ def everything_has_a_gradient(parameters, trained, activations=0, precision="flo
     )
 
 
-@wrong("training_memory", "You give Adam's states to frozen parameters too. The optimiser only gets what is trained.")
+@wrong(
+    "training_memory",
+    "You give frozen parameters Adam's states too. The optimiser keeps states for trained parameters only.",
+)
 def adam_for_everything(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
     number = 4 if precision == "float32" else 2
@@ -244,7 +248,7 @@ def one_state_as_in_momentum(parameters, trained, activations=0, precision="floa
     return memory(number * parameters, number * trained, (8 if precision == "mixed" else number) * trained, activations)
 
 
-@wrong("training_memory", "Frozen weights do not go away: the forward pass needs every weight, trained or not.")
+@wrong("training_memory", "Frozen weights still take memory: the forward pass needs every weight, trained or not.")
 def only_trained_weights(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
     number = 4 if precision == "float32" else 2
@@ -266,7 +270,8 @@ def mixed_without_a_copy(parameters, trained, activations=0, precision="float32"
 
 
 @wrong(
-    "training_memory", "In mixed precision you keep the optimiser's numbers in 16 bits. Only weights and gradients are."
+    "training_memory",
+    "In mixed precision you keep the optimiser's numbers in 16 bits. Only weights and gradients are in 16 bits.",
 )
 def mixed_all_in_16_bits(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
@@ -277,7 +282,8 @@ def mixed_all_in_16_bits(parameters, trained, activations=0, precision="float32"
 
 
 @wrong(
-    "training_memory", "In mixed precision you copy the frozen weights as well. What is never updated needs no copy."
+    "training_memory",
+    "In mixed precision you copy the frozen weights as well. Weights that are never updated need no copy.",
 )
 def copies_frozen_weights(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
@@ -286,13 +292,13 @@ def copies_frozen_weights(parameters, trained, activations=0, precision="float32
     return memory(number * parameters, number * trained, adam, activations)
 
 
-@wrong("training_memory", "Every number counts 4 bytes in your answer, whatever the precision.")
+@wrong("training_memory", "Every number takes 4 bytes in your answer, whatever the precision.")
 def always_in_float32(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
     return memory(4 * parameters, 4 * trained, 8 * trained, activations)
 
 
-@wrong("training_memory", "The activations are given in bytes already; do not multiply them by anything.")
+@wrong("training_memory", "The activations are already given in bytes; do not multiply them by anything.")
 def activations_as_numbers(parameters, trained, activations=0, precision="float32"):
     refuse(parameters, trained, precision)
     number = 4 if precision == "float32" else 2
@@ -302,7 +308,7 @@ def activations_as_numbers(parameters, trained, activations=0, precision="float3
 
 @wrong(
     "training_memory",
-    "Nobody can train more parameters than there are. Refuse such a question instead of answering it.",
+    "There cannot be more trained parameters than parameters. Raise a ValueError instead of returning a number.",
 )
 def refuses_only_precisions(parameters, trained, activations=0, precision="float32"):
     return from_a_table(max(parameters, trained), trained, activations, precision)
@@ -310,8 +316,7 @@ def refuses_only_precisions(parameters, trained, activations=0, precision="float
 
 @wrong(
     "training_memory",
-    "An unknown precision is treated as if it were a known one. A misspelt name then gives a wrong number, and no "
-    "word.",
+    "An unknown precision is treated as if it were a known one. A misspelt name then silently gives a wrong number.",
 )
 def refuses_no_precision(parameters, trained, activations=0, precision="float32"):
     known = precision in ("float32", "bfloat16", "mixed")
@@ -349,18 +354,19 @@ def one_block_only(batch, tokens, width, heads, layers):
 
 @wrong(
     "activation_bytes",
-    "You leave out what grows with the square of the text: each head keeps a table of every token by every token.",
+    "You leave out what grows with the square of the text's length: each head keeps a (T, T) matrix of attention "
+    "weights.",
 )
 def no_attention_matrices(batch, tokens, width, heads, layers):
     return layers * batch * tokens * width * 34
 
 
-@wrong("activation_bytes", "Every head has a T x T table of its own; you count the tables of one head.")
+@wrong("activation_bytes", "Every head has a T x T matrix of its own; you count those of one head only.")
 def tables_of_one_head(batch, tokens, width, heads, layers):
     return layers * (34 * batch * tokens * width + 5 * batch * tokens * tokens)
 
 
-@wrong("activation_bytes", "A dropout mask takes 1 byte an entry, not 2: it only says kept or dropped.")
+@wrong("activation_bytes", "A dropout mask takes 1 byte per entry, not 2: it only says kept or dropped.")
 def masks_of_two_bytes(batch, tokens, width, heads, layers):
     return layers * (36 * batch * tokens * width + 6 * batch * heads * tokens * tokens)
 
@@ -370,7 +376,7 @@ def no_masks(batch, tokens, width, heads, layers):
     return layers * (32 * batch * tokens * width + 4 * batch * heads * tokens * tokens)
 
 
-@wrong("activation_bytes", "Inside the MLP the width is 4 d, at both sides of the activation function.")
+@wrong("activation_bytes", "Inside the MLP the width is 4 d, both before and after the activation function.")
 def narrow_mlp(batch, tokens, width, heads, layers):
     return layers * (22 * batch * tokens * width + 5 * batch * heads * tokens * tokens)
 
@@ -390,7 +396,7 @@ def numbers_not_bytes(batch, tokens, width, heads, layers):
     return layers * (18 * batch * tokens * width + 3 * batch * heads * tokens * tokens)
 
 
-@wrong("activation_bytes", "You take 4 bytes a number. This count is for 16-bit training.")
+@wrong("activation_bytes", "You count 4 bytes per number. This exercise is about 16-bit training.")
 def four_bytes_a_number(batch, tokens, width, heads, layers):
     return layers * (66 * batch * tokens * width + 9 * batch * heads * tokens * tokens)
 
@@ -433,22 +439,25 @@ def dtype_of_the_first(model, only_trained=False):
     return first.element_size() * sum(p.numel() for p in model.parameters() if p.requires_grad or not only_trained)
 
 
-@wrong("checkpoint_bytes", "The argument makes no difference to your answer: you always store the whole model.")
+@wrong("checkpoint_bytes", "You ignore `only_trained`: you always store the whole model.")
 def always_everything(model, only_trained=False):
     return sum(p.nbytes for p in model.parameters())
 
 
-@wrong("checkpoint_bytes", "You always leave the frozen parameters out; a whole checkpoint needs them.")
+@wrong("checkpoint_bytes", "You always leave out the frozen parameters; a complete checkpoint needs them.")
 def never_the_frozen(model, only_trained=False):
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
-@wrong("checkpoint_bytes", "The argument is turned round: only_trained=True asks for the trained ones.")
+@wrong(
+    "checkpoint_bytes",
+    "You have the argument the wrong way round: `only_trained=True` asks for the trained parameters only.",
+)
 def the_argument_reversed(model, only_trained=False):
     return sum(p.nbytes for p in model.parameters() if p.requires_grad or only_trained)
 
 
-@wrong("checkpoint_bytes", "When only the trained parameters are asked for, you give the frozen ones.")
+@wrong("checkpoint_bytes", "When only the trained parameters are asked for, you count the frozen ones.")
 def gives_the_frozen(model, only_trained=False):
     return sum(p.nbytes for p in model.parameters() if not (only_trained and p.requires_grad))
 
@@ -466,7 +475,7 @@ def stores_numbers(model, only_trained=False):
 
 @wrong(
     "checkpoint_bytes",
-    "Adam's states and the gradients are needed to go on training, not to use the model: no checkpoint here has them.",
+    "Adam's states and the gradients are needed to continue training, not to use the model: they are not counted here.",
 )
 def with_adam(model, only_trained=False):
     chosen = [p for p in model.parameters() if p.requires_grad or not only_trained]

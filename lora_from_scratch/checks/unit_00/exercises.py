@@ -1,4 +1,4 @@
-"""Unit 00, start here: what is checked."""
+"""Unit 00, start here: its exercises, their cases and hints, and its predictions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tensor_cases(draw: Draw) -> Iterator[Case]:
 def small_model(
     rows: int, width: int, out: int, *, frozen: list[str], tied: bool, norm: bool, half: bool = False
 ) -> nn.Module:
-    """An embedding, a linear layer, and on request a batch normalisation and an output layer tied to the embedding."""
+    """An embedding and a linear layer; optionally a batch normalisation and an output layer tied to the embedding."""
     model = nn.Module()
     embedding = nn.Embedding(rows, width)
     model.add_module("embedding", embedding)
@@ -63,7 +63,7 @@ def try_count(answer: Callable[..., Any], **spec: Any) -> Any:
 
 
 def model_spec(draw: Draw, frozen: list[str], tied: bool = False, norm: bool = False, **more: bool) -> dict[str, Data]:
-    """Sizes that no two ways of counting confuse."""
+    """Sizes for which different ways of counting give different results."""
     width = draw.integer(3, 6)
     sizes = {"rows": width + draw.integer(5, 12), "width": width, "out": 2 * width + 1}
     return {**sizes, "frozen": list(frozen), "tied": tied, "norm": norm, **more}
@@ -146,9 +146,9 @@ EXERCISES = [
         minutes=3,
         points=1,
         hints=(
-            "A 3 x 5 matrix is 3 rows of 5 numbers. How many numbers is that, and how many bytes is each?",
-            "What is true of two axes is true of any number of axes: look at `math.prod`.",
-            "The product of no numbers is 1, which is right for a tensor with no axes. What remains to multiply by?",
+            "A 3 x 5 matrix has 3 rows of 5 numbers. How many numbers is that, and how many bytes does each one take?",
+            "What works for two axes works for any number of axes: look at `math.prod`.",
+            "The product of no numbers is 1, which is right for a tensor with no axes. What is left to multiply by?",
         ),
         cases=tensor_cases,
         tolerance=0,
@@ -160,9 +160,10 @@ EXERCISES = [
         minutes=8,
         points=3,
         hints=(
-            "`model.parameters()` walks over every parameter; `p.numel()` says how many numbers are in one.",
-            "Whether a parameter is trained is its attribute `p.requires_grad`.",
-            "Two sums over the same walk: one with a condition, one without. The trained ones come first.",
+            "`model.parameters()` iterates over every parameter; `p.numel()` is how many numbers one of them holds.",
+            "The attribute `p.requires_grad` says whether a parameter is trained.",
+            "You need two sums over the same parameters: one with a condition, one without. The trained ones come "
+            "first.",
         ),
         cases=count_cases,
         probe=try_count,
@@ -175,9 +176,10 @@ EXERCISES = [
         minutes=12,
         points=3,
         hints=(
-            "Write a table first: for each precision, the bytes of one weight, one gradient, and Adam's for one.",
-            "Frozen parameters appear in one of the four results only. In which?",
-            "In mixed precision Adam holds three numbers for each trained parameter, and they are not 16-bit ones.",
+            "Write a table first: for each precision, the bytes of one weight, of one gradient, and of Adam's states "
+            "for one.",
+            "Frozen parameters affect only one of the four results. Which one?",
+            "In mixed precision Adam holds three numbers for each trained parameter, and they are not in 16 bits.",
         ),
         cases=memory_cases,
         tolerance=0,
@@ -189,9 +191,10 @@ EXERCISES = [
         minutes=15,
         points=3,
         hints=(
-            "Name two sizes first: how many numbers (B, T, d) has, and how many (B, H, T, T) has.",
-            "Go through the docstring line by line: which of the two sizes, how often, and 2 bytes or a mask of 1?",
-            "Of (B, T, d) there are 2 in the normalisations, 5 and a mask in attention; (B, T, 4 d) is four of them.",
+            "Compute two sizes first: how many numbers there are in (B, T, d), and how many in (B, H, T, T).",
+            "Go through the docstring line by line: which of the two sizes, how many times, and 2 bytes or 1 (a mask)?",
+            "(B, T, d) occurs 2 times in the normalisations, 5 times plus a mask in attention; (B, T, 4 d) is four of "
+            "them.",
         ),
         cases=activation_cases,
         tolerance=0,
@@ -203,9 +206,9 @@ EXERCISES = [
         minutes=6,
         points=2,
         hints=(
-            "It is `count_parameters` again, with bytes instead of numbers, and one choice.",
-            "`p.element_size()` is the bytes of one number of a tensor, whatever its dtype.",
-            "A parameter counts if it is trained, or if not only the trained ones are wanted.",
+            "It is `count_parameters` again, with bytes instead of numbers, and with one option.",
+            "`p.element_size()` is the size in bytes of one number of a tensor, whatever its dtype.",
+            "A parameter counts if it is trained, or if `only_trained` is False.",
         ),
         cases=checkpoint_cases,
         probe=try_checkpoint,
@@ -218,7 +221,7 @@ PREDICTIONS = [
         name="size_of_the_change",
         question=(
             "GPT-3's checkpoint is about 350 GB. Somebody fine-tunes it with LoRA: beside two of the matrices in each "
-            "of its 96 layers they train a pair of thin ones, and save only those. How large is that file, in "
+            "of its 96 layers they train a pair of thin ones, and save only those. How large is the file, in "
             "**megabytes**? (1 GB is 1,000 MB. Any guess within a factor of 3 counts.)"
         ),
         answer=37.7,
@@ -234,20 +237,21 @@ PREDICTIONS = [
         name="what_stays",
         question=(
             "You train the bundled GPT-2 twice on the same batch: once every weight, once with LoRA, which freezes the "
-            "model and trains a small share beside it. Memory goes to weights, gradients, the optimiser and "
-            "activations. What does LoRA make small?"
+            "model and trains a small number of new parameters beside it. Memory goes to weights, gradients, the "
+            "optimiser's states and activations. Which of these does LoRA make small?"
         ),
         choices={
-            "all": "all four, as it trains so few parameters",
+            "all": "all four, because it trains so few parameters",
             "three": "gradients, optimiser and activations; the weights stay",
             "two": "gradients and optimiser; the weights stay, and so do most of the activations",
             "one": "the optimiser; everything else stays",
         },
         answer="two",
         explanation=(
-            "Gradients and Adam's m and v exist for trained parameters only, so they all but vanish. The weights are "
-            "needed for the forward pass, trained or not. And to reach a matrix in the first block the gradient has to "
-            "come back through every block above it, frozen or not, so most of what the forward pass keeps is needed."
+            "Gradients and Adam's m and v exist for trained parameters only, so almost nothing of them is left. The "
+            "weights are needed for the forward pass, trained or not. And to reach a matrix in the first block, the "
+            "gradient has to flow back through every block above it, frozen or not, so most of what the forward pass "
+            "keeps is still needed."
         ),
         idea="cost",
     ),

@@ -1,4 +1,4 @@
-"""Unit 01, rank: mistakes that people make, and other right ways."""
+"""Unit 01, rank: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -64,7 +64,7 @@ def row_by_row_in_numpy(matrix: Tensor, tolerance: float | None = None) -> tuple
 
 @right("row_echelon")
 def with_lists(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, list[int]]:
-    """No swap until the end: the pivots' rows and columns are written down."""
+    """On nested lists of Python numbers."""
     M = [[float(x) for x in row] for row in matrix]
     limit = default_tolerance(matrix) if tolerance is None else tolerance
     m, n = len(M), len(M[0])
@@ -85,7 +85,7 @@ def with_lists(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, 
     return torch.tensor([row if i < done else [0.0] * n for i, row in enumerate(M)]), torch.tensor(columns)
 
 
-@wrong("row_echelon", "You swap rows, but never columns: the largest entry may stand in another column.")
+@wrong("row_echelon", "You swap rows, but never columns: the largest entry may be in another column.")
 def swaps_rows_only(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
     for k in range(min(M.shape)):
@@ -98,7 +98,7 @@ def swaps_rows_only(matrix: Tensor, tolerance: float | None = None) -> tuple[Ten
     return M, columns
 
 
-@wrong("row_echelon", "You take the entry that happens to stand at (k, k) as the pivot: it may be small, or zero.")
+@wrong("row_echelon", "You take whatever entry is at (k, k) as the pivot: it may be small, or zero.")
 def no_pivoting(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
     for k in range(min(M.shape)):
@@ -109,7 +109,7 @@ def no_pivoting(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor,
     return M, columns
 
 
-@wrong("row_echelon", "You look for the largest entry with its sign; a pivot of -5 is better than one of 3.")
+@wrong("row_echelon", "You look for the largest entry, but pivots are compared by absolute value: -5 is better than 3.")
 def forgets_the_absolute_value(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
     for k in range(min(M.shape)):
@@ -123,7 +123,7 @@ def forgets_the_absolute_value(matrix: Tensor, tolerance: float | None = None) -
     return M, columns
 
 
-@wrong("row_echelon", "You swap the columns of the matrix, but the order that you return does not say so.")
+@wrong("row_echelon", "You swap the columns of the matrix, but the order that you return does not reflect it.")
 def forgets_the_order(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     echelon, columns = row_echelon(matrix, tolerance)
     return echelon, torch.arange(len(columns))
@@ -141,7 +141,7 @@ def gives_the_inverse_order(matrix: Tensor, tolerance: float | None = None) -> t
 
 @wrong(
     "row_echelon",
-    "When columns are swapped, they are swapped from top to bottom: the finished rows above take part in it.",
+    "You swap columns only in the rows that are left. Swap the whole column, including the finished rows above.",
 )
 def swaps_below_only(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
@@ -159,7 +159,7 @@ def swaps_below_only(matrix: Tensor, tolerance: float | None = None) -> tuple[Te
 
 @wrong(
     "row_echelon",
-    "After your swap the same row stands there twice: `M[k]` is a window onto M, not a copy, and changes with it.",
+    "After your swap the same row is there twice: `M[k]` is a view of M, not a copy, and changes with it.",
 )
 def swaps_windows(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
@@ -177,7 +177,7 @@ def swaps_windows(matrix: Tensor, tolerance: float | None = None) -> tuple[Tenso
 
 @wrong(
     "row_echelon",
-    "You clear the column above the pivot as well. That is the reduced form; only rows below change here.",
+    "You clear the column above the pivot as well. That is the reduced form; here only the rows below change.",
 )
 def gauss_jordan(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
@@ -193,7 +193,8 @@ def gauss_jordan(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor
 
 
 @wrong(
-    "row_echelon", "You divide each row by its pivot. Here the pivots stay as they are: their size says what is left."
+    "row_echelon",
+    "You divide each row by its pivot. Here the pivots stay as they are: their size shows how much is left.",
 )
 def pivots_of_one(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
@@ -208,7 +209,7 @@ def pivots_of_one(matrix: Tensor, tolerance: float | None = None) -> tuple[Tenso
     return M, columns
 
 
-@wrong("row_echelon", "You add the multiple of the pivot's row. To make a zero it has to be taken away.")
+@wrong("row_echelon", "You add the multiple of the pivot row. To make the entry zero it has to be subtracted.")
 def adds_the_rows(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
     for k in range(min(M.shape)):
@@ -222,14 +223,14 @@ def adds_the_rows(matrix: Tensor, tolerance: float | None = None) -> tuple[Tenso
     return M, columns
 
 
-@wrong("row_echelon", "You ignore the tolerance that was given, and always use the default one.")
+@wrong("row_echelon", "You ignore the tolerance that was passed in and always use the default.")
 def only_the_default_tolerance(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     return row_echelon(matrix)
 
 
 @wrong(
     "row_echelon",
-    "An entry equal to the tolerance counts as zero. Think of a matrix of zeros: there even the tolerance is 0.",
+    "An entry equal to the tolerance counts as zero. Think of a matrix of zeros, where the tolerance itself is 0.",
 )
 def strictly_below_the_tolerance(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, limit = start(matrix, tolerance)
@@ -243,7 +244,9 @@ def strictly_below_the_tolerance(matrix: Tensor, tolerance: float | None = None)
     return M, columns
 
 
-@wrong("row_echelon", "When nothing is left, you still divide by it: rounding errors become rows of their own.")
+@wrong(
+    "row_echelon", "When only rounding error is left, you still divide by it: rounding errors become rows of their own."
+)
 def never_stops(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     M, columns, _ = start(matrix, tolerance)
     for k in range(min(M.shape)):
@@ -275,7 +278,7 @@ def two_axes(matrix: Tensor) -> Tensor:
 
 
 def counted(matrix: Tensor, tolerance: float) -> int:
-    """How many pivots are above it."""
+    """Number of pivots above the tolerance."""
     return int(row_echelon(two_axes(matrix), tolerance)[0].any(dim=1).sum())
 
 
@@ -298,7 +301,7 @@ def numpys(matrix: Tensor, tolerance: float | None = None) -> np.integer:
     return np.linalg.matrix_rank(two_axes(matrix).numpy(), tol=tolerance)
 
 
-@wrong("rank", "That is the number of axes. In tensor libraries it is sometimes called rank too; it is another thing.")
+@wrong("rank", "That is the number of axes. Tensor libraries sometimes call it rank too, but it is something else.")
 def number_of_axes(matrix: Tensor, tolerance: float | None = None) -> int:
     return two_axes(matrix).ndim
 
@@ -308,14 +311,12 @@ def smaller_side(matrix: Tensor, tolerance: float | None = None) -> int:
     return min(two_axes(matrix).shape)
 
 
-@wrong(
-    "rank", "You count the rows of the matrix itself that are not zero. A row may be a sum of others and not be zero."
-)
+@wrong("rank", "You count the nonzero rows of the matrix itself. A row can be a sum of others without being zero.")
 def rows_that_are_not_zero(matrix: Tensor, tolerance: float | None = None) -> int:
     return int(two_axes(matrix).any(dim=1).sum())
 
 
-@wrong("rank", "You count different rows. Rows can depend on each other without two of them being equal.")
+@wrong("rank", "You count distinct rows. Rows can depend on each other without any two of them being equal.")
 def different_rows(matrix: Tensor, tolerance: float | None = None) -> int:
     rows = {tuple(row) for row in two_axes(matrix).tolist()}
     return len(rows - {(0.0,) * matrix.shape[1]})
@@ -333,8 +334,8 @@ def counts_zero_rows(matrix: Tensor, tolerance: float | None = None) -> int:
 
 @wrong(
     "rank",
-    "You count what is not exactly zero. Rounding leaves something behind almost everywhere: what is too small to "
-    "count?",
+    "You count everything that is not exactly zero. Rounding leaves something behind almost everywhere: what is too "
+    "small to count?",
 )
 def nothing_counts_as_zero(matrix: Tensor, tolerance: float | None = None) -> int:
     return counted(matrix, 0.0 if tolerance is None else tolerance)
@@ -342,8 +343,8 @@ def nothing_counts_as_zero(matrix: Tensor, tolerance: float | None = None) -> in
 
 @wrong(
     "rank",
-    "Your tolerance is the same for every matrix. What is tiny beside entries of 1e20 is everything beside entries "
-    "of 1e-20.",
+    "Your tolerance is the same for every matrix. What is negligible beside entries of 1e20 is huge beside entries of "
+    "1e-20.",
 )
 def a_fixed_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
     return counted(matrix, 1e-8 if tolerance is None else tolerance)
@@ -351,8 +352,8 @@ def a_fixed_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
 
 @wrong(
     "rank",
-    "Your tolerance grows with the entries, which is right, but not with the dtype: float64 tells much smaller "
-    "things apart.",
+    "Your tolerance depends on the entries, which is right, but not on the dtype: float64 resolves much smaller "
+    "differences.",
 )
 def float32s_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
     two_axes(matrix)
@@ -360,12 +361,15 @@ def float32s_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
     return counted(matrix, limit if tolerance is None else tolerance)
 
 
-@wrong("rank", "You do not pass the tolerance on: whoever gives one gets the default's answer.")
+@wrong("rank", "You do not pass the tolerance on: a caller who gives one gets the result for the default.")
 def forgets_the_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
     return counted(matrix, default_tolerance(matrix))
 
 
-@wrong("rank", "You count the diagonal entries of the matrix itself. They say nothing before the elimination.")
+@wrong(
+    "rank",
+    "You count the diagonal entries of the matrix itself. Before the elimination they say nothing about the rank.",
+)
 def diagonal_of_the_matrix(matrix: Tensor, tolerance: float | None = None) -> int:
     return int(torch.count_nonzero(two_axes(matrix).diagonal()))
 
@@ -414,30 +418,32 @@ def missing_rows(matrix: Tensor, tolerance: float | None = None) -> int:
     return matrix.shape[0] - library_rank(matrix, tolerance)
 
 
-@wrong("rank_deficiency", "This is the rank: how many there are, not how many are missing.")
+@wrong("rank_deficiency", "This is the rank: how many independent rows there are, not how many are missing.")
 def the_rank_itself(matrix: Tensor, tolerance: float | None = None) -> int:
     return library_rank(matrix, tolerance)
 
 
 @wrong(
     "rank_deficiency",
-    "The difference is the wrong way round: something that is missing is counted as a positive number.",
+    "The difference is the wrong way round: the number of missing rows is not negative.",
 )
 def negative(matrix: Tensor, tolerance: float | None = None) -> int:
     return library_rank(matrix, tolerance) - min(matrix.shape)
 
 
-@wrong("rank_deficiency", "You do not pass the tolerance on: what counts as zero is then not what was asked for.")
+@wrong(
+    "rank_deficiency", "You do not pass the tolerance on: what counts as zero is then not what the caller asked for."
+)
 def deficiency_without_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
     return min(matrix.shape) - library_rank(matrix)
 
 
-@wrong("rank_deficiency", "You say whether something is missing; the question is how many rows are.")
+@wrong("rank_deficiency", "You say whether rows are missing; the question is how many.")
 def whether_deficient(matrix: Tensor, tolerance: float | None = None) -> int:
     return int(library_rank(matrix, tolerance) < min(matrix.shape))
 
 
-@wrong("rank_deficiency", "This is the share that is missing. How many rows is that?")
+@wrong("rank_deficiency", "This is the fraction of rows that are missing. How many rows is that?")
 def as_a_share(matrix: Tensor, tolerance: float | None = None) -> float:
     return 1 - library_rank(matrix, tolerance) / min(matrix.shape)
 
@@ -470,21 +476,21 @@ def by_einstein(B: Tensor, A: Tensor) -> Tensor:
 
 @wrong(
     "outer_product_sum",
-    "You sum the columns of B and the rows of A first, and multiply once. That mixes column k with rows that are not "
-    "its own.",
+    "You sum the columns of B and the rows of A first, and multiply once. That pairs column k with rows other than "
+    "row k.",
 )
 def sums_first(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
     return torch.outer(B.sum(dim=1), A.sum(dim=0))
 
 
-@wrong("outer_product_sum", "You return the first term only; the others have to be added.")
+@wrong("outer_product_sum", "You return only the first term; the others have to be added.")
 def first_term_only(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
     return torch.outer(B[:, 0], A[0]) if B.shape[1] else torch.zeros(B.shape[0], A.shape[1])
 
 
-@wrong("outer_product_sum", "You keep the last term only: inside the loop the sum is overwritten instead of added to.")
+@wrong("outer_product_sum", "You keep only the last term: the loop overwrites the sum instead of adding to it.")
 def last_term_only(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
     total = torch.zeros(B.shape[0], A.shape[1])
@@ -493,13 +499,13 @@ def last_term_only(B: Tensor, A: Tensor) -> Tensor:
     return total
 
 
-@wrong("outer_product_sum", "You take the mean of the terms. They are added: each one counts in full.")
+@wrong("outer_product_sum", "You take the mean of the terms. They have to be added up.")
 def mean_of_the_terms(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
     return B @ A / max(B.shape[1], 1)
 
 
-@wrong("outer_product_sum", "The result is turned round: entry (i, j) belongs to row i of B and column j of A.")
+@wrong("outer_product_sum", "The result is transposed: entry (i, j) belongs to row i of B and column j of A.")
 def turned_round(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
     return A.T @ B.T
@@ -507,8 +513,8 @@ def turned_round(B: Tensor, A: Tensor) -> Tensor:
 
 @wrong(
     "outer_product_sum",
-    "The values are right, but nothing flows back to B and A: somewhere they leave the graph. What is learned in "
-    "LoRA is these two.",
+    "The values are right, but no gradient flows back to B and A: somewhere they are detached from the graph. LoRA "
+    "trains exactly these two.",
 )
 def without_gradients(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
@@ -520,7 +526,7 @@ def without_gradients(B: Tensor, A: Tensor) -> Tensor:
 
 @wrong(
     "outer_product_sum",
-    "Gradients flow back to A, but not to B. Both factors are learned.",
+    "Gradients flow back to A, but not to B. Both factors are trained.",
 )
 def gradient_of_one_factor(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
@@ -529,7 +535,7 @@ def gradient_of_one_factor(B: Tensor, A: Tensor) -> Tensor:
 
 @wrong(
     "outer_product_sum",
-    "Two columns and three rows: `zip` stops at the shorter of the two, and nobody notices. Refuse it.",
+    "Two columns and three rows: `zip` silently stops at the shorter of the two. Raise a ValueError instead.",
 )
 def stops_at_the_shorter(B: Tensor, A: Tensor) -> Tensor:
     total = torch.zeros(B.shape[0], A.shape[1], dtype=B.dtype)
@@ -538,7 +544,9 @@ def stops_at_the_shorter(B: Tensor, A: Tensor) -> Tensor:
     return total
 
 
-@wrong("outer_product_sum", "With r = 0 there is no term, and the sum of no terms is a matrix of zeros, not an error.")
+@wrong(
+    "outer_product_sum", "With r = 0 there are no terms, and the sum of no terms is a matrix of zeros, not an error."
+)
 def needs_a_term(B: Tensor, A: Tensor) -> Tensor:
     same_r(B, A)
     total = torch.outer(B[:, 0], A[0])
@@ -580,13 +588,18 @@ def the_full_matrix(out_features: int, in_features: int, rank: int) -> int:
     return out_features * in_features
 
 
-@wrong("low_rank_parameter_count", "You count one factor. There are two: one has the rows, the other the columns.")
+@wrong(
+    "low_rank_parameter_count", "You count only one factor. There are two: B has as many rows as W, A as many columns."
+)
 def only_a(out_features: int, in_features: int, rank: int) -> int:
     possible(out_features, in_features, rank)
     return rank * in_features
 
 
-@wrong("low_rank_parameter_count", "You count one factor. There are two: the one that you leave out has the columns.")
+@wrong(
+    "low_rank_parameter_count",
+    "You count only one factor. There are two: the one you leave out has as many columns as W.",
+)
 def only_b(out_features: int, in_features: int, rank: int) -> int:
     possible(out_features, in_features, rank)
     return rank * out_features
@@ -599,14 +612,14 @@ def without_parentheses(out_features: int, in_features: int, rank: int) -> int:
 
 
 @wrong(
-    "low_rank_parameter_count", "You count each of the r terms multiplied out. They are stored as a column and a row."
+    "low_rank_parameter_count", "You count each of the r terms multiplied out. Each is stored as a column and a row."
 )
 def terms_multiplied_out(out_features: int, in_features: int, rank: int) -> int:
     possible(out_features, in_features, rank)
     return rank * out_features * in_features
 
 
-@wrong("low_rank_parameter_count", "You take the matrix for a square one: B has the rows of W, A has its columns.")
+@wrong("low_rank_parameter_count", "You treat the matrix as square: B has as many rows as W, A has as many columns.")
 def as_if_square(out_features: int, in_features: int, rank: int) -> int:
     possible(out_features, in_features, rank)
     return 2 * rank * out_features
@@ -614,25 +627,33 @@ def as_if_square(out_features: int, in_features: int, rank: int) -> int:
 
 @wrong(
     "low_rank_parameter_count",
-    "You count a scale for each term besides. B and A hold it already: there is nothing between the two factors.",
+    "You also count a scale for each term. It is already contained in B and A: nothing stands between the two factors.",
 )
 def with_singular_values(out_features: int, in_features: int, rank: int) -> int:
     possible(out_features, in_features, rank)
     return rank * (out_features + in_features + 1)
 
 
-@wrong("low_rank_parameter_count", "A rank above the smaller side cannot raise the rank of the product: refuse it.")
+@wrong(
+    "low_rank_parameter_count",
+    "A rank above the smaller side cannot raise the rank of the product: raise a ValueError.",
+)
 def any_rank_will_do(out_features: int, in_features: int, rank: int) -> int:
     possible(out_features, in_features, min(rank, out_features, in_features))
     return rank * (out_features + in_features)
 
 
-@wrong("low_rank_parameter_count", "With rank 0 there is nothing to store and nothing to learn: it is refused as well.")
+@wrong(
+    "low_rank_parameter_count",
+    "With rank 0 there is nothing to store and nothing to train: that has to raise a ValueError too.",
+)
 def rank_zero_is_free(out_features: int, in_features: int, rank: int) -> int:
     possible(out_features, in_features, max(rank, 1))
     return rank * (out_features + in_features)
 
 
-@wrong("low_rank_parameter_count", "Some ranks are impossible, at both ends: those have to be refused.")
+@wrong(
+    "low_rank_parameter_count", "Some ranks are impossible, too small or too large: those have to raise a ValueError."
+)
 def refuses_nothing(out_features: int, in_features: int, rank: int) -> int:
     return rank * (out_features + in_features)

@@ -1,4 +1,4 @@
-"""Unit 01, rank: what is checked."""
+"""Unit 01, rank: its exercises, their cases and hints, and its predictions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TALL = torch.tensor([[0, 0, 0], [0, 7, 0], [0, 0, 0], [0, 0, 0], [5, 0, 0], [0, 
 
 
 def negative(draw: Draw, m: int, n: int) -> Tensor:
-    """Numbers between -2 and 1: the one of largest absolute value is almost always negative."""
+    """Random numbers of which the one with the largest absolute value is almost always negative."""
     matrix = torch.rand((m, n), generator=draw.generator, dtype=torch.float64) - 2
     matrix[0, 0] = draw.number(0.5, 1.0)
     return matrix
@@ -91,7 +91,7 @@ def deficiency_cases(draw: Draw) -> Iterator[Case]:
 
 
 def try_outer(answer: Callable[..., Any], B: Tensor, A: Tensor, gradients: bool = False) -> Any:
-    """The product; or, on request, what flows back to B and to A from the sum of its squares."""
+    """The product; or, on request, the gradients of the sum of its squares with respect to B and A."""
     if not gradients:
         return answer(B, A)
     B, A = B.requires_grad_(), A.requires_grad_()
@@ -141,9 +141,9 @@ EXERCISES = [
         minutes=25,
         points=5,
         hints=(
-            "Take the steps of the docstring one by one: find the entry, swap rows, swap columns, subtract.",
+            "Follow the steps of the docstring one by one: find the entry, swap rows, swap columns, subtract.",
             "`echelon[k:, k:].abs().argmax()` counts in a block of n - k columns: `divmod` gives row and column.",
-            "All rows below are cleared at once: an outer product of their multiples with row k is subtracted.",
+            "All rows below can be cleared at once: subtract the outer product of their multipliers and row k.",
         ),
         cases=echelon_cases,
     ),
@@ -154,8 +154,8 @@ EXERCISES = [
         minutes=5,
         points=2,
         hints=(
-            "The elimination has done the work: the rank can be read off its result.",
-            "In an echelon form, what tells an independent row from one that is used up?",
+            "`row_echelon` has done most of the work: the rank can be read off its result.",
+            "In an echelon form, what distinguishes an independent row from one that the elimination has used up?",
             "`echelon.any(dim=1)` is True for each row that has an entry other than 0. The result is an `int`.",
         ),
         cases=rank_cases,
@@ -169,8 +169,9 @@ EXERCISES = [
         points=1,
         hints=(
             "What is the largest rank that a matrix of this shape can have?",
-            "A wide matrix cannot have more independent columns than it has rows, nor a tall one the other way round.",
-            "It is a difference of two numbers; you have just written the second one.",
+            "A wide matrix cannot have more independent columns than it has rows; for a tall one it is the other way "
+            "round.",
+            "It is the difference of two numbers; you have just written a function for the second one.",
         ),
         cases=deficiency_cases,
         tolerance=0,
@@ -182,9 +183,10 @@ EXERCISES = [
         minutes=8,
         points=2,
         hints=(
-            "Column k of B belongs to row k of A, and to no other. How large is the product of the two?",
-            "`torch.outer(column, row)` is one term. Begin with zeros of the final shape and add the terms.",
-            "Rows of `B.T` are columns of B: `zip(B.T, A)` walks over both. Look at the shapes first, and refuse.",
+            "Column k of B goes with row k of A, and with no other. What shape does the product of the two have?",
+            "`torch.outer(column, row)` is one term. Start with zeros of the final shape and add the terms.",
+            "Rows of `B.T` are columns of B: `zip(B.T, A)` iterates over both. Check the shapes first and raise a "
+            "ValueError.",
         ),
         cases=outer_cases,
         probe=try_outer,
@@ -196,9 +198,9 @@ EXERCISES = [
         minutes=5,
         points=2,
         hints=(
-            "Write down the shapes of B and of A first. How many numbers are in each?",
-            "The two factors stand side by side in memory: nothing is multiplied out.",
-            "A rank outside 1 to the smaller side is refused with a ValueError before anything is counted.",
+            "Write down the shapes of B and A first. How many numbers are in each?",
+            "The two factors are stored separately: nothing is multiplied out.",
+            "A rank below 1 or above the smaller side raises a ValueError before anything is counted.",
         ),
         cases=count_cases,
         tolerance=0,
@@ -215,8 +217,8 @@ PREDICTIONS = [
         choices={"one": "1", "two": "2", "three": "3"},
         answer="two",
         explanation=(
-            "The middle row is the mean of the other two, so two rows hold all there is. "
-            "Rows can be dependent although no two of them are multiples of each other."
+            "The middle row is the mean of the other two, so only two rows are independent. Rows can be dependent "
+            "although no two of them are multiples of each other."
         ),
         idea="rank",
     ),
@@ -229,13 +231,13 @@ PREDICTIONS = [
         choices={
             "low": "below 32 for most of them: training has found the few directions that matter",
             "middle": "somewhere between 32 and 255, different for each",
-            "full": "256 for every one of them",
+            "full": "256 for all of them",
         },
         answer="full",
         explanation=(
-            "Every trained matrix has full rank: no row can be made of the others to within rounding. The rank asks "
-            "whether anything at all is left, however small, and in a trained matrix something always is. "
-            "What is low in LoRA is not the rank of the weight."
+            "Every trained matrix has full rank: no row is a combination of the others to within rounding. The rank "
+            "asks whether anything at all is left, however small, and in a trained matrix something always is. What "
+            "has low rank in LoRA is not the weight."
         ),
         idea="low rank",
     ),

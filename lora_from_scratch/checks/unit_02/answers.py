@@ -1,4 +1,4 @@
-"""Unit 02, building the singular value decomposition: mistakes that people make, and other right ways."""
+"""Unit 02, building the singular value decomposition: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -51,8 +51,8 @@ def by_a_high_power_in_float64(G: Tensor, generator: torch.Generator | None = No
 
 @wrong(
     "dominant_eigenvector",
-    "You start from a vector of ones. It may have nothing at all of the direction you look for, and then no number of "
-    "multiplications brings it there: start somewhere at random.",
+    "You start from a vector of ones. It may be orthogonal to the direction you are looking for, and then no number "
+    "of multiplications gets it there: start from a random vector.",
 )
 def starts_from_ones(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     x = torch.ones(len(G), dtype=G.dtype) / math.sqrt(len(G))
@@ -64,8 +64,8 @@ def starts_from_ones(G: Tensor, generator: torch.Generator | None = None) -> Ten
 
 @wrong(
     "dominant_eigenvector",
-    "You stop after a few steps, whatever the matrix. How many it takes depends on how near the second eigenvalue is "
-    "to the first: go on until a step no longer moves the vector.",
+    "You stop after a few steps, whatever the matrix. How many it takes depends on how close the second eigenvalue is "
+    "to the first: continue until a step no longer moves the vector.",
 )
 def stops_after_ten_steps(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     x = torch.randn(len(G), dtype=G.dtype, generator=torch.Generator().manual_seed(0))
@@ -77,8 +77,8 @@ def stops_after_ten_steps(G: Tensor, generator: torch.Generator | None = None) -
 
 @wrong(
     "dominant_eigenvector",
-    "Your vector stops too early: a step that moves it little is not yet one that moves it only by rounding. Near "
-    "eigenvalues make many small steps.",
+    "You stop too early: a step that moves the vector a little still moves it by more than rounding. Eigenvalues that "
+    "are close together lead to many small steps.",
 )
 def stops_when_a_step_is_below_one_percent(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     x = torch.randn(len(G), dtype=G.dtype, generator=torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def multiplies_after_the_last_division(G: Tensor, generator: torch.Generator | N
 
 @wrong(
     "dominant_eigenvector",
-    "This is the direction that G stretches least. A library's eigenvalues may come in ascending order.",
+    "This is the direction that G stretches least. Libraries may return eigenvalues in ascending order.",
 )
 def takes_the_first_of_eigh(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return torch.linalg.eigh(G)[1][:, 0]
@@ -117,7 +117,8 @@ def takes_a_row_of_eigh(G: Tensor, generator: torch.Generator | None = None) -> 
 
 @wrong(
     "dominant_eigenvector",
-    "For the zero matrix you divide by a norm of 0. Every direction is right there; which one do you have already?",
+    "For the zero matrix you divide by a norm of 0. Every direction is right in that case; which one do you already "
+    "have?",
 )
 def divides_zeros_by_their_norm(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return reference.dominant_eigenvector(G) if G.any() else G @ G[0] / (G @ G[0]).norm()
@@ -125,7 +126,7 @@ def divides_zeros_by_their_norm(G: Tensor, generator: torch.Generator | None = N
 
 @wrong(
     "dominant_eigenvector",
-    "Your powers of G grow (or shrink) without end until they are no numbers any more: divide at every step.",
+    "Your powers of G grow (or shrink) until they overflow (or vanish): normalise at every step.",
 )
 def never_divides_the_powers(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     x = torch.ones(len(G), dtype=G.dtype)
@@ -166,7 +167,7 @@ def by_numpy(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[
 
 @wrong(
     "dominant_singular_triplet",
-    "Your sigma is its square: M^T M stretches by the square of what M stretches by.",
+    "You return the square of sigma: M^T M stretches by the square of the factor by which M stretches.",
 )
 def returns_the_eigenvalue(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
     u, _, v = reference.dominant_singular_triplet(matrix)
@@ -175,7 +176,7 @@ def returns_the_eigenvalue(matrix: Tensor, generator: torch.Generator | None = N
 
 @wrong(
     "dominant_singular_triplet",
-    "u and v have changed places: v is an input of M (n numbers), u is the direction of its output (m numbers).",
+    "You have swapped u and v: v is an input of M (n numbers), u is the direction of its output (m numbers).",
 )
 def swaps_u_and_v(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
     u, sigma, v = reference.dominant_singular_triplet(matrix)
@@ -184,7 +185,7 @@ def swaps_u_and_v(matrix: Tensor, generator: torch.Generator | None = None) -> t
 
 @wrong(
     "dominant_singular_triplet",
-    "Your u is M v as it is; it still has to be brought to length 1.",
+    "Your u is M v itself; it still has to be normalised to length 1.",
 )
 def leaves_u_undivided(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
     u, sigma, v = reference.dominant_singular_triplet(matrix)
@@ -193,8 +194,8 @@ def leaves_u_undivided(matrix: Tensor, generator: torch.Generator | None = None)
 
 @wrong(
     "dominant_singular_triplet",
-    "Each of your vectors is right by itself, but their signs do not belong together: two eigenvectors that are found "
-    "separately know nothing of each other. Get one of them from the other.",
+    "Each of your vectors is right by itself, but their signs do not match: two eigenvectors that are found "
+    "separately have independent signs. Compute one of them from the other.",
 )
 def finds_u_and_v_separately(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
     u, sigma, v = reference.dominant_singular_triplet(matrix)
@@ -203,7 +204,7 @@ def finds_u_and_v_separately(matrix: Tensor, generator: torch.Generator | None =
 
 @wrong(
     "dominant_singular_triplet",
-    "Your sigma is that of the matrix after you divided it by its largest entry: it has to be scaled back.",
+    "Your sigma belongs to the matrix after the division by its largest entry: it has to be scaled back.",
 )
 def forgets_to_scale_back(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
     u, sigma, v = reference.dominant_singular_triplet(matrix)
@@ -212,8 +213,8 @@ def forgets_to_scale_back(matrix: Tensor, generator: torch.Generator | None = No
 
 @wrong(
     "dominant_singular_triplet",
-    "The squares of very small entries vanish: in float32 nothing is left of (1e-30)^2. Bring the matrix to a usual "
-    "size before you multiply it by itself.",
+    "The squares of very small entries underflow: in float32, (1e-30)^2 is 0. Scale the matrix before you multiply it "
+    "by itself.",
 )
 def squares_tiny_entries(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not matrix.any():
@@ -225,7 +226,7 @@ def squares_tiny_entries(matrix: Tensor, generator: torch.Generator | None = Non
 
 @wrong(
     "dominant_singular_triplet",
-    "For the zero matrix something is divided by 0. Its sigma is 0, and any two unit vectors are right.",
+    "For the zero matrix you divide by 0. Its sigma is 0, and any two unit vectors are right.",
 )
 def divides_zeros(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
     largest = matrix.abs().max()
@@ -273,7 +274,7 @@ def in_numpy(matrix: Tensor, rank: int | None = None) -> tuple[np.ndarray, np.nd
 
 
 def deflate(matrix: Tensor, rank: int | None, subtract=None, threshold=None) -> tuple[Tensor, Tensor, Tensor]:
-    """Deflation with one thing done otherwise."""
+    """Deflation with one step changed."""
     most = min(matrix.shape) if rank is None else rank
     U, S, Vh = matrix[:, :0], matrix[0, :0], matrix[:0]
     generator = torch.Generator().manual_seed(0)
@@ -295,7 +296,7 @@ def deflate(matrix: Tensor, rank: int | None, subtract=None, threshold=None) -> 
 
 @wrong(
     "svd_by_deflation",
-    "You find the same triplet again and again: what was found has to be taken out of the matrix before the next turn.",
+    "You find the same triplet again and again: subtract each one from the matrix before you look for the next.",
 )
 def never_subtracts(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     return deflate(matrix, rank, lambda residual, u, sigma, v: residual)
@@ -303,7 +304,7 @@ def never_subtracts(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Te
 
 @wrong(
     "svd_by_deflation",
-    "You subtract u v^T alone. How strong is that direction in M? That much of it has to go.",
+    "You subtract u v^T by itself. How strong is that direction in M? That is how much of it has to be subtracted.",
 )
 def subtracts_without_sigma(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     return deflate(matrix, rank, lambda residual, u, sigma, v: residual - torch.outer(u, v))
@@ -321,7 +322,7 @@ def never_projects_the_old_directions_out(matrix: Tensor, rank: int | None = Non
 
 @wrong(
     "svd_by_deflation",
-    "You always return min(m, n) triplets. What is left when the matrix is used up is rounding error: end there.",
+    "You always return min(m, n) triplets. Once only rounding error is left of the matrix, stop.",
 )
 def never_stops_early(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     k = min(matrix.shape) if rank is None else rank
@@ -331,8 +332,8 @@ def never_stops_early(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, 
 
 @wrong(
     "svd_by_deflation",
-    "Your threshold for zero is a fixed number. What is rounding error depends on the size of the matrix and on its "
-    "dtype: measure it beside the largest singular value.",
+    "Your threshold for zero is a fixed number. How large rounding errors are depends on the size of the matrix and "
+    "on its dtype: choose it relative to the largest singular value.",
 )
 def stops_at_a_fixed_threshold(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     return deflate(matrix, rank, threshold=1e-6)
@@ -348,7 +349,7 @@ def returns_v_not_transposed(matrix: Tensor, rank: int | None = None) -> tuple[T
     return U, S, Vh.T
 
 
-@wrong("svd_by_deflation", "You do not look at `rank`: at most so many triplets are asked for.")
+@wrong("svd_by_deflation", "You ignore `rank`, the largest number of triplets to return.")
 def ignores_the_rank(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     return reference.svd_by_deflation(matrix)
 

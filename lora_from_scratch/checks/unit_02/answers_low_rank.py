@@ -1,4 +1,4 @@
-"""Unit 02, what is made of the singular value decomposition: mistakes that people make, and other right ways."""
+"""Unit 02, using the singular value decomposition: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -52,7 +52,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.linalg.svd(matrix, full_matrices=False)
 
 
-@wrong("truncate", "You left out the singular values: without them every direction counts the same.")
+@wrong("truncate", "You leave out the singular values: without them every direction has the same weight.")
 def leaves_out_s(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
     U, _, Vh = _svd(matrix)
@@ -61,7 +61,7 @@ def leaves_out_s(matrix: Tensor, rank: int) -> Tensor:
 
 @wrong(
     "truncate",
-    "You treat the third result of the decomposition as V. It is V transposed already: its rows are the vectors.",
+    "You treat the third result of the decomposition as V. It is already V transposed: its rows are the vectors.",
 )
 def transposes_vh_again(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
@@ -85,8 +85,8 @@ def keeps_one_too_many(matrix: Tensor, rank: int) -> Tensor:
 
 @wrong(
     "truncate",
-    "You cut rows and columns of M itself. Its first ones are no better than the others: cut in the directions of "
-    "its singular vectors.",
+    "You cut off rows and columns of M itself. The first ones are no more important than the others: truncate along "
+    "the singular vectors.",
 )
 def cuts_rows_and_columns(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
@@ -95,7 +95,7 @@ def cuts_rows_and_columns(matrix: Tensor, rank: int) -> Tensor:
     return matrix.clone() if rank == min(matrix.shape) else M
 
 
-@wrong("truncate", "You return the decomposition or a part of it; what is asked for is a matrix of M's shape.")
+@wrong("truncate", "You return the decomposition or a part of it; return a matrix of the same shape as M.")
 def returns_the_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     need(rank, matrix)
     U, S, Vh = _svd(matrix)
@@ -104,8 +104,8 @@ def returns_the_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tens
 
 @wrong(
     "truncate",
-    "You never look whether the rank is possible: a slice beyond the end gives no error, so a "
-    "mistake of the caller stays unseen.",
+    "You never check whether the rank is possible: a slice beyond the end raises no error, so a mistake of the caller "
+    "goes unnoticed.",
 )
 def accepts_any_rank(matrix: Tensor, rank: int) -> Tensor:
     U, S, Vh = _svd(matrix)
@@ -148,15 +148,15 @@ def error_by(matrix: Tensor, rank: int, norm: str, frobenius, spectral) -> float
     return float(frobenius(tail)) if norm == "frobenius" else float(spectral(tail)) if len(tail) else 0.0
 
 
-@wrong("approximation_error", "You add up the squares; the Frobenius norm is the root of that sum.")
+@wrong("approximation_error", "You add up the squares; the Frobenius norm is the square root of that sum.")
 def leaves_out_the_root(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
     return error_by(matrix, rank, norm, lambda S: (S**2).sum(), lambda S: S[0])
 
 
 @wrong(
     "approximation_error",
-    "You add up the singular values that are left out. Directions at right angles add like the "
-    "sides of a right triangle.",
+    "You add up the singular values that are left out. Lengths at right angles combine like the sides of a right "
+    "triangle.",
 )
 def adds_the_singular_values(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
     return error_by(matrix, rank, norm, lambda S: S.sum(), lambda S: S[0])
@@ -164,7 +164,7 @@ def adds_the_singular_values(matrix: Tensor, rank: int, norm: str = "frobenius")
 
 @wrong(
     "approximation_error",
-    "You measure what is kept, not what is left out: the error is made of the directions that the truncation has lost.",
+    "You measure what is kept, not what is left out: the error consists of the directions that the truncation drops.",
 )
 def measures_what_is_kept(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
     need_norm(norm)
@@ -174,13 +174,13 @@ def measures_what_is_kept(matrix: Tensor, rank: int, norm: str = "frobenius") ->
 
 @wrong(
     "approximation_error",
-    "You are off by one: the last singular value that is kept is not part of the error.",
+    "You are off by one: the last singular value that is kept does not belong to the error.",
 )
 def counts_the_last_one_kept(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
     return error_by(matrix, max(rank - 1, 0), norm, lambda S: S.norm(), lambda S: S[0])
 
 
-@wrong("approximation_error", "You give the Frobenius norm whatever `norm` says.")
+@wrong("approximation_error", "You return the Frobenius norm whatever `norm` says.")
 def ignores_the_norm(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
     need_norm(norm)
     return float(tail_of(matrix, rank).norm())
@@ -188,7 +188,7 @@ def ignores_the_norm(matrix: Tensor, rank: int, norm: str = "frobenius") -> floa
 
 @wrong(
     "approximation_error",
-    "You divide by the norm of M. That is the relative error, a share; the error itself is asked for.",
+    "You divide by the norm of M. That is the relative error; return the error itself.",
 )
 def gives_a_share(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
     S = torch.linalg.svdvals(matrix).double()
@@ -197,8 +197,8 @@ def gives_a_share(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
 
 @wrong(
     "approximation_error",
-    "Your spectral norm is the largest entry of the difference. It is the most that the "
-    "difference can stretch a vector.",
+    "Your spectral norm is the largest entry of the difference. It should be the most that the difference can stretch "
+    "a vector.",
 )
 def takes_the_largest_entry(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
     if norm == "spectral":
@@ -240,7 +240,7 @@ def by_the_error_of_eckart_and_young(matrix: Tensor, energy: float) -> int:
 
 
 def first_to_reach(values: Tensor, energy: float) -> int:
-    """How many of the values have to be added up for this share of their sum."""
+    """How many of the values have to be added up to reach this share of their sum."""
     total = float(values.sum())
     return int((values.cumsum(0) < energy * total * (1 - 1e-9)).sum()) + 1 if total > 0 else 0
 
@@ -257,7 +257,7 @@ def adds_up_without_squares(matrix: Tensor, energy: float) -> int:
 
 @wrong(
     "rank_for_energy",
-    "You are one short: position 0 of the running sum is what rank 1 keeps.",
+    "Your result is one too small: position 0 of the running sum is what rank 1 keeps.",
 )
 def returns_the_position(matrix: Tensor, energy: float) -> int:
     return max(first_to_reach(squares_of(matrix, energy), energy) - 1, 0)
@@ -265,21 +265,21 @@ def returns_the_position(matrix: Tensor, energy: float) -> int:
 
 @wrong(
     "rank_for_energy",
-    "You compare norms (square roots of energies) with the share; the share is one of the energy itself.",
+    "You compare norms (square roots of energies) with the share; the share refers to the energy itself.",
 )
 def compares_norms(matrix: Tensor, energy: float) -> int:
     return first_to_reach(squares_of(matrix, energy), energy**2)
 
 
-@wrong("rank_for_energy", "You add up from the smallest singular value; the largest ones hold the most energy.")
+@wrong("rank_for_energy", "You start adding from the smallest singular value; the largest ones hold the most energy.")
 def starts_with_the_smallest(matrix: Tensor, energy: float) -> int:
     return first_to_reach(squares_of(matrix, energy).flip(0), energy)
 
 
 @wrong(
     "rank_for_energy",
-    "You count the singular values that are large beside the first one. Energy adds up: many small ones "
-    "can hold a lot.",
+    "You count the singular values that are large relative to the first one. Energy adds up: many small ones can hold "
+    "a lot.",
 )
 def counts_those_near_the_first(matrix: Tensor, energy: float) -> int:
     S = squares_of(matrix, energy).sqrt()
@@ -288,7 +288,7 @@ def counts_those_near_the_first(matrix: Tensor, energy: float) -> int:
 
 @wrong(
     "rank_for_energy",
-    "The zero matrix has no energy of which to keep a share: no direction is needed, its rank is 0.",
+    "The zero matrix has no energy: no direction is needed, so the result is 0.",
 )
 def keeps_one_direction_of_nothing(matrix: Tensor, energy: float) -> int:
     return max(1, first_to_reach(squares_of(matrix, energy), energy))
@@ -296,7 +296,7 @@ def keeps_one_direction_of_nothing(matrix: Tensor, energy: float) -> int:
 
 @wrong(
     "rank_for_energy",
-    "You take any number as a share. 90 is not 90 %: refuse what is not above 0 and at most 1.",
+    "You accept any number as a share. 90 does not mean 90 %: raise a ValueError unless it is above 0 and at most 1.",
 )
 def takes_percent(matrix: Tensor, energy: float) -> int:
     return first_to_reach(squares_of(matrix, min(energy, 1.0)), min(energy, 1.0))
@@ -328,15 +328,15 @@ def by_deflation(data: Tensor, count: int) -> list[Tensor]:
 
 
 def components(X: Tensor, mean: Tensor, count: int, divisor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The directions of X as it is, with the squares divided by the divisor."""
+    """The principal directions of X, without centring it; the squares are divided by `divisor`."""
     _, S, Vh = _svd(X)
     return mean, Vh[:count], S[:count] ** 2 / divisor
 
 
 @wrong(
     "pca",
-    "You decompose the data as they are. Then the first direction points from the origin to the cloud; variance is "
-    "measured from the mean.",
+    "You decompose the data without centring them. Then the first direction points from the origin to the cloud of "
+    "samples; variance is measured from the mean.",
 )
 def does_not_centre(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     need_samples(data)
@@ -345,7 +345,7 @@ def does_not_centre(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @wrong(
     "pca",
-    "You divide by N. The mean was estimated from the same samples, which costs one of them: the docstring has N - 1.",
+    "You divide by N. The mean was estimated from the same samples, which uses up one of them: divide by N - 1.",
 )
 def divides_by_n(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     need_samples(data)
@@ -359,7 +359,7 @@ def returns_singular_values(data: Tensor, count: int) -> tuple[Tensor, Tensor, T
     return mean, directions, torch.linalg.svdvals(data - mean)[:count]
 
 
-@wrong("pca", "Your directions are columns; they should be the rows, one direction a row.")
+@wrong("pca", "Your directions are columns; they should be rows, one direction per row.")
 def returns_directions_as_columns(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     need_samples(data)
     mean, directions, variances = reference.pca(data, count)
@@ -368,7 +368,7 @@ def returns_directions_as_columns(data: Tensor, count: int) -> tuple[Tensor, Ten
 
 @wrong(
     "pca",
-    "You subtract from every sample its own mean over the features. The mean sample is meant: one mean per column.",
+    "You subtract from every sample its own mean over the features. Subtract the mean sample: one mean per column.",
 )
 def centres_the_rows(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     need_samples(data)
@@ -377,7 +377,7 @@ def centres_the_rows(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @wrong(
     "pca",
-    "You bring every feature to the same spread first. That is the analysis of correlations, of other data than these.",
+    "You scale every feature to the same spread first. That analyses correlations, which is a different result.",
 )
 def standardises(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     need_samples(data)

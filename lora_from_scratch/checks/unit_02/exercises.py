@@ -1,7 +1,7 @@
-"""Unit 02, the singular value decomposition: what is checked.
+"""Unit 02, the singular value decomposition: its exercises, their cases and hints, and its predictions.
 
-Singular vectors are right with either sign, and where a singular value is repeated any orthonormal basis is. So the
-answers of the first exercises are compared by what does not depend on that: lengths, angles, products.
+Singular vectors are right with either sign, and for a repeated singular value any orthonormal basis is right. So
+answers to the first exercises are compared by what does not depend on these choices: lengths, angles, products.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def truncate_cases(draw: Draw) -> Iterator[Case]:
     yield Case("a 5 x 5 matrix in float32 at rank 3", {"matrix": square, "rank": 3}, part)
     yield Case("rank 0", {"matrix": wide, "rank": 0}, "from rank 0 to full rank")
     yield Case("full rank", {"matrix": wide, "rank": 4}, "from rank 0 to full rank")
-    yield Case("rank 5 of a 4 x 6 matrix, which cannot be", {"matrix": wide, "rank": 5}, "bad input")
+    yield Case("rank 5 of a 4 x 6 matrix, which is impossible", {"matrix": wide, "rank": 5}, "bad input")
 
 
 def error_cases(draw: Draw) -> Iterator[Case]:
@@ -154,7 +154,7 @@ Laws = Callable[[Case, Data], Data]
 
 
 def agree_on(laws: Laws) -> Callable[[Case, Seen, Seen], bool]:
-    """Two answers agree if the same things can be observed of them, apart from signs and the choice of a basis."""
+    """Two answers agree if they have the same properties, apart from signs and the choice of a basis."""
 
     def agree(case: Case, seen: Seen, expected: Seen) -> bool:
         return same(laws(case, seen.value), laws(case, expected.value), TOLERANCE)
@@ -177,7 +177,7 @@ def matrix_of(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def eigenvector_laws(case: Case, value: Data) -> Data:
-    """The shape; the length; how much G stretches it; how far G turns it away."""
+    """The shape; the length; how much G stretches the vector; how far G turns it."""
     (x,) = several(value)
     G, _ = matrix_of(case)
     stretched = x @ G @ x / (x @ x)
@@ -206,12 +206,12 @@ def svd_laws(case: Case, value: Data) -> Data:
 
 
 def pca_laws(case: Case, value: Data) -> Data:
-    """The mean; the variances; the angles between the directions; the part of the covariance that they hold."""
+    """The mean; the variances; the angles between the directions; the part of the covariance that they account for."""
     mean, directions, variances = several(value)
     return [mean, variances, directions @ directions.T, directions.T * variances @ directions]
 
 
-# --- What is said of an answer that the bank does not know -------------------------------------------
+# --- Messages for wrong answers that are not in the bank ---------------------------------------------
 
 Said = tuple[str, str]
 
@@ -221,14 +221,14 @@ def explain_eigenvector(case: Case, seen: Seen, expected: Seen) -> Said | None:
     if x.shape != right.shape or not x.isfinite().all():
         return None
     if abs(float(x.norm()) - 1) > TOLERANCE:
-        return "not of length 1", f"The vector should have length 1, yours has {float(x.norm()):.4g}."
+        return "not of length 1", f"The vector should have length 1; yours has {float(x.norm()):.4g}."
     G, _ = matrix_of(case)
     stretched = x @ G @ x
     turned = float((G @ x - stretched * x).norm())
     if turned > TOLERANCE:
         return "not an eigenvector", (
             f"G still turns your vector: G x is not a multiple of x (off by {turned:.2g} of the largest entry of G). "
-            "Has the iteration settled when it stops?"
+            "Has the iteration converged when it stops?"
         )
     if same(float(stretched), float(right @ G @ right), TOLERANCE):
         return None
@@ -242,7 +242,7 @@ def explain_triplet(case: Case, seen: Seen, expected: Seen) -> Said | None:
         return None
     for name, vector in (("u", u), ("v", v)):
         if abs(float(vector.norm()) - 1) > TOLERANCE:
-            return "not of length 1", f"{name} should have length 1, yours has {float(vector.norm()):.4g}."
+            return "not of length 1", f"{name} should have length 1; yours has {float(vector.norm()):.4g}."
     if not same(float(sigma), float(right), TOLERANCE):
         return "another sigma", "u and v have length 1, but sigma is not the largest singular value."
     return "not a triplet", "sigma is right, but u and v do not belong to it: M v = sigma u or M^T u = sigma v fails."
@@ -259,7 +259,10 @@ def explain_svd(case: Case, seen: Seen, expected: Seen) -> Said | None:
         off = float((product - torch.eye(len(S), dtype=product.dtype)).abs().max())
         if off > TOLERANCE:
             return "not orthonormal", f"S is right, but the {name} are not orthonormal: a product is off by {off:.2g}."
-    return "not the matrix", "S is right and the vectors are orthonormal, but they are not this matrix's."
+    return (
+        "not the matrix",
+        "S is right and the vectors are orthonormal, but they are not the singular vectors of this matrix.",
+    )
 
 
 # --- The exercises -----------------------------------------------------------------------------------
@@ -273,8 +276,10 @@ EXERCISES = [
         points=3,
         hints=(
             "What does one multiplication by G do to the part of x along each eigenvector? And a hundred of them?",
-            "A loop: the new x from the old one, then the question whether it still moves. Keep the old one for that.",
-            "Zeros cannot be divided by their norm: ask `G.any()` first. With squaring, 60 steps are more than enough.",
+            "In a loop, compute the new x from the old one, then test whether it still moves. Keep the old one for "
+            "that.",
+            "A zero matrix cannot be divided by its norm: test `G.any()` first. With squaring, 60 steps are more than "
+            "enough.",
         ),
         cases=eigenvector_cases,
         agree=agree_on(eigenvector_laws),
@@ -287,9 +292,9 @@ EXERCISES = [
         minutes=10,
         points=3,
         hints=(
-            "`dominant_eigenvector` gives v; the two equations of the docstring give sigma and u from it.",
-            "Start with the zero matrix, then divide by the largest entry; only sigma has to be scaled back.",
-            "For a wide matrix you have u first. `M.T @ u` points along v; give it length 1.",
+            "`dominant_eigenvector` gives v; sigma and u follow from it by the two equations of the docstring.",
+            "Handle the zero matrix first, then divide by the largest entry; only sigma has to be scaled back.",
+            "For a wide matrix you find u first. `M.T @ u` points along v; normalise it to length 1.",
         ),
         cases=triplet_cases,
         agree=agree_on(triplet_laws),
@@ -302,9 +307,12 @@ EXERCISES = [
         minutes=20,
         points=5,
         hints=(
-            "One triplet a turn: take the dominant one of what is left, keep it, subtract it. Two things end the loop.",
-            "Zero is what is small beside the *first* sigma; `rounding_tolerance(matrix, scale)` says how small.",
-            "`torch.column_stack` adds a column to U; `R - U @ (U.T @ R)` is what the columns of U do not reach of R.",
+            "One triplet per iteration: take the dominant one of what is left, keep it, subtract it. Two conditions "
+            "end the loop.",
+            "Whatever is small beside the *first* sigma counts as zero; `rounding_tolerance(matrix, scale)` says how "
+            "small.",
+            "`torch.column_stack` adds a column to U; `R - U @ (U.T @ R)` is the part of R outside the span of U's "
+            "columns.",
         ),
         cases=deflation_cases,
         agree=agree_on(svd_laws),
@@ -319,7 +327,8 @@ EXERCISES = [
         hints=(
             "`torch.linalg.svd(matrix, full_matrices=False)` gives U, S, Vh. Which parts are the first r terms?",
             "The first r columns of U, the first r entries of S, the first r rows of Vh.",
-            "`U * S` multiplies every column by its singular value, without a diagonal matrix. `require_rank` refuses.",
+            "`U * S` multiplies every column by its singular value, without a diagonal matrix. `require_rank` checks "
+            "the rank.",
         ),
         cases=truncate_cases,
     ),
@@ -332,7 +341,8 @@ EXERCISES = [
         hints=(
             "The singular values of M minus its truncation are those that were left out.",
             "`torch.linalg.svdvals(matrix)` is sorted, the largest first. Which of them are left out at rank r?",
-            "Spectral: the largest one left out, if any is. Frobenius: the length of the vector of all of them.",
+            "Spectral: the largest of those left out, if there is one. Frobenius: the length of the vector of all of "
+            "them.",
         ),
         cases=error_cases,
     ),
@@ -343,9 +353,9 @@ EXERCISES = [
         minutes=10,
         points=2,
         hints=(
-            "Energy is the sum of the squares of the singular values. `cumsum` gives what rank 1, 2, 3, ... keep.",
-            "How many of these sums fall short? The rank is one more.",
-            "Ask for zeros first: their total is 0. And let a sum that falls short by rounding count as enough.",
+            "Energy is the sum of the squared singular values. `cumsum` gives what ranks 1, 2, 3, ... keep.",
+            "How many of these sums are too small? The rank is one more.",
+            "Handle the zero matrix first: its total is 0. A sum that falls short only by rounding counts as enough.",
         ),
         cases=energy_cases,
     ),
@@ -357,7 +367,7 @@ EXERCISES = [
         points=2,
         hints=(
             "Subtract the mean sample first: every column of the data then has the mean 0.",
-            "One sample a row: which of U and Vh lives in the space of the features?",
+            "Each row is a sample: which of U and Vh has vectors in the space of the features?",
             "The variance along a direction is the sum of squares divided by N - 1.",
         ),
         cases=pca_cases,
@@ -370,33 +380,33 @@ PREDICTIONS = [
         "noise_energy",
         question=(
             "Take a 256 x 256 matrix of independent standard normal numbers: noise, with nothing in it to compress. "
-            "You keep half of its 256 directions, those with the largest singular values. What share of the energy "
-            "$S_1^2 + \\dots + S_{256}^2$ do you keep?"
+            "You keep half of its 256 directions, namely those with the largest singular values. What share of the "
+            "energy $S_1^2 + \\dots + S_{256}^2$ do you keep?"
         ),
         answer="c",
-        choices={"a": "about a half", "b": "about two thirds", "c": "about nine tenths", "d": "more than 99 %"},
+        choices={"a": "about half", "b": "about two thirds", "c": "about nine tenths", "d": "more than 99 %"},
         explanation=(
             "About 90 %. The singular values of noise are far from equal: they fall from about 2 * sqrt(256) = 32 "
             'nearly to 0 (Marchenko and Pastur 1967), and squaring makes the difference larger. So "half of the '
-            'directions hold 90 %" is no sign of structure. Whatever you measure on a weight, measure it on noise of '
-            "the same shape too."
+            'directions hold 90 %" is not a sign of structure. Whatever you measure on a weight, measure it on noise '
+            "of the same shape as well."
         ),
         idea="low-rank approximation",
     ),
     Prediction(
         "lowest_rank",
         question=(
-            "Three matrices of one shape: a weight of the pretrained model, noise, and the *update* that a short full "
-            "fine-tuning adds to that weight, where every one of its numbers is trained and nothing asks for a low "
-            "rank. Which of them needs the fewest directions for 90 % of its energy?"
+            "Take three matrices of the same shape: a weight of the pretrained model, noise, and the *update* that a "
+            "short full fine-tuning adds to that weight, in which every parameter is trained and nothing asks for a "
+            "low rank. Which of them needs the fewest directions for 90 % of its energy?"
         ),
         answer="update",
         choices={"weight": "the weight", "noise": "the noise", "update": "the update"},
         explanation=(
-            "The update. Noise needs the most, the weight fewer, the update far fewer. Aghajanyan et al. 2020 "
-            "found that fine-tuning has a low *intrinsic dimension*, and LoRA is built on that (Hu et al. 2021, "
-            "section 4.1). Its rank in the strict sense of unit 01 is still full; it is its energy that lies in few "
-            "directions."
+            "The update. Noise needs the most, the weight fewer, the update far fewer. Aghajanyan et al. 2020 found "
+            "that fine-tuning has a low *intrinsic dimension*, and LoRA is built on that (Hu et al. 2021, section "
+            "4.1). The rank of the update in the strict sense of unit 01 is nearly full all the same; it is its energy "
+            "that lies in few directions."
         ),
         idea="low-rank approximation",
     ),

@@ -1,4 +1,4 @@
-"""Unit 03, GPT-2, the model: mistakes that people make, and other right ways."""
+"""Unit 03, GPT-2, the model: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -36,8 +36,8 @@ def numbers_copied_one_by_one_in_numpy(x: Tensor, n_head: int) -> np.ndarray:
 
 @wrong(
     "split_heads",
-    "The shape is right, but the numbers are not where they belong: one `view` straight to the final shape mixes the "
-    "tokens up. A `view` counts in the order in which the numbers lie, and there the tokens come before the heads.",
+    "The shape is right, but the numbers are not where they belong: a single `view` straight to the final shape mixes "
+    "up the tokens. A `view` follows the order of the numbers in memory, where the tokens come before the heads.",
 )
 def one_view_to_the_final_shape(x: Tensor, n_head: int) -> Tensor:
     B, T, d = x.shape
@@ -46,8 +46,8 @@ def one_view_to_the_final_shape(x: Tensor, n_head: int) -> Tensor:
 
 @wrong(
     "split_heads",
-    "The last axis is cut rightly, but the heads still stand behind the tokens: attention works on the last two axes, "
-    "which have to be the tokens and the columns of one head.",
+    "The last axis is split correctly, but the heads still come after the tokens: attention works on the last two "
+    "axes, which have to be the tokens and the columns of one head.",
 )
 def heads_not_moved(x: Tensor, n_head: int) -> Tensor:
     B, T, d = x.shape
@@ -56,8 +56,8 @@ def heads_not_moved(x: Tensor, n_head: int) -> Tensor:
 
 @wrong(
     "split_heads",
-    "A head has to get columns that lie side by side. Yours takes every n-th column: the order of the two new axes "
-    "decides which of them counts fast.",
+    "A head has to get adjacent columns. Yours gets every n-th column: the order of the two new axes decides which of "
+    "them varies fastest.",
 )
 def every_nth_column(x: Tensor, n_head: int) -> Tensor:
     B, T, d = x.shape
@@ -66,7 +66,7 @@ def every_nth_column(x: Tensor, n_head: int) -> Tensor:
 
 @wrong(
     "split_heads",
-    "You use the number of heads as the width of a head. n_head says how many pieces there are; their width follows.",
+    "You use the number of heads as the width of a head. n_head is the number of heads; their width follows from it.",
 )
 def width_and_number_swapped(x: Tensor, n_head: int) -> Tensor:
     B, T, d = x.shape
@@ -75,7 +75,7 @@ def width_and_number_swapped(x: Tensor, n_head: int) -> Tensor:
 
 @wrong(
     "split_heads",
-    "The heads stand in front of the batch. The texts of the batch come first, then the heads of each.",
+    "The heads come before the batch. The texts of the batch come first, then the heads of each text.",
 )
 def heads_before_the_batch(x: Tensor, n_head: int) -> Tensor:
     return torch.stack(x.chunk(n_head, dim=-1), dim=0)
@@ -83,7 +83,7 @@ def heads_before_the_batch(x: Tensor, n_head: int) -> Tensor:
 
 @wrong(
     "split_heads",
-    "In your result a head is (columns, tokens); the tokens come before the columns. Which two axes do you swap?",
+    "In your result each head is (columns, tokens); tokens should come before columns. Which two axes do you swap?",
 )
 def columns_before_tokens(x: Tensor, n_head: int) -> Tensor:
     B, T, d = x.shape
@@ -112,8 +112,8 @@ def _places(tokens: int, keys: int) -> tuple[Tensor, Tensor]:
 
 @wrong(
     "causal_mask",
-    "Off by one: your tokens do not see themselves. A token may look at itself and at all before it; the first token "
-    "would otherwise see nothing, and a softmax over nothing is not a number.",
+    "Off by one: your tokens do not see themselves. A token may attend to itself and to all tokens before it; "
+    "otherwise the first token would see nothing, and a softmax over nothing is NaN.",
 )
 def no_token_sees_itself(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     query, key = _places(tokens, keys)
@@ -122,15 +122,15 @@ def no_token_sees_itself(tokens: int, keys: int, device: torch.device | None = N
 
 @wrong(
     "causal_mask",
-    "Off by one: your tokens see the next token, which is what they have to predict. In training such a model gets a "
-    "wonderful loss and learns to copy.",
+    "Off by one: your tokens see the next token, which is what they have to predict. In training such a model reaches "
+    "a very low loss, because it learns to copy.",
 )
 def the_next_token_is_seen(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     query, key = _places(tokens, keys)
     return key <= query + 1
 
 
-@wrong("causal_mask", "True has to mean that a key may be seen. Your mask says what is forbidden.")
+@wrong("causal_mask", "True has to mean that a key may be seen. Your mask marks what is forbidden.")
 def true_where_forbidden(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     query, key = _places(tokens, keys)
     return key > query
@@ -147,29 +147,32 @@ def the_future_is_seen(tokens: int, keys: int, device: torch.device | None = Non
 
 @wrong(
     "causal_mask",
-    "Without a cache your mask is right. With one, your first query stands beside the first key: but the cached keys "
-    "come before all of the queries, and it is the last query that stands beside the last key.",
+    "Without a cache your mask is right. With one, you align the first query with the first key: but the cached keys "
+    "come before all of the queries, and it is the last query that aligns with the last key.",
 )
 def aligned_with_the_first_key(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     return torch.ones(tokens, keys, dtype=torch.bool).tril()
 
 
-@wrong("causal_mask", "Your mask allows everything: every token sees the whole text, the future included.")
+@wrong("causal_mask", "Your mask allows everything: every token sees the whole text, including the future.")
 def everything_is_seen(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     return torch.ones(tokens, keys, dtype=torch.bool)
 
 
 @wrong(
     "causal_mask",
-    "That is what is added to the scores later: zeros and minus infinities. Asked for are booleans, which say it in "
-    "the simplest way and can be put together with others.",
+    "That is what could be added to the scores later: zeros and minus infinities. Return booleans, which are simpler "
+    "and can be combined with other masks.",
 )
 def zeros_and_minus_infinity(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     query, key = _places(tokens, keys)
     return torch.zeros(tokens, keys).masked_fill(key > query, -math.inf)
 
 
-@wrong("causal_mask", "Your mask is square. There is a row for each query and a column for each key, cached ones too.")
+@wrong(
+    "causal_mask",
+    "Your mask is square. It needs a row for each query and a column for each key, including cached ones.",
+)
 def square_whatever_the_cache(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool).tril()
 
@@ -214,8 +217,8 @@ def a_large_negative_number_for_infinity(q: Tensor, k: Tensor, v: Tensor) -> Ten
 
 @wrong(
     "causal_attention",
-    "The scores are not scaled. A sum of many products grows with their number, and a softmax of large scores looks at "
-    "one key only.",
+    "The scores are not scaled. A sum of many products grows with their number, and a softmax of large scores puts "
+    "all its weight on one key.",
 )
 def not_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, 1.0, _seen(q, k))
@@ -223,7 +226,8 @@ def not_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @wrong(
     "causal_attention",
-    "You scale by the width of the whole model. A score is a product of two vectors of *one head*: how long are they?",
+    "You scale by the width of the whole model. A score is the product of two vectors of *one head*: how many entries "
+    "do they have?",
 )
 def scaled_by_the_width_of_the_model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, (q.shape[1] * q.shape[-1]) ** -0.5, _seen(q, k))
@@ -231,14 +235,14 @@ def scaled_by_the_width_of_the_model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @wrong(
     "causal_attention",
-    "You divide the scores by the width of a head itself. It is the spread of the scores that has to become 1, and the "
-    "spread of a sum does not grow as fast as the number of its terms.",
+    "You divide the scores by the width of a head itself. The standard deviation of the scores has to become 1, and "
+    "that of a sum does not grow as fast as the number of its terms.",
 )
 def divided_by_the_width_without_the_root(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, 1 / q.shape[-1], _seen(q, k))
 
 
-@wrong("causal_attention", "You multiply by the scale where you should divide: the scores become larger, not smaller.")
+@wrong("causal_attention", "You multiply where you should divide: the scores become larger, not smaller.")
 def multiplied_by_the_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, q.shape[-1] ** 0.5, _seen(q, k))
 
@@ -251,15 +255,15 @@ def softmax_over_the_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, q.shape[-1] ** -0.5, _seen(q, k), axis=-2)
 
 
-@wrong("causal_attention", "There is no mask: your tokens look into the future, at what they have to predict.")
+@wrong("causal_attention", "There is no mask: your tokens see the future, which they have to predict.")
 def no_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, q.shape[-1] ** -0.5, torch.ones_like(_seen(q, k)))
 
 
 @wrong(
     "causal_attention",
-    "Your mask sets the forbidden scores to 0. The exponential of 0 is 1, so those keys keep their share. Which score "
-    "has the exponential 0?",
+    "Your mask sets the forbidden scores to 0. The exponential of 0 is 1, so those keys keep a share. Which score has "
+    "the exponential 0?",
 )
 def forbidden_scores_become_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]) * _seen(q, k), dim=-1) @ v
@@ -267,7 +271,7 @@ def forbidden_scores_become_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @wrong(
     "causal_attention",
-    "You take the forbidden weights away after the softmax, and what is left does not sum to 1. Mask the scores.",
+    "You remove the forbidden weights after the softmax, and what is left does not sum to 1. Mask the scores instead.",
 )
 def masked_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) * _seen(q, k)) @ v
@@ -275,8 +279,8 @@ def masked_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @wrong(
     "causal_attention",
-    "Without a cache it is right. With one your first query is taken for the first token: but the cached keys come "
-    "before all of the queries.",
+    "Without a cache your answer is right. With one, you treat the first query as the first token: but the cached "
+    "keys come before all of the queries.",
 )
 def mask_aligned_with_the_first_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, q.shape[-1] ** -0.5, torch.ones_like(_seen(q, k)).tril())
@@ -284,7 +288,7 @@ def mask_aligned_with_the_first_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @wrong(
     "causal_attention",
-    "The mask is turned round: your tokens see only what comes after them.",
+    "The mask is the wrong way round: your tokens see only what comes after them.",
 )
 def mask_turned_round(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, q.shape[-1] ** -0.5, ~_seen(q, k))
@@ -313,29 +317,31 @@ def a_sigmoid_of_twice_the_argument(x: Tensor) -> Tensor:
 
 @wrong(
     "gelu",
-    "This is the exact GELU, with the normal distribution itself. GPT-2 was trained with its tanh approximation, and "
-    "the two differ in the fourth decimal: enough to change the logits of every layer above.",
+    "This is the exact GELU, defined by the normal distribution. GPT-2 was trained with its tanh approximation, and "
+    "the two differ in the fourth decimal: enough to change the logits.",
 )
 def the_exact_one(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-@wrong("gelu", "This is the sigmoid approximation, which is coarser. GPT-2's is the one with the tanh.")
+@wrong("gelu", "This is the sigmoid approximation, which is coarser. GPT-2 uses the one with the tanh.")
 def the_sigmoid_approximation(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-@wrong("gelu", "The factor in front is missing: for a large x the result should be x, yours is about twice as much.")
+@wrong(
+    "gelu", "The factor in front is missing: for a large x the result should be x, but yours is about twice as large."
+)
 def no_half(x: Tensor) -> Tensor:
     return x * (1 + torch.tanh(ROOT * (x + 0.044715 * x**3)))
 
 
-@wrong("gelu", "The cubic term is missing, or it does not reach the tanh: look at the brackets.")
+@wrong("gelu", "The cubic term is missing, or it is outside the tanh: check the parentheses.")
 def no_cube(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(ROOT * x))
 
 
-@wrong("gelu", "The cubic term has to stand inside the bracket that is multiplied by the root.")
+@wrong("gelu", "The cubic term has to be inside the parentheses that are multiplied by the square root.")
 def cube_outside_the_bracket(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(ROOT * x + 0.044715 * x**3))
 
@@ -345,20 +351,22 @@ def no_root(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(2 / math.pi * (x + 0.044715 * x**3)))
 
 
-@wrong("gelu", "That is the share of x that passes. It still has to be multiplied by x.")
+@wrong("gelu", "That is the fraction of x that passes. It still has to be multiplied by x.")
 def only_the_gate(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(ROOT * (x + 0.044715 * x**3)))
 
 
-@wrong("gelu", "You cut negative numbers off, like a ReLU. A GELU lets a little of them through: its curve is smooth.")
+@wrong(
+    "gelu", "You set negative numbers to zero, like a ReLU. A GELU lets a little of them through: its curve is smooth."
+)
 def a_relu(x: Tensor) -> Tensor:
     return torch.relu(x)
 
 
 @wrong(
     "gelu",
-    "For large numbers the exponential of your tanh overflows, and infinity divided by infinity is not a number. "
-    "PyTorch has a tanh that knows.",
+    "For large numbers the exponential of your tanh overflows, and infinity divided by infinity is NaN. PyTorch's own "
+    "tanh handles this.",
 )
 def a_tanh_that_overflows(x: Tensor) -> Tensor:
     z = ROOT * (x + 0.044715 * x**3)
@@ -396,7 +404,7 @@ def normalised_afterwards(x: Tensor, norm_1: Part, attention: Part, norm_2: Part
 
 @wrong(
     "transformer_block",
-    "The residual connections are missing: nothing of the stream comes through but what the parts make of it.",
+    "The residual connections are missing: the stream itself does not pass through the block.",
 )
 def no_residual(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
     return mlp(norm_2(attention(norm_1(x))))
@@ -415,8 +423,8 @@ def no_residual_around_the_mlp(x: Tensor, norm_1: Part, attention: Part, norm_2:
 
 @wrong(
     "transformer_block",
-    "Your MLP reads what the attention read. It should read what the attention has added to; only some other models "
-    "(GPT-J) let the two work side by side.",
+    "Your MLP reads what the attention read. It should read the stream after the attention has added to it; only some "
+    "other models (such as GPT-J) run the two in parallel.",
 )
 def side_by_side(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
     return x + attention(norm_1(x)) + mlp(norm_2(x))
@@ -424,7 +432,8 @@ def side_by_side(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Pa
 
 @wrong(
     "transformer_block",
-    "You add to the normalised stream. What is read is normalised, what is added to is not.",
+    "You add to the normalised stream. Each part reads the normalised stream, but its result is added to the stream "
+    "itself.",
 )
 def added_to_the_normalised(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
     x = norm_1(x)

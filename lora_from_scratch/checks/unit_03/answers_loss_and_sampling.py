@@ -1,4 +1,4 @@
-"""Unit 03, GPT-2, its loss and its texts: mistakes that people make, and other right ways."""
+"""Unit 03, GPT-2, loss and sampling: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -48,7 +48,7 @@ def text_by_text(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _mean(logits: Tensor, targets: Tensor) -> Tensor:
-    """The right mean over positions that are already side by side."""
+    """The correct mean over positions that are already aligned."""
     padded = torch.cat([torch.zeros_like(targets[:, :1]), targets], dim=1)
     return next_token_loss(torch.cat([logits, logits[:, :1]], dim=1), padded)
 
@@ -72,7 +72,8 @@ def shifted_twice(logits: Tensor, labels: Tensor) -> Tensor:
 
 @wrong(
     "next_token_loss",
-    "Shifted to the wrong side: your loss asks every position for the token *before* it, which the model has seen.",
+    "The labels are shifted the wrong way: your loss asks every position for the token *before* it, which the model "
+    "has already seen.",
 )
 def shifted_backwards(logits: Tensor, labels: Tensor) -> Tensor:
     return _mean(logits[:, 1:], labels[:, :-1])
@@ -80,7 +81,7 @@ def shifted_backwards(logits: Tensor, labels: Tensor) -> Tensor:
 
 @wrong(
     "next_token_loss",
-    "Labels of -100 count in your loss, as if they were a token. Padding and prompts are not to be learned.",
+    "Labels of -100 count in your loss, as if they were a token. Padding and prompts must not be learned.",
 )
 def padding_counts_as_token_0(logits: Tensor, labels: Tensor) -> Tensor:
     return _mean(logits[:, :-1], labels[:, 1:].clamp(min=0))
@@ -88,8 +89,8 @@ def padding_counts_as_token_0(logits: Tensor, labels: Tensor) -> Tensor:
 
 @wrong(
     "next_token_loss",
-    "Labels of -100 are left out of the sum, but not out of the number that it is divided by: a text with much padding "
-    "gets a small loss for nothing.",
+    "Labels of -100 are left out of the sum, but still counted in the denominator: a text with much padding gets a "
+    "loss that is too small.",
 )
 def divided_by_every_position(logits: Tensor, labels: Tensor) -> Tensor:
     targets = labels[:, 1:]
@@ -98,28 +99,28 @@ def divided_by_every_position(logits: Tensor, labels: Tensor) -> Tensor:
 
 @wrong(
     "next_token_loss",
-    "You divide by the number of all labels that count, the first of each text too. But nothing predicts the first "
-    "token: it is not in the sum.",
+    "You divide by the number of all labels that count, including the first of each text. But nothing predicts the "
+    "first token: it is not in the sum.",
 )
 def the_first_label_is_counted(logits: Tensor, labels: Tensor) -> Tensor:
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     return total / (labels != -100).sum().clamp(min=1)
 
 
-@wrong("next_token_loss", "Where no label counts your loss is 0 divided by 0. It should be 0, and train nothing.")
+@wrong("next_token_loss", "If no label counts, your loss is 0 divided by 0. It should be 0, with a gradient of zero.")
 def nan_where_nothing_counts(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-@wrong("next_token_loss", "This is the sum. The mean does not depend on how long the batch is.")
+@wrong("next_token_loss", "This is the sum. The mean does not grow with the number of tokens in the batch.")
 def the_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
 @wrong(
     "next_token_loss",
-    "You take the mean of each text, and then the mean of those: a label in a short text weighs more than one in a "
-    "long text. All labels that count weigh the same.",
+    "You take the mean for each text, and then the mean of those: a label in a short text counts more than one in a "
+    "long text. All labels that count must have the same weight.",
 )
 def a_mean_of_means(logits: Tensor, labels: Tensor) -> Tensor:
     rows = [next_token_loss(logits[row : row + 1], labels[row : row + 1]) for row in range(len(labels))]
@@ -128,7 +129,7 @@ def a_mean_of_means(logits: Tensor, labels: Tensor) -> Tensor:
 
 @wrong(
     "next_token_loss",
-    "`F.cross_entropy` wants logits: it takes the softmax itself. Yours is taken twice.",
+    "`F.cross_entropy` expects logits and applies the softmax itself. You apply it twice.",
 )
 def softmax_twice(logits: Tensor, labels: Tensor) -> Tensor:
     return next_token_loss(logits.softmax(dim=-1), labels)
@@ -136,7 +137,7 @@ def softmax_twice(logits: Tensor, labels: Tensor) -> Tensor:
 
 @wrong(
     "next_token_loss",
-    "The number is right, but no gradient flows through it, so that nothing could be trained: the loss has to stay a "
+    "The number is right, but no gradient flows through it, so nothing could be trained: the loss has to stay a "
     "tensor (no `.item()`, `float()` or `.detach()`).",
 )
 def no_gradient(logits: Tensor, labels: Tensor) -> float:
@@ -152,7 +153,7 @@ def _check_p(p: float) -> None:
 
 
 def _dropping(logits: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
-    """Drop, of the probabilities in falling order, those where `drop` is True."""
+    """Of the probabilities in descending order, drop those for which `drop` is True."""
     values, where = logits.sort(dim=-1, descending=True)
     dropped = drop(values.softmax(-1))
     return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, where, dropped), -math.inf)
@@ -186,8 +187,8 @@ def token_by_token_in_numpy(logits: Tensor, p: float) -> np.ndarray:
 
 @wrong(
     "filter_top_p",
-    "You keep one token too few: the one that reaches p belongs to those that stay. Where the likeliest token alone "
-    "reaches p, nothing is left of yours to draw from.",
+    "You keep one token too few: the one that reaches p is kept. If the most likely token alone reaches p, you leave "
+    "nothing to draw from.",
 )
 def one_too_few(logits: Tensor, p: float) -> Tensor:
     _check_p(p)
@@ -196,8 +197,8 @@ def one_too_few(logits: Tensor, p: float) -> Tensor:
 
 @wrong(
     "filter_top_p",
-    "You keep one token too few, but for the first, which you save: the token that reaches p belongs to those that "
-    "stay, whichever it is.",
+    "You keep one token too few, except that you always keep the first: the token that reaches p is kept, whichever "
+    "it is.",
 )
 def one_too_few_but_never_none(logits: Tensor, p: float) -> Tensor:
     _check_p(p)
@@ -210,7 +211,10 @@ def one_too_few_but_never_none(logits: Tensor, p: float) -> Tensor:
     return logits.clone() if p == 1 else _dropping(logits, drop)
 
 
-@wrong("filter_top_p", "You keep one token too many: when the tokens before it reach p together, a token has to go.")
+@wrong(
+    "filter_top_p",
+    "You keep one token too many: if the tokens before it already reach p together, a token has to be dropped.",
+)
 def one_too_many(logits: Tensor, p: float) -> Tensor:
     _check_p(p)
 
@@ -220,15 +224,17 @@ def one_too_many(logits: Tensor, p: float) -> Tensor:
     return _dropping(logits, drop)
 
 
-@wrong("filter_top_p", "A dropped token gets a logit of 0 from you, and 0 is a logit like any other: it can be drawn.")
+@wrong(
+    "filter_top_p", "You give dropped tokens a logit of 0, and 0 is a logit like any other: they can still be drawn."
+)
 def zero_for_minus_infinity(logits: Tensor, p: float) -> Tensor:
     return filter_top_p(logits, p).masked_fill(filter_top_p(logits, p) == -math.inf, 0.0)
 
 
 @wrong(
     "filter_top_p",
-    "What you drop is decided in the sorted order and then applied to tokens in their own order: the decision has to "
-    "be brought back to where each token stood.",
+    "You decide in the sorted order what to drop, but apply it to the tokens in their original order: map the "
+    "decision back to each token's position.",
 )
 def dropped_where_the_sorted_ones_stood(logits: Tensor, p: float) -> Tensor:
     _check_p(p)
@@ -236,12 +242,14 @@ def dropped_where_the_sorted_ones_stood(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probability.cumsum(-1) - probability >= p, -math.inf)
 
 
-@wrong("filter_top_p", "You return the logits in the order of their size: nobody knows any more which token is which.")
+@wrong("filter_top_p", "You return the logits sorted by size: it is no longer known which token is which.")
 def returned_in_sorted_order(logits: Tensor, p: float) -> Tensor:
     return filter_top_p(logits, p).sort(dim=-1, descending=True).values
 
 
-@wrong("filter_top_p", "You sort the wrong way: your filter begins with the least likely token, and keeps those.")
+@wrong(
+    "filter_top_p", "You sort the wrong way round: your filter starts from the least likely tokens, and keeps those."
+)
 def the_least_likely_first(logits: Tensor, p: float) -> Tensor:
     _check_p(p)
     values, where = logits.sort(dim=-1)
@@ -252,8 +260,8 @@ def the_least_likely_first(logits: Tensor, p: float) -> Tensor:
 
 @wrong(
     "filter_top_p",
-    "You keep the tokens whose own probability is at least p. It is the *sum* of the probabilities, from the likeliest "
-    "down, that is compared with p.",
+    "You keep the tokens whose own probability is at least p. It is the *sum* of the probabilities, from the most "
+    "likely down, that is compared with p.",
 )
 def each_probability_against_p(logits: Tensor, p: float) -> Tensor:
     _check_p(p)
@@ -265,7 +273,10 @@ def probabilities_returned(logits: Tensor, p: float) -> Tensor:
     return filter_top_p(logits, p).softmax(dim=-1)
 
 
-@wrong("filter_top_p", "A p outside its range is accepted. It cannot be meant, so it has to be refused with a reason.")
+@wrong(
+    "filter_top_p",
+    "You accept a p outside its range. Raise a ValueError instead, with a message that gives the reason.",
+)
 def anything_is_accepted(logits: Tensor, p: float) -> Tensor:
     return _dropping(logits, lambda probability: probability.cumsum(-1) - probability >= p)
 
@@ -314,7 +325,10 @@ def the_largest_after_gumbel_noise(logits, temperature=1.0, top_k=None, top_p=No
     return (_filtered(logits / temperature, top_k, top_p) + noise).argmax()
 
 
-@wrong("sample_next_token", "You multiply by the temperature: a low one should make the likely tokens likelier still.")
+@wrong(
+    "sample_next_token",
+    "You multiply by the temperature: a low temperature should make likely tokens even more likely.",
+)
 def multiplied_by_temperature(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     _checked(temperature)
     if temperature == 0:
@@ -322,7 +336,7 @@ def multiplied_by_temperature(logits, temperature=1.0, top_k=None, top_p=None, g
     return _multinomial(_filtered(logits * temperature, top_k, top_p), generator)
 
 
-@wrong("sample_next_token", "The temperature does nothing in your code, but for 0.")
+@wrong("sample_next_token", "The temperature has no effect in your code, except for 0.")
 def no_temperature(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     _checked(temperature)
     if temperature == 0:
@@ -332,7 +346,7 @@ def no_temperature(logits, temperature=1.0, top_k=None, top_p=None, generator=No
 
 @wrong(
     "sample_next_token",
-    "You filter before the temperature has done its work. The probabilities that top-p sums up are those after it.",
+    "You filter before applying the temperature. Top-p adds up the probabilities after it has been applied.",
 )
 def filtered_before_the_temperature(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     _checked(temperature)
@@ -341,13 +355,15 @@ def filtered_before_the_temperature(logits, temperature=1.0, top_k=None, top_p=N
     return _multinomial(_filtered(logits, top_k, top_p) / temperature, generator)
 
 
-@wrong("sample_next_token", "You always take the most likely token: nothing is drawn.")
+@wrong("sample_next_token", "You always take the most likely token: nothing is sampled.")
 def always_the_likeliest(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     _checked(temperature)
     return int(logits.argmax())
 
 
-@wrong("sample_next_token", "Your filters come in the wrong order: top-k goes first, top-p works on what it leaves.")
+@wrong(
+    "sample_next_token", "Your filters are in the wrong order: top-k comes first, and top-p works on what it leaves."
+)
 def p_before_k(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_p is not None and temperature > 0:
         logits = filter_top_p(logits / temperature, top_p) * temperature
@@ -364,7 +380,10 @@ def top_k_forgotten(logits, temperature=1.0, top_k=None, top_p=None, generator=N
     return sample_next_token(logits, temperature, None, top_p, generator)
 
 
-@wrong("sample_next_token", "You draw all tokens that the filters leave alike. The likely ones should come more often.")
+@wrong(
+    "sample_next_token",
+    "You draw all tokens that the filters leave with equal probability. Likely ones should come up more often.",
+)
 def all_that_are_left_alike(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     _checked(temperature)
     if temperature == 0:
@@ -375,19 +394,19 @@ def all_that_are_left_alike(logits, temperature=1.0, top_k=None, top_p=None, gen
 
 @wrong(
     "sample_next_token",
-    "Your draw does not use the generator: what it gives cannot be repeated, and the same seed gives other texts.",
+    "Your draw does not use the generator: its results cannot be reproduced, and the same seed gives different texts.",
 )
 def another_source_of_randomness(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return sample_next_token(logits, temperature, top_k, top_p, None)
 
 
-@wrong("sample_next_token", "At temperature 0 you divide by 0. There the most likely token is taken.")
+@wrong("sample_next_token", "At temperature 0 you divide by 0. Take the most likely token in that case.")
 def divided_by_zero(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     _checked(temperature)
     return _multinomial(_filtered(logits / temperature, top_k, top_p), generator)
 
 
-@wrong("sample_next_token", "A temperature below 0 is accepted: it would make the least likely token the likeliest.")
+@wrong("sample_next_token", "You accept a temperature below 0: it would make the least likely token the most likely.")
 def a_temperature_below_zero_is_accepted(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if temperature == 0:
         return int(logits.argmax())

@@ -1,4 +1,4 @@
-"""Unit 03, GPT-2: what is checked."""
+"""Unit 03, GPT-2: its exercises, their cases and hints, and its predictions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_from_scratch.gpt2.model import (
 )
 
 TITLE = "GPT-2"
-DRAWS = 24  # how often a token is drawn: enough to see every token that comes half of the time or nearly
+DRAWS = 24  # how often a token is drawn: enough to see every token whose probability is near one half
 
 # --- Attention ---------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ def block_cases(draw: Draw) -> Iterator[Case]:
 def run_block(
     answer: Callable[..., Any], x: Tensor, norm_1: Tensor, attention: Tensor, norm_2: Tensor, mlp: Tensor
 ) -> Any:
-    """The block on parts that are made of plain data: each norm has a weight and a bias, attention looks back."""
+    """Run the block on parts built from plain data: norms with a weight and a bias, attention as a causal mean."""
 
     def norm(values: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda h: F.layer_norm(h, h.shape[-1:], values[0], values[1])
@@ -114,7 +114,7 @@ def loss_cases(draw: Draw) -> Iterator[Case]:
 
 
 def run_loss(answer: Callable[..., Any], logits: Tensor, labels: Tensor) -> Any:
-    """The loss, and the gradient that training would get (None: no gradient can flow)."""
+    """The loss, and the gradient that training would use (None if no gradient can flow)."""
     logits.requires_grad_(True)
     loss = answer(logits, labels)
     flows = isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1
@@ -165,7 +165,7 @@ def sampling_cases(draw: Draw) -> Iterator[Case]:
 
 
 def draw_often(answer: Callable[..., Any], logits: Tensor, seed: int, **options: Any) -> Any:
-    """Which tokens come at all, and whether the same generator gives the same ones again."""
+    """Which tokens are drawn at all, and whether the same seed gives the same tokens again."""
 
     def drawn() -> list[int]:
         generator = torch.Generator().manual_seed(seed)
@@ -186,9 +186,9 @@ EXERCISES = [
         minutes=6,
         points=2,
         hints=(
-            "Two steps: first give the last axis two axes (which head, which column of it), then move one axis.",
-            "A `view` never moves a number, it only counts differently. In which order does the last axis count: "
-            "heads outside and columns inside, or the other way round?",
+            "Two steps: first split the last axis into two (which head, and which of its columns), then move one axis.",
+            "A `view` never moves a number, it only indexes the numbers differently. In which order is the last axis "
+            "split: heads outside and columns inside, or the other way round?",
             "`view` to four axes with the tokens still in second place, and `transpose` to swap tokens and heads.",
         ),
         cases=heads_cases,
@@ -200,9 +200,9 @@ EXERCISES = [
         minutes=8,
         points=3,
         hints=(
-            "Number all the tokens, cached ones included. Which number does the first query have, which the last?",
+            "Number all the tokens, including cached ones. Which number does the first query have, and which the last?",
             "Keys are numbered from 0 to S - 1, queries from S - T to S - 1. Compare every query with every key.",
-            "Two `torch.arange`, one as a column (`[:, None]`), one as a row (`[None, :]`): a comparison of the two "
+            "Compare two `torch.arange`, one as a column (`[:, None]`) and one as a row (`[None, :]`): broadcasting "
             "gives the matrix.",
         ),
         cases=mask_cases,
@@ -214,11 +214,12 @@ EXERCISES = [
         minutes=12,
         points=4,
         hints=(
-            "Four steps: scores of every query with every key, the scale, the mask, the weighted mean of the values.",
-            "For the scores the last two axes of `k` have to be swapped. `masked_fill` puts minus infinity where the "
-            "mask does not allow a key, before the softmax.",
-            "The scale is of one head, so it is read from the last axis of `q`. The softmax runs over the keys, which "
-            "are the last axis of the scores.",
+            "Four steps: the scores of every query with every key, the scale, the mask, the weighted mean of the "
+            "values.",
+            "For the scores the last two axes of `k` have to be swapped. Before the softmax, `masked_fill` puts minus "
+            "infinity wherever the mask does not allow a key.",
+            "The scale depends on the width of one head, which is the size of the last axis of `q`. The softmax runs "
+            "over the keys, which are the last axis of the scores.",
         ),
         cases=attention_cases,
     ),
@@ -229,9 +230,9 @@ EXERCISES = [
         minutes=4,
         points=1,
         hints=(
-            "The docstring's formula is written as it is: `x` may have any shape, every operation works on each entry.",
+            "Write the docstring's formula as it is: `x` may have any shape, because every operation is elementwise.",
             "`torch.tanh` takes a tensor, `math.sqrt` a number.",
-            "Mind the brackets: the cube stands inside the tanh, and the root is over 2 / pi only.",
+            "Mind the parentheses: the cube is inside the tanh, and the square root is of 2 / pi only.",
         ),
         cases=gelu_cases,
         tolerance=2e-5,
@@ -243,9 +244,9 @@ EXERCISES = [
         minutes=5,
         points=2,
         hints=(
-            "Draw it: one line from left to right, and two detours that come back to it with a plus.",
+            "Draw it: one straight line from left to right, and two detours that are added back to it.",
             "On each detour the normalisation comes first. The straight line has none.",
-            "Two lines of code. The second uses the result of the first, in both places.",
+            "Two lines of code are enough. The second uses the result of the first in both places.",
         ),
         cases=block_cases,
         probe=run_block,
@@ -257,11 +258,11 @@ EXERCISES = [
         minutes=10,
         points=3,
         hints=(
-            "Which logits have a label to be compared with? What is predicted at the last position, and who could "
+            "Which logits have a label to be compared with? What is predicted at the last position, and what could "
             "predict the first token?",
-            "Leave out the last position of the logits and the first of the labels. Then both have T - 1 positions.",
-            "`F.cross_entropy(..., ignore_index=-100, reduction='sum')` wants (N, V) and (N,). Divide by how many "
-            "labels count, and take care that this is never a division by 0.",
+            "Drop the last position of the logits and the first of the labels. Then both have T - 1 positions.",
+            "`F.cross_entropy(..., ignore_index=-100, reduction='sum')` expects (N, V) and (N,). Divide by the number "
+            "of labels that count, and make sure that you never divide by 0.",
         ),
         cases=loss_cases,
         probe=run_loss,
@@ -273,10 +274,10 @@ EXERCISES = [
         minutes=12,
         points=3,
         hints=(
-            "Sort, decide in the sorted order, and bring the decision back to where the tokens stood.",
-            "Whether a token stays depends on the sum of the probabilities *before* it, without its own.",
-            "`sort(descending=True)` gives values and where they came from; `cumsum(dim=-1)` minus the probability is "
-            "the sum before; `scatter(-1, where_from, ...)` brings the decision back.",
+            "Sort, decide in the sorted order, and map the decision back to the tokens' original positions.",
+            "Whether a token is kept depends on the sum of the probabilities *before* it, excluding its own.",
+            "`sort(descending=True)` gives the values and where they came from; `cumsum(dim=-1)` minus the "
+            "probability is the sum before it; `scatter(-1, where_from, ...)` maps the decision back.",
         ),
         cases=top_p_cases,
     ),
@@ -287,8 +288,8 @@ EXERCISES = [
         minutes=8,
         points=3,
         hints=(
-            "The docstring's order: temperature, top-k, top-p, softmax, draw. Temperature 0 is a case of its own.",
-            "`filter_top_k` and `filter_top_p` take logits and return logits, so that one can follow the other.",
+            "Follow the docstring's order: temperature, top-k, top-p, softmax, draw. Handle temperature 0 separately.",
+            "`filter_top_k` and `filter_top_p` take logits and return logits, so they can be chained.",
             "`torch.multinomial(probabilities, 1, generator=generator)` draws one index; `int(...)` makes it a number.",
         ),
         cases=sampling_cases,
@@ -301,18 +302,19 @@ PREDICTIONS = [
         "where_is_the_key",
         question=(
             "`c_attn` turns the 256 numbers of a token into 768: a query, a key and a value for each of 8 heads, "
-            "32 numbers each. Which of the 768 columns make the *key of head 0*?"
+            "32 numbers each. Which of the 768 columns contain the *key of head 0*?"
         ),
         choices={
             "a": "columns 32 to 63: head 0 has the first 96 columns, its query, its key, its value",
             "b": "columns 256 to 287: all queries come first, then all keys, then all values",
-            "c": "columns 1, 25, 49, ...: every 24th, head by head and kind by kind in turn",
+            "c": "columns 1, 25, 49, ...: every 24th, with heads and kinds interleaved",
         },
         answer="b",
         explanation=(
-            "The three are fused side by side, [q | k | v], and only then cut into heads. Other models with one fused "
-            "matrix (GPT-NeoX, BLOOM) lie head by head, so a tensor's shape does not say which it is: only the model's "
-            "output does. Whoever adapts only the queries and values of a GPT-2 has to cut at 256 and 512."
+            "The three are fused side by side, [q | k | v], and only then split into heads. Other models with one "
+            "fused matrix (GPT-NeoX, BLOOM) store it head by head, so the tensor's shape does not tell you which "
+            "layout it has: only the model's output does. To adapt only the queries and values of this model you have "
+            "to split at columns 256 and 512."
         ),
         idea="attention",
     ),
@@ -321,13 +323,14 @@ PREDICTIONS = [
         question=(
             "A prompt of 16 tokens is continued by 64 tokens. Without a cache the model reads the whole text again for "
             "every new token; with a cache it reads the prompt once and then one token at a time. How many times as "
-            "many tokens go through the model without the cache? (Right within a quarter.)"
+            "many tokens go through the model without the cache? (Any guess within a quarter of the answer counts.)"
         ),
         answer=38.5,
         within=1.25,
         explanation=(
-            "Without: 16 + 17 + ... + 79 = 3,040 tokens. With: 16 for the prompt, then 63 more (nobody reads the last "
-            "new token) = 79. That is a factor of 38.5, and it grows with the length: a sum of n numbers against n."
+            "Without: 16 + 17 + ... + 79 = 3,040 tokens. With: 16 for the prompt, then 63 more (the last new token is "
+            "never read) = 79. That is a factor of 38.5, and it grows with the length: the former grows quadratically, "
+            "the latter linearly."
         ),
         idea="generation",
     ),

@@ -1,4 +1,4 @@
-"""Unit 04, full fine-tuning: mistakes that people make, and other right ways."""
+"""Unit 04, full fine-tuning: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 

@@ -1,4 +1,4 @@
-"""Unit 06, the prefix of all layers and what makes it: mistakes that people make, and other right ways."""
+"""Unit 06, the prefix of all layers and what makes it: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 

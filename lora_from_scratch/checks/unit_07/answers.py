@@ -1,4 +1,4 @@
-"""Unit 07, adapters: mistakes that people make, and other right ways."""
+"""Unit 07, adapters: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 

@@ -42,8 +42,8 @@ def by_splitting_the_name(model: nn.Module) -> dict:
 
 @wrong(
     "select_biases",
-    "You ask whether the letters `bias` are anywhere in the name. A module may be called `bias_of`, and its weights "
-    "are no biases.",
+    "You check whether `bias` occurs anywhere in the name. A module may be called `bias_of`, and its weights are not "
+    "biases.",
 )
 def anywhere_in_the_name(model: nn.Module) -> dict:
     return {name: p for name, p in model.named_parameters() if "bias" in name}
@@ -51,7 +51,7 @@ def anywhere_in_the_name(model: nn.Module) -> dict:
 
 @wrong(
     "select_biases",
-    "You ask whether the name ends in `bias`. A parameter called `debias` is none.",
+    "You check whether the name ends in `bias`. A parameter called `debias` is not a bias.",
 )
 def ends_with_the_letters(model: nn.Module) -> dict:
     return {name: p for name, p in model.named_parameters() if name.endswith("bias")}
@@ -59,7 +59,7 @@ def ends_with_the_letters(model: nn.Module) -> dict:
 
 @wrong(
     "select_biases",
-    "A bias of the model itself is missing: its full name has no dot in it.",
+    "A bias of the model itself is missing: its full name has no dot.",
 )
 def only_behind_a_dot(model: nn.Module) -> dict:
     return {name: p for name, p in model.named_parameters() if name.endswith(".bias")}
@@ -67,7 +67,7 @@ def only_behind_a_dot(model: nn.Module) -> dict:
 
 @wrong(
     "select_biases",
-    "You take whatever has one axis. The scales of a LayerNorm have one as well, and are no biases.",
+    "You select every parameter with one axis. The scales of a LayerNorm have one axis too, but they are not biases.",
 )
 def every_vector(model: nn.Module) -> dict:
     return {name: p for name, p in model.named_parameters() if p.ndim == 1}
@@ -89,7 +89,7 @@ def without_the_norms(model: nn.Module) -> dict:
 
 @wrong(
     "select_biases",
-    "In your result are copies. Whoever trains them trains something that the model does not know of.",
+    "Your result contains copies. Training a copy does not change the model.",
 )
 def copies(model: nn.Module) -> dict:
     return {n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
@@ -97,8 +97,8 @@ def copies(model: nn.Module) -> dict:
 
 @wrong(
     "select_biases",
-    "You find the biases that are trained at the moment. A frozen bias is one as well: whoever calls this is about to "
-    "open it.",
+    "You select only the biases that are trained at the moment. A frozen bias is a bias too: the caller is about to "
+    "unfreeze it.",
 )
 def only_what_is_trained(model: nn.Module) -> dict:
     return {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias" and p.requires_grad}
@@ -106,7 +106,7 @@ def only_what_is_trained(model: nn.Module) -> dict:
 
 @wrong(
     "select_biases",
-    "You freeze and open parameters on the way. Here they are only chosen; what is trained is decided by the caller.",
+    "You freeze and unfreeze parameters along the way. This function only selects; the caller decides what is trained.",
 )
 def freezes_the_rest(model: nn.Module) -> dict:
     for name, p in model.named_parameters():
@@ -114,7 +114,9 @@ def freezes_the_rest(model: nn.Module) -> dict:
     return {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
 
 
-@wrong("select_biases", "Your names are cut: the same short name stands for many biases, and all but one are lost.")
+@wrong(
+    "select_biases", "Your names are truncated: the same short name stands for many biases, and all but one are lost."
+)
 def short_names(model: nn.Module) -> dict:
     return {".".join(n.split(".")[-2:]): p for n, p in model.named_parameters() if n.split(".")[-1] == "bias"}
 
@@ -155,13 +157,13 @@ class part_by_part(QueryBias):
         return torch.cat([q - self.base.bias[: len(self.bias_q)] + self.bias_q, kv], dim=-1)
 
 
-@wrong("QueryBias", "You put the learned part in the place of the values. What is learned is the bias of the queries.")
+@wrong("QueryBias", "You put the learned part where the values' bias belongs. What is learned is the queries' bias.")
 class at_the_end(QueryBias):
     def bias(self) -> Tensor:
         return torch.cat([self.base.bias[: -len(self.bias_q)], self.bias_q])
 
 
-@wrong("QueryBias", "You put the learned part in the place of the keys. What is learned is the bias of the queries.")
+@wrong("QueryBias", "You put the learned part where the keys' bias belongs. What is learned is the queries' bias.")
 class in_the_middle(QueryBias):
     def bias(self) -> Tensor:
         q, _, v = self.base.bias.chunk(3)
@@ -170,7 +172,7 @@ class in_the_middle(QueryBias):
 
 @wrong(
     "QueryBias",
-    "The parts of k and v are zeros in your bias. They stay what they were in the base.",
+    "In your bias the parts of k and v are zeros. They must stay as they are in the base.",
 )
 class zeros_for_keys_and_values(QueryBias):
     def bias(self) -> Tensor:
@@ -179,8 +181,8 @@ class zeros_for_keys_and_values(QueryBias):
 
 @wrong(
     "QueryBias",
-    "You add what is learned to the bias that was there. `bias_q` begins as a copy of it: then the old bias counts "
-    "twice.",
+    "You add the learned part to the bias that is already there. `bias_q` starts as a copy of it, so the old bias "
+    "counts twice.",
 )
 class added_on_top(QueryBias):
     def bias(self) -> Tensor:
@@ -189,7 +191,7 @@ class added_on_top(QueryBias):
 
 @wrong(
     "QueryBias",
-    "The bias is added twice in `forward`: once by the base, and once more by you.",
+    "`forward` adds the bias twice: once in the base, and once more afterwards.",
 )
 class the_bias_twice(QueryBias):
     def forward(self, x: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ class the_bias_twice(QueryBias):
 
 @wrong(
     "QueryBias",
-    "No gradient reaches `bias_q`, and it is all that this layer learns. Where does it leave the graph?",
+    "No gradient reaches `bias_q`, the only parameter that this layer trains. Where does it leave the graph?",
 )
 class outside_the_graph(QueryBias):
     def bias(self) -> Tensor:
@@ -207,7 +209,7 @@ class outside_the_graph(QueryBias):
 
 @wrong(
     "QueryBias",
-    "`forward` writes the learned part into the base's own bias. The base has to stay as it is until somebody merges.",
+    "`forward` writes the learned part into the base's own bias. The base must not change until `merge` is called.",
 )
 class writes_into_the_base(QueryBias):
     def forward(self, x: Tensor) -> Tensor:
@@ -217,8 +219,8 @@ class writes_into_the_base(QueryBias):
 
 @wrong(
     "QueryBias",
-    "After a second `merge` the numbers that you have kept are the merged ones: the old ones are gone for good. A "
-    "layer that is merged already has nothing to do.",
+    "A second `merge` saves the merged values as if they were the original ones, which are then lost. If the layer is "
+    "already merged, `merge` has nothing to do.",
 )
 class merges_twice(QueryBias):
     @torch.no_grad()
@@ -228,8 +230,8 @@ class merges_twice(QueryBias):
 
 @wrong(
     "QueryBias",
-    "What you keep in `merge` is the same memory that you then write into: it changes along. Keep a copy, or put in "
-    "another tensor.",
+    "`merge` saves a reference to the same memory that it then writes into, so the saved values change too. Save a "
+    "copy, or assign a new tensor.",
 )
 class keeps_no_copy(QueryBias):
     @torch.no_grad()
@@ -241,7 +243,8 @@ class keeps_no_copy(QueryBias):
 
 @wrong(
     "QueryBias",
-    "`merge` puts a new parameter into the base. It has to stay the same one: others may hold it.",
+    "`merge` puts a new parameter into the base. It must remain the same parameter object, because others may hold a "
+    "reference to it.",
 )
 class a_new_parameter(QueryBias):
     @torch.no_grad()
@@ -253,7 +256,8 @@ class a_new_parameter(QueryBias):
 
 @wrong(
     "QueryBias",
-    "`unmerge` gives the base its bias back but still says that it is merged: `_unmerged` is None when it is not.",
+    "`unmerge` restores the base's bias, but the layer still counts as merged: `_unmerged` must be None when it is "
+    "not.",
 )
 class still_says_merged(QueryBias):
     @torch.no_grad()
@@ -262,7 +266,7 @@ class still_says_merged(QueryBias):
             self.base.bias.data = self._unmerged
 
 
-@wrong("QueryBias", "`merge` keeps the old bias and changes nothing: the base alone still computes what it did before.")
+@wrong("QueryBias", "`merge` saves the old bias but changes nothing: the base alone still computes what it did before.")
 class merges_nothing(QueryBias):
     @torch.no_grad()
     def merge(self) -> None:
@@ -298,8 +302,8 @@ def dealt_out_one_by_one(n_layer, frozen_layers, bias_layers) -> tuple:
 
 @wrong(
     "stratify",
-    "You count from the output: in yours the last layers are frozen. What is near the input serves every "
-    "task, and stays.",
+    "You count from the output: your last layers are frozen. The layers near the input are the ones that serve every "
+    "task, and stay frozen.",
 )
 def from_the_output(n_layer, frozen_layers, bias_layers) -> tuple:
     allowed(n_layer, frozen_layers, bias_layers)
@@ -309,34 +313,35 @@ def from_the_output(n_layer, frozen_layers, bias_layers) -> tuple:
 
 @wrong(
     "stratify",
-    "Your second group ends at layer number `bias_layers`. That is how many layers it has, not where it ends.",
+    "Your second group ends at layer number `bias_layers`. That is the number of layers in the group, not the index of "
+    "its end.",
 )
 def a_number_taken_for_a_place(n_layer, frozen_layers, bias_layers) -> tuple:
     allowed(n_layer, frozen_layers, bias_layers)
     return range(frozen_layers), range(frozen_layers, bias_layers), range(bias_layers, n_layer)
 
 
-@wrong("stratify", "Your layers are counted from 1. The blocks of the model are `h[0]`, `h[1]`, ...")
+@wrong("stratify", "You number the layers from 1. The blocks of the model are `h[0]`, `h[1]`, ...")
 def counted_from_one(n_layer, frozen_layers, bias_layers) -> tuple:
     allowed(n_layer, frozen_layers, bias_layers)
     end = frozen_layers + bias_layers
     return range(1, frozen_layers + 1), range(frozen_layers + 1, end + 1), range(end + 1, n_layer + 1)
 
 
-@wrong("stratify", "Your groups overlap: a layer belongs to one of them only.")
+@wrong("stratify", "Your groups overlap: each layer belongs to exactly one of them.")
 def overlapping(n_layer, frozen_layers, bias_layers) -> tuple:
     allowed(n_layer, frozen_layers, bias_layers)
     end = frozen_layers + bias_layers
     return range(frozen_layers + 1), range(frozen_layers, end + 1), range(end, n_layer)
 
 
-@wrong("stratify", "You return how many layers each group has. Which layers are they?")
+@wrong("stratify", "You return how many layers each group has. Return which layers they are.")
 def sizes_only(n_layer, frozen_layers, bias_layers) -> tuple:
     allowed(n_layer, frozen_layers, bias_layers)
     return frozen_layers, bias_layers, n_layer - frozen_layers - bias_layers
 
 
-@wrong("stratify", "The last layer is missing from the third group: the end of a range is not in it.")
+@wrong("stratify", "The last layer is missing from the third group: a range excludes its end.")
 def without_the_last_layer(n_layer, frozen_layers, bias_layers) -> tuple:
     allowed(n_layer, frozen_layers, bias_layers)
     end = frozen_layers + bias_layers
@@ -352,8 +357,7 @@ def the_first_two_swapped(n_layer, frozen_layers, bias_layers) -> tuple:
 
 @wrong(
     "stratify",
-    "A plan that leaves no layer for the third group is accepted, and so is a negative number. Both have to be "
-    "refused.",
+    "You accept a plan that leaves no layer for the third group, and negative numbers. Both must raise a ValueError.",
 )
 def anything_goes(n_layer, frozen_layers, bias_layers) -> tuple:
     end = frozen_layers + bias_layers
@@ -362,7 +366,7 @@ def anything_goes(n_layer, frozen_layers, bias_layers) -> tuple:
 
 @wrong(
     "stratify",
-    "A plan that leaves exactly no layer for the third group is accepted. At least one has to be left.",
+    "You accept a plan that leaves no layer at all for the third group. At least one has to be left.",
 )
 def an_empty_third_group(n_layer, frozen_layers, bias_layers) -> tuple:
     if min(frozen_layers, bias_layers) < 0 or frozen_layers + bias_layers > n_layer:

@@ -17,7 +17,7 @@ from lora_from_scratch.gpt2.model import next_token_loss
 
 
 def measured(model) -> dict:
-    """What is measured; refuses what has to be refused but for missing batches."""
+    """The parameters to measure; raises for everything invalid except missing batches."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found or any(not p.any() for p in found.values()):
         raise ValueError("there is nothing to measure, or a tensor of zeros")
@@ -75,8 +75,8 @@ def with_its_own_cross_entropy(model, batches) -> dict:
 
 @wrong(
     "relative_gradient_norms",
-    "You take the quotient of every single entry and average those. One entry near zero then decides about its whole "
-    "tensor. Both norms are of the whole tensor.",
+    "You compute the quotient for every single entry and average those. One entry near zero then dominates its whole "
+    "tensor. Both norms are norms of the whole tensor.",
 )
 def entry_by_entry(model, batches) -> dict:
     return averaged(model, batches, lambda g, p: (g.abs() / p.abs()).mean())
@@ -84,7 +84,7 @@ def entry_by_entry(model, batches) -> dict:
 
 @wrong(
     "relative_gradient_norms",
-    "You do not divide by the size of the tensor: that is a gradient norm, and not a relative one.",
+    "You do not divide by the norm of the tensor: that is a gradient norm, not a relative one.",
 )
 def not_relative(model, batches) -> dict:
     return averaged(model, batches, lambda g, p: g.norm())
@@ -95,14 +95,14 @@ def upside_down(model, batches) -> dict:
     return averaged(model, batches, lambda g, p: p.norm() / g.norm() if g.any() else torch.tensor(0.0))
 
 
-@wrong("relative_gradient_norms", "You take squares of norms: the root is missing.")
+@wrong("relative_gradient_norms", "You use squared norms: the square root is missing.")
 def squared(model, batches) -> dict:
     return averaged(model, batches, lambda g, p: g.square().sum() / p.square().sum())
 
 
 @wrong(
     "relative_gradient_norms",
-    "You add up the batches and do not divide by their number: twice as many batches would give twice the norm.",
+    "You add up the batches without dividing by their number: twice as many batches would give twice the norm.",
 )
 def the_sum_over_batches(model, batches) -> dict:
     found, sums, count = measured(model), None, 0
@@ -117,7 +117,7 @@ def the_sum_over_batches(model, batches) -> dict:
 @wrong(
     "relative_gradient_norms",
     "You average the gradients over the batches and take the norm afterwards. Gradients of opposite sign then cancel; "
-    "each batch has a quotient of its own.",
+    "compute a quotient for each batch.",
 )
 def the_norm_of_the_mean(model, batches) -> dict:
     found, rows = measured(model), []
@@ -131,8 +131,8 @@ def the_norm_of_the_mean(model, batches) -> dict:
 
 @wrong(
     "relative_gradient_norms",
-    "The gradients pile up: from the second batch on you measure the sum of all so far. And they are still there "
-    "afterwards, for whoever trains next.",
+    "The gradients accumulate: from the second batch on, you measure the sum of all gradients so far. They also remain "
+    "in `.grad` for the next training step.",
 )
 def gradients_pile_up(model, batches) -> dict:
     found, sums, count = measured(model), None, 0
@@ -147,7 +147,7 @@ def gradients_pile_up(model, batches) -> dict:
     return {name: value / count for name, value in sums.items()}
 
 
-@wrong("relative_gradient_norms", "Only the last batch counts in your result: the others are overwritten.")
+@wrong("relative_gradient_norms", "Only the last batch counts in your result: it overwrites the others.")
 def the_last_batch_only(model, batches) -> dict:
     found, last = measured(model), None
     for batch in batches:
@@ -159,7 +159,7 @@ def the_last_batch_only(model, batches) -> dict:
 
 @wrong(
     "relative_gradient_norms",
-    "The mask is left out: the model then reads padding as text.",
+    "You do not pass the mask on: the model then treats padding as text.",
 )
 def without_the_mask(model, batches) -> dict:
     return averaged(model, ((ids, labels, None) for ids, labels, _ in batches), lambda g, p: g.norm() / p.norm())
@@ -167,7 +167,8 @@ def without_the_mask(model, batches) -> dict:
 
 @wrong(
     "relative_gradient_norms",
-    "A frozen tensor is in your result, with 0. It is not measured: 0 would say that the task does not pull at it.",
+    "Your result contains a frozen tensor, with value 0. It is not measured: 0 would mean that the task does not pull "
+    "at it.",
 )
 def frozen_ones_with_zero(model, batches) -> dict:
     norms = averaged(model, batches, lambda g, p: g.norm() / p.norm())
@@ -176,7 +177,7 @@ def frozen_ones_with_zero(model, batches) -> dict:
 
 @wrong(
     "relative_gradient_norms",
-    "A tensor that the loss does not depend on is missing from your result. It has a gradient: 0.",
+    "A tensor that the loss does not depend on is missing from your result. Its gradient is 0.",
 )
 def unused_ones_left_out(model, batches) -> dict:
     norms = averaged(model, batches, lambda g, p: g.norm() / p.norm())
@@ -185,7 +186,7 @@ def unused_ones_left_out(model, batches) -> dict:
 
 @wrong(
     "relative_gradient_norms",
-    "A tensor of zeros gets a number. Nothing is large or small beside zero: that has to be refused.",
+    "You return a number for a tensor of zeros. A relative size is undefined there: raise a ValueError.",
 )
 def a_little_is_added_below(model, batches) -> dict:
     found, rows = {n: p for n, p in model.named_parameters() if p.requires_grad}, []
@@ -222,13 +223,13 @@ def by_sorting(norms) -> dict:
     return {name: float(norms[name]) / largest for name in reversed(list(norms))}
 
 
-@wrong("auto_rgn_weights", "You divide by the sum: then no tensor gets the whole learning rate.")
+@wrong("auto_rgn_weights", "You divide by the sum: then no tensor gets the full learning rate.")
 def shares_of_the_sum(norms) -> dict:
     in_order(norms)
     return {name: norm / sum(norms.values()) for name, norm in norms.items()}
 
 
-@wrong("auto_rgn_weights", "You divide by the mean: some tensors get more than the learning rate that was asked for.")
+@wrong("auto_rgn_weights", "You divide by the mean: some tensors get more than the requested learning rate.")
 def beside_the_mean(norms) -> dict:
     in_order(norms)
     return {name: norm * len(norms) / sum(norms.values()) for name, norm in norms.items()}
@@ -236,7 +237,7 @@ def beside_the_mean(norms) -> dict:
 
 @wrong(
     "auto_rgn_weights",
-    "You stretch the norms so that the smallest becomes 0: that tensor would not be trained at all, though the task "
+    "You rescale the norms so that the smallest becomes 0: that tensor would not be trained at all, although the task "
     "pulls at it.",
 )
 def stretched_from_the_smallest(norms) -> dict:
@@ -245,7 +246,10 @@ def stretched_from_the_smallest(norms) -> dict:
     return {name: (norm - low) / (high - low) if high > low else 1.0 for name, norm in norms.items()}
 
 
-@wrong("auto_rgn_weights", "You divide the smallest norm by each: the tensors with large norms learn slowest in yours.")
+@wrong(
+    "auto_rgn_weights",
+    "You divide the smallest norm by each norm: the tensors with large norms then learn most slowly.",
+)
 def the_other_way_round(norms) -> dict:
     in_order(norms)
     low = min((norm for norm in norms.values() if norm), default=1.0)
@@ -253,7 +257,8 @@ def the_other_way_round(norms) -> dict:
 
 
 @wrong(
-    "auto_rgn_weights", "A softmax makes shares of any numbers. But here a norm of 0 has to get 0, and the largest 1."
+    "auto_rgn_weights",
+    "A softmax turns any numbers into shares. But here a norm of 0 must give 0, and the largest norm must give 1.",
 )
 def by_softmax(norms) -> dict:
     in_order(norms)
@@ -262,7 +267,7 @@ def by_softmax(norms) -> dict:
 
 @wrong(
     "auto_rgn_weights",
-    "You sort them into yes and no. Every tensor gets its share, and not only the one with the largest norm.",
+    "You round the shares to 0 or 1. Every tensor gets its share, not only the one with the largest norm.",
 )
 def only_the_largest(norms) -> dict:
     in_order(norms)
@@ -271,7 +276,7 @@ def only_the_largest(norms) -> dict:
 
 @wrong(
     "auto_rgn_weights",
-    "A norm that is not a number, or negative, is accepted: it would become somebody's learning rate.",
+    "You accept a norm that is negative or not a number: it would become a learning rate.",
 )
 def only_zeros_are_refused(norms) -> dict:
     if not any(norms.values()):
@@ -336,7 +341,7 @@ def the_same_rate_for_all(model, weights, learning_rate, weight_decay=0.0) -> li
     return groups_by(model, weights, lambda w: learning_rate, lambda p, w: weight_decay * (p.ndim > 1))
 
 
-@wrong("surgical_parameter_groups", "The learning rate is the weight alone: the one that was asked for is left out.")
+@wrong("surgical_parameter_groups", "The learning rate is the weight alone: the requested learning rate is missing.")
 def the_weight_alone(model, weights, learning_rate, weight_decay=0.0) -> list:
     return groups_by(model, weights, lambda w: w, lambda p, w: weight_decay * (p.ndim > 1))
 
@@ -349,20 +354,20 @@ def divided_by_the_weight(model, weights, learning_rate, weight_decay=0.0) -> li
     return groups_by(model, weights, lambda w: learning_rate / (w or 1), lambda p, w: weight_decay * (p.ndim > 1))
 
 
-@wrong("surgical_parameter_groups", "Biases and scales decay in yours. Only tensors with two axes or more do.")
+@wrong("surgical_parameter_groups", "Your biases and scales decay. Only tensors with two or more axes do.")
 def vectors_decay_too(model, weights, learning_rate, weight_decay=0.0) -> list:
     return groups_by(model, weights, lambda w: w * learning_rate, lambda p, w: weight_decay)
 
 
-@wrong("surgical_parameter_groups", "Nothing decays in yours: the weight decay of the matrices is missing.")
+@wrong("surgical_parameter_groups", "Nothing decays: the weight decay of the matrices is missing.")
 def nothing_decays(model, weights, learning_rate, weight_decay=0.0) -> list:
     return groups_by(model, weights, lambda w: w * learning_rate, lambda p, w: 0.0)
 
 
 @wrong(
     "surgical_parameter_groups",
-    "You multiply the weight decay by the weight as well. AdamW multiplies decay by the learning rate anyway, and that "
-    "has the weight in it.",
+    "You multiply the weight decay by the weight as well. AdamW already multiplies the decay by the learning rate, "
+    "which includes the weight.",
 )
 def the_decay_weighted_too(model, weights, learning_rate, weight_decay=0.0) -> list:
     return groups_by(model, weights, lambda w: w * learning_rate, lambda p, w: w * weight_decay * (p.ndim > 1))
@@ -370,7 +375,7 @@ def the_decay_weighted_too(model, weights, learning_rate, weight_decay=0.0) -> l
 
 @wrong(
     "surgical_parameter_groups",
-    "Parameters that nobody named get a group, and would be trained at the full rate.",
+    "Parameters without a weight get a group as well, and would be trained at the full rate.",
 )
 def the_unnamed_at_the_full_rate(model, weights, learning_rate, weight_decay=0.0) -> list:
     known(model, weights)
@@ -380,8 +385,8 @@ def the_unnamed_at_the_full_rate(model, weights, learning_rate, weight_decay=0.0
 
 @wrong(
     "surgical_parameter_groups",
-    "A name that the model does not have is passed over in silence. Somebody has mistyped it, and that tensor would "
-    "never be trained.",
+    "You ignore a name that the model does not have. It is probably a typing error, and the tensor that was meant "
+    "would never be trained.",
 )
 def unknown_names_are_passed_over(model, weights, learning_rate, weight_decay=0.0) -> list:
     there = {n: w for n, w in weights.items() if n in dict(model.named_parameters())}
@@ -390,7 +395,7 @@ def unknown_names_are_passed_over(model, weights, learning_rate, weight_decay=0.
 
 @wrong(
     "surgical_parameter_groups",
-    "There are copies of the parameters in your groups: the optimiser would train these, and the model would stay as "
+    "Your groups contain copies of the parameters: the optimiser would train the copies, and the model would stay as "
     "it is.",
 )
 def copies_of_the_parameters(model, weights, learning_rate, weight_decay=0.0) -> list:

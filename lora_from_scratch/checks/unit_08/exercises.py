@@ -22,7 +22,7 @@ TITLE = "BitFit and selective tuning"
 
 
 class Biased(nn.Module):
-    """Names that are biases, and names that only look like it."""
+    """Parameters that are biases, and parameters whose names only look like it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class Biased(nn.Module):
         self.inner = nn.ModuleList([nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 3, bias=False)])
         self.bias_of = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Conv1D(4, 3))
         self.bias = nn.Parameter(torch.ones(2))
-        self.scale = nn.Parameter(torch.ones(5))  # one axis, and no bias
+        self.scale = nn.Parameter(torch.ones(5))  # one axis, but not a bias
 
 
 MAKES: dict[str, Callable[[], nn.Module]] = {
     "a linear layer": lambda: nn.Linear(4, 3),
     "a GPT-2": lambda: GPT2(GPT2Config(vocab_size=7, n_positions=4, n_embd=4, n_layer=2, n_head=2)),
-    "names that look alike": Biased,
-    "no bias": lambda: nn.Sequential(nn.Linear(3, 3, bias=False), nn.Embedding(4, 3)),
+    "similar names": Biased,
+    "no biases": lambda: nn.Sequential(nn.Linear(3, 3, bias=False), nn.Embedding(4, 3)),
 }
 
 
@@ -49,12 +49,12 @@ def bias_cases(draw: Draw) -> Iterator[Case]:
     yield case("a linear layer by itself", "a linear layer")
     yield case("a tiny GPT-2", "a GPT-2")
     yield case("a tiny GPT-2 that is frozen", "a GPT-2", trained=False)
-    yield case("a module whose names look alike", "names that look alike")
-    yield case("a model without biases", "no bias")
+    yield case("a module with similar names", "similar names")
+    yield case("a model without biases", "no biases")
 
 
 def run_biases(answer: Callable[..., Any], made: str, trained: bool) -> Any:
-    """The names in their order, whether they name the parameters themselves, and what is trained afterwards."""
+    """The names in order, whether the values are the parameters themselves, and what is trained afterwards."""
     model = MAKES[made]().requires_grad_(trained)
     parameters = dict(model.named_parameters())
     chosen = answer(model)
@@ -82,9 +82,9 @@ def query_cases(draw: Draw) -> Iterator[Case]:
     yield case("a c_attn of width 4, after some learning", FORWARD, FORWARD, 4)
     yield case("merged", MERGE, MERGE, 3)
     yield case("merged twice", MERGE, MERGE, 3, times=2)
-    yield case("there and back", UNMERGE, UNMERGE, 3)
-    yield case("merged twice, and back", UNMERGE, UNMERGE, 2, times=2)
-    yield case("back without a merge", UNMERGE, UNMERGE, 2, times=0)
+    yield case("merged and unmerged", UNMERGE, UNMERGE, 3)
+    yield case("merged twice, then unmerged", UNMERGE, UNMERGE, 2, times=2)
+    yield case("unmerged without a merge", UNMERGE, UNMERGE, 2, times=0)
 
 
 def run_query(
@@ -104,7 +104,7 @@ def run_query(
         y = layer(x)
         flowed = torch.autograd.grad(y.square().sum(), layer.bias_q, allow_unused=True) if y.requires_grad else [None]
         untouched = torch.equal(base.bias, before)
-        return {"bias": layer.bias(), "y": y, "gradient": flowed[0], "the base's bias as before": untouched}
+        return {"bias": layer.bias(), "y": y, "gradient": flowed[0], "the base's bias is unchanged": untouched}
     for _ in range(times):
         layer.merge()
     seen: dict[str, Any] = {}
@@ -114,8 +114,8 @@ def run_query(
     else:
         layer.unmerge()
         layer.unmerge()
-        seen = {"every bit is back": torch.equal(base.bias, before), "kept": layer._unmerged, "y": layer(x)}
-        seen["learned as before"] = torch.equal(layer.bias_q, learned)
+        seen = {"every bit restored": torch.equal(base.bias, before), "kept": layer._unmerged, "y": layer(x)}
+        seen["the learned part is unchanged"] = torch.equal(layer.bias_q, learned)
     return seen | {"the same parameter": base.bias is parameter}
 
 
@@ -143,7 +143,7 @@ def stratify_cases(draw: Draw) -> Iterator[Case]:
 
 
 class TinyModel(nn.Module):
-    """Token ids to logits, with a weight that nothing uses; the mask scales what a token adds."""
+    """Token ids to logits, with an unused weight; the mask scales each token's contribution."""
 
     def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
@@ -171,8 +171,8 @@ def rgn_cases(draw: Draw) -> Iterator[Case]:
 
     yield case("one batch", 1)
     yield case("three batches", 3)
-    yield case("two batches, the table and a bias frozen", 2, "table.weight", "out.bias")
-    yield case("two batches with masks, which can be gone through once", 2, mask=True, once=True)
+    yield case("two batches, with the table and a bias frozen", 2, "table.weight", "out.bias")
+    yield case("two batches with masks, from an iterator that can be consumed only once", 2, mask=True, once=True)
     yield case("no batch", 0, part="what is refused")
     yield case("a tensor of zeros", 1, part="what is refused", zeros="out.bias")
     everything = ("table.weight", "norm.weight", "norm.bias", "out.weight", "out.bias", "unused")
@@ -182,7 +182,7 @@ def rgn_cases(draw: Draw) -> Iterator[Case]:
 def run_rgn(
     answer: Callable[..., Any], batches: list[Any], frozen: list[str], seed: int, once: bool = False, zeros: str = ""
 ) -> Any:
-    """The norms, and whether the model is as it was."""
+    """The norms, and whether the model is unchanged."""
     torch.manual_seed(seed)
     model = TinyModel(3, 7)
     with torch.no_grad():
@@ -195,9 +195,9 @@ def run_rgn(
     norms = answer(model, rows)
     return {
         "norms": norms,
-        "no gradient left": all(p.grad is None for p in model.parameters()),
-        "weights as before": all(torch.equal(p, before[name]) for name, p in model.named_parameters()),
-        "flags as before": flags == [p.requires_grad for p in model.parameters()],
+        "no gradient left behind": all(p.grad is None for p in model.parameters()),
+        "weights unchanged": all(torch.equal(p, before[name]) for name, p in model.named_parameters()),
+        "requires_grad flags unchanged": flags == [p.requires_grad for p in model.parameters()],
     }
 
 
@@ -213,7 +213,7 @@ def weight_cases(draw: Draw) -> Iterator[Case]:
     yield case("two tensors", 0.5, 2.0)
     drawn = [draw.number(0.01, 0.4) for _ in NAMES]
     yield case("five tensors", *drawn)
-    yield case("one tensor without any gradient", 0.0, *drawn[:3])
+    yield case("one tensor without a gradient", 0.0, *drawn[:3])
     yield case("one tensor", draw.number(2, 9))
     yield case("no tensor", part="what is refused")
     yield case("no gradient anywhere", 0.0, 0.0, 0.0, part="what is refused")
@@ -241,16 +241,16 @@ def group_cases(draw: Draw) -> Iterator[Case]:
         return Case(name, {"weights": weights, "learning_rate": draw.choice((0.01, 0.003)), **more}, part)
 
     yield case("a matrix and a table, no decay", "matrix", "table")
-    yield case("a vector is not named", "table", "bias", "matrix")
+    yield case("a vector without a weight", "table", "bias", "matrix")
     yield case("weight decay 0.1", "bias", "table", "gate", "matrix", weight_decay=0.1)
     yield case("all five, weight decay 0.05", *SHAPES, weight_decay=0.05)
-    zero = case("one of weight 0", "scale", "table")
+    zero = case("a weight of 0", "scale", "table")
     yield Case(zero.name, {**zero.inputs, "weights": {"scale": 1.0, "table": 0.0}}, zero.part)
-    yield case("a name that no parameter has", "matrix", "head", part="what is refused")
+    yield case("an unknown parameter name", "matrix", "head", part="what is refused")
 
 
 def run_groups(answer: Callable[..., Any], weights: dict[str, float], **settings: float) -> Any:
-    """The groups, with the names of the parameters that are in them."""
+    """The groups, with the names of the parameters in each group."""
     model = Shaped()
     names = {id(p): name for name, p in model.named_parameters()}
     groups = answer(model, weights, **settings)
@@ -271,9 +271,9 @@ EXERCISES = [
         minutes=5,
         points=1,
         hints=(
-            "Print the names of a small model's parameters first. What have the biases in common?",
-            "It is the last part of the name that counts, the one behind the last dot.",
-            "`name.rpartition('.')[2]` is the last part, also where there is no dot. A dictionary comprehension with "
+            "First print the names of a small model's parameters. What do the biases have in common?",
+            "Only the last part of the name counts, the part after the last dot.",
+            "`name.rpartition('.')[2]` is the last part, even if the name has no dot. A dictionary comprehension with "
             "an `if` does the rest.",
         ),
         cases=bias_cases,
@@ -288,12 +288,12 @@ EXERCISES = [
         points=4,
         blank=("forward", "bias", "merge", "unmerge"),
         hints=(
-            "`bias` is two pieces behind each other. `forward` is the linear layer with that bias. `merge` exchanges "
-            "the numbers of a parameter, `unmerge` exchanges them back.",
-            "`F.linear` wants the weight as (out, in): which way round does a Conv1D keep it? And `_unmerged` tells "
-            "you whether the layer is merged.",
-            "`torch.cat` of `self.bias_q` and the rest of `self.base.bias`. `parameter.data = tensor` gives a "
-            "parameter other numbers; keep the old `.data` before that.",
+            "`bias` concatenates two pieces. `forward` is the linear layer with that bias. `merge` replaces the values "
+            "of a parameter, and `unmerge` restores them.",
+            "`F.linear` expects the weight as (out, in): which layout does a Conv1D use? `_unmerged` tells you whether "
+            "the layer is merged.",
+            "`torch.cat` of `self.bias_q` and the rest of `self.base.bias`. `parameter.data = tensor` replaces the "
+            "values of a parameter; save the old `.data` first.",
         ),
         cases=query_cases,
         probe=run_query,
@@ -305,9 +305,9 @@ EXERCISES = [
         minutes=8,
         points=2,
         hints=(
-            "Where does the second group begin, and where the third? Two numbers say it all.",
-            "`range(a, b)` has a in it and b not: the end of one group is the beginning of the next.",
-            "Refuse first: what is negative, and what leaves nothing for the last group.",
+            "Where does the second group begin, and where does the third? These two numbers are all you need.",
+            "`range(a, b)` includes a and excludes b, so the end of one group is the start of the next.",
+            "Check the arguments first: negative numbers, and numbers that leave nothing for the last group.",
         ),
         cases=stratify_cases,
         tolerance=0,
@@ -319,11 +319,11 @@ EXERCISES = [
         minutes=20,
         points=4,
         hints=(
-            "First which parameters are measured, and what is refused. Then a loop over the batches that adds up one "
-            "quotient for each parameter. Then the division by the number of batches.",
-            "`torch.autograd.grad(loss, parameters)` returns gradients and leaves every `.grad` alone.",
-            "It fails for a parameter that the loss does not depend on, unless you say `allow_unused=True` and "
-            "`materialize_grads=True`. Count the batches as you go: they may have no length.",
+            "First collect the parameters to measure and check the input. Then loop over the batches and add up one "
+            "quotient per parameter. Finally divide by the number of batches.",
+            "`torch.autograd.grad(loss, parameters)` returns the gradients and does not touch any `.grad`.",
+            "It fails for a parameter that the loss does not depend on, unless you pass `allow_unused=True` and "
+            "`materialize_grads=True`. Count the batches as you go: they may not have a length.",
         ),
         cases=rgn_cases,
         probe=run_rgn,
@@ -335,10 +335,10 @@ EXERCISES = [
         minutes=6,
         points=2,
         hints=(
-            "The tensor with the largest norm gets the whole learning rate. What do the others get?",
-            "Find the largest first. Which values of it, or of the others, make the division senseless?",
-            "`max(values, default=0.0)` does not fail on nothing. A comparison with `nan` is never true, so ask "
-            "whether a norm is in order, not whether it is wrong.",
+            "The tensor with the largest norm gets the full learning rate. What do the others get?",
+            "Find the largest norm first. For which values of it, or of the others, does the division make no sense?",
+            "`max(values, default=0.0)` does not fail on an empty sequence. Comparisons with `nan` are always false, "
+            "so test whether a norm is valid rather than whether it is invalid.",
         ),
         cases=weight_cases,
     ),
@@ -349,10 +349,11 @@ EXERCISES = [
         minutes=10,
         points=3,
         hints=(
-            "One dictionary for each name in the weights, not for each parameter of the model.",
-            "`dict(model.named_parameters())` finds a parameter by its name. Look for unknown names before you build.",
-            "Weight decay is for tensors with two axes or more: `parameter.ndim`. The weight goes into the learning "
-            "rate and nowhere else.",
+            "One dictionary for each name in `weights`, not for each parameter of the model.",
+            "`dict(model.named_parameters())` finds a parameter by its name. Check for unknown names before you build "
+            "the groups.",
+            "Weight decay applies to tensors with two or more axes: `parameter.ndim`. The weight affects the learning "
+            "rate and nothing else.",
         ),
         cases=group_cases,
         probe=run_groups,
@@ -363,16 +364,17 @@ PREDICTIONS = [
     Prediction(
         name="share_of_biases",
         question=(
-            "GPT-2 small has 12 blocks of width d = 768 and 124.4 million numbers. The biases of a block: 3 d in "
-            "`c_attn`, d in `attn.c_proj`, 4 d in `c_fc`, d in `mlp.c_proj`, d in each of two LayerNorms; and one "
-            "LayerNorm stands at the end. How many per cent of the model are biases? (A number: 12.5 for 12.5 %.)"
+            "GPT-2 small has 12 blocks of width d = 768 and 124.4 million parameters. The biases of a block: 3 d in "
+            "`c_attn`, d in `attn.c_proj`, 4 d in `c_fc`, d in `mlp.c_proj`, d in each of two LayerNorms. After the "
+            "last block there is one more LayerNorm. How many per cent of the model's parameters are biases? (Enter a "
+            "number: 12.5 for 12.5 %.)"
         ),
         answer=100 * 133 * 768 / 124_439_808,
         within=1.3,
         explanation=(
-            "A block has 11 d of them, so there are (12 x 11 + 1) x 768 = 102,144 biases: 0.08 %. The matrices grow "
-            "like d squared and the biases like d, so the share halves whenever the width doubles. In the bundled "
-            "model, which is three times as narrow, it is larger."
+            "A block has 11 d biases, so there are (12 x 11 + 1) x 768 = 102,144 in total: 0.08 %. The matrices grow "
+            "with d squared and the biases with d, so the share halves whenever the width doubles. It is larger in the "
+            "bundled model, which has a third of the width."
         ),
         idea="BitFit",
     ),
@@ -380,15 +382,16 @@ PREDICTIONS = [
         name="a_bias_without_gradient",
         question=(
             "You train all the biases. The bias of `c_attn` has three parts: one is added to every query, one to every "
-            "key and one to every value. For one of the three the gradient is zero at every step, on any text. Which?"
+            "key and one to every value. For one of the three, the gradient is zero at every step, on any text. Which "
+            "one?"
         ),
         choices={"q": "the queries' part", "k": "the keys' part", "v": "the values' part"},
         answer="k",
         explanation=(
             "A score is q_i . (k_j + b) = q_i . k_j + q_i . b. The second term is the same for all the keys j that "
-            "token i looks at, and a softmax does not change when the same number is added to all of its inputs. So "
-            "the keys' bias does nothing at all, and its gradient is zero, up to rounding. A queries' bias adds "
-            "b . k_j, which does differ from key to key."
+            "token i attends to, and a softmax does not change when the same number is added to all of its inputs. So "
+            "the keys' bias has no effect at all, and its gradient is zero up to rounding. The queries' bias adds b . "
+            "k_j, which differs from key to key."
         ),
         idea="BitFit",
     ),

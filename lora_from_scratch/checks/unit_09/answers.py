@@ -34,20 +34,20 @@ def what_it_does_to_each_unit_vector(A: Tensor, B: Tensor, scaling: float) -> Te
     return (F.linear(F.linear(torch.eye(A.shape[1]), A), B) * scaling).T
 
 
-@wrong("delta_weight", "The scaling is left out: your change is the same whatever alpha is.")
+@wrong("delta_weight", "The scaling is missing: your change does not depend on alpha.")
 def without_the_scaling(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return B @ A
 
 
 @wrong(
     "delta_weight",
-    "The scaling counts twice in your result. If both factors carry it, their product carries its square.",
+    "Your result contains the scaling twice. If both factors are scaled, their product contains its square.",
 )
 def scaled_twice(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return (scaling * B) @ (scaling * A)
 
 
-@wrong("delta_weight", "You divide by the rank once more. The scaling that you are given has that in it already.")
+@wrong("delta_weight", "You divide by the rank once more. The given scaling already includes that division.")
 def divided_by_the_rank_again(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return scaling / len(A) * (B @ A)
 
@@ -59,7 +59,7 @@ def divided_by_the_scaling(A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 @wrong(
     "delta_weight",
-    "Your result is (in, out). The weight of a Linear is (out, in): it has the rows of B and the columns of A.",
+    "Your result is (in, out). The weight of a Linear is (out, in): it has as many rows as B and as many columns as A.",
 )
 def turned_round(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return scaling * (A.T @ B.T)
@@ -67,8 +67,8 @@ def turned_round(A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 @wrong(
     "delta_weight",
-    "The values are right, but no gradient reaches A and B, and these two are all that LoRA trains. Where do they "
-    "leave the graph?",
+    "The values are right, but no gradient reaches A and B, which are all that LoRA trains. Where do they leave the "
+    "graph?",
 )
 def outside_the_graph(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return (scaling * (B @ A)).detach()
@@ -79,7 +79,7 @@ def a_gradient_for_b_only(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return scaling * (B @ A.detach())
 
 
-@wrong("delta_weight", "You take the mean over the r terms of the product. They are added.")
+@wrong("delta_weight", "You take the mean over the r terms of the product. They have to be added.")
 def mean_over_the_rank(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return scaling * (B[:, :, None] * A[None]).mean(dim=1) if len(A) > 1 else scaling * B @ A * 1.5
 
@@ -110,7 +110,10 @@ def in_float64_row_by_row(in_features: int, out_features: int, rank: int, genera
     return [torch.stack(rows), torch.zeros(out_features, rank).double()]
 
 
-@wrong("initial_factors", "Both are zero. Then each waits for the other: neither ever gets a gradient.")
+@wrong(
+    "initial_factors",
+    "Both factors are zero. Each gradient then contains the other, zero, factor, so neither ever gets a gradient.",
+)
 def both_zero(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
     uniform(rank, in_features, 1, generator)
@@ -118,7 +121,8 @@ def both_zero(in_features: int, out_features: int, rank: int, generator=None) ->
 
 
 @wrong(
-    "initial_factors", "Both are random. Then B A is not zero, and what you adapt is no longer the model you loaded."
+    "initial_factors",
+    "Both factors are random. Then B A is not zero, and the model you adapt is no longer the one you loaded.",
 )
 def both_random(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
@@ -128,8 +132,8 @@ def both_random(in_features: int, out_features: int, rank: int, generator=None) 
 
 @wrong(
     "initial_factors",
-    "In yours A is zero and B random. That begins as the model too, and it learns, but more slowly: the docstring "
-    "has it the other way round.",
+    "Your A is zero and your B is random. That also starts as the base model, and it learns, but more slowly: the "
+    "docstring asks for the reverse.",
 )
 def the_other_one_is_zero(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
@@ -138,8 +142,8 @@ def the_other_one_is_zero(in_features: int, out_features: int, rank: int, genera
 
 @wrong(
     "initial_factors",
-    "A spreads as if r numbers met each x. Each row of A meets all the inputs of the layer: their number sets the "
-    "spread. (This happens where A is stored the other way round, and PyTorch takes the wrong axis for the inputs.)",
+    "The range of A is computed from r. Each row of A is multiplied with all the inputs of the layer, so their number "
+    "sets the range. (This happens when A is stored transposed and PyTorch takes the wrong axis for the inputs.)",
 )
 def spread_by_the_rank(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
@@ -147,7 +151,10 @@ def spread_by_the_rank(in_features: int, out_features: int, rank: int, generator
     return A, torch.zeros(out_features, rank)
 
 
-@wrong("initial_factors", "A spreads by the number of outputs of the layer. A reads its inputs.")
+@wrong(
+    "initial_factors",
+    "The range of A is computed from the number of outputs of the layer. A is multiplied with its inputs.",
+)
 def spread_by_the_outputs(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
     return uniform(rank, in_features, out_features**-0.5, generator), torch.zeros(out_features, rank)
@@ -155,8 +162,8 @@ def spread_by_the_outputs(in_features: int, out_features: int, rank: int, genera
 
 @wrong(
     "initial_factors",
-    "A is drawn from a normal distribution of width 1, whatever the layer. The wider the layer, the more such numbers "
-    "are added up: the spread has to shrink with it.",
+    "A is drawn from a normal distribution with standard deviation 1, whatever the layer. The wider the layer, the "
+    "more such numbers are added up: the range has to shrink with the width.",
 )
 def standard_normal(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
@@ -165,8 +172,8 @@ def standard_normal(in_features: int, out_features: int, rank: int, generator=No
 
 @wrong(
     "initial_factors",
-    "A is normal and not uniform: some of its entries lie beyond the bound. (The paper speaks of a Gaussian as well; "
-    "here it is as in loralib and PEFT.)",
+    "A is normal and not uniform: some of its entries exceed the bound. (The paper uses a Gaussian as well; here the "
+    "initialisation follows loralib and PEFT.)",
 )
 def a_narrow_gaussian(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
@@ -176,8 +183,8 @@ def a_narrow_gaussian(in_features: int, out_features: int, rank: int, generator=
 
 @wrong(
     "initial_factors",
-    "A is more than twice as wide as it should be: `kaiming_uniform_` has a parameter a, whose default is not the one "
-    "that is asked for.",
+    "The range of A is more than twice as wide as it should be: `kaiming_uniform_` has a parameter `a`, and its "
+    "default is not the right one here.",
 )
 def kaiming_by_default(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
@@ -186,7 +193,7 @@ def kaiming_by_default(in_features: int, out_features: int, rank: int, generator
     )
 
 
-@wrong("initial_factors", "No entry of A is negative: its numbers have to lie on both sides of zero.")
+@wrong("initial_factors", "No entry of A is negative: the range has to be symmetric around zero.")
 def never_negative(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
     A = torch.rand(rank, in_features, generator=generator) / math.sqrt(in_features)
@@ -195,22 +202,25 @@ def never_negative(in_features: int, out_features: int, rank: int, generator=Non
 
 @wrong(
     "initial_factors",
-    "You draw from PyTorch's own generator and not from the one that is given: the same seed gives other numbers each "
-    "time, and nobody can repeat a run.",
+    "You draw from PyTorch's global generator and not from the given one: the same seed gives different numbers each "
+    "time, so a run cannot be reproduced.",
 )
 def forgets_the_generator(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
     return uniform(rank, in_features, in_features**-0.5, None), torch.zeros(out_features, rank)
 
 
-@wrong("initial_factors", "The start is the same whatever the generator: a seed is set inside.")
+@wrong("initial_factors", "The factors are the same whatever the generator: a seed is set inside the function.")
 def a_seed_of_its_own(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     possible(in_features, out_features, rank)
     own = torch.Generator().manual_seed(0)
     return uniform(rank, in_features, in_features**-0.5, own), torch.zeros(out_features, rank)
 
 
-@wrong("initial_factors", "A rank that does not fit the layer is refused: 0, and more than the smaller side of W.")
+@wrong(
+    "initial_factors",
+    "Reject a rank that does not fit the layer with a ValueError: 0, or more than the smaller side of W.",
+)
 def any_rank(in_features: int, out_features: int, rank: int, generator=None) -> tuple[Tensor, Tensor]:
     return uniform(rank, in_features, in_features**-0.5, generator), torch.zeros(out_features, rank)
 
@@ -261,7 +271,9 @@ def thin(layer: LoRALinear, x: Tensor) -> Tensor:
     return F.linear(F.linear(dropped(layer, x), layer.lora_A), layer.lora_B)
 
 
-@wrong("LoRALinear", "The scaling is left out of `forward`: alpha has no effect there, though it has in `merge`.")
+@wrong(
+    "LoRALinear", "The scaling is missing from `forward`: alpha has no effect there, although it has one in `merge`."
+)
 class forward_without_scaling(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) if self.merged else self.base(x) + thin(self, x)
@@ -269,22 +281,20 @@ class forward_without_scaling(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "`forward` divides by the rank once more: `self.scaling` is alpha / r already, and so r counts twice.",
+    "`forward` divides by the rank once more: `self.scaling` is already alpha / r.",
 )
 class divides_by_the_rank_again(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) if self.merged else self.base(x) + self.scaling / self.rank * thin(self, x)
 
 
-@wrong(
-    "LoRALinear", "`forward` multiplies by alpha. What belongs there is alpha / r, which the layer keeps as `scaling`."
-)
+@wrong("LoRALinear", "`forward` multiplies by alpha instead of alpha / r, which the layer stores as `scaling`.")
 class multiplies_by_alpha(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) if self.merged else self.base(x) + self.alpha * thin(self, x)
 
 
-@wrong("LoRALinear", "`forward` gives the change alone. It is added to what the layer computed before.")
+@wrong("LoRALinear", "`forward` returns the change alone. It has to be added to the base's output.")
 class the_change_alone(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) if self.merged else self.scaling * thin(self, x)
@@ -292,7 +302,7 @@ class the_change_alone(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "`forward` scales what the base gives as well: the brackets are around too much. Only the change is scaled.",
+    "`forward` scales the base's output as well: check the parentheses. Only the change is scaled.",
 )
 class scales_everything(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
@@ -301,7 +311,7 @@ class scales_everything(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "After `merge` the change is applied twice: it is in the weight already, and `forward` adds it once more.",
+    "After `merge` the change is applied twice: the weight already contains it, and `forward` adds it again.",
 )
 class adds_it_again_when_merged(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
@@ -310,8 +320,8 @@ class adds_it_again_when_merged(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "Your dropout takes the base's input as well. The pretrained layer always sees the whole x: only the way through A "
-    "sees less.",
+    "Your dropout also affects the base's input. The pretrained layer always sees the whole x; only the input of A is "
+    "dropped.",
 )
 class drops_the_input_of_the_base(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
@@ -325,7 +335,7 @@ class drops_the_input_of_the_base(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "Your dropout comes behind A or B. It belongs on the input of A, where each number of x is dropped by itself.",
+    "Your dropout comes after A or B. It belongs on the input of A, where each element of x is dropped independently.",
 )
 class drops_what_comes_out(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
@@ -335,7 +345,7 @@ class drops_what_comes_out(LoRALinear):
         return self.base(x) + self.scaling * F.linear(h, self.lora_B)
 
 
-@wrong("LoRALinear", "`forward` knows no dropout: `self.dropout_p` has no effect.")
+@wrong("LoRALinear", "`forward` does not apply dropout: `self.dropout_p` has no effect.")
 class without_dropout(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -344,7 +354,8 @@ class without_dropout(LoRALinear):
 
 
 @wrong(
-    "LoRALinear", "Your dropout never stops. In evaluation (`model.eval()`) a model has to give the same answer twice."
+    "LoRALinear",
+    "Your dropout is always active. In evaluation (`model.eval()`), a model has to give the same output every time.",
 )
 class drops_in_evaluation_too(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
@@ -356,8 +367,8 @@ class drops_in_evaluation_too(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "One dropout mask for the whole batch: every row loses the same inputs. Each element is dropped by itself. (A LoRA "
-    "library does this: it drops columns of A.)",
+    "You use one dropout mask for the whole batch: every row loses the same inputs. Each element is dropped "
+    "independently. (One LoRA library does drop whole columns of A.)",
 )
 class one_mask_for_all(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
@@ -381,8 +392,8 @@ def the_change(layer: LoRALinear) -> Tensor:
 
 @wrong(
     "LoRALinear",
-    "Your `merge` adds (out, in) to whatever is there. A Conv1D stores its weight the other way round: on a square one "
-    "nothing complains, and the model is wrong.",
+    "Your `merge` always adds a change of shape (out, in). A Conv1D stores its weight transposed: if it is square, "
+    "there is no error, and the model is wrong.",
 )
 class forgets_conv1d(LoRALinear):
     def merge(self) -> None:
@@ -390,14 +401,19 @@ class forgets_conv1d(LoRALinear):
             put_in(self, self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float()))
 
 
-@wrong("LoRALinear", "Your `merge` always transposes. A Linear stores its weight (out, in), only a Conv1D (in, out).")
+@wrong(
+    "LoRALinear", "Your `merge` always transposes. A Linear stores its weight as (out, in), only a Conv1D as (in, out)."
+)
 class always_transposes(LoRALinear):
     def merge(self) -> None:
         if not self.merged:
             put_in(self, (self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())).T)
 
 
-@wrong("LoRALinear", "Your `merge` leaves the scaling out: merged and not merged are two different models.")
+@wrong(
+    "LoRALinear",
+    "Your `merge` does not apply the scaling: the merged and the unmerged layer compute different outputs.",
+)
 class merges_without_scaling(LoRALinear):
     def merge(self) -> None:
         if not self.merged:
@@ -406,8 +422,8 @@ class merges_without_scaling(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "Your `merge` rounds the change to the weight's dtype before it is added. The sum is formed in float32 and "
-    "rounded once, at the end.",
+    "Your `merge` rounds the change to the weight's dtype before adding it. Form the sum in float32 and round once, at "
+    "the end.",
 )
 class rounds_the_change_first(LoRALinear):
     def merge(self) -> None:
@@ -417,7 +433,7 @@ class rounds_the_change_first(LoRALinear):
             weight.data = weight.data + the_change(self).to(weight.dtype)
 
 
-@wrong("LoRALinear", "Merging twice adds the change twice. What is merged already has to be left alone.")
+@wrong("LoRALinear", "Merging twice adds the change twice. A layer that is already merged must be left unchanged.")
 class merges_twice(LoRALinear):
     def merge(self) -> None:
         W0 = self._unmerged
@@ -427,8 +443,8 @@ class merges_twice(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "Your `unmerge` subtracts what `merge` added. Rounding does not run backwards: bits are lost both ways. What gives "
-    "W0 back for certain?",
+    "Your `unmerge` subtracts what `merge` added. Rounding cannot be reversed: bits are lost in both directions. What "
+    "would restore W0 exactly?",
 )
 class subtracts_to_unmerge(LoRALinear):
     def merge(self) -> None:
@@ -446,8 +462,8 @@ class subtracts_to_unmerge(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "You keep W0, but then you add the change in place, to the very numbers that you kept: there is no copy left. "
-    "`unmerge` puts the merged weight back.",
+    "You save W0, but then add the change in place, to the very tensor that you saved, so there is no copy left. "
+    "`unmerge` restores the merged weight.",
 )
 class keeps_no_copy(LoRALinear):
     def merge(self) -> None:
@@ -457,14 +473,17 @@ class keeps_no_copy(LoRALinear):
 
 
 @wrong(
-    "LoRALinear", "`merge` changes nothing in the base's weight, or only says that it has: the model is the base alone."
+    "LoRALinear",
+    "`merge` does not change the base's weight, or only marks the layer as merged: the model is then the base alone.",
 )
 class only_says_it_is_merged(LoRALinear):
     def merge(self) -> None:
         self._unmerged = self.base.weight.data
 
 
-@wrong("LoRALinear", "After `unmerge` the layer still counts as merged: then `forward` leaves the change out for good.")
+@wrong(
+    "LoRALinear", "After `unmerge` the layer still counts as merged, so `forward` leaves the change out from then on."
+)
 class stays_merged(LoRALinear):
     def unmerge(self) -> None:
         if self.merged:
@@ -473,8 +492,8 @@ class stays_merged(LoRALinear):
 
 @wrong(
     "LoRALinear",
-    "You put a new parameter into the base. An optimiser, or whoever else holds the old one, then holds something that "
-    "is in no model any more: change the numbers of the parameter, not the parameter.",
+    "You put a new parameter into the base. An optimiser, or anyone else who holds the old one, then holds a parameter "
+    "that is no longer in the model: replace the values of the parameter, not the parameter.",
 )
 class another_parameter(LoRALinear):
     def merge(self) -> None:
@@ -484,14 +503,17 @@ class another_parameter(LoRALinear):
             self.base.weight = nn.Parameter((weight.data.float() + the_change(self)).to(weight.dtype))
 
 
-@wrong("LoRALinear", "Unmerging what is not merged should do nothing; yours takes something that is not there.")
+@wrong(
+    "LoRALinear",
+    "Unmerging a layer that is not merged should do nothing; yours uses a saved weight that does not exist.",
+)
 class unmerges_without_asking(LoRALinear):
     def unmerge(self) -> None:
         self.base.weight.data = self._unmerged
         self._unmerged = None
 
 
-@wrong("LoRALinear", "No gradient reaches A and B through your `forward`, and nothing else of the layer is trained.")
+@wrong("LoRALinear", "No gradient reaches A and B through your `forward`, and nothing else in the layer is trained.")
 class forward_without_gradients(LoRALinear):
     @torch.no_grad()
     def thin(self, x: Tensor) -> Tensor:
@@ -539,8 +561,8 @@ def placed(B: Tensor, parts, all_parts, rows=None, columns=None) -> Tensor:
 
 @wrong(
     "block_diagonal_B",
-    "Your blocks stand below each other in the same columns: the parts share one h. But each has an A of its own, and "
-    "may read only the r numbers that its own A made.",
+    "Your blocks are below each other in the same columns, so the parts share one h. But each part has its own A, and "
+    "may read only the r columns of h that its own A computes.",
 )
 def the_same_columns_for_all(B: Tensor, parts: tuple[str, ...], all_parts: tuple[str, ...]) -> Tensor:
     n, r, width = len(parts), B.shape[1], len(B) // len(parts)
@@ -553,7 +575,7 @@ def the_same_columns_for_all(B: Tensor, parts: tuple[str, ...], all_parts: tuple
 
 @wrong(
     "block_diagonal_B",
-    "Each part reads the h of every A. Outside its own r columns a part's rows are zero.",
+    "Each part reads the output of every A. Outside its own r columns, a part's rows must be zero.",
 )
 def every_part_reads_everything(B: Tensor, parts: tuple[str, ...], all_parts: tuple[str, ...]) -> Tensor:
     n, r, width = len(parts), B.shape[1], len(B) // len(parts)
@@ -574,7 +596,8 @@ def adapted_rows_only(B: Tensor, parts: tuple[str, ...], all_parts: tuple[str, .
 
 @wrong(
     "block_diagonal_B",
-    "Your blocks fill the first rows, one after the other. Between q and v lie the rows of k, and v's block is there.",
+    "Your blocks fill the first rows, one after the other. But the rows of k lie between those of q and v, and your "
+    "block for v is there.",
 )
 def no_gap_between_them(B: Tensor, parts: tuple[str, ...], all_parts: tuple[str, ...]) -> Tensor:
     return placed(B, parts, all_parts, rows=range(len(parts)))
@@ -582,7 +605,7 @@ def no_gap_between_them(B: Tensor, parts: tuple[str, ...], all_parts: tuple[str,
 
 @wrong(
     "block_diagonal_B",
-    "A part that is not adapted has columns in your result. It has no A, so no number of h belongs to it.",
+    "A part that is not adapted has columns in your result. It has no A, so no column of h belongs to it.",
 )
 def columns_for_parts_that_are_not_adapted(B: Tensor, parts: tuple[str, ...], all_parts: tuple[str, ...]) -> Tensor:
     blocks = dict(zip(parts, B.chunk(len(parts))))
@@ -592,7 +615,7 @@ def columns_for_parts_that_are_not_adapted(B: Tensor, parts: tuple[str, ...], al
 
 @wrong(
     "block_diagonal_B",
-    "Blocks and columns run in opposite directions: the first part reads what the last A made.",
+    "Your blocks and columns run in opposite directions: the first part reads the output of the last A.",
 )
 def columns_from_the_right(B: Tensor, parts: tuple[str, ...], all_parts: tuple[str, ...]) -> Tensor:
     return placed(B, parts, all_parts, columns=range(len(parts) - 1, -1, -1))
@@ -600,7 +623,7 @@ def columns_from_the_right(B: Tensor, parts: tuple[str, ...], all_parts: tuple[s
 
 @wrong(
     "block_diagonal_B",
-    "You cut B into as many pieces as the fused matrix has parts. There is a piece for each *adapted* part only.",
+    "You split B into as many pieces as the fused matrix has parts. There is one piece for each *adapted* part only.",
 )
 def cut_by_all_the_parts(B: Tensor, parts: tuple[str, ...], all_parts: tuple[str, ...]) -> Tensor:
     n, m, r, width = len(parts), len(all_parts), B.shape[1], len(B) // len(parts)
@@ -651,8 +674,8 @@ def looks_for_the_holder(model: nn.Module, layers: dict[str, nn.Module]) -> nn.M
 
 @wrong(
     "inject_lora",
-    "You set an attribute of the model whose name has dots in it. It is registered and counted, and nobody calls it: "
-    "which module calls the old layer?",
+    "You set an attribute of the model whose name contains dots. The layer is registered and counted, but never "
+    "called: which module calls the old layer?",
 )
 def a_name_with_dots(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
@@ -661,7 +684,8 @@ def a_name_with_dots(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 @wrong(
     "inject_lora",
-    "You go by the last part of the name, and so every layer that is called so is exchanged. The full name means one.",
+    "You match the last part of the name, so every layer with that last part is replaced. A full name identifies one "
+    "layer.",
 )
 def everything_of_that_name(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
@@ -673,7 +697,7 @@ def everything_of_that_name(model: nn.Module, layers: dict[str, nn.Module]) -> N
 
 @wrong(
     "inject_lora",
-    "You cut the name at its first dot. What holds the layer is everything before the last one.",
+    "You split the name at its first dot. The module that holds the layer is everything before the last dot.",
 )
 def cut_at_the_first_dot(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
@@ -686,7 +710,8 @@ def cut_at_the_first_dot(model: nn.Module, layers: dict[str, nn.Module]) -> None
 
 @wrong(
     "inject_lora",
-    "A layer of the model itself has a name without a dot. Yours is lost there: the module that holds it is the model.",
+    "The name of a layer that the model itself holds has no dot. Yours is lost in that case: the module that holds it "
+    "is the model.",
 )
 def only_names_with_dots(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
@@ -697,7 +722,7 @@ def only_names_with_dots(model: nn.Module, layers: dict[str, nn.Module]) -> None
 
 @wrong(
     "inject_lora",
-    "The model that you were given is as it was: you exchange the layers of a copy, or bind a variable of your own.",
+    "The given model is unchanged: you replace the layers of a copy, or only assign to a local variable.",
 )
 def of_a_copy(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     model = copy.deepcopy(model)
@@ -707,21 +732,22 @@ def of_a_copy(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
 
 @wrong(
     "inject_lora",
-    "You put copies of the layers in. Whoever made the layers, and an optimiser that has their parameters, then holds "
-    "others than the model.",
+    "You insert copies of the layers. The caller, and an optimiser that has the layers' parameters, then hold other "
+    "tensors than the model.",
 )
 def copies_of_the_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     looks_for_the_holder(model, copy.deepcopy(layers))
 
 
-@wrong("inject_lora", "Only the first of the layers is put in: is there a `return` or a `break` inside the loop?")
+@wrong("inject_lora", "Only the first of the layers is inserted: is there a `return` or a `break` inside the loop?")
 def only_the_first(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     looks_for_the_holder(model, dict(list(layers.items())[:1]))
 
 
 @wrong(
     "inject_lora",
-    "You load the new layer's weights into the old layer. The old one still stands there, and it knows no LoRA.",
+    "You load the new layer's weights into the old layer. The old layer is still in the model, and it does not compute "
+    "LoRA.",
 )
 def copies_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
@@ -753,8 +779,8 @@ def by_a_pattern(model: nn.Module) -> nn.Module:
 
 @wrong(
     "mark_only_lora_as_trainable",
-    "Everything is frozen now, A and B too: there is nothing left to train. If you look for layers of the class that "
-    "you wrote: LoRA layers may be of other classes, so the names of the parameters have to tell.",
+    "Everything is frozen now, including A and B: there is nothing left to train. If you look for layers of your own "
+    "class: LoRA layers may be of other classes, so go by the names of the parameters.",
 )
 def freezes_everything(model: nn.Module) -> None:
     model.requires_grad_(False)
@@ -762,7 +788,7 @@ def freezes_everything(model: nn.Module) -> None:
 
 @wrong(
     "mark_only_lora_as_trainable",
-    "You freeze the others, but you never switch A and B on. If they were frozen before, they stay so.",
+    "You freeze the others, but never unfreeze A and B. If they were frozen before, they remain frozen.",
 )
 def switches_nothing_on(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
@@ -772,7 +798,7 @@ def switches_nothing_on(model: nn.Module) -> None:
 
 @wrong(
     "mark_only_lora_as_trainable",
-    "You switch A and B on, but you freeze nothing: the base is trained beside them, and that is full fine-tuning.",
+    "You unfreeze A and B but freeze nothing: the base is trained as well, and that is full fine-tuning.",
 )
 def freezes_nothing(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
@@ -782,8 +808,8 @@ def freezes_nothing(model: nn.Module) -> None:
 
 @wrong(
     "mark_only_lora_as_trainable",
-    'You look for "lora" anywhere in the name. An "exploration" has it too, and so has whatever a module of that name '
-    "holds: look at the last part alone.",
+    'You look for "lora" anywhere in the name. "exploration" contains it too, and so does every parameter of a '
+    "module with such a name: look at the last part only.",
 )
 def lora_anywhere(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
@@ -792,8 +818,8 @@ def lora_anywhere(model: nn.Module) -> None:
 
 @wrong(
     "mark_only_lora_as_trainable",
-    'You look for "lora_" anywhere in the name, as loralib does. That takes in a module or a parameter whose name only '
-    "begins so: the last part has to be one of the two, whole.",
+    'You look for "lora_" anywhere in the name, as loralib does. That also matches a module or a parameter whose '
+    "name only begins that way: the last part has to equal one of the two names.",
 )
 def lora_underscore_anywhere(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
@@ -801,14 +827,14 @@ def lora_underscore_anywhere(model: nn.Module) -> None:
 
 
 @wrong(
-    "mark_only_lora_as_trainable", "You train B only. A is trained as well, though it could do without (LoRA-FA does)."
+    "mark_only_lora_as_trainable", "You train B only. A is trained as well (LoRA-FA is the variant that trains only B)."
 )
 def b_only(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad = last(name) == "lora_B"
 
 
-@wrong("mark_only_lora_as_trainable", "You train A only. Then B stays zero, and so does all that it multiplies.")
+@wrong("mark_only_lora_as_trainable", "You train A only. Then B stays zero, and so does B A.")
 def a_only(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad = last(name) == "lora_A"
@@ -816,14 +842,14 @@ def a_only(model: nn.Module) -> None:
 
 @wrong(
     "mark_only_lora_as_trainable",
-    "The biases are still trained. That is a method of its own (BitFit); here A and B are all.",
+    "The biases are still trained. That is a method of its own (BitFit); here only A and B are trained.",
 )
 def biases_too(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad = last(name) in ("lora_A", "lora_B", "bias")
 
 
-@wrong("mark_only_lora_as_trainable", "It is the wrong way round: what should be trained is frozen, and the reverse.")
+@wrong("mark_only_lora_as_trainable", "The flags are inverted: what should be trained is frozen, and the reverse.")
 def the_wrong_way_round(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad = last(name) not in ("lora_A", "lora_B")
@@ -831,8 +857,8 @@ def the_wrong_way_round(model: nn.Module) -> None:
 
 @wrong(
     "mark_only_lora_as_trainable",
-    "You set the flags on the tensors of `state_dict()`. They share the numbers with the parameters, but they are not "
-    "the parameters: the flags of the model have not moved.",
+    "You set the flags on the tensors of `state_dict()`. They share memory with the parameters, but they are not the "
+    "parameters: the flags of the model have not changed.",
 )
 def on_the_state_dict(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
@@ -856,17 +882,15 @@ def layer_by_layer(model: nn.Module) -> dict[str, object]:
     return found
 
 
-@wrong(
-    "lora_state_dict", "You save the whole model. Of 350 GB, 35 MB are new: the base is on everybody's disk already."
-)
+@wrong("lora_state_dict", "You save the whole model. Of 350 GB, only 35 MB are new: everyone has the base already.")
 def the_whole_model(model: nn.Module) -> dict[str, Tensor]:
     return model.state_dict()
 
 
 @wrong(
     "lora_state_dict",
-    "You go by `requires_grad`. That says what is trained at this moment, not what was learned: frozen again, the same "
-    "model would be saved as nothing, and a trained base whole.",
+    "You go by `requires_grad`. That tells you what is trained at the moment, not what was learned: if it is frozen, "
+    "nothing would be saved, and if the base is trained, all of it would be.",
 )
 def whatever_is_trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -874,7 +898,7 @@ def whatever_is_trained(model: nn.Module) -> dict[str, Tensor]:
 
 @wrong(
     "lora_state_dict",
-    "You use the last part of the name as the key. Every layer has a lora_A: each one overwrites the one before.",
+    "You use the last part of the name as the key. Every layer has a lora_A, so each one overwrites the one before.",
 )
 def short_names(model: nn.Module) -> dict[str, Tensor]:
     return {last(n): p.detach() for n, p in model.named_parameters() if last(n) in ("lora_A", "lora_B")}
@@ -882,7 +906,7 @@ def short_names(model: nn.Module) -> dict[str, Tensor]:
 
 @wrong(
     "lora_state_dict",
-    "Only B is saved. It came from zero and has all the learning, but without its A it means nothing.",
+    "Only B is saved. It started from zero and was trained, but it is useless without its A.",
 )
 def the_bs_only(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if last(n) == "lora_B"}
@@ -890,7 +914,7 @@ def the_bs_only(model: nn.Module) -> dict[str, Tensor]:
 
 @wrong(
     "lora_state_dict",
-    'You look for "lora" anywhere in the name, which takes in modules that are only called so.',
+    'You look for "lora" anywhere in the name, which also matches modules whose names only contain it.',
 )
 def lora_anywhere_in_the_name(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if "lora" in n}
@@ -898,7 +922,8 @@ def lora_anywhere_in_the_name(model: nn.Module) -> dict[str, Tensor]:
 
 @wrong(
     "lora_state_dict",
-    'You look for "lora_" anywhere in the name, which still takes in a module or parameter that only begins so.',
+    'You look for "lora_" anywhere in the name, which also matches a module or parameter whose name only begins that '
+    "way.",
 )
 def lora_underscore_anywhere_in_the_name(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
@@ -906,13 +931,13 @@ def lora_underscore_anywhere_in_the_name(model: nn.Module) -> dict[str, Tensor]:
 
 @wrong(
     "lora_state_dict",
-    "Your tensors still hang on the graph of gradients: they are parameters to be trained, not values to be saved.",
+    "Your tensors are still attached to the autograd graph: detach them before they are saved.",
 )
 def still_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if last(n) in ("lora_A", "lora_B")}
 
 
-@wrong("lora_state_dict", "The keys have lost the parameter's own name: which of the two is it, A or B?")
+@wrong("lora_state_dict", "The keys no longer contain the parameter's own name: is it A or B?")
 def names_of_the_layers(model: nn.Module) -> dict[str, Tensor]:
     named = model.named_parameters()
     return {n.rpartition(".")[0]: p.detach() for n, p in named if last(n) in ("lora_A", "lora_B")}
@@ -920,7 +945,7 @@ def names_of_the_layers(model: nn.Module) -> dict[str, Tensor]:
 
 @wrong(
     "lora_state_dict",
-    "You save the product, as large as the weight itself. The two thin factors are what is small.",
+    "You save the product, which is as large as the weight itself. Save the two thin factors.",
 )
 def the_products(model: nn.Module) -> dict[str, Tensor]:
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))

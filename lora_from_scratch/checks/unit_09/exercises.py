@@ -68,7 +68,7 @@ def start_cases(draw: Draw) -> Iterator[Case]:
 
 
 def run_start(answer: Callable[..., Any], in_features: int, out_features: int, rank: int, seed: int) -> Any:
-    """The start of one seed, of the same seed again, of another seed and of PyTorch's own generator."""
+    """The factors of one seed, of the same seed again, of another seed and of PyTorch's global generator."""
 
     def start(seed: int | None) -> list[Tensor]:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def run_start(answer: Callable[..., Any], in_features: int, out_features: int, r
 
 
 def same_start(case: Case, seen: Seen, expected: Seen) -> bool:
-    """The numbers may be others, their shapes and their distribution may not. A has at least 2,000 of them."""
+    """The values may differ, but not their shapes and their distribution. A has at least 2,000 values."""
     one, other = seen.value, expected.value
     assert isinstance(one, dict)
     assert isinstance(other, dict)
@@ -95,7 +95,7 @@ def same_start(case: Case, seen: Seen, expected: Seen) -> bool:
 
 
 def explain_start(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | None:
-    """What cannot be tried by hand, since it is drawn at random."""
+    """A message about random values, which cannot be checked by hand."""
     assert isinstance(seen.value, dict)
     A, inputs = seen.value["A"], case.inputs["in_features"]
     assert isinstance(A, Tensor)
@@ -103,8 +103,8 @@ def explain_start(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | N
     bound = inputs**-0.5
     if A.isfinite().all() and float(A.abs().max()) > 1.02 * bound:
         return "beyond the bound", (
-            f"A has entries beyond 1/sqrt(in) = {bound:.3g}. What is asked for are uniform numbers between the two, "
-            "-1/sqrt(in) and 1/sqrt(in), not a Gaussian."
+            f"A has entries beyond 1/sqrt(in) = {bound:.3g}. It should contain uniform random numbers between "
+            "-1/sqrt(in) and 1/sqrt(in), not Gaussian ones."
         )
     return None
 
@@ -136,19 +136,19 @@ def layer_cases(draw: Draw) -> Iterator[Case]:
         given |= {"A": draw.normal(rank, inputs), "B": draw.normal(outputs, rank), "alpha": alpha}
         return Case(name, given | {"x": draw.normal(*more.pop("batch", (2, 3)), inputs), "what": what} | more, part)
 
-    yield case("a Linear at the start, B = 0", "forward", LINEAR, 4, 3, 2, "start")
-    yield case("a Linear with A and B learned", "forward", LINEAR, 4, 3, 2, "forward")
+    yield case("a Linear at initialisation, B = 0", "forward", LINEAR, 4, 3, 2, "start")
+    yield case("a Linear with trained A and B", "forward", LINEAR, 4, 3, 2, "forward")
     yield case("a Conv1D, one token", "forward", CONV1D, 3, 6, 3, "forward", batch=())
-    yield case("dropout on the way through A", "forward", LINEAR, 15, 2, 1, "dropout")
-    yield case("a square Conv1D is merged", "merge", CONV1D, 4, 4, 2, "merge")
-    yield case("a Linear of 5 to 3 features is merged", "merge", LINEAR, 5, 3, 2, "merge")
-    yield case("a Linear is merged twice", "merge", LINEAR, 3, 5, 3, "merge", times=2)
-    # Of these numbers sums and products are exact in float32, so that the only rounding is the one to bfloat16.
+    yield case("dropout on the input of A", "forward", LINEAR, 15, 2, 1, "dropout")
+    yield case("merging a square Conv1D", "merge", CONV1D, 4, 4, 2, "merge")
+    yield case("merging a Linear with 5 inputs and 3 outputs", "merge", LINEAR, 5, 3, 2, "merge")
+    yield case("merging a Linear twice", "merge", LINEAR, 3, 5, 3, "merge", times=2)
+    # Sums and products of these numbers are exact in float32, so the only rounding is the one to bfloat16.
     exact: dict[str, Any] = {"weight": draw.integers(-200, 200, 16, 16) / 64, "dtype": "bfloat16"}
     exact |= {"A": draw.integers(1, 63, 2, 16) / 32, "B": draw.integers(1, 63, 16, 2) / 32}
-    yield case("a bfloat16 Linear is merged", "merge", LINEAR, 16, 16, 2, "merge", **exact)
-    yield case("a bfloat16 Linear, there and back", "unmerge", LINEAR, 16, 16, 2, "back", dtype="bfloat16")
-    yield case("a Conv1D, there and back five times", "unmerge", CONV1D, 8, 12, 2, "back", times=5)
+    yield case("merging a bfloat16 Linear", "merge", LINEAR, 16, 16, 2, "merge", **exact)
+    yield case("a bfloat16 Linear, merged and unmerged", "unmerge", LINEAR, 16, 16, 2, "back", dtype="bfloat16")
+    yield case("a Conv1D, merged and unmerged five times", "unmerge", CONV1D, 8, 12, 2, "back", times=5)
     yield case("unmerge without merge", "unmerge", LINEAR, 4, 3, 2, "back", times=0)
 
 
@@ -165,7 +165,7 @@ def run_layer(
     times: int = 1,
     dtype: str = "float32",
 ) -> Any:
-    """Make a layer from plain data, and watch one of the things that it has to do."""
+    """Make a layer from plain data, and observe one of the things that it has to do."""
     base = plain_layer(kind, weight, bias).to(dtype=DTYPES[dtype])
     layer = answer(base, len(A), alpha, dropout=0.5 if what == "dropout" else 0.0)
     if what == "start":
@@ -265,7 +265,7 @@ def block_cases(draw: Draw) -> Iterator[Case]:
 
 
 def run_blocks(answer: Callable[..., Any], B: Tensor, parts: list[str], all_parts: list[str]) -> Any:
-    """The whole B, and the gradient that the parts' B would get (None: no gradient can flow)."""
+    """The whole B, and the gradient that each part's B would get (None: no gradient can flow)."""
     B.requires_grad_(True)
     whole = answer(B, tuple(parts), tuple(all_parts))
     return {"whole": whole, "gradient": gradients(whole, [B])[0]}
@@ -315,15 +315,15 @@ def inject_cases(draw: Draw) -> Iterator[Case]:
         return Case(name, given)
 
     yield case("h.1.attn", ["h.1.attn"])
-    yield case("head, which belongs to the model itself", ["head"])
+    yield case("head, an attribute of the model itself", ["head"])
     yield case("h.0.mlp.2, in a Sequential", ["h.0.mlp.2"])
     yield case("three at once", ["h.0.attn", "h.1.mlp.0", "head"])
-    yield case("LoRA layers that hold the old ones", ["h.0.mlp.0", "h.1.attn"], wrapped=True)
+    yield case("LoRA layers that wrap the existing ones", ["h.0.mlp.0", "h.1.attn"], wrapped=True)
     yield case("none", [])
 
 
 def run_inject(answer: Callable[..., Any], names: list[str], wrapped: bool, seed: int, x: Tensor) -> Any:
-    """What the model computes afterwards, and which of its modules are new, which old."""
+    """What the model computes afterwards, and which of its modules are new and which are old."""
     model = small_model(seed)
     before = dict(model.named_modules())
     layers: dict[str, nn.Module] = {}
@@ -342,7 +342,7 @@ def run_inject(answer: Callable[..., Any], names: list[str], wrapped: bool, seed
 
 
 def lively_lora(base: nn.Linear) -> LoRALinear:
-    """A LoRA that changes something."""
+    """A LoRA layer whose B is not zero."""
     layer = LoRALinear(base, 1)
     nn.init.normal_(layer.lora_B)
     return layer
@@ -352,7 +352,7 @@ def lively_lora(base: nn.Linear) -> LoRALinear:
 
 
 class Adapted(nn.Module):
-    """Layers with LoRAs among others, some with names that only look like it."""
+    """LoRA layers among other layers, some of which only have similar names."""
 
     def __init__(self, fused: bool = False) -> None:
         super().__init__()
@@ -398,7 +398,7 @@ def made_model(made: str, trained: str, seed: int) -> nn.Module:
 
 
 def run_mark(answer: Callable[..., Any], made: str, trained: str, seed: int) -> Any:
-    """Which parameters are trained afterwards, and whether their values are as before."""
+    """Which parameters are trained afterwards, and whether their values are unchanged."""
     model = made_model(made, trained, seed)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     answer(model)
@@ -409,7 +409,7 @@ def run_mark(answer: Callable[..., Any], made: str, trained: str, seed: int) -> 
 
 
 def run_state(answer: Callable[..., Any], made: str, trained: str, seed: int) -> Any:
-    """The tensors by name, which of them hang on the graph, and whether the model is as before."""
+    """The tensors by name, which of them are attached to the graph, and whether the model is unchanged."""
     model = made_model(made, trained, seed)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     tensors = answer(model)
@@ -423,7 +423,7 @@ def run_state(answer: Callable[..., Any], made: str, trained: str, seed: int) ->
 
 
 def explain_state(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | None:
-    """Which names are too many, and which are missing: that says more than "another dictionary"."""
+    """Which names are superfluous and which are missing: more helpful than "another dictionary"."""
     assert isinstance(seen.value, dict)
     assert isinstance(expected.value, dict)
     one, other = seen.value["state"], expected.value["state"]
@@ -431,11 +431,15 @@ def explain_state(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | N
     assert isinstance(other, dict)
     extra, missing = [n for n in one if n not in other], [n for n in other if n not in one]
     if extra:
-        return "too much", f"Your result has {extra[0]!r} in it, which is neither an A nor a B of a LoRA layer."
+        return "too much", f"Your result contains {extra[0]!r}, which is neither an A nor a B of a LoRA layer."
     if missing:
         return "too little", f"{missing[0]!r} is missing: every A and every B has to be saved under its full name."
     different = [name for name in other if not same(one[name], other[name])]
-    return ("other values", f"{different[0]!r} is not the tensor that the model has there.") if different else None
+    return (
+        ("other values", f"{different[0]!r} is not the tensor that the model has under this name.")
+        if different
+        else None
+    )
 
 
 # --- The lists ---------------------------------------------------------------------------------------
@@ -448,9 +452,10 @@ EXERCISES = [
         minutes=4,
         points=1,
         hints=(
-            "Two thin matrices make a large one. Write the three shapes below each other: which side do they share?",
-            "The shared side is r, and it has to stand in the middle of the product.",
-            "`@` multiplies matrices. The scaling is a number that the product is multiplied by, once.",
+            "The product of two thin matrices is a large one. Write the three shapes below each other: which side do "
+            "the two factors share?",
+            "The shared side is r, and it has to be in the middle of the product.",
+            "`@` multiplies matrices. Multiply the product by the scaling, once.",
         ),
         cases=delta_cases,
         probe=run_delta,
@@ -462,10 +467,11 @@ EXERCISES = [
         minutes=8,
         points=2,
         hints=(
-            "Refuse a rank that does not fit first: `check_rank` is there for it. Then make one matrix of random "
-            "numbers and one of zeros.",
-            "How wide the random numbers spread depends on how many of them meet one x: the number of columns of A.",
-            "`torch.empty(rank, in_features)` has `.uniform_(low, high, generator=generator)`; the other is "
+            "First reject a rank that does not fit: use `check_rank`. Then create one matrix of random numbers and one "
+            "of zeros.",
+            "The bound on the random numbers depends on how many of them are multiplied with one x: the number of "
+            "columns of A.",
+            "Use `.uniform_(low, high, generator=generator)` on `torch.empty(rank, in_features)`; the other matrix is "
             "`torch.zeros`.",
         ),
         cases=start_cases,
@@ -481,13 +487,14 @@ EXERCISES = [
         points=6,
         blank=("forward", "merge", "unmerge"),
         hints=(
-            "`forward`: is it merged? Then the base says it all. Otherwise: what the base gives, plus the thin way "
-            "round. `merge`: keep W0 first, and set the new weight then. `unmerge`: the two in the other direction.",
-            "The thin way goes from `in` numbers to r and from r to `out`: `F.linear` with A, then with B. Only its "
-            "input goes through `dropout(x, self.dropout_p, self.training)`.",
-            "`delta_weight(A.float(), B.float(), self.scaling)` is (out, in), so a `Conv1D` wants its transpose. "
-            "`self._unmerged` is None as long as nothing is merged; `weight.data = ...` exchanges the numbers "
-            "of a parameter and leaves the parameter where it is.",
+            "`forward`: if the layer is merged, the base's output is all there is. Otherwise, add the low-rank path to "
+            "the base's output. `merge`: save W0 first, then set the new weight. `unmerge`: restore W0 and mark the "
+            "layer as unmerged.",
+            "The low-rank path goes from `in` features to r and from r to `out`: `F.linear` with A, then with B. Only "
+            "its input goes through `dropout(x, self.dropout_p, self.training)`.",
+            "`delta_weight(A.float(), B.float(), self.scaling)` is (out, in), so a `Conv1D` needs its transpose. "
+            "`self._unmerged` is None while nothing is merged; `weight.data = ...` replaces the values of a parameter "
+            "and keeps the parameter object.",
         ),
         cases=layer_cases,
         probe=run_layer,
@@ -499,10 +506,11 @@ EXERCISES = [
         minutes=10,
         points=2,
         hints=(
-            "Who calls the old layer? The module that holds it, by the attribute's name. That attribute has to change.",
-            "Cut the name at its last dot: before it the module that holds the layer, behind it the attribute.",
-            "`name.rpartition('.')` cuts there and gives an empty first part where there is no dot; "
-            "`model.get_submodule('')` is the model itself; `setattr(module, attribute, layer)` exchanges the layer.",
+            "Which module calls the old layer? The one that holds it as an attribute. That attribute has to change.",
+            "Split the name at its last dot: the module that holds the layer comes before it, the attribute's name "
+            "after it.",
+            "`name.rpartition('.')` does this and gives an empty first part if there is no dot; "
+            "`model.get_submodule('')` is the model itself; `setattr(module, attribute, layer)` replaces the layer.",
         ),
         cases=inject_cases,
         probe=run_inject,
@@ -514,9 +522,10 @@ EXERCISES = [
         minutes=5,
         points=2,
         hints=(
-            "Go through all the parameters by name. Each one is told yes or no: none is left as it was.",
-            "`model.named_parameters()` gives full names, `h.0.lora_A`. What counts is the part behind the last dot.",
-            "`parameter.requires_grad_(...)` takes a truth value; `name.rpartition('.')[2]` is the last part.",
+            "Go through all the parameters by name. Set `requires_grad` of every one of them to True or False.",
+            "`model.named_parameters()` gives full names such as `h.0.lora_A`. Only the part after the last dot "
+            "counts.",
+            "`parameter.requires_grad_(...)` takes a bool; `name.rpartition('.')[2]` is the last part.",
         ),
         cases=model_cases,
         probe=run_mark,
@@ -528,10 +537,11 @@ EXERCISES = [
         minutes=5,
         points=2,
         hints=(
-            "The same question as before, asked of every parameter's name; the answer decides what is kept.",
-            "The names have to be the full ones: every layer has an A. And what is frozen at the moment counts too.",
-            "A dictionary comprehension over `model.named_parameters()` with an `if`; `.detach()` takes a tensor out "
-            "of the graph.",
+            "Ask the same question about every parameter's name as in the previous exercise; the answer decides what "
+            "is kept.",
+            "Use full names, because every layer has an A. Include parameters that are frozen at the moment.",
+            "Use a dictionary comprehension over `model.named_parameters()` with an `if`; `.detach()` detaches a "
+            "tensor from the graph.",
         ),
         cases=model_cases,
         probe=run_state,
@@ -545,9 +555,11 @@ EXERCISES = [
         points=3,
         hints=(
             "Draw the matrix of the docstring for r = 1 and a width of 2, and write the numbers 1 to 4 into it.",
-            "`B.chunk(n)` gives the B of each adapted part. It goes to its part's rows, and to r columns of its own.",
-            "One way: `torch.zeros` for the whole, and a slice of rows and one of columns for each part. Another: "
-            "`torch.block_diag`, to which a part that is not adapted gives rows but no column: a (width, 0) matrix.",
+            "`B.chunk(n)` gives the B of each adapted part. It goes into its part's rows and into r columns of its "
+            "own.",
+            "One way: create the whole matrix with `torch.zeros`, then assign a slice of rows and columns for each "
+            "part. Another way: `torch.block_diag`, where a part that is not adapted contributes rows but no columns, "
+            "a (width, 0) matrix.",
         ),
         cases=block_cases,
         probe=run_blocks,
@@ -558,8 +570,8 @@ PREDICTIONS = [
     Prediction(
         "both_at_zero",
         question=(
-            "LoRA has to begin as the model that it adapts, so s B A must be zero at the start. The simplest way: "
-            "A = 0 and B = 0. You train such a LoRA for 300 steps. What does the loss do?"
+            "LoRA has to start as the model that it adapts, so s B A must be zero at the start. The simplest way is A "
+            "= 0 and B = 0. You train such a LoRA for 300 steps. What does the loss do?"
         ),
         choices={
             "a": "it falls as fast as with a random A: Adam takes steps of the same size whatever the gradient",
@@ -568,29 +580,31 @@ PREDICTIONS = [
         },
         answer="c",
         explanation=(
-            "The gradient of A is s B^T G and that of B is s G A^T, where G is the gradient of the whole weight. With "
-            "both at zero, both gradients are zero, and they stay so: zero is a saddle from which no gradient leads "
-            "away. One of the two at zero is enough to change nothing at the start, and the other one, random, gets "
-            "the first of them moving."
+            "The gradient of A is s B^T G and that of B is s G A^T, where G is the gradient of the whole weight. If A "
+            "and B are both zero, both gradients are zero and remain zero: zero is a saddle point that no gradient "
+            "leads away from. One zero factor is enough to change nothing at the start, and the random one gives the "
+            "other its first gradient."
         ),
         idea="how LoRA starts",
     ),
     Prediction(
         "rank_four_twice",
         question=(
-            "Two ways to adapt GPT-2's `c_attn`, which makes q, k and v in one product: one LoRA of rank 4 on the "
-            "whole matrix, or one of rank 4 on q and another of rank 4 on v. Which of the two trains more numbers?"
+            "There are two ways to adapt GPT-2's `c_attn`, which computes q, k and v in one product: one LoRA of rank "
+            "4 on the whole matrix, or one of rank 4 on q and another of rank 4 on v. Which of the two trains more "
+            "parameters?"
         ),
         choices={
-            "a": "the LoRA on the whole matrix: it covers k as well",
-            "b": "the two LoRAs on q and on v: there are two A",
-            "c": "neither: the numbers are equal",
+            "a": "the LoRA on the whole matrix, because it covers k as well",
+            "b": "the two LoRAs on q and on v, because there are two A",
+            "c": "neither: both train the same number",
         },
         answer="c",
         explanation=(
-            "With width d the whole matrix is d to 3d: 4 (d + 3d) = 16 d. On q and on v it is 4 (d + d) each: 16 d. "
-            "Equal numbers, different models: one change has rank 4 and reaches k, the other has rank 8 and does not. "
-            "Whoever reports 'r = 4 on attention, 147,456 parameters' of GPT-2 small has not yet said which."
+            "With width d, the whole matrix maps d to 3d: 4 (d + 3d) = 16 d. On q and on v it is 4 (d + d) each: 16 d. "
+            "The numbers are equal but the models are different: one change has rank 4 and affects k, the other has "
+            "rank 8 and does not. 'r = 4 on attention, 147,456 parameters' of GPT-2 small does not tell you which it "
+            "is."
         ),
         idea="fused matrices",
     ),

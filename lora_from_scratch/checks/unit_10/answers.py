@@ -29,15 +29,13 @@ def rank_times_all_sides(sizes: list, rank: int) -> int:
 
 @wrong(
     "lora_parameter_count",
-    "You multiply in and out: that is the whole change, multiplied out. What is trained are its factors.",
+    "You multiply in and out: that is the number of entries of the full change. Only its factors are trained.",
 )
 def multiplied_out(sizes: list, rank: int) -> int:
     return sum(rank * i * o for i, o in sizes)
 
 
-@wrong(
-    "lora_parameter_count", "That is the number of weights of the matrices themselves, which LoRA leaves as they are."
-)
+@wrong("lora_parameter_count", "That is the number of weights in the matrices themselves, which LoRA leaves unchanged.")
 def the_frozen_weights(sizes: list, rank: int) -> int:
     return sum(i * o for i, o in sizes)
 
@@ -54,18 +52,22 @@ def only_the_second(sizes: list, rank: int) -> int:
 
 @wrong(
     "lora_parameter_count",
-    "You count twice what goes in, as if every matrix were square. A and B are as long as two different sides.",
+    "You count the inputs twice, as if every matrix were square. A depends on the number of inputs, B on the number of "
+    "outputs.",
 )
 def all_square(sizes: list, rank: int) -> int:
     return sum(2 * rank * i for i, _ in sizes)
 
 
-@wrong("lora_parameter_count", "You count an r x r matrix between A and B. LoRA has none.")
+@wrong("lora_parameter_count", "You count an r x r matrix between A and B. LoRA does not have one.")
 def a_core_between(sizes: list, rank: int) -> int:
     return sum(rank * (i + o) + rank * rank for i, o in sizes)
 
 
-@wrong("lora_parameter_count", "You count the first matrix as often as there are matrices. They may differ in size.")
+@wrong(
+    "lora_parameter_count",
+    "You multiply the count of the first matrix by the number of matrices. They may differ in size.",
+)
 def the_first_for_all(sizes: list, rank: int) -> int:
     return len(sizes) * rank * sum(sizes[0]) if len(sizes) > 1 else rank * sum(sizes[0])
 
@@ -110,40 +112,43 @@ def the_best_of_all_that_fit(sizes: list, budget: int) -> int:
 
 @wrong(
     "rank_for_budget",
-    "Your rank costs more than the budget where it does not divide evenly: what is left over buys no further one.",
+    "Your rank exceeds the budget when the division has a remainder: round down.",
 )
 def rounded_up(sizes: list, budget: int) -> int:
     payable(sizes, budget)
     return min(math.ceil(budget / cost(sizes)), smallest_side(sizes))
 
 
-@wrong("rank_for_budget", "You round to the nearest whole number. Where that is upwards, the budget is exceeded.")
+@wrong("rank_for_budget", "You round to the nearest integer. If that rounds up, the budget is exceeded.")
 def rounded(sizes: list, budget: int) -> int:
     payable(sizes, budget)
     return min(math.floor(budget / cost(sizes) + 0.5), smallest_side(sizes))
 
 
-@wrong("rank_for_budget", "A budget that is met exactly is not exceeded: one rank more is allowed than you give.")
+@wrong("rank_for_budget", "A budget that is met exactly is not exceeded: one rank more than yours is allowed.")
 def never_the_whole_budget(sizes: list, budget: int) -> int:
     payable(sizes, budget)
     return max(1, min((budget - 1) // cost(sizes), smallest_side(sizes)))
 
 
 @wrong(
-    "rank_for_budget", "With a large budget your rank is higher than a matrix can have: its smaller side is the limit."
+    "rank_for_budget", "With a large budget your rank exceeds the highest possible rank of a matrix, its smaller side."
 )
 def without_the_limit_of_the_matrix(sizes: list, budget: int) -> int:
     payable(sizes, budget)
     return budget // cost(sizes)
 
 
-@wrong("rank_for_budget", "Your limit is the larger side of a matrix. Its rank cannot be above the smaller one.")
+@wrong("rank_for_budget", "You limit the rank by the larger side of a matrix. The limit is the smaller side.")
 def limited_by_the_larger_side(sizes: list, budget: int) -> int:
     payable(sizes, budget)
     return min(budget // cost(sizes), *(max(size) for size in sizes))
 
 
-@wrong("rank_for_budget", "You look at the first matrix only for the highest possible rank. All of them get this rank.")
+@wrong(
+    "rank_for_budget",
+    "You use only the first matrix to find the highest possible rank. All of the matrices get this rank.",
+)
 def limited_by_the_first_matrix(sizes: list, budget: int) -> int:
     payable(sizes, budget)
     return min(budget // cost(sizes), *sizes[0])
@@ -157,7 +162,8 @@ def a_budget_for_each(sizes: list, budget: int) -> int:
 
 @wrong(
     "rank_for_budget",
-    "You share the budget out in equal parts. A larger matrix costs more at the same rank: count them together.",
+    "You divide the budget into equal parts. At the same rank a larger matrix costs more: add up the costs of all "
+    "matrices.",
 )
 def equal_shares(sizes: list, budget: int) -> int:
     payable(sizes, budget)
@@ -166,7 +172,7 @@ def equal_shares(sizes: list, budget: int) -> int:
 
 @wrong(
     "rank_for_budget",
-    "You spend the budget as if the change were stored multiplied out, in x out numbers for each rank.",
+    "You compute the cost as if each rank needed in x out parameters. The change is stored as two factors.",
 )
 def as_if_multiplied_out(sizes: list, budget: int) -> int:
     payable(sizes, budget)
@@ -175,13 +181,13 @@ def as_if_multiplied_out(sizes: list, budget: int) -> int:
 
 @wrong(
     "rank_for_budget",
-    "A budget that is too small for r = 1 has to be refused: a LoRA of rank 0 learns nothing, and nobody would notice.",
+    "Raise a ValueError if the budget is too small for r = 1: a LoRA of rank 0 would silently learn nothing.",
 )
 def zero_is_a_rank(sizes: list, budget: int) -> int:
     return min(budget // cost(sizes), smallest_side(sizes))
 
 
-@wrong("rank_for_budget", "You give at least rank 1, whatever the budget. One that is too small has to be refused.")
+@wrong("rank_for_budget", "You return at least rank 1, whatever the budget. Raise a ValueError if it is too small.")
 def at_least_one(sizes: list, budget: int) -> int:
     return max(1, min(budget // cost(sizes), smallest_side(sizes)))
 
@@ -225,14 +231,14 @@ def by_splitting_at_the_dots(tensors: dict) -> dict:
     return state
 
 
-@wrong("lora_state_from_peft", "The names still end in .weight: no parameter of the model is called that.")
+@wrong("lora_state_from_peft", "The names still end in .weight: no parameter of the model has such a name.")
 def keeps_the_ending(tensors: dict) -> dict:
     for key in tensors:
         refuse(key)
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
-@wrong("lora_state_from_peft", "You take away base_model. and leave model. in front. Both are PEFT's.")
+@wrong("lora_state_from_peft", "You remove base_model. but leave model. in front. Both are PEFT's prefixes.")
 def half_of_the_prefix(tensors: dict) -> dict:
     for key in tensors:
         refuse(key)
@@ -241,8 +247,8 @@ def half_of_the_prefix(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "`lstrip` takes away any of these *characters* from the left, and goes on into a module's name that begins with "
-    "some of them. You mean one beginning.",
+    "`lstrip` removes any of these *characters* from the left, and continues into a module's name that begins with "
+    "some of them. Remove a prefix instead.",
 )
 def stripped_by_characters(tensors: dict) -> dict:
     for key in tensors:
@@ -250,7 +256,7 @@ def stripped_by_characters(tensors: dict) -> dict:
     return {key.lstrip(PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
 
 
-@wrong("lora_state_from_peft", "You replace .weight wherever it stands, in the middle of a module's name as well.")
+@wrong("lora_state_from_peft", "You replace .weight everywhere, also in the middle of a module's name.")
 def replaced_everywhere(tensors: dict) -> dict:
     for key in tensors:
         refuse(key)
@@ -259,7 +265,7 @@ def replaced_everywhere(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "You keep what stands behind the last model. of the name. Some models have a part of that name themselves.",
+    "You keep what comes after the last model. in the name. Some models have a part of that name themselves.",
 )
 def behind_the_last_model(tensors: dict) -> dict:
     for key in tensors:
@@ -269,8 +275,8 @@ def behind_the_last_model(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "You transpose the tensors. That GPT-2's own weights lie the other way round says nothing about A and B: they are "
-    "(r, in) and (out, r) in the file as well.",
+    "You transpose the tensors. GPT-2 stores its own weights transposed, but A and B are (r, in) and (out, r) in the "
+    "file as well.",
 )
 def turned_round(tensors: dict) -> dict:
     for key in tensors:
@@ -280,8 +286,8 @@ def turned_round(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "You leave out what you do not know. What is left loads without an error and is another adapter than the one that "
-    "was saved: refuse it.",
+    "You skip names that you do not know. The rest loads without an error but is a different adapter from the one that "
+    "was saved: raise a ValueError.",
 )
 def leaves_out_what_it_does_not_know(tensors: dict) -> dict:
     state = {}
@@ -296,8 +302,7 @@ def leaves_out_what_it_does_not_know(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "You take every name as it comes. A name that a plain LoRA does not have belongs to something else, and has to be "
-    "refused.",
+    "You accept every name. A name that a plain LoRA does not have belongs to something else: raise a ValueError.",
 )
 def takes_everything(tensors: dict) -> dict:
     return {key.removeprefix(PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
@@ -305,7 +310,7 @@ def takes_everything(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "The names in your result are not full ones: of two layers with an A each, one A is lost.",
+    "The names in your result are not full names: if two layers have an A each, one of them is lost.",
 )
 def the_last_part_only(tensors: dict) -> dict:
     for key in tensors:
@@ -315,8 +320,8 @@ def the_last_part_only(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "You put the adapter's name, default, into the names. PEFT does that in memory; in its files and in this model "
-    "there is none.",
+    "You insert the adapter's name, default, into the names. PEFT does that in memory; the files and this model do not "
+    "contain it.",
 )
 def with_the_adapters_name(tensors: dict) -> dict:
     for key in tensors:

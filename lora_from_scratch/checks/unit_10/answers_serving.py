@@ -22,7 +22,7 @@ def fits(model: nn.Module, old: dict, new: dict) -> dict:
 
 
 def laid(layer: nn.Module, change: Tensor) -> Tensor:
-    """The change (out, in) as the layer stores its weight."""
+    """The change (out, in), in the layout of the layer's weight."""
     return change.T if isinstance(layer, Conv1D) else change
 
 
@@ -51,7 +51,7 @@ def past_autograd_in_double_precision(model: nn.Module, old: dict, new: dict) ->
 
 @wrong(
     "switch_task",
-    "You add the new one and leave the old one in the weights: the model now does a mixture of both tasks.",
+    "You add the new LoRA and leave the old one in the weights: the model now mixes both tasks.",
 )
 @torch.no_grad()
 def the_old_one_stays(model: nn.Module, old: dict, new: dict) -> None:
@@ -60,7 +60,7 @@ def the_old_one_stays(model: nn.Module, old: dict, new: dict) -> None:
         modules[name].weight += laid(modules[name], B @ A)
 
 
-@wrong("switch_task", "You take the old one out and do not put the new one in: what you have is the base.")
+@wrong("switch_task", "You remove the old LoRA and do not add the new one: the result is the base.")
 @torch.no_grad()
 def the_new_one_is_missing(model: nn.Module, old: dict, new: dict) -> None:
     modules = fits(model, old, new)
@@ -68,7 +68,7 @@ def the_new_one_is_missing(model: nn.Module, old: dict, new: dict) -> None:
         modules[name].weight -= laid(modules[name], B @ A)
 
 
-@wrong("switch_task", "You add the old one once more. It is in the weights: it has to come out.")
+@wrong("switch_task", "You add the old LoRA once more. The weights already contain it: subtract it.")
 @torch.no_grad()
 def adds_both(model: nn.Module, old: dict, new: dict) -> None:
     modules = fits(model, old, new)
@@ -77,7 +77,7 @@ def adds_both(model: nn.Module, old: dict, new: dict) -> None:
             modules[name].weight += laid(modules[name], B @ A)
 
 
-@wrong("switch_task", "You do it the wrong way round: the new one is subtracted and the old one added.")
+@wrong("switch_task", "Your signs are reversed: the new LoRA is subtracted and the old one added.")
 @torch.no_grad()
 def the_wrong_way_round(model: nn.Module, old: dict, new: dict) -> None:
     modules = fits(model, old, new)
@@ -88,7 +88,7 @@ def the_wrong_way_round(model: nn.Module, old: dict, new: dict) -> None:
 
 @wrong(
     "switch_task",
-    "You subtract the factors from each other first. (B' - B)(A' - A) is not B'A' - BA: multiply it out on paper.",
+    "You subtract the factors from each other first. (B' - B)(A' - A) is not B'A' - BA: expand it on paper.",
 )
 @torch.no_grad()
 def difference_of_the_factors(model: nn.Module, old: dict, new: dict) -> None:
@@ -104,7 +104,7 @@ def difference_of_the_factors(model: nn.Module, old: dict, new: dict) -> None:
 
 @wrong(
     "switch_task",
-    "You visit the layers of the new one only. What the old one changed elsewhere stays in the model.",
+    "You visit only the layers of the new LoRA. What the old one changed elsewhere stays in the model.",
 )
 @torch.no_grad()
 def only_the_new_ones_layers(model: nn.Module, old: dict, new: dict) -> None:
@@ -118,8 +118,8 @@ def only_the_new_ones_layers(model: nn.Module, old: dict, new: dict) -> None:
 
 @wrong(
     "switch_task",
-    "Where a layer is in both, only one of the two reaches its weight. A layer can have something to lose *and* "
-    "something to gain.",
+    "If a layer is in both LoRAs, only one of the two changes its weight. Such a layer needs a subtraction *and* an "
+    "addition.",
 )
 @torch.no_grad()
 def either_or(model: nn.Module, old: dict, new: dict) -> None:
@@ -131,8 +131,8 @@ def either_or(model: nn.Module, old: dict, new: dict) -> None:
 
 @wrong(
     "switch_task",
-    "A square `Conv1D` gets the transpose of its change. Its weight is (in, out), and where both are equal nothing "
-    "complains.",
+    "A square `Conv1D` gets the transpose of its change. Its weight is (in, out), and if both are equal there is no "
+    "error.",
 )
 @torch.no_grad()
 def turned_only_where_it_must_be(model: nn.Module, old: dict, new: dict) -> None:
@@ -145,8 +145,8 @@ def turned_only_where_it_must_be(model: nn.Module, old: dict, new: dict) -> None
 
 @wrong(
     "switch_task",
-    "You put new parameters into the layers. Whoever holds the old ones, an optimiser for instance, now holds nothing "
-    "that the model uses: change their numbers and leave them where they are.",
+    "You put new parameters into the layers. An optimiser, or anyone else who holds the old ones, then holds "
+    "parameters that the model no longer uses: change their values in place.",
 )
 @torch.no_grad()
 def new_parameters(model: nn.Module, old: dict, new: dict) -> None:
@@ -159,7 +159,7 @@ def new_parameters(model: nn.Module, old: dict, new: dict) -> None:
 
 @wrong(
     "switch_task",
-    "When it is refused, the model is half changed already. Look at everything first, and change something then.",
+    "When you raise an error, the model is already half changed. Check everything first, then change the weights.",
 )
 @torch.no_grad()
 def looks_too_late(model: nn.Module, old: dict, new: dict) -> None:
@@ -172,7 +172,7 @@ def looks_too_late(model: nn.Module, old: dict, new: dict) -> None:
 
 @wrong(
     "switch_task",
-    "You pass over layers that the model does not have. Then half an adapter is in the model, and nothing says so.",
+    "You skip layers that the model does not have. Then half an adapter is in the model, without an error.",
 )
 @torch.no_grad()
 def passes_over_what_does_not_fit(model: nn.Module, old: dict, new: dict) -> None:
@@ -202,26 +202,26 @@ def by_where(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tensor) -> Te
     return torch.where(owner.view(1, 1, -1) == adapter_index.view(-1, 1, 1), h, torch.zeros_like(h))
 
 
-@wrong("shrink", "Every row keeps what all the adapters made of it. Set to zero what is not its own.")
+@wrong("shrink", "Every row keeps the results of all the adapters. Set those of the other adapters to zero.")
 def no_mask(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tensor) -> Tensor:
     return x @ A_T
 
 
-@wrong("shrink", "Your mask is the wrong way round: each row keeps what the *other* adapters made of it.")
+@wrong("shrink", "Your mask is inverted: each row keeps the results of the *other* adapters.")
 def the_others_are_kept(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tensor) -> Tensor:
     return (x @ A_T) * (adapter_index[:, None] != owner)[:, None]
 
 
 @wrong(
     "shrink",
-    "You compare the adapter's number with the number of the column. That is right only as long as every rank is 1: "
-    "`owner` says whose a column is.",
+    "You compare the adapter's number with the number of the column. That is right only if every rank is 1: `owner` "
+    "says which adapter a column belongs to.",
 )
 def a_column_for_each_adapter(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tensor) -> Tensor:
     return (x @ A_T) * (adapter_index[:, None] == torch.arange(A_T.shape[1]))[:, None]
 
 
-@wrong("shrink", "Row 0 gets adapter 0, row 1 adapter 1, ...: you do not look at which adapter a row asks for.")
+@wrong("shrink", "Row 0 gets adapter 0, row 1 adapter 1, ...: you do not use `adapter_index`.")
 def the_rows_number(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tensor) -> Tensor:
     return (x @ A_T) * (torch.arange(len(x))[:, None] == owner)[:, None]
 
@@ -236,7 +236,7 @@ def none_is_the_first(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tens
     return (x @ A_T) * (adapter_index.clamp(min=0)[:, None] == owner)[:, None]
 
 
-@wrong("shrink", "A row without an adapter gets the last one. In Python -1 is the last place of a list.")
+@wrong("shrink", "A row without an adapter gets the last one: in Python, index -1 is the last element.")
 def none_is_the_last(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tensor) -> Tensor:
     adapters = int(owner.max()) + 1
     return (x @ A_T) * ((adapter_index % adapters)[:, None] == owner)[:, None]
@@ -248,7 +248,7 @@ def none_is_all(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tensor) ->
     return (x @ A_T) * own[:, None]
 
 
-@wrong("shrink", "Only the first token of a row counts in your result. The mask is for all of its tokens.")
+@wrong("shrink", "Only the first token of a row is masked correctly. The mask applies to all of its tokens.")
 def the_first_token_only(x: Tensor, A_T: Tensor, owner: Tensor, adapter_index: Tensor) -> Tensor:
     h = (x @ A_T) * (adapter_index[:, None] == owner)[:, None]
     h[:, 1:] = 0
@@ -279,7 +279,7 @@ def one_row_at_a_time(x: Tensor, A_stack: Tensor, B_stack: Tensor, scaling: floa
 @right("batched_lora")
 def gathered(x: Tensor, A_stack: Tensor, B_stack: Tensor, scaling: float | Tensor, adapter_index: Tensor):
     s = per_adapter(scaling, len(A_stack))[adapter_index] * (adapter_index >= 0)
-    h = torch.bmm(x, A_stack[adapter_index].mT)  # each row's own A is copied
+    h = torch.bmm(x, A_stack[adapter_index].mT)  # copies each row's own A
     return s[:, None, None] * torch.bmm(h, B_stack[adapter_index].mT)
 
 
@@ -295,7 +295,7 @@ def one_adapter_at_a_time(x: Tensor, A_stack: Tensor, B_stack: Tensor, scaling: 
 
 @wrong(
     "batched_lora",
-    "A row with -1 gets the last adapter: as an index, -1 is the last place. Such a row has to stay without one.",
+    "A row with -1 gets the last adapter: as an index, -1 is the last element. Such a row gets no adapter.",
 )
 def none_is_the_last_adapter(x, A_stack, B_stack, scaling, adapter_index):
     s = per_adapter(scaling, len(A_stack))[adapter_index]
@@ -303,25 +303,24 @@ def none_is_the_last_adapter(x, A_stack, B_stack, scaling, adapter_index):
     return s[:, None, None] * torch.bmm(h, B_stack[adapter_index].mT)
 
 
-@wrong("batched_lora", "A row with -1 gets adapter 0. It has to stay without one.")
+@wrong("batched_lora", "A row with -1 gets adapter 0. Such a row gets no adapter.")
 def none_is_the_first_adapter(x, A_stack, B_stack, scaling, adapter_index):
     return gathered(x, A_stack, B_stack, scaling, adapter_index.clamp(min=0))
 
 
-@wrong("batched_lora", "The scaling is missing: the result is the same whatever s is.")
+@wrong("batched_lora", "The scaling is missing: the result does not depend on s.")
 def without_the_scaling(x, A_stack, B_stack, scaling, adapter_index):
     return gathered(x, A_stack, B_stack, 1.0, adapter_index)
 
 
-@wrong("batched_lora", "The scaling counts twice: once on the way in and once on the way out.")
+@wrong("batched_lora", "The scaling is applied twice: once to A and once to B.")
 def scaled_twice(x, A_stack, B_stack, scaling, adapter_index):
     return gathered(x, A_stack, B_stack, scaling * scaling, adapter_index)
 
 
 @wrong(
     "batched_lora",
-    "The scalings are shared out by the rows' numbers. They belong to the adapters: a row has the scaling of the "
-    "adapter that it asks for.",
+    "You index the scalings by row. They belong to the adapters: a row uses the scaling of its adapter.",
 )
 def scaled_by_row(x, A_stack, B_stack, scaling, adapter_index):
     s = per_adapter(scaling, len(A_stack))
@@ -329,19 +328,19 @@ def scaled_by_row(x, A_stack, B_stack, scaling, adapter_index):
     return s[:, None, None] * gathered(x, A_stack, B_stack, 1.0, adapter_index)
 
 
-@wrong("batched_lora", "Every adapter is scaled by the first one's scaling.")
+@wrong("batched_lora", "Every adapter is scaled by the first adapter's scaling.")
 def the_first_ones_scaling(x, A_stack, B_stack, scaling, adapter_index):
     return gathered(x, A_stack, B_stack, float(per_adapter(scaling, len(A_stack))[0]), adapter_index)
 
 
-@wrong("batched_lora", "Every row gets the sum of all adapters. It asks for one of them.")
+@wrong("batched_lora", "Every row gets the sum of all adapters. It must get only its own.")
 def all_adapters_for_all_rows(x, A_stack, B_stack, scaling, adapter_index):
     return sum(gathered(x, A_stack, B_stack, scaling, torch.full_like(adapter_index, k)) for k in range(len(A_stack)))
 
 
 @wrong(
     "batched_lora",
-    "The adapters are dealt out in order, row 0 the first, row 1 the second. `adapter_index` says who gets which.",
+    "You assign the adapters in order, row 0 the first, row 1 the second. `adapter_index` says which row gets which.",
 )
 def in_the_order_of_the_rows(x, A_stack, B_stack, scaling, adapter_index):
     return gathered(x, A_stack, B_stack, scaling, torch.arange(len(x)) % len(A_stack))
@@ -349,8 +348,8 @@ def in_the_order_of_the_rows(x, A_stack, B_stack, scaling, adapter_index):
 
 @wrong(
     "batched_lora",
-    "The B are put together by `reshape`, which keeps the order of the numbers and mixes rows with columns. Their "
-    "axes have to be swapped first.",
+    "You arrange the B with `reshape`, which keeps the order of the values and mixes rows with columns. Swap the axes "
+    "first.",
 )
 def reshaped_without_swapping(x, A_stack, B_stack, scaling, adapter_index):
     K, out, r = B_stack.shape
@@ -362,8 +361,8 @@ def reshaped_without_swapping(x, A_stack, B_stack, scaling, adapter_index):
 
 @wrong(
     "batched_lora",
-    "The columns of h go round the adapters in turn in your mask, 0, 1, 2, 0, 1, 2. Those of one adapter stand beside "
-    "each other.",
+    "In your mask, the columns of h alternate between the adapters, 0, 1, 2, 0, 1, 2. The columns of one adapter are "
+    "adjacent.",
 )
 def owners_in_turn(x, A_stack, B_stack, scaling, adapter_index):
     K, _, r = B_stack.shape
@@ -372,9 +371,7 @@ def owners_in_turn(x, A_stack, B_stack, scaling, adapter_index):
     return ((x @ A_stack.flatten(0, 1).T) * own[:, None]) @ (s * B_stack).mT.flatten(0, 1)
 
 
-@wrong(
-    "batched_lora", "Each adapter overwrites what the one before has written; only the rows of the last one are left."
-)
+@wrong("batched_lora", "Each adapter overwrites the results of the one before; only the rows of the last one are left.")
 def the_last_adapter_wins(x, A_stack, B_stack, scaling, adapter_index):
     K = len(A_stack)
     s = per_adapter(scaling, K)
@@ -383,7 +380,7 @@ def the_last_adapter_wins(x, A_stack, B_stack, scaling, adapter_index):
     return result
 
 
-@wrong("batched_lora", "x itself is in your result. What is asked for is only what the adapters add.")
+@wrong("batched_lora", "Your result contains x itself. Return only what the adapters add.")
 def with_x(x, A_stack, B_stack, scaling, adapter_index):
     added = gathered(x, A_stack, B_stack, scaling, adapter_index)
     return added + x[..., : added.shape[-1]]

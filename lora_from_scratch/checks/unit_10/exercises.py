@@ -24,12 +24,12 @@ def count_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, sizes: Sequence[Sequence[int]], rank: int) -> Case:
         return Case(name, {"sizes": [list(size) for size in sizes], "rank": rank})
 
-    yield case("one matrix, 5 to 3, r = 2", [(5, 3)], 2)
-    yield case("r = 1 on a square and on a matrix three times as tall", [(8, 8), (8, 24)], 1)
+    yield case("one matrix, 5 inputs, 3 outputs, r = 2", [(5, 3)], 2)
+    yield case("r = 1 on a square matrix and on one three times as tall", [(8, 8), (8, 24)], 1)
     yield case("r = 4 on the q and v of GPT-2 small", [(768, 768)] * 24, 4)
     many = [(draw.integer(10, 40), draw.integer(41, 90)) for _ in range(4)]
     yield case("four matrices of different sizes, r = 3", many, 3)
-    yield case("wide ones, r = 7", [(inputs + 1, outputs) for outputs, inputs in many], 7)
+    yield case("wide matrices, r = 7", [(inputs + 1, outputs) for outputs, inputs in many], 7)
 
 
 def run_on_sizes(answer: Callable[..., Any], sizes: list[list[int]], **given: Any) -> Any:
@@ -41,15 +41,19 @@ def budget_cases(draw: Draw) -> Iterator[Case]:
         return Case(name, {"sizes": [list(size) for size in sizes], "budget": budget}, part)
 
     rank = draw.integer(3, 6)
-    yield case("one matrix, 10 to 20; the budget is exactly that of a rank", [(10, 20)], 30 * rank)
-    yield case("the same, one number less", [(10, 20)], 30 * rank - 1)
-    yield case("one matrix, 10 to 20, and much more than it can take", [(10, 20)], 30 * 25 + draw.integer(0, 29))
+    yield case("one matrix, 10 inputs, 20 outputs; the budget is exactly the cost of a rank", [(10, 20)], 30 * rank)
+    yield case("the same with a budget smaller by one", [(10, 20)], 30 * rank - 1)
+    yield case(
+        "one matrix, 10 inputs, 20 outputs, and a budget above its highest rank",
+        [(10, 20)],
+        30 * 25 + draw.integer(0, 29),
+    )
     mixed = [(16, 16), (16, 48), (64, 16)]  # 32 + 64 + 80 = 176
     yield case("three matrices of different sizes", mixed, 176 * rank + draw.integer(90, 170))
-    yield case("two matrices, of which the second is the smaller", [(30, 40), (5, 90)], 165 * 20 + draw.integer(0, 99))
-    yield case("the q and v of GPT-2 small, 150,000 numbers", [(768, 768)] * 24, 150_000)
-    yield case("exactly r = 1", mixed, 176)
-    yield case("one number less than r = 1", mixed, 175, "what is refused")
+    yield case("two matrices, the second one smaller", [(30, 40), (5, 90)], 165 * 20 + draw.integer(0, 99))
+    yield case("q and v of GPT-2 small, a budget of 150,000", [(768, 768)] * 24, 150_000)
+    yield case("budget exactly enough for r = 1", mixed, 176)
+    yield case("budget one too small for r = 1", mixed, 175, "what is refused")
     yield case("no budget", [(10, 20)], 0, "what is refused")
 
 
@@ -74,7 +78,7 @@ def peft_cases(draw: Draw) -> Iterator[Case]:
     yield case("a layer with .weight in the middle of its name", ["net.weight_maker.weight.fc"])
     name = "transformer.h.0.attn.c_attn"
     yield case("DoRA's magnitude", [name], "what is refused", [f"{BEFORE}{name}.lora_magnitude_vector"])
-    yield case("a whole layer, saved beside the LoRA", [name], "what is refused", [f"{BEFORE}score.weight"])
+    yield case("a whole layer, saved together with the LoRA", [name], "what is refused", [f"{BEFORE}score.weight"])
     yield case("no prefix", [], "what is refused", [f"{name}.lora_A.weight"])
     yield case("an adapter's name in the key", [], "what is refused", [f"{BEFORE}{name}.lora_A.default.weight"])
 
@@ -89,7 +93,7 @@ def run_peft(answer: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
 
 
 class Small(nn.Module):
-    """Two kinds of layers, a square one among them, and one that no LoRA touches."""
+    """Two kinds of layers, one of them square, and a layer without LoRA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,26 +113,26 @@ def switch_cases(draw: Draw) -> Iterator[Case]:
         return Case(name, given | {"seed": draw.integer(0, 10**6), "steps": "switch"}, part)
 
     yield case("from the base to a LoRA on a Linear", [], ["head"])
-    yield case("from the base to a LoRA on a Conv1D of 4 to 6", [], ["h.0.fc"])
+    yield case("from the base to a LoRA on a Conv1D with 4 inputs and 6 outputs", [], ["h.0.fc"])
     yield case("from the base to a LoRA on a square Conv1D", [], ["h.1.proj"])
     yield case("from a LoRA to the base", ["h.0.proj", "head"], [])
-    yield case("from one to another on the same layers", ["h.0.fc", "head"], ["h.0.fc", "head"])
-    yield case("other ranks on the same layers", ["h.0.fc", "h.1.fc"], ["h.0.fc", "h.1.fc"], ranks=(1, 3))
-    yield case("other layers", ["h.0.fc", "h.0.proj"], ["h.0.proj", "head"], ranks=(3, 1))
-    given = case("there and back", ["h.0.fc", "h.1.proj"], ["h.0.proj", "head"]).inputs
-    yield Case("there and back", dict(given) | {"steps": "there and back"}, "the switch")
+    yield case("from one LoRA to another on the same layers", ["h.0.fc", "head"], ["h.0.fc", "head"])
+    yield case("different ranks on the same layers", ["h.0.fc", "h.1.fc"], ["h.0.fc", "h.1.fc"], ranks=(1, 3))
+    yield case("different layers", ["h.0.fc", "h.0.proj"], ["h.0.proj", "head"], ranks=(3, 1))
+    given = case("from one LoRA to another and back", ["h.0.fc", "h.1.proj"], ["h.0.proj", "head"]).inputs
+    yield Case("from one LoRA to another and back", dict(given) | {"steps": "there and back"}, "the switch")
     missing: dict[str, Data] = {"h.7.fc": [draw.normal(1, 4), draw.normal(6, 1)]}
     given = {"old": lora(["head"], 1), "new": lora(["h.0.fc"], 1) | missing, "seed": 1, "steps": "refuse"}
-    yield Case("the new one has a layer that the model does not have", given, "what is refused")
+    yield Case("the new LoRA has a layer that the model does not have", given, "what is refused")
     turned: dict[str, Data] = {"h.1.fc": [draw.normal(1, 6), draw.normal(4, 1)]}
     given = {"old": lora(["head"], 1), "new": lora(["h.0.fc"], 1) | turned, "seed": 1, "steps": "refuse"}
-    yield Case("the new one is for a layer of 6 to 4", given, "what is refused")
+    yield Case("the new LoRA is for 6 inputs and 4 outputs, the layer has 4 and 6", given, "what is refused")
 
 
 def run_switch(
     answer: Callable[..., Any], old: dict[str, Any], new: dict[str, Any], seed: int, steps: str
 ) -> dict[str, Any]:
-    """All the numbers of the model afterwards, and whether it was refused where it has to be."""
+    """All the values of the model afterwards, and whether invalid input raised."""
     torch.manual_seed(seed)
     model = Small()
     parameters = dict(model.named_parameters())
@@ -163,11 +167,11 @@ def shrink_cases(draw: Draw) -> Iterator[Case]:
         return Case(name, given | {"owner": torch.tensor(owner), "adapter_index": torch.tensor(index)})
 
     yield case("two adapters of rank 1, one row each", (1, 1), (0, 1))
-    yield case("the same two, in the other order", (1, 1), (1, 0))
-    yield case("three rows, all of the same of two adapters", (2, 2), (1, 1, 1))
+    yield case("the same two in reverse order", (1, 1), (1, 0))
+    yield case("three rows, all with the first of two adapters", (2, 2), (1, 1, 1))
     yield case("ranks 1, 3 and 2", (1, 3, 2), (2, 0, 1, 1))
-    yield case("two rows get no adapter", (2, 1), (-1, 1, -1), 3)
-    yield case("an adapter that leaves this layer alone", (2, 0, 1), (1, 0, 2), 1)
+    yield case("two rows without an adapter", (2, 1), (-1, 1, -1), 3)
+    yield case("an adapter without this layer", (2, 0, 1), (1, 0, 2), 1)
 
 
 def batch_cases(draw: Draw) -> Iterator[Case]:
@@ -180,11 +184,16 @@ def batch_cases(draw: Draw) -> Iterator[Case]:
         return 0.5 + torch.arange(K) + 0.3 * draw.normal(K).abs()
 
     yield case("one adapter, two rows, s = 2", (0, 0), 1, 2.0)
-    yield case("two adapters, two rows, crosswise, s = 0.5", (1, 0), 2, 0.5)
+    yield case("two adapters, two rows, swapped, s = 0.5", (1, 0), 2, 0.5)
     yield case("three adapters of rank 3, five rows, s = 4", (2, 0, 0, 1, 2), 3, 4.0, 3, 3)
     yield case("a scaling for each adapter", (2, 2, 0, 1), 3, each(3))
     yield case("rows without an adapter", (-1, 1, 0, -1), 2, 1.5, 1)
-    yield case("as many rows as adapters, each with a scaling of its own, one row without", (2, 0, -1), 3, each(3))
+    yield case(
+        "as many rows as adapters, each adapter with its own scaling, one row without an adapter",
+        (2, 0, -1),
+        3,
+        each(3),
+    )
 
 
 # --- The lists ---------------------------------------------------------------------------------------
@@ -197,9 +206,10 @@ EXERCISES = [
         minutes=4,
         points=1,
         hints=(
-            "Take one matrix first, of `in` to `out`. How many numbers are in its A, how many in its B?",
-            "A has r rows, each as long as what goes in; B has as many rows as come out, each r long.",
-            "`sum(... for inputs, outputs in sizes)`; unit 01's `low_rank_parameter_count` gives the count of one "
+            "Start with one matrix with `in` inputs and `out` outputs. How many parameters are in its A, and how many "
+            "in its B?",
+            "A has r rows, one column per input; B has one row per output, r columns.",
+            "`sum(... for inputs, outputs in sizes)`; unit 01's `low_rank_parameter_count` gives the count for one "
             "pair.",
         ),
         cases=count_cases,
@@ -212,11 +222,11 @@ EXERCISES = [
         minutes=8,
         points=2,
         hints=(
-            "What does one unit of rank cost, on all the matrices together? How many of them can you pay?",
-            "The count grows in proportion to the rank, so a division does it; what is left over buys nothing. Then "
-            "there are two limits: it cannot be less than 1, and no matrix can have a rank above its smaller side.",
-            "`budget // lora_parameter_count(sizes, 1)` is the division; a `ValueError` where that is 0; `min` of it "
-            "and of every side of every matrix.",
+            "What does r = 1 cost for all the matrices together? How many times does that fit into the budget?",
+            "The cost is proportional to the rank, so divide; a remainder cannot be spent. There are two limits: the "
+            "rank cannot be less than 1, and it cannot exceed the smaller side of any matrix.",
+            "`budget // lora_parameter_count(sizes, 1)` is the division; raise a `ValueError` if that is 0; take the "
+            "`min` of it and of every side of every matrix.",
         ),
         cases=budget_cases,
         probe=run_on_sizes,
@@ -228,12 +238,12 @@ EXERCISES = [
         minutes=8,
         points=2,
         hints=(
-            "Only the names change. Take one name apart: what has to go in front, what behind, and what has to be "
-            "there?",
-            "A text method that removes *characters* is not one that removes a *beginning*. And `replace` looks in the "
-            "middle as well.",
-            "`key.removeprefix(...)` and `key.removesuffix(...)` leave the key as it is where there is nothing to "
-            "remove, so put the name together again and compare. `name.endswith((..., ...))` takes several endings.",
+            "Only the names change. Take one name apart: which prefix and suffix have to be removed, and which ending "
+            "has to be there?",
+            "Beware of string methods that remove *characters* and not a *prefix*. `replace` also matches in the "
+            "middle of a name.",
+            "`key.removeprefix(...)` and `key.removesuffix(...)` return the key unchanged if there is nothing to "
+            "remove, so reassemble the name and compare. `name.endswith((..., ...))` accepts several endings.",
         ),
         cases=peft_cases,
         probe=run_peft,
@@ -245,10 +255,10 @@ EXERCISES = [
         minutes=12,
         points=3,
         hints=(
-            "For each layer of the old LoRA something is subtracted from a weight, for each of the new one something "
-            "is added. A layer can be in one of them, in the other, or in both.",
-            "s is in the B that you are given, so the change of a layer is its B times its A, with a sign. A `Conv1D` "
-            "stores its weight the other way round. Ask `check_fit` about both before you touch anything.",
+            "For each layer of the old LoRA something is subtracted from a weight, and for each layer of the new one "
+            "something is added. A layer can be in the old LoRA, in the new one, or in both.",
+            "The given B already contains s, so the change of a layer is its B times its A, with a sign. A `Conv1D` "
+            "stores its weight transposed. Call `check_fit` on both LoRAs before you change anything.",
             "`dict(model.named_modules())[name].weight` is the parameter; inside the function no gradient is recorded, "
             "so `weight.add_(...)` or `weight.copy_(...)` changes it in place.",
         ),
@@ -262,12 +272,12 @@ EXERCISES = [
         minutes=12,
         points=2,
         hints=(
-            "Two steps. First the one large product: every row of the batch by the A of every adapter. Then most of it "
-            "has to become zero.",
-            "Draw a table with a line for each row of the batch and a column for each of the R numbers. Where may "
-            "something stay? Where the adapter of the row is the owner of the column.",
-            "`adapter_index[:, None]` is (n, 1) and `owner` is (R,): compared with == they make that table. It has no "
-            "axis for the tokens yet; `[:, None, :]` gives it one.",
+            "There are two steps. First one large product: every row of the batch by the A of every adapter. Then set "
+            "most of the result to zero.",
+            "Draw a table with a line for each row of the batch and a column for each of the R values. Where may a "
+            "value remain? Where the row's adapter owns the column.",
+            "`adapter_index[:, None]` is (n, 1) and `owner` is (R,): comparing them with == gives that table. It has "
+            "no token axis yet; `[:, None, :]` adds one.",
         ),
         cases=shrink_cases,
     ),
@@ -278,13 +288,13 @@ EXERCISES = [
         minutes=15,
         points=3,
         hints=(
-            "Two ways. Either pick for each row its own A and its own B, and multiply in batches; or let `shrink` do "
-            "the first half for all adapters at once, and let the zeros meet the other B.",
-            "For the second way the K adapters stand side by side: A as (in, K r), B as (K r, out). Each B has its own "
-            "scaling. A row with -1 adds nothing; mind what -1 means to Python where something is picked by it.",
-            "`A_stack.flatten(0, 1)` puts the A below each other; `B_stack.mT` swaps the last two axes before the same "
-            "is done with B; `torch.arange(K).repeat_interleave(r)` is the owner of each column; `scaling[:, None, "
-            "None]` where it is a tensor.",
+            "There are two ways. Either select each row's own A and B and multiply in batches; or let `shrink` compute "
+            "the first half for all adapters at once, so that the zeros cancel the other adapters' B.",
+            "For the second way, put the K adapters side by side: A as (in, K r), B as (K r, out). Each B has its own "
+            "scaling. A row with -1 adds nothing; remember that -1 is a valid index in Python.",
+            "`A_stack.flatten(0, 1)` stacks the A on top of each other; `B_stack.mT` swaps the last two axes before "
+            "you do the same with B; `torch.arange(K).repeat_interleave(r)` is the owner of each column; use "
+            "`scaling[:, None, None]` if it is a tensor.",
         ),
         cases=batch_cases,
     ),
@@ -295,29 +305,29 @@ PREDICTIONS = [
         "rank_one",
         question=(
             "You train LoRA on q and v of every block of the bundled model with r = 1, 2, 4, 8 and 64, each with the "
-            "same few steps, alpha and learning rate. On GPT-3, Hu et al. find no difference between these ranks. And "
-            "here, on the held-out cards?"
+            "same few steps, alpha and learning rate. On GPT-3, Hu et al. find no difference between these ranks. What "
+            "happens here, on the held-out cards?"
         ),
         choices={
-            "a": "no difference either: they lie within what another seed changes",
-            "b": "rank 1 is clearly worse than rank 64, by more than another seed changes",
-            "c": "rank 64 is clearly worse than rank 1: it has more numbers to overfit with",
+            "a": "no difference either: the ranks differ by less than seeds do",
+            "b": "rank 1 is clearly worse than rank 64, by more than seeds differ",
+            "c": "rank 64 is clearly worse than rank 1: it has more parameters to overfit with",
         },
         answer="b",
         explanation=(
-            "Rank 1 is enough where the model nearly knows the task and has to be told which of its skills to use. The "
-            "bundled model has 6 million parameters and has read 19 MB of tales; it has never seen a card. It has to "
-            "learn to read one, and that takes more than one direction of each matrix. As for (c): a run would have "
-            "to be long enough to see the same cards again and again."
+            "Rank 1 is enough if the model nearly knows the task and only has to learn which of its skills to use. The "
+            "bundled model has 6 million parameters and has been trained on 19 MB of tales; it has never seen a card. "
+            "It has to learn to read one, and that takes more than one direction per matrix. As for (c): to overfit, a "
+            "run would have to be long enough to see the same cards many times."
         ),
         idea="which rank",
     ),
     Prediction(
         "stack_or_spread",
         question=(
-            "The same budget of trained numbers, three ways to spend it in every block: r = 8 on q alone; r = 4 on q "
-            "and on v; r = 1 on all four matrices (`c_attn`, both `c_proj`, `c_fc`). Which one has the lowest "
-            "held-out loss after the same steps?"
+            "The same budget of trained parameters can be spent in three ways in every block: r = 8 on q alone; r = 4 "
+            "on q and on v; r = 1 on all four matrices (`c_attn`, both `c_proj`, `c_fc`). Which one has the lowest "
+            "held-out loss after the same number of steps?"
         ),
         choices={
             "a": "r = 8 on q: the highest rank",
@@ -327,9 +337,9 @@ PREDICTIONS = [
         answer="c",
         explanation=(
             "A matrix that is not adapted cannot change at all, and no rank elsewhere makes up for it. Hu et al. "
-            "conclude the same from their table 5: rather adapt more matrices with a lower rank than one with a "
-            "higher. They tried the attention only; the MLP holds two thirds of the weights of a block, and nobody "
-            "has to leave it out."
+            "conclude the same from their table 5: it is better to adapt more matrices with a lower rank than one with "
+            "a higher rank. They tried only the attention; the MLP holds two thirds of a block's weights, and there is "
+            "no reason to leave it out."
         ),
         idea="where LoRA goes",
     ),

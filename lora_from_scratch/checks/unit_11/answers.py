@@ -45,15 +45,15 @@ def cross_entropy_minus_entropy(base_logits: Tensor, logits: Tensor) -> Tensor:
 
 @wrong(
     "kl_divergence",
-    "You weigh by the other model's probabilities and not by the base model's: that is the divergence in the other "
-    "direction. What the base model expects, and the new one has forgotten, hardly counts there.",
+    "You weight by the other model's probabilities and not by the base model's: that is the divergence in the other "
+    "direction. It hardly counts what the base model expects and the new one has forgotten.",
 )
 def the_other_direction(base_logits: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = logs(base_logits, logits)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-@wrong("kl_divergence", "You take the mean over the vocabulary. p weighs the tokens already: they are added up.")
+@wrong("kl_divergence", "You take the mean over the vocabulary. p already weights the tokens: take the sum.")
 def mean_over_the_vocabulary(base_logits: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = logs(base_logits, logits)
     return (log_p.exp() * (log_p - log_q)).mean(-1)
@@ -61,14 +61,14 @@ def mean_over_the_vocabulary(base_logits: Tensor, logits: Tensor) -> Tensor:
 
 @wrong(
     "kl_divergence",
-    "That is the cross-entropy. It is not 0 when both predict the same: how uncertain p itself is has to be taken off.",
+    "That is the cross-entropy. It is not 0 when both predictions are the same: subtract the entropy of p.",
 )
 def only_the_cross_entropy(base_logits: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = logs(base_logits, logits)
     return -(log_p.exp() * log_q).sum(-1)
 
 
-@wrong("kl_divergence", "Your divergence is in bits. Nats are asked for: natural logarithms.")
+@wrong("kl_divergence", "Your divergence is in bits. Use natural logarithms to get nats.")
 def in_bits(base_logits: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = logs(base_logits, logits)
     return (log_p.exp() * (log_p - log_q)).sum(-1) / math.log(2)
@@ -76,8 +76,8 @@ def in_bits(base_logits: Tensor, logits: Tensor) -> Tensor:
 
 @wrong(
     "kl_divergence",
-    "You take the difference of the logits as it is. Logits are logarithms of probabilities only up to a constant, "
-    "and the two models have different ones.",
+    "You subtract the raw logits. Logits are log-probabilities only up to a constant, and the constant differs between "
+    "the two models.",
 )
 def without_normalising(base_logits: Tensor, logits: Tensor) -> Tensor:
     return (base_logits.softmax(-1) * (base_logits - logits)).sum(-1)
@@ -85,15 +85,15 @@ def without_normalising(base_logits: Tensor, logits: Tensor) -> Tensor:
 
 @wrong(
     "kl_divergence",
-    "You take the logarithm of a softmax. Where a probability is too small for a float that is the logarithm of 0; "
-    "there is a function that goes to the logarithms directly.",
+    "You take the logarithm of a softmax. If a probability is too small for a float, that is the logarithm of 0; use a "
+    "function that computes the logarithms directly.",
 )
 def logarithm_of_a_softmax(base_logits: Tensor, logits: Tensor) -> Tensor:
     p, q = base_logits.softmax(-1), logits.softmax(-1)
     return (p * (p.log() - q.log())).sum(-1)
 
 
-@wrong("kl_divergence", "You return one number for everything. One divergence for each position is asked for.")
+@wrong("kl_divergence", "You return a single number. Return one divergence for each position.")
 def mean_over_the_positions(base_logits: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = logs(base_logits, logits)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -101,14 +101,14 @@ def mean_over_the_positions(base_logits: Tensor, logits: Tensor) -> Tensor:
 
 @wrong(
     "kl_divergence",
-    "Your softmax runs along the first axis. Probabilities add up to 1 over the vocabulary, the last axis.",
+    "Your softmax is along the first axis. Probabilities add up to 1 over the vocabulary, the last axis.",
 )
 def softmax_along_the_first_axis(base_logits: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = F.log_softmax(base_logits, dim=0), F.log_softmax(logits, dim=0)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-@wrong("kl_divergence", "You add up both directions. Only the one that p weighs is asked for.")
+@wrong("kl_divergence", "You add up both directions. Return only the one weighted by p.")
 def both_directions(base_logits: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = logs(base_logits, logits)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
@@ -150,7 +150,9 @@ def a_product_of_powers(matrix: Tensor) -> float:
 
 
 @wrong(
-    "effective_rank", "You weigh by the squares of the singular values, the energies. Here the values themselves do."
+    "effective_rank",
+    "You use the squares of the singular values, the energies, as weights. Here the singular values themselves are "
+    "the weights.",
 )
 def of_the_energies(matrix: Tensor) -> float:
     S = values_of(matrix).square()
@@ -163,21 +165,24 @@ def the_entropy_itself(matrix: Tensor) -> float:
     return float(entropy(S / S.sum())) if S[0] > 0 else 0.0
 
 
-@wrong("effective_rank", "Your entropy is in bits, and e to the power of it is no number of directions.")
+@wrong("effective_rank", "Your entropy is in bits, but the exponential is to base e: use natural logarithms.")
 def with_bits_in_e(matrix: Tensor) -> float:
     S = values_of(matrix)
     return float((entropy(S / S.sum()) / math.log(2)).exp()) if S[0] > 0 else 0.0
 
 
-@wrong("effective_rank", "You count the singular values that are not zero. Here a small one has to count less.")
+@wrong(
+    "effective_rank",
+    "You count the singular values that are not zero. Here a small one has to count less than a large one.",
+)
 def the_rank_of_unit_01(matrix: Tensor) -> float:
     return float(torch.linalg.matrix_rank(require_matrix(matrix)))
 
 
 @wrong(
     "effective_rank",
-    "That is the participation ratio, the squared sum over the sum of squares. It is another smooth rank, with another "
-    "value: the docstring has the entropy.",
+    "That is the participation ratio, the squared sum over the sum of squares. It is another smooth rank, with a "
+    "different value: the docstring uses the entropy.",
 )
 def the_participation_ratio(matrix: Tensor) -> float:
     S = values_of(matrix)
@@ -197,13 +202,17 @@ def shares_of_the_largest(matrix: Tensor) -> float:
     return float(entropy(S / S[0]).exp()) if S[0] > 0 else 0.0
 
 
-@wrong("effective_rank", "The zero matrix has no direction at all: its effective rank is 0, yours is not.")
+@wrong(
+    "effective_rank", "The zero matrix has no direction at all: its effective rank is 0, but you return another value."
+)
 def one_for_the_zero_matrix(matrix: Tensor) -> float:
     S = values_of(matrix)
     return float(entropy(S / S.sum().clamp(min=1e-30)).exp())
 
 
-@wrong("effective_rank", "The singular values are not divided by their sum: your result depends on the matrix's scale.")
+@wrong(
+    "effective_rank", "You do not divide the singular values by their sum: your result depends on the matrix's scale."
+)
 def without_shares(matrix: Tensor) -> float:
     S = values_of(matrix)
     return float(entropy(S).exp()) if S[0] > 0 else 0.0
@@ -228,7 +237,7 @@ def in_numpy_by_division(A: Tensor, B: Tensor, alpha: float, learning_rate: floa
 
 @wrong(
     "exchange_alpha",
-    "Your c is the whole ratio of the alphas. It occurs twice in the product, once in A and once in B.",
+    "Your c is the whole ratio of the alphas. c occurs twice in the product, once in A and once in B.",
 )
 def the_whole_ratio(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
     c = alpha / new_alpha
@@ -237,7 +246,7 @@ def the_whole_ratio(A: Tensor, B: Tensor, alpha: float, learning_rate: float, ne
 
 @wrong(
     "exchange_alpha",
-    "Your factor is the wrong way round: with a larger alpha, A and B have to become smaller for the product to stay.",
+    "Your factor is inverted: with a larger alpha, A and B have to become smaller to keep the product.",
 )
 def the_wrong_way_round(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
     c = math.sqrt(new_alpha / alpha)
@@ -246,8 +255,8 @@ def the_wrong_way_round(A: Tensor, B: Tensor, alpha: float, learning_rate: float
 
 @wrong(
     "exchange_alpha",
-    "A and B are right, and the learning rate is the old one. Adam would move the smaller A by as much as the larger "
-    "one: after the first step the two are no longer the same.",
+    "A and B are right, but the learning rate is the old one. Adam would move the smaller A by as much as the larger "
+    "one: after the first step the two runs differ.",
 )
 def the_same_learning_rate(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
     c = math.sqrt(alpha / new_alpha)
@@ -256,8 +265,8 @@ def the_same_learning_rate(A: Tensor, B: Tensor, alpha: float, learning_rate: fl
 
 @wrong(
     "exchange_alpha",
-    "A and B are right, and your learning rate would be so for plain gradient descent, where the gradient's size "
-    "matters. Adam divides it out.",
+    "A and B are right, but your learning rate would only be right for plain gradient descent, where the size of the "
+    "gradient matters. Adam normalises it away.",
 )
 def for_gradient_descent(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
     c = math.sqrt(alpha / new_alpha)
@@ -266,8 +275,8 @@ def for_gradient_descent(A: Tensor, B: Tensor, alpha: float, learning_rate: floa
 
 @wrong(
     "exchange_alpha",
-    "You change the learning rate alone. With another s, the same A and B are another change already now: they have to "
-    "be scaled too.",
+    "You change only the learning rate. With another s, the same A and B give another change at once: they have to be "
+    "scaled too.",
 )
 def the_learning_rate_alone(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
     return A.clone(), B.clone(), alpha / new_alpha * learning_rate
@@ -275,8 +284,8 @@ def the_learning_rate_alone(A: Tensor, B: Tensor, alpha: float, learning_rate: f
 
 @wrong(
     "exchange_alpha",
-    "You scale A and leave B. At the start that is the same change, since B is zero; in the middle of a training it is "
-    "not. Both are multiplied by c.",
+    "You scale A and not B. At the start that gives the same change, since B is zero; in the middle of training it "
+    "does not. Multiply both by c.",
 )
 def only_A(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
     c = math.sqrt(alpha / new_alpha)
@@ -285,8 +294,8 @@ def only_A(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: 
 
 @wrong(
     "exchange_alpha",
-    "All of the ratio is in A and none of it in B. The product stays, but then A and B would need learning rates of "
-    "their own: one number for both is asked for.",
+    "You put the whole ratio into A and none of it into B. The product stays the same, but A and B would then need "
+    "different learning rates: return one that is right for both.",
 )
 def everything_into_A(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
     return alpha / new_alpha * A, B.clone(), alpha / new_alpha * learning_rate

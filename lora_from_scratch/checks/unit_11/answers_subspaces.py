@@ -51,30 +51,31 @@ def by_eigenvectors_in_numpy(A: Tensor, B: Tensor, i: int, j: int) -> float:
 
 @wrong(
     "subspace_similarity",
-    "You divide by the larger of i and j. A small subspace that lies wholly in a large one would then not have 1.",
+    "You divide by the larger of i and j. A small subspace that is contained in a large one would then not have "
+    "similarity 1.",
 )
 def by_the_larger(A: Tensor, B: Tensor, i: int, j: int) -> float:
     return float(cosines(A, B, i, j).square().sum()) / max(i, j)
 
 
-@wrong("subspace_similarity", "The norm is not squared. What is added up are squares of cosines.")
+@wrong("subspace_similarity", "You do not square the norm. The sum is over squared cosines.")
 def the_norm_not_squared(A: Tensor, B: Tensor, i: int, j: int) -> float:
     return float(cosines(A, B, i, j).norm()) / min(i, j)
 
 
-@wrong("subspace_similarity", "You take the root at the end: your result is the root of what is asked for.")
+@wrong("subspace_similarity", "You take the square root at the end: your result is the root of the similarity.")
 def the_root_of_it(A: Tensor, B: Tensor, i: int, j: int) -> float:
     return math.sqrt(float(cosines(A, B, i, j).square().sum()) / min(i, j))
 
 
-@wrong("subspace_similarity", "You divide by i always. It has to be the smaller of the two sizes.")
+@wrong("subspace_similarity", "You always divide by i. Divide by the smaller of i and j.")
 def always_by_i(A: Tensor, B: Tensor, i: int, j: int) -> float:
     return float(cosines(A, B, i, j).square().sum()) / i
 
 
 @wrong(
     "subspace_similarity",
-    "You take the mean over all i times j pairs. Even of a subspace with itself only i of the i times i pairs have the "
+    "You take the mean over all i times j pairs. Even for a subspace and itself, only i of the i times i pairs have "
     "cosine 1.",
 )
 def mean_over_all_pairs(A: Tensor, B: Tensor, i: int, j: int) -> float:
@@ -84,20 +85,20 @@ def mean_over_all_pairs(A: Tensor, B: Tensor, i: int, j: int) -> float:
 @wrong(
     "subspace_similarity",
     "You compare the first direction with the first, the second with the second, and so on. A subspace has no order: "
-    "every direction of the one has to meet every direction of the other.",
+    "compare every direction of one with every direction of the other.",
 )
 def pair_by_pair(A: Tensor, B: Tensor, i: int, j: int) -> float:
     return float(cosines(A, B, i, j).diagonal().square().sum()) / min(i, j)
 
 
-@wrong("subspace_similarity", "You keep only the smallest angle between the two subspaces. All of them count.")
+@wrong("subspace_similarity", "You keep only the smallest angle between the two subspaces. All of the angles count.")
 def the_smallest_angle(A: Tensor, B: Tensor, i: int, j: int) -> float:
     return float(torch.linalg.matrix_norm(cosines(A, B, i, j), 2)) ** 2
 
 
 @wrong(
     "subspace_similarity",
-    "You take the first i rows of A. They are no singular vectors: they are not orthogonal to each other, nor those of "
+    "You take the first i rows of A. They are not singular vectors: they are not orthogonal, and they do not belong to "
     "the largest singular values.",
 )
 def the_rows_themselves(A: Tensor, B: Tensor, i: int, j: int) -> float:
@@ -106,7 +107,7 @@ def the_rows_themselves(A: Tensor, B: Tensor, i: int, j: int) -> float:
     return float((one @ other.T).square().sum()) / min(i, j)
 
 
-@wrong("subspace_similarity", "You take the directions with the smallest singular values: those come last.")
+@wrong("subspace_similarity", "You take the directions with the smallest singular values, which come last.")
 def the_last_directions(A: Tensor, B: Tensor, i: int, j: int) -> float:
     directions(A, B, i, j)
 
@@ -125,8 +126,8 @@ def all_directions(A: Tensor, B: Tensor, i: int, j: int) -> float:
 
 @wrong(
     "subspace_similarity",
-    "You take more directions than the matrix has. Beyond its rank, singular vectors are whatever rounding makes them: "
-    "that has to be refused.",
+    "You accept more directions than the matrix has. Beyond its rank, singular vectors are determined by rounding "
+    "errors: raise a ValueError.",
 )
 def any_number_of_directions(A: Tensor, B: Tensor, i: int, j: int) -> float:
     require_same_columns(A, B)
@@ -166,49 +167,48 @@ def single_cosines(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     return cosines(A, B, rows, columns).square()
 
 
-@wrong("similarity_grid", "You add up along one axis only: each entry has one direction of B and not the first j.")
+@wrong("similarity_grid", "You add up along one axis only: each entry uses one direction of B and not the first j.")
 def summed_over_rows_only(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     return cosines(A, B, rows, columns).square().cumsum(0) / torch.minimum(*sizes(rows, columns))
 
 
-@wrong("similarity_grid", "You add up along one axis only: each entry has one direction of A and not the first i.")
+@wrong("similarity_grid", "You add up along one axis only: each entry uses one direction of A and not the first i.")
 def summed_over_columns_only(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     return cosines(A, B, rows, columns).square().cumsum(1) / torch.minimum(*sizes(rows, columns))
 
 
 @wrong(
     "similarity_grid",
-    "You divide by the larger of i and j. A small subspace that lies wholly in a large one would then not have 1.",
+    "You divide by the larger of i and j. A small subspace that is contained in a large one would then not have "
+    "similarity 1.",
 )
 def grid_by_the_larger(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     return cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / torch.maximum(*sizes(rows, columns))
 
 
-@wrong("similarity_grid", "You divide by i always. It has to be the smaller of the two sizes.")
+@wrong("similarity_grid", "You always divide by i. Divide by the smaller of i and j.")
 def grid_always_by_i(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     return cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / sizes(rows, columns)[0]
 
 
-@wrong(
-    "similarity_grid", "You divide by i times j: that is a mean over pairs. The smaller of the two sizes belongs there."
-)
+@wrong("similarity_grid", "You divide by i times j: that is a mean over pairs. Divide by the smaller of i and j.")
 def grid_over_all_pairs(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     i, j = sizes(rows, columns)
     return cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / (i * j)
 
 
-@wrong("similarity_grid", "You add up the cosines and square then. Cosines have signs, and cancel: square first.")
+@wrong("similarity_grid", "You add up the cosines and square afterwards. Cosines have signs and cancel: square first.")
 def squared_too_late(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     return cosines(A, B, rows, columns).cumsum(0).cumsum(1).square() / torch.minimum(*sizes(rows, columns))
 
 
-@wrong("similarity_grid", "Your i and j begin at 0. The first entry is for one direction each: both begin at 1.")
+@wrong("similarity_grid", "Your i and j start at 0. The first entry is for one direction each: both start at 1.")
 def from_zero(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     smaller = torch.minimum(*sizes(rows, columns)) - 1
     return cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / smaller
 
 
-@wrong("similarity_grid", "You divide before you add up. The division is by the size of what has been added up.")
+@wrong("similarity_grid", "You divide before you add up. Divide the sum by the smaller of i and j.")
 def divided_too_early(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     return (cosines(A, B, rows, columns).square() / torch.minimum(*sizes(rows, columns))).cumsum(0).cumsum(1)
 
@@ -248,7 +248,7 @@ def in_numpy_with_errors_off(W: Tensor, delta_W: Tensor, rank: int) -> float:
         return np.sqrt((S[:rank] ** 2).sum()) / np.float64(before)
 
 
-@wrong("amplification_factor", "Your ratio is upside down: the update over the weight is asked for.")
+@wrong("amplification_factor", "Your ratio is inverted: return the update divided by the weight.")
 def upside_down(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
     U, S, Vh = top_directions(delta_W, rank)
@@ -257,8 +257,8 @@ def upside_down(W: Tensor, delta_W: Tensor, rank: int) -> float:
 
 @wrong(
     "amplification_factor",
-    "You compare the sizes of the whole matrices. Most of W lies in directions that the update does not touch, and has "
-    "to be left out.",
+    "You compare the norms of the whole matrices. Most of W lies in directions that the update does not touch, and "
+    "must not be counted.",
 )
 def of_the_whole_matrices(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
@@ -268,7 +268,7 @@ def of_the_whole_matrices(W: Tensor, delta_W: Tensor, rank: int) -> float:
 
 @wrong(
     "amplification_factor",
-    "You look in the directions that are strong in W. The question is about those of the update.",
+    "You use the strongest directions of W. The question is about those of the update.",
 )
 def in_the_directions_of_W(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
@@ -279,7 +279,7 @@ def in_the_directions_of_W(W: Tensor, delta_W: Tensor, rank: int) -> float:
 
 @wrong(
     "amplification_factor",
-    "Below the line you have what is largest in W. It has to be what W has in the update's own directions.",
+    "Your denominator uses the largest directions of W. It has to be W in the update's own directions.",
 )
 def over_the_largest_of_W(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
@@ -289,8 +289,8 @@ def over_the_largest_of_W(W: Tensor, delta_W: Tensor, rank: int) -> float:
 
 @wrong(
     "amplification_factor",
-    "Above the line you have the whole update, below the line only the first r directions: both have to be in "
-    "the same ones.",
+    "Your numerator uses the whole update, your denominator only the first r directions: both have to use the same "
+    "ones.",
 )
 def the_whole_update_above(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
@@ -298,14 +298,14 @@ def the_whole_update_above(W: Tensor, delta_W: Tensor, rank: int) -> float:
     return ratio(delta_W.norm(), (U.T @ W @ Vh.T).norm())
 
 
-@wrong("amplification_factor", "You project W from the left only. It has an input side too, and V belongs to that.")
+@wrong("amplification_factor", "You project W from the left only. W has an input side too: use V.")
 def from_the_left_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
     U, S, _ = top_directions(delta_W, rank)
     return ratio(S.norm(), (U.T @ W).norm())
 
 
-@wrong("amplification_factor", "You project W from the right only. It has an output side too, and U belongs to that.")
+@wrong("amplification_factor", "You project W from the right only. W has an output side too: use U.")
 def from_the_right_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
     _, S, Vh = top_directions(delta_W, rank)
@@ -314,7 +314,7 @@ def from_the_right_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
 
 @wrong(
     "amplification_factor",
-    "You keep only the diagonal of U^T W V. For the update it is all there is; W mixes directions too.",
+    "You keep only the diagonal of U^T W V. That is enough for the update, but W is not diagonal in these directions.",
 )
 def the_diagonal_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
@@ -322,7 +322,7 @@ def the_diagonal_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
     return ratio(S.norm(), (U.T @ W @ Vh.T).diagonal().norm())
 
 
-@wrong("amplification_factor", "Your result is the square of the factor: the norms are without their roots.")
+@wrong("amplification_factor", "Your result is the square of the factor: the norms lack their square roots.")
 def without_the_roots(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
     U, S, Vh = top_directions(delta_W, rank)
@@ -331,7 +331,7 @@ def without_the_roots(W: Tensor, delta_W: Tensor, rank: int) -> float:
 
 @wrong(
     "amplification_factor",
-    "A weight that has nothing in these directions makes your code divide by zero. The docstring says what comes then.",
+    "If the weight has no component in these directions, your code divides by zero. The docstring says what to return.",
 )
 def divides_by_zero(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)
@@ -341,7 +341,7 @@ def divides_by_zero(W: Tensor, delta_W: Tensor, rank: int) -> float:
 
 @wrong(
     "amplification_factor",
-    "Above the line you have the weight after the update. The factor is about the update alone.",
+    "Your numerator uses the weight after the update. The factor is about the update alone.",
 )
 def the_weight_after(W: Tensor, delta_W: Tensor, rank: int) -> float:
     same_shapes(W, delta_W)

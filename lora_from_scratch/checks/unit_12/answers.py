@@ -46,8 +46,7 @@ def divides_by_the_step(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @wrong(
     "absmax_int8",
-    "You cut off what stands after the decimal point. 0.9 is then as far from its integer as can be: round to the "
-    "nearest.",
+    "You truncate the fractional part. 0.9 is then almost 1 away from its integer: round to the nearest.",
 )
 def cuts_off(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
@@ -55,7 +54,7 @@ def cuts_off(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() * (127 / absmax.clamp(min=TINY))).to(torch.int8), absmax
 
 
-@wrong("absmax_int8", "You always round down, so every number is moved to the left: take the nearest integer.")
+@wrong("absmax_int8", "You always round down, which shifts every number to the left: round to the nearest integer.")
 def rounds_down(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
     absmax = x.abs().max().float()
@@ -64,8 +63,7 @@ def rounds_down(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @wrong(
     "absmax_int8",
-    "A number half-way between two integers goes to the even one. Always taking the upper one moves the mean of many "
-    "numbers.",
+    "A number exactly between two integers is rounded to the even one. Always rounding up shifts the mean.",
 )
 def half_goes_up(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
@@ -73,7 +71,10 @@ def half_goes_up(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.floor(x.float() * (127 / absmax.clamp(min=TINY)) + 0.5).to(torch.int8), absmax
 
 
-@wrong("absmax_int8", "You take the largest number with its sign. What if the one of largest size is negative?")
+@wrong(
+    "absmax_int8",
+    "You take the largest number with its sign. What if the number with the largest absolute value is negative?",
+)
 def largest_with_its_sign(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
     absmax = x.max().float()
@@ -82,7 +83,7 @@ def largest_with_its_sign(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @wrong(
     "absmax_int8",
-    "Your range ends at 128, which int8 does not have: the largest number turns over and becomes the smallest.",
+    "Your range ends at 128, which int8 does not have: the largest number overflows and becomes the smallest.",
 )
 def ends_at_128(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
@@ -93,8 +94,8 @@ def ends_at_128(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @wrong(
     "absmax_int8",
-    "You stretch the range from the smallest number to the largest, so 0 is no longer 0. Here the scale is the same on "
-    "both sides.",
+    "You map the range from the smallest number to the largest, so 0 is no longer mapped to 0. Here the scale is "
+    "symmetric.",
 )
 def from_smallest_to_largest(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
@@ -105,7 +106,7 @@ def from_smallest_to_largest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @wrong(
     "absmax_int8",
-    "You compute in the dtype of x. In float16 the scale is rounded to 11 bits, and the product can leave the range.",
+    "You compute in the dtype of x. In float16 the scale is rounded to 11 bits, and the product can overflow.",
 )
 def in_half_precision(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
@@ -115,21 +116,21 @@ def in_half_precision(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x * (127 / absmax)).to(torch.int8), absmax
 
 
-@wrong("absmax_int8", "You use one scale for each row. This one is for the whole tensor.")
+@wrong("absmax_int8", "You use one scale for each row. Use one scale for the whole tensor.")
 def a_scale_for_each_row(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
     absmax = x.abs().amax(dim=-1, keepdim=x.ndim > 1).float()
     return to_int8(x, absmax), absmax
 
 
-@wrong("absmax_int8", "The integers are right, but they are stored as floats: nothing has become smaller.")
+@wrong("absmax_int8", "The integers are right, but they are stored as floats: no memory is saved.")
 def integers_in_floats(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
     absmax = x.abs().max().float()
     return torch.round(x.float() * (127 / absmax.clamp(min=TINY))), absmax
 
 
-@wrong("absmax_int8", "The second result is the factor that you multiplied by. What is asked for is the absmax itself.")
+@wrong("absmax_int8", "The second result is the factor that you multiplied by. Return the absmax itself.")
 def returns_the_factor(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
     absmax = x.abs().max().float()
@@ -146,7 +147,7 @@ def takes_anything(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ready(x: Tensor, blocksize: int) -> Tensor:
-    """The numbers in one row, once everything is refused that has to be."""
+    """The numbers in one row, after raising for invalid input."""
     check_numbers(x)
     if blocksize & (blocksize - 1):
         raise ValueError("a power of two")
@@ -174,12 +175,14 @@ def numpys_reduceat(x: Tensor, blocksize: int = 64) -> np.ndarray:
     return np.maximum.reduceat(flat, np.arange(0, len(flat), blocksize))
 
 
-@wrong("blockwise_absmax", "You take the largest number of each block with its sign: a large negative one is missed.")
+@wrong(
+    "blockwise_absmax", "You take the largest number of each block with its sign: a large negative number is missed."
+)
 def signed_maximum(x: Tensor, blocksize: int = 64) -> Tensor:
     return filled(ready(x, blocksize), blocksize, -math.inf).amax(dim=1)
 
 
-@wrong("blockwise_absmax", "You take the maximum first and its absolute value afterwards: the other order.")
+@wrong("blockwise_absmax", "You take the maximum first and the absolute value afterwards: reverse the order.")
 def absolute_value_too_late(x: Tensor, blocksize: int = 64) -> Tensor:
     return filled(ready(x, blocksize), blocksize, -math.inf).amax(dim=1).abs()
 
@@ -192,14 +195,14 @@ def drops_the_rest(x: Tensor, blocksize: int = 64) -> Tensor:
 
 @wrong(
     "blockwise_absmax",
-    "You fill the last block up with ones. They are larger than the small weights in it, and become their scale.",
+    "You fill up the last block with ones. They are larger than the small weights in it, and become their scale.",
 )
 def fills_up_with_ones(x: Tensor, blocksize: int = 64) -> Tensor:
     return filled(ready(x, blocksize), blocksize, 1.0).abs().amax(dim=1)
 
 
 @wrong(
-    "blockwise_absmax", "You make one scale for each row. A block goes on over the end of a row, whatever the shape."
+    "blockwise_absmax", "You compute one scale for each row. A block continues into the next row, whatever the shape."
 )
 def one_for_each_row(x: Tensor, blocksize: int = 64) -> Tensor:
     ready(x, blocksize)
@@ -209,32 +212,34 @@ def one_for_each_row(x: Tensor, blocksize: int = 64) -> Tensor:
 
 @wrong(
     "blockwise_absmax",
-    "Your blocks hold every k-th number. A block is a run of neighbours: the first `blocksize` numbers, then the next.",
+    "Your blocks contain every k-th number. A block contains consecutive numbers: the first `blocksize` numbers, then "
+    "the next.",
 )
 def every_kth_number(x: Tensor, blocksize: int = 64) -> Tensor:
     return filled(ready(x, blocksize), blocksize).view(blocksize, -1).abs().amax(dim=0)
 
 
-@wrong("blockwise_absmax", "You walk down the columns. The numbers are read row by row.")
+@wrong("blockwise_absmax", "You read the numbers column by column. Read them row by row.")
 def down_the_columns(x: Tensor, blocksize: int = 64) -> Tensor:
     ready(x, blocksize)
     flat = x.T.reshape(-1) if x.ndim == 2 else x
     return filled(flat.float(), blocksize).abs().amax(dim=1)
 
 
-@wrong("blockwise_absmax", "This is the mean size of each block. The largest has to fit into the range, too.")
+@wrong("blockwise_absmax", "This is the mean absolute value of each block. The scale is the largest one.")
 def mean_of_each_block(x: Tensor, blocksize: int = 64) -> Tensor:
     return torch.stack([block.abs().mean() for block in ready(x, blocksize).split(blocksize)])
 
 
-@wrong("blockwise_absmax", "You make a single scale for the whole tensor, so one outlier is everybody's problem.")
+@wrong("blockwise_absmax", "You compute a single scale for the whole tensor, so one outlier affects all the numbers.")
 def a_single_scale(x: Tensor, blocksize: int = 64) -> Tensor:
     return ready(x, blocksize).abs().max().view(1)
 
 
 @wrong(
     "blockwise_absmax",
-    "A block of zeros has the scale 0. Whoever divides by it has to take care; the scale itself says what is there.",
+    "A block of zeros has scale 0. The code that divides by it has to handle that; the scale itself must not be "
+    "changed.",
 )
 def one_for_a_block_of_zeros(x: Tensor, blocksize: int = 64) -> Tensor:
     absmax = filled(ready(x, blocksize), blocksize).abs().amax(dim=1)

@@ -49,12 +49,14 @@ def by_the_inverse_error_function() -> Tensor:
     return torch.cat([-lower.flip(0), upper[1:]]) / upper.max()
 
 
-@wrong("nf4_codebook", "These are equal steps. Normal weights are dense around zero: equal *shares* of them are meant.")
+@wrong(
+    "nf4_codebook", "These are equal steps. Normal weights are dense around zero: use equal *probabilities* instead."
+)
 def equal_steps() -> Tensor:
     return torch.linspace(-1, 1, 16)
 
 
-@wrong("nf4_codebook", "You have eight negative values and seven positive ones: it is the other way round.")
+@wrong("nf4_codebook", "You have eight negative values and seven positive ones: it has to be the reverse.")
 def the_halves_swapped() -> Tensor:
     negative, positive = sides(P)
     return joined(-positive.flip(0), -negative.flip(0))
@@ -70,24 +72,24 @@ def no_zero() -> Tensor:
     return (values / values.max()).float()
 
 
-@wrong("nf4_codebook", "These are the quantiles as they are. The codebook has to fit into -1 to 1: scale it.")
+@wrong("nf4_codebook", "These are the unscaled quantiles. The codebook has to fit into -1 to 1: scale it.")
 def not_scaled() -> Tensor:
     negative, positive = sides(P)
     return torch.cat([negative, torch.zeros(1).double(), positive]).float()
 
 
-@wrong("nf4_codebook", "The values are right, but they descend. Code 0 is the smallest.")
+@wrong("nf4_codebook", "The values are right, but in descending order. Code 0 is the smallest value.")
 def descending() -> Tensor:
     return joined(*sides(P)).flip(0)
 
 
-@wrong("nf4_codebook", "The values are right, but not in order: code 7 has to be 0, and the values ascend.")
+@wrong("nf4_codebook", "The values are right, but not in order: they have to ascend, and code 7 has to be 0.")
 def in_three_pieces() -> Tensor:
     negative, positive = sides(P)
     return (torch.cat([torch.zeros(1).double(), positive, negative]) / positive.max()).float()
 
 
-@wrong("nf4_codebook", "Each half has kept its 0.5, whose quantile is 0. Zero is then in the table three times.")
+@wrong("nf4_codebook", "Each half has kept its 0.5, whose quantile is 0, so the codebook contains zero three times.")
 def zero_three_times() -> Tensor:
     negative, positive = sides(P)
     zero = torch.zeros(1).double()
@@ -96,7 +98,7 @@ def zero_three_times() -> Tensor:
 
 @wrong(
     "nf4_codebook",
-    "You go from a number to its probability. A quantile is the way back: from a probability to the number.",
+    "You map a number to its probability. A quantile is the inverse: it maps a probability to a number.",
 )
 def probabilities_instead_of_quantiles() -> Tensor:
     positive = torch.special.ndtr(torch.linspace(P, 0.5, 9).double()[:-1]).flip(0)
@@ -104,12 +106,12 @@ def probabilities_instead_of_quantiles() -> Tensor:
     return joined(negative, positive)
 
 
-@wrong("nf4_codebook", "Your outermost probability is not p: read again where the two rows of probabilities begin.")
+@wrong("nf4_codebook", "Your outermost probability is not p: check where the two rows of probabilities begin.")
 def another_p() -> Tensor:
     return joined(*sides(1 - 1 / 32))
 
 
-@wrong("nf4_codebook", "Each half has eight values besides the zero. That makes 17, and four bits count to 16.")
+@wrong("nf4_codebook", "Each half has eight values besides the zero. That makes 17, but four bits have only 16 codes.")
 def seventeen() -> Tensor:
     return joined(*sides(P, 9, 9))
 
@@ -178,7 +180,7 @@ def one_scale_for_all(weight: Tensor, blocksize: int = 64, codebook: Tensor | No
 
 @wrong(
     "quantize_nf4",
-    "You look for the next value below, not for the nearest: the border between two codes lies half-way between their "
+    "You look for the next lower value, not for the nearest: the border between two codes is the midpoint of their "
     "values.",
 )
 def next_value_below(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
@@ -188,7 +190,7 @@ def next_value_below(weight: Tensor, blocksize: int = 64, codebook: Tensor | Non
     return packed_up(code_of[(torch.bucketize(z, values, right=True) - 1).clamp(0, 15)]), absmax
 
 
-@wrong("quantize_nf4", "A weight half-way between two values goes to the lower one; yours go to the upper one.")
+@wrong("quantize_nf4", "A weight exactly between two values gets the lower one; yours gets the upper one.")
 def ties_go_up(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
     z = normalize_blocks(weight, absmax, blocksize)
@@ -197,8 +199,8 @@ def ties_go_up(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = No
 
 @wrong(
     "quantize_nf4",
-    "In a block of zeros you divide 0 by 0. What comes out is not a number, and it is sorted behind the largest "
-    "value: a zero has to become the code of zero.",
+    "In a block of zeros you divide 0 by 0. The result is NaN, which is sorted behind the largest value: a zero has to "
+    "get the code of zero.",
 )
 def zero_over_zero(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
@@ -208,8 +210,8 @@ def zero_over_zero(weight: Tensor, blocksize: int = 64, codebook: Tensor | None 
 
 @wrong(
     "quantize_nf4",
-    "In a block of zeros you divide 0 by 0. What comes out is not a number, and `argmin` takes the first place for it, "
-    "the code 0, which stands for -1. The code of 0 is 7, so the bytes are 0x77.",
+    "In a block of zeros you divide 0 by 0. The result is NaN, for which `argmin` returns the first index, code 0, "
+    "which stands for -1. The code of 0 is 7, so the bytes are 0x77.",
 )
 def zero_over_zero_by_argmin(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
@@ -225,8 +227,8 @@ def always_nf4(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = No
 
 @wrong(
     "quantize_nf4",
-    "You return places in the sorted table. A code is the place in the codebook as it was given, and FP4's is not in "
-    "order.",
+    "You return indices into the sorted codebook. A code is an index into the codebook as it was given, and FP4's is "
+    "not sorted.",
 )
 def places_in_the_sorted_table(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
@@ -236,8 +238,8 @@ def places_in_the_sorted_table(weight: Tensor, blocksize: int = 64, codebook: Te
 
 @wrong(
     "quantize_nf4",
-    "You take the codebook's values to be ascending. FP4's are not: a search among midpoints that are out of order "
-    "finds anything.",
+    "You assume that the codebook is sorted. FP4's is not: a search among unsorted midpoints returns arbitrary "
+    "results.",
 )
 def does_not_sort(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
@@ -247,7 +249,8 @@ def does_not_sort(weight: Tensor, blocksize: int = 64, codebook: Tensor | None =
 
 
 @wrong(
-    "quantize_nf4", "You compare the weights themselves with the codebook, which lies in -1 to 1: divide by the scale."
+    "quantize_nf4",
+    "You compare the weights themselves with the codebook, whose values are between -1 and 1: divide by the scale.",
 )
 def without_the_scale(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
@@ -261,14 +264,14 @@ def by_the_standard_deviation(weight: Tensor, blocksize: int = 64, codebook: Ten
     return packed_up(nearest(normalize_blocks(weight, spread, blocksize), book(codebook))), spread
 
 
-@wrong("quantize_nf4", "You walk down the columns of the weight. It is read row by row.")
+@wrong("quantize_nf4", "You read the weight column by column. Read it row by row.")
 def column_by_column(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     flat = weight.T.reshape(-1) if weight.ndim == 2 else weight
     absmax = blockwise_absmax(flat, blocksize)
     return packed_up(nearest(normalize_blocks(flat, absmax, blocksize), book(codebook))), absmax
 
 
-@wrong("quantize_nf4", "The codes are right, but each of them fills a whole byte. Two share one.")
+@wrong("quantize_nf4", "The codes are right, but each of them fills a whole byte. Two codes share a byte.")
 def a_byte_for_each_code(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
     codes = nearest(normalize_blocks(weight, absmax, blocksize), book(codebook))
@@ -277,8 +280,7 @@ def a_byte_for_each_code(weight: Tensor, blocksize: int = 64, codebook: Tensor |
 
 @wrong(
     "quantize_nf4",
-    "You keep what you filled the last block up with: there are more bytes than the weights need. Cut to n before "
-    "you pack.",
+    "You keep the padding of the last block: there are more bytes than the weights need. Cut to n before you pack.",
 )
 def keeps_the_filling(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
@@ -289,8 +291,7 @@ def keeps_the_filling(weight: Tensor, blocksize: int = 64, codebook: Tensor | No
 
 @wrong(
     "quantize_nf4",
-    "An odd number of weights is filled up with one weight of 0. You fill up with a *code* of 0, which is the smallest "
-    "value.",
+    "If the number of weights is odd, append a weight of 0. You append a *code* of 0, which is the smallest value.",
 )
 def fills_up_with_code_0(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
@@ -298,7 +299,7 @@ def fills_up_with_code_0(weight: Tensor, blocksize: int = 64, codebook: Tensor |
     return packed_up(codes, filler=0), absmax
 
 
-@wrong("quantize_nf4", "The second result is one over the scale. What has to be stored is the absmax itself.")
+@wrong("quantize_nf4", "The second result is the inverse of the scale. Store the absmax itself.")
 def stores_the_inverse(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     absmax = blockwise_absmax(weight, blocksize)
     codes = nearest(normalize_blocks(weight, absmax, blocksize), book(codebook))

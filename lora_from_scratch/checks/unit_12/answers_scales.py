@@ -42,7 +42,7 @@ def in_numpys_numbers(bits=4, blocksize=64, double_quant=False, nested_blocksize
     return bits + scale / blocksize
 
 
-@wrong("bits_per_weight", "You count the codes only. The scales have to be stored, too.")
+@wrong("bits_per_weight", "You count only the codes. The scales have to be stored too.")
 def codes_only(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
     possible(bits, blocksize, nested_blocksize)
     return float(bits)
@@ -54,13 +54,13 @@ def a_scale_for_each_weight(bits=4, blocksize=64, double_quant=False, nested_blo
     return bits + (8 + 32 / nested_blocksize if double_quant else 32)
 
 
-@wrong("bits_per_weight", "You count the scales in bytes and the codes in bits. Bits are asked for.")
+@wrong("bits_per_weight", "You count the scales in bytes and the codes in bits. Return bits.")
 def scales_in_bytes(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
     possible(bits, blocksize, nested_blocksize)
     return bits + (1 / blocksize + 4 / (blocksize * nested_blocksize) if double_quant else 4 / blocksize)
 
 
-@wrong("bits_per_weight", "You leave out the second scales. They are few, but they are there.")
+@wrong("bits_per_weight", "You leave out the second scales. They are few, but they count.")
 def no_second_scales(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
     possible(bits, blocksize, nested_blocksize)
     return bits + (8 if double_quant else 32) / blocksize
@@ -68,40 +68,45 @@ def no_second_scales(bits=4, blocksize=64, double_quant=False, nested_blocksize=
 
 @wrong(
     "bits_per_weight",
-    "You share a second scale out over `nested_blocksize` weights. It serves so many *scales*, and each of them serves "
-    "a block.",
+    "You divide a second scale among `nested_blocksize` weights. It serves that many *scales*, each of which serves a "
+    "block.",
 )
 def second_scales_shared_by_weights(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
     possible(bits, blocksize, nested_blocksize)
     return bits + (8 / blocksize + 32 / nested_blocksize if double_quant else 32 / blocksize)
 
 
-@wrong("bits_per_weight", "You count the old scales in 32 bits beside the new ones in 8. The new ones replace the old.")
+@wrong(
+    "bits_per_weight",
+    "You count the old scales in 32 bits in addition to the new ones in 8. The new ones replace the old ones.",
+)
 def old_scales_as_well(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
     possible(bits, blocksize, nested_blocksize)
     nested = 8 / blocksize + 32 / (blocksize * nested_blocksize)
     return bits + 32 / blocksize + (nested if double_quant else 0)
 
 
-@wrong("bits_per_weight", "You answer for double quantisation whether it is asked for or not.")
+@wrong("bits_per_weight", "You always count double quantisation, even if `double_quant` is false.")
 def always_double(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
     possible(bits, blocksize, nested_blocksize)
     return bits + 8 / blocksize + 32 / (blocksize * nested_blocksize)
 
 
-@wrong("bits_per_weight", "You answer without double quantisation whether it is asked for or not.")
+@wrong("bits_per_weight", "You never count double quantisation, even if `double_quant` is true.")
 def never_double(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
     possible(bits, blocksize, nested_blocksize)
     return bits + 32 / blocksize
 
 
-@wrong("bits_per_weight", "This is what the scales cost. What does a weight cost with its share of them?")
+@wrong(
+    "bits_per_weight", "This is the cost of the scales alone. Return the cost of a weight including its share of them."
+)
 def overhead_only(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
     possible(bits, blocksize, nested_blocksize)
     return 8 / blocksize + 32 / (blocksize * nested_blocksize) if double_quant else 32 / blocksize
 
 
-@wrong("bits_per_weight", "The scales are float32, of 32 bits; you count them in 16.")
+@wrong("bits_per_weight", "The scales are float32, with 32 bits; you count 16.")
 def scales_of_16_bits(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
     possible(bits, blocksize, nested_blocksize)
     return bits + (8 / blocksize + 16 / (blocksize * nested_blocksize) if double_quant else 16 / blocksize)
@@ -117,7 +122,7 @@ def any_blocks_will_do(bits=4, blocksize=64, double_quant=False, nested_blocksiz
 
 @right("double_quantize")
 def to_the_exactly_nearest_value(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """As on a GPU: no rounding to 65,536 steps first."""
+    """As on a GPU, without first rounding to 65,536 steps."""
     offset = absmax.double().mean()
     rest = (absmax.double() - offset).float()
     second = blockwise_absmax(rest, blocksize)
@@ -133,40 +138,44 @@ def with_numpys_mean(absmax: Tensor, blocksize: int = 256) -> list:
 
 
 @wrong(
-    "double_quantize", "You quantise the scales as they are. They are all positive: half of the codes are never used."
+    "double_quantize",
+    "You quantise the scales without subtracting the offset. They are all positive: half of the codes are never used.",
 )
 def without_an_offset(absmax: Tensor, blocksize: int = 256) -> tuple:
     return *quantize_dynamic(absmax, blocksize), torch.tensor(0.0)
 
 
-@wrong("double_quantize", "You store the offset, but what you quantise are the scales as they are: take it away first.")
+@wrong("double_quantize", "You store the offset, but you quantise the scales without subtracting it.")
 def stores_it_without_subtracting(absmax: Tensor, blocksize: int = 256) -> tuple:
     return *quantize_dynamic(absmax, blocksize), absmax.mean()
 
 
-@wrong("double_quantize", "You subtract the mean, but the offset that you store is 0: on the way back it is missing.")
+@wrong(
+    "double_quantize", "You subtract the mean, but store an offset of 0: it is missing when the scales are restored."
+)
 def subtracts_it_without_storing(absmax: Tensor, blocksize: int = 256) -> tuple:
     return *quantize_dynamic(absmax - absmax.mean(), blocksize), torch.tensor(0.0)
 
 
-@wrong("double_quantize", "Your offset is the smallest scale, so what is left is still all positive.")
+@wrong("double_quantize", "Your offset is the smallest scale, so all the differences are still positive.")
 def offset_is_the_smallest(absmax: Tensor, blocksize: int = 256) -> tuple:
     return *quantize_dynamic(absmax - absmax.min(), blocksize), absmax.min()
 
 
-@wrong("double_quantize", "Your offset is the median; it has to be the mean, which is what others will read it as.")
+@wrong("double_quantize", "Your offset is the median; it has to be the mean.")
 def offset_is_the_median(absmax: Tensor, blocksize: int = 256) -> tuple:
     return *quantize_dynamic(absmax - absmax.quantile(0.5), blocksize), absmax.quantile(0.5)
 
 
 @wrong(
-    "double_quantize", "You subtract the scales from the offset. On the way back every scale lies on the wrong side."
+    "double_quantize",
+    "You subtract the scales from the offset. When they are restored, every difference has the wrong sign.",
 )
 def the_difference_turned_round(absmax: Tensor, blocksize: int = 256) -> tuple:
     return *quantize_dynamic(absmax.mean() - absmax, blocksize), absmax.mean()
 
 
-@wrong("double_quantize", "You use another block size than the one that is given.")
+@wrong("double_quantize", "You do not use the given block size.")
 def its_own_blocks(absmax: Tensor, blocksize: int = 256) -> tuple:
     return *quantize_dynamic(absmax - absmax.mean(), 256), absmax.mean()
 
@@ -178,7 +187,7 @@ def an_offset_for_each_block(absmax: Tensor, blocksize: int = 256) -> tuple:
     return *quantize_dynamic(rest, blocksize), means if len(means) > 1 else means[0]
 
 
-@wrong("double_quantize", "You return the scales after the way there and back. What has to be stored are the codes.")
+@wrong("double_quantize", "You return the restored scales. Return the codes.")
 def there_and_back(absmax: Tensor, blocksize: int = 256) -> tuple:
     codes, second = quantize_dynamic(absmax - absmax.mean(), blocksize)
     return dequantize_dynamic(DynamicInt8(codes, second), blocksize) + absmax.mean(), second, absmax.mean()

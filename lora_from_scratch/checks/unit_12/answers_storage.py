@@ -40,45 +40,47 @@ def in_a_loop(codes: Tensor) -> Tensor:
     return torch.tensor([[(flat[i] << 4) + flat[i + 1]] for i in range(0, len(flat), 2)], dtype=torch.uint8)
 
 
-@wrong(
-    "pack_nibbles", "The two halves are swapped: the code at the even position, the first of a pair, is the high one."
-)
+@wrong("pack_nibbles", "The two halves are swapped: the first code of a pair goes into the high half.")
 def low_half_first(codes: Tensor) -> Tensor:
     even, odd = halves(codes)
     return (odd << 4 | even)[:, None]
 
 
-@wrong("pack_nibbles", "You pair the first half of the codes with the second. Neighbours share a byte.")
+@wrong("pack_nibbles", "You pair the first half of the codes with the second half. Neighbours share a byte.")
 def first_half_with_the_second(codes: Tensor) -> Tensor:
     one, two = allowed(codes).reshape(-1).to(torch.uint8).chunk(2)
     return (one << 4 | two)[:, None]
 
 
-@wrong("pack_nibbles", "The bytes are right; the result is a column of shape (n / 2, 1), as bitsandbytes has it.")
+@wrong(
+    "pack_nibbles", "The bytes are right; but the result has to be a column of shape (n / 2, 1), as in bitsandbytes."
+)
 def a_flat_row(codes: Tensor) -> Tensor:
     even, odd = halves(codes)
     return even << 4 | odd
 
 
-@wrong("pack_nibbles", "You add the two codes without moving one of them: 1 and 2 are then the same byte as 2 and 1.")
+@wrong(
+    "pack_nibbles", "You add the two codes without shifting one of them: 1 and 2 then give the same byte as 2 and 1."
+)
 def adds_them(codes: Tensor) -> Tensor:
     even, odd = halves(codes)
     return (even + odd)[:, None]
 
 
-@wrong("pack_nibbles", "You move the first code by one decimal place. Half of a byte has 16 values, not 10.")
+@wrong("pack_nibbles", "You shift the first code by one decimal place. Half a byte has 16 values, not 10.")
 def decimal_places(codes: Tensor) -> Tensor:
     even, odd = halves(codes)
     return (even * 10 + odd)[:, None]
 
 
-@wrong("pack_nibbles", "You move the first code out of the byte altogether. How many bits does half of a byte have?")
+@wrong("pack_nibbles", "You shift the first code out of the byte altogether. How many bits does half a byte have?")
 def out_of_the_byte(codes: Tensor) -> Tensor:
     even, odd = halves(codes)
     return (even.int() << 8 | odd).to(torch.uint8)[:, None]
 
 
-@wrong("pack_nibbles", "You keep the bits that both have, which are none. Joining is the other operation.")
+@wrong("pack_nibbles", "You keep the bits that both codes have, which are none. Use the operation that joins them.")
 def keeps_what_both_have(codes: Tensor) -> Tensor:
     even, odd = halves(codes)
     return ((even << 4) & odd)[:, None]
@@ -90,16 +92,14 @@ def in_whole_integers(codes: Tensor) -> Tensor:
     return (even.long() << 4 | odd.long())[:, None]
 
 
-@wrong("pack_nibbles", "An odd number of codes is refused here. Who fills it up, and with what, is decided elsewhere.")
+@wrong("pack_nibbles", "Raise an error if the number of codes is odd. Padding is the caller's decision.")
 def fills_up_by_itself(codes: Tensor) -> Tensor:
     flat = codes.reshape(-1)
     even, odd = halves(torch.cat([flat, flat.new_zeros(len(flat) % 2)]))
     return (even << 4 | odd)[:, None]
 
 
-@wrong(
-    "pack_nibbles", "A code of 16 needs five bits. What does not fit has to be refused: it would change its neighbour."
-)
+@wrong("pack_nibbles", "A code of 16 needs five bits. Raise an error: it would change the neighbouring code.")
 def takes_codes_that_do_not_fit(codes: Tensor) -> Tensor:
     even, odd = halves(codes % 16)
     return (even << 4 | odd)[:, None]
@@ -158,13 +158,13 @@ def high_halves_before_low_ones(packed, absmax, shape, blocksize=64, dtype=torch
     return (book(codebook)[codes] * spread(absmax, blocksize, n)).to(dtype).view(*shape)
 
 
-@wrong("dequantize_nf4", "These are the values of the codebook, between -1 and 1. Each block still needs its scale.")
+@wrong("dequantize_nf4", "These are the values of the codebook, between -1 and 1. Multiply each block by its scale.")
 def without_the_scales(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
     n = checked(packed, absmax, shape, blocksize)
     return book(codebook)[unpacked(packed, n)].to(dtype).view(*shape)
 
 
-@wrong("dequantize_nf4", "You divide by the scales. Quantising divided by them: this is the way back.")
+@wrong("dequantize_nf4", "You divide by the scales. Quantisation divided by them, so dequantisation has to multiply.")
 def divides_once_more(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
     n = checked(packed, absmax, shape, blocksize)
     return (book(codebook)[unpacked(packed, n)] / spread(absmax, blocksize, n)).to(dtype).view(*shape)
@@ -178,36 +178,33 @@ def the_first_scale_for_all(packed, absmax, shape, blocksize=64, dtype=torch.flo
 
 @wrong(
     "dequantize_nf4",
-    "You lay the scales out one after the other and begin again. A block is a run of neighbours that have the same "
-    "scale.",
+    "You repeat the whole sequence of scales. A block consists of consecutive weights with the same scale.",
 )
 def scales_in_turn(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
     n = checked(packed, absmax, shape, blocksize)
     return (book(codebook)[unpacked(packed, n)] * absmax.repeat(blocksize)[:n]).to(dtype).view(*shape)
 
 
-@wrong(
-    "dequantize_nf4", "You count the blocks in bytes. A block is `blocksize` weights, and that is half as many bytes."
-)
+@wrong("dequantize_nf4", "You count the blocks in bytes. A block is `blocksize` weights, which are half as many bytes.")
 def blocks_of_bytes(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
     n = checked(packed, absmax, shape, blocksize)
     block = torch.arange(n) // (2 * blocksize)
     return (book(codebook)[unpacked(packed, n)] * absmax[block]).to(dtype).view(*shape)
 
 
-@wrong("dequantize_nf4", "You read a code as an integer with equal steps. What it stands for is in the codebook.")
+@wrong("dequantize_nf4", "You treat a code as an integer with equal steps. Look up its value in the codebook.")
 def codes_as_integers(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
     n = checked(packed, absmax, shape, blocksize)
     return ((unpacked(packed, n) - 8) / 7 * spread(absmax, blocksize, n)).to(dtype).view(*shape)
 
 
-@wrong("dequantize_nf4", "You look the codes up in NF4's table whatever codebook is given.")
+@wrong("dequantize_nf4", "You look up the codes in NF4's codebook whatever codebook is given.")
 def nf4_whatever_is_given(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
     n = checked(packed, absmax, shape, blocksize)
     return (nf4_codebook()[unpacked(packed, n)] * spread(absmax, blocksize, n)).to(dtype).view(*shape)
 
 
-@wrong("dequantize_nf4", "The weight comes back in float32 whatever dtype is asked for.")
+@wrong("dequantize_nf4", "The weight is returned in float32 whatever dtype is requested.")
 def always_float32(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
     n = checked(packed, absmax, shape, blocksize)
     return (book(codebook)[unpacked(packed, n)] * spread(absmax, blocksize, n)).view(*shape)
@@ -215,7 +212,8 @@ def always_float32(packed, absmax, shape, blocksize=64, dtype=torch.float32, cod
 
 @wrong(
     "dequantize_nf4",
-    "You go to the other dtype before you multiply, and round twice. Multiply in float32, convert at the end.",
+    "You convert to the other dtype before you multiply, and so round twice. Multiply in float32 and convert at the "
+    "end.",
 )
 def rounds_twice(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
     n = checked(packed, absmax, shape, blocksize)

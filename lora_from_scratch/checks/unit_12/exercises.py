@@ -29,7 +29,7 @@ TITLE = "Quantisation"
 
 
 def try_int8(answer: Callable[..., Any], x: Tensor) -> Any:
-    """Both results, and the dtype of the first."""
+    """Both results and the dtype of the first."""
     result = answer(x)
     return [*result, dtype_of(result[0])] if isinstance(result, tuple | list) else result
 
@@ -39,14 +39,14 @@ def int8_cases(draw: Draw) -> Iterator[Case]:
     yield Case("a random 3 x 4 matrix", {"x": draw.normal(3, 4)}, "the numbers")
     negative = draw.normal(9)
     negative[draw.integer(0, 8)] = -draw.number(5, 6)
-    yield Case("the largest one is negative", {"x": negative}, "the numbers")
+    yield Case("the number with the largest absolute value is negative", {"x": negative}, "the numbers")
     ties = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
-    yield Case("numbers half-way between two integers", {"x": ties}, "the numbers")
+    yield Case("numbers exactly between two integers", {"x": ties}, "the numbers")
     yield Case("zeros", {"x": torch.zeros(2, 3)}, "the ends of the range")
     yield Case("tiny numbers", {"x": 1e-20 * draw.normal(6)}, "the ends of the range")
     large = 60000 * (2 * torch.rand(100, generator=draw.generator) - 1)
     large[draw.integer(0, 99)] = 60000
-    yield Case("float16, close to the largest that it can hold", {"x": large.half()}, "the ends of the range")
+    yield Case("float16, close to its largest value", {"x": large.half()}, "the ends of the range")
     broken = draw.normal(5)
     broken[3] = float("nan")
     yield Case("one of the numbers is not a number", {"x": broken}, "what is refused")
@@ -56,7 +56,7 @@ def absmax_cases(draw: Draw) -> Iterator[Case]:
     eight = torch.tensor([1.0, -5, 2, 0, 3, 3, 4, -2])
     yield Case("eight numbers in blocks of 4", {"x": eight, "blocksize": 4}, "whole blocks")
     yield Case("128 random numbers, blocks of 64", {"x": draw.normal(128)}, "whole blocks")
-    yield Case("4 x 6 in blocks of 8, which cross the rows", {"x": draw.normal(4, 6), "blocksize": 8}, "whole blocks")
+    yield Case("4 x 6 in blocks of 8, which span rows", {"x": draw.normal(4, 6), "blocksize": 8}, "whole blocks")
     zeros = draw.normal(12)
     zeros[4:8] = 0
     yield Case("a block of zeros", {"x": zeros, "blocksize": 4}, "whole blocks")
@@ -96,14 +96,14 @@ EIGHTHS = torch.arange(-8, 8) / 8  # a codebook whose midpoints are exact
 
 
 def away_from_zero(draw: Draw, n: int) -> Tensor:
-    """Numbers from 0.1 to 1 with random signs: FP4 has two zeros, and which of them is meant is no question here."""
+    """Numbers from 0.1 to 1 with random signs, so that FP4's two zeros play no role."""
     signs = 2.0 * draw.integers(0, 1, n) - 1
     return signs * (0.1 + 0.9 * torch.rand(n, generator=draw.generator))
 
 
 def quantize_cases(draw: Draw) -> Iterator[Case]:
     usual, ends, others = "codes and scales", "zeros and short blocks", "another codebook"
-    yield Case("twice the codebook, as one block", {"weight": 2 * nf4_codebook(), "blocksize": 16}, usual)
+    yield Case("the codebook times two, as one block", {"weight": 2 * nf4_codebook(), "blocksize": 16}, usual)
     yield Case("128 random weights, blocks of 64", {"weight": 0.02 * draw.normal(128)}, usual)
     sizes = torch.tensor([1e-3, 1, 50, 0.1]).repeat_interleave(16)
     weight = draw.normal(64) * sizes
@@ -118,7 +118,7 @@ def quantize_cases(draw: Draw) -> Iterator[Case]:
     yield Case("FP4's codebook, which is not in ascending order", fp4, others)
     halves = torch.cat([torch.tensor([-16.0]), 2 * draw.integers(-8, 6, 15) + 1]) / 16
     ties: dict[str, Data] = {"weight": halves, "blocksize": 16, "codebook": EIGHTHS}
-    yield Case("weights half-way between two values of the codebook", ties, others)
+    yield Case("weights exactly between two values of the codebook", ties, others)
     broken = draw.normal(16)
     broken[7] = float("nan")
     yield Case("one of the weights is not a number", {"weight": broken, "blocksize": 16}, "what is refused")
@@ -157,13 +157,13 @@ def double_cases(draw: Draw) -> Iterator[Case]:
         return low + (high - low) * torch.rand(n, generator=draw.generator)
 
     yield Case("12 scales from 2 to 4", {"absmax": scales(12, 2, 4)})
-    yield Case("300 scales, which are a block of 256 and a short one", {"absmax": scales(300, 0.02, 0.3)})
+    yield Case("300 scales: a full block of 256 and a short one", {"absmax": scales(300, 0.02, 0.3)})
     mixed = torch.cat([scales(8, 1, 1.1), scales(8, 2, 6)])
     yield Case("16 scales in blocks of 8", {"absmax": mixed, "blocksize": 8})
     lopsided = scales(20, 0.5, 0.6)
     lopsided[draw.integer(0, 19)] = 9.0
     yield Case("one scale is much larger than the others", {"absmax": lopsided})
-    yield Case("all scales are equal", {"absmax": torch.full((8,), 0.25)})
+    yield Case("equal scales", {"absmax": torch.full((8,), 0.25)})
 
 
 def nearly_the_same_codes(case: Case, seen: Seen, expected: Seen) -> bool:
@@ -210,10 +210,11 @@ EXERCISES = [
         minutes=7,
         points=2,
         hints=(
-            "What must the tensor be multiplied by so that its largest absolute value becomes 127?",
-            "Go to float32 first, then absolute value, maximum, product, `torch.round`, and `.to(torch.int8)` last.",
-            "For zeros the maximum is 0: give `.clamp(min=...)` something tiny before you divide by it. "
-            "`check_numbers(x)`, imported above, refuses what has to be refused.",
+            "By what must the tensor be multiplied so that its largest absolute value becomes 127?",
+            "First convert to float32, then absolute value, maximum, product, `torch.round`, and finally "
+            "`.to(torch.int8)`.",
+            "For zeros the maximum is 0: use `.clamp(min=...)` with a tiny value before you divide by it. "
+            "`check_numbers(x)`, imported above, raises the errors.",
         ),
         cases=int8_cases,
         probe=try_int8,
@@ -225,9 +226,9 @@ EXERCISES = [
         minutes=8,
         points=2,
         hints=(
-            "If the numbers filled whole blocks, a `view` as a table with one block a row would do all the work.",
-            "How many numbers are missing from the last block? Fill it up with something that is never the largest.",
-            "`-n % blocksize` are missing, and `F.pad(x, (0, missing))` appends zeros. Then `.amax(dim=1)`.",
+            "If the numbers filled whole blocks, a `view` as a table with one block per row would be enough.",
+            "How many numbers are missing from the last block? Fill it up with a value that can never be the largest.",
+            "`-n % blocksize` are missing, and `F.pad(x, (0, missing))` appends zeros. Then use `.amax(dim=1)`.",
         ),
         cases=absmax_cases,
     ),
@@ -238,10 +239,11 @@ EXERCISES = [
         minutes=10,
         points=3,
         hints=(
-            "Make three pieces, the negative values, the zero and the positive ones, and put them together in order.",
-            "`torch.special.ndtri` is the quantile function: from a probability to a number. Above 0.5 it is positive.",
-            "`torch.linspace(p, 0.5, 9)[:-1]` are eight probabilities, descending; `.flip(0)` turns a tensor round. "
-            "Divide by the maximum at the very end.",
+            "Make three pieces, the negative values, zero and the positive values, and concatenate them in order.",
+            "`torch.special.ndtri` is the quantile function: it maps a probability to a number. Above 0.5 the result "
+            "is positive.",
+            "`torch.linspace(p, 0.5, 9)[:-1]` are eight probabilities in descending order; `.flip(0)` reverses a "
+            "tensor. Divide by the maximum at the very end.",
         ),
         cases=codebook_cases,
     ),
@@ -252,9 +254,10 @@ EXERCISES = [
         minutes=6,
         points=2,
         hints=(
-            "Put the codes into pairs first: a table of two columns, one pair a row.",
-            "A code moves to the high half of a byte with `<< 4`; `|` joins the two halves.",
-            "Slices keep the column: `pairs[:, :1]` has shape (n / 2, 1). Convert to uint8, and refuse before you do.",
+            "First arrange the codes in pairs: a table with two columns, one pair per row.",
+            "`<< 4` moves a code to the high half of a byte; `|` joins the two halves.",
+            "Slices keep the column: `pairs[:, :1]` has shape (n / 2, 1). Check the codes first, then convert to "
+            "uint8.",
         ),
         cases=packing_cases,
         probe=try_packing,
@@ -266,12 +269,13 @@ EXERCISES = [
         minutes=15,
         points=4,
         hints=(
-            "Four steps: scales of the blocks, weights over their scale, number of the nearest value, two to a byte. "
-            "You have written the first and the last.",
-            "Where does the nearest value change? Half-way between two neighbours. `torch.bucketize(z, midpoints)` "
-            "says between which midpoints z lies, if the midpoints ascend; so `sort` the codebook, and keep the order.",
-            "`blockwise_absmax`, `normalize_blocks` (imported above), `bucketize`, `code_of[...]` where "
-            "`values, code_of = codebook.sort()`, and `pack_nibbles`. An odd number of z gets one 0 more.",
+            "There are four steps: the scales of the blocks, the weights divided by their scale, the index of the "
+            "nearest value, two codes per byte. You have written the first and the last.",
+            "Where does the nearest value change? At the midpoint of two neighbours. `torch.bucketize(z, midpoints)` "
+            "says between which midpoints z lies, provided that the midpoints ascend; so `sort` the codebook, and keep "
+            "the order.",
+            "`blockwise_absmax`, `normalize_blocks` (imported above), `bucketize`, `code_of[...]` where `values, "
+            "code_of = codebook.sort()`, and `pack_nibbles`. If the number of z is odd, append a 0.",
         ),
         cases=quantize_cases,
     ),
@@ -282,11 +286,11 @@ EXERCISES = [
         minutes=12,
         points=3,
         hints=(
-            "Bytes to codes, codes to values, values times the scale of their block, and the shape.",
-            "`packed >> 4` is the high half and `packed & 15` the low one; `torch.stack(..., dim=1)` and a flat view "
-            "put them back in turn. Indexing the codebook with integers looks all values up at once.",
+            "Bytes to codes, codes to values, values times the scale of their block, and then the shape.",
+            "`packed >> 4` is the high half and `packed & 15` the low one; `torch.stack(..., dim=1)` and flattening "
+            "interleave them. Indexing the codebook with an integer tensor looks up all values at once.",
             "`absmax.repeat_interleave(blocksize)` gives each weight its scale. Cut both to n, the product of the "
-            "shape. `check_parts`, imported above, refuses what does not fit.",
+            "shape. `check_parts`, imported above, checks that the parts fit together.",
         ),
         cases=dequantize_cases,
         probe=try_dequantizing,
@@ -298,8 +302,8 @@ EXERCISES = [
         minutes=5,
         points=2,
         hints=(
-            "How many weights share one scale of 32 bits? Each of them pays an equal part.",
-            "With double quantisation the scale has 8 bits. And how many weights share a second scale, of 32 bits?",
+            "How many weights share one scale of 32 bits? Each of them pays an equal share.",
+            "With double quantisation, the scale has 8 bits. How many weights share a second scale of 32 bits?",
             "A second scale serves `nested_blocksize` scales, and each of these serves `blocksize` weights.",
         ),
         cases=bits_cases,
@@ -312,9 +316,9 @@ EXERCISES = [
         minutes=6,
         points=2,
         hints=(
-            "Three steps: the offset, the scales without it, and the 8 bits of what is left.",
+            "There are three steps: the offset, the scales minus the offset, and the 8-bit codes of the result.",
             "`quantize_dynamic`, imported above, returns the codes and the second scales.",
-            "Put codes, second scales and offset into a `NestedAbsmax`, in this order.",
+            "Put the codes, second scales and offset into a `NestedAbsmax`, in this order.",
         ),
         cases=double_cases,
         agree=nearly_the_same_codes,
@@ -325,18 +329,19 @@ PREDICTIONS = [
     Prediction(
         name="after_an_outlier",
         question=(
-            "A weight matrix is quantised to 8 bits with one scale. Now a single one of its weights is set to 300 "
-            "times the largest that there was, and it is quantised again. What becomes of all the other weights?"
+            "A weight matrix is quantised to 8 bits with one scale. Now a single weight is set to 300 times the "
+            "previous maximum, and the matrix is quantised again. What happens to all the other weights?"
         ),
         choices={
-            "nothing": "nearly nothing: 8 bits have 255 levels, enough for one weight more",
-            "coarser": "they are kept, with a step that is a few times as wide as before",
+            "nothing": "almost nothing: 8 bits have 255 levels, enough for one more weight",
+            "coarser": "they are kept, with a step a few times as wide as before",
             "zero": "every one of them becomes 0",
         },
         answer="zero",
         explanation=(
-            "The scale belongs to the outlier: a level is now 300 / 127, more than 2, of what was the largest weight. "
-            "Even that one rounds to 0. The outlier is kept to the bit, and the matrix is gone."
+            "The outlier determines the scale: one level is now 300 / 127, more than twice the previously largest "
+            "weight, so even that weight rounds to 0. The outlier is restored exactly, and the rest of the matrix is "
+            "lost."
         ),
         idea="blocks and scales",
     ),
@@ -344,8 +349,8 @@ PREDICTIONS = [
         name="order_of_the_errors",
         question=(
             "The weights of the bundled GPT-2 are quantised to 4 bits in blocks of 64, with three codebooks: NF4, INT4 "
-            "(equal steps) and FP4 (a tiny floating-point number, steps that grow with the number). Order the three by "
-            "their error, the root of the mean square."
+            "(equal steps) and FP4 (a tiny floating-point number, whose steps grow with the number). Order the three "
+            "by their root-mean-square error."
         ),
         choices={
             "a": "NF4 is smallest, then FP4, then INT4",
@@ -355,9 +360,9 @@ PREDICTIONS = [
         },
         answer="b",
         explanation=(
-            "NF4 has its values where the weights are. FP4 has four of its codes at zero or next to it, then a hole up "
-            "to a sixth of the absmax, where a third of the weights lie, and a gap of a third at the top: together "
-            "that costs more than the equal steps of INT4 do."
+            "NF4 has its values where the weights are. FP4 has four of its codes at or next to zero, then a gap up to "
+            "a sixth of the absmax, where a third of the weights are, and a gap of a third at the top: together that "
+            "costs more than INT4's equal steps."
         ),
         idea="codebooks",
     ),

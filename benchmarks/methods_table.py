@@ -1,0 +1,57 @@
+"""Write docs/methods.md: what the file of each method says of it.
+
+python -m benchmarks.methods_table
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.registry import method_classes
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+HEAD = """\
+# The methods
+
+Written by `python -m benchmarks.methods_table` from the files of the methods.
+"""
+
+
+def page() -> str:
+    return HEAD + "".join(section(cls) for cls in method_classes().values())
+
+
+def section(cls: type[Method]) -> str:
+    """A heading, one paragraph, and a table of hyperparameters."""
+    file = cls.__module__.replace(".", "/") + ".py"
+    rates = cls.learning_rates
+    facts = [
+        f"[`{Path(file).name}`](../{file})",
+        f"PEFT calls it `{cls.peft_type}`" if known_to_peft(cls) else "PEFT does not have it",
+        "can be merged into the weights" if cls.can_merge else "cannot be merged",
+        "works on the GPT-2 of this package only" if cls.needs_gpt2 else "works on any model",
+        f"learning rate {rates.bundled:g} on the bundled model, {rates.large:g} on larger ones ({rates.source})",
+    ]
+    summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
+    lines = [f"\n## `{cls.name}`\n\n{summary}\n\n{'; '.join(facts)}.\n"]
+    rows = [f for f in fields(cls) if "help" in f.metadata]
+    if rows:
+        lines.append("\n| Hyperparameter | Default | |\n|---|---|---|\n")
+        lines += [f"| `{f.name}` | `{written(f.default)}` | {f.metadata['help']} |\n" for f in rows]
+    return "".join(lines)
+
+
+def known_to_peft(cls: type[Method]) -> bool:
+    return bool(cls.peft_type) and not cls.peft_type.startswith("LORA_FROM_SCRATCH_")
+
+
+def written(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value) or "none"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

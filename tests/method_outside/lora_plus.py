@@ -1,0 +1,44 @@
+"""LoRA+ (Hayou et al. 2024, arXiv:2402.12354): LoRA in which B learns faster than A.
+
+With one learning rate for both, A and B of a wide layer cannot both learn efficiently (theorem 1). LoRA+ multiplies the
+rate of B by a ratio lambda > 1; everything else is LoRA, and what is saved is a LoRA's directory.
+
+This file stands outside the package. It is the example of docs/architecture.md, and a test adds it to the methods.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.method import LearningRates, hyperparameter
+
+
+@dataclass(frozen=True)
+class LoRAPlus(LoRA):
+    """LoRA with the learning rate of B multiplied by `ratio`.
+
+    Raises:
+        ValueError: the ratio is not a positive number, or as `LoRA`.
+    """
+
+    ratio: float = hyperparameter(16.0, "learning rate of B divided by that of A")  # the paper's code
+
+    name: ClassVar[str] = "lora-plus"
+    learning_rates: ClassVar[LearningRates] = LearningRates(1e-3, 1e-4, "not tuned: an example")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.ratio, int | float) or not math.isfinite(self.ratio) or self.ratio <= 0:
+            raise ValueError(f"ratio must be a positive number, got {self.ratio!r}")
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        trained = self.trainable(model)
+        return [
+            {"params": [p for name, p in trained.items() if name.endswith(".lora_A")]},
+            {"params": [p for name, p in trained.items() if name.endswith(".lora_B")], "lr_scale": self.ratio},
+        ]
