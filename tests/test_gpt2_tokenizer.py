@@ -315,7 +315,7 @@ def test_two_files_that_give_a_token_different_ids_are_refused(saved: Path) -> N
     (saved / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": {str(count + 1): {"content": "<pad>"}}})
     )
-    with pytest.raises(ValueError, match=r"the files give the token '<pad>' two ids"):
+    with pytest.raises(ValueError, match=r"the files give the token '<pad>' two different ids"):
         Tokenizer.from_directory(saved)
 
 

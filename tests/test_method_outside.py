@@ -106,7 +106,7 @@ def test_killed_and_resumed_it_is_the_same_bit_for_bit(quiet_run: Path, short_ev
 
 
 def test_it_takes_part_in_the_shootout_without_being_named(quiet_run: Path, tmp_path: Path) -> None:
-    code = "from lora_from_scratch.compare.shootout import usual_contestants; print(*usual_contestants())"
+    code = "from lora_from_scratch.compare.shootout import default_contestants; print(*default_contestants())"
     process = [sys.executable, "-c", code]
     names = subprocess.run(process, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
     assert names[names.index("lora") + 1] == NAME  # a variant is listed behind what it is a variant of

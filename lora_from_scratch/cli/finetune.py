@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     shared.add_data(parser)
     shared.add_output(parser, None)
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the result of another run, or add to other files (off)"
+        "--overwrite", action="store_true", help="allow an output folder with another run's result or other files (off)"
     )
     shared.add_device(parser)
     shared.add_cards(parser)

@@ -88,7 +88,7 @@ def tuned_run(
         batch_size=defaults.BATCH_SIZE,
         split=split,
         cards=cards,
-        overwrite=True,  # demo and shootout repeat what has changed in their own folders
+        overwrite=True,  # the demo and the shootout repeat changed runs in their own folders
     )
 
 

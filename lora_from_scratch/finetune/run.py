@@ -161,11 +161,11 @@ def _check_output(run: Run) -> None:
 
 
 def _refuse_to_replace(run: Run) -> None:
-    """Stop before what somebody may still want is replaced: another run's result, or files of something else.
+    """Refuse an output folder that holds another run's result or unrelated files.
 
-    The same run may be repeated, and one that was interrupted may be resumed.
+    The same run may be repeated, and an interrupted run may be resumed.
     """
-    choose = "choose another output, or overwrite it (--overwrite)"
+    choose = "choose another output, or use --overwrite"
     if (run.output / REPORT).exists():
         different = _differences(run)
         if different:
@@ -177,7 +177,7 @@ def _refuse_to_replace(run: Run) -> None:
 
 
 def _differences(run: Run) -> str:
-    """The settings in which the run that wrote the report differs from this one, for people."""
+    """The names of the settings in which the run that wrote the report differs from this one."""
     try:
         document = json.loads((run.output / REPORT).read_text(encoding="utf-8"))
         before, method = dict(document["run"]), document["report"]["method"]

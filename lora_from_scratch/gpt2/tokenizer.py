@@ -27,19 +27,33 @@ MERGES_HEADER = "#version: 0.2"  # the first line of `merges.txt`; not a merge
 class Tokenizer:
     """Byte-level BPE with GPT-2's rule for splitting text into words, and no space added in front.
 
-    The string `<|endoftext|>` in a text is encoded as the special token, as in `transformers`. If that is not wanted in
-    untrusted text, look for it before encoding. The same holds for added tokens.
+        The string `<|endoftext|>` in a text is encoded as the special token, as in `transformers`. If that is not wanted in
+    <<<<<<< HEAD
+        untrusted text, look for it before encoding. The same holds for added tokens.
+    =======
+        untrusted text, look for it before encoding. Added tokens work in the same way.
+    >>>>>>> e3
 
-    Args:
-        vocab: maps each token, in the byte alphabet, to its id; the ids are 0 to the number of tokens - 1.
-        merges: the pairs to merge, in order of priority.
-        added: tokens that were added to a GPT-2, such as `<|pad|>`, and their ids, which follow those of `vocab`.
-        end: the token that ends a text, one of `vocab` or `added`.
-        add_prefix_space: add a space in front of a text that begins without one.
+        Args:
+            vocab: maps each token, in the byte alphabet, to its id; the ids are 0 to the number of tokens - 1.
+            merges: the pairs to merge, in order of priority.
+    <<<<<<< HEAD
+            added: tokens that were added to a GPT-2, such as `<|pad|>`, and their ids, which follow those of `vocab`.
+            end: the token that ends a text, one of `vocab` or `added`.
+            add_prefix_space: add a space in front of a text that begins without one.
 
-    Raises:
-        ValueError: the ids have gaps, a byte or the end of a text has no token, or the vocabulary and the merges do not
-            match.
+        Raises:
+            ValueError: the ids have gaps, a byte or the end of a text has no token, or the vocabulary and the merges do not
+                match.
+    =======
+            added: tokens added to a GPT-2 later, such as `<|pad|>`, with their ids, which follow those of `vocab`.
+            end: the token that ends a text, in `vocab` or `added`.
+            add_prefix_space: add a space in front of a text that does not begin with one.
+
+        Raises:
+            ValueError: the ids have gaps, a byte or the end token is not in the vocabulary, or the vocabulary and the
+                merges do not match.
+    >>>>>>> e3
     """
 
     def __init__(
@@ -61,11 +75,11 @@ class Tokenizer:
         self._encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
         self._encoder.decoder = decoders.ByteLevel()
         by_id = sorted(self.added, key=lambda token: self.added[token])
-        self._encoder.add_special_tokens([*self._special(), *by_id])  # the encoder numbers new ones in this order
+        self._encoder.add_special_tokens([*self._special(), *by_id])  # the encoder numbers new tokens in this order
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens, added ones included."""
+        """The number of tokens, including added ones."""
         return len(self.vocab) + len(self.added)
 
     def encode(self, text: str) -> list[int]:
@@ -98,7 +112,7 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write `vocab.json` and `merges.txt` into `directory`, which is created if it does not exist.
 
-        What differs from GPT-2's usual tokenizer, such as added tokens, goes into `tokenizer_config.json`.
+        Differences from GPT-2's usual tokenizer, such as added tokens, are written to `tokenizer_config.json`.
         """
         by_id = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
         lines = [MERGES_HEADER, *(f"{left} {right}" for left, right in self.merges)]
@@ -113,7 +127,7 @@ class Tokenizer:
         return [token for token in dict.fromkeys((END_OF_TEXT, self.end)) if token in self.vocab]
 
     def _config(self) -> dict[str, Any]:
-        """What transformers calls it."""
+        """The contents of transformers' `tokenizer_config.json`."""
         special = {token: self.vocab[token] for token in self._special()} | self.added
         decoder = {str(token_id): {"content": token, "special": True} for token, token_id in special.items()}
         usual = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.end) | {"tokenizer_class": "GPT2Tokenizer"}
@@ -123,12 +137,16 @@ class Tokenizer:
     def from_directory(cls, directory: str | Path) -> Tokenizer:
         """Read `vocab.json` and `merges.txt`, or else a `tokenizer.json` (the only file that transformers 5 saves).
 
-        Added tokens, another end token and `add_prefix_space` are read from the files in which transformers keeps them
-        (`added_tokens.json`, `tokenizer_config.json`, `special_tokens_map.json`).
+                Added tokens, another end token and `add_prefix_space` are read from the files in which transformers keeps them
+                (`added_tokens.json`, `tokenizer_config.json`, `special_tokens_map.json`).
 
-        Raises:
-            FileNotFoundError: neither exists.
-            ValueError: a file is damaged, does not belong to a GPT-2, or two files do not match.
+                Raises:
+                    FileNotFoundError: neither exists.
+        <<<<<<< HEAD
+                    ValueError: a file is damaged, does not belong to a GPT-2, or two files do not match.
+        =======
+                    ValueError: a file is damaged, does not belong to a GPT-2, or two of the files do not match.
+        >>>>>>> e3
         """
         directory = Path(directory)
         vocab, merges = directory / "vocab.json", directory / "merges.txt"
@@ -183,11 +201,11 @@ def _check(vocab: Any, merges: Sequence[Merge], added: Mapping[str, int], end: s
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError(f"the ids of the {len(vocab)} tokens must be 0 to {len(vocab) - 1}, each exactly once")
     if again := sorted(added.keys() & vocab.keys()):
-        raise ValueError(f"the added token {_some(again)} is in the vocabulary under another id")
+        raise ValueError(f"the added token {_some(again)} is in the vocabulary with another id")
     if sorted(added.values()) != list(range(len(vocab), len(vocab) + len(added))):
         ids = ", ".join(f"{token!r} {token_id}" for token, token_id in added.items())
         raise ValueError(
-            f"the ids of added tokens must follow the {len(vocab)} of the vocabulary without a gap, got {ids}"
+            f"the ids of added tokens must follow the {len(vocab)} ids of the vocabulary without a gap, got {ids}"
         )
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     if missing := sorted((alphabet | {end}) - vocab.keys() - added.keys()):

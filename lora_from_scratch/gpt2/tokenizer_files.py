@@ -1,4 +1,4 @@
-"""The files of a GPT-2's tokenizer, as transformers writes them."""
+"""Reading the files of a GPT-2 tokenizer as written by transformers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Merge = tuple[str, str]
 def read_settings(
     directory: Path, added: Mapping[str, int] | None = None, add_prefix_space: bool = False
 ) -> dict[str, Any]:
-    """The arguments of `Tokenizer` beside vocabulary and merges, from the files that transformers keeps them in.
+    """The arguments of `Tokenizer` other than the vocabulary and merges, from transformers' files.
 
     Args:
-        added, add_prefix_space: as a `tokenizer.json` has them; the other files may say more.
+        added, add_prefix_space: the values in `tokenizer.json`, if there is one; the other files may add to them.
 
     Raises:
-        ValueError: a file is damaged, two of them give a token different ids, or a token needs what is not supported.
+        ValueError: a file is damaged, two files give a token different ids, or a token needs an unsupported feature.
     """
     config, names, more = (
         read_json(directory / name) if (directory / name).exists() else {} for name in SETTINGS_FILES
@@ -36,18 +36,18 @@ def read_settings(
         _refuse_stripping(directory / CONFIG, config.get("added_tokens_decoder", {}).values())
         for token, token_id in [*decoder.items(), *more.items()]:
             if tokens.setdefault(token, token_id) != token_id:
-                raise ValueError(f"the files give the token {token!r} two ids, {tokens[token]} and {token_id}")
+                raise ValueError(
+                    f"the files give the token {token!r} two different ids, {tokens[token]} and {token_id}"
+                )
         end = names.get("eos_token") or config.get("eos_token") or END_OF_TEXT
         end = end["content"] if isinstance(end, dict) else end
         return {"added": tokens, "end": end, "add_prefix_space": bool(config.get("add_prefix_space", add_prefix_space))}
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{CONFIG} or a file beside it is not a tokenizer's ({type(error).__name__}: {error})"
-        ) from None
+        raise ValueError(f"{CONFIG} or another tokenizer file is malformed ({type(error).__name__}: {error})") from None
 
 
 def _refuse_stripping(path: Path, tokens: Iterable[Mapping[str, Any]]) -> None:
-    """Stop at an added token that takes the spaces around it, or is found in whole words only: ids would differ."""
+    """Refuse added tokens that absorb surrounding spaces or match only whole words: the ids would differ."""
     for token in tokens:
         on = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
         if on:
@@ -82,7 +82,7 @@ def read_merges(path: Path) -> list[Merge]:
 
 
 def read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[Merge], dict[str, int], bool]:
-    """Vocabulary, merges, added tokens and `add_prefix_space` of `tokenizers`' own format, if it is a GPT-2's."""
+    """The vocabulary, merges, added tokens and `add_prefix_space` of a GPT-2 tokenizer in `tokenizers`' own format."""
     given = read_json(path)
     try:
         model, words, added = given["model"], given["pre_tokenizer"], given["added_tokens"]
