@@ -27,33 +27,19 @@ MERGES_HEADER = "#version: 0.2"  # the first line of `merges.txt`; not a merge
 class Tokenizer:
     """Byte-level BPE with GPT-2's rule for splitting text into words, and no space added in front.
 
-        The string `<|endoftext|>` in a text is encoded as the special token, as in `transformers`. If that is not wanted in
-    <<<<<<< HEAD
-        untrusted text, look for it before encoding. The same holds for added tokens.
-    =======
-        untrusted text, look for it before encoding. Added tokens work in the same way.
-    >>>>>>> e3
+    The string `<|endoftext|>` in a text is encoded as the special token, as in `transformers`. If that is not wanted in
+    untrusted text, look for it before encoding. Added tokens work in the same way.
 
-        Args:
-            vocab: maps each token, in the byte alphabet, to its id; the ids are 0 to the number of tokens - 1.
-            merges: the pairs to merge, in order of priority.
-    <<<<<<< HEAD
-            added: tokens that were added to a GPT-2, such as `<|pad|>`, and their ids, which follow those of `vocab`.
-            end: the token that ends a text, one of `vocab` or `added`.
-            add_prefix_space: add a space in front of a text that begins without one.
+    Args:
+        vocab: maps each token, in the byte alphabet, to its id; the ids are 0 to the number of tokens - 1.
+        merges: the pairs to merge, in order of priority.
+        added: tokens added to a GPT-2 later, such as `<|pad|>`, with their ids, which follow those of `vocab`.
+        end: the token that ends a text, in `vocab` or `added`.
+        add_prefix_space: add a space in front of a text that does not begin with one.
 
-        Raises:
-            ValueError: the ids have gaps, a byte or the end of a text has no token, or the vocabulary and the merges do not
-                match.
-    =======
-            added: tokens added to a GPT-2 later, such as `<|pad|>`, with their ids, which follow those of `vocab`.
-            end: the token that ends a text, in `vocab` or `added`.
-            add_prefix_space: add a space in front of a text that does not begin with one.
-
-        Raises:
-            ValueError: the ids have gaps, a byte or the end token is not in the vocabulary, or the vocabulary and the
-                merges do not match.
-    >>>>>>> e3
+    Raises:
+        ValueError: the ids have gaps, a byte or the end token is not in the vocabulary, or the vocabulary and the
+            merges do not match.
     """
 
     def __init__(
@@ -137,16 +123,12 @@ class Tokenizer:
     def from_directory(cls, directory: str | Path) -> Tokenizer:
         """Read `vocab.json` and `merges.txt`, or else a `tokenizer.json` (the only file that transformers 5 saves).
 
-                Added tokens, another end token and `add_prefix_space` are read from the files in which transformers keeps them
-                (`added_tokens.json`, `tokenizer_config.json`, `special_tokens_map.json`).
+        Added tokens, another end token and `add_prefix_space` are read from the files in which transformers keeps them
+        (`added_tokens.json`, `tokenizer_config.json`, `special_tokens_map.json`).
 
-                Raises:
-                    FileNotFoundError: neither exists.
-        <<<<<<< HEAD
-                    ValueError: a file is damaged, does not belong to a GPT-2, or two files do not match.
-        =======
-                    ValueError: a file is damaged, does not belong to a GPT-2, or two of the files do not match.
-        >>>>>>> e3
+        Raises:
+            FileNotFoundError: neither exists.
+            ValueError: a file is damaged, does not belong to a GPT-2, or two of the files do not match.
         """
         directory = Path(directory)
         vocab, merges = directory / "vocab.json", directory / "merges.txt"

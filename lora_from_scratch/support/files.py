@@ -95,11 +95,7 @@ def check_writable(directory: str | Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-<<<<<<< HEAD
-    """Whether the path is named like the temporary files of the functions above."""
-=======
     """Whether the path has the name of a temporary file of the functions above."""
->>>>>>> e3
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
