@@ -235,7 +235,7 @@ def test_windows_line_ends_do_not_change_the_tokenizer(saved: Path) -> None:
         ({"normalizer": {"type": "Lowercase"}}, "not GPT-2's byte-level BPE"),
         (
             {"added_tokens": [{"id": 50258, "content": "<pad>"}]},
-            "must follow the 50257 of the vocabulary",
+            "must follow the 50257 ids of the vocabulary",
         ),
         ({"added_tokens": [{"id": 50257, "content": "<pad>", "lstrip": True}]}, "'<pad>' has lstrip"),
         ({"model": None}, "is not a tokenizer"),
