@@ -280,6 +280,11 @@ def test_the_filter_lets_threads_start_and_no_processes(machine: str) -> None:
     assert not any(allowed(numbers[column]) for numbers in seccomp.CALLS.values() if numbers[column] >= 0)
     silent = [numbers[column] for numbers in seccomp.WITHOUT_EFFECT.values() if numbers[column] >= 0]
     assert {_run_bpf(seccomp.program(machine), number, architecture, 0) for number in silent} == {seccomp.REFUSE}
+    (prctl, ioctl) = (seccomp.WITH_ARGUMENT[name][0][column] for name in ("prctl", "ioctl"))
+    assert (allowed(prctl, 1), allowed(prctl, 15)) == (False, True)  # PR_SET_PDEATHSIG, PR_SET_NAME
+    requests = (0x40086602, 0x401C5820, 0x5401)  # FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR, TCGETS
+    found = [_run_bpf(seccomp.program(machine), ioctl, architecture, 0, request) for request in requests]
+    assert [value == seccomp.ALLOW for value in found] == [False, False, True]
     execve = seccomp.STARTING["execve"][column]
     assert (allowed(execve), allowed(execve, starting=True)) == (False, True)
     assert all(allowed(number) for number in {"x86_64": (0, 1, 9, 11, 12, 202, 231), "aarch64": (63, 64, 98)}[machine])
@@ -287,9 +292,9 @@ def test_the_filter_lets_threads_start_and_no_processes(machine: str) -> None:
     assert not allowed(seccomp.X32 + 1)
 
 
-def _run_bpf(program: bytes, number: int, architecture: int, first: int) -> int:
+def _run_bpf(program: bytes, number: int, architecture: int, first: int, second: int = 0) -> int:
     """A small interpreter of the few instructions that the filter has (Linux, include/uapi/linux/filter.h)."""
-    memory = struct.pack("<IIQQ", number, architecture, 0, first)
+    memory = struct.pack("<IIQQQ", number, architecture, 0, first, second)
     lines = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
     place = value = 0
     while True:
