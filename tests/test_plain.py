@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_from_scratch.plain import in_html, in_markdown, one_line, plain, table_cell
+from lora_from_scratch.support.plain_text import in_html, in_markdown, one_line, plain, table_cell
 
 OBEYED = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories: controls, halves of characters, ends of lines and paragraphs
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

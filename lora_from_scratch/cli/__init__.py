@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lora_from_scratch.plain import one_line
+from lora_from_scratch.support.plain_text import one_line
 
 COMMANDS = (
     "demo",

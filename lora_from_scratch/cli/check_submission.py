@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lora_from_scratch.cli.lab import NOTEBOOKS
-from lora_from_scratch.plain import one_line
+from lora_from_scratch.support.plain_text import one_line
 
 FINE, TO_MEND, UNUSABLE = 0, 1, 2
 MARKS = {"note": "note", "repaired": "mend", "lost": "lost", "human": "mend"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_from_scratch.cli import INTERRUPTED
-from lora_from_scratch.plain import one_line
+from lora_from_scratch.support.plain_text import one_line
 
 if TYPE_CHECKING:
     from lora_from_scratch.grading.grade import Summary

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lora_from_scratch.cli import options as shared
-from lora_from_scratch.plain import one_line
+from lora_from_scratch.support.plain_text import one_line
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:

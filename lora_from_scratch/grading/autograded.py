@@ -16,8 +16,8 @@ from typing import Any
 
 from lora_from_scratch.grading.course_folder import CourseFolder
 from lora_from_scratch.grading.graded import Finding, Graded
-from lora_from_scratch.plain import in_html, plain
 from lora_from_scratch.support.files import write_atomically
+from lora_from_scratch.support.plain_text import in_html, plain
 
 TIMESTAMP = "timestamp.txt"
 LONGEST_TIMESTAMP = 200  # bytes

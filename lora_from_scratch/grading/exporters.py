@@ -21,7 +21,7 @@ from nbgrader.api import MissingEntry
 from nbgrader.plugins import CsvExportPlugin, ExportPlugin
 from traitlets import Dict, Unicode
 
-from lora_from_scratch.plain import table_cell
+from lora_from_scratch.support.plain_text import table_cell
 
 
 class GradeExport(ExportPlugin):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.grading.graded import Graded
-from lora_from_scratch.plain import in_markdown
+from lora_from_scratch.support.plain_text import in_markdown
 
 PATIENCE = 60  # seconds for another program that is writing to the same SQLite file
 NO_RESPONSE = "No response."  # nbgrader's own words

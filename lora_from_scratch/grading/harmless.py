@@ -24,7 +24,7 @@ import nh3
 from nbconvert.filters.markdown_mistune import InvalidNotebook, IPythonRenderer, MarkdownWithMath
 
 from lora_from_scratch.grading.mathematics import is_drawn
-from lora_from_scratch.plain import plain
+from lora_from_scratch.support.plain_text import plain
 
 LONGEST = 10_000  # characters of a text that is formatted, pictures not counted; Markdown takes quadratic time
 BOX = '<div class="tex2jax_ignore mathjax_ignore" style="contain: paint">'

@@ -8,7 +8,7 @@ from typing import Any
 from lora_from_scratch.checks import display
 from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.grading.sandbox import Observed, Output
-from lora_from_scratch.plain import plain
+from lora_from_scratch.support.plain_text import plain
 
 NOT_SHOWN = "(An output of a kind that is not shown.)"
 SKIPPED = "Not run in grading: the cell is as it was released, and no answer needs it.\n"

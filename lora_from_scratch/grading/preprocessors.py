@@ -12,7 +12,7 @@ from nbgrader.coursedir import CourseDirectory
 from nbgrader.preprocessors.base import NbGraderPreprocessor
 from traitlets import Enum
 
-from lora_from_scratch.plain import one_line
+from lora_from_scratch.support.plain_text import one_line
 
 FINDINGS = "lora_from_scratch_findings"  # of the notebook's metadata, from the first step to the second
 

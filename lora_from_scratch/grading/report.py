@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.grading.building.assemble import RUBRIC
 from lora_from_scratch.grading.tasks import write_text
-from lora_from_scratch.plain import in_html, in_markdown, one_line
+from lora_from_scratch.support.plain_text import in_html, in_markdown, one_line
 
 if TYPE_CHECKING:
     from lora_from_scratch.grading.grade import Row, Summary

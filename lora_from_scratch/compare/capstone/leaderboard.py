@@ -19,8 +19,8 @@ from lora_from_scratch.checks import progress_file
 from lora_from_scratch.compare.capstone.budget import BRIEFS, COSTS, budget_of, over_budget
 from lora_from_scratch.compare.capstone.hidden import HOME_SEED, hidden_cards, score
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.plain import one_line
 from lora_from_scratch.support.files import write_json
+from lora_from_scratch.support.plain_text import one_line
 
 LARGEST = 2_000_000  # bytes of an entry
 LONGEST_NAME = 60
