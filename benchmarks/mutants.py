@@ -28,8 +28,8 @@ SECONDS = 900
 HEAD = """# Mutants
 
 What `python -m benchmarks.mutants --write` found: each line of the library below was broken alone, and the test named
-is the first of `make test` that fails then. The tests named here state what they stated before the suite was made quicker
-(commit cf90fed), with the same assertions, but for those of `test_dependencies` and `test_differences`, whose
+is the first of `make test` that fails then. The tests named here state what they stated before the suite was made
+quicker (commit cf90fed), with the same assertions, but for those of `test_dependencies` and `test_differences`, whose
 subject is new.
 
 | part | file | broken | caught by |
