@@ -257,9 +257,8 @@ def test_the_command_says_what_it_runs_and_why_and_what_it_shows_now(
     monkeypatch.setattr(build, "units", lambda: (unit,))
     command = ["build", "99", "--root", str(course)]
     assert main(command) == 0
-    assert (
-        capsys.readouterr().out == "unit 99: written; not run, since nothing that its outputs depend on has changed\n"
-    )
+    not_run = "unit 99: written; not run, since nothing that its outputs depend on has changed\n"
+    assert capsys.readouterr().out == not_run
 
     def as_before(notebook: Any, building: bool = True, settings: Any = None) -> Cost:
         """Runs nothing: every cell shows what it showed, but one."""
