@@ -8,8 +8,10 @@ import torch
 
 from lora_from_scratch.cli import main
 from lora_from_scratch.gpt2.checkpoint import save_gpt2
+from lora_from_scratch.grading.building.build import build
 from tests.checkpoints import TOKENIZER
 from tests.helpers import tiny_model
+from tests.tiny_course import enter_course, make_course
 from tests.tiny_runs import SHORT, make_model, run_in, shorten_evaluation, write_data
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that the tests start; for this one, see below
@@ -50,6 +52,15 @@ def saved(tmp_path: Path) -> Path:
 @pytest.fixture
 def short_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten_evaluation(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def built_course(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny course, built: to be copied by whoever changes it. Its tests are one group, so it is built once."""
+    root = make_course(tmp_path_factory.mktemp("built_course"))
+    with pytest.MonkeyPatch.context() as patch:
+        assert build(enter_course(root, patch), root).why == ["there is no solved notebook yet"]
+    return root
 
 
 @pytest.fixture(scope="session")

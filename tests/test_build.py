@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from lora_from_scratch.grading.building.execution import execute
 from lora_from_scratch.grading.building.solution import needed_imports, solved_source, write_imports
 from tests.tiny_course import ROOT, SOURCE, Course, enter_course, make_course
 
+pytestmark = pytest.mark.xdist_group("built course")
+
 
 @pytest.fixture
 def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
@@ -24,12 +27,9 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(built_course: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny course, built."""
-    root = make_course(tmp_path_factory.mktemp("built"))
-    with pytest.MonkeyPatch.context() as patch:
-        build.build(enter_course(root, patch), root)
-    return root
+    return shutil.copytree(built_course, tmp_path_factory.mktemp("built") / "course")
 
 
 def notebook(root: Path, kind: str) -> nbformat.NotebookNode:

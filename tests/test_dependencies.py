@@ -14,10 +14,13 @@ import nbformat
 import pytest
 
 from lora_from_scratch.checks.units import find, unit_files, units
+from lora_from_scratch.cli import main
 from lora_from_scratch.grading.building import build, dependencies
 from lora_from_scratch.grading.building.dependencies import Hashes, closure, code_of
-from tests.tiny_course import ROOT, enter_course, make_course
+from lora_from_scratch.grading.building.execution import Cost
+from tests.tiny_course import ROOT, enter_course
 
+pytestmark = pytest.mark.xdist_group("built course")
 CODE = '"""Module."""\nimport torch\n\n\ndef f(x):\n    """Add."""\n    # why\n    return {"a": x + 1}\n'
 FOLDER = "lora_from_scratch"
 
@@ -167,20 +170,10 @@ def test_where_a_cell_shows_source_text_a_comment_counts(package: Path) -> None:
 # --- Building ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny course, built once."""
-    root = make_course(tmp_path_factory.mktemp("once"))
-    with pytest.MonkeyPatch.context() as patch:
-        assert build.build(enter_course(root, patch), root).why == ["there is no solved notebook yet"]
-    return root
-
-
 @pytest.fixture
-def course(once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, in which executing anything is an error."""
-    root = tmp_path / "course"
-    shutil.copytree(once, root)
+def course(built_course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny course, built, in which executing anything is an error."""
+    root = shutil.copytree(built_course, tmp_path / "course")
     monkeypatch.setattr(build, "execute", not_now)
     return root
 
@@ -252,3 +245,44 @@ def test_it_is_executed_when_somebody_asks_for_it(course: Path, monkeypatch: pyt
 
 def test_every_unit_has_its_hashes_recorded() -> None:
     assert sorted(dependencies.recorded(ROOT)) == [f"unit_{unit.number}" for unit in units()]
+
+
+# --- The command ---------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_runs_and_why_and_what_it_shows_now(
+    course: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unit = enter_course(course, monkeypatch)
+    monkeypatch.setattr(build, "units", lambda: (unit,))
+    command = ["build", "99", "--root", str(course)]
+    assert main(command) == 0
+    not_run = "unit 99: written; not run, since nothing that its outputs depend on has changed\n"
+    assert capsys.readouterr().out == not_run
+
+    def as_before(notebook: Any, building: bool = True, settings: Any = None) -> Cost:
+        """Runs nothing: every cell shows what it showed, but one."""
+        if building:
+            build.keep_outputs(notebook, solved(course))
+            cell = next(cell for cell in notebook.cells if cell.source.startswith("fn = "))
+            cell.outputs[-1].text = "tensor([13.])\n"
+        return Cost(300, 12)
+
+    monkeypatch.setattr(build, "execute", as_before)
+    monkeypatch.setattr(build, "run_unsolved", lambda made: None)
+    assert main([*command, "--again"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "unit 99: run, because you asked for it; 12 s of processor time, 300 MiB"
+    assert said[1].startswith("  shows something else: course/units/unit_99.py, cell ")
+    assert said[1].endswith("before: 'tensor([12.], dtype=torch.float64)'; now: 'tensor([13.])'")
+    edit(course / "solutions/executed.json", lambda text: text.replace('"packages": "', '"packages": "0'))
+    assert main(command) == 0
+    assert "run, because the version of a package has changed" in capsys.readouterr().out
+    assert main(command) == 0
+    assert capsys.readouterr().out == not_run
+
+
+def test_units_are_looked_at_in_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "00", "01", "--check", "--jobs", "2", "--root", str(ROOT)]) == 0
+    said = sorted(capsys.readouterr().out.splitlines())
+    assert said == [f"unit {number}: nothing to mend before it is run" for number in ("00", "01")]

@@ -23,14 +23,14 @@ from nbgrader.validator import Validator
 from traitlets.config import Config
 
 from lora_from_scratch.checks import units
-from lora_from_scratch.grading.building import build
 from lora_from_scratch.grading.cohort import secret_of
 from lora_from_scratch.grading.marking import Settings, mark_file
 from lora_from_scratch.grading.sandbox.stripped import find_unit
 from tests.damages import after, by_id, copied, metadata_stripped
 from tests.sandboxes import needs_bubblewrap
-from tests.tiny_course import enter_course, make_course
+from tests.tiny_course import enter_course
 
+pytestmark = pytest.mark.xdist_group("built course")
 NOTEBOOK = "unit_99/unit_99.ipynb"
 
 # Right but for what is below zero, and talkative: it warns and writes to stderr.
@@ -84,12 +84,12 @@ def answer(cell_id: str, text: str) -> Callable[[nbformat.NotebookNode], None]:
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
+def course(built_course: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
     """The tiny course, released by nbgrader; its folder is where nbgrader writes."""
     built, root = (tmp_path_factory.mktemp(name) for name in ("built", "course"))
-    make_course(built)
+    shutil.copytree(built_course, built, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        build.build(enter_course(built, patch), built)
+        enter_course(built, patch)
         # nbgrader starts alembic by its name; a kernel must not read or write what is the person's own.
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("IPYTHONDIR", str(root / "ipython"))

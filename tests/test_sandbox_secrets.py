@@ -20,6 +20,7 @@ from lora_from_scratch.grading import cohort
 from lora_from_scratch.grading.building.solution import source_of
 from lora_from_scratch.grading.cohort import seed_of
 from lora_from_scratch.grading.sandbox import Job, Probe, Run, bubblewrap, observe_notebook, wire
+from lora_from_scratch.grading.sandbox.job import Step
 from lora_from_scratch.grading.sandbox.observing import _Observing
 from lora_from_scratch.grading.sandbox.pristine import Pristine, without_modes
 from lora_from_scratch.grading.sandbox.stripped import find_unit
@@ -28,7 +29,8 @@ from tests.test_sandbox_walls import running
 
 SEED = 7
 OWN = {exercise.name: source_of(exercise.object) for exercise in find_unit("01").exercises}
-PARTS = "from __future__ import annotations\nimport torch\nfrom torch import Tensor\nfrom lora_from_scratch.linear_algebra.rank import *\n"
+PARTS = "from __future__ import annotations\nimport torch\nfrom torch import Tensor\n"
+PARTS += "from lora_from_scratch.linear_algebra.rank import *\n"
 
 
 # --- Seeds ---------------------------------------------------------------------------------------------------
@@ -60,8 +62,8 @@ def test_a_word_that_a_person_chose_is_stretched_before_anything_follows_from_it
 
 def test_the_job_says_neither_inputs_nor_seeds(tmp_path: Path) -> None:
     unit = find_unit("01")
-    steps = (Run("imports", PARTS), *(Probe(e.name, 1_000_003, f"check-{e.name}") for e in unit.exercises))
-    observing = _Observing(Job("01", steps, tmp_path), unit, {e.name: e for e in unit.exercises})
+    steps: list[Step] = [Run("imports", PARTS), *(Probe(e.name, 1_000_003, f"check-{e.name}") for e in unit.exercises)]
+    observing = _Observing(Job("01", tuple(steps), tmp_path), unit, {e.name: e for e in unit.exercises})
     job: Any = observing._describe(steps)
     assert {key for step in job["steps"] for key in step} == {"kind", "name", "seconds", "source"}
     assert b"1000003" not in wire.pack(job)
