@@ -20,13 +20,13 @@ PACKAGE = "lora_from_scratch"
 
 
 def folders() -> list[str]:
-    """The folders of the package, the lowest first."""
+    """The folders of the package, lowest first."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     return list(reversed(next(c["layers"] for c in settings["contracts"] if c["type"] == "layers")))
 
 
 def imports() -> dict[str, list[str]]:
-    """For each folder those from which it imports, lazily or for typing included; the lowest first."""
+    """The folders that each folder imports from, including lazy imports and imports for typing; lowest first."""
     import grimp
 
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
@@ -47,7 +47,7 @@ def in_words(found: dict[str, list[str]]) -> str:
 
 
 def draw(found: dict[str, list[str]], path: Path = PICTURE) -> None:
-    """A table: a row for each folder, a dot in the column of each folder that it imports from."""
+    """Draw a grid with a row for each folder and a dot in the column of each folder that it imports from."""
     names = list(found)
     figure, (axes,) = plotting.panels(1, width=7.2, height=4.6)
     for row, name in enumerate(names):

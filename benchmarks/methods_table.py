@@ -1,4 +1,4 @@
-"""Write docs/methods.md: what the file of each method says of it.
+"""Write docs/methods.md from the attributes and docstrings of the methods.
 
 python -m benchmarks.methods_table
 """
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 HEAD = """\
 # The methods
 
-Written by `python -m benchmarks.methods_table` from the files of the methods.
+This file is written by `python -m benchmarks.methods_table`.
 """
 
 
@@ -31,9 +31,9 @@ def section(cls: type[Method]) -> str:
     rates = cls.learning_rates
     facts = [
         f"[`{Path(file).name}`](../{file})",
-        f"PEFT calls it `{cls.peft_type}`" if known_to_peft(cls) else "PEFT does not have it",
+        f"PEFT's name: `{cls.peft_type}`" if known_to_peft(cls) else "not in PEFT",
         "can be merged into the weights" if cls.can_merge else "cannot be merged",
-        "works on the GPT-2 of this package only" if cls.needs_gpt2 else "works on any model",
+        "works only on this package's GPT-2" if cls.needs_gpt2 else "works on any model",
         f"learning rate {rates.bundled:g} on the bundled model, {rates.large:g} on larger ones ({rates.source})",
     ]
     summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")

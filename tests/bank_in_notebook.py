@@ -1,8 +1,8 @@
-"""A cell of the tests' notebooks: what a file of the bank needs to run in the sandbox, where there is no bank.
+"""A cell for notebooks in tests: it lets a file of the bank run in the sandbox, where the bank does not exist.
 
-What a file of the bank enters is kept in `ANSWERS`. An answer that is built on the library's version of an exercise
-of the unit (a class that changes one method, a function that calls another) is built on the same thing written in the
-notebook, as a learner has it: `OWN`.
+The answers that a file of the bank registers are kept in `ANSWERS`. An answer that builds on the library's version of
+an exercise of the unit (a class that changes one method, a function that calls another) builds on the version written
+in the notebook instead, as it would for a learner: `OWN`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ sys.modules[bank.__name__] = bank
 
 
 def run(source):
-    """Run a file of the bank, as if every statement stood in a cell of its own."""
+    """Run a file of the bank as if every statement were in its own cell."""
     names = {"__name__": "__main__"}
     for statement in ast.parse(source).body:
         code = compile(ast.Module([statement], []), "<bank>", "exec", annotations.compiler_flag, dont_inherit=True)
@@ -50,7 +50,7 @@ def run(source):
 
 
 def solve(module, name, source):
-    """Write an exercise's own source into the notebook, as a learner who has solved it."""
+    """Define an exercise in the notebook from the library's source, like a learner who has solved it."""
     names = HOMES.setdefault(module, dict(vars(importlib.import_module(module))))
     names.update((other, own) for other, own in OWN.items() if other in names)
     exec(compile(source, "<solved>", "exec", annotations.compiler_flag, dont_inherit=True), names)

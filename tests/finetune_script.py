@@ -1,4 +1,4 @@
-"""The command `finetune` as a program of its own, judged on less, that says which process saves the adapter."""
+"""The command `finetune` as a separate program with a short evaluation; it prints which process saves the adapter."""
 
 from __future__ import annotations
 

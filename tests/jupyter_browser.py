@@ -1,4 +1,4 @@
-"""JupyterLab in headless Chromium: a server of its own, and what a learner does with a mouse and a keyboard."""
+"""JupyterLab in headless Chromium: its own server, and the actions of a learner with mouse and keyboard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def served(root: Path, home: Path) -> Iterator[str]:
-    """JupyterLab on `root`, with settings, runtime files and progress in `home`; its address."""
+    """Start JupyterLab on `root`, with settings, runtime files and progress in `home`; yield its address."""
     for name, values in SETTINGS.items():
         file = home / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def browser() -> Iterator[Any]:
 
 
 class Lab:
-    """A notebook that is open in JupyterLab."""
+    """A notebook opened in JupyterLab."""
 
     def __init__(self, driver: Any, address: str, notebook: str) -> None:
         self.driver = driver
@@ -117,14 +117,14 @@ class Lab:
         return self._all(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
 
     def cell(self, text: str) -> Any:
-        """The first code cell whose source has this text."""
+        """The first code cell whose source contains this text."""
         for cell in self.cells():
             if text in self._source(cell):
                 return cell
         raise AssertionError(f"no code cell has {text!r}")
 
     def write(self, cell: Any, source: str) -> None:
-        """Replace what is in a cell, by keyboard."""
+        """Replace the contents of a cell, using the keyboard."""
         from selenium.webdriver import ActionChains, Keys
 
         editor = cell.find_element("css selector", ".cm-content")
@@ -135,7 +135,7 @@ class Lab:
         self.wait_until(lambda: self._source(cell).split() == source.split(), "the cell has the new code")
 
     def run(self, cell: Any, seconds: float = PATIENCE) -> str:
-        """Run a cell with Shift+Enter; the text of its output."""
+        """Run a cell with Shift+Enter and return the text of its output."""
         from selenium.webdriver import ActionChains, Keys
 
         before = self._prompt(cell)
@@ -148,7 +148,7 @@ class Lab:
         return self.output(cell)
 
     def run_all(self, seconds: float) -> None:
-        """Run > Run All Cells, from the menu."""
+        """Choose Run > Run All Cells from the menu."""
         self._menu("Run", "Run All Cells")
         last = [cell for cell in self.cells() if "jp-CodeCell" in cell.get_attribute("class")][-1]
         self.wait_until(lambda: self._prompt(last) not in ("[*]:", "[ ]:"), "the last cell has run", seconds)
@@ -163,7 +163,7 @@ class Lab:
         return "\n".join(area.text for area in cell.find_elements("css selector", ".jp-OutputArea-output"))
 
     def errors(self) -> list[str]:
-        """The text of every output that is an error; progress bars go to the same place and are none."""
+        """The text of every error output; progress bars are written to the same stream but are not errors."""
         found = self._all('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
         return [output.text for output in found if "Traceback" in output.text or "Error" in output.text]
 

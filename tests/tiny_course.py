@@ -1,4 +1,4 @@
-"""A course with one tiny unit, in a folder of its own: library, checks, bank, source and nbgrader's configuration."""
+"""A course with one tiny unit in a separate folder: library, checks, bank, source and nbgrader's configuration."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ class Course:
         return build.draft(dataclasses.replace(self.unit, **changes), self.root)  # type: ignore[arg-type]
 
     def refusal(self, source: str = SOURCE, **changes: object) -> list[str]:
-        """Everything that is said against a source."""
+        """All problems that are reported for a source."""
         with pytest.raises(Refused) as refused:
             self.draft(source, **changes)
         return refused.value.problems
@@ -261,7 +261,7 @@ def make_course(root: Path, source: str = SOURCE) -> Path:
 
 
 def enter_course(root: Path, patch: pytest.MonkeyPatch) -> Unit:
-    """Let this process, and those that it starts, know the course's library, unit and bank, until `patch` is undone."""
+    """Make the course's library, unit and bank known to this process and those it starts, until `patch` is undone."""
     bank.exercises()  # the course's real bank is loaded, once
     patch.syspath_prepend(str(root / "library"))
     patch.setenv("PYTHONPATH", str(root / "library"))

@@ -1,4 +1,4 @@
-"""A small training run as a program of its own, for the tests that kill it and that start it twice."""
+"""A small training run as a separate program, for tests that kill it or run it in two processes."""
 
 from __future__ import annotations
 

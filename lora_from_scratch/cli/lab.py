@@ -74,7 +74,7 @@ def find_notebook(folder: Path, unit: str) -> Path:
     """The notebook of a unit.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such unit.
     """
     number = unit.lower().removeprefix("unit").strip("_ ").zfill(2)
     found = sorted(file for file in folder.rglob("unit_*.ipynb") if ".ipynb_checkpoints" not in file.parts)

@@ -48,7 +48,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_cards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cards", type=int, default=CARDS, metavar="N", help="the most cards to evaluate on (%(default)s)"
+        "--cards", type=int, default=CARDS, metavar="N", help="maximum number of cards to evaluate on (%(default)s)"
     )
 
 

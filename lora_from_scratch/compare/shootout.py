@@ -60,15 +60,15 @@ def shootout(
     seed: int = 0,
     jobs: int | None = None,
 ) -> list[Report]:
-    """Fine-tune by each method in a process of its own, show and save.
+    """Fine-tune with each method in a separate process, print the results and save them.
 
-    `methods` are names of `contestants`; none: the usual ones.
+    `methods` are names of `contestants`; by default, the `default_contestants`.
 
-    Writes `table.md`, `shootout.json`, `shootout.png` and a directory for each method under `output`. Killed and
-    started again, it goes on where it was: a method that is finished, with the same settings, is not trained again.
+    Writes `table.md`, `shootout.json`, `shootout.png` and a directory for each method under `output`. If it is
+    interrupted and called again, it resumes: methods that are finished with the same settings are not trained again.
 
     Raises:
-        ValueError, OSError: whatever is wrong with the methods, the settings, the model or the place to write to.
+        ValueError, OSError: something is wrong with the methods, the settings, the model or the output folder.
     """
     output = Path(output)
     chosen = choose(methods or default_contestants(), seed)

@@ -57,7 +57,7 @@ class Run:
     gradient_checkpointing: bool = False
     device: str = "cpu"
     split: str = "test"  # evaluate on "test" or "validation"; "": do not evaluate
-    cards: int = CARDS  # evaluate on the first so many meanings
+    cards: int = CARDS  # the number of meanings to evaluate on, from the beginning of the split
     checkpoint_every: int = 100  # steps
     overwrite: bool = False  # whether the result of another run in `output` may be replaced
 

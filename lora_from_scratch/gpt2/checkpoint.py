@@ -119,7 +119,7 @@ def model_tensors(tensors: dict[str, Tensor], directory: Path) -> dict[str, Tens
     head, embedding = tensors.get("lm_head.weight"), named.get("transformer.wte.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise ValueError(
-            f"the weights in {directory} have an lm_head.weight of their own: in a GPT-2 it equals wte.weight"
+            f"the weights in {directory} have an lm_head.weight that differs from wte.weight: in a GPT-2 they are equal"
         )
     return named
 
