@@ -49,7 +49,12 @@ def test_a_word_that_a_person_chose_is_stretched_before_anything_follows_from_it
 ) -> None:
     asked: list[dict[str, Any]] = []
     real = cohort.hashlib.scrypt
-    monkeypatch.setattr(cohort.hashlib, "scrypt", lambda word, **how: (asked.append(how), real(word, **how))[1])
+
+    def spy(word: bytes, **how: Any) -> bytes:
+        asked.append(how)
+        return real(word, **how)
+
+    monkeypatch.setattr(cohort.hashlib, "scrypt", spy)
     cohort._stretched.cache_clear()
     seed_of("autumn2025", "01", "rank")
     seed_of("autumn2025", "01", "row_echelon")
