@@ -12,6 +12,8 @@ from lora_from_scratch.grading.submissions.definitions import binds, checks, cut
 from lora_from_scratch.grading.submissions.released import Place
 from lora_from_scratch.grading.submissions.repairs import RELOAD, Work, named, upper
 
+MOST_HELPERS = 20  # cells that are brought forward for one answer: each is looked for among all of them
+
 
 def arrange(work: Work) -> None:
     """Bring the released cells into the release's order, and put back those that are gone."""
@@ -220,7 +222,10 @@ def bring_helpers_forward(work: Work) -> None:
     """The learner's own cells that define what an answer needs, and stand after its check, go before the answer."""
     for place in work.release.solutions:
         own = work.at(place)[0]
-        while (helper := _late_helper(work, place, own)) is not None:
+        for _ in range(MOST_HELPERS):
+            helper = _late_helper(work, place, own)
+            if helper is None:
+                break
             work.cells.remove(helper)
             work.cells.insert(work.cells.index(own), helper)
             work.say(
