@@ -26,7 +26,7 @@ TITLE = "Start here: what fine-tuning costs"
 
 def tensor_cases(draw: Draw) -> Iterator[Case]:
     m, n, p = draw.integer(3, 9), draw.integer(10, 20), draw.integer(2, 6)
-    yield Case("the matrix of the example, 3 x 5 in float32", {"shape": [3, 5]})
+    yield Case("the 3 x 5 matrix of the example, in float32", {"shape": [3, 5]})
     yield Case("a matrix in float32", {"shape": [m, n]})
     yield Case("a matrix in bfloat16", {"shape": [m, n], "bytes_per_number": 2})
     yield Case("a tensor with three axes, in int8", {"shape": [n, m, p], "bytes_per_number": 1})
@@ -73,7 +73,7 @@ def count_cases(draw: Draw) -> Iterator[Case]:
     embedding, weight = "embedding.weight", "middle.weight"
     yield Case("an embedding and a linear layer, all trained", model_spec(draw, []), "trained and total")
     yield Case("the embedding frozen", model_spec(draw, [embedding]), "trained and total")
-    yield Case("all frozen but a bias", model_spec(draw, [embedding, weight]), "trained and total")
+    yield Case("everything frozen except a bias", model_spec(draw, [embedding, weight]), "trained and total")
     yield Case("an output layer tied to the embedding", model_spec(draw, [], tied=True), "shared tensors")
     yield Case("the same, the embedding frozen", model_spec(draw, [embedding], tied=True), "shared tensors")
     yield Case("a batch normalisation, which has buffers", model_spec(draw, [weight], norm=True), "buffers")
@@ -94,8 +94,8 @@ def memory_cases(draw: Draw) -> Iterator[Case]:
     yield Case("everything trained in mixed precision", {**full, "precision": "mixed"}, "16 bits")
     mixed = {**few, "precision": "mixed", "activations": activations}
     yield Case("few parameters trained in mixed precision, with activations", mixed, "16 bits")
-    yield Case("more trained parameters than there are", {"parameters": 10, "trained": 11}, "what is refused")
-    yield Case("a precision that there is not", {**few, "precision": "int3"}, "what is refused")
+    yield Case("more trained parameters than parameters", {"parameters": 10, "trained": 11}, "what is refused")
+    yield Case("an unknown precision", {**few, "precision": "int3"}, "what is refused")
 
 
 # --- Activations -------------------------------------------------------------------------------------

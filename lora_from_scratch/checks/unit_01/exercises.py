@@ -63,7 +63,7 @@ def rank_cases(draw: Draw) -> Iterator[Case]:
     yield Case("a random 3 x 5 matrix", {"matrix": draw.normal(3, 5)}, "rank")
     yield Case("a 6 x 4 matrix of rank 2", {"matrix": draw.low_rank(6, 4, 2)}, "rank")
     yield Case("the columns of the identity, swapped", {"matrix": torch.eye(4)[[1, 2, 3, 0]]}, "rank")
-    yield Case("two rows, each of them twice", {"matrix": draw.normal(2, 5)[[0, 1, 0, 1]]}, "rank")
+    yield Case("two rows, each of them repeated", {"matrix": draw.normal(2, 5)[[0, 1, 0, 1]]}, "rank")
     yield Case("zeros", {"matrix": torch.zeros(2, 3)}, "rank")
     tiny = 1e-20 * draw.low_rank(5, 5, 3)
     yield Case("a 5 x 5 matrix of rank 3 with tiny entries", {"matrix": tiny}, "tolerance")
@@ -111,7 +111,7 @@ def outer_cases(draw: Draw) -> Iterator[Case]:
     square = {"B": draw.normal(3, 3), "A": draw.normal(3, 3)}
     yield Case("square factors", square, "the product")
     yield Case("no column and no row: r is 0", factors(0), "the product")
-    yield Case("what flows back to the factors", {**factors(2), "gradients": True}, "gradients")
+    yield Case("the gradients of the factors", {**factors(2), "gradients": True}, "gradients")
     unequal = {"B": draw.normal(4, 2), "A": draw.normal(3, 5)}
     yield Case("two columns and three rows", unequal, "what is refused")
 
@@ -128,7 +128,7 @@ def count_cases(draw: Draw) -> Iterator[Case]:
     yield Case("a wide matrix", sizes(small, large, r), "the count")
     yield Case("a tall matrix", sizes(large, small, r), "the count")
     yield Case("rank 1", sizes(small, large, 1), "the count")
-    yield Case("the largest rank that there is", sizes(large, small, small), "the count")
+    yield Case("the largest possible rank", sizes(large, small, small), "the count")
     yield Case("a rank above the smaller side", sizes(large, small, small + 1), "what is refused")
     yield Case("rank 0", sizes(small, large, 0), "what is refused")
 

@@ -118,7 +118,7 @@ def error_cases(draw: Draw) -> Iterator[Case]:
         "the tall matrix at rank 2, spectral norm", {"matrix": tall, "rank": 2, "norm": "spectral"}, "spectral norm"
     )
     yield Case("at full rank, spectral norm", {"matrix": tall, "rank": 4, "norm": "spectral"}, "spectral norm")
-    yield Case("a norm that is neither", {"matrix": tall, "rank": 1, "norm": "nuclear"}, "bad input")
+    yield Case("an unknown norm", {"matrix": tall, "rank": 1, "norm": "nuclear"}, "bad input")
 
 
 def energy_cases(draw: Draw) -> Iterator[Case]:

@@ -66,7 +66,7 @@ def gelu_cases(draw: Draw) -> Iterator[Case]:
     yield Case("-2, -1, 0, 1 and 2", {"x": torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])})
     yield Case("negative numbers", {"x": -0.5 - 3 * torch.rand(2, 8, generator=draw.generator)})
     yield Case("random numbers, three axes", {"x": draw.normal(2, 3, 4)})
-    yield Case("numbers of large size", {"x": torch.tensor([[-1e4, -50.0], [50.0, 1e4]])})
+    yield Case("large numbers", {"x": torch.tensor([[-1e4, -50.0], [50.0, 1e4]])})
 
 
 def block_cases(draw: Draw) -> Iterator[Case]:
@@ -132,12 +132,12 @@ def top_p_cases(draw: Draw) -> Iterator[Case]:
         "probabilities 0.4, 0.3, 0.15, 0.1, 0.05 in some order, p = 0.6", {"logits": likely, "p": 0.6}, "one row"
     )
     sure = torch.tensor([6.0, 1.0, 0.5, 0.0, -1.0])[order]
-    yield Case("one token is likelier than p", {"logits": sure, "p": 0.5}, "one row")
+    yield Case("one token with a probability above p", {"logits": sure, "p": 0.5}, "one row")
     yield Case("random logits, p = 0.9", {"logits": 2 * draw.normal(12), "p": 0.9}, "one row")
     yield Case("p = 1 keeps everything", {"logits": draw.normal(6), "p": 1.0}, "one row")
     yield Case("several rows", {"logits": 2 * draw.normal(2, 3, 8), "p": draw.number(0.5, 0.8)}, "several rows")
     for p in (0.0, 1.5):
-        yield Case(f"p = {p:g} cannot be", {"logits": draw.normal(4), "p": p}, "what is refused")
+        yield Case(f"p = {p:g}, out of range", {"logits": draw.normal(4), "p": p}, "what is refused")
 
 
 def sampling_cases(draw: Draw) -> Iterator[Case]:
@@ -149,7 +149,9 @@ def sampling_cases(draw: Draw) -> Iterator[Case]:
     def logs(*probabilities: float) -> list[float]:
         return torch.tensor(probabilities).log().tolist()
 
-    yield case("two tokens alike, the others hopeless", "temperature", [9.0, 9.0, -20.0, -20.0, -21.0, -22.0])
+    yield case(
+        "two equally likely tokens, the others negligible", "temperature", [9.0, 9.0, -20.0, -20.0, -21.0, -22.0]
+    )
     yield case("temperature 0.02", "temperature", [1.0, 0.5, -20.0, -20.5, -21.0, -21.5], temperature=0.02)
     yield case("temperature 100", "temperature", [0.0, -30.0, -1e4, -1e4, -1e4, -1e4], temperature=100)
     yield case("temperature 0", "temperature", [1.0, 0.9, 0.8, 0.0, 0.0, 0.0], temperature=0)

@@ -52,7 +52,7 @@ def label_cases(draw: Draw) -> Iterator[Case]:
         {"prompt_ids": as_list([*same, END]), "completion_ids": as_list([same[2], same[0], END])},
     )
     yield Case("no prompt", texts(0, 4))
-    yield Case("a completion that is the end-of-text token alone", texts(3, 1))
+    yield Case("a completion with nothing but the end-of-text token", texts(3, 1))
 
 
 def as_list(ids: list[int]) -> list[Data]:
@@ -82,10 +82,10 @@ def adamw_cases(draw: Draw) -> Iterator[Case]:
     yield Case("step 200 of a matrix, betas 0.8 and 0.995", inputs(200, 2, 3, betas=[0.8, 0.995]), update)
     still = inputs(2, 4, weight_decay=0.5) | {"gradient": torch.zeros(4), "m": torch.zeros(4)}
     yield Case("weight decay 0.5, and no gradient so far", still, decay)
-    yield Case("weight decay 0.8 beside a gradient", inputs(3, 4, weight_decay=0.8, learning_rate=0.3), decay)
+    yield Case("weight decay 0.8 together with a gradient", inputs(3, 4, weight_decay=0.8, learning_rate=0.3), decay)
     small = inputs(2, 4, eps=0.05)
     small["gradient"], small["m"], small["v"] = 0.1 * numbers(4), 0.1 * numbers(4), 0.01 * numbers(4) ** 2
-    yield Case("eps 0.05 beside gradients of the same size", small, "eps")
+    yield Case("eps 0.05 with gradients of similar size", small, "eps")
     yield Case("step 0", inputs(1, 3) | {"step": 0}, "what is refused")
 
 
@@ -175,7 +175,7 @@ def memory_cases(draw: Draw) -> Iterator[Case]:
     embedding, weight, bias = "embedding.weight", "middle.weight", "middle.bias"
     yield Case("all trained, in float32", model(), "what is trained")
     yield Case("the embedding frozen", model(embedding), "what is trained")
-    yield Case("a bias trained and nothing else", model(embedding, weight), "what is trained")
+    yield Case("only a bias trained", model(embedding, weight), "what is trained")
     yield Case("nothing trained", model(embedding, weight, bias), "what is trained")
     yield Case("a model in bfloat16", model(embedding, dtype="bfloat16"), "dtypes")
     yield Case("a model in float64", model(weight, dtype="float64"), "dtypes")

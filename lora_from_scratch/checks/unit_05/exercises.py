@@ -90,7 +90,7 @@ def labels_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, length: int, rows: int, tokens: int, ignored: int = 0) -> Case:
         return Case(name, {"labels": labels(rows, tokens, ignored), "num_virtual_tokens": length})
 
-    yield case("2 virtual tokens in front of one row of 4", 2, 1, 4)
+    yield case("2 virtual tokens before one row of 4", 2, 1, 4)
     yield case("3 virtual tokens, two rows whose first two labels are -100", 3, 2, 5, 2)
     yield case("1 virtual token, three rows", 1, 3, 4)
     yield case("as many virtual tokens as rows and as labels", 4, 4, 4, 1)
@@ -200,7 +200,7 @@ def soft_cases(draw: Draw) -> Iterator[Case]:
     yield case("enter: 2 virtual tokens, a row of 3 tokens", "enter", "enter", 2, 1, 3)
     yield case("enter, with a mask and positions", "enter", "enter", 3, 2, 5, positions=True)
     yield case("in a model: two rows of 5 tokens", "in a model", "logits", 3, 2, 5)
-    yield case("in a model: padding in front of one row", "in a model", "logits", 3, 2, 5, mask=padding)
+    yield case("in a model: padding before one row", "in a model", "logits", 3, 2, 5, mask=padding)
     yield case("in a model, with positions", "in a model", "logits", 2, 2, 5, positions=True)
     yield case("in a model, read in two pieces with a cache", "in a model", "pieces", 3, 2, 6)
     yield case("what is trained", "what is learned", "training", 3, 2, 5)
@@ -248,8 +248,8 @@ def run_soft(
 def nearest_cases(draw: Draw) -> Iterator[Case]:
     table = draw.normal(9, 4)
     places = [int(i) for i in draw.permutation(9)[:3]]
-    yield Case("three embeddings themselves, made longer", {"prompt": 3.0 * table[places], "table": table})
-    yield Case("one embedding, made shorter", {"prompt": 0.1 * table[places[:1]], "table": table})
+    yield Case("three embeddings, scaled up", {"prompt": 3.0 * table[places], "table": table})
+    yield Case("one embedding, scaled down", {"prompt": 0.1 * table[places[:1]], "table": table})
     yield Case("5 random rows, 12 tokens", {"prompt": draw.normal(5, 4), "table": draw.normal(12, 4)})
     uneven = draw.normal(15, 3) * torch.linspace(0.2, 4, 15)[:, None]
     yield Case("6 random rows, embeddings of very different length", {"prompt": draw.normal(6, 3), "table": uneven})

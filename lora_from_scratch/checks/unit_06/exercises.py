@@ -61,7 +61,7 @@ def share_cases(draw: Draw) -> Iterator[Case]:
     yield case("a prefix of its own for each text", own | {"prefix_k": draw.normal(2, 2, 5, 4)})
     large = attention_inputs(draw, 1, 2, 3, 2, 4)
     large |= {key: 15 * large[key] for key in ("q", "k", "prefix_k")}  # type: ignore[operator]
-    yield case("scores of some hundreds, of which exp is not a finite number", large)
+    yield case("scores of several hundred, whose exp overflows", large)
 
 
 def gated_cases(draw: Draw) -> Iterator[Case]:
@@ -77,7 +77,7 @@ def gated_cases(draw: Draw) -> Iterator[Case]:
     yield case("one token, a prompt of 2, a gate of 0.7", "an open gate", [0.7], 1, 1, 1, 2, 3)
     yield case("4 tokens, a prompt of 3, a gate of -2", "an open gate", [-2.0], 1, 1, 4, 3, 4)
     yield case("a batch of 2, 3 heads, each with a gate of its own", "an open gate", None, 2, 3, 4, 2, 5)
-    yield case("one head open, the other shut", "a gate that is shut", [1.5, 0.0], 2, 2, 3, 4, 3)
+    yield case("one gate open, the other at zero", "a gate that is shut", [1.5, 0.0], 2, 2, 3, 4, 3)
     yield case("all gates at zero", "a gate that is shut", [0.0, 0.0], 1, 2, 3, 2, 4)
 
 
@@ -101,8 +101,8 @@ def count_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, n_layer: int, n_embd: int, length: int, **more: Data) -> Case:
         return Case(name, {"n_layer": n_layer, "n_embd": n_embd, "length": length} | more)
 
-    yield case("GPT-2 medium (24 layers, d = 1024), P = 5, learned directly", 24, 1024, 5)
-    yield case("a small model, learned directly", draw.integer(2, 9), draw.integer(10, 60), draw.integer(3, 30))
+    yield case("GPT-2 medium (24 layers, d = 1024), P = 5, trained directly", 24, 1024, 5)
+    yield case("a small model, trained directly", draw.integer(2, 9), draw.integer(10, 60), draw.integer(3, 30))
     yield case("GPT-2 medium, P = 5, with an MLP of width 512", 24, 1024, 5, hidden=512)
     n_layer, n_embd, length = draw.integer(2, 9), draw.integer(10, 60), draw.integer(61, 90)
     yield case("a small model, a longer prefix, a narrow MLP", n_layer, n_embd, length, hidden=draw.integer(3, 9))
@@ -116,10 +116,10 @@ def encoder_cases(draw: Draw) -> Iterator[Case]:
         given: dict[str, Data] = {"what": part, "length": length, "hidden": hidden}
         return Case(name, given | {"seed": draw.integer(0, 10**6), "ids": draw.integers(0, 10, 2, 3)}, part)
 
-    yield case("P = 3, learned directly", FORWARD, 3, None)
+    yield case("P = 3, trained directly", FORWARD, 3, None)
     yield case("P = 2, an MLP of width 5", FORWARD, 2, 5)
-    yield case("a new one without an MLP", START, 40, None)
-    yield case("a new one with an MLP of width 64", START, 90, 64)
+    yield case("a new encoder without an MLP", START, 40, None)
+    yield case("a new encoder with an MLP of width 64", START, 90, 64)
 
 
 def fold_cases(draw: Draw) -> Iterator[Case]:

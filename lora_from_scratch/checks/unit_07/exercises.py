@@ -31,7 +31,7 @@ def count_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, n_embd: int, width: int, **more: Data) -> Case:
         return Case(name, {"n_embd": n_embd, "width": width} | more)
 
-    yield case("1024 -> 24 -> 1024, the two matrices alone", 1024, 24, bias=False)
+    yield case("1024 -> 24 -> 1024, only the two matrices", 1024, 24, bias=False)
     yield case("the same with its biases", 1024, 24)
     yield case("two in each of 24 blocks", 1024, draw.integer(8, 200), adapters=48)
     yield case("one in each of 24 blocks, each with a LayerNorm", 1024, draw.integer(3, 9), adapters=24, norms=24)
@@ -59,7 +59,7 @@ def bottleneck_cases(draw: Draw) -> Iterator[Case]:
 def start_cases(draw: Draw) -> Iterator[Case]:
     for n_embd, width in ((128, 24), (48, 60)):
         given: dict[str, Data] = {"n_embd": n_embd, "width": width, "what": START, "seed": draw.integer(0, 10**6)}
-        yield Case(f"a new one, d = {n_embd}, width {width}", given, START)
+        yield Case(f"a new adapter, d = {n_embd}, width {width}", given, START)
 
 
 def parallel_cases(draw: Draw) -> Iterator[Case]:
@@ -181,7 +181,7 @@ def beside_cases(draw: Draw) -> Iterator[Case]:
         given: dict[str, Data] = {"base": draw.normal(d, d), "adapter": draw.normal(d, d), "x": draw.normal(*shape)}
         return Case(name, given | {"others": list(others)})
 
-    yield case("one token, nothing but x", 3)
+    yield case("one token, only x", 3)
     yield case("a batch", 2, 4, 3)
     yield case("with a mask", 2, 3, others=[torch.tensor([1.0, 0.0, 0.0])])
     yield case("with a mask and another argument", 2, 3, others=[torch.tensor([0.0, 1.0, 1.0]), draw.normal(3)])
@@ -283,7 +283,7 @@ def remove_cases(draw: Draw) -> Iterator[Case]:
     yield case("houlsby in all blocks", "one kind", "houlsby")
     yield case("parallel", "one kind", "parallel")
     yield case("no adapters at all", "one kind")
-    yield case("two behind each other", "more than once", "pfeiffer", "pfeiffer")
+    yield case("two adapters in a row", "more than once", "pfeiffer", "pfeiffer")
     yield case("houlsby, and then one around each whole block", "more than once", "houlsby", "lin")
 
 
