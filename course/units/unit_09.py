@@ -483,7 +483,7 @@ card = dataset.validation[0].mr
 
 
 def turned_to(volume, write=True):
-    """Return the loss on 32 held-out cards and a text, with every change multiplied by `volume`; restore the scaling."""
+    """The loss on 32 held-out cards and a text, with every change multiplied by `volume`; restores the scaling."""
     usual = {name: layer.scaling for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.scaling = volume * usual[name]

@@ -301,8 +301,8 @@ for rank in (RANKS[0], RANKS[-1]):
 # %% [markdown]
 # ## Which matrices?
 #
-# The second question: the same budget in eight places. The first seven are the paper's (section 7.1, table 5). The paper
-# did not adapt the MLP; the eighth does. Here are three of the eight ways in one block:
+# The second question: the same budget in eight places. The first seven are the paper's (section 7.1, table 5). The
+# paper did not adapt the MLP; the eighth does. Here are three of the eight ways in one block:
 
 # %% figure="unit_10.png"
 BOXES = {
@@ -392,8 +392,8 @@ place, (rank, loss) = "every matrix", by_place["every matrix"]
 print(f"{place:<12} r = {rank}: alpha = {ALPHA}: {loss:.2f}")
 
 # %% [markdown]
-# On the bundled model all three improve, and the order stays the same: the scaling explains part of the differences, but
-# not who is first.
+# On the bundled model all three improve, and the order stays the same: the scaling explains part of the
+# differences, but not the order.
 #
 # (Eight places, one seed each, one learning rate for all: differences that are several times the spread between seeds
 # are meaningful, the others are not.)

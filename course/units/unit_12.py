@@ -530,9 +530,8 @@ show(
 # %%
 for blocksize, name in ((64, "blocks of 64"), (2**20, "one scale per matrix")):
     error = quantise_the_model(NF4, blocksize=blocksize)
-    print(
-        f"{name:<19} error {error:.2%}, divergence {1000 * compare(base, log_probabilities())[0]:.1f} millinats per token"
-    )
+    divergence, _ = compare(base, log_probabilities())
+    print(f"{name:<20} error {error:.2%}, divergence {1000 * divergence:.1f} millinats per token")
 for name, layer in layers.items():
     layer.weight.data = original[name]
 

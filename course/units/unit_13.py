@@ -513,7 +513,7 @@ tale_targets = windows[:, 1:, None]
 
 
 def distance(model):
-    """Divergence from the base and change of the loss on tales (both in millinats per token), with its standard error."""
+    """Divergence from the base, and change of the loss on tales with its standard error (millinats per token)."""
     seen = log_probabilities(model)
     divergence = (reference.exp() * (reference - seen)).sum(-1).mean()
     change = (reference - seen).gather(-1, tale_targets)

@@ -206,7 +206,7 @@ names = ("saved_bytes", "training_memory", "added_work")
 more = torch.tensor([[float(entry.cost[name]) for name in names] for entry in entries])
 now = {entries[int(place)].name for place in front_of(more, quality)}
 print("on the front with three costs:", ", ".join(sorted(now)))
-print("additional methods:", ", ".join(sorted(now - {entries[place].name for place in front})) or "nobody")
+print("additional methods:", ", ".join(sorted(now - {entries[place].name for place in front})) or "none")
 
 # %% [markdown]
 # With enough kinds of cost, nearly every method is on the front. A budget turns this into a decision: costs do not

@@ -15,7 +15,7 @@ from lora_from_scratch.linear_algebra.subspace import require_same_columns, subs
 
 
 def directions(A: Tensor, B: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
-    """The rows of both Vh, in float64, after what has to be refused is refused."""
+    """The rows of both Vh, in float64, after raising for invalid input."""
     A, B = require_same_columns(A, B)
     return top_directions(A, i)[2].double(), top_directions(B, j)[2].double()
 

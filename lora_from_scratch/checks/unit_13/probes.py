@@ -41,8 +41,8 @@ def product_cases(draw: Draw) -> Iterator[Case]:
     yield case("3 texts of 2 tokens", "forward and backward", 4, 7, 3, 2)
     yield case("a single token", "forward and backward", 3, 5)
     yield case("x in bfloat16", "forward and backward", 4, 8, 2, bias=None, dtype="bfloat16")
-    yield case("a frozen bias", "what nobody needs", 5, 3, 2, 2, trained_bias=False)
-    yield case("the gradient of x is not needed", "what nobody needs", 4, 6, 5, x_needs_it=False)
+    yield case("a frozen bias", "gradients that are not needed", 5, 3, 2, 2, trained_bias=False)
+    yield case("the gradient of x is not needed", "gradients that are not needed", 4, 6, 5, x_needs_it=False)
 
 
 def run_product(
