@@ -209,7 +209,7 @@ def test_a_prompt_that_begins_with_words_has_the_rows_of_their_tokens(here: Path
         (["--init", "text"], "init_text"),
         (["--init", "text", "--init-text", ""], "init_text"),
         (["--init-text", "Tell the tale"], "got init='vocabulary' and init_text='Tell the tale'"),
-        (["--init", "text", "--init-text", "a tale " * 40], "tokens and the prompt only 20: shorten the text"),
+        (["--init", "text", "--init-text", "a tale " * 40], "tokens but the prompt only 20: shorten the text"),
         (["--init", "words"], "init must be one of vocabulary, text, random"),
         (["--init", "text", "--init-text"], "argument --init-text: expected one argument"),
     ],

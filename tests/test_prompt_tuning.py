@@ -315,7 +315,7 @@ def test_soft_prompts_travel_to_peft_and_back(tmp_path: Path) -> None:
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be a whole number of at least 1, got 0"),
         ({"num_virtual_tokens": True}, "num_virtual_tokens must be a whole number"),
         ({"init": "zeros"}, "init must be one of vocabulary, text, random, got 'zeros'"),
-        ({"init": "text"}, "init_ids, the token ids of the text, go together"),
+        ({"init": "text"}, r'init="text" requires init_text or init_ids \(the token ids of the text\)'),
         ({"init_ids": (1, 2)}, "got init='vocabulary' and 2 init_ids"),
         ({"init": "text", "init_ids": ("one",)}, "init_ids must be token ids"),
     ],
@@ -328,11 +328,11 @@ def test_a_bad_hyperparameter_is_named(arguments: dict[str, Any], message: str) 
 @pytest.mark.parametrize("cls", [PromptTuning, PrefixTuning])
 def test_virtual_tokens_leave_room_for_text_or_are_refused(cls: type[PromptTuning | PrefixTuning]) -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match="between 1 and 31, so that text fits into the model's context of 32"):
+    with pytest.raises(ValueError, match="between 1 and 31, to leave room for text in the model's context of 32"):
         cls(32).adapt(model)
     cls(31).adapt(model)
     assert model(tokens(length=1)).shape == (3, 1, 61)
-    with pytest.raises(ValueError, match="2 tokens and the 31 virtual tokens in front of them"):
+    with pytest.raises(ValueError, match="2 tokens and the 31 virtual tokens before them"):
         model(tokens(length=2))
     cls(31).undo(model)
     cls(P).adapt(model)

@@ -1,6 +1,6 @@
-"""Full fine-tuning: every parameter is trained. What all the other methods are measured against.
+"""Full fine-tuning: every parameter is trained. This is the baseline for all the other methods.
 
-And its oldest economy: to train the last blocks only.
+The module also has the oldest way to save some of its cost, which is to train only the last blocks.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lora_from_scratch.methods.method import LearningRates, Method
 
 @dataclass(frozen=True)
 class FullFineTuning(Method):
-    """Train everything.
+    """Train all parameters.
 
-    `undo` needs a copy of the base model, as large as the model itself. `keep_base=False` saves that memory;
-    then there is no way back.
+    `undo` needs a copy of the base model, which is as large as the model itself. `keep_base=False` saves that memory,
+    but then `undo` is not possible.
     """
 
     keep_base: bool = True
@@ -37,20 +37,20 @@ class FullFineTuning(Method):
         model.requires_grad_(True)
 
     def _uninstall(self, model: nn.Module) -> None:
-        pass  # nothing was put in
+        pass  # nothing was inserted
 
     def _keeps_base(self) -> bool:
         return self.keep_base
 
     def undo(self, model: nn.Module) -> None:
-        """Give the base model back, bit for bit.
+        """Restore the base model, bit for bit.
 
         Raises:
-            ValueError: `keep_base` is False, so that there is no base to give back.
+            ValueError: `keep_base` is False, so there is no base model to restore.
         """
         self._adaptation(model)
         if not self.keep_base:
-            raise ValueError("nothing to go back to: keep_base=False kept no copy of the base; load the model anew")
+            raise ValueError("cannot undo: keep_base=False kept no copy of the base model; load the model again")
         super().undo(model)
 
     def save(self, model: GPT2, directory: str | Path, *, base_model: str | None = None, tokenizer: Any = None) -> None:
@@ -63,7 +63,7 @@ class FullFineTuning(Method):
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> tuple[FullFineTuning, dict[str, Tensor]]:
-        """The method and the weights that `save` wrote."""
+        """Read the method and the weights that `save` wrote."""
         return cls(), {name: p.detach() for name, p in load_model(directory.resolve()).named_parameters()}
 
 
@@ -71,20 +71,20 @@ class FullFineTuning(Method):
 
 
 def freeze_all_but_last(model: GPT2, layers: int) -> None:
-    """Train the last blocks and the last LayerNorm, and freeze the rest, in place.
+    """Train the last blocks and the final LayerNorm, and freeze everything else, in place.
 
     Sets `requires_grad` of every parameter, whatever it was before: True in the last `layers` of the blocks
-    `model.transformer.h` and in `model.transformer.ln_f`, False in everything else. The embeddings stand before the
-    first block, so they are frozen with it; that the token embedding `wte` is the output layer too changes nothing.
+    `model.transformer.h` and in `model.transformer.ln_f`, False everywhere else. The embeddings come before the first
+    block and are frozen too, even though the token embedding `wte` is also the output layer.
 
-    With the last two blocks it is the "FT-Top2" of Li and Liang 2021 (arXiv:2101.00190, section 5.2) and of Hu et al.
-    2021 (arXiv:2106.09685, table 3).
+    With two blocks this is the "FT-Top2" of Li and Liang 2021 (arXiv:2101.00190, section 5.2) and of Hu et al. 2021
+    (arXiv:2106.09685, table 3).
 
     Args:
-        layers: from 0, which trains the last LayerNorm alone, to the number of blocks.
+        layers: from 0, which trains only the final LayerNorm, to the number of blocks.
 
     Raises:
-        ValueError: there are not so many blocks, or the number is negative.
+        ValueError: `layers` is negative or exceeds the number of blocks.
     """
     blocks = model.transformer.h
     if not 0 <= layers <= len(blocks):

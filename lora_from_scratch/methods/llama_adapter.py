@@ -1,12 +1,12 @@
-"""LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199): a prefix behind a gate that starts shut.
+"""LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199): a prefix with a gate that is initially closed.
 
-A prefix takes part in the softmax of the text, and so disturbs the model from the first step on. Here the
-prompt has a softmax of its own, and a gate g, learned for each head, that starts at zero:
+A prefix takes part in the softmax over the text, and so disturbs the model from the first step. Here the prompt has its
+own softmax, and a gate g, learned for each head, that starts at zero:
 
     y = W_proj ( softmax(q K^T / sqrt(hd) + mask) V + tanh(g) softmax(q K_a^T / sqrt(hd)) V_a )
 
-K_a and V_a are made by the layer's own frozen projections from P learned vectors. At the start tanh(0) = 0: the
-model is the base model, exactly. Only the top layers have a prompt.
+K_a and V_a are computed from P learned vectors by the layer's own frozen projections. Initially tanh(0) = 0, so the
+model is exactly the base model. Only the top layers have a prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lora_from_scratch.methods import adapter_files
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
 from lora_from_scratch.support.tape import Shadow, Tape
 
-LOWEST_WITHOUT = 2  # layers at the bottom without a prompt: the paper adapts 30 of LLaMA's 32
+BOTTOM_LAYERS_WITHOUT_PROMPT = 2  # the paper adapts 30 of LLaMA's 32 layers
 
 # --- The arithmetic ------------------------------------------------------------------------------------
 
@@ -47,15 +47,15 @@ def prompt_attention(q: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
 
 
 def gated_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    """Causal attention to the text, plus tanh(gate) times attention to the prompt, with a softmax each.
+    """Causal attention to the text, plus tanh(gate) times attention to the prompt, with a separate softmax for each.
 
     `softmax(q K^T / sqrt(hd) + mask) V + tanh(g) softmax(q K_a^T / sqrt(hd)) V_a` (Zhang et al. 2023, section 3.2).
-    Nothing of the prompt is hidden from any token, and the text's part is not made smaller to make room for it.
+    Every token sees the whole prompt, and the weights on the text are not reduced to make room for it.
 
     Args:
         q, k, v: (B, H, T, hd), of the text.
         prompt_k, prompt_v: K_a and V_a, (1 or B, H, P, hd).
-        gate: g, (1, H, 1, 1), one number for each head; with zeros the result is `causal_attention(q, k, v)` exactly.
+        gate: g, (1, H, 1, 1), one number per head; with zeros the result is exactly `causal_attention(q, k, v)`.
 
     Returns:
         (B, H, T, hd), before the output projection.
@@ -72,9 +72,9 @@ class GatedPrefixAttention(nn.Module):
     Args:
         base: the layer.
         num_virtual_tokens: P.
-        as_peft: compute what PEFT computes on a GPT-2: one gate for all heads, without the tanh, and the prompt's
-            part is added behind the output projection instead of before it. (On LLaMA PEFT does project.)
-        generator: where the prompt's random numbers come from; None: PyTorch's own.
+        as_peft: compute what PEFT computes on a GPT-2: one gate for all heads, no tanh, and the prompt's part is added
+            after the output projection instead of before it. (On LLaMA, PEFT does apply the projection.)
+        generator: the random number generator for the prompt; None: PyTorch's own.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class GatedPrefixAttention(nn.Module):
         self.base = base
         self.as_peft = as_peft
         width = base.c_proj.out_features  # d
-        prompt = torch.randn(1, num_virtual_tokens, width, generator=generator)  # N(0, 1), as the authors' code
+        prompt = torch.randn(1, num_virtual_tokens, width, generator=generator)  # N(0, 1), as in the authors' code
         bias = base.c_attn.bias
         self.adaption_prompt = nn.Parameter(prompt.to(bias.device, bias.dtype))  # (1, P, d)
         gate = torch.zeros(1) if as_peft else torch.zeros(1, base.n_head, 1, 1)
@@ -120,15 +120,15 @@ class LlamaAdapter(Method):
     """LLaMA-Adapter on a GPT-2. See `GatedPrefixAttention` for `as_peft`, which files written by PEFT need.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+        ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
     num_virtual_tokens: int = hyperparameter(10, "number of learned vectors prepended to the text")
     top_layers: int | None = hyperparameter(  # as in the paper
         None, "number of blocks, counted from the top; not given: all but the lowest two"
     )
-    as_peft: bool = hyperparameter(False, "compute as PEFT does, not as the paper")
-    seed: int = 0  # of the first values
+    as_peft: bool = hyperparameter(False, "follow PEFT's variant instead of the paper's")
+    seed: int = 0  # of the initial values
 
     name: ClassVar[str] = "llama-adapter"
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
@@ -146,7 +146,8 @@ class LlamaAdapter(Method):
 
     def _install(self, model: GPT2) -> None:
         blocks = model.transformer.h
-        layers = max(1, len(blocks) - LOWEST_WITHOUT) if self.top_layers is None else self.top_layers
+        default = max(1, len(blocks) - BOTTOM_LAYERS_WITHOUT_PROMPT)
+        layers = default if self.top_layers is None else self.top_layers
         if layers > len(blocks):
             raise ValueError(
                 f"top_layers must be between 1 and {len(blocks)}, the model's number of layers, got {layers}"
@@ -163,7 +164,7 @@ class LlamaAdapter(Method):
                 block.attn = block.attn.base
 
     def to_adapter(self, model: GPT2) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's own fields and keys. PEFT itself can read it only with `as_peft`; else it finds other gates."""
+        """PEFT's fields and keys. PEFT can load the result only with `as_peft`; otherwise the gates' shapes differ."""
         return llama_adapter_to_peft(self.num_virtual_tokens, self.state_dict(model))
 
     @classmethod
@@ -202,10 +203,10 @@ def llama_adapter_to_peft(length: int, state: Mapping[str, Tensor]) -> tuple[dic
 def llama_adapter_from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments of `LlamaAdapter`, and its state under our names. One gate for all heads, (1,), is PEFT's form.
+    """The arguments of `LlamaAdapter`, and its state under our names. A single gate, (1,), indicates PEFT's variant.
 
     Raises:
-        ValueError: a field that is not supported.
+        ValueError: a field is not supported.
     """
     adapter_files.refuse_unknown_fields(config, ("adapter_len", "adapter_layers", "target_modules"))
     adapter_files.refuse_other_values(config, "task_type", ("CAUSAL_LM", None))
@@ -218,7 +219,7 @@ def llama_adapter_from_peft(
     return arguments, {name.removeprefix(adapter_files.PREFIX): tensor for name, tensor in tensors.items()}
 
 
-# --- What it keeps for the backward pass ---------------------------------------------------------------
+# --- Memory accounting: what it keeps for the backward pass ---------------------------------------------
 
 
 @activations.forward.register

@@ -1,7 +1,8 @@
-"""LoftQ (Li et al. 2023, arXiv:2310.08659): let the LoRA begin with what quantisation loses.
+"""LoftQ (Li et al. 2023, arXiv:2310.08659): initialise the LoRA with the quantisation error.
 
-Plain QLoRA starts at `Q = quant(W)`, which is not W. A LoRA of rank r can hold the r largest directions of the error,
-so Q and B A are chosen together: minimise `||W - Q - B A||` (section 3.1), one half at a time (algorithm 1).
+Plain QLoRA starts at `Q = quant(W)`, which differs from W. A LoRA of rank r can represent the r largest directions of
+the error, so Q and B A are chosen together: minimise `||W - Q - B A||` (section 3.1), alternately over the two
+(algorithm 1).
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ def loftq_init(
 ) -> tuple[QuantizedTensor, Tensor, Tensor]:
     """Alternate `Q = quant(W - B A)` and `B A = SVD_r(W - Q)`, from B A = 0 (algorithm 1).
 
-    `SVD_r(M)` is the nearest matrix of rank r to M. The second half is the best there is for its Q (Eckart and Young);
-    the first is not, because rounding each weight to its nearest code takes no account of what B A could hold. In
-    practice the error falls at every iteration, most of all at the first.
+    `SVD_r(M)` is the matrix of rank r nearest to M. The second step is optimal for its Q (Eckart and Young); the first
+    is not optimal, because rounding each weight to its nearest code does not take into account what B A could
+    represent. In practice the error falls at every iteration, most of all at the first.
 
     Args:
-        W: (out, in), floating-point, on any device; the work is done where it is, and needs no GPU.
+        W: (out, in), floating-point, on any device; the computation runs on that device and needs no GPU.
         rank: r, from 1 to the smaller side of W.
         iterations: T, at least 1.
-        quantize: what makes Q of a matrix; `Q.dequantize()` is a matrix again. Called once an iteration.
+        quantize: maps a matrix to Q; `Q.dequantize()` is a matrix again. It is called once per iteration.
 
     Returns:
-        Q of the last iteration, A (r, in) and B (out, r), both float32: the layer is `Q x + B A x`, without any
-        alpha / r. Which A and B share the product between them is not laid down.
+        Q of the last iteration, A (r, in) and B (out, r), both float32: the layer is `Q x + B A x`, without a factor
+        alpha / r. How the product is factored into A and B is not specified.
 
     Raises:
-        ValueError: W is not a matrix, rank or iterations are out of their range, or `quantize` refuses W (not finite).
+        ValueError: W is not a matrix, rank or iterations are out of range, or `quantize` rejects W (not finite).
     """
     if W.ndim != 2:
         raise ValueError(f"W must be a matrix (out, in), got shape {tuple(W.shape)}")
@@ -54,7 +55,7 @@ def loftq_init(
 
 
 def best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) whose product B A is the nearest matrix of rank r; each gets the root of S."""
+    """A (r, in) and B (out, r) whose product B A is the nearest matrix of rank r; each has the square root of S."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     root = S[:rank].sqrt()  # (r,)
     return root[:, None] * Vh[:rank], U[:, :rank] * root
@@ -64,20 +65,20 @@ def best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def begin_with_loftq(
     layer: LoRALinear, W: Tensor, iterations: int = 1, quantize: Callable[[Tensor], QuantizedTensor] = quantize_4bit
 ) -> None:
-    """Let a LoRA on a 4-bit layer begin with `loftq_init` of the weight W that was there before. Changed in place.
+    """Initialise a LoRA on a 4-bit layer, in place, with `loftq_init` of the layer's full-precision weight W.
 
-    The layer gets a new Q (`layer.base.quantized`), and its A and B get new values; they stay the parameters that
-    they are, and in their dtype. The layer computes `Q x + s B A x` with its own scaling s = alpha / r, and LoftQ knows
-    of no s: after this, Q + s B A is what LoftQ wants Q + B A to be.
+    The layer gets a new Q (`layer.base.quantized`), and its A and B get new values; they remain the same parameters,
+    with the same dtype. The layer computes `Q x + s B A x` with its own scaling s = alpha / r, while LoftQ has no s:
+    afterwards Q + s B A is what LoftQ's Q + B A should be.
 
     Args:
-        layer: a LoRA of rank r around an `NF4Linear`, not merged.
+        layer: a LoRA of rank r on an `NF4Linear`, not merged.
         W: (out, in), the full weight.
-        iterations, quantize: as `loftq_init`.
+        iterations, quantize: as for `loftq_init`.
 
     Raises:
-        ValueError: `layer.base` is no `NF4Linear`, or has another shape than W; or as `loftq_init`. The layer is then
-            as it was.
+        ValueError: `layer.base` is not an `NF4Linear` or its shape differs from W's; or as for `loftq_init`. The layer
+            is then unchanged.
     """
     base = layer.base
     if not isinstance(base, NF4Linear) or base.quantized.shape != W.shape:

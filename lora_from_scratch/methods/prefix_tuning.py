@@ -1,16 +1,16 @@
-"""Prefix tuning (Li and Liang 2021, arXiv:2101.00190): a learned past, in every layer.
+"""Prefix tuning (Li and Liang 2021, arXiv:2101.00190): learned keys and values in every layer.
 
-A soft prompt is read by the blocks like text. A prefix goes further: in each layer l, P keys and values are
-learned directly and stand in front of the text's own, as if the model had already read P tokens:
+The blocks process a soft prompt like text. A prefix goes further: in each layer, P keys and values are learned directly
+and prepended to those of the text, as if the model had already processed P tokens:
 
     softmax(q [P_K; K]^T / sqrt(hd) + mask) [P_V; V]
 
-Learned directly this trains badly, say the authors; so for the training the prefix is made by a small MLP, which
-is thrown away afterwards (their section 4.3):
+According to the authors, training the prefix directly is unstable. During training it is therefore computed by a small
+MLP, which is discarded afterwards (their section 4.3):
 
     E: (P, d) -> Linear(d, m) -> tanh -> Linear(m, 2 L d)
 
-A prefix of zeros is not "no prefix": a key of zeros has the score 0, and the softmax gives weight to it.
+A prefix of zeros is not the same as no prefix: a key of zeros has the score 0, and the softmax gives weight to it.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from lora_from_scratch.support.tape import Shadow, Tape
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     """Causal attention in which every token also sees the prefix (Li and Liang 2021, section 4.2).
 
-    `softmax(q [P_K; K]^T / sqrt(hd) + mask) [P_V; V]`: the prefix stands in front of the text, so that the causal mask
-    hides none of it, and there is one softmax over both.
+    `softmax(q [P_K; K]^T / sqrt(hd) + mask) [P_V; V]`: the prefix precedes the text, so the causal mask hides none of
+    it, and there is a single softmax over both.
 
     Args:
         q, k, v: (B, H, T, hd), of the text.
         prefix_k, prefix_v: (1, H, P, hd), the same for every text, or (B, H, P, hd).
 
     Returns:
-        (B, H, T, hd): there are no queries of the prefix, and nothing comes out for it.
+        (B, H, T, hd): the prefix has no queries and therefore no output.
     """
     k = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)  # (B, H, P + T, hd)
     v = torch.cat([prefix_v.expand(len(v), -1, -1, -1), v], dim=2)
@@ -59,10 +59,10 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v
 
 
 def prefix_share(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
-    """How much of its attention each token gives to the prefix, lambda (He et al. 2022, arXiv:2110.04366, section 3.1).
+    """The share of its attention that each token gives to the prefix, lambda (He et al. 2022, arXiv:2110.04366, 3.1).
 
-    The weights of one softmax, over the prefix and the part of the text that the token may see, add up to 1; this is
-    the sum of those on the prefix. It says how much of what the layer did before is left: attention with a prefix is
+    The softmax weights over the prefix and the part of the text that the token may see sum to 1; this is the sum of the
+    weights on the prefix. It determines how much of the layer's original output remains: attention with a prefix is
 
         (1 - lambda) causal_attention(q, k, v) + lambda softmax(q P_K^T / sqrt(hd)) P_V
 
@@ -81,16 +81,16 @@ def prefix_share(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
 
 
 def split_prefix(prefix: Tensor, n_layer: int, n_head: int) -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of each layer, cut out of a prefix as PEFT lays it out.
+    """Split a prefix in PEFT's layout into the keys and values of each layer.
 
     Args:
-        prefix: (P, 2 L d). A row holds, for one virtual token, K of layer 0, V of layer 0, K of layer 1, V of layer 1,
-            ..., d numbers each; in each of them head h has the columns h * hd to (h + 1) * hd.
+        prefix: (P, 2 L d). A row contains, for one virtual token, K of layer 0, V of layer 0, K of layer 1, V of
+            layer 1, ..., d numbers each; in each of them head h has the columns h * hd to (h + 1) * hd.
         n_layer: L.
         n_head: H.
 
     Returns:
-        L pairs (K, V), each tensor (1, H, P, hd): a batch of one, which expands to any other.
+        L pairs (K, V), each tensor (1, H, P, hd): a batch of one, which can be expanded to any batch size.
     """
     length, width = prefix.shape
     parts = prefix.view(length, 2 * n_layer, n_head, width // (2 * n_layer * n_head))  # (P, 2L, H, hd)
@@ -99,11 +99,11 @@ def split_prefix(prefix: Tensor, n_layer: int, n_head: int) -> list[tuple[Tensor
 
 
 def prefix_parameter_count(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    """How many numbers are trained: those of the prefix itself, or those of the MLP that makes it.
+    """The number of trained parameters: those of the prefix itself, or those of the embeddings and the MLP.
 
-    Without the MLP they are the P keys and values of every layer. With it they are P embeddings, and the two linear
-    layers d -> m -> 2 L d, each with its bias; the prefix itself is then not trained but computed. Once it is folded
-    there is again the prefix alone, whatever made it.
+    Without the MLP they are the P keys and values of every layer. With it they are P embeddings and the two linear
+    layers d -> m -> 2 L d, each with its bias; the prefix itself is then computed, not trained. After folding, only the
+    prefix remains in both cases.
 
     Args:
         n_layer: L.
@@ -112,17 +112,17 @@ def prefix_parameter_count(n_layer: int, n_embd: int, length: int, hidden: int |
         hidden: m, the width of the MLP; None: the prefix is learned directly.
 
     Returns:
-        A whole number.
+        An integer.
     """
-    width = 2 * n_layer * n_embd  # of the prefix: (P, width)
+    width = 2 * n_layer * n_embd  # the prefix is (P, width)
     if hidden is None:
         return length * width
     return length * n_embd + hidden * (n_embd + 1) + width * (hidden + 1)
 
 
 def seeded_linear(n_in: int, n_out: int, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer with PyTorch's usual first values, weight and bias in U(+-1 / sqrt(n_in)), from a generator."""
-    with torch.random.fork_rng(devices=[]):  # nn.Linear draws as well, from PyTorch's own generator: put that back
+    """A linear layer with PyTorch's default initialisation, U(+-1 / sqrt(n_in)) for both, drawn from a generator."""
+    with torch.random.fork_rng(devices=[]):  # nn.Linear also draws from PyTorch's own generator: restore its state
         layer = nn.Linear(n_in, n_out)
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -1 / math.sqrt(n_in), 1 / math.sqrt(n_in), generator=generator)
@@ -133,7 +133,7 @@ def seeded_linear(n_in: int, n_out: int, generator: torch.Generator | None) -> n
 
 
 class PrefixCache(KVCache):
-    """A past that is the same at every call: it shows the prefix in front of a text and does not keep the text."""
+    """A cache with a fixed content: it prepends the prefix to a text and does not store the text."""
 
     grows = False
 
@@ -143,25 +143,25 @@ class PrefixCache(KVCache):
 
 
 class PrefixEncoder(VirtualTokens):
-    """The prefix of all layers, (P, 2 L d): learned directly, or made by an MLP from P learned embeddings.
+    """The prefix of all layers, (P, 2 L d): learned directly, or computed by an MLP from P learned embeddings.
 
-    Two things are in it, named as in PEFT:
+    It has two attributes, named as in PEFT:
 
-    - `embedding`, an `nn.Parameter`: without an MLP the prefix itself, (P, 2 L d); with one, (P, d). It starts as
-      normal numbers, N(0, 1).
-    - `transform`, what makes the prefix of it: without an MLP `nn.Identity()`; with one the `nn.Sequential` of a linear
-      layer from d to m, `nn.Tanh()` and a linear layer from m to 2 L d. The linear layers are `seeded_linear`.
+    - `embedding`, an `nn.Parameter`: without an MLP the prefix itself, (P, 2 L d); with an MLP (P, d). It is
+      initialised from N(0, 1).
+    - `transform`, which computes the prefix from it: without an MLP `nn.Identity()`; with an MLP the `nn.Sequential` of
+      a linear layer from d to m, `nn.Tanh()` and a linear layer from m to 2 L d. The linear layers are `seeded_linear`.
 
-    Everything is drawn from the generator, so that the same seed gives the same start.
+    All random numbers come from the generator, so the same seed gives the same initial values.
 
     Args:
-        config: of the model that it is for: L is its `n_layer`, H its `n_head`, d its `n_embd`.
+        config: that of the model: L is its `n_layer`, H its `n_head`, d its `n_embd`.
         length: P.
         hidden: m, the width of the MLP; None: no MLP (no reparametrisation).
-        generator: where the first values come from; None: PyTorch's own.
+        generator: the random number generator for the initial values; None: PyTorch's own.
 
-    `prefix()` returns the prefix as it is now, (P, 2 L d), and gradients flow through it. `enter` is what the model
-    calls at the beginning of a text.
+    `prefix()` returns the current prefix, (P, 2 L d), with gradients flowing through it. The model calls `enter` at the
+    beginning of a text.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class PrefixEncoder(VirtualTokens):
         position_ids: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, KVCache | None]:
-        """Nothing is put into the text: the prefix is what the model remembers before it begins to read."""
+        """Put the prefix into the cache; the text itself is unchanged."""
         batch = len(inputs_embeds)
         layers = [
             (k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1))
@@ -205,13 +205,13 @@ class PrefixEncoder(VirtualTokens):
 
 
 def fold_prefix(encoder: PrefixEncoder) -> Tensor:
-    """The prefix itself: all that is needed once the training is over (Li and Liang 2021, section 4.3).
+    """The prefix itself, which is all that is needed after training (Li and Liang 2021, section 4.3).
 
     Args:
-        encoder: with an MLP or without one; it stays as it is, and can be trained on.
+        encoder: with or without an MLP; it is not modified and can be trained further.
 
     Returns:
-        (P, 2 L d), a tensor of its own: no gradient leads from it to the encoder, and it does not change when the
+        (P, 2 L d), an independent tensor: no gradient flows from it to the encoder, and it does not change when the
         encoder does.
     """
     return encoder.prefix().detach().clone()
@@ -222,16 +222,16 @@ def fold_prefix(encoder: PrefixEncoder) -> Tensor:
 
 @dataclass(frozen=True)
 class PrefixTuning(Method):
-    """Prefix tuning (Li and Liang 2021). What is saved is the folded prefix: loaded, it has no MLP any more.
+    """Prefix tuning (Li and Liang 2021). Only the folded prefix is saved: after loading there is no MLP.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+        ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
     num_virtual_tokens: int = hyperparameter(20, "number of learned vectors prepended to the text")
-    reparametrise: bool = hyperparameter(True, "let an MLP make the prefix in training")
+    reparametrise: bool = hyperparameter(True, "compute the prefix with an MLP during training")
     hidden: int = hyperparameter(512, "width of that MLP")  # m (the paper's for table-to-text)
-    seed: int = 0  # of the first values
+    seed: int = 0  # of the initial values
 
     name: ClassVar[str] = "prefix"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
@@ -255,7 +255,7 @@ class PrefixTuning(Method):
         VirtualTokens.take_out_of(model)
 
     def to_adapter(self, model: GPT2) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's own fields and key, for the folded prefix."""
+        """PEFT's fields and key, for the folded prefix."""
         self._adaptation(model)
         assert isinstance(model.virtual_tokens, PrefixEncoder)
         prefix = fold_prefix(model.virtual_tokens)
@@ -273,7 +273,7 @@ class PrefixTuning(Method):
         return cls(rng.randint(1, 4), reparametrise=rng.random() < 0.5, hidden=rng.randint(1, 5))
 
 
-# --- What it keeps for the backward pass ---------------------------------------------------------------
+# --- Memory accounting: what it keeps for the backward pass ---------------------------------------------
 
 
 @activations.forward.register
@@ -282,5 +282,5 @@ def _(module: PrefixEncoder, x: Shadow, tape: Tape) -> Shadow:
     if isinstance(module.transform, nn.Sequential):
         down, _, up = module.transform
         made = activations.forward(up, tape.bends(activations.forward(down, made, tape)), tape)
-    tape.prefix = made  # (P, 2 L d): every block sees it, and it does not depend on x
+    tape.prefix = made  # (P, 2 L d): every block uses it, and it does not depend on x
     return x

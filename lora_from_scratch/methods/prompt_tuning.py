@@ -1,13 +1,13 @@
-"""Prompts: the text in front of the text, written by hand (hard) or learned (soft).
+"""Prompts: hard prompts, written by hand, and soft prompts, which are learned.
 
-A hard prompt is tokens: an instruction, some solved examples, then the question. Nothing is trained.
+A hard prompt consists of tokens: an instruction, some solved examples, then the question. Nothing is trained.
 
-A soft prompt (Lester et al. 2021, arXiv:2104.08691) skips the words and learns the vectors themselves. P rows
-E are put in front of the embeddings of every text, and they are all that is trained:
+A soft prompt (Lester et al. 2021, arXiv:2104.08691) learns embedding vectors directly instead of using words. P rows E
+are prepended to the embeddings of every text, and only they are trained:
 
     h_0 = [E; wte(x)] + wpe(0 ... P + T - 1),      E: (P, d)
 
-Nothing inside the model changes: the frozen blocks read P tokens that nobody can type.
+Nothing inside the model changes: to the frozen blocks, the P rows are tokens like any others.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from lora_from_scratch.methods.method import LearningRates, Method, hyperparamet
 from lora_from_scratch.support.tape import Shadow, Tape
 
 INITS = ("vocabulary", "text", "random")
-COMMON_TOKENS = 5000  # "vocabulary" draws from the most common ones (Lester et al., section 3.2)
+COMMON_TOKENS = 5000  # "vocabulary" samples from the most common tokens (Lester et al., section 3.2)
 
 # --- Hard prompts --------------------------------------------------------------------------------------
 
 
 def few_shot_prompt(examples: Sequence[tuple[str, str]], mr: str, instruction: str = "") -> str:
-    """A hard prompt: an instruction, solved examples, and the card to be solved, with an empty line between two.
+    """A hard prompt: an instruction, solved examples and the card to be solved, separated by empty lines.
 
-    A solved example is its card, a line break, and its text. The card to be solved looks the same, up to where its
-    text would begin: the prompt ends with the line break behind that card, and with nothing after it.
+    A solved example is its card, a line break, and its text. The card to be solved has the same format, up to where its
+    text would begin: the prompt ends with the line break after that card.
 
     Args:
-        examples: (card, text) pairs, the shots, in the order in which they shall stand; without one this is a
-            zero-shot prompt.
+        examples: (card, text) pairs, the shots, in the order in which they appear; without any, this is a zero-shot
+            prompt.
         mr: the card whose text is wanted.
-        instruction: what to do, in words; it comes first. Empty: there is none, and no empty line for it either.
+        instruction: a description of the task, which comes first. Empty: there is no instruction and no empty line for
+            it.
 
     Returns:
         The text of the prompt.
@@ -58,10 +59,10 @@ def few_shot_prompt(examples: Sequence[tuple[str, str]], mr: str, instruction: s
 
 
 def prepend_prompt(embeddings: Tensor, inputs: Tensor) -> Tensor:
-    """[E; X]: the same soft prompt in front of every row of the batch.
+    """[E; X]: prepend the same soft prompt to every row of the batch.
 
     Args:
-        embeddings: (P, d), the soft prompt E, which gradients shall reach.
+        embeddings: (P, d), the soft prompt E; gradients must flow to it.
         inputs: (B, T, d), the token embeddings X, B rows of T tokens each.
 
     Returns:
@@ -71,13 +72,13 @@ def prepend_prompt(embeddings: Tensor, inputs: Tensor) -> Tensor:
 
 
 def prompt_labels(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    """Labels for logits that include the virtual positions: P labels more, in front of every row.
+    """Labels for logits that include the virtual positions: P labels are prepended to every row.
 
-    A virtual token is no token: there is nothing to predict at its place, and the loss must not count it. So its label
-    is -100 (`IGNORE_INDEX`). The text's own labels stay as they are; the loss shifts them, not this function.
+    A virtual token is not in the vocabulary, so it cannot be predicted, and the loss must ignore it: its label is -100
+    (`IGNORE_INDEX`). The text's own labels are unchanged; the loss shifts them, not this function.
 
     Args:
-        labels: (B, T) of int64, token ids or -100; left as it is.
+        labels: (B, T) of int64, token ids or -100; not modified.
         num_virtual_tokens: P.
 
     Returns:
@@ -87,7 +88,7 @@ def prompt_labels(labels: Tensor, num_virtual_tokens: int) -> Tensor:
 
 
 def extend_mask(attention_mask: Tensor, num_virtual_tokens: int) -> Tensor:
-    """An attention mask with the virtual tokens, which every text sees: (B, S) to (B, P + S), 1 in front."""
+    """Extend an attention mask by the virtual tokens, which every text sees: (B, S) to (B, P + S), P ones first."""
     return F.pad(attention_mask, (num_virtual_tokens, 0), value=1)
 
 
@@ -98,21 +99,21 @@ def initial_prompt(
     init_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The first values of a soft prompt (Lester et al., section 3.2 compares them).
+    """The initial values of a soft prompt (Lester et al. compare several in section 3.2).
 
     Args:
         table: (V, d), the token embeddings.
         num_virtual_tokens: P.
         init: one of
-            "random": numbers from N(0, 1), as in PEFT; much larger than the embeddings of a GPT-2;
-            "vocabulary": the rows of P random tokens among the `COMMON_TOKENS` = 5,000 lowest ids, which are the most
-            common tokens of a BPE, about. No token comes twice, unless P is larger than their number;
-            "text": the rows of `init_ids`, in their order: cut after P of them, or begun again until there are P.
+            "random": samples from N(0, 1), as in PEFT; much larger than the embeddings of a GPT-2;
+            "vocabulary": the rows of P random tokens among the `COMMON_TOKENS` = 5,000 lowest ids, which are roughly
+            the most common tokens of a BPE. No token is used twice unless P exceeds their number;
+            "text": the rows of `init_ids`, in order, truncated to P rows or repeated until there are P.
         init_ids: the token ids of that text; see `text_ids`.
-        generator: where random numbers come from (`torch.randn` and `torch.randperm` take it); None: PyTorch's own.
+        generator: the random number generator (for `torch.randn` and `torch.randperm`); None: PyTorch's own.
 
     Returns:
-        (P, d), a new tensor outside of any graph: nothing that happens to it later reaches the table.
+        (P, d), a new tensor, detached from any graph: later changes to it do not affect the table.
 
     Raises:
         ValueError: `init` is none of the three, or it is "text" and there are no ids.
@@ -126,7 +127,7 @@ def initial_prompt(
         ids = torch.tensor([*init_ids] * repeats)[:num_virtual_tokens]
     else:
         common = min(COMMON_TOKENS, len(table))
-        repeats = -(-num_virtual_tokens // common)  # above 1 only where the prompt is longer than the vocabulary
+        repeats = -(-num_virtual_tokens // common)  # above 1 only if the prompt is longer than the common vocabulary
         ids = torch.cat([torch.randperm(common, generator=generator) for _ in range(repeats)])[:num_virtual_tokens]
     return table.detach()[ids.to(table.device)].clone()
 
@@ -137,13 +138,13 @@ def text_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def nearest_tokens(prompt: Tensor, table: Tensor) -> Tensor:
-    """For each row of a soft prompt the token whose embedding points most nearly the same way: what it "says".
+    """For each row of a soft prompt, the token whose embedding is closest in direction, to interpret the prompt.
 
-    The nearest is the one with the largest cosine, so that neither the length of the row matters nor those of the
-    embeddings, which differ a lot.
+    The closest token is the one with the largest cosine similarity, so the norms of the row and of the embeddings,
+    which differ considerably, do not matter.
 
     Args:
-        prompt: (P, d), no row all zeros.
+        prompt: (P, d), without all-zero rows.
         table: (V, d), the token embeddings.
 
     Returns:
@@ -156,18 +157,18 @@ def nearest_tokens(prompt: Tensor, table: Tensor) -> Tensor:
 
 
 class VirtualTokens(nn.Module):
-    """P virtual tokens in front of every text: what prompt tuning and prefix tuning have in common.
+    """P virtual tokens before every text: the common part of prompt tuning and prefix tuning.
 
-    While one of these is the model's `virtual_tokens`, `GPT2.hidden_states` runs on what it returns and leaves out the
-    virtual positions of the result, so that logits stay aligned with `input_ids`. The masks and the
-    positions that callers give know nothing of the virtual tokens; the text's positions begin at P. The model's config
-    says that the context is P tokens shorter meanwhile: that is the room that is left for text.
+    While one of these modules is the model's `virtual_tokens`, `GPT2.hidden_states` runs on its output and drops the
+    virtual positions from the result, so that the logits stay aligned with `input_ids`. The masks and positions that
+    callers pass do not include the virtual tokens; the text's positions start at P. Meanwhile the context in the
+    model's config is P tokens shorter, since that is the room left for text.
     """
 
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length  # P
-        self.base_config: GPT2Config | None = None  # while in a model: its config before
+        self.base_config: GPT2Config | None = None  # while in a model: the model's original config
 
     def forward(
         self,
@@ -176,12 +177,12 @@ class VirtualTokens(nn.Module):
         position_ids: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, KVCache | None]:
-        """The arguments of `GPT2.hidden_states`, without and with the virtual tokens.
+        """Add the virtual tokens to the arguments of `GPT2.hidden_states`.
 
         Raises:
-            ValueError: the text does not fit into the context beside them.
+            ValueError: the text and the virtual tokens together do not fit into the context.
         """
-        cached = len(cache) if cache is not None else 0  # virtual tokens included: they are in from the first call on
+        cached = len(cache) if cache is not None else 0  # includes the virtual tokens after the first call
         self._check_room(inputs_embeds.shape[1] + max(0, cached - self.length))
         if attention_mask is not None:
             attention_mask = extend_mask(attention_mask, self.length)  # (B, P + S)
@@ -198,7 +199,7 @@ class VirtualTokens(nn.Module):
         position_ids: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, KVCache | None]:
-        """Put the virtual tokens in, at the beginning of a text."""
+        """Insert the virtual tokens at the beginning of a text."""
         raise NotImplementedError
 
     def put_into(self, model: GPT2) -> None:
@@ -211,33 +212,33 @@ class VirtualTokens(nn.Module):
         assert isinstance(model.virtual_tokens, VirtualTokens)
         assert model.virtual_tokens.base_config is not None
         model.config = model.virtual_tokens.base_config
-        del model.virtual_tokens  # as a submodule; then it is the attribute again that it was before
+        del model.virtual_tokens  # removes the submodule, so that the name can be a plain attribute again
         model.virtual_tokens = None
 
     def _check_room(self, tokens: int) -> None:
         context = self.base_config.n_positions if self.base_config else None
         if context is not None and tokens + self.length > context:
             raise ValueError(
-                f"{tokens} tokens and the {self.length} virtual tokens in front of them are more than the model's "
-                f"context of {context}"
+                f"{tokens} tokens and the {self.length} virtual tokens before them exceed the model's context of "
+                f"{context}"
             )
 
 
 class SoftPrompt(VirtualTokens):
-    """P learned embeddings in front of the embeddings of every text.
+    """P learned embeddings, prepended to the embeddings of every text.
 
-    `VirtualTokens` does what does not depend on the kind of virtual token: it tells the model of them, checks that
-    there is room, and leaves their positions out of the result. Its `__init__(length)` wants to know P. What is the
-    soft prompt's own:
+    `VirtualTokens` does what does not depend on the kind of virtual token: it adds them to the model, checks that there
+    is room, and drops their positions from the result. Its `__init__(length)` takes P. The soft prompt itself has:
 
-    - `self.embeddings` (P, d), a parameter, which begins with the values that are given;
-    - `enter`, which the model calls where a text begins. `attention_mask` has P columns more already, `position_ids`
-      are moved up by P already, and the cache is empty or None. It returns the four of them, in this order:
-      `inputs_embeds` (B, P + T, d), with the prompt in front of every row; the mask and the cache as they came; and
-      `position_ids` (B, P + T), whose first P are 0 ... P - 1 in every row, or None if it came as None.
+    - `self.embeddings` (P, d), a parameter, initialised with the given values;
+    - `enter`, which the model calls at the beginning of a text. At that point `attention_mask` already has P more
+      columns, `position_ids` are already shifted by P, and the cache is empty or None. It returns the four in the order
+      of its arguments: `inputs_embeds` (B, P + T, d), with the prompt before every row; the mask, unchanged;
+      `position_ids` (B, P + T), whose first P are 0 ... P - 1 in every row, or None if it was None; and the cache,
+      unchanged.
 
     Args:
-        embeddings: (P, d), the first values.
+        embeddings: (P, d), the initial values.
     """
 
     def __init__(self, embeddings: Tensor) -> None:
@@ -262,18 +263,18 @@ class SoftPrompt(VirtualTokens):
 
 @dataclass(frozen=True)
 class PromptTuning(Method):
-    """Prompt tuning (Lester et al. 2021); see `initial_prompt` for the ways to begin.
+    """Prompt tuning (Lester et al. 2021); see `initial_prompt` for the initialisations.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+        ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
     num_virtual_tokens: int = hyperparameter(20, "number of learned vectors prepended to the text")
-    init: str = hyperparameter("vocabulary", "what they start from: vocabulary, text or random")
+    init: str = hyperparameter("vocabulary", "how they are initialised: vocabulary, text or random")
     init_ids: Sequence[int] = ()  # for init="text": the text's token ids
-    seed: int = 0  # of the first values
-    init_text: str = hyperparameter(  # `for_tokenizer` turns it into init_ids
-        "", "the words that they start from, with --init text; repeated if there are fewer"
+    seed: int = 0  # of the initial values
+    init_text: str = hyperparameter(  # `for_tokenizer` converts it to init_ids
+        "", "the text that they are initialised with, with --init text; repeated if it is shorter"
     )
 
     name: ClassVar[str] = "prompt"
@@ -291,22 +292,22 @@ class PromptTuning(Method):
         try:
             object.__setattr__(self, "init_ids", tuple(int(token) for token in self.init_ids))
         except (TypeError, ValueError):
-            raise ValueError(f"init_ids must be token ids, whole numbers, got {self.init_ids!r}") from None
+            raise ValueError(f"init_ids must be token ids (integers), got {self.init_ids!r}") from None
         if (self.init == "text") != bool(self.init_ids or self.init_text):
             given = f"init_text={self.init_text!r}" if self.init_text else f"{len(self.init_ids)} init_ids"
             raise ValueError(
-                f'init="text" and init_text, or init_ids, the token ids of the text, go together; '
+                f'init="text" requires init_text or init_ids (the token ids of the text), and they require it; '
                 f"got init={self.init!r} and {given}"
             )
 
     def for_tokenizer(self, tokenizer: Tokenizer) -> PromptTuning:
-        """With the `init_ids` of `init_text`. A text that is shorter than the prompt is repeated."""
+        """A copy with the `init_ids` of `init_text`. A text shorter than the prompt is repeated."""
         if not self.init_text:
             return self
         ids = text_ids(self.init_text, tokenizer)
         if len(ids) > self.num_virtual_tokens:
             raise ValueError(
-                f"init_text has {len(ids)} tokens and the prompt only {self.num_virtual_tokens}: "
+                f"init_text has {len(ids)} tokens but the prompt only {self.num_virtual_tokens}: "
                 f"shorten the text, or set num_virtual_tokens to {len(ids)} or more"
             )
         return replace(self, init_ids=ids)
@@ -314,7 +315,7 @@ class PromptTuning(Method):
     def _install(self, model: GPT2) -> None:
         check_context(self.num_virtual_tokens, model.config)
         if self.init_text and not self.init_ids:
-            raise ValueError("init_text is words, and the model reads tokens: adapt by method.for_tokenizer(tokenizer)")
+            raise ValueError("init_text has not been tokenised: adapt with method.for_tokenizer(tokenizer)")
         if self.init_ids and not 0 <= min(self.init_ids) <= max(self.init_ids) < model.config.vocab_size:
             raise ValueError(
                 f"init_ids must be token ids from 0 to {model.config.vocab_size - 1}, "
@@ -329,7 +330,7 @@ class PromptTuning(Method):
         VirtualTokens.take_out_of(model)
 
     def to_adapter(self, model: GPT2) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's own fields and key."""
+        """PEFT's fields and key."""
         embeddings = self.state_dict(model)["virtual_tokens.embeddings"]
         return virtual_tokens_to_peft(self.peft_type, self.num_virtual_tokens, embeddings, model.config)
 
@@ -346,27 +347,27 @@ class PromptTuning(Method):
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuse what is not a whole number of at least 1."""
+    """Raise an error unless the value is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def check_context(num_virtual_tokens: int, config: GPT2Config) -> None:
-    """Refuse a prompt that leaves no room for a text."""
+    """Raise an error if a prompt leaves no room for a text."""
     if num_virtual_tokens >= config.n_positions:
         raise ValueError(
-            f"num_virtual_tokens must be between 1 and {config.n_positions - 1}, so that text fits into the model's "
-            f"context of {config.n_positions} beside them, got {num_virtual_tokens}"
+            f"num_virtual_tokens must be between 1 and {config.n_positions - 1}, to leave room for text in the model's "
+            f"context of {config.n_positions}, got {num_virtual_tokens}"
         )
 
 
 # --- How PEFT writes virtual tokens ----------------------------------------------------------------------------
 
 _PROMPT_KEY = "prompt_embeddings"
-# What a field of the base model's is called in PEFT and in our config; None in a file says nothing.
+# The names of the base model's fields in PEFT and in our config; None in a file means unspecified.
 _MODEL_FIELDS = {"token_dim": "n_embd", "num_layers": "n_layer", "num_attention_heads": "n_head"}
 _PROMPT_UNDERSTOOD = ("num_virtual_tokens", "num_transformer_submodules", *_MODEL_FIELDS)
-# How the prompt began, and the MLP that PEFT itself throws away when it saves.
+# Fields about the initialisation, and about the MLP that PEFT itself discards when saving.
 _PROMPT_HARMLESS = (
     "prompt_tuning_init",
     "prompt_tuning_init_text",
@@ -381,7 +382,7 @@ _PROMPT_HARMLESS = (
 def virtual_tokens_to_peft(
     peft_type: str, length: int, embeddings: Tensor, model: GPT2Config
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's fields and its one tensor for a soft prompt (P, d) or a folded prefix (P, 2 L d)."""
+    """PEFT's fields and its single tensor for a soft prompt (P, d) or a folded prefix (P, 2 L d)."""
     config = {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
@@ -395,10 +396,10 @@ def virtual_tokens_to_peft(
 def virtual_tokens_from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: GPT2Config
 ) -> tuple[int, Tensor]:
-    """How many virtual tokens there are, and the tensor.
+    """The number of virtual tokens, and the tensor.
 
     Raises:
-        ValueError: a field that is not supported, a prompt made for another model, or other tensors.
+        ValueError: a field is not supported, the prompt was made for another model, or the tensors are not as expected.
     """
     adapter_files.refuse_unknown_fields(config, _PROMPT_UNDERSTOOD, _PROMPT_HARMLESS)
     adapter_files.refuse_other_values(config, "task_type", ("CAUSAL_LM", None))
@@ -411,7 +412,7 @@ def virtual_tokens_from_peft(
             )
     if set(tensors) != {_PROMPT_KEY}:
         raise ValueError(
-            f"{adapter_files.WEIGHTS_FILE} must hold one tensor, {_PROMPT_KEY}; it holds {', '.join(tensors) or 'none'}"
+            f"{adapter_files.WEIGHTS_FILE} must contain one tensor, {_PROMPT_KEY}; got {', '.join(tensors) or 'none'}"
         )
     length = config.get("num_virtual_tokens")
     if not isinstance(length, int):
@@ -419,7 +420,7 @@ def virtual_tokens_from_peft(
     return length, tensors[_PROMPT_KEY]
 
 
-# --- What it keeps for the backward pass ---------------------------------------------------------------
+# --- Memory accounting: what it keeps for the backward pass ---------------------------------------------
 
 
 @activations.forward.register

@@ -19,21 +19,21 @@ from lora_from_scratch.methods.placement import find_targets
 
 
 def stratify(n_layer: int, frozen_layers: int, bias_layers: int) -> tuple[range, range, range]:
-    """Cut the layers 0 ... n_layer - 1 into three groups: frozen, biases only, LoRA and biases.
+    """Divide the layers 0 ... n_layer - 1 into three groups: frozen, biases only, LoRA and biases.
 
-    What a layer near the input knows serves every task; what a layer near the output knows is the task's own
-    (Arora and Wang 2024). So the further a layer is from the input, the more of it is trained.
+    Layers near the input hold knowledge that is useful for every task, layers near the output knowledge specific to the
+    task (Arora and Wang 2024). Therefore the further a layer is from the input, the more of it is trained.
 
     Args:
-        n_layer: how many layers there are.
-        frozen_layers: how many, from the input, stay frozen (the paper's N1); 0 is allowed.
-        bias_layers: how many after these train their biases only (N2 - N1); 0 is allowed.
+        n_layer: the number of layers.
+        frozen_layers: the number of layers, from the input, that stay frozen (the paper's N1); 0 is allowed.
+        bias_layers: the number of layers after these in which only the biases are trained (N2 - N1); 0 is allowed.
 
     Returns:
-        The numbers of the layers of each group, counted from 0, in this order. All the rest is the third group.
+        The indices of the layers of each group, from 0, in this order. The third group has all remaining layers.
 
     Raises:
-        ValueError: a number is negative or not whole, or no layer is left for the third group.
+        ValueError: a number is negative or not an integer, or no layer is left for the third group.
     """
     for name, count in (("frozen_layers", frozen_layers), ("bias_layers", bias_layers)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
@@ -42,19 +42,19 @@ def stratify(n_layer: int, frozen_layers: int, bias_layers: int) -> tuple[range,
     if second >= n_layer:
         raise ValueError(
             f"frozen_layers and bias_layers together must be at most {n_layer - 1} (the model has {n_layer} layers, "
-            f"and one at least gets LoRAs), got {frozen_layers} + {bias_layers}"
+            f"and at least one gets LoRAs), got {frozen_layers} + {bias_layers}"
         )
     return range(first), range(first, second), range(second, n_layer)
 
 
 @dataclass(frozen=True)
 class SPAFIT(Method):
-    """Three groups of layers, see `stratify`; the last gets LoRAs on its `targets` and trains all its biases.
+    """SPAFIT with three groups of layers (see `stratify`); the last has LoRAs on its `targets` and trains its biases.
 
-    The embeddings and the last LayerNorm belong to no layer and stay frozen.
+    The embeddings and the final LayerNorm belong to no layer and stay frozen.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+        ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
     frozen_layers: int = hyperparameter(
@@ -67,7 +67,7 @@ class SPAFIT(Method):
         ("c_attn", "attn.c_proj"),
         "the layers to adapt, by name (c_attn, mlp.c_proj), part (c_attn.q) or one regular expression",
     )
-    seed: int = 0  # of A's first values
+    seed: int = 0  # of A's initial values
 
     name: ClassVar[str] = "spafit"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_SPAFIT"  # PEFT has no such method
@@ -82,7 +82,7 @@ class SPAFIT(Method):
         stratify(self.frozen_layers + self.bias_layers + 1, self.frozen_layers, self.bias_layers)
 
     def _lora(self, targets: Sequence[str] | str) -> LoRA:
-        """The LoRA on these targets; it refuses what is wrong with rank and alpha."""
+        """The LoRA on these targets, which also validates rank and alpha."""
         return LoRA(rank=self.rank, alpha=self.alpha, targets=targets, seed=self.seed)
 
     def _install(self, model: GPT2) -> None:
@@ -98,7 +98,7 @@ class SPAFIT(Method):
         if not chosen:
             raise ValueError(
                 f"none of the targets {self.targets!r} is in the layers {lora_and_biases.start} to "
-                f"{lora_and_biases.stop - 1}, which get LoRAs; name a layer there or a name without a number"
+                f"{lora_and_biases.stop - 1}, which get LoRAs; give a layer there or a name without a layer number"
             )
         self._lora(tuple(chosen))._install(model)
         for layer in (*biases_only, *lora_and_biases):

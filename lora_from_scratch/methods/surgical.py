@@ -1,6 +1,6 @@
-"""Surgical fine-tuning (Lee et al. 2023, arXiv:2210.11466): a learning rate for each tensor.
+"""Surgical fine-tuning (Lee et al. 2023, arXiv:2210.11466): a separate learning rate for each tensor.
 
-Auto-RGN trains everything, each tensor as fast as its gradient is large beside its weights.
+Auto-RGN trains every tensor, with a learning rate proportional to the norm of its gradient relative to its weights.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from lora_from_scratch.gpt2.model import next_token_loss
 def relative_gradient_norms(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]
 ) -> dict[str, float]:
-    """How large the gradient g of each tensor p is beside the tensor: the mean of `||g|| / ||p||` over batches.
+    """The norm of each tensor's gradient g relative to the tensor p: the mean of `||g|| / ||p||` over the batches.
 
-    That is Lee et al.'s RGN, with Euclidean norms of whole tensors; their code takes five batches. g is the gradient of
-    `next_token_loss` on one batch: each batch has a quotient of its own, and these are averaged. Measured for what has
-    `requires_grad`; no `.grad` and no weight changes. A tensor that the loss does not depend on has the gradient 0.
+    This is the RGN of Lee et al., with Euclidean norms of whole tensors; their code uses five batches. g is the
+    gradient of `next_token_loss` on one batch: each batch has its own quotient, and these are averaged. Only parameters
+    with `requires_grad` are measured; no `.grad` and no weight is changed. A tensor that the loss does not depend on
+    has the gradient 0.
 
     Args:
         model: any module with `model(input_ids, attention_mask=...) -> logits` (B, T, V).
-        batches: each input_ids (B, T), labels (B, T), attention_mask (B, T) or None, as in `finetune.training.Batch`.
-            They can be gone through once.
+        batches: each has input_ids (B, T), labels (B, T), attention_mask (B, T) or None, as in
+            `finetune.training.Batch`. They may be iterable only once.
 
     Returns:
         name -> number, for each parameter that has `requires_grad`.
 
     Raises:
-        ValueError: no batch, nothing to train, or a tensor of zeros, beside which nothing is large or small.
+        ValueError: there is no batch, nothing to train, or a tensor is all zeros, so that the quotient is undefined.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -56,16 +57,16 @@ def relative_gradient_norms(
 
 
 def auto_rgn_weights(norms: Mapping[str, float]) -> dict[str, float]:
-    """The norms divided by the largest: for each tensor the share, 0 to 1, of the learning rate that it gets.
+    """The norms divided by the largest: the fraction, 0 to 1, of the learning rate that each tensor gets.
 
     Args:
-        norms: name -> relative gradient norm; left as it is.
+        norms: name -> relative gradient norm; not modified.
 
     Returns:
-        name -> share, for the same names.
+        name -> fraction, for the same names.
 
     Raises:
-        ValueError: no norm is above zero, or one is not a number.
+        ValueError: no norm is above zero, or a norm is negative, infinite or NaN.
     """
     largest = max(norms.values(), default=0.0)
     wrong = {name: norm for name, norm in norms.items() if not 0 <= norm < float("inf")}
@@ -80,20 +81,20 @@ def surgical_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser, one for each tensor, with the learning rate `w * learning_rate`.
 
-    Lee et al. measure again at the beginning of each epoch and make the optimiser anew.
+    Lee et al. repeat the measurement at the beginning of each epoch and create a new optimiser.
 
     Args:
-        weights: by the full names of parameters, from `auto_rgn_weights`; a tensor without one is not trained, so it
-            gets no group.
-        learning_rate: of a tensor of weight 1.
-        weight_decay: on the matrices, whatever their weight; tensors with fewer than two axes get 0.
+        weights: full name of the parameter -> weight w, from `auto_rgn_weights`; a tensor without a weight is not
+            trained and gets no group.
+        learning_rate: of a tensor with weight 1.
+        weight_decay: for the matrices, whatever their weight w; tensors with fewer than two axes get 0.
 
     Returns:
-        One dictionary for each of the weights, in their order, with the keys "name" (the full name), "params" (a list
-        with the parameter itself), "lr" and "weight_decay".
+        One dictionary for each of the weights, in order, with the keys "name" (the full name), "params" (a list with
+        the parameter itself), "lr" and "weight_decay".
 
     Raises:
-        ValueError: a name that is no parameter of the model.
+        ValueError: a name is not that of a parameter of the model.
     """
     parameters = dict(model.named_parameters())
     for name in weights:
