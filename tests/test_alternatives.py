@@ -1,7 +1,8 @@
 """Every right answer of the bank, handed in with warnings, prints and plots, has its full points in the gradebook.
 
 A learner answers each exercise of a unit by one of the bank's right answers, and as many learners hand in as it takes
-for every answer to be there.
+for every answer to be there. Two units in turn (see `turns`): that an answer is right is what `test_bank` says, and
+that the sandbox sees what a notebook sees, `test_sandbox`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.grading.building.solution import source_of
 from tests.damages import ROOT, Notebook, by_id, code, submission
 from tests.sandboxes import BANK, needs_bubblewrap
+from tests.turns import in_turn
 
-UNITS = [pytest.param(unit, id=unit.number, marks=getattr(pytest.mark, f"unit_{unit.number}")) for unit in units()]
+UNITS = [in_turn(unit) for unit in units()]
 
 NOISE = """
 warnings.warn("careful")

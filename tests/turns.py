@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,13 +26,20 @@ def state() -> str:
         return (ROOT / RECORD).read_text(encoding="utf-8")
 
 
-def marks(number: str) -> list[Any]:
-    """The marks of a test of a unit that takes turns."""
-    return [getattr(pytest.mark, f"unit_{number}"), *[pytest.mark.slow] * (number not in IN_TURN)]
+def chosen(numbers: Sequence[str], count: int) -> set[str]:
+    """So many of these units, or all if there are fewer."""
+    return set(random.Random(STATE).sample(numbers, min(count, len(numbers))))
+
+
+def marks(number: str, now: bool) -> list[Any]:
+    """The marks of a test of a unit: `make test` does it now, or only `make test-all`."""
+    return [getattr(pytest.mark, f"unit_{number}"), *[pytest.mark.slow] * (not now)]
 
 
 def in_turn(unit: Unit) -> Any:
-    return pytest.param(unit, id=f"unit_{unit.number}", marks=marks(unit.number))
+    """The unit as a parameter of a test that `make test` does for two units."""
+    return pytest.param(unit, id=f"unit_{unit.number}", marks=marks(unit.number, unit.number in TWO))
 
 
-IN_TURN = set(random.Random(state()).sample([unit.number for unit in units()], 2))
+STATE = state()
+TWO = chosen([unit.number for unit in units()], 2)
