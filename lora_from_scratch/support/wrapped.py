@@ -27,8 +27,7 @@ def refuse_wrapped_parts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if _inside(module) is not None:
             raise ValueError(
-                f"{name or 'the model'} is wrapped in a {type(module).__name__}; adapt the model first, "
-                f"then compile or wrap its parts"
+                f"{name} is compiled or wrapped ({type(module).__name__}); adapt the model first, then its parts can be"
             )
 
 
