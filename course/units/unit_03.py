@@ -22,7 +22,7 @@
 #
 # **Prerequisites**: matrix products and the softmax.
 #
-# **Time**: about 90 minutes, of which less than a minute is computing.
+# **Time**: about 90 minutes, including less than a minute of computation.
 #
 # ![The attention of three heads of the bundled GPT-2 as grey squares: each row is a token, each column a token that it
 # may attend to. Everything above the diagonal is white. One head attends to the previous token, one to a few tokens,

@@ -17,7 +17,7 @@
 #
 # **Prerequisites**: the loss of unit 03, and gradients. Unit 00 shows how checking works.
 #
-# **Time**: about 85 minutes, of which two are computing. 5 exercises, 2 predictions, one open question.
+# **Time**: about 85 minutes, including 2 minutes of computation. 5 exercises, 2 predictions, one open question.
 #
 # ![The loss on unseen story cards after 20 training steps against the number of trained parameters in millions, for
 # four runs: the last block, the last two blocks, all six blocks, everything. The loss falls from the first to the

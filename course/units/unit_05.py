@@ -17,7 +17,7 @@
 #
 # **Prerequisites**: the loss and a training run (unit 04). Unit 03 shows what a block does with a token's vector.
 #
-# **Time**: about 80 minutes, of which two are computing. 6 exercises, 2 predictions, one open question.
+# **Time**: about 80 minutes, including 2 minutes of computation. 6 exercises, 2 predictions, one open question.
 #
 # ![The loss after a short training run against the length of the soft prompt: longer prompts do better, but each
 # further row adds less.](unit_05.png)

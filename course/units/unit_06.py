@@ -17,7 +17,7 @@
 #
 # **Prerequisites**: attention (unit 03), a training run (unit 04) and, for comparison, soft prompts (unit 05).
 #
-# **Time**: about 80 minutes, of which two are computing. 7 exercises, 2 predictions, one open question.
+# **Time**: about 80 minutes, including 2 minutes of computation. 7 exercises, 2 predictions, one open question.
 #
 # ![Left, training loss curves of four methods: two prefixes, one computed by an MLP and one trained directly, start
 # high and end lowest; a gated prompt and a soft prompt start low and change less. Right, the held-out loss for three

@@ -16,7 +16,7 @@
 #
 # **Prerequisites**: one block of GPT-2 (unit 03) and a training run (unit 04).
 #
-# **Time**: about 75 minutes, of which two are computing. 6 exercises, 2 predictions, one open question.
+# **Time**: about 75 minutes, including 2 minutes of computation. 6 exercises, 2 predictions, one open question.
 #
 # ![Bars of the trained parameters of four variants of adapters in GPT-2 medium, for a bottleneck of width 24. Houlsby's
 # has twice as many as the other three, which are nearly equal: less than one per cent of the model.](unit_07.png)
