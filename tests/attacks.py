@@ -33,8 +33,10 @@ class Counter:
 """
 MARK = "lfs-attack-left-behind"  # what a process that should be gone has in its command line
 # What nobody may get to see, or to say.
-SECRETS = ("root:x:0:0", "THE-OTHERS-WORK", "math.cos(0.0)", "GRADEBOOK-IS-HERE", "THE-INPUTS-ARE-HERE", "IT-STAYS")
-SECRETS += ("ANOTHER-COPY", "A-DEVICE-CHANGED")
+SECRETS = (
+    *("root:x:0:0", "THE-OTHERS-WORK", "math.cos(0.0)", "GRADEBOOK-IS-HERE"),
+    *("THE-INPUTS-ARE-HERE", "IT-STAYS", "ANOTHER-COPY", "A-DEVICE-CHANGED"),
+)
 NOTHING = {"check-fourfold_root": 0.0, "check-Counter": 0.0, "check-guess_root": 0.0, "check-guess_number": 0.0}
 COUNTS = NOTHING | {"check-Counter": 2.0}  # what is right stays right, whatever stands beside it
 FULL = {"check-fourfold_root": 4.0, "check-Counter": 2.0, "check-guess_root": 1.0, "check-guess_number": 2.0}

@@ -47,7 +47,12 @@ def test_a_word_that_a_person_chose_is_stretched_before_anything_follows_from_it
 ) -> None:
     asked: list[dict[str, Any]] = []
     real = cohort.hashlib.scrypt
-    monkeypatch.setattr(cohort.hashlib, "scrypt", lambda word, **how: asked.append(how) or real(word, **how))
+
+    def noting(word: bytes, **how: Any) -> bytes:
+        asked.append(how)
+        return real(word, **how)
+
+    monkeypatch.setattr(cohort.hashlib, "scrypt", noting)
     cohort._stretched.cache_clear()
     seed_of("autumn2025", "01", "rank")
     seed_of("autumn2025", "01", "row_echelon")
@@ -60,7 +65,10 @@ def test_a_word_that_a_person_chose_is_stretched_before_anything_follows_from_it
 
 def test_the_job_says_neither_inputs_nor_seeds(tmp_path: Path) -> None:
     unit = find_unit("01")
-    steps = (Run("imports", PARTS), *(Probe(e.name, 1_000_003, f"check-{e.name}") for e in unit.exercises))
+    steps: tuple[Run | Probe, ...] = (
+        Run("imports", PARTS),
+        *(Probe(e.name, 1_000_003, f"check-{e.name}") for e in unit.exercises),
+    )
     observing = _Observing(Job("01", steps, tmp_path), unit, {e.name: e for e in unit.exercises})
     job: Any = observing._describe(steps)
     assert {key for step in job["steps"] for key in step} == {"kind", "name", "seconds", "source"}
