@@ -109,7 +109,7 @@ for place in ("/job", os.path.join(os.getcwd(), ".."), *glob.glob("/tmp/grading-
             known += [step["inputs"] for step in job["steps"] if "inputs" in step]
         if "cases" in job:
             print("THE" + "-INPUTS-ARE-HERE")
-assert not known
+print("THE-INPUTS" + "-ARE-HERE" if known else "nothing there")
 """
     + WRONG,
 )
