@@ -79,7 +79,7 @@ def test_an_end_of_text_token_behind_a_reference_is_learned_once(tokenizer: Toke
 
 @pytest.mark.parametrize(("mr", "ref"), [("hero[<|endoftext|>]", "A fox."), ("hero[fox]", "A<|endoftext|> fox.")])
 def test_an_end_of_text_token_within_a_text_is_refused(tokenizer: Tokenizer, mr: str, ref: str) -> None:
-    with pytest.raises(ValueError, match=r"has <\|endoftext\|>, which ends a text, in the middle of one"):
+    with pytest.raises(ValueError, match=r"has the end-of-text token <\|endoftext\|> in the middle of a text"):
         Completions([Example(mr, ref)], tokenizer, 64)
 
 

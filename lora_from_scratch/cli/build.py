@@ -51,16 +51,16 @@ def run(options: argparse.Namespace) -> int:
     refused = 0
     if jobs == 1:
         for number in numbers:
-            refused += _tell(number, task(number), root)
+            refused += _report(number, task(number), root)
     else:
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             for waiting in as_completed(futures := {pool.submit(task, number): number for number in numbers}):
-                refused += _tell(futures[waiting], waiting.result(), root)
+                refused += _report(futures[waiting], waiting.result(), root)
     return 2 if refused else 0
 
 
 def _check(number: str, root: Path, again: bool) -> list[str] | None:
-    """What has to be mended in a unit's source; None: nothing."""
+    """The problems in a unit's source, or None if there are none."""
     from lora_from_scratch.grading.building import build
     from lora_from_scratch.grading.building.refused import Refused
 
@@ -72,7 +72,7 @@ def _check(number: str, root: Path, again: bool) -> list[str] | None:
 
 
 def _build(number: str, root: Path, again: bool) -> list[str] | Built:
-    """A unit, built; or what has to be mended in it."""
+    """Build a unit; return it, or the problems in its source."""
     from lora_from_scratch.grading.building import build
     from lora_from_scratch.grading.building.refused import Refused
 
@@ -82,29 +82,29 @@ def _build(number: str, root: Path, again: bool) -> list[str] | Built:
         return refused.problems
 
 
-def _tell(number: str, result: list[str] | Built | None, root: Path) -> bool:
-    """Say what has become of a unit, and record it; was it refused?"""
+def _report(number: str, result: list[str] | Built | None, root: Path) -> bool:
+    """Print the result for a unit and record it; return whether the unit was refused."""
     from lora_from_scratch.grading.building import dependencies
 
     if isinstance(result, list):
         print("\n  ".join([f"unit {number}: refused", *result]), file=sys.stderr)
         return True
     if result is None:
-        print(f"unit {number}: nothing to mend before it is run")
+        print(f"unit {number}: no problems in the source")
         return False
     dependencies.record(root, result.name, result.hashes)
     if result.cost is None:
-        print(f"unit {number}: written; not run, since nothing that its outputs depend on has changed", flush=True)
+        print(f"unit {number}: written; not run, as nothing that its outputs depend on has changed", flush=True)
         return False
-    cost = f"{result.cost.seconds:.0f} s of processor time, {result.cost.mebibytes:.0f} MiB"
+    cost = f"{result.cost.seconds:.0f} s of CPU time, {result.cost.mebibytes:.0f} MiB"
     print(f"unit {number}: run, because {' and '.join(result.why)}; {cost}", flush=True)
     for line in result.differences:
-        print(f"  shows something else: {line}", flush=True)
+        print(f"  the output has changed: {line}", flush=True)
     return False
 
 
 def _jobs() -> int:
-    """Two where there are two cores and 6 GB of free memory, otherwise one."""
+    """Two if there are two cores and 6 GB of free memory, otherwise one."""
     import psutil
 
     return 2 if (os.cpu_count() or 1) > 1 and psutil.virtual_memory().available > 6e9 else 1

@@ -54,7 +54,7 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], padding_id: int, contex
 
 
 def _without_end(text: str, end: str) -> str:
-    """The text without end-of-text tokens behind it."""
+    """The text without end-of-text tokens at its end."""
     while text.rstrip().endswith(end):
         text = text.rstrip().removesuffix(end).rstrip()
     return text
@@ -68,7 +68,8 @@ class Completions:
         tokenizer: the model's tokenizer.
         context: the model's maximum number of tokens; longer examples are left out and counted in `left_out`.
 
-    A reference that ends with the end-of-text token loses it (`end_removed` counts these): it is added to every one.
+    If a reference ends with the end-of-text token, that token is removed (`end_removed` counts these), because one is
+    added to every reference.
 
     Raises:
         ValueError: every example is too long, or one has the end-of-text token in the middle of a text.
@@ -81,7 +82,7 @@ class Completions:
         for mr, ref in texts:
             if tokenizer.end in mr or tokenizer.end in ref:
                 raise ValueError(
-                    f"the example {mr!r} has {tokenizer.end}, which ends a text, in the middle of one; remove it"
+                    f"the example {mr!r} has the end-of-text token {tokenizer.end} in the middle of a text; remove it"
                 )
         rows = [
             completion_labels(tokenizer.encode(prompt_text(mr)), [*tokenizer.encode(ref), tokenizer.eos_id])

@@ -203,8 +203,8 @@ def _completions(dataset: Dataset, tokenizer: Tokenizer, context: int, progress:
         )
     if completions.end_removed and progress:
         print(
-            f"{completions.end_removed:,} of {len(dataset.train):,} references end with {tokenizer.end}, which is "
-            "added to every reference; theirs was removed"
+            f"{completions.end_removed:,} of {len(dataset.train):,} references end with {tokenizer.end}; it was "
+            "removed from them, as one is added to every reference"
         )
     return completions
 

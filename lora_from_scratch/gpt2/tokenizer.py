@@ -137,7 +137,7 @@ class Tokenizer:
             if vocab.exists() and merges.exists():
                 parts = tokenizer_files.read_json(vocab), tokenizer_files.read_merges(merges)
                 if one_file.exists() and tokenizer_files.read_tokenizer_json(one_file)[:2] != parts:
-                    raise ValueError(f"{one_file.name} has other tokens than {vocab.name} and {merges.name}; keep one")
+                    raise ValueError(f"{one_file.name} does not match {vocab.name} and {merges.name}; keep one of them")
                 return cls(*parts, **tokenizer_files.read_settings(directory))
             if one_file.exists():
                 pieces, pairs, added, space = tokenizer_files.read_tokenizer_json(one_file)

@@ -28,7 +28,7 @@ class FullFineTuning(Method):
 
     name: ClassVar[str] = "full"
     peft_type: ClassVar[str] = ""  # no adapter: a whole checkpoint
-    learning_rates: ClassVar[LearningRates] = LearningRates(2.5e-4, 5e-5, "a usual choice, of no one paper")
+    learning_rates: ClassVar[LearningRates] = LearningRates(2.5e-4, 5e-5, "a common choice, from no particular paper")
     position: ClassVar[float] = 0
     saves_model: ClassVar[bool] = True
     trains_of_base: ClassVar[str] = "everything"

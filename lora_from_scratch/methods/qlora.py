@@ -195,7 +195,7 @@ class QLoRA(LoRA):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer in {checkpoint_directory(source)} has {tokenizer.vocab_size} tokens, "
-                f"more than the {model.config.vocab_size} that the model was made for"
+                f"more than the model's vocabulary of {model.config.vocab_size}"
             )
         return model, tokenizer
 
