@@ -76,6 +76,11 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(p: float, seed: int) -> None
     assert kept.sum() - kept.min() < p + 1e-12
 
 
+def test_top_p_stops_where_the_sum_is_p_exactly() -> None:
+    kept = filter_top_p(torch.tensor([0.0, -math.inf, 0.0, -math.inf]), 0.5)  # two tokens of 1/2
+    assert kept.isfinite().tolist() == [True, False, False, False]
+
+
 def test_the_filters_leave_their_input_alone_and_work_on_any_number_of_axes() -> None:
     logits = torch.randn(2, 3, 8)
     before = logits.clone()
