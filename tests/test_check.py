@@ -63,12 +63,12 @@ def test_a_right_answer_earns_its_points_on_other_inputs_every_time(capsys: pyte
         (mine, {}, '? No such exercise: check Write the name of the exercise in quotes: check("mine").'),
         (None, {}, 'Write the name of the exercise in quotes: check("name_of_the_exercise").'),
         ("row_echelon", {}, "There is no row_echelon in this notebook yet: run the cell that defines it"),
-        ("rank", {"rank": rank_module}, "rank is a module here: an import has taken the name."),
-        ("row_echelon", {"row_echelon": 3}, "row_echelon is the number 3 here, and should be a function"),
-        ("row_echelon", {"row_echelon": None}, "row_echelon is None here, and should be a function"),
-        ("row_echelon", {"row_echelon": torch.eye(2)}, "row_echelon is a Tensor here, and should be a function"),
+        ("rank", {"rank": rank_module}, "rank is a module here: an import has overwritten your function."),
+        ("row_echelon", {"row_echelon": 3}, "row_echelon is the number 3 here, but should be a function"),
+        ("row_echelon", {"row_echelon": None}, "row_echelon is None here, but should be a function"),
+        ("row_echelon", {"row_echelon": torch.eye(2)}, "row_echelon is a Tensor here, but should be a function"),
         ("row_echelon", {"row_echelon": lambda m: m}, "It has the arguments|row_echelon(matrix, tolerance=None)"),
-        ("row_echelon", {"row_echelon": lambda: 0}, "cannot be called as it has to be"),
+        ("row_echelon", {"row_echelon": lambda: 0}, "cannot be called with the exercise's arguments"),
         ("row_echelon", {"row_echelon": row_echelon}, "→ The library's version: row_echelon, 0 of"),
     ],
 )
@@ -120,7 +120,7 @@ def test_a_mistake_of_the_course_is_said_to_be_one(
 ) -> None:
     monkeypatch.setattr(notebook, "judge", lambda *_: 1 / 0)
     assert "! The check itself failed: row_echelon" in (out := said(capsys, "row_echelon", row_echelon=mine))
-    assert "This is a mistake of the course and not yours" in out
+    assert "This is an error in the course, not in your code" in out
     monkeypatch.setenv("LORA_FROM_SCRATCH_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         check("row_echelon", namespace={"row_echelon": mine})
@@ -135,7 +135,7 @@ def test_hints_open_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> N
     hint("row_ecelon")
     assert "did you mean" in capsys.readouterr().out
     hint("rank_of_counting")
-    assert "no hints for a prediction" in capsys.readouterr().out
+    assert "Predictions have no hints" in capsys.readouterr().out
 
 
 def test_a_learner_who_is_stuck_goes_on_with_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +152,7 @@ def test_an_unknown_name_stops_the_cell_without_a_traceback() -> None:
         with pytest.raises(UnknownExerciseError, match="There is no exercise 'row_ecelon'; did you mean") as caught:
             function("row_ecelon")
         assert caught.value._render_traceback_() == [str(caught.value)]
-    with pytest.raises(UnknownExerciseError, match="no library version of a guess"):
+    with pytest.raises(UnknownExerciseError, match="no library version of it"):
         library("rank_of_counting")
 
 

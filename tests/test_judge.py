@@ -194,15 +194,15 @@ def _loops(values: Tensor, keep: int = 0) -> Tensor:
     [
         (lambda values, keep=0: None, "returns nothing", "`return`"),
         (_prints, "prints", "returns nothing"),
-        (lambda values, keep=0: "text", "another type", "should be a tensor of shape (4,), your code returns text"),
+        (lambda values, keep=0: "text", "another type", "should be a tensor of shape (4,), but your code returns text"),
         (lambda values, keep=0: [values, values], "another type", "your code returns 2 results"),
-        (lambda values, keep=0: values[None] / 2, "shape", "should be (4,), your code returns (1, 4)"),
+        (lambda values, keep=0: values[None] / 2, "shape", "should be (4,), but your code returns (1, 4)"),
         (lambda values, keep=0: values / 0, "not finite", "divided by zero"),
         (lambda values, keep=0: -halves(values, abs(keep)), "sign", "opposite sign"),
         (lambda values, keep=0: halves(values, abs(keep)) * 3, "factor", "constant factor"),
         (lambda values, keep=0: values.sin(), "values", "by hand"),
-        (_in_place, "changes its input", "values, which belongs to whoever called it"),
-        (_wrong_error, "another error", "refused with a ValueError; your code raised KeyError"),
+        (_in_place, "changes its input", "Your code modifies values in place"),
+        (_wrong_error, "another error", "should raise a ValueError for this input, but it raised KeyError"),
         (_raises, "raises", "Run the cell that defines or imports it"),
         (_loops, "too slow", "stopped after"),
         (lambda: None, "arguments", "`halves(values, keep=0)`"),
@@ -241,7 +241,7 @@ def test_what_a_probe_adds_is_not_said_to_be_the_learners_result() -> None:
 
     typed = dataclasses.replace(HALVES, probe=with_dtype)
     one = verdict(lambda values, keep=0: values[:2], typed)
-    assert one.message == "The shape should be (4,), your code returns (2,)."
+    assert one.message == "The shape should be (4,), but your code returns (2,)."
     assert one.failure is not None
     assert one.failure.expected == "a tensor of shape (4,)"
     assert "result" not in one.failure.got

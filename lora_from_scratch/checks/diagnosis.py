@@ -1,4 +1,4 @@
-"""What is wrong with an answer: which misconception explains what was seen."""
+"""Find out what is wrong with an answer: the misconception that explains the observations."""
 
 from __future__ import annotations
 
@@ -15,40 +15,45 @@ from lora_from_scratch.checks.exercise import Case, Exercise
 from lora_from_scratch.checks.observation import Data, Opaque, Seen, observe
 from lora_from_scratch.checks.verdict import without_dtypes
 
-Said = tuple[str, str]  # the misconception's name, and what is said of it
+Diagnosis = tuple[str, str]  # the misconception's name, and the message to the learner
 
 
 def diagnose(
     exercise: Exercise, seed: int, cases: list[Case], seen: list[Seen], expected: tuple[Seen, ...], first: int
-) -> Said:
-    """The name of the misconception and what is said of it.
+) -> Diagnosis:
+    """The misconception behind a failed answer, and the message to the learner.
 
-    First the bank: a wrong answer that does the same as this one in every case is this one's mistake; or, if there is
-    none, in every case but those that have to be refused, which people forget beside anything else. Then what the
-    exercise itself can explain; then what can go wrong with any function.
+    The bank comes first: the mistake is that of the wrong answer that behaves like this one in every case or, if there
+    is none, in every case with valid input (learners often forget to reject invalid input on top of another mistake).
+    Then the exercise's own `explain`, then the general rules.
+
+    Args:
+        seen: what was observed in each case.
+        expected: what the library's own answer does in each case.
+        first: the index of the first case that failed.
     """
     if seen[first].stopped:
         return "too slow", (
-            f"Your code was stopped after {exercise.seconds:g} seconds. Is there a loop that does not end, or one over "
-            "every number where one operation on the whole tensor would do?"
+            f"Your code was stopped after {exercise.seconds:g} seconds. Is there a loop that does not end, or a loop "
+            "over single numbers where one operation on the whole tensor would do?"
         )
-    usual = [place for place, one in enumerate(expected) if not one.raised]
-    for places in (list(range(len(cases))), usual if first in usual else []):
+    valid = [index for index, one in enumerate(expected) if not one.raised]
+    for indices in (list(range(len(cases))), valid if first in valid else []):
         for answer in wrong_answers(exercise.name):
-            if answer.message and not answer.hangs and places:
-                other = seen_of(answer, exercise, seed)
-                if all(_alike(exercise, cases[place], seen[place], other[place]) for place in places):
+            if answer.message and not answer.hangs and indices:
+                other = observations_of(answer, exercise, seed)
+                if all(_alike(exercise, cases[index], seen[index], other[index]) for index in indices):
                     return answer.name, answer.message
-    if (said := _signature(exercise, seen[first])) is not None:
-        return said
+    if (diagnosis := _signature(exercise, seen[first])) is not None:
+        return diagnosis
     if exercise.explain is not None and comparable(seen[first].value, expected[first].value):
         try:
-            said = exercise.explain(cases[first], seen[first], expected[first])
-        except Exception:  # made for the shapes and types that are expected
-            said = None
-        if said is not None:
-            return said
-    return next(said for rule in RULES if (said := rule(seen[first], expected[first])) is not None)
+            diagnosis = exercise.explain(cases[first], seen[first], expected[first])
+        except Exception:  # `explain` expects the right shapes and types
+            diagnosis = None
+        if diagnosis is not None:
+            return diagnosis
+    return next(found for rule in RULES if (found := rule(seen[first], expected[first])) is not None)
 
 
 def _alike(exercise: Exercise, case: Case, one: Seen, other: Seen) -> bool:
@@ -61,8 +66,8 @@ def _alike(exercise: Exercise, case: Case, one: Seen, other: Seen) -> bool:
     )
 
 
-def _signature(exercise: Exercise, seen: Seen) -> Said | None:
-    """It cannot be called with these arguments: the error is raised before any line of the answer runs."""
+def _signature(exercise: Exercise, seen: Seen) -> Diagnosis | None:
+    """The answer cannot be called with these arguments: the error is raised before any of its lines run."""
     called = re.match(r"([\w.<>]+)\(\) ((?:missing|takes|got) .*)", seen.message)
     if seen.errors[:1] != ("TypeError",) or seen.where or called is None:
         return None
@@ -75,60 +80,60 @@ def _signature(exercise: Exercise, seen: Seen) -> Said | None:
     bare = [item.replace(annotation=item.empty) for item in signature.parameters.values()]
     wanted = signature.replace(parameters=bare, return_annotation=signature.empty)
     return "arguments", (
-        f"Your {name} cannot be called as it has to be: it {called[2]}. "
-        f"The first line of the exercise has the arguments that it takes: `{name}{wanted}`."
+        f"Your {name} cannot be called with the exercise's arguments: it {called[2]}. "
+        f"Use the signature that the exercise gives: `{name}{wanted}`."
     )
 
 
-def _raised(seen: Seen, expected: Seen) -> Said | None:
+def _raised(seen: Seen, expected: Seen) -> Diagnosis | None:
     if not seen.raised:
         return None
     place = f" (in {seen.where})" if seen.where else ""
     if expected.raised:
         return "another error", (
-            f"This input has to be refused with a {expected.errors[0]}; your code raised {seen.errors[0]}{place}: "
+            f"Your code should raise a {expected.errors[0]} for this input, but it raised {seen.errors[0]}{place}: "
             f"{seen.message}"
         )
     unknown = ". Run the cell that defines or imports it, then this one." if "NameError" in seen.errors else ""
     return "raises", f"Your code raised {seen.errors[0]}{place}: {seen.message}{unknown}"
 
 
-def _no_error(seen: Seen, expected: Seen) -> Said | None:
+def _no_error(seen: Seen, expected: Seen) -> Diagnosis | None:
     if not expected.raised:
         return None
     return "no error", (
-        f"This input cannot be right and has to be refused with a {expected.errors[0]} that says why; "
-        "your code returned a result."
+        f"This input is invalid. Your code should raise a {expected.errors[0]} that says why, but it returned a result."
     )
 
 
-def _changed(seen: Seen, expected: Seen) -> Said | None:
+def _changed(seen: Seen, expected: Seen) -> Diagnosis | None:
     names = [name for name in seen.changed if name not in expected.changed]
     if not names:
         return None
     return "changes its input", (
-        f"Your code changes {' and '.join(names)}, which belongs to whoever called it: work on a copy (`.clone()`)."
+        f"Your code modifies {' and '.join(names)} in place. The caller may still need the original, so work on a copy "
+        "(`.clone()`)."
     )
 
 
-def _nothing(seen: Seen, expected: Seen) -> Said | None:
+def _nothing(seen: Seen, expected: Seen) -> Diagnosis | None:
     if seen.value is not None or expected.value is None:
         return None
     if seen.printed:
         return "prints", "Your code prints the result but returns nothing: it needs a `return`."
-    return "returns nothing", "Your code returns None: is there a `return` on every way through it?"
+    return "returns nothing", "Your code returns None. Does every path through it end in a `return`?"
 
 
-def _kind(seen: Seen, expected: Seen) -> Said | None:
+def _kind(seen: Seen, expected: Seen) -> Diagnosis | None:
     s, e = seen.value, expected.value
     if isinstance(e, list) and isinstance(s, list) and len(e) != len(s):
-        return "number of results", f"There should be {len(e)} results, your code returns {len(s)}."
+        return "number of results", f"There should be {len(e)} results, but your code returns {len(s)}."
     if (is_number(s) and is_number(e)) or type(s) is type(e):
         return None
-    return "another type", f"The result should be {kind_of(e)}, your code returns {kind_of(s)}."
+    return "another type", f"The result should be {kind_of(e)}, but your code returns {kind_of(s)}."
 
 
-def _shape(seen: Seen, expected: Seen) -> Said | None:
+def _shape(seen: Seen, expected: Seen) -> Diagnosis | None:
     for place, (s, e) in enumerate(_pairs(seen.value, expected.value)):
         if s.shape != e.shape:
             whole = expected.value
@@ -136,37 +141,39 @@ def _shape(seen: Seen, expected: Seen) -> Said | None:
             of = "" if alone else f" of result {place + 1}"
             back = s.ndim == e.ndim == 2 and s.shape == e.T.shape
             turned = " It looks transposed." if back else ""
-            shapes = f"The shape{of} should be {tuple(e.shape)}, your code returns {tuple(s.shape)}."
+            shapes = f"The shape{of} should be {tuple(e.shape)}, but your code returns {tuple(s.shape)}."
             return ("transposed" if back else "shape"), shapes + turned
     return None
 
 
-def _not_finite(seen: Seen, expected: Seen) -> Said | None:
+def _not_finite(seen: Seen, expected: Seen) -> Diagnosis | None:
     for s, e in _pairs(seen.value, expected.value):
         if not s.double().isfinite().all() and e.double().isfinite().all():
             return "not finite", (
-                "The result has entries that are not finite numbers: is something divided by zero, "
-                "or is the logarithm, root or exponential of an extreme number taken?"
+                "The result has entries that are NaN or infinite. Is something divided by zero, "
+                "or do you take the logarithm, root or exponential of an extreme number?"
             )
     return None
 
 
-def _values(seen: Seen, expected: Seen) -> Said | None:
+def _values(seen: Seen, expected: Seen) -> Diagnosis | None:
     wrong = [(s, e) for s, e in _pairs(seen.value, expected.value) if s.shape == e.shape and not same(s, e)]
     for s, e in wrong:
         if same(s, -e.double()):
-            return "sign", "The result has the right size but the opposite sign."
+            return "sign", "The result has the right magnitude but the opposite sign."
         ratio = (s.double() / e.double()).flatten()
         ratio = ratio[ratio.isfinite()]
         if e.numel() > 1 and len(ratio) and float((ratio - ratio[0]).abs().max()) < 1e-4 * float(ratio[0].abs()):
             return (
                 "factor",
-                "The result is right up to a constant factor: what is multiplied or divided, and how often?",
+                "The result is off by a constant factor. Check what you multiply or divide by, and how often.",
             )
-    return "values", "The type and the shape are right, the values are not. Try this input by hand, step by step."
+    return "values", (
+        "The type and the shape are right, but the values are not. Work through this input by hand, step by step."
+    )
 
 
-RULES: tuple[Callable[[Seen, Seen], Said | None], ...] = (
+RULES: tuple[Callable[[Seen, Seen], Diagnosis | None], ...] = (
     _raised,
     _no_error,
     _nothing,
@@ -179,7 +186,7 @@ RULES: tuple[Callable[[Seen, Seen], Said | None], ...] = (
 
 
 def _pairs(seen: Data, expected: Data) -> list[tuple[Tensor, Tensor]]:
-    """The tensors and numbers that stand at the same place in both."""
+    """Pairs of the tensors and numbers at the same position in both."""
     if is_number(seen) and is_number(expected):
         return [(as_tensor(seen), as_tensor(expected))]
     if isinstance(seen, list) and isinstance(expected, list):
@@ -190,12 +197,13 @@ def _pairs(seen: Data, expected: Data) -> list[tuple[Tensor, Tensor]]:
 
 
 @functools.lru_cache(maxsize=2048)
-def seen_of(answer: Answer, exercise: Exercise, seed: int) -> tuple[Seen, ...]:
+def observations_of(answer: Answer, exercise: Exercise, seed: int) -> tuple[Seen, ...]:
+    """What is observed when an answer of the bank is tried on the exercise's cases."""
     return tuple(observe(exercise.probe, answer.object, [c.inputs for c in exercise.inputs(seed)], 4, seed))
 
 
 def kind_of(value: Data) -> str:
-    """What kind of thing it is, with no value: what may be said of the right answer."""
+    """The type and shape of a value without the value itself: what a verdict may reveal of the right answer."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Opaque):

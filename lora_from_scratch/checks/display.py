@@ -1,8 +1,8 @@
-"""How verdicts, hints and progress look: HTML in a notebook, plain text elsewhere.
+"""Display verdicts, hints and progress: as HTML in a notebook, as plain text elsewhere.
 
-Nothing is said by colour alone: every state has a symbol and a word. The text takes the colour that the page has, so
-that it can be read in a light and in a dark theme, and without any of the styles (JupyterLab removes some of them from
-a notebook that it does not trust). Everything that comes from a learner's code is escaped.
+Colour is never the only signal: every state has a symbol and a word. Text keeps the page's own colour, so it is
+readable in light and dark themes and without any styles (JupyterLab strips some of them from untrusted notebooks).
+Everything that comes from a learner's code is escaped.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict
 
-WIDTH = 100  # columns of the plain text
+WIDTH = 100  # columns of plain text
 FIXED = "\N{NO-BREAK SPACE}"
 
-# The state's symbol, its words, and the colour of the edge: JupyterLab's own for the theme, or one for elsewhere.
+# Status: symbol, title, and border colour (the JupyterLab theme's, with a fallback for other front ends).
 LOOKS = {
     "passed": ("✓", "Passed", "var(--jp-success-color1, #2e7d32)"),
     "failed": ("✗", "Not right yet", "var(--jp-error-color1, #c62828)"),
     "stopped": ("■", "Stopped", "var(--jp-error-color1, #c62828)"),
     "not started": ("○", "Not started yet", "var(--jp-border-color1, #757575)"),
-    "missing": ("○", "Not there", "var(--jp-warn-color1, #b26a00)"),
+    "missing": ("○", "Missing", "var(--jp-warn-color1, #b26a00)"),
     "library": ("→", "The library's version", "var(--jp-info-color1, #00796b)"),
     "unknown": ("?", "No such exercise", "var(--jp-warn-color1, #b26a00)"),
     "broken": ("!", "The check itself failed", "var(--jp-warn-color1, #b26a00)"),
@@ -41,21 +41,21 @@ PARAGRAPH = "margin: 0.4em 0;"
 
 
 def show(verdict: Verdict) -> None:
-    """Show a verdict where the learner looks."""
+    """Show a verdict to the learner."""
     publish(as_html(verdict), as_text(verdict))
 
 
 def show_text(text: str) -> None:
-    """Show a sentence or two."""
+    """Show a short text."""
     publish(_paragraph(text), _wrapped(_no_ticks(text)))
 
 
 def show_hints(name: str, hints: Sequence[str], of: int) -> None:
-    """Show the hints that are open, the newest last, and how the next one is opened."""
+    """Show the hints opened so far, the newest last, and say how to open the next one."""
     left = of - len(hints)
-    then = f'{left} more: `hint("{name}")` again.' if left else "These are all."
+    then = f'{left} more: `hint("{name}")` again.' if left else "That was the last hint."
     if not left:
-        then += f' Still stuck? `{name} = library("{name}")` lets you go on; it earns no points until you come back.'
+        then += f' Still stuck? `{name} = library("{name}")` lets you continue; it earns no points.'
     items = "".join(f'<li style="{PARAGRAPH}">{_inline(text)}</li>' for text in hints)
     body = f'<p style="{PARAGRAPH}"><strong>Hints for {_code(name)}</strong></p>'
     body += f'<ol style="margin: 0.4em 0 0.4em 1.5em; padding: 0;">{items}</ol>{_paragraph(then)}'
@@ -64,7 +64,7 @@ def show_hints(name: str, hints: Sequence[str], of: int) -> None:
 
 
 def publish(as_html: str, as_text: str) -> None:
-    """Both forms to a notebook, which takes the better one; the text to standard output elsewhere."""
+    """Display both forms in a notebook, which picks the richer one; elsewhere print the text."""
     if _in_notebook():
         from IPython.display import display
 
@@ -74,10 +74,10 @@ def publish(as_html: str, as_text: str) -> None:
 
 
 def as_text(verdict: Verdict, advice: bool = True) -> str:
-    """The verdict in plain text, at most `WIDTH` columns wide where words allow it.
+    """The verdict as plain text, wrapped at `WIDTH` columns (long words are not broken).
 
     Args:
-        advice: with what can be done next, the seed for seeing the same inputs again included.
+        advice: whether to add what to do next, including the seed that reproduces these inputs.
     """
     lines = [f"{_title(verdict)}: {verdict.exercise}{_points_after(verdict, ', ')}"]
     if verdict.message:
@@ -96,7 +96,7 @@ def as_text(verdict: Verdict, advice: bool = True) -> str:
 
 
 def as_html(verdict: Verdict, advice: bool = True) -> str:
-    """The verdict as HTML without scripts, style sheets or anything from elsewhere. `advice`: see `as_text`."""
+    """The verdict as HTML without scripts, style sheets or external resources. `advice`: see `as_text`."""
     heading = f"<strong>{html.escape(_title(verdict))}</strong> · {_code(verdict.exercise)}"
     body = f'<p style="{PARAGRAPH}">{heading}{html.escape(_points_after(verdict, " · "))}</p>'
     if verdict.message:
@@ -113,7 +113,7 @@ def as_html(verdict: Verdict, advice: bool = True) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> tuple[str, str]:
-    """A table, as HTML and as text. The first column names the row."""
+    """A table, as HTML and as text. The first column contains the row headings."""
     rows = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     text = "\n".join(
@@ -171,7 +171,7 @@ def _parts(verdict: Verdict) -> Mapping[str, list[CaseResult]]:
 
 
 def _part_heading(verdict: Verdict, part: str, cases: Sequence[CaseResult], parts: int) -> str:
-    """ "elimination: 2.5 of 2.5 points"; nothing where the exercise has one part only."""
+    """For example "elimination: 2.5 of 2.5 points"; empty if the exercise has only one part."""
     worth = verdict.max_points / parts
     earned = worth if all(case.right for case in cases) else 0.0
     return f"{part}: {earned:.3g} of {worth:.3g} points" if parts > 1 else ""
@@ -184,7 +184,7 @@ def _mark(case: CaseResult) -> str:
 
 
 def _case_lines(verdict: Verdict, failure: Failure | None) -> list[tuple[bool, str]]:
-    """Headings and cases; where everything is right nobody reads them."""
+    """The lines below the verdict, each with whether it is a heading; none if nothing failed."""
     lines: list[tuple[bool, str]] = []
     parts = _parts(verdict)
     for part, cases in parts.items() if failure else []:
@@ -205,7 +205,7 @@ def _case_list(verdict: Verdict) -> str:
 
 
 def _after(verdict: Verdict) -> list[str]:
-    """What can be done next."""
+    """The notes, followed by what to do next."""
     if verdict.status not in ("failed", "stopped", "not started") or not verdict.cases:
         return list(verdict.notes)
     name = verdict.exercise
@@ -232,7 +232,7 @@ def _paragraph(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escaped, with what stands between backticks as code."""
+    """The text escaped for HTML, with text in backticks as code."""
     short = r'<code style="white-space: nowrap;">\1</code>'
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", re.sub(r"`([^`]{1,60})`", short, html.escape(text)))
 
@@ -242,7 +242,7 @@ def _code(text: str) -> str:
 
 
 def _no_ticks(text: str) -> str:
-    """Without the backticks; what stood between them is not broken into two lines (`_wrapped` ends that)."""
+    """The text without its backticks; code keeps to one line by no-break spaces, which `_wrapped` removes again."""
     return re.sub(r"`([^`]+)`", lambda found: found[1].replace(" ", FIXED), text)
 
 
@@ -259,7 +259,7 @@ def _wrapped(text: str, indent: str = "", hanging: int = 0) -> str:
 
 
 def _in_notebook() -> bool:
-    """Is there a front end that takes rich output? Not in a terminal, not in a script."""
+    """Whether a front end can show rich output; false in a terminal or a script."""
     if "IPython" not in sys.modules:
         return False
     shell = sys.modules["IPython"].get_ipython()

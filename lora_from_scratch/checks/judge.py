@@ -1,6 +1,6 @@
-"""The judge's half of a check: compare what was seen with the library's own answer, and name the misconception.
+"""The judge's half of a check: compare the observations with the library's own answer and name the misconception.
 
-Nothing here runs a learner's code. What is compared is plain data; what is run is the library and the bank.
+No learner's code runs here. The judge compares plain data, and runs only the library and the bank.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from lora_from_scratch.checks.units import names
 from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict, describe
 
 NOT_STARTED = "NotImplementedError"
-REFUSALS = "What is refused gives points as soon as some value is right: to refuse everything is no answer."
-PYTORCHS = ("aten::", "not implemented for", "meta tensor")  # in PyTorch's own errors of that name
+REFUSALS = "Rejecting invalid input earns points only if some valid input gives the right result."
+PYTORCH_ERRORS = ("aten::", "not implemented for", "meta tensor")  # in PyTorch's own NotImplementedErrors
 
 
 def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
-    """The verdict on what was seen of an answer when it was tried on the exercise's cases of that seed.
+    """The verdict on an answer, from what was observed on the exercise's cases for this seed.
+
+    Args:
+        seen: one observation per case.
 
     Raises:
-        ValueError: there are not as many observations as cases.
+        ValueError: the number of observations differs from the number of cases.
     """
     cases = exercise.inputs(seed)
     if len(seen) != len(cases):
@@ -54,7 +57,7 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
     if all(right):
         return verdict(status="passed")
     first = right.index(False)
-    if seen[first].errors[:1] == (NOT_STARTED,) and not any(text in seen[first].message for text in PYTORCHS):
+    if seen[first].errors[:1] == (NOT_STARTED,) and not any(text in seen[first].message for text in PYTORCH_ERRORS):
         return _not_started(verdict, exercise, seen[first], any(right))
     failure = Failure(
         case=cases[first].name,
@@ -69,25 +72,25 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
 
 
 def refuse(*arguments: object, **named: object) -> None:
-    """The answer that refuses everything."""
+    """An answer that rejects every input."""
     raise ValueError("refused")
 
 
 class Refuse:
-    """The same as a class."""
+    """`refuse` as a class."""
 
     def __init__(self, *arguments: object, **named: object) -> None:
         refuse()
 
 
 def _does_more_than_refuse(exercise: Exercise, seed: int, right: list[bool]) -> bool:
-    """Is a case right that is wrong for who refuses everything?"""
+    """Whether some case is right that an answer rejecting every input gets wrong."""
     return any(ok and not free for ok, free in zip(right, _right_by_refusing(exercise, seed), strict=True))
 
 
 @functools.lru_cache(maxsize=512)
 def _right_by_refusing(exercise: Exercise, seed: int) -> tuple[bool, ...]:
-    """Which cases are right for who refuses everything."""
+    """Which cases an answer gets right that rejects every input."""
     cases = exercise.inputs(seed)
     answer = Refuse if inspect.isclass(exercise.object) else refuse
     seen = observe(exercise.probe, answer, [case.inputs for case in cases], exercise.seconds, seed)
@@ -95,12 +98,12 @@ def _right_by_refusing(exercise: Exercise, seed: int) -> tuple[bool, ...]:
 
 
 def judge_prediction(prediction: Prediction, given: Data) -> Verdict:
-    """The verdict on a prediction: right or not, and in both cases why."""
+    """The verdict on a prediction: whether it is right, and in both cases why."""
     verdict = functools.partial(Verdict, exercise=prediction.name, max_points=prediction.points, seed=0, cases=())
     given = _guess(prediction, given)
     if given is None:
         allowed = " or ".join(f'"{key}"' for key in prediction.choices) or "a number"
-        return verdict(status="not started", points=0, message=f"Write {allowed} into {prediction.name} first.")
+        return verdict(status="not started", points=0, message=f"First set {prediction.name} to {allowed}.")
     if prediction.choices and (not isinstance(given, str) or given not in prediction.choices):
         allowed = ", ".join(f'"{key}"' for key in prediction.choices)
         message = f"{prediction.name} is {describe(given)}; it must be one of {allowed}."
@@ -114,7 +117,7 @@ def judge_prediction(prediction: Prediction, given: Data) -> Verdict:
 
 
 def _guess(prediction: Prediction, given: Data) -> Data:
-    """The prediction as it was meant: " B" is "b" where there are choices, and a tensor of one number that number."""
+    """The prediction as intended: " B" counts as choice "b", and a tensor with one number as that number."""
     if isinstance(given, str):
         named = {key.lower(): key for key in prediction.choices}
         return named.get(given.strip().lower(), given)
@@ -125,11 +128,11 @@ def _guess(prediction: Prediction, given: Data) -> Data:
 
 @functools.lru_cache(maxsize=512)
 def expected_of(exercise: Exercise, seed: int) -> tuple[Seen, ...]:
-    """What there is to see of the library's own answer.
+    """The observations of the library's own answer, with which a learner's are compared.
 
     Raises:
-        RuntimeError: it failed, which is no refusal (a `ValueError`), or did not end. Then nothing can be compared: a
-            learner's answer that fails in the same way would count as right.
+        RuntimeError: the library's answer did not end, or raised something other than a `ValueError`. A learner's
+            answer that fails in the same way would otherwise count as right.
     """
     expected = tuple(observe(exercise.probe, exercise.object, [c.inputs for c in exercise.inputs(seed)], 60, seed))
     for one in expected:
@@ -139,7 +142,7 @@ def expected_of(exercise: Exercise, seed: int) -> tuple[Seen, ...]:
 
 
 def _expected(exercise: Exercise, expected: Seen) -> str:
-    """What kind of thing; nothing where it is a probe's own record, of which the learner's code knows nothing."""
+    """The kind of value expected; empty if it is a record made by the probe rather than the learner's return value."""
     if expected.raised:
         return f"a {expected.errors[0]}"
     return "" if exercise.probe is not call and isinstance(expected.value, dict) else kind_of(expected.value)
@@ -147,14 +150,14 @@ def _expected(exercise: Exercise, expected: Seen) -> str:
 
 def _got(seen: Seen) -> str:
     if seen.stopped:
-        return "nothing in time"
+        return "no result in time"
     return f"{seen.errors[0]}: {seen.message}" if seen.raised else describe(seen.value)
 
 
 def _not_started(verdict: Callable[..., Verdict], exercise: Exercise, seen: Seen, something: bool) -> Verdict:
     inside = seen.where.split(",")[0]
     if inside != exercise.name and inside in names():
-        message = f"{inside}, which your code calls, is not written yet. Write it first, or take the library's version."
+        message = f"{inside}, which your code calls, is not written yet. Write it first, or use the library's version."
         return verdict(status="not started", misconception="needs another exercise", message=message)
     message = "One part is not written yet." if something else "Write the code in the cell above, then run both cells."
     return verdict(status="not started", message=message)

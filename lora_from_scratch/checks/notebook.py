@@ -1,4 +1,4 @@
-"""What a learner calls in a notebook: `check`, `hint`, `library`, `progress`, `working`."""
+"""The functions that learners call in a notebook: `check`, `hint`, `library`, `progress` and `working`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_from_scratch.support.figures import BUILDING
 
 
 class Points(float):
-    """Points out of a maximum. It is what `check` returns: nbgrader reads the number as partial credit."""
+    """Points out of a maximum, returned by `check`; nbgrader reads the number as partial credit."""
 
     def __new__(cls, points: float, most: float) -> Points:
         made = super().__new__(cls, round(points, 2))
@@ -38,7 +38,7 @@ class Points(float):
 
 
 class UnknownExerciseError(ValueError):
-    """A name that no exercise has. A notebook shows the sentence and no traceback."""
+    """There is no exercise of that name. A notebook shows the message without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
@@ -47,21 +47,21 @@ class UnknownExerciseError(ValueError):
 def check(name: str, seed: int | None = None, namespace: Mapping[str, Any] | None = None) -> Points:
     """Try the notebook's answer to an exercise on fresh inputs, show the verdict, and return the points.
 
-    Whatever goes wrong is a verdict, never an error.
+    Whatever goes wrong becomes a verdict; `check` never raises.
 
     Args:
-        name: the exercise's or prediction's name: that of the function, class or variable.
-        seed: of the inputs, to see the same ones again; None: fresh ones.
-        namespace: where the answer is; None: the notebook.
+        name: the name of the exercise or prediction, which is also that of the function, class or variable.
+        seed: the seed of the inputs, to see the same ones again; None draws fresh inputs.
+        namespace: where to look up the answer; None means the notebook.
     """
     try:
         verdict = verdict_on(name, seed, namespace)
     except UnknownExerciseError as error:
         verdict = Verdict(name if isinstance(name, str) else "check", "unknown", 0, 0, message=str(error))
-    except Exception as error:  # a mistake in the check, which is no fault of the learner's
+    except Exception as error:  # a bug in the check, not the learner's fault
         if os.environ.get("LORA_FROM_SCRATCH_DEBUG"):
             raise
-        message = f"This is a mistake of the course and not yours; please report it. {type(error).__name__}: {error}"
+        message = f"This is an error in the course, not in your code; please report it. {type(error).__name__}: {error}"
         verdict = Verdict(name, "broken", 0, find(name)[1].points, message=message)
     verdict = dataclasses.replace(verdict, notes=(*verdict.notes, *progress_file.record(verdict)))
     display.show(verdict)
@@ -69,7 +69,7 @@ def check(name: str, seed: int | None = None, namespace: Mapping[str, Any] | Non
 
 
 def verdict_on(name: str, seed: int | None = None, namespace: Mapping[str, Any] | None = None) -> Verdict:
-    """The verdict of `check`, neither shown nor recorded.
+    """The verdict that `check` gives, without showing or recording it.
 
     Raises:
         UnknownExerciseError: there is no exercise of that name.
@@ -90,7 +90,7 @@ def fresh_seed() -> int:
 
 
 def unusable(exercise: Exercise, names: Mapping[str, Any]) -> Verdict | None:
-    """The verdict on what cannot even be tried: it is not there, is no function, or is the library's own."""
+    """The verdict if the answer cannot be tried (missing, not a function or class, or the library's own), else None."""
     name, wanted = exercise.name, "class" if inspect.isclass(exercise.object) else "function"
     status = "missing"
     answer = names.get(name)
@@ -98,41 +98,41 @@ def unusable(exercise: Exercise, names: Mapping[str, Any]) -> Verdict | None:
         message = f"There is no `{name}` in this notebook yet: run the cell that defines it, then this one."
     elif answer is exercise.object:
         status = "library"
-        message = "You go on with the library's version, which earns no points. Your own earns them when it passes."
+        message = "You are using the library's version, which earns no points. Your own earns them once it passes."
     elif isinstance(answer, ModuleType):
         message = (
-            f"`{name}` is a module here: an import has taken the name. Import it under another name, then run the cell "
-            f"that defines your {wanted}."
+            f"`{name}` is a module here: an import has overwritten your {wanted}. Import it under another name, then "
+            f"run the cell that defines your {wanted}."
         )
     elif not callable(answer):
         message = (
-            f"`{name}` is {_in_words(answer)} here, and should be a {wanted}: a line of the notebook has taken the "
-            f"name. Run the cell that defines your {wanted} again."
+            f"`{name}` is {_in_words(answer)} here, but should be a {wanted}: another line of the notebook has "
+            f"overwritten it. Run the cell that defines your {wanted} again."
         )
     elif wanted == "class" and not inspect.isclass(answer):
-        message = f"`{name}` is {_in_words(answer)} here, and should be a class: `class {name}: ...`."
+        message = f"`{name}` is {_in_words(answer)} here, but should be a class: `class {name}: ...`."
     else:
         return None
     return Verdict(name, status, 0, exercise.points, message=message)
 
 
 def hint(name: str) -> None:
-    """Show the exercise's next hint, and those that are already open."""
+    """Show the exercise's next hint after those already opened."""
     try:
         item = _item(name)
     except UnknownExerciseError as error:
         display.show_text(str(error))
         return
     if isinstance(item, Prediction):
-        display.show_text("There are no hints for a prediction: guess, and see what happens.")
+        display.show_text("Predictions have no hints. Make a guess and see what happens.")
         return
     display.show_hints(name, item.hints[: progress_file.open_hint(name, len(item.hints))], len(item.hints))
 
 
 def library(name: str) -> Any:
-    """The library's own version of an exercise, for whoever is stuck: `row_echelon = library("row_echelon")`.
+    """The library's own version of an exercise, for when you are stuck: `row_echelon = library("row_echelon")`.
 
-    The rest of the notebook works with it. It earns no points; your own version does, whenever it passes.
+    The rest of the notebook works with it. It earns no points; your own version does as soon as it passes.
 
     Raises:
         UnknownExerciseError: there is no exercise of that name.
@@ -140,15 +140,15 @@ def library(name: str) -> Any:
     exercise = _exercise(name)
     progress_file.took_library(name)
     display.show_text(
-        f"This is the library's `{name}`: the rest of the notebook works with it. As long as `{name}` is the "
-        f'library\'s, `check("{name}")` gives 0 of {exercise.points} points. You can come back at any time: take this '
-        "line out, run your own cell, and when it passes its check the points are yours, all of them."
+        f"The rest of the notebook now works with the library's `{name}`. As long as you use it, "
+        f'`check("{name}")` gives 0 of {exercise.points} points. You can come back at any time: delete this line and '
+        "run your own cell. When it passes its check, you get all the points."
     )
     return exercise.object
 
 
 def working(name: str, namespace: Mapping[str, Any] | None = None) -> Any:
-    """Your own version of an exercise if it is right, otherwise the library's: experiments go on with that.
+    """Your own version of an exercise if it is right, otherwise the library's, for the experiments to build on.
 
     Raises:
         UnknownExerciseError: there is no exercise of that name.
@@ -163,7 +163,7 @@ def working(name: str, namespace: Mapping[str, Any] | None = None) -> Any:
 
 
 def progress(unit: str | int | None = None) -> None:
-    """Show how far you have come: per unit and per idea, or each exercise of one unit: `progress("01")`."""
+    """Show your progress by unit and by idea, or for each exercise of one unit: `progress("01")`."""
     try:
         tables, notes = report(unit)
     except ValueError as error:
@@ -175,7 +175,7 @@ def progress(unit: str | int | None = None) -> None:
 
 
 def notebook() -> Mapping[str, Any]:
-    """The names that are defined in the notebook (or in the script that was started)."""
+    """The names defined in the notebook (or in the script that is running)."""
     if "IPython" in sys.modules:
         shell = sys.modules["IPython"].get_ipython()
         if shell is not None:
@@ -196,12 +196,12 @@ def _item(name: Any) -> Exercise | Prediction:
 def _exercise(name: str) -> Exercise:
     item = _item(name)
     if isinstance(item, Prediction):
-        raise UnknownExerciseError(f"{name} is a prediction, not an exercise: there is no library version of a guess")
+        raise UnknownExerciseError(f"{name} is a prediction, not an exercise: there is no library version of it")
     return item
 
 
 def _in_words(value: Any) -> str:
-    """ "the number 3", "a list", ...: what a name has become."""
+    """A value in words: "the number 3", "a list", ..."""
     if value is None:
         return "None"
     if isinstance(value, int | float):

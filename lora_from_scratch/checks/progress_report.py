@@ -1,4 +1,4 @@
-"""How far a learner has come: per unit and per idea, as tables."""
+"""Tables of a learner's progress, by unit and by idea."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lora_from_scratch.checks.progress_file import Entry, Progress
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.support import learner_folder
 
-Table = tuple[str, str]  # as HTML and as text
+Table = tuple[str, str]  # the table as HTML and as text
 SUMMARY = ("", "passed", "points", "attempts", "hints")
 
 
 def report(unit: str | int | None = None) -> tuple[list[Table], list[str]]:
-    """The tables, and what has to be said below them.
+    """The tables, and the notes to show below them.
 
     Args:
-        unit: the number of a unit, to see each of its exercises; None: all units, and all ideas that were begun.
+        unit: the number of a unit, to list each of its exercises; None gives all units and all ideas begun so far.
 
     Raises:
         ValueError: there is no such unit.
@@ -46,7 +46,7 @@ def _find(unit: str | int) -> Unit:
     for each in units():
         if each.number == number:
             return each
-    raise ValueError(f"there is no unit {unit!r}; there are {', '.join(each.number for each in units())}")
+    raise ValueError(f"there is no unit {unit!r}; the units are {', '.join(each.number for each in units())}")
 
 
 def _row(name: str, items: Sequence[Exercise | Prediction], progress: Progress) -> list[str]:
@@ -86,4 +86,4 @@ def _place(progress: Progress) -> str:
         return f"Kept in {progress_file.path()}."
     if learner_folder.switched_off():
         return f"Kept until this kernel ends ({learner_folder.SWITCH} is off)."
-    return f"Kept until this kernel ends: {progress_file.path()} is not written."
+    return f"Kept only until this kernel ends: nothing is written to {progress_file.path()}."

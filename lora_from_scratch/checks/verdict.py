@@ -1,4 +1,4 @@
-"""What a check says: the verdict, as data, as plain text and as HTML."""
+"""The verdict of a check as data, and descriptions of values for it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lora_from_scratch.checks.observation import Data, Opaque
 
-SHOWN = 12  # a tensor of at most so many entries is shown whole
-LONGEST = 600  # characters of a description
-MOST_THINGS = 60  # that are looked at for a description
-LARGEST_SHOWN = 10**60  # Python itself refuses to write out whole numbers of some thousand digits
+MAX_ENTRIES_SHOWN = 12  # a tensor with more entries is described by its shape, dtype and range
+LONGEST = 600  # maximum number of characters in a description
+MAX_ITEMS = 60  # items visited for one description
+LARGEST_SHOWN = 10**60  # larger integers are described by their size; Python limits int-to-str conversion anyway
 
 
 @dataclass(frozen=True)
@@ -21,30 +21,30 @@ class CaseResult:
     name: str
     part: str
     right: bool
-    tried: bool = True  # False: an earlier one did not end in time
+    tried: bool = True  # False if an earlier case ran out of time
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The first case that failed: what went in, what came out, and what kind of thing should have."""
+    """The first case that failed: its inputs, what the answer gave, and what kind of value was expected."""
 
     case: str
     inputs: Mapping[str, str]
     got: str
-    expected: str  # what kind of thing; empty where `got` is what the probe recorded
-    printed: str = ""  # what the answer printed meanwhile, its beginning
+    expected: str  # the kind of value; empty if `got` is a record made by the probe
+    printed: str = ""  # the beginning of what the answer printed
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of an answer.
+    """The verdict on an answer.
 
     Attributes:
         status: "passed", "failed", "stopped" (out of time), "not started", "missing" (the notebook has no such
             function), "library" (it is the library's own version), "unknown" (no such exercise) or "broken" (the check
             itself failed).
-        misconception: the name of what is wrong; "" when nothing is, or nothing can be said.
-        message: the same in words.
+        misconception: the name of the mistake; "" if there is none or it is not known.
+        message: what is wrong, in words for the learner.
     """
 
     exercise: str
@@ -64,12 +64,12 @@ class Verdict:
 
 
 def describe(value: Data) -> str:
-    """A value in at most a few lines: small ones whole, large ones by shape, dtype and range."""
-    return _describe(value, [MOST_THINGS])
+    """Describe a value in a few lines at most: a small one in full, a large one by its shape, dtype and range."""
+    return _describe(value, [MAX_ITEMS])
 
 
 def _describe(value: Data, room: list[int]) -> str:
-    """`room` holds how many more things may be looked at: a nested value can name six things six times over."""
+    """`room` holds how many more items may be visited: nested values could otherwise take exponentially many."""
     room[0] -= 1
     text = _in_words(value, room) if room[0] >= 0 else "..."
     return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
@@ -96,13 +96,13 @@ def _in_words(value: Data, room: list[int]) -> str:
 
 
 def without_dtypes(results: list[Data]) -> list[Data]:
-    """What the learner's code returned: where the dtype counts, the probe adds its name ("uint8")."""
+    """The learner's own results, without the dtype names ("uint8") that probes add where the dtype matters."""
     return [r for r in results if not (isinstance(r, str) and isinstance(getattr(torch, r, None), torch.dtype))]
 
 
 def _describe_tensor(value: Tensor) -> str:
     kind = f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
-    if value.numel() <= SHOWN and all(size <= SHOWN for size in value.shape):
+    if value.numel() <= MAX_ENTRIES_SHOWN and all(size <= MAX_ENTRIES_SHOWN for size in value.shape):
         return f"{_numbers(value.tolist())} ({kind})"
     if value.is_complex():
         return f"a tensor ({kind})"
