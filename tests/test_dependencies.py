@@ -83,9 +83,9 @@ def test_of_the_methods_those_count_that_are_named_and_all_where_all_are_asked_f
     start = "from lora_from_scratch.finetune.defaults import learning_rate_for\n"
     methods = {name for name in names(closure([start + 'learning_rate_for("bitfit", config)'])) if "methods/" in name}
     assert "methods/bitfit.py" in methods
-    assert not methods & {"methods/prompt_tuning.py", "methods/adapters.py"}
+    assert not methods & {"methods/prompt_tuning.py", "methods/qlora.py"}
     everything = names(closure(["from lora_from_scratch.compare.shootout import contestants"]))
-    assert {"methods/bitfit.py", "methods/prompt_tuning.py", "methods/adapters.py"} <= everything
+    assert {"methods/bitfit.py", "methods/prompt_tuning.py", "methods/qlora.py"} <= everything
 
 
 @pytest.mark.parametrize("number", ["09", "14"])

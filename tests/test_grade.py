@@ -96,7 +96,7 @@ def test_a_change_of_submission_release_secret_checks_or_isolation_is_graded_aga
     assert again(isolation="bubblewrap", cohort_seed=None) == (1, REASONS["isolation"])
     assert again(isolation="bubblewrap", cohort_seed=None) == (0, "")
     monkeypatch.setenv("LORA_FROM_SCRATCH_UNITS", str(course.root / "units"))
-    (course.root / "units" / "unit_99.py").open("a").write("# a comment\n")
+    (course.root / "units" / "unit_99" / "exercises.py").open("a").write("# a comment\n")
     assert again(isolation="bubblewrap", cohort_seed=None) == (1, REASONS["checks"])
 
 
