@@ -290,7 +290,7 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
     "exercises and bank": [
         (
             "checks/unit_01/exercises.py",
-            'yield Case("two rows, each of them twice", {"matrix": draw.normal(2, 5)[[0, 1, 0, 1]]}, "rank")\n',
+            '    yield Case("two rows, each of them twice", {"matrix": draw.normal(2, 5)[[0, 1, 0, 1]]}, "rank")\n',
             "",
             "tests/test_bank.py -k rank",
         ),
