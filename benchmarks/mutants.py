@@ -17,13 +17,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("mutants.md")
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "runs", "*.egg-info")
+WORK = ROOT / "build"  # the sandbox hides what is in /tmp
+NOT_COPIED = shutil.ignore_patterns(
+    "build", ".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "runs", "*.egg-info"
+)
 SECONDS = 900
 HEAD = """# Mutants
 
@@ -70,7 +72,8 @@ def main() -> int:
     chosen = [mutant for mutant in mutants() if mutant.part in (args.parts or MUTANTS)]
     copies: queue.Queue[Path] = queue.Queue()
     rows, survived = [], 0
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+    WORK.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mutants-", dir=WORK) as folder:
         for number in range(args.jobs):
             copies.put(shutil.copytree(ROOT, Path(folder) / str(number), ignore=NOT_COPIED))
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
@@ -91,37 +94,41 @@ def shown(mutant: Mutant) -> str:
 
 
 def try_in(copies: queue.Queue[Path], mutant: Mutant) -> str:
-    """The test that catches the mutant; empty: none does."""
+    """The test that catches the mutant; empty: none does. A test that fails without it as well does not count."""
     copy = copies.get()
     file = copy / "lora_from_scratch" / mutant.file
     whole = file.read_text(encoding="utf-8")
+    if whole.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.file} has this {whole.count(mutant.old)} times, not once: {mutant.old}")
+    arguments = mutant.tests.split()
     try:
-        if whole.count(mutant.old) != 1:
-            raise SystemExit(f"{mutant.file} has this {whole.count(mutant.old)} times, not once: {mutant.old}")
-        file.write_text(whole.replace(mutant.old, mutant.new), encoding="utf-8")
-        return first_failure(copy, mutant.tests)
+        while True:
+            file.write_text(whole.replace(mutant.old, mutant.new), encoding="utf-8")
+            failed = first_failure(copy, arguments)
+            file.write_text(whole, encoding="utf-8")
+            if not failed or not first_failure(copy, [failed]):
+                name = failed.partition("[")[0].removeprefix("tests/").replace(".py::", "::")
+                return f"`{name}`" if failed else ""
+            print(f"{failed} fails with nothing broken", file=sys.stderr, flush=True)
+            arguments += ["--deselect", failed]
     finally:
         file.write_text(whole, encoding="utf-8")
         copies.put(copy)
 
 
-def first_failure(copy: Path, tests: str) -> str:
-    """The first quick test that fails there, as `file::test`; empty: none."""
+def first_failure(copy: Path, arguments: list[str]) -> str:
+    """The first quick test that fails there, by its whole name; empty: none."""
     command = [sys.executable, "-m", "pytest", "-x", "--no-header", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    began = time.monotonic()
-    try:
-        done = subprocess.run(
-            [*command, *tests.split()], cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"none ended in {time.monotonic() - began:.0f} s"
+    done = subprocess.run(
+        [*command, *arguments], cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode == 0:
         return ""
-    found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+?)(?:\[.*)?(?: - .*)?$", done.stdout, re.MULTILINE)
     if found is None or done.returncode != 1:
-        raise SystemExit(f"pytest {tests} could not be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return f"`{found[1].removesuffix('.py')}`"
+        raise SystemExit(f"pytest {arguments} could not be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return found[1]
 
 
 MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
@@ -290,15 +297,9 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
     "exercises and bank": [
         (
             "checks/unit_01/exercises.py",
-            'yield Case("two rows, each of them twice", {"matrix": draw.normal(2, 5)[[0, 1, 0, 1]]}, "rank")\n',
+            '    yield Case("two rows, each of them twice", {"matrix": draw.normal(2, 5)[[0, 1, 0, 1]]}, "rank")\n',
             "",
             "tests/test_bank.py -k rank",
-        ),
-        (
-            "checks/unit_01/exercises.py",
-            'Case("a wide 3 x 6 matrix, mostly negative", {"matrix": negative(draw, 3, 6)}',
-            'Case("a wide 3 x 6 matrix", {"matrix": -negative(draw, 3, 6)}',
-            "tests/test_bank.py -k row_echelon",
         ),
         (
             "checks/unit_01/answers.py",
@@ -348,12 +349,17 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
     "sandbox": [
         (
             "grading/sandbox/bubblewrap.py",
-            '"--unshare-all", "--unshare-user"',
-            '"--unshare-user"',
+            '"--clearenv", "--cap-drop"',
+            '"--cap-drop"',
             "tests/test_sandbox_walls.py",
         ),
         ("grading/sandbox/lockdown.py", '"FSIZE": file,', '"FSIZE": 100 * file,', "tests/test_sandbox_walls.py"),
-        ("grading/sandbox/wire.py", "if depth > DEEPEST:", "if depth > 10 * DEEPEST:", "tests/test_sandbox_wire.py"),
+        (
+            "grading/sandbox/wire.py",
+            '"order": list(order)}',
+            '"order": list(range(tensor.ndim))}',
+            "tests/test_sandbox_wire.py",
+        ),
     ],
     "marking": [
         ("grading/marking.py", '"human" if ending.why == "frames" else "note"', '"note"', "tests/test_marking.py"),

@@ -11,7 +11,7 @@ from lora_from_scratch.checks import bank, judge
 from lora_from_scratch.checks.bank import Answer, exercises, right_answers, wrong_answers
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.notebook import verdict_on
-from lora_from_scratch.checks.units import Unit, find, unit_files, units
+from lora_from_scratch.checks.units import PACKAGE, Unit, find, units
 
 
 def marks(unit: Unit, exercise: Exercise) -> list[pytest.MarkDecorator]:
@@ -82,4 +82,4 @@ def test_a_check_that_fails_loads_the_bank_of_its_own_unit_and_no_other(monkeypa
     monkeypatch.setattr(bank, "_load", functools.cache(bank._load.__wrapped__))
     verdict = verdict_on("rank", 0, {"rank": lambda *arguments, **options: -1})
     assert verdict.status == "failed"
-    assert loaded == unit_files("answers*.py", "unit_01") != []
+    assert loaded == sorted((PACKAGE / "unit_01").glob("answers*.py")) != []

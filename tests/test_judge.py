@@ -344,6 +344,7 @@ def test_a_number_counts_within_its_factor_on_either_side(answer: float, within:
     assert prediction.right(answer * inside)
     assert prediction.right(answer / inside)
     assert not prediction.right(answer * within * (1 + off))
+    assert not prediction.right(answer / (within * (1 + off)))
     assert not prediction.right(-answer)
 
 
