@@ -82,7 +82,7 @@ def test_a_class_that_is_asked_for_and_a_function_that_is_there(monkeypatch: pyt
     exercise = types.SimpleNamespace(name="Layer", object=torch.nn.Linear, points=3)
     verdict = notebook.unusable(exercise, {"Layer": mine})  # type: ignore[arg-type]
     assert verdict is not None
-    assert verdict.message == "`Layer` is a function here, and should be a class: `class Layer: ...`."
+    assert verdict.message == "`Layer` is a function here, but should be a class: `class Layer: ...`."
     assert notebook.unusable(exercise, {"Layer": type("Layer", (), {})}) is None  # type: ignore[arg-type]
 
 

@@ -38,7 +38,7 @@ def test_what_is_not_written_yet_is_listed(tmp_path: Path, capsys: pytest.Captur
         "to do: The prediction rank_of_counting is not made yet.",
         "to do: The open question nearly_low has no answer yet.",
         "to do: row_echelon is the library's version, which earns no points.",
-        "to do: The cell of rank_deficiency is not Python as it stands: run it, and mend what the error says.",
+        "to do: The cell of rank_deficiency is not valid Python. Run it and fix the error.",
         "to do: No cell above its check defines outer_product_sum.",
         "2 of 8 exercises, predictions and open questions have been filled in.",
     ):

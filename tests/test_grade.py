@@ -214,7 +214,7 @@ def test_raw_cells_become_text_and_findings_stand_on_top(empty: GradingCourse) -
     cells = nbformat.reads(shown(graded, nbformat.read(empty.released, as_version=4)), as_version=4).cells
     assert cells[-1].cell_type == "markdown"
     assert "<pre>&lt;script&gt;</pre>" in cells[-1].source
-    assert "Put right, cell <code>Counter</code>: It was &lt;script&gt;moved" in cells[0].source
+    assert "Repaired, cell <code>Counter</code>: It was &lt;script&gt;moved" in cells[0].source
     assert not cells[-1].metadata
 
 

@@ -250,4 +250,4 @@ def test_the_command_shows_the_same() -> None:
     assert output_of("progress").strip() == "\n\n".join([table for _, table in report()[0]] + report()[1])
     assert "✓ row_echelon" in output_of("progress", "1")
     assert "passed on 20" in output_of("progress", "unit_01")
-    assert complaint("progress", "88").startswith("error: there is no unit '88'; there are 00, 01")
+    assert complaint("progress", "88").startswith("error: there is no unit '88'; the units are 00, 01")

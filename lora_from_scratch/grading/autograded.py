@@ -24,7 +24,7 @@ LONGEST_TIMESTAMP = 200  # bytes
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 LARGEST_PICTURE = 5_000_000
 MOST_PICTURES = 20
-WORDS = {"note": "Note", "repaired": "Put right", "lost": "Points lost", "human": "Somebody will look at this"}
+WORDS = {"note": "Note", "repaired": "Repaired", "lost": "Points lost", "human": "A person will look at this"}
 
 
 def write(course: CourseFolder, learner: str, notebook: str) -> None:

@@ -216,20 +216,20 @@ def _unfit(name: str) -> str:
     except UnicodeEncodeError:
         return "the learner's name is not UTF-8; rename the folder"
     if name != name.strip() or not name.isprintable():
-        return "a learner's name must not begin or end with a space or hold what cannot be printed; rename the folder"
+        return "a learner's name must not begin or end with a space or contain control characters; rename the folder"
     if name.startswith("."):
-        return "nbgrader passes over folders whose names begin with a dot; rename it, or delete it if it is nobody's"
+        return "nbgrader ignores folders whose names begin with a dot; rename it, or delete it if it belongs to nobody"
     if len(name) > LONGEST_NAME:
         return f"a learner's name must have at most {LONGEST_NAME} characters; rename the folder"
     return ""
 
 
 def _closed(path: str) -> str:
-    """Why a folder cannot be looked into; "" if it can, or is not there."""
+    """Why a folder cannot be read; "" if it can, or does not exist."""
     try:
         with os.scandir(path):
             return ""
     except PermissionError:
-        return f"it may not be read by you; let yourself: chmod -R u+rwX {shlex.quote(path)}"
+        return f"you may not read it; give yourself access: chmod -R u+rwX {shlex.quote(path)}"
     except OSError:
         return ""

@@ -19,11 +19,11 @@ from lora_from_scratch.grading.graded import Graded
 from lora_from_scratch.support.plain_text import in_markdown
 
 PATIENCE = 60  # seconds for another program that is writing to the same SQLite file
-HINT = "what is graded is kept; run the command again"
+HINT = "finished results are kept; run the command again"
 HINTS = {
-    "readonly": "let yourself write to it and to its folder (chmod u+w), then run the command again",
-    "locked": "another program is writing to it; close that, then run the command again: what is graded is kept",
-    "not a database": "restore it from a copy, or name another one with --db",
+    "readonly": "give yourself write access to it and its folder (chmod u+w), then run the command again",
+    "locked": "another program is writing to it; close it and run the command again: finished results are kept",
+    "not a database": "restore it from a copy, or choose another one with --db",
     "unable to open": "is there such a folder, and may you write there?",
 }
 NO_RESPONSE = "No response."  # nbgrader's own words

@@ -31,8 +31,8 @@ REASONS = {
     "release": "the released notebook has changed",
     "checks": "the checks have changed",
     "library": "the library or its versions have changed",
-    "seed": "the cohort's secret is another one",
-    "isolation": "graded in another isolation",
+    "seed": "the cohort's secret has changed",
+    "isolation": "graded with a different isolation",
 }
 
 
@@ -63,7 +63,7 @@ def why_changed(before: str, now: str) -> str:
     """In words, what differs between two keys; "" if nothing does."""
     old, new = (dict(part.split(":", 1) for part in key.split() if ":" in part) for key in (before, now))
     if not old:
-        return "the grading before was not finished" if new else ""
+        return "the previous grading was not finished" if new else ""
     return "; ".join(words for name, words in REASONS.items() if old.get(name) != new.get(name))
 
 
