@@ -21,8 +21,8 @@ from lora_from_scratch.support import learner_folder
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(learner_folder.HOME, str(tmp_path / "home"))
-    monkeypatch.setattr(progress_file, "_waiting", [])
-    monkeypatch.setattr(progress_file, "_never", [])
+    monkeypatch.setattr(progress_file, "_pending", [])
+    monkeypatch.setattr(progress_file, "_unsaved", [])
 
 
 def mine(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
