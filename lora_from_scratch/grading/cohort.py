@@ -1,7 +1,7 @@
 """The cohort's secret, and the seeds derived from it.
 
 A learner's own check draws fresh inputs every time. In grading, everybody in a cohort gets the same inputs, which
-nobody knows beforehand: they are derived from a secret that is created at the first use and kept in the course's folder.
+nobody knows beforehand: they are derived from a secret that is created at the first use and kept in the course folder.
 The secret is stretched first (a person may have chosen a word), and every exercise has its own seed, so a seed that a
 learner's code prints reveals nothing about the others.
 """
