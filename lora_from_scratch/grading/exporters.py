@@ -5,8 +5,8 @@
     nbgrader export --exporter=lora_from_scratch.grading.exporters.MoodleExport --to moodle.csv
 
 The first is the default (nbgrader_config.py). Scores in the other two equal those of nbgrader's own export: they
-include manual scores, minus the penalty for late submission. Learners who have handed in nothing get an empty cell, which
-neither system reads as a grade. The column names are set in nbgrader_config.py:
+include manual scores, minus the penalty for late submission. Learners who have handed in nothing get an empty cell,
+which neither system reads as a grade. The column names are set in nbgrader_config.py:
 
     c.GradeExport.columns = {"unit_09": "Unit 09: LoRA (48213)"}
 """

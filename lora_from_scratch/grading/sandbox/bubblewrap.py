@@ -1,4 +1,4 @@
-"""The walls: a command in bubblewrap, with nothing of the machine but the interpreter and its libraries, read-only."""
+"""Run a command in bubblewrap, where only the interpreter and its libraries are visible, read-only."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ NEEDED = ("torch", "numpy", "IPython", "safetensors", "traitlets")
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why there can be no sandbox here, in words with what to do; None: there can."""
+    """Why the sandbox cannot be used here and what to do about it; None if it can."""
     if not sys.platform.startswith("linux"):
-        return f"bubblewrap is for Linux, and this is {sys.platform}. Grade on Linux (a virtual machine or WSL 2)"
+        return f"bubblewrap needs Linux, and this is {sys.platform}. Grade on Linux (a virtual machine or WSL 2)"
     if shutil.which(PROGRAM) is None:
         return "bubblewrap is not installed. Install it: apt install bubblewrap, or dnf install bubblewrap"
     try:

@@ -45,7 +45,7 @@ TRACEBACK = 4_000  # characters of a traceback that are kept: its end
 
 
 class TruncatedOutput(io.TextIOBase):
-    """A text stream that keeps only the beginning of what is written to it."""
+    """A text stream that keeps only the beginning of its input."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -90,7 +90,7 @@ class Shell(InteractiveShell):
         self.error = self.error or sys.exc_info()[1]
 
     def enable_gui(self, gui: str | None = None) -> None:
-        """There is no screen."""
+        """Does nothing: there is no screen."""
 
     def enable_matplotlib(self, gui: str | None = None) -> tuple[str | None, str]:
         return None, "agg"
@@ -135,11 +135,11 @@ class Shell(InteractiveShell):
         self._did_nothing(what)
 
     def _did_nothing(self, what: str) -> None:
-        print(f"{what.strip()[:200]}: this does nothing while a notebook is graded.")
+        print(f"{what.strip()[:200]}: this does nothing while a notebook is being graded.")
 
 
 class Runner:
-    """Does the steps of a job.
+    """Runs the steps of a job.
 
     Args:
         job: see `observing._Observing._describe`.
@@ -227,7 +227,7 @@ class Runner:
             with time_limit(GUESS_SECONDS):
                 value = wire.Room(bytes=self.job["observation"]).fitting(plain(self.names.get(step["name"])))
         except BaseException as error:  # lists in lists without a floor, for example
-            value = Opaque(f"value that cannot be read ({type(error).__name__})")
+            value = Opaque(f"value that could not be read ({type(error).__name__})")
         return {"kind": "guess", "value": value}
 
 

@@ -1,4 +1,4 @@
-"""Observe a notebook in the sandbox: start it, again after a crash, and look again where the library was needed."""
+"""Observe a notebook in the sandbox: run it, restart after crashes, and repeat where the library was needed."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from lora_from_scratch.grading.sandbox.messages import NOT_RUN, TIME_IS_UP, endi
 from lora_from_scratch.grading.sandbox.stripped import ASSETS, TAKEN_OUT, Stripped, find_unit, stripped
 from lora_from_scratch.support.figures import BUILDING
 
-MOST_STARTS = 8  # of one submission's notebook, after as many crashes less one
-OVERHEAD = 2**20  # of an observation's bytes, for what is not tensors
-GRACE = 5.0  # seconds that the process has, beyond its own limit, to say that the time of a cell is up
-JOB = "/job"  # where the job is seen inside
+MOST_STARTS = 8  # of one submission's notebook, including the restarts after crashes
+OVERHEAD = 2**20  # bytes of an observation beyond its tensors
+GRACE = 5.0  # seconds, beyond its own limit, for the process to report that a cell is out of time
+JOB = "/job"  # where the job is visible inside
 LIBRARY = "/library"  # where an instructor's own modules are
 BOOT = "from lora_from_scratch.grading.sandbox.inside import main; main({folder!r}, {frames})"
 
 
 class SandboxError(OSError):
-    """The sandbox itself does not work: no fault of the learner's. One line."""
+    """The sandbox itself does not work, which is not the learner's fault. The message is one line."""
 
 
 def unavailable() -> str | None:
-    """Why there can be no sandbox here, in words with what to do; None: there can."""
+    """Why the sandbox cannot be used here and what to do about it; None if it can."""
     return bubblewrap.unavailable()
 
 
 def observe_notebook(job: Job) -> Observed:
-    """Run a notebook in the sandbox and give back what was seen of it. Nothing that a learner does is an error here.
+    """Run a notebook in the sandbox and return the observations. Nothing that a learner does raises an error here.
 
     Call it from the main thread, or from one that lives longer than the call: bubblewrap ends with its thread.
 
