@@ -22,26 +22,26 @@ from lora_from_scratch.checks.observation import Data
 from lora_from_scratch.grading.sandbox import lockdown, seccomp, wire
 from lora_from_scratch.grading.sandbox.job import Limits
 
-POLL = 0.1  # seconds between two looks at threads and files
+POLL = 0.1  # seconds between two checks of threads and files
 SAID = 4_000  # bytes kept of what the process writes to stdout and stderr themselves: the end
-STARTING = 180.0  # seconds that it may take until it is ready
+STARTING = 180.0  # seconds allowed for the start
 PIECE = 1 << 16
 
 
 class Listener(Protocol):
-    """Who takes the frames."""
+    """The receiver of the frames."""
 
     def take(self, frame: Data) -> bool:
         """A frame has come. True: what the process waits for is there. ValueError: it is not what can come now."""
 
     def until(self) -> float | None:
-        """When the process has to be ended if nothing comes before, on the clock `time.monotonic`."""
+        """When to end the process if no frame comes before, on the clock `time.monotonic`."""
 
     def ready(self) -> bool:
-        """Has the start ended?"""
+        """Whether the process has started up."""
 
     def done(self) -> bool:
-        """Has everything come?"""
+        """Whether all frames have come."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def start(
 
 
 def _readable(content: bytes) -> int:
-    """A file descriptor from which this can be read."""
+    """A file descriptor from which this data can be read."""
     reader, writer = os.pipe()
     os.write(writer, content)
     os.close(writer)
@@ -147,7 +147,7 @@ class Watch:
         self.at_ready: float | None = None
 
     def run(self) -> End:
-        """Until the end, whatever it is."""
+        """Watch the process until it ends, for whatever reason."""
         try:
             why, detail = self._watch()
         finally:
@@ -287,7 +287,7 @@ class Watch:
             os.close(self.started.info)
 
     def _why(self, code: int) -> tuple[str, str]:
-        """What ended it, from the exit status; bubblewrap says 128 + the signal."""
+        """What ended the process, from its exit status; bubblewrap returns 128 + the signal."""
         number = -code if code < 0 else code - 128 if code > 128 else 0
         try:
             name = signal.Signals(number).name if number else ""
