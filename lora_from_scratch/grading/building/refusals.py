@@ -1,4 +1,4 @@
-"""What is not fit to be released: in a unit's list, in its cells, in a learner's notebook and in what cells put out.
+"""Find what makes a unit unfit for release: in its list, its cells, the learner's notebook, and the outputs.
 
 Every function returns messages; none of them raises or writes.
 """
@@ -16,10 +16,10 @@ from lora_from_scratch.grading.building.assemble import RUBRIC, Cell
 from lora_from_scratch.grading.building.solution import bound_names, solution_lines
 from lora_from_scratch.grading.building.source import SourceCell
 
-WRONG, RIGHT = 5, 2  # answers that the bank must have of an exercise
+WRONG, RIGHT = 5, 2  # minimum number of answers in the bank per exercise
 FROM_CHECKS = ("check", "hint", "library", "progress", "working")  # what every unit's first code cell imports
 SECTIONS = ("What goes wrong in practice", "Summary", "Go further")
-TELLING = 24  # a line of a solution that is at least so long, without spaces, gives something away
+TELLING = 24  # minimum length, without spaces, of a solution line that gives something away
 SCREENFUL = 45  # lines
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]*)[^)]*\)")
