@@ -55,7 +55,7 @@ def show_hints(name: str, hints: Sequence[str], of: int) -> None:
     left = of - len(hints)
     then = f'{left} more: `hint("{name}")` again.' if left else "That was the last hint."
     if not left:
-        then += f' Still stuck? `{name} = library("{name}")` lets you continue; it earns no points.'
+        then += f' Still stuck? `{name} = library("{name}")` lets you continue. It earns no points; your own still can.'
     items = "".join(f'<li style="{PARAGRAPH}">{_inline(text)}</li>' for text in hints)
     body = f'<p style="{PARAGRAPH}"><strong>Hints for {_code(name)}</strong></p>'
     body += f'<ol style="margin: 0.4em 0 0.4em 1.5em; padding: 0;">{items}</ol>{_paragraph(then)}'
