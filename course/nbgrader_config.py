@@ -1,4 +1,4 @@
-"""The course's configuration of nbgrader: run nbgrader in the folder of this file."""
+"""The course's nbgrader configuration. Run nbgrader in the folder that contains this file."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from lora_from_scratch.grading.preprocessors import HarmlessComments, HarmlessNa
 
 c = get_config()  # noqa: F821
 
-# The course's root is the nearest folder that holds solutions/: this file's own, or the one above.
+# The course's root is the nearest folder that contains solutions/: this file's folder or one above it.
 here = Path(__file__).resolve().parent
 c.CourseDirectory.root = str(next((place for place in (here, *here.parents) if (place / "solutions").is_dir()), here))
 c.CourseDirectory.course_id = "lora-from-scratch"
@@ -37,8 +37,8 @@ c.CourseDirectory.release_directory = "notebooks"
 
 c.ClearSolutions.code_stub = {"python": "# YOUR CODE HERE\nraise NotImplementedError"}
 c.ClearSolutions.text_stub = "*Your answer here.*"
-# nbgrader's own steps without the two that this course does not use (headers and footers, generated tests), and with
-# predictions left as `None` instead of an error.
+# nbgrader's default steps without the two that this course does not use (headers and footers, generated tests), and
+# with predictions left as `None` instead of raising an error.
 c.GenerateAssignment.preprocessors = [
     LockCells,
     CourseClearSolutions,
@@ -52,8 +52,8 @@ c.GenerateAssignment.preprocessors = [
     CheckCellMetadata,
 ]
 
-# nbgrader's own steps with two of this course's. MatchRelease puts a damaged notebook right before nbgrader looks at
-# it; MarkInSandbox stands where nbgrader would run the notebook, tests included, in a process of the learner's.
+# nbgrader's default steps plus two of this course. MatchRelease repairs a damaged notebook before nbgrader reads it.
+# MarkInSandbox replaces Execute, which would run the notebook and its tests in one process with the learner's code.
 c.Autograde.sanitize_preprocessors = [
     MatchRelease,
     ClearOutput,
@@ -70,13 +70,13 @@ c.Autograde.autograde_preprocessors = [
     CheckCellMetadata,
 ]
 
-# Names and comments in the formgrader, in feedback pages and in exports are only text.
+# Show names and comments as plain text in the formgrader, in feedback pages and in exports.
 c.HTMLExporter.preprocessors = [HarmlessNames]
 c.GenerateFeedback.preprocessors = [GetGrades, HarmlessComments, CSSHTMLHeaderPreprocessor]
 c.GenerateFeedback.exporter_class = FeedbackPage
 c.ExportApp.plugin_class = CsvExport
 escape_names()
 
-# `nbgrader validate` runs a notebook as a whole, which takes up to five minutes.
+# `nbgrader validate` runs the whole notebook, which takes up to five minutes.
 c.Execute.timeout = 600
 c.ExecutePreprocessor.timeout = 600

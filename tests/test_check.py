@@ -21,8 +21,8 @@ from lora_from_scratch.support import learner_folder
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(learner_folder.HOME, str(tmp_path / "home"))
-    monkeypatch.setattr(progress_file, "_waiting", [])
-    monkeypatch.setattr(progress_file, "_never", [])
+    monkeypatch.setattr(progress_file, "_pending", [])
+    monkeypatch.setattr(progress_file, "_unsaved", [])
 
 
 def mine(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def test_a_class_that_is_asked_for_and_a_function_that_is_there(monkeypatch: pyt
     exercise = types.SimpleNamespace(name="Layer", object=torch.nn.Linear, points=3)
     verdict = notebook.unusable(exercise, {"Layer": mine})  # type: ignore[arg-type]
     assert verdict is not None
-    assert verdict.message == "`Layer` is a function here, and should be a class: `class Layer: ...`."
+    assert verdict.message == "`Layer` is a function here, but should be a class: `class Layer: ...`."
     assert notebook.unusable(exercise, {"Layer": type("Layer", (), {})}) is None  # type: ignore[arg-type]
 
 

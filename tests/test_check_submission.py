@@ -35,10 +35,10 @@ def test_what_is_not_written_yet_is_listed(tmp_path: Path, capsys: pytest.Captur
     said = capsys.readouterr().out.splitlines()
     for line in (
         "to do: rank is not written yet.",
-        "to do: The prediction rank_of_counting is not made yet.",
+        "to do: You have not made the prediction rank_of_counting yet.",
         "to do: The open question nearly_low has no answer yet.",
         "to do: row_echelon is the library's version, which earns no points.",
-        "to do: The cell of rank_deficiency is not Python as it stands: run it, and mend what the error says.",
+        "to do: The cell of rank_deficiency is not valid Python. Run it and fix the error.",
         "to do: No cell above its check defines outer_product_sum.",
         "2 of 8 exercises, predictions and open questions have been filled in.",
     ):
@@ -51,8 +51,8 @@ def test_damage_is_said_in_one_line_each_with_what_to_do(tmp_path: Path, capsys:
     notebook.cells.remove(answer(notebook))
     assert check(notebook, tmp_path) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("fix: The cell of rank is there 2 times")
-    assert said[1].startswith("lost: The answer to the open question nearly_low is not there")
+    assert said[0].startswith("fix: The cell of rank appears 2 times")
+    assert said[1].startswith("lost: The answer to the open question nearly_low is missing")
     assert len(said) == 4
 
 

@@ -105,7 +105,7 @@ def test_reasons_are_told_apart_and_an_unfinished_grading_is_none() -> None:
     for name, words in REASONS.items():
         assert why_changed(key, key.replace(f"{name}:1", f"{name}:2")) == words
     assert why_changed(key, key) == ""
-    assert why_changed("", key) == "the grading before was not finished"
+    assert why_changed("", key) == "the previous grading was not finished"
 
 
 def test_a_worker_that_dies_harms_only_the_submission_it_had(course: GradingCourse) -> None:
@@ -214,7 +214,7 @@ def test_raw_cells_become_text_and_findings_stand_on_top(empty: GradingCourse) -
     cells = nbformat.reads(shown(graded, nbformat.read(empty.released, as_version=4)), as_version=4).cells
     assert cells[-1].cell_type == "markdown"
     assert "<pre>&lt;script&gt;</pre>" in cells[-1].source
-    assert "Put right, cell <code>Counter</code>: It was &lt;script&gt;moved" in cells[0].source
+    assert "Repaired, cell <code>Counter</code>: It was &lt;script&gt;moved" in cells[0].source
     assert not cells[-1].metadata
 
 
@@ -264,7 +264,7 @@ def test_bad_input_ends_in_one_line(course: GradingCourse, tmp_path: Path) -> No
     assert "there is no unit 77" in complaint("grade", "77", "--course", course.root)
     assert "--workers must be at least 1" in complaint("grade", "1", "--workers", "-3", "--course", course.root)
     assert "there is no nbgrader_config.py" in complaint("grade", "01", "--course", tmp_path)
-    assert "unit_01.ipynb; make it" in complaint("grade", "unit_01", "--course", course.root, "--isolation", "none")
+    assert "unit_01.ipynb; create it" in complaint("grade", "unit_01", "--course", course.root, "--isolation", "none")
     config = course.root / "course" / "nbgrader_config.py"
     config.write_text("this is no Python")
     assert "nbgrader_config.py cannot be read: SyntaxError" in complaint("grade", "01", "--course", course.root)

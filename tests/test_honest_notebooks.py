@@ -135,7 +135,7 @@ def test_an_error_in_code_that_a_magic_runs_is_the_learners(tmp_path: Path) -> N
     steps = (Run("line", "%time 1 / 0\nafter = 1"), Run("cell", "%%time\n1 / 0"), Run("said", "!ls"))
     found = observe_notebook(Job("01", steps, tmp_path))
     assert [found.outputs[cell].error[:17] for cell in ("line", "cell")] == ["ZeroDivisionError"] * 2
-    assert found.outputs["said"].stdout == "!ls: this does nothing while a notebook is graded.\n"
+    assert found.outputs["said"].stdout == "!ls: this does nothing while a notebook is being graded.\n"
 
 
 @needs_bubblewrap

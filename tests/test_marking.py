@@ -280,7 +280,7 @@ def test_the_secret_is_made_once_and_is_nobody_elses(tmp_path: Path) -> None:
 
 def test_a_chosen_secret_is_kept_and_another_one_refused(tmp_path: Path) -> None:
     assert secret_of(tmp_path, "chosen by us") == "chosen by us" == secret_of(tmp_path)
-    with pytest.raises(ValueError, match="another secret"):
+    with pytest.raises(ValueError, match="a different secret"):
         secret_of(tmp_path, "another one")
     with pytest.raises(ValueError, match="at least 8"):
         secret_of(tmp_path, "short")

@@ -28,8 +28,8 @@ FAILED = Verdict("row_echelon", "failed", 2.5, 5)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(learner_folder.HOME, str(tmp_path / "home"))
     monkeypatch.delenv(learner_folder.SWITCH, raising=False)
-    monkeypatch.setattr(progress_file, "_waiting", [])
-    monkeypatch.setattr(progress_file, "_never", [])
+    monkeypatch.setattr(progress_file, "_pending", [])
+    monkeypatch.setattr(progress_file, "_unsaved", [])
     return tmp_path / "home"
 
 
@@ -60,7 +60,7 @@ def test_switched_off_or_while_building_nothing_is_written(home: Path, monkeypat
     for variable, value in ((learner_folder.SWITCH, "off"), (learner_folder.BUILDING, "1")):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
-            patch.setattr(progress_file, "_never", [])
+            patch.setattr(progress_file, "_unsaved", [])
             record(PASSED)
             assert [open_hint("rank", 3) for _ in range(2)] == [1, 2]
             assert load().entries["row_echelon"].passed
@@ -78,7 +78,7 @@ def test_a_damaged_file_is_set_aside_and_said_in_one_line(home: Path, content: b
     said = record(PASSED)
     (aside,) = home.glob("progress.damaged-*.json")
     assert aside.read_bytes() == content
-    assert said == [f"Your progress file is damaged: it was set aside as {aside}, and a new one is begun."]
+    assert said == [f"Your progress file is damaged. It was moved to {aside}, and a new one is started."]
     assert load().entries["row_echelon"].passed
     assert load().notes == []
 
@@ -106,7 +106,7 @@ def test_what_is_sound_in_a_damaged_file_is_kept(home: Path, bad: Any) -> None:
     damaged = (home / "progress.json").read_bytes()
     progress = load()
     assert list(progress.entries) == ["row_echelon"]
-    assert "the 1 entry is kept" in progress.notes[0]
+    assert "the 1 valid entry is kept" in progress.notes[0]
     (aside,) = home.glob("progress.damaged-*.json")
     assert aside.read_bytes() == damaged
     assert load().notes == []
@@ -250,4 +250,4 @@ def test_the_command_shows_the_same() -> None:
     assert output_of("progress").strip() == "\n\n".join([table for _, table in report()[0]] + report()[1])
     assert "✓ row_echelon" in output_of("progress", "1")
     assert "passed on 20" in output_of("progress", "unit_01")
-    assert complaint("progress", "88").startswith("error: there is no unit '88'; there are 00, 01")
+    assert complaint("progress", "88").startswith("error: there is no unit '88'; the units are 00, 01")

@@ -47,7 +47,7 @@ def test_misconceptions_are_counted_with_what_learners_are_told(parts: dict[str,
 def test_whatever_needs_a_human_is_listed_with_the_reason(parts: dict[str, Section]) -> None:
     assert parts["What needs a human"].rows == (
         ("<b>dora|", "the answer has changed since it was graded by hand: why_count"),
-        ("cleo", "doubtful; the learner is told: We are not sure about this."),
+        ("cleo", "doubtful; message to the learner: We are not sure about this."),
     )
 
 
@@ -84,7 +84,7 @@ def test_each_exercise_is_counted(parts: dict[str, Section]) -> None:
 
 
 def test_repairs_and_who_handed_in_nothing_are_said(parts: dict[str, Section]) -> None:
-    assert parts["Found in the notebooks"].rows[0][:4] == ("cleo", "put right", "duplicated cell", "guess_root")
+    assert parts["Found in the notebooks"].rows[0][:4] == ("cleo", "repaired", "duplicated cell", "guess_root")
     assert parts["Handed in nothing"].items == ("zoe",)
 
 
@@ -138,7 +138,7 @@ def test_a_notebook_that_could_not_be_read_lowers_no_mean(course: GradingCourse)
     assert "from 10 to 10" in parts["Overview"].sentences[-1]
     assert parts["What needs a human"].rows[0] == (
         "eve",
-        "damaged notebook; the learner is told: Your notebook is damaged.",
+        "damaged notebook; message to the learner: Your notebook is damaged.",
     )
 
 
@@ -146,7 +146,7 @@ def test_both_files_are_written_and_the_command_says_where(course: GradingCourse
     course.grade()
     for suffix in (".html", ".md"):
         text = (course.root / "reports" / f"{NAME}{suffix}").read_text()
-        assert "Unit 99: Tiny. Report on the grading" in text
+        assert "Unit 99: Tiny. Grading report" in text
         assert "Graded without a sandbox" in text
 
 

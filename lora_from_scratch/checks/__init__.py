@@ -1,4 +1,4 @@
-"""What is checked of each exercise; in a notebook: `from lora_from_scratch.checks import check, hint, ...`."""
+"""The checks of the exercises; in a notebook: `from lora_from_scratch.checks import check, hint, ...`."""
 
 from lora_from_scratch.checks.notebook import check, hint, library, progress, working
 

@@ -1,12 +1,14 @@
-"""The bank of answers: for each exercise the mistakes that people make, and other right ways to do it.
+"""The bank of answers: for each exercise, common mistakes and alternative right solutions.
 
-A wrong answer is code with what is said to whoever wrote it. It tests the check (which has to refuse it, with these
-words), and it is the check's diagnosis: an answer that does the same as it in every case has made this mistake.
+A wrong answer is code with a message to the learner. It has two uses: it tests the check, which has to reject it with
+this message; and it is the check's diagnosis, because an answer that behaves like it in every case makes the same
+mistake.
 
-Most answers are written out. A wrong one that differs from the reference by a token or two says only that (`changed`).
+Most answers are written out in full. A wrong answer that differs from the reference by only a token or two is given as
+that difference (`changed`).
 
-The answers to a unit's exercises are in the files `answers*.py` of its folder; a check loads those of its own unit.
-An instructor adds answers in a folder of the same layout (see `units`).
+The answers to a unit's exercises are in the files `answers*.py` of its folder; a check loads only those of its own
+unit. Instructors can add answers in a folder with the same layout (see `units`).
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ class Answer:
     Attributes:
         exercise: the exercise's name.
         object: the function or class.
-        name: what it is called: the function's own name.
+        name: the name of the function or class, with spaces for underscores.
         right: whether it is right.
-        message: of a wrong one, what is said to the learner: the idea that is missing, never the answer.
-        caught_by: of a wrong one, the name of the general rule that finds it, where it is not found by itself.
-        hangs: it does not end; so it is not tried when others are compared with the bank.
+        message: for a wrong answer, the message to the learner: the idea that is missing, never the answer.
+        caught_by: for a wrong answer without a message, the name of the general rule that catches it.
+        hangs: whether it never ends; such answers are not run when an answer is compared with the bank.
     """
 
     exercise: str
@@ -48,7 +50,7 @@ class Answer:
 
     @property
     def misconception(self) -> str:
-        """The name that the verdict gives it."""
+        """The name that the verdict gives to this mistake."""
         return self.caught_by or self.name
 
 
@@ -56,21 +58,19 @@ _bank: dict[str, list[Answer]] = {}
 
 
 def wrong(exercise: str, message: str = "", *, caught_by: str = "", hangs: bool = False) -> Callable[[T], T]:
-    """Enter the function or class below as a wrong answer to the exercise.
+    """Decorator: register a function or class as a wrong answer to an exercise.
 
     Args:
-        exercise: its name.
-        message: what is said to whoever has made this mistake.
-        caught_by: instead of a message, the general rule that has one ("changes its input", "returns nothing", ...).
-        hangs: it does not end.
+        exercise: the name of the exercise.
+        message: the message to learners who make this mistake.
+        caught_by: instead of a message, the general rule that catches it ("changes its input", "returns nothing", ...).
+        hangs: whether the answer never ends.
 
     Raises:
-        ValueError: neither or both of message and caught_by are given.
+        ValueError: neither or both of `message` and `caught_by` are given.
     """
     if bool(message) == bool(caught_by):
-        raise ValueError(
-            f"a wrong answer to {exercise} needs a message, or the rule that it is caught by; one of the two"
-        )
+        raise ValueError(f"a wrong answer to {exercise} needs either a message or the name of the rule that catches it")
 
     def enter(target: T) -> T:
         name = getattr(target, "__name__", "").replace("_", " ").strip()
@@ -81,7 +81,7 @@ def wrong(exercise: str, message: str = "", *, caught_by: str = "", hangs: bool 
 
 
 def right(exercise: str) -> Callable[[T], T]:
-    """Enter the function or class below as another right answer to the exercise."""
+    """Decorator: register a function or class as an alternative right answer to an exercise."""
 
     def enter(target: T) -> T:
         name = getattr(target, "__name__", "").replace("_", " ").strip()
@@ -92,13 +92,13 @@ def right(exercise: str) -> Callable[[T], T]:
 
 
 def changed(reference: Any, *pieces: tuple[str, str]) -> Callable[[Any], Any]:
-    """Replace the empty function or class below by the reference with a few pieces of its source changed.
+    """Decorator: replace an empty function or class by the reference with a few pieces of its source changed.
 
         @wrong("over_budget", "You count what costs exactly the limit as too expensive. A limit may be used up.")
         @changed(over_budget, ("cost[name] > limit", "cost[name] >= limit"))
         def limit_is_too_much(): ...
 
-    For a mistake of a token or two, which would be hard to see in a copy of the whole function.
+    Use it for a mistake of a token or two, which would be hard to see in a copy of the whole function.
 
     Args:
         reference: the library's function or class, which solves the exercise.

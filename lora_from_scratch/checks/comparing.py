@@ -1,4 +1,4 @@
-"""Is what was seen as good as what was expected?"""
+"""Compare observations with the expected ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_from_scratch.checks.observation import Data, Opaque, Seen
 
 
 def agrees(exercise: Exercise, case: Case, seen: Seen, expected: Seen) -> bool:
-    """Is what was seen as good as what was expected? The same error where one is expected, the same value elsewhere."""
+    """Whether an observation matches the expected one: the same error if one is expected, else the same value."""
     if seen.stopped or set(seen.changed) - set(expected.changed):
         return False
     if expected.raised or seen.raised:
@@ -22,20 +22,20 @@ def agrees(exercise: Exercise, case: Case, seen: Seen, expected: Seen) -> bool:
             return False
         try:
             return bool(exercise.agree(case, seen, expected))
-        except Exception:  # made for the shapes and types that are expected; these were others
+        except Exception:  # `agree` expects the right shapes and types
             return False
     return same(seen.value, expected.value, exercise.tolerance)
 
 
 def comparable(seen: Data, expected: Data) -> bool:
-    """Is it of about the expected size? What an exercise compares by itself may multiply every row by every other."""
+    """Whether a value is of roughly the expected size; an exercise's own `agree` may take time quadratic in it."""
     longest, most = _extent(expected)
     found = _extent(seen, 16 * most + 4096)
     return found[0] <= 4 * longest + 64 and found[1] <= 16 * most + 4096
 
 
 def _extent(value: Data, enough: float = math.inf) -> tuple[int, int]:
-    """The longest axis, list or mapping, and how many numbers and other things there are; counted until enough."""
+    """The longest axis, list or mapping, and the total number of items; counting stops beyond `enough`."""
     longest, count, waiting = 1, 0, [value]
     while waiting and count <= enough:
         item = waiting.pop()
@@ -49,16 +49,16 @@ def _extent(value: Data, enough: float = math.inf) -> tuple[int, int]:
 
 
 def same(seen: Data, expected: Data, tolerance: float = 1e-4) -> bool:
-    """Equal up to rounding, whatever the dtype: no entry is off by more than `tolerance` times the largest.
+    """Whether two values are equal up to rounding: no entry is off by more than `tolerance` times the largest.
 
-    A number and a tensor of no axes are the same thing, and so are a list and a tuple. Text, truth values and whole
-    numbers have to be equal. NaN equals NaN.
+    The dtype does not matter. A number equals a tensor without axes, and a list equals a tuple. Text, booleans and
+    integers must be exactly equal. NaN equals NaN.
     """
     if isinstance(expected, Opaque) or isinstance(seen, Opaque):
         return isinstance(expected, Opaque) and isinstance(seen, Opaque) and seen == expected
     if isinstance(expected, int) and isinstance(seen, int):
         return seen == expected  # of any size
-    if isinstance(expected, float) and isinstance(seen, float):  # as for tensors below, but much quicker
+    if isinstance(expected, float) and isinstance(seen, float):  # the same as for tensors below, but much faster
         if seen == expected or (math.isnan(seen) and math.isnan(expected)):
             return True
         return math.isfinite(expected) and abs(seen - expected) <= tolerance * abs(expected) + 1e-12
@@ -71,7 +71,7 @@ def same(seen: Data, expected: Data, tolerance: float = 1e-4) -> bool:
         if not other.is_floating_point():
             return bool(torch.equal(one.double(), other.double()))
         one, other = one.double(), other.double()
-        scale = float(other.nan_to_num(0, 0, 0).abs().max()) if other.numel() else 0.0  # of what is finite
+        scale = float(other.nan_to_num(0, 0, 0).abs().max()) if other.numel() else 0.0  # of the finite entries
         return bool(torch.allclose(one, other, rtol=0, atol=tolerance * scale + 1e-12, equal_nan=True))
     if isinstance(expected, list) and isinstance(seen, list):
         return len(seen) == len(expected) and all(same(s, e, tolerance) for s, e in zip(seen, expected, strict=True))
@@ -85,7 +85,7 @@ def is_number(value: Data) -> bool:
 
 
 def as_tensor(value: Data) -> Tensor:
-    """A number as a tensor without axes. A whole number beyond 64 bits becomes the nearest float, or infinite."""
+    """A number as a tensor without axes. An integer beyond 64 bits becomes the nearest float, or infinity."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, int) and not -(2**63) <= value < 2**63:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict
 
 WIDTH = 100  # columns of plain text
-FIXED = "\N{NO-BREAK SPACE}"
+NBSP = "\N{NO-BREAK SPACE}"
 
 # Status: symbol, title, and border colour (the JupyterLab theme's, with a fallback for other front ends).
 LOOKS = {
@@ -47,7 +47,7 @@ def show(verdict: Verdict) -> None:
 
 def show_text(text: str) -> None:
     """Show a short text."""
-    publish(_paragraph(text), _wrapped(_no_ticks(text)))
+    publish(_paragraph(text), _wrapped(_without_backticks(text)))
 
 
 def show_hints(name: str, hints: Sequence[str], of: int) -> None:
@@ -55,12 +55,12 @@ def show_hints(name: str, hints: Sequence[str], of: int) -> None:
     left = of - len(hints)
     then = f'{left} more: `hint("{name}")` again.' if left else "That was the last hint."
     if not left:
-        then += f' Still stuck? `{name} = library("{name}")` lets you continue; it earns no points.'
+        then += f' Still stuck? `{name} = library("{name}")` lets you continue. It earns no points; your own still can.'
     items = "".join(f'<li style="{PARAGRAPH}">{_inline(text)}</li>' for text in hints)
     body = f'<p style="{PARAGRAPH}"><strong>Hints for {_code(name)}</strong></p>'
     body += f'<ol style="margin: 0.4em 0 0.4em 1.5em; padding: 0;">{items}</ol>{_paragraph(then)}'
-    lines = [_wrapped(_no_ticks(f"Hint {number} of {of}: {text}")) for number, text in enumerate(hints, 1)]
-    publish(_box(body, LOOKS["library"][2]), "\n".join([*lines, _wrapped(_no_ticks(then))]))
+    lines = [_wrapped(_without_backticks(f"Hint {number} of {of}: {text}")) for number, text in enumerate(hints, 1)]
+    publish(_box(body, LOOKS["library"][2]), "\n".join([*lines, _wrapped(_without_backticks(then))]))
 
 
 def publish(as_html: str, as_text: str) -> None:
@@ -81,7 +81,7 @@ def as_text(verdict: Verdict, advice: bool = True) -> str:
     """
     lines = [f"{_title(verdict)}: {verdict.exercise}{_points_after(verdict, ', ')}"]
     if verdict.message:
-        lines.append(_wrapped(_no_ticks(verdict.message), "  "))
+        lines.append(_wrapped(_without_backticks(verdict.message), "  "))
     if verdict.failure:
         lines.append(_wrapped(f"First case that is not right: {verdict.failure.case}", "  "))
         width = max(len(name) for name, _ in _rows(verdict.failure))
@@ -91,7 +91,7 @@ def as_text(verdict: Verdict, advice: bool = True) -> str:
         lines += [
             f"    {mark}" if heading else f"      {mark}" for heading, mark in _case_lines(verdict, verdict.failure)
         ]
-    lines += [_wrapped(_no_ticks(text), "  ") for text in (_after(verdict) if advice else verdict.notes)]
+    lines += [_wrapped(_without_backticks(text), "  ") for text in (_next_steps(verdict) if advice else verdict.notes)]
     return "\n".join(lines)
 
 
@@ -108,7 +108,7 @@ def as_html(verdict: Verdict, advice: bool = True) -> str:
         opened = " open" if verdict.failure else ""
         body += f'<details{opened} style="{PARAGRAPH}"><summary>{html.escape(_count(verdict.cases))}</summary>'
         body += f"{_case_list(verdict)}</details>"
-    body += "".join(_paragraph(text) for text in (_after(verdict) if advice else verdict.notes))
+    body += "".join(_paragraph(text) for text in (_next_steps(verdict) if advice else verdict.notes))
     return _box(body, LOOKS[verdict.status][2])
 
 
@@ -204,7 +204,7 @@ def _case_list(verdict: Verdict) -> str:
     return page
 
 
-def _after(verdict: Verdict) -> list[str]:
+def _next_steps(verdict: Verdict) -> list[str]:
     """The notes, followed by what to do next."""
     if verdict.status not in ("failed", "stopped", "not started") or not verdict.cases:
         return list(verdict.notes)
@@ -241,9 +241,9 @@ def _code(text: str) -> str:
     return f"<code>{html.escape(text)}</code>"
 
 
-def _no_ticks(text: str) -> str:
+def _without_backticks(text: str) -> str:
     """The text without its backticks; code keeps to one line by no-break spaces, which `_wrapped` removes again."""
-    return re.sub(r"`([^`]+)`", lambda found: found[1].replace(" ", FIXED), text)
+    return re.sub(r"`([^`]+)`", lambda found: found[1].replace(" ", NBSP), text)
 
 
 def _wrapped(text: str, indent: str = "", hanging: int = 0) -> str:
@@ -255,7 +255,7 @@ def _wrapped(text: str, indent: str = "", hanging: int = 0) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return filled.replace(FIXED, " ")
+    return filled.replace(NBSP, " ")
 
 
 def _in_notebook() -> bool:

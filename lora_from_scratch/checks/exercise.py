@@ -1,7 +1,8 @@
-"""What an exercise is: an object of the library, inputs to try an answer on, and what is said about it.
+"""Exercises and predictions.
 
-An answer is compared with the library's own object on the same inputs, through the same probe. So a check is
-nothing but its cases, unless the comparison needs to know more (signs of singular vectors, laws of a random start).
+An exercise consists of an object of the library, the inputs on which answers are tried, and its metadata. An answer is
+compared with the library's own object on the same inputs through the same probe. Most checks therefore consist only of
+cases; some also need their own comparison (signs of singular vectors, laws of a random initialisation).
 """
 
 from __future__ import annotations
@@ -21,51 +22,51 @@ from lora_from_scratch.checks.observation import Data, Seen
 T = TypeVar("T")
 DIFFICULTIES = range(1, 6)
 NUMBER_OF_HINTS = 3
-LARGEST_GUESS = 1e300  # a whole number can be too large to be compared with any other
+LARGEST_GUESS = 1e300  # larger integers cannot be divided as floats
 
 
 class Draw:
-    """Random inputs, all of one seed: fresh for a learner every time, the cohort's secret when grading."""
+    """Random inputs from one seed: new for every check in a notebook, derived from the cohort's secret in grading."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def integer(self, smallest: int, largest: int) -> int:
-        """A whole number from smallest to largest, both included."""
+        """An integer between smallest and largest, both included."""
         return int(torch.randint(smallest, largest + 1, (), generator=self.generator))
 
     def number(self, smallest: float, largest: float) -> float:
-        """A number, uniform between the two."""
+        """A uniform random number between smallest and largest."""
         return smallest + (largest - smallest) * float(torch.rand((), generator=self.generator, dtype=torch.float64))
 
     def choice(self, values: Sequence[T]) -> T:
         return values[self.integer(0, len(values) - 1)]
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal numbers in that shape."""
+        """Standard normal numbers of the given shape."""
         return torch.randn(shape, generator=self.generator, dtype=dtype)
 
     def integers(self, smallest: int, largest: int, *shape: int) -> Tensor:
-        """Whole numbers from smallest to largest, both included, in that shape (int64)."""
+        """Integers (int64) of the given shape between smallest and largest, both included."""
         return torch.randint(smallest, largest + 1, shape, generator=self.generator)
 
     def permutation(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self.generator)
 
     def low_rank(self, m: int, n: int, rank: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """An (m, n) matrix of exactly that rank, up to rounding."""
+        """An (m, n) matrix of exactly the given rank, up to rounding."""
         return self.normal(m, rank, dtype=dtype) @ self.normal(rank, n, dtype=dtype)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that an answer is tried on.
+    """One set of inputs on which an answer is tried.
 
     Attributes:
-        name: what it is, in words for the learner: "a wide matrix of rank 2".
+        name: a description for the learner: "a wide matrix of rank 2".
         inputs: the probe's arguments by name; plain data only (`Data`).
-        part: which part of the exercise it tries. Points are shared out over the parts, and a part counts
-            when all of its cases are right. One part, whatever its name: all or nothing.
+        part: the part of the exercise that it tests. Points are divided equally among the parts, and a part counts
+            if all of its cases are right. With only one part, it is all or nothing.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Case:
 
 
 def call(answer: Callable[..., Any], **inputs: Data) -> Any:
-    """The probe that most exercises need: call the answer with the inputs."""
+    """The default probe: call the answer with the inputs."""
     return answer(**inputs)
 
 
@@ -84,20 +85,20 @@ class Exercise:
 
     Attributes:
         object: the library's own function or class. Its docstring is the statement, its body the solution.
-        idea: the idea of the course that it belongs to; progress is shown by idea.
+        idea: the idea of the course to which it belongs; progress is also shown by idea.
         difficulty: 1 to 5.
         minutes: how long it takes a learner.
-        points: what it is worth.
-        hints: three, each giving away more than the one before; the last still leaves the writing to do.
-        cases: the inputs to try, drawn afresh from a seed; simple ones first.
-        probe: `probe(answer, **case.inputs)` runs beside the learner's code and returns what there is to see.
-        tolerance: how far numbers may be off, relative to the largest of a tensor.
-        agree: `agree(case, seen, expected)`: is it as good as right? None: the same within the tolerance
-            (`judge.same`). It must hold for `expected` itself.
-        explain: `explain(case, seen, expected)`: what is wrong, as `(name, message)`, where the bank and the general
-            rules do not know; or None.
-        blank: of a class, the methods whose bodies are the exercise; empty: all of them.
-        seconds: how long all cases together may take.
+        points: the maximum number of points.
+        hints: three hints, each giving away more than the previous one; the last still leaves the code to be written.
+        cases: yields the cases for a given `Draw`, simple ones first.
+        probe: `probe(answer, **case.inputs)` runs in the learner's process and returns what is to be compared.
+        tolerance: the largest allowed error, relative to the largest entry of a tensor.
+        agree: `agree(case, seen, expected)` returns whether the answer is right; it must hold for `expected` itself.
+            None means equal within the tolerance (`comparing.same`).
+        explain: `explain(case, seen, expected)` returns what is wrong as `(name, message)`, or None. It is used if
+            no answer of the bank explains the mistake.
+        blank: for a class, the methods whose bodies the learner writes; empty means all of them.
+        seconds: the time limit for all cases together.
     """
 
     object: Any
@@ -135,21 +136,21 @@ class Exercise:
 
     @property
     def lines(self) -> int:
-        """How many lines of code the library's own answer has: no docstring, comment or blank line counted."""
+        """Number of code lines in the library's own answer, without docstrings, comments and blank lines."""
         return solution_lines(self.object, self.blank)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A question to answer before an experiment shows it: several choices, or a number.
+    """A question to answer before an experiment shows the result: multiple choice, or a number.
 
     Attributes:
         name: the variable that holds the learner's prediction.
-        question: Markdown; choices are listed below it by the build.
+        question: Markdown; the build lists the choices below it.
         answer: a key of `choices`, or a number.
-        explanation: what is said afterwards, whether the prediction was right or not.
+        explanation: shown afterwards, whether the prediction was right or not.
         choices: key to text; empty when a number is asked for.
-        within: for a number, the largest ratio between prediction and answer that still counts as right.
+        within: for a number, the largest ratio between prediction and answer that counts as right.
     """
 
     name: str
@@ -179,7 +180,7 @@ class Prediction:
 
 
 def solution_lines(target: Any, blank: tuple[str, ...] = ()) -> int:
-    """Lines of code in the bodies that a learner has to write."""
+    """Number of code lines in the bodies that a learner has to write."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(target)))
     source = textwrap.dedent(inspect.getsource(target)).splitlines()
     lines: set[int] = set()

@@ -1,6 +1,6 @@
-"""The probe's half of a check: run an answer on inputs, and write down what there is to see as plain data.
+"""The probe's half of a check: run an answer on inputs and record the observations as plain data.
 
-This half runs beside the learner's code. It knows no right answer and decides nothing.
+This half runs in the learner's process. It contains no right answer and makes no decision.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ import torch
 from torch import Tensor
 
 Data = Union[None, bool, int, float, str, Tensor, "list[Data]", "dict[str, Data]"]
-"""Plain data: what can be written as JSON and safetensors, and so cross from the learner's process to the judge's."""
+"""Plain data: can be written as JSON and safetensors, and so sent from the learner's process to the judge's."""
 
-PRINTED = 2_000  # characters of what was printed that are kept
-LONGEST_RANGE = 100_000  # a longer one is not written out
-AGAIN = (20e-6, 50e-6, 0.02, 100e-6, 200e-6, 0.005)  # seconds after which somebody out of time is told so once more
+PRINTED = 2_000  # number of printed characters that are kept
+LONGEST_RANGE = 100_000  # longer ranges are not expanded
+REPEAT_DELAYS = (20e-6, 50e-6, 0.02, 100e-6, 200e-6, 0.005)  # seconds until `OutOfTime` is raised again
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What there was to see when an answer was tried on one case.
+    """What was observed when an answer was tried on one case.
 
     Attributes:
-        value: what the probe returned, as plain data; None as well when it raised.
-        errors: the names of the exception's classes, the most special first; empty: nothing was raised.
+        value: what the probe returned, as plain data; None if it raised.
+        errors: the names of the exception's classes, the most specific first; empty if nothing was raised.
         message: the exception's text.
-        where: the innermost function of the answer that was running, and its line: "rank, line 7".
-        changed: the inputs that are not what they were before.
-        printed: the beginning of what was printed.
-        stopped: it did not finish in time.
+        where: the answer's innermost running function and its line: "rank, line 7".
+        changed: the names of inputs that the answer modified.
+        printed: the beginning of the printed output.
+        stopped: whether it ran out of time.
     """
 
     value: Data = None
@@ -63,22 +63,23 @@ class Seen:
 
 
 class Opaque(str):
-    """The name of a type that is not plain data, in the place of such a value."""
+    """Stands for a value that is not plain data; the text is the name of its type."""
 
 
 class OutOfTime(BaseException):
-    """Not an Exception, so that an answer's own `except Exception` does not swallow it."""
+    """Derived from BaseException, so that an answer's own `except Exception` does not swallow it."""
 
 
 def observe(
     probe: Callable[..., Any], answer: Any, inputs: list[Mapping[str, Data]], seconds: float = 4.0, seed: int = 0
 ) -> list[Seen]:
-    """Try an answer on each of the inputs. Nothing that it does ends in an error here, but Ctrl-C by the learner.
+    """Try an answer on each of the inputs. Its errors are recorded, not raised (except for Ctrl-C by the learner).
 
-    The answer gets copies. Each case starts from the same random state, and the learner's own is put back afterwards.
+    The answer gets copies of the inputs. The random state of each case depends only on `seed` and its position; the
+    learner's own random state is restored afterwards.
 
     Args:
-        seconds: for all inputs together; what is left over when they are used up counts as stopped too.
+        seconds: the time limit for all inputs together; inputs not reached in time count as stopped.
     """
     tried = try_on(probe, answer, inputs, seconds, seed)
     return [
@@ -90,7 +91,7 @@ def observe(
 def try_on(
     probe: Callable[..., Any], answer: Any, inputs: list[Mapping[str, Data]], seconds: float, seed: int
 ) -> list[tuple[Seen, dict[str, Data]]]:
-    """As `observe`, but whether an input was changed is left open: with each `Seen` what the inputs are afterwards."""
+    """Like `observe`, but returns each case's inputs as they are afterwards instead of filling in `changed`."""
     tried: list[tuple[Seen, dict[str, Data]]] = []
     with _state_kept():
         for place, given in enumerate(inputs):
@@ -105,7 +106,7 @@ def try_on(
 
 
 def changed(given: Mapping[str, Data], after: Mapping[str, Data]) -> tuple[str, ...]:
-    """The inputs that are not what they were. `after` is empty where nobody looked: the answer did not end."""
+    """The names of modified inputs. `after` is empty if the answer ran out of time."""
     return tuple(name for name in given if after and not (name in after and identical(given[name], after[name])))
 
 
@@ -133,12 +134,12 @@ def _try_on_one(
 def _after(value: Any) -> Data:
     try:
         return plain(value)
-    except Exception:  # an answer can put anything into a list that it was given, the list itself too
-        return Opaque(f"{type(value).__name__} that cannot be read any more")
+    except Exception:  # an answer can put anything into a list that it gets, even the list itself
+        return Opaque(f"{type(value).__name__} that can no longer be read")
 
 
 def plain(value: Any) -> Data:
-    """A value as plain data: arrays become tensors, tuples lists, keys text; anything else the name of its type."""
+    """Convert a value to plain data: arrays become tensors, tuples lists, keys text; other objects become `Opaque`."""
     if value is None or type(value) in (bool, int, float, str, Opaque):
         return value
     if isinstance(value, Tensor):
@@ -152,7 +153,7 @@ def plain(value: Any) -> Data:
         return [plain(item) for item in value]
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
-    for kind in (bool, int, float, str):  # a subclass of one of them: only its value crosses
+    for kind in (bool, int, float, str):  # for a subclass, only the plain value is kept
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, torch.Size | set | frozenset) or (isinstance(value, range) and len(value) <= LONGEST_RANGE):
@@ -161,12 +162,12 @@ def plain(value: Any) -> Data:
 
 
 def dtype_of(x: Any) -> str:
-    """ "int8" of a torch tensor or a NumPy array: for exercises in which the type counts and not only the numbers."""
+    """The dtype of a tensor or NumPy array as text ("int8"), for exercises in which the dtype matters."""
     return str(getattr(x, "dtype", type(x).__name__)).removeprefix("torch.")
 
 
 def identical(one: Data, other: Data) -> bool:
-    """The same value to the bit; NaN equals NaN."""
+    """Whether two values are exactly equal; NaN equals NaN."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         same_kind = one.shape == other.shape and one.dtype == other.dtype
         return same_kind and bool(torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)))
@@ -181,22 +182,22 @@ def identical(one: Data, other: Data) -> bool:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the block when the time is up, again and again until it ends.
+    """Raise `OutOfTime` in the block when the time is up, repeatedly until the block ends.
 
-    Again, because a bare `except:` swallows it: the next one comes a moment later, sooner or later while the code is
-    in the handler and not in the `try`, and gets through.
+    It is repeated because a bare `except:` swallows it. The repetitions come at varying intervals, so that one of them
+    eventually arrives while the code is in the handler rather than in the `try`.
 
-    Needs the main thread and a system with interval timers (not Windows); elsewhere there is no limit.
+    Needs the main thread and a system with interval timers (not Windows); otherwise there is no limit.
     """
     possible = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not possible:
         yield
         return
-    delays = itertools.cycle(AGAIN)
+    delays = itertools.cycle(REPEAT_DELAYS)
 
     def up(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, next(delays))
-        if frame is not None and frame.f_code not in _MACHINERY:  # an error there would leave the timer running
+        if frame is not None and frame.f_code not in _MACHINERY:  # raising there would leave the timer running
             raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, up)
@@ -221,14 +222,14 @@ _MACHINERY = frozenset(
 
 @contextlib.contextmanager
 def _captured(printed: io.StringIO) -> Iterator[None]:
-    """What is printed goes to `printed`, warnings and stderr to nowhere: they cost nothing."""
+    """Capture standard output in `printed`; discard warnings and standard error."""
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 class _Start(io.StringIO):
-    """Keeps the beginning of what is written, and takes the rest without keeping it."""
+    """Keeps only the beginning of what is written."""
 
     def write(self, text: str) -> int:
         room = PRINTED - self.tell()
@@ -253,7 +254,7 @@ def _text(error: BaseException) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """The last frame that is neither the library's nor an installed package's: the learner's own line."""
+    """The learner's own line: the last frame outside the library and installed packages."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -270,13 +271,13 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def _state_kept() -> Iterator[None]:
-    """Random states, default dtype and gradient mode are afterwards what they were before."""
+    """Restore random states, default dtype and gradient mode afterwards."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     with torch.random.fork_rng(devices=[]):
         try:
             torch.set_grad_enabled(True)
-            torch.set_default_dtype(torch.float32)  # as the judge has it
+            torch.set_default_dtype(torch.float32)  # as in the judge
             yield
         finally:
             torch.set_default_dtype(dtype)

@@ -1,7 +1,7 @@
-"""What a learner has done, kept in a file of their own: `~/.lora-from-scratch/progress.json`.
+"""A learner's progress, kept in `~/.lora-from-scratch/progress.json`.
 
-Nothing here is ever an error for the learner. A damaged file is set aside, a folder that cannot be written means that
-progress is kept until the notebook's kernel ends. `support/learner_folder.py` has the environment variables.
+Nothing here ever raises an error for the learner. A damaged file is set aside; if the folder is not writable, progress
+is kept until the notebook's kernel ends. `support/learner_folder.py` describes the environment variables.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from lora_from_scratch.support.files import write_json
 from lora_from_scratch.support.learner_folder import folder, switched_off
 
 VERSION = 1
-PATIENCE = 2.0  # seconds to wait for another notebook that is writing
-LARGEST = 5_000_000  # bytes: no course is so long
+PATIENCE = 2.0  # seconds to wait while another notebook is writing
+LARGEST = 5_000_000  # bytes; a real progress file is never this large
 COUNTS = ("passed", "failed", "stopped")  # the verdicts that count as attempts
 
 
 @dataclass
 class Entry:
-    """What was done of one exercise or prediction.
+    """A learner's progress on one exercise or prediction.
 
     Attributes:
-        attempts: checks until it passed, the passing one included; checks of what was not begun do not count.
-        hints: how many hints are open.
-        points: the most that a check has given, out of `max_points`.
+        attempts: number of checks up to and including the first that passed; checks of an unwritten stub do not count.
+        hints: number of hints opened.
+        points: the best result so far, out of `max_points`.
         passed, last: when it first passed and was last tried (ISO 8601, local time), or None.
-        library: whether the library's version was taken.
+        library: whether the library's version was used.
     """
 
     attempts: int = 0
@@ -51,17 +51,17 @@ class Entry:
 
 @dataclass
 class Progress:
-    """All entries by name; `notes`: what has to be said of the file; `kept`: whether it can be written."""
+    """All entries by name, notes about the file for the learner, and whether progress is kept in the file."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     kept: bool = True
 
 
-Change = tuple[str, Callable[[Entry], None]]  # the exercise, and what is done to its entry
+Change = tuple[str, Callable[[Entry], None]]  # the exercise, and a function that updates its entry
 
-_waiting: list[Change] = []  # what could not be written yet
-_never: list[Change] = []  # what was done while switched off
+_pending: list[Change] = []  # changes not yet written to the file
+_unsaved: list[Change] = []  # changes made while the file is switched off
 
 
 def path() -> Path:
@@ -69,25 +69,25 @@ def path() -> Path:
 
 
 def load() -> Progress:
-    """What was done so far."""
+    """The progress so far."""
     if switched_off():
-        return _changed(Progress(kept=False), _never)
+        return _changed(Progress(kept=False), _unsaved)
     progress, damage = _read()
     if damage:
         try:
             with _locked():
-                progress, damage = _read()  # as it is now that nobody else writes
+                progress, damage = _read()  # read again under the lock
                 if damage:
                     progress.notes.append(_set_aside(damage, progress))
         except OSError as error:
             progress.notes.append(f"{path()} {damage}, and could not be set aside ({error.strerror or error}).")
             progress.kept = False
-    progress.kept = progress.kept and not _waiting
-    return _changed(progress, _waiting)
+    progress.kept = progress.kept and not _pending
+    return _changed(progress, _pending)
 
 
 def record(verdict: Verdict) -> list[str]:
-    """Enter a verdict; the result is what has to be said of the file, usually nothing."""
+    """Record a verdict; returns notes about the file for the learner, usually none."""
     if verdict.status not in COUNTS:
         return []
 
@@ -105,7 +105,7 @@ def record(verdict: Verdict) -> list[str]:
 
 
 def open_hint(name: str, of: int) -> int:
-    """Open one hint more; the result is how many are open now."""
+    """Open the next hint; returns how many are open now."""
 
     def enter(entry: Entry) -> None:
         entry.hints = min(of, entry.hints + 1)
@@ -114,7 +114,7 @@ def open_hint(name: str, of: int) -> int:
 
 
 def took_library(name: str) -> None:
-    """Enter that the library's version was taken."""
+    """Record that the library's version was used."""
 
     def enter(entry: Entry) -> None:
         entry.library = True
@@ -123,17 +123,17 @@ def took_library(name: str) -> None:
 
 
 def _change(name: str, enter: Callable[[Entry], None]) -> tuple[Entry, list[str]]:
-    """Make a change in the file, after those that could not be written before; where it cannot be, keep it."""
+    """Apply pending changes and this one to the file; if it cannot be written, keep them for the next time."""
     notes = load().notes  # a damaged file is set aside here
     if switched_off():
-        _never.append((name, enter))
+        _unsaved.append((name, enter))
     else:
-        _waiting.append((name, enter))
+        _pending.append((name, enter))
         with contextlib.suppress(OSError), _locked():
             progress, _ = _read()  # another notebook may have written meanwhile
             if progress.kept:
-                _write(_changed(progress, _waiting))
-                _waiting.clear()
+                _write(_changed(progress, _pending))
+                _pending.clear()
     return load().entries[name], notes
 
 
@@ -144,7 +144,7 @@ def _changed(progress: Progress, changes: list[Change]) -> Progress:
 
 
 def _read() -> tuple[Progress, str]:
-    """The file's contents, as far as they are sound; and what is wrong with it, or ""."""
+    """The valid contents of the file, and what is wrong with it ("" if nothing)."""
     file = path()
     try:
         if not os.path.lexists(file):
@@ -160,7 +160,7 @@ def _read() -> tuple[Progress, str]:
         return Progress(), "is damaged"
     version = document.get("version")
     if isinstance(version, int) and version > VERSION:
-        note = f"{file} was written by a newer lora-from-scratch: it is left as it is, and nothing is added to it."
+        note = f"{file} was written by a newer version of lora-from-scratch, so it is left unchanged."
         return Progress(notes=[note], kept=False), ""
     entries = {str(name): _entry(values) for name, values in document["exercises"].items()}
     sound = {name: entry for name, entry in entries.items() if entry is not None}
@@ -168,7 +168,7 @@ def _read() -> tuple[Progress, str]:
 
 
 def _entry(values: Any) -> Entry | None:
-    """An entry that makes sense, or None."""
+    """The entry if it is valid, else None."""
     if not isinstance(values, dict) or set(values) - {item.name for item in fields(Entry)}:
         return None
     entry = Entry(**values)
@@ -190,7 +190,7 @@ def _is_time(value: Any) -> bool:
 
 
 def _set_aside(damage: str, progress: Progress) -> str:
-    """Move the file away, write what was sound in it, and say so."""
+    """Move the damaged file aside, write its valid entries to a new one, and say so."""
     file = path()
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
     aside = file.with_name(f"progress.damaged-{stamp}.json")
@@ -203,9 +203,9 @@ def _set_aside(damage: str, progress: Progress) -> str:
         _write(progress)
     else:
         os.replace(file, aside)
-    entries = "1 entry is" if len(progress.entries) == 1 else f"{len(progress.entries)} entries are"
-    saved = f"the {entries} kept" if progress.entries else "a new one is begun"
-    return f"Your progress file {damage}: it was set aside as {aside}, and {saved}."
+    entries = "1 valid entry is" if len(progress.entries) == 1 else f"{len(progress.entries)} valid entries are"
+    saved = f"the {entries} kept" if progress.entries else "a new one is started"
+    return f"Your progress file {damage}. It was moved to {aside}, and {saved}."
 
 
 def _write(progress: Progress) -> None:
@@ -215,10 +215,10 @@ def _write(progress: Progress) -> None:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    """Nobody else changes the file meanwhile (on Windows there is no such lock).
+    """Hold the lock on the file (on Windows there is no lock).
 
     Raises:
-        OSError: the folder cannot be written, or somebody else has held the lock for too long.
+        OSError: the folder is not writable, or another process has held the lock for too long.
     """
     folder().mkdir(parents=True, exist_ok=True)
     try:
@@ -236,4 +236,4 @@ def _locked() -> Iterator[None]:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.02)
-        yield  # closing the file gives the lock back
+        yield  # closing the file releases the lock

@@ -1,10 +1,10 @@
-"""Which exercises and predictions there are: every unit's, in the order of the course.
+"""The exercises and predictions of every unit, in the order of the course.
 
-A unit NN is a folder `unit_NN` beside this file. Its `exercises.py` has `TITLE`, `EXERCISES` (a list of `Exercise`) and
-`PREDICTIONS` (a list of `Prediction`); its `answers*.py` are the bank (see `bank`). Names are unique in the course.
+Unit NN is the folder `unit_NN` beside this file. Its `exercises.py` defines `TITLE`, `EXERCISES` (a list of `Exercise`)
+and `PREDICTIONS` (a list of `Prediction`); its `answers*.py` are the bank (see `bank`). Names are unique in the course.
 
-An instructor adds a unit, or answers to an existing one, in a folder of the same layout, which the environment variable
-`LORA_FROM_SCRATCH_UNITS` names.
+Instructors can add units, or answers to existing ones, in a folder with the same layout that is named by the
+environment variable `LORA_FROM_SCRATCH_UNITS`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNIT_FOLDERS = "unit_??"
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of the course: its number ("01"), its title and what is checked in it."""
+    """A unit of the course: its number ("01"), title, exercises and predictions."""
 
     number: str
     title: str
@@ -36,7 +36,7 @@ class Unit:
 
     @property
     def checked(self) -> tuple[Exercise | Prediction, ...]:
-        """Everything that is checked: the exercises, then the predictions."""
+        """The exercises, then the predictions."""
         return self.exercises + self.predictions
 
 
@@ -56,11 +56,11 @@ def units() -> tuple[Unit, ...]:
 
 
 def unit_files(pattern: str, unit: str = UNIT_FOLDERS) -> list[Path]:
-    """The files of the units' folders with such a name: first the package's, then those of the instructor's folder.
+    """The matching files in the units' folders: first the package's, then those in the instructor's folder.
 
     Args:
-        pattern: of the file's name: "exercises.py", "answers*.py".
-        unit: of the folder's name: "unit_09"; by default those of all units.
+        pattern: pattern for the file name: "exercises.py", "answers*.py".
+        unit: pattern for the folder name: "unit_09"; by default, all units.
     """
     own = os.environ.get(FOLDER)
     folders = [PACKAGE, Path(own)] if own else [PACKAGE]
@@ -68,7 +68,7 @@ def unit_files(pattern: str, unit: str = UNIT_FOLDERS) -> list[Path]:
 
 
 def load(file: Path) -> ModuleType:
-    """Import a file of a unit's folder: the package's under its usual name, an instructor's by its path."""
+    """Import a file from a unit's folder: the package's under its usual module name, an instructor's by its path."""
     if file.is_relative_to(PACKAGE):
         return importlib.import_module(f"lora_from_scratch.checks.{file.parent.name}.{file.stem}")
     spec = importlib.util.spec_from_file_location(f"{file.parent.name}_{file.stem}", file)
@@ -86,10 +86,10 @@ def names() -> frozenset[str]:
 
 
 def find(name: str) -> tuple[Unit, Exercise | Prediction]:
-    """The exercise or prediction of that name, and its unit.
+    """The exercise or prediction of this name, and its unit.
 
     Raises:
-        ValueError: there is none; similar names are said.
+        ValueError: there is none; the message suggests similar names.
     """
     everything = {item.name: (unit, item) for unit in units() for item in unit.checked}
     if name not in everything:

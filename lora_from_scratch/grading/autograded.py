@@ -24,14 +24,14 @@ LONGEST_TIMESTAMP = 200  # bytes
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 LARGEST_PICTURE = 5_000_000
 MOST_PICTURES = 20
-WORDS = {"note": "Note", "repaired": "Put right", "lost": "Points lost", "human": "Somebody will look at this"}
+WORDS = {"note": "Note", "repaired": "Repaired", "lost": "Points lost", "human": "A person will look at this"}
 
 
 def write(course: CourseFolder, learner: str, notebook: str) -> None:
-    """Write what is shown of a submission; files that are as they should be are left alone.
+    """Write the published files of a submission; files that are up to date are left alone.
 
     Args:
-        notebook: what `shown` gave.
+        notebook: the result of `shown`.
     """
     folder = course.autograded(learner)
     _put(course, folder / f"{course.assignment}.ipynb", notebook.encode())
@@ -45,9 +45,9 @@ def write(course: CourseFolder, learner: str, notebook: str) -> None:
 
 
 def shown(graded: Graded, released: Any) -> str:
-    """The autograded notebook as it is shown: with what was found about it on top, and harmless.
+    """The autograded notebook for publishing: sanitised, with the findings at the top.
 
-    Only cells that are as they were released stay as they are.
+    Only cells that equal released ones are left unchanged.
     """
     import nbformat
 
@@ -67,11 +67,11 @@ def shown(graded: Graded, released: Any) -> str:
 
 
 def changed_cells(before: Path, now: str) -> set[str]:
-    """The grade_ids of cells that are not what a person saw before; all of them where nobody knows.
+    """The grade_ids of cells that differ from what a person saw before; all of them if that is unknown.
 
     Args:
-        before: an autograded notebook, which need not be there.
-        now: what it will be replaced by.
+        before: the path of the previous autograded notebook, which need not exist.
+        now: the notebook that will replace it.
     """
     new = _answers(now)
     try:
@@ -82,7 +82,7 @@ def changed_cells(before: Path, now: str) -> set[str]:
 
 
 def _answers(notebook: str) -> dict[str, tuple[str, str]]:
-    """By grade_id, what a learner has written there: text and pictures."""
+    """By grade_id, what the learner has written: text and pictures."""
     import nbformat
 
     cells = nbformat.reads(notebook, as_version=4).cells
@@ -94,7 +94,7 @@ def _answers(notebook: str) -> dict[str, tuple[str, str]]:
 
 
 def read_small(path: Path, limit: int) -> bytes | None:
-    """A learner's small file; None where it is a link, no file, too large or not there."""
+    """The contents of a learner's small file; None if it is a link, not a regular file, too large or missing."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -105,7 +105,7 @@ def read_small(path: Path, limit: int) -> bytes | None:
 
 
 def _put(course: CourseFolder, path: Path, content: bytes) -> None:
-    """With the permissions that nbgrader gives its own."""
+    """Write the file if it differs, with the permissions that nbgrader gives to its own."""
     if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
         return
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
@@ -127,7 +127,7 @@ def _pictures(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _findings(findings: Iterable[Finding]) -> str:
-    """The findings as a cell of text."""
+    """The findings as a Markdown cell."""
     from lora_from_scratch.grading import harmless
 
     items = ""
@@ -138,10 +138,10 @@ def _findings(findings: Iterable[Finding]) -> str:
 
 
 def _shown(cell: Any, released: Any | None) -> Any:
-    """A cell as it is shown.
+    """A cell as it is published.
 
     Args:
-        released: the cell of the release that says the same, if there is one.
+        released: the equal cell of the release, if there is one.
     """
     from lora_from_scratch.grading import harmless
 

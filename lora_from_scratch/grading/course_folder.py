@@ -1,4 +1,4 @@
-"""The instructor's course folder: nbgrader's configuration, and where everything lies that grading reads and writes."""
+"""The instructor's course folder: nbgrader's configuration, and the paths of all files that grading uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "nbgrader_config.py"
-LONGEST_NAME = 128  # characters of a learner's name in nbgrader's gradebook
+LONGEST_NAME = 128  # maximum length of a learner's name in nbgrader's gradebook
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class CourseFolder:
         assignment: nbgrader's name for the unit: "unit_09".
         place: the folder of nbgrader_config.py.
         config: all of nbgrader's settings (traitlets' Config).
-        directory: nbgrader's own CourseDirectory, which knows the folders.
+        directory: nbgrader's CourseDirectory.
     """
 
     assignment: str
@@ -43,13 +43,13 @@ class CourseFolder:
 
     @property
     def released(self) -> Path:
-        """The notebook that learners got."""
+        """The released notebook."""
         folder = self.directory.format_path(self.directory.release_directory, ".", self.assignment)
         return Path(os.path.normpath(folder)) / f"{self.assignment}.ipynb"
 
     @property
     def solved(self) -> Path:
-        """The notebook that it was made from, with the answers and the rubrics."""
+        """The solved notebook, with answers and rubrics, from which the released one was made."""
         folder = self.directory.format_path(self.directory.source_directory, ".", self.assignment)
         return Path(os.path.normpath(folder)) / f"{self.assignment}.ipynb"
 
@@ -68,20 +68,20 @@ class CourseFolder:
         return Path(self.directory.format_path(self.directory.feedback_directory, learner, self.assignment))
 
     def record(self, learner: str) -> Path:
-        """The file of the learner's `Graded`."""
+        """The file with the learner's `Graded`."""
         return self.root / "graded" / learner / f"{self.assignment}.json"
 
     def failed(self, learner: str) -> Path:
-        """The file that says which submission of the learner's could not be marked the last time, by its key."""
+        """The file with the key of the learner's submission that could not be marked last time."""
         return self.root / "graded" / learner / f"{self.assignment}.failed"
 
     def feedback_mark(self, learner: str) -> Path:
-        """The file that says what the learner's feedback page was made of."""
+        """The file with the hash of the inputs of the learner's feedback page."""
         return self.root / "graded" / learner / f"{self.assignment}.feedback"
 
     @property
     def baseline(self) -> Path:
-        """The points before the grading that is going on; gone when it is finished."""
+        """The points before the grading in progress; deleted when it is finished."""
         return self.root / "graded" / f".{self.assignment}.before.json"
 
     @property
@@ -90,14 +90,14 @@ class CourseFolder:
 
     @property
     def cache(self) -> Path:
-        """What grading keeps to be faster the next time."""
+        """The folder of grading's cache."""
         return self.root / "graded" / ".cache"
 
     def report(self, suffix: str) -> Path:
         return self.root / "reports" / f"{self.assignment}{suffix}"
 
     def learners(self) -> tuple[list[str], list[str]]:
-        """Who has handed the unit in, in order; and for each folder that cannot be graded, a sentence."""
+        """The learners who have handed in the unit, in order, and a sentence for each folder that cannot be graded."""
         excluded = [name for name in self.directory.student_id_exclude.split(",") if name]
         names, refused = [], []
         for path, name in self._handed_in():
@@ -111,7 +111,7 @@ class CourseFolder:
         return names, refused
 
     def _handed_in(self) -> list[tuple[str, str]]:
-        """The unit's folders, each with the learner's name. The course's own path is no pattern, whatever it holds."""
+        """The unit's folders, each with the learner's name. The course's own path is not read as a pattern."""
         step, root = self.directory.submitted_directory, str(self.root)
         pattern = self.directory.format_path(step, self.directory.student_id, self.assignment)
         wanted = self.directory.format_path(step, "(?P<student>.*)", re.escape(self.assignment), escape=True)
@@ -128,15 +128,16 @@ class CourseFolder:
 
 
 def open_course(assignment: str, place: Path | None = None, db: str | None = None) -> CourseFolder:
-    """Read the course's configuration as nbgrader does: the person's own settings, then the course's.
+    """Read the course's configuration as nbgrader does: the user's own settings, then the course's.
 
     Args:
-        place: the folder of nbgrader_config.py, or the one above its folder `course`; None: found from here.
+        place: the folder of nbgrader_config.py, or the parent of its folder `course`; None searches from the current
+            folder upwards.
         db: the URL of the gradebook, instead of the configured one.
 
     Raises:
         FileNotFoundError: there is no configuration.
-        ValueError: it cannot be read, or the gradebook's URL is none.
+        ValueError: the configuration cannot be read, or the gradebook's URL is invalid.
     """
     from nbgrader.coursedir import CourseDirectory
 
@@ -166,7 +167,7 @@ def _find_config(place: Path | None) -> Path:
             if file.is_file():
                 return file
     where = f"in {place} or its folder course" if place else "here or above"
-    raise FileNotFoundError(f"there is no {CONFIG} {where}; name the course's folder with --course")
+    raise FileNotFoundError(f"there is no {CONFIG} {where}; give the course's folder with --course")
 
 
 def _load(file: Path) -> Any:
@@ -178,14 +179,14 @@ def _load(file: Path) -> Any:
     try:
         with _inside(file.parent):
             app.load_config_file()
-    except Exception as error:  # the file is Python: anything can go wrong in it
+    except Exception as error:  # the file is Python: it can raise anything
         raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
     return app.config
 
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
-    """nbgrader looks for its configuration in the current folder."""
+    """Change the current folder, where nbgrader looks for its configuration."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -203,33 +204,33 @@ def _require_url(url: str) -> None:
         dialect.import_dbapi()
     except (ArgumentError, NoSuchModuleError):
         example = "sqlite:////home/me/gradebook.db or postgresql://user:password@host/gradebook"
-        raise ValueError(f"the gradebook's URL cannot be read; it looks like {example}") from None
+        raise ValueError(f"the gradebook's URL is invalid; it should look like {example}") from None
     except ImportError:
         install = "for PostgreSQL: pip install -e '.[postgresql]' -c constraints.txt"
         raise ValueError(f"the database driver of {make_url(url).drivername} is not installed; {install}") from None
 
 
 def _unfit(name: str) -> str:
-    """Why the gradebook cannot hold a learner of this name; "" if it can."""
+    """Why a learner of this name cannot be graded; "" if there is no obstacle."""
     try:
         name.encode()
     except UnicodeEncodeError:
         return "the learner's name is not UTF-8; rename the folder"
     if name != name.strip() or not name.isprintable():
-        return "a learner's name must not begin or end with a space or hold what cannot be printed; rename the folder"
+        return "a learner's name must not begin or end with a space or contain control characters; rename the folder"
     if name.startswith("."):
-        return "nbgrader passes over folders whose names begin with a dot; rename it, or delete it if it is nobody's"
+        return "nbgrader ignores folders whose names begin with a dot; rename it, or delete it if it belongs to nobody"
     if len(name) > LONGEST_NAME:
         return f"a learner's name must have at most {LONGEST_NAME} characters; rename the folder"
     return ""
 
 
 def _closed(path: str) -> str:
-    """Why a folder cannot be looked into; "" if it can, or is not there."""
+    """Why a folder cannot be read; "" if it can, or does not exist."""
     try:
         with os.scandir(path):
             return ""
     except PermissionError:
-        return f"it may not be read by you; let yourself: chmod -R u+rwX {shlex.quote(path)}"
+        return f"you may not read it; give yourself access: chmod -R u+rwX {shlex.quote(path)}"
     except OSError:
         return ""

@@ -4,9 +4,9 @@
     nbgrader export --exporter=lora_from_scratch.grading.exporters.CanvasExport --to canvas.csv
     nbgrader export --exporter=lora_from_scratch.grading.exporters.MoodleExport --to moodle.csv
 
-The first is the default (nbgrader_config.py). A score in the other two is what nbgrader's own export gives: with what
-persons gave, less the penalty for being late. Who has handed in nothing has an empty cell there, which neither system
-takes for a grade. Names of their columns are set in nbgrader_config.py:
+The first is the default (nbgrader_config.py). Scores in the other two equal those of nbgrader's own export: they
+include manual scores, minus the penalty for late submission. Learners who have handed in nothing get an empty cell,
+which neither system reads as a grade. The column names are set in nbgrader_config.py:
 
     c.GradeExport.columns = {"unit_09": "Unit 09: LoRA (48213)"}
 """
@@ -25,14 +25,14 @@ from lora_from_scratch.support.plain_text import table_cell
 
 
 class GradeExport(ExportPlugin):
-    """A table with one row a learner and one column a unit."""
+    """A table with one row per learner and one column per unit."""
 
     columns = Dict(help="by nbgrader's name of a unit, the name of its column").tag(config=True)
     file_name = "grades.csv"
     encoding = "utf-8"
 
     def export(self, gradebook: Any) -> None:
-        """Write the table to the file that --to names."""
+        """Write the table to the file given by --to."""
         units = [unit for unit in gradebook.assignments if _wanted(unit.name, self.assignment)]
         students = [one for one in gradebook.students if _wanted(one.id, self.student)]
         if not units:
@@ -48,11 +48,11 @@ class GradeExport(ExportPlugin):
         self.log.info("Exported %d learners and %d units to %s", len(students), len(units), target)
 
     def head(self, units: list[Any]) -> Iterator[list[str]]:
-        """The rows above the learners'."""
+        """The header rows."""
         raise NotImplementedError
 
     def learner(self, student: Any) -> list[str]:
-        """The columns that say who it is."""
+        """The columns that identify the learner."""
         raise NotImplementedError
 
     def column(self, unit: Any) -> str:
@@ -65,16 +65,16 @@ class GradeExport(ExportPlugin):
             found[submission.student.id] = _number(score)
             waiting += bool(submission.needs_manual_grade)
         if waiting:
-            self.log.warning("%s: %d submissions still wait for a person", unit, waiting)
+            self.log.warning("%s: %d submissions still need a person", unit, waiting)
         return found
 
 
 class CanvasExport(GradeExport):
-    """What Canvas's gradebook imports.
+    """A table for Canvas's gradebook import.
 
-    Its format (Canvas guides, "How do I import grades in the Gradebook?"): who it is in the first five columns, one
-    column a unit; a name with Canvas's number in brackets is that assignment, another name makes a new one. The row of
-    the possible points comes first. Canvas finds a learner by ID (nbgrader's lms_user_id) or by SIS Login ID.
+    Its format (Canvas guides, "How do I import grades in the Gradebook?"): the learner in the first five columns, then
+    one column per unit. A name with Canvas's number in brackets refers to that assignment; any other name creates one.
+    The row of possible points comes first. Canvas finds learners by ID (nbgrader's lms_user_id) or SIS Login ID.
     """
 
     section = Unicode("", help="the section of every learner; empty: Canvas leaves it as it is").tag(config=True)
@@ -90,9 +90,9 @@ class CanvasExport(GradeExport):
 
 
 class MoodleExport(GradeExport):
-    """What Moodle's gradebook imports (Grades > Import > CSV file).
+    """A table for Moodle's gradebook import (Grades > Import > CSV file).
 
-    Its columns have the names of Moodle's own export (MoodleDocs, "Grade import"). On its page map one of "Username",
+    The columns have the names of Moodle's own export (MoodleDocs, "Grade import"). On the import page, map "Username",
     "ID number" or "Email address" to the user, and each unit to a grade item.
     """
 
@@ -108,7 +108,7 @@ class MoodleExport(GradeExport):
 
 
 class CsvExport(CsvExportPlugin):
-    """The table of nbgrader's CsvExportPlugin, as CSV: it writes names as they are, commas and formulas included."""
+    """The table of nbgrader's CsvExportPlugin as valid CSV; the plugin does not escape commas or formulas in names."""
 
     COLUMNS = ("assignment", "duedate", "timestamp", "student_id", "last_name", "first_name", "email")
     POINTS = ("raw_score", "late_submission_penalty", "score", "max_score")

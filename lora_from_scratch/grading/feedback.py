@@ -1,4 +1,4 @@
-"""The learner's page of feedback: nbgrader's own, but its table of contents names the exercises."""
+"""The learner's feedback page: nbgrader's own, with the exercises named in its table of contents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from nbconvert.exporters import HTMLExporter
 
-# As nbgrader's template writes them. Nobody else's link has such an address: `harmless` takes out what begins with "#".
+# As written by nbgrader's template. No other link matches: `harmless` removes addresses that begin with "#".
 ENTRY = re.compile(r'(<a href="#(comment-|check-)?([\w.-]+)">)(?:Test cell|\w+ (?:free-)?response|Task|Comment)</a>')
 
 

@@ -1,4 +1,4 @@
-"""nbgrader's formgrader, as far as it has to be changed for learners that nobody trusts."""
+"""Patch nbgrader's formgrader so that learners' names cannot inject code into its pages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MODULE = "nbgrader.server_extensions.formgrader.base"
 
 
 def escape_names() -> None:
-    """Have the formgrader escape what it puts into its pages, in whose templates a name is HTML and JavaScript.
+    """Make the formgrader escape all values in its pages, because its templates insert names into HTML and JavaScript.
 
-    Its server extension has no setting for that. nbgrader_config.py, which it reads at its start, calls this; in other
-    commands of nbgrader nothing happens.
+    Its server extension has no setting for this. nbgrader_config.py, which the extension reads at its start, calls this
+    function; in other nbgrader commands it does nothing.
     """
     base = sys.modules.get(MODULE)
     handler = getattr(base, "BaseHandler", None)
@@ -31,7 +31,7 @@ def escape_names() -> None:
 
 
 def _escaped(value: Any) -> Any:
-    """Texts, also those in a dict; the backslash too, which ends a string of JavaScript's before its end."""
+    """Escape texts, including those in a dict, and also backslashes, which are special in JavaScript strings."""
     if isinstance(value, dict):
         return {key: _escaped(one) for key, one in value.items()}
     return html.escape(value).replace("\\", "&#92;") if isinstance(value, str) else value

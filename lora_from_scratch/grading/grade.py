@@ -1,7 +1,7 @@
-"""Grading a unit: everything from submitted/ to the gradebook, the feedback pages and the report.
+"""Grade a unit: from submitted/ to the gradebook, the feedback pages and the report.
 
-Workers mark; this process alone writes the gradebook. Every step is stored as soon as it is done, and doing it again
-changes nothing: so a run that was killed goes on where it stopped, and ends as if nothing had happened.
+Workers mark the submissions; only this process writes the gradebook. Every step is idempotent and stored as soon as it
+is done, so a run that was killed resumes where it stopped and gives the same result as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lora_from_scratch.grading.sandbox import Isolation
 from lora_from_scratch.grading.summary import Before, Row, Summary
 from lora_from_scratch.support.files import remove_leftovers, write_json
 
-PATIENCE = 3.0  # seconds for a grading that was killed just now
+PATIENCE = 3.0  # seconds to wait for the lock of a grading that has just been killed
 NOT_ENTERED = Entered(0.0, {}, 0.0, 0.0, 0.0, (), (), ())
 MARKER = "lora_from_scratch.grading.marking:mark_file"
 
@@ -41,12 +41,12 @@ class Options:
     """How to grade.
 
     Attributes:
-        place: the course's folder; None: found from here.
-        workers: processes; 0: one for each processor.
-        again: grade also what is graded already.
-        db: the gradebook's URL; None: the configured one.
-        cohort_seed: the cohort's secret, to set it.
-        marker: what marks a submission; another one for tests.
+        place: the course's folder; None searches from the current folder.
+        workers: number of worker processes; 0 means one per processor.
+        again: grade everything, including what is already graded.
+        db: the gradebook's URL; None means the configured one.
+        cohort_seed: sets the cohort's secret.
+        marker: the function that marks a submission, as "module:function"; tests replace it.
         start: how workers are started; see `Pool`.
     """
 
@@ -62,10 +62,10 @@ class Options:
 
 
 def grade(number: str, options: Options | None = None) -> Summary:
-    """Grade everything that was handed in of a unit.
+    """Grade every submission of a unit.
 
     Raises:
-        ValueError, OSError: nothing can be graded; the message says why and what to do.
+        ValueError, OSError: grading cannot start; the message says why and what to do.
     """
     import nbformat
 
@@ -74,7 +74,8 @@ def grade(number: str, options: Options | None = None) -> Summary:
     course = open_course(f"unit_{number}", options.place, options.db)
     require_sandbox(options.isolation)
     if not course.released.is_file():
-        raise FileNotFoundError(f"there is no {course.released}; make it: nbgrader generate_assignment unit_{number}")
+        create = f"nbgrader generate_assignment unit_{number}"
+        raise FileNotFoundError(f"there is no {course.released}; create it with: {create}")
     learners, refused = course.learners()
     if not learners and not refused:
         raise FileNotFoundError(f"nothing was handed in: {course.handed_in('*')} matches no folder")
@@ -106,15 +107,15 @@ def grade(number: str, options: Options | None = None) -> Summary:
 
 
 def processors() -> int:
-    """How many this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require_sandbox(isolation: Isolation) -> None:
-    """Can submissions be isolated like this here?
+    """Check that submissions can be isolated in this way on this machine.
 
     Raises:
-        ValueError: they cannot, or there is no such isolation.
+        ValueError: they cannot, or the isolation is unknown.
     """
     if isolation not in get_args(Isolation):
         raise ValueError(f"isolation must be one of {', '.join(get_args(Isolation))}, got {isolation!r}")
@@ -128,7 +129,7 @@ def require_sandbox(isolation: Isolation) -> None:
 
 @dataclass
 class _Run:
-    """One grading, while it goes on."""
+    """A grading in progress."""
 
     unit: Unit
     course: CourseFolder
@@ -143,7 +144,7 @@ class _Run:
     baseline: dict[str, Before] = field(default_factory=dict)
 
     def all(self, learners: list[str]) -> tuple[Row, ...]:
-        """Each learner is looked at, marked if need be, entered and published; each step is that learner's alone."""
+        """For each learner independently: look at the submission, mark it if needed, enter the points, publish."""
         self.baseline = _baseline(self.course, learners)
         shared = course_key(self.course.released, self.unit, self.secret, self.options.isolation)
         with tqdm(total=len(learners), unit="submission", desc=self.course.assignment, disable=None) as bar:
@@ -192,7 +193,7 @@ class _Run:
         return self._enter(job.learner, outcome.value)
 
     def _failed(self, job: tasks.Job, failed: tasks.Failed) -> int:
-        """The first time it is tried again by the next run; when that fails in the same way, a person decides."""
+        """After a first failure the next run tries again; after a second one, a person decides."""
         note, stored = self.course.failed(job.learner), tasks.stored_result(job.record)
         graded = stored or self._nothing(job.learner, failed.why)
         if not failed.machine and job.key and _text_of(note) == job.key:
@@ -214,7 +215,7 @@ class _Run:
         return nothing(self.released, self.unit, learner, [_finding(why)], self.options.isolation)
 
     def _enter(self, learner: str, made: tasks.Prepared, trouble: tuple[str, ...] = ()) -> int:
-        """Into the gradebook, then into autograded/: in this order, as what persons saw is read from autograded/."""
+        """Write the gradebook, then autograded/, in this order: autograded/ still holds what a person last saw."""
         graded, before = made.graded, self.baseline.get(learner)
         trouble += (made.unclear,) if made.unclear else ()
         try:
@@ -238,7 +239,7 @@ class _Run:
     def _published(self, outcome: Outcome) -> int:
         if outcome.error:
             row = self.rows[outcome.task.name]
-            trouble = (*row.trouble, f"what is shown of it could not be written: {outcome.error}")
+            trouble = (*row.trouble, f"its autograded notebook or feedback page could not be written: {outcome.error}")
             self.rows[outcome.task.name] = dataclasses.replace(row, trouble=trouble)
         return 1
 
@@ -252,7 +253,7 @@ def _finding(why: str) -> Finding:
 
 
 def _baseline(course: CourseFolder, learners: list[str]) -> dict[str, Before]:
-    """What everybody had before this grading; a run that goes on compares with what the first one found."""
+    """Everybody's points before this grading; a resumed run compares with what the interrupted one found."""
     try:
         found = json.loads(course.baseline.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -274,7 +275,7 @@ def _text_of(path: Path) -> str:
 
 
 def _tidy(course: CourseFolder, learner: str) -> None:
-    """Take away what a killed run was writing."""
+    """Remove the temporary files of a killed run."""
     remove_leftovers(course.record(learner).parent)
     remove_leftovers(course.autograded(learner))
 
@@ -285,7 +286,7 @@ def _open_book(course: CourseFolder) -> Book:
 
 @contextlib.contextmanager
 def _alone(course: CourseFolder) -> Iterator[None]:
-    """One grading of a unit at a time."""
+    """Hold the lock that allows one grading of a unit at a time."""
     import fcntl
 
     course.lock.parent.mkdir(parents=True, exist_ok=True)

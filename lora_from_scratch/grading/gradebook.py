@@ -19,11 +19,11 @@ from lora_from_scratch.grading.graded import Graded
 from lora_from_scratch.support.plain_text import in_markdown
 
 PATIENCE = 60  # seconds for another program that is writing to the same SQLite file
-HINT = "what is graded is kept; run the command again"
+HINT = "finished results are kept; run the command again"
 HINTS = {
-    "readonly": "let yourself write to it and to its folder (chmod u+w), then run the command again",
-    "locked": "another program is writing to it; close that, then run the command again: what is graded is kept",
-    "not a database": "restore it from a copy, or name another one with --db",
+    "readonly": "give yourself write access to it and its folder (chmod u+w), then run the command again",
+    "locked": "another program is writing to it; close it and run the command again: finished results are kept",
+    "not a database": "restore it from a copy, or choose another one with --db",
     "unable to open": "is there such a folder, and may you write there?",
 }
 NO_RESPONSE = "No response."  # nbgrader's own words
@@ -31,14 +31,14 @@ NO_RESPONSE = "No response."  # nbgrader's own words
 
 @dataclass(frozen=True)
 class Entered:
-    """What the gradebook says of a submission after it was entered.
+    """The gradebook's entry for a submission.
 
     Attributes:
-        score: with what persons gave, before the penalty.
-        scores: the same by grade_id.
-        penalty: for being late.
-        by_hand: the grade_ids of cells with a person's score.
-        waiting: the grade_ids of cells that a person has to look at.
+        score: the total, including manual scores, before the penalty.
+        scores: the score of each cell, by grade_id.
+        penalty: the penalty for late submission.
+        by_hand: the grade_ids of cells with a manual score.
+        waiting: the grade_ids of cells that need a person.
     """
 
     score: float
@@ -52,17 +52,17 @@ class Entered:
 
 
 class UnusableError(ValueError):
-    """The gradebook itself cannot be used: no fault of what is entered."""
+    """The gradebook itself cannot be used, whatever is entered."""
 
 
 class Book:
     """The gradebook of a course, for one unit."""
 
     def __init__(self, url: str, assignment: str, course_id: str, config: Any) -> None:
-        """Open or make it.
+        """Open the gradebook, or create it.
 
         Args:
-            url: SQLAlchemy's: "sqlite:////folder/gradebook.db", "postgresql://user:password@host/name".
+            url: an SQLAlchemy URL: "sqlite:////folder/gradebook.db", "postgresql://user:password@host/name".
 
         Raises:
             ValueError: it cannot be opened.
@@ -72,7 +72,7 @@ class Book:
         _let_alembic_be_found()
         self.url, self.assignment, self.config = url, assignment, config
         with _errors(url):
-            # nbgrader's own steps open it without naming a course, and make this one: once, and not two at a time.
+            # nbgrader's own steps open it without naming a course, which creates the default course; do it here, once.
             Gradebook(patient(url)).close()
             self.gradebook = Gradebook(patient(url), course_id)
         self.session = self.gradebook.db
@@ -87,10 +87,10 @@ class Book:
         self.close()
 
     def prepare(self, released: Any) -> None:
-        """Make sure that the gradebook knows the unit as it was released.
+        """Make sure that the gradebook contains the unit as released.
 
         Raises:
-            ValueError: cells came or went since work was handed in, which nbgrader cannot bring together.
+            ValueError: graded cells were added or removed since work was handed in, which nbgrader does not support.
         """
         from nbgrader.api import MissingEntry
         from nbgrader.preprocessors import SaveCells
@@ -104,25 +104,25 @@ class Book:
             if known == wanted:
                 return
             self.gradebook.update_or_create_assignment(self.assignment)
-            self.session.remove()  # nothing may be locked while nbgrader writes
+            self.session.remove()  # release locks while nbgrader writes
             where = {"notebook": self.assignment, "assignment": self.assignment, "db_url": patient(self.url)}
             try:
                 SaveCells(config=self.config).preprocess(released, {"nbgrader": where})
             except RuntimeError:
                 changed = ", ".join(sorted(set(known) ^ set(wanted)))
                 raise ValueError(
-                    f"{self.assignment} has other graded cells than when work was graded before ({changed}), and "
-                    f"nbgrader cannot add or take away any. Export what persons have graded (nbgrader export), then: "
+                    f"the graded cells of {self.assignment} have changed since work was graded ({changed}), and "
+                    f"nbgrader cannot add or remove any. Export the manual grades (nbgrader export), then: "
                     f"nbgrader db assignment remove {self.assignment} --force"
                 ) from None
             self.session.remove()
 
     def enter(self, graded: Graded, handed_in: str | None, changed: Collection[str]) -> Entered:
-        """Enter a graded submission, all of it or nothing.
+        """Enter a graded submission in one transaction.
 
         Args:
-            handed_in: when, as nbgrader's timestamp.txt has it; None: nobody knows.
-            changed: the grade_ids of cells that are not what persons saw of the grading before.
+            handed_in: the time of submission in nbgrader's format; None if unknown.
+            changed: the grade_ids of cells that differ from what a person saw after the previous grading.
         """
         import nbformat
 
@@ -132,14 +132,14 @@ class Book:
             self._enter_grades(submitted, graded, changed)
             self._enter_comments(submitted, graded, notebook)
             self.session.flush()
-            self.session.expire_all()  # scores are sums that the database makes
+            self.session.expire_all()  # the database computes the sums
             late = submitted.assignment.total_seconds_late
             submitted.late_submission_penalty = self._penalty(submitted, late)
             self.session.flush()
             return _entered(submitted, late)
 
     def enrolled(self) -> list[str]:
-        """Everybody in the gradebook."""
+        """The ids of all learners in the gradebook."""
         with _errors(self.url):
             return sorted(student.id for student in self.gradebook.students)
 
@@ -151,7 +151,7 @@ class Book:
             try:
                 self.session.rollback()
                 if self.session.get_bind().dialect.name == "sqlite":
-                    self.session.execute(text("BEGIN IMMEDIATE"))  # what is read below stays true until the end
+                    self.session.execute(text("BEGIN IMMEDIATE"))  # nothing read below can change before the commit
                 yield
                 self.session.commit()
             except BaseException:
@@ -159,7 +159,7 @@ class Book:
                 raise
 
     def _submission(self, learner: str, handed_in: str | None) -> Any:
-        """The row of the learner's notebook, with a grade and a comment for each cell that has them."""
+        """The row of the learner's notebook, with a grade or comment row for each cell that needs one."""
         from nbgrader.api import Comment, Grade, Student, SubmittedAssignment, SubmittedNotebook
         from nbgrader.utils import parse_utc
 
@@ -196,7 +196,7 @@ class Book:
             name = grade.cell.name
             solution = name.removeprefix("check-")
             if name in graded.verdicts:
-                score: float | None = round(graded.verdicts[name].points, 2)  # what a check returns in a notebook
+                score: float | None = round(graded.verdicts[name].points, 2)  # as `check` returns it in a notebook
             else:
                 score = None if graded.open_questions.get(name, True) else 0.0
             if grade.manual_score is None:
@@ -206,7 +206,7 @@ class Book:
             grade.auto_score, grade.needs_manual_grade = score, asks
 
     def _enter_comments(self, submitted: Any, graded: Graded, notebook: Any) -> None:
-        """As nbgrader: "No response." where nothing was written; then what was found about the cell."""
+        """As in nbgrader, "No response." for unanswered cells; then the findings about the cell."""
         from nbgrader.utils import compute_checksum
 
         cells = {cell.metadata.nbgrader["grade_id"]: cell for cell in notebook.cells if _grade_id(cell)}
@@ -218,7 +218,7 @@ class Book:
             comment.auto_comment = "\n\n".join([NO_RESPONSE] * empty + found) or None
 
     def _penalty(self, submitted: Any, late: float) -> float | None:
-        """What the course's late policy takes away: nbgrader's own plugin decides."""
+        """The penalty for late submission, computed by nbgrader's plugin."""
         from nbgrader.preprocessors import AssignLatePenalties
 
         if late <= 0:
@@ -244,7 +244,7 @@ def _entered(submitted: Any, late: float) -> Entered:
 
 
 def _cells_of(notebook: Any) -> dict[str, tuple[Any, ...]]:
-    """What the gradebook knows of a notebook: by grade_id, what would change if the release had changed."""
+    """By grade_id, the gradebook's record of a notebook's cells, to be compared with `_cells_in`."""
     graded = {cell.name: cell.max_score for cell in notebook.grade_cells}
     solutions = {cell.name for cell in notebook.solution_cells}
     return {
@@ -261,7 +261,7 @@ def _cells_of(notebook: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def _cells_in(released: Any) -> dict[str, tuple[Any, ...]]:
-    """The same of the released notebook, as nbgrader's SaveCells would write it."""
+    """The same for the released notebook, as nbgrader's SaveCells would write it."""
     from nbgrader import utils
 
     cells = [
@@ -290,7 +290,7 @@ def _added(session: Any, row: Any) -> Any:
 
 
 def patient(url: str) -> str:
-    """The URL of a gradebook that waits when another program is writing."""
+    """The URL with a timeout, so that SQLite waits while another program is writing."""
     from sqlalchemy.engine import make_url
 
     made = make_url(url)
@@ -300,7 +300,7 @@ def patient(url: str) -> str:
 
 
 def _let_alembic_be_found() -> None:
-    """nbgrader starts alembic by its name; it lies beside this Python, whose environment need not be activated."""
+    """Put this Python's folder on PATH: nbgrader runs alembic by name, and the environment may not be activated."""
     here = str(Path(sys.executable).parent)
     if here not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = f"{here}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -308,7 +308,7 @@ def _let_alembic_be_found() -> None:
 
 @contextlib.contextmanager
 def _errors(url: str) -> Iterator[None]:
-    """What goes wrong in the database, as one sentence, and without nbgrader's own log of it."""
+    """Turn database errors into one sentence, and silence nbgrader's own log of them."""
     from nbgrader.api import InvalidEntry, app_log
     from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError, StatementError
 

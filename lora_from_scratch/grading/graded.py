@@ -1,4 +1,4 @@
-"""What grading one submission gives: the verdicts, what was found about the notebook, and its outputs. Plain data."""
+"""The result of grading one submission, as plain data: verdicts, findings about the notebook, and outputs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Finding:
     """Something about a submission that its learner or the instructor should know.
 
     Attributes:
-        kind: its name, the same for every submission: "duplicated cell", "exited", "memory".
-        severity: "note" (nothing was done about it), "repaired" (put right, no points lost), "lost" (points were
-            lost by it, and it is clear why), "human" (a person should look).
-        cell: the grade_id of the cell that it is about; "" for the whole notebook.
-        message: for the learner, in the second person: what was found, what grading did about it.
+        kind: a fixed name: "duplicated cell", "exited", "memory", ...
+        severity: "note" (for information), "repaired" (repaired, no points lost), "lost" (points were lost for a clear
+            reason), "human" (a person should look).
+        cell: the grade_id of the cell concerned; "" for the whole notebook.
+        message: to the learner, in the second person: what was found, and what grading did about it.
     """
 
     kind: str
@@ -36,10 +36,10 @@ class Graded:
 
     Attributes:
         verdicts: by the grade_id of the check cell ("check-rank").
-        open_questions: by grade_id: has it an answer that a person has to grade?
+        open_questions: by grade_id, whether there is an answer for a person to grade.
         notebook: the autograded notebook as text (nbformat 4): the released structure, the learner's sources, outputs.
         isolation: "bubblewrap" or "none".
-        key: what the result depends on (submission, release, checks, seed); the same key, the same result.
+        key: identifies everything the result depends on (submission, release, checks, seed): equal keys, equal results.
     """
 
     learner: str
@@ -60,7 +60,7 @@ class Graded:
         return any(finding.severity == "human" for finding in self.findings)
 
     def to_json(self) -> str:
-        """The same bytes for the same result."""
+        """Serialise deterministically: equal results give equal bytes."""
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True, indent=1) + "\n"
 
     @classmethod
@@ -68,7 +68,7 @@ class Graded:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the text is not such a record.
         """
         try:
             data: dict[str, Any] = json.loads(text)

@@ -1,12 +1,12 @@
-"""Learners' Markdown and HTML as HTML that a person may open: one sanitiser for all of nbgrader's pages.
+"""Sanitise learners' Markdown and HTML, for all of nbgrader's pages.
 
-A page is opened in the instructor's browser. There a script could change grades, a style could cover what is graded, a
-picture from elsewhere would tell when it was looked at. What is allowed is listed here; nh3 parses everything as a
-browser does, and writes what is allowed anew.
+Pages are opened in the instructor's browser. There, a script could change grades, a style could cover what is being
+graded, and a remote picture would reveal when it was viewed. This module lists what is allowed; nh3 parses everything
+as a browser does and re-serialises only what is allowed.
 
-The result is one line without any character that means something in Markdown, in a box that cannot draw outside of
-itself and that MathJax leaves alone, except for the formulas that `mathematics.is_drawn` allows. So it can stand in a
-page and in a Markdown cell.
+The result is one line without any character that is special in Markdown, in a box that cannot draw outside itself and
+that MathJax ignores, except for the formulas that `mathematics.is_drawn` allows. It can therefore be used in a page and
+in a Markdown cell.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from nbconvert.filters.markdown_mistune import InvalidNotebook, IPythonRenderer,
 from lora_from_scratch.grading.mathematics import is_drawn
 from lora_from_scratch.support.plain_text import plain
 
-LONGEST = 10_000  # characters of a text that is formatted, pictures not counted; Markdown takes quadratic time
+LONGEST = 10_000  # characters without pictures; longer texts are not formatted, since Markdown takes quadratic time
 BOX = '<div class="tex2jax_ignore mathjax_ignore" style="contain: paint">'
 FORMULA = '<span class="tex2jax_process mathjax_process">'
-# What Markdown makes, what people write by hand in it, and what verdicts and tables of pandas are made of.
+# The tags that Markdown, people, verdicts and pandas tables use.
 TAGS = """
 a abbr b blockquote br caption cite code col colgroup dd del details dfn div dl dt em h1 h2 h3 h4 h5 h6 hr i img ins kbd
 li mark ol p pre q s samp small span strong sub summary sup table tbody td tfoot th thead tr tt u ul var
 """
-LEFT_OUT = frozenset({"style"})  # with what is in it; pandas writes one above each table
+LEFT_OUT = frozenset({"style"})  # removed with its contents; pandas writes one above each table
 ATTRIBUTES = {
     "*": {"align", "style", "title", "valign"},
     "a": {"href"},
@@ -54,32 +54,32 @@ border border-collapse border-left font-family font-style font-weight line-heigh
 overflow-wrap padding text-align text-decoration vertical-align white-space width
 """
 STYLE = re.compile(r"[a-z-]+|\d{1,3}(\.\d+)?(em|px|%)?|#[0-9a-f]{3,8}")  # one word of a value
-THEME = re.compile(r"var\(--jp-[\w-]+, ([\w#-]+)\)")  # one of JupyterLab's, or elsewhere the word in it
+THEME = re.compile(r"var\(--jp-[\w-]+, ([\w#-]+)\)")  # a variable of JupyterLab's theme with its fallback
 INLINE_PICTURE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 TAG = re.compile(r"<\s*/?\s*([a-zA-Z][^\s/>]*|[!?])")
 BEGINNINGS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
-# What Markdown, MathJax and the ends of lines make of a character is prevented by writing its number.
+# Characters that are special in Markdown or MathJax, and line ends, are written as numeric entities.
 NUMBERED = str.maketrans({character: f"&#{ord(character)};" for character in "\n\t$\\`"})
 
 Attachments = Mapping[str, Mapping[str, str]]
 
 
 def from_html(text: str) -> str:
-    """HTML, harmless."""
+    """Sanitised HTML."""
     return _boxed(_Allowed({}).clean(text), [])
 
 
 def from_markdown(text: str, attachments: Attachments | None = None) -> str:
-    """Markdown as harmless HTML.
+    """Markdown as sanitised HTML.
 
     Args:
-        attachments: the cell's pictures, as a notebook has them.
+        attachments: the cell's pictures, in the notebook's format.
     """
     pictures = dict(attachments or {})
     text = INLINE_PICTURE.sub(lambda found: _taken_out(found[0], pictures), plain(text))
     if len(text) > LONGEST:
         return from_text(text)
-    mark = secrets.token_hex(16)  # of our own elements: nobody can have written it
+    mark = secrets.token_hex(16)  # marks our own elements; nobody else can know it
     writer = _Writer(mark)
     try:
         page = MarkdownWithMath(renderer=writer).render(text)
@@ -91,12 +91,12 @@ def from_markdown(text: str, attachments: Attachments | None = None) -> str:
 
 
 def from_text(text: str) -> str:
-    """The text as it was written, in a fixed width."""
+    """The text as written, in a fixed-width font."""
     return _boxed(f"<pre>{html.escape(text)}</pre>", [])
 
 
 def picture(encoded: str) -> tuple[str, str] | None:
-    """The kind of a picture in base64 ("image/png", as its first bytes say) and its base64, written anew."""
+    """The type of a base64 picture ("image/png", from its first bytes) and its base64, re-encoded; None if invalid."""
     try:
         content = base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError):
@@ -113,14 +113,14 @@ def _boxed(clean: str, formulas: list[tuple[str, str]]) -> str:
 
 
 def _taken_out(address: str, pictures: dict[str, Any]) -> str:
-    """An address for a picture that stands in the text itself, as some editors put it there."""
+    """Move a picture that is inline in the text to the attachments; returns its address."""
     name = f"inline-{len(pictures)}"
     pictures[name] = {"": address.partition(",")[2]}
     return f"attachment:{name}"
 
 
 class _Allowed:
-    """nh3 with what is allowed; what it asks about each attribute."""
+    """Calls nh3 with the allow-list, and filters attributes for it."""
 
     def __init__(self, pictures: Attachments, mark: str = "") -> None:
         self.pictures, self.mark = pictures, mark
@@ -149,7 +149,7 @@ class _Allowed:
         return value
 
     def _source(self, address: str) -> str | None:
-        """Of a picture: what the notebook has in it, or a file beside the notebook; nothing from elsewhere."""
+        """A picture's source: contained in the notebook or a file beside it; anything else is removed."""
         scheme, _, rest = address.partition(":")
         if scheme == "attachment":
             files = self.pictures.get(rest) or self.pictures.get(unquote(rest)) or {}
@@ -162,7 +162,7 @@ class _Allowed:
 
 
 def _style(value: str) -> str | None:
-    """The declarations that can only change how something looks where it stands."""
+    """The style declarations that only change an element's own look in its place."""
     kept = []
     for declaration in value.split(";"):
         name, _, given = declaration.strip().partition(":")
@@ -173,7 +173,7 @@ def _style(value: str) -> str | None:
 
 
 class _Writer(IPythonRenderer):
-    """Markdown as HTML, with a place for each formula; a tag that is not allowed becomes text."""
+    """Renders Markdown as HTML with a placeholder for each formula; tags that are not allowed become text."""
 
     def __init__(self, mark: str) -> None:
         super().__init__(escape=False, exclude_anchor_links=True)
@@ -191,7 +191,7 @@ class _Writer(IPythonRenderer):
         return html if names <= {*TAGS.split(), *LEFT_OUT} else self.escape_html(html)
 
     def image(self, text: str, url: str, title: str | None = None) -> str:
-        if LINK.fullmatch(url):  # it would be loaded from there: a link to it
+        if LINK.fullmatch(url):  # a remote picture becomes a link
             return f'<a href="{html.escape(url)}">{text or html.escape(url)}</a>'
         return f'<img src="{html.escape(url)}" alt="{html.escape(html.unescape(text))}">'
 

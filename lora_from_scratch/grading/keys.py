@@ -1,6 +1,6 @@
-"""What the grading of a submission depends on, as a key: the same key, the same result.
+"""Keys of everything that the grading of a submission depends on: equal keys mean equal results.
 
-The key is readable, so that two of them say what has changed: "submission:1f... release:88... checks:...".
+A key has named parts, so that comparing two shows what has changed: "submission:1f... release:88... checks:...".
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from lora_from_scratch.checks.units import Unit
 from lora_from_scratch.grading.submissions.folder import entries, open_plain
 
 PACKAGE = units.PACKAGE.parent
-# Of the library's own files, those that no verdict depends on.
+# The library's files on which no verdict depends.
 WITHOUT = (
     "cli/",
     "grading/building/",
     *(f"grading/{name}.py" for name in ("autograded", "course_folder", "exporters", "feedback", "formgrader", "grade")),
     *(f"grading/{name}.py" for name in ("gradebook", "keys", "pool", "preprocessors", "report", "summary", "tasks")),
 )
-LARGEST_FILE = 25_000_000  # bytes of a file that is read; of a larger one only its size counts
+LARGEST_FILE = 25_000_000  # bytes; of larger files only the size is used
 DIGITS = 16
 REASONS = {
     "submission": "handed in again",
     "release": "the released notebook has changed",
     "checks": "the checks have changed",
     "library": "the library or its versions have changed",
-    "seed": "the cohort's secret is another one",
-    "isolation": "graded in another isolation",
+    "seed": "the cohort's secret has changed",
+    "isolation": "graded with a different isolation",
 }
 
 
@@ -40,8 +40,8 @@ def key_of(submission: Path, course: str) -> str:
     """The key of one submission.
 
     Args:
-        submission: the folder that was handed in.
-        course: what `course_key` gave.
+        submission: the submitted folder.
+        course: the result of `course_key`.
     """
     return f"submission:{_digest(_entries(submission))} {course}"
 
@@ -60,15 +60,15 @@ def course_key(released: Path, unit: Unit, secret: str, isolation: str) -> str:
 
 
 def why_changed(before: str, now: str) -> str:
-    """In words, what differs between two keys; "" if nothing does."""
+    """The differences between two keys in words; "" if there are none."""
     old, new = (dict(part.split(":", 1) for part in key.split() if ":" in part) for key in (before, now))
     if not old:
-        return "the grading before was not finished" if new else ""
+        return "the previous grading was not finished" if new else ""
     return "; ".join(words for name, words in REASONS.items() if old.get(name) != new.get(name))
 
 
 def _sources(unit: Unit) -> tuple[list[Path], list[Path]]:
-    """The files that say what is checked in the unit, and all others of the library that a verdict depends on."""
+    """The files that define the unit's checks, and all other files of the library on which a verdict depends."""
     name = f"unit_{unit.number}"
     own = {Path(inspect.getfile(exercise.object)).resolve() for exercise in unit.exercises}
     own |= {path.resolve() for path in units.unit_files("*.py", name)}
@@ -105,7 +105,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def _entries(folder: Path) -> Iterator[bytes]:
-    """What was handed in, whatever it is: no link is followed, and nothing is opened but files."""
+    """The contents of a submitted folder as bytes. No link is followed, and only regular files are opened."""
     if folder.is_symlink():
         yield os.fsencode(os.readlink(folder))
         return

@@ -1,7 +1,7 @@
-"""From a matched notebook to verdicts, points and outputs.
+"""Mark a submission: from a matched notebook to verdicts, points and outputs.
 
-The notebook runs in the sandbox, and what was seen of each exercise comes out as data; the verdict is made here, where
-nothing of the learner's runs. For a whole submission: `mark_file`.
+The notebook runs in the sandbox, which returns the observations of each exercise as data. The verdicts are made here,
+where no learner's code runs. `mark_file` marks a whole submission.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lora_from_scratch.grading.submissions.folder import take_data
 from lora_from_scratch.grading.submissions.matching import Matched, match
 from lora_from_scratch.grading.submissions.released import Place, Release
 
-SUBMITTED = 2  # of the folders above a notebook, the one that no link may be below: submitted/LEARNER/unit_NN
+SUBMITTED = 2  # index of submitted/ among the parents of submitted/LEARNER/unit_NN/unit_NN.ipynb
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Settings:
     """How submissions are marked.
 
     Attributes:
-        cache: the folder for the sandbox's copies of the library; may be shared by workers.
+        cache: the folder for the sandbox's copies of the library; workers may share it.
         isolation: "bubblewrap" or "none".
-        limits: what a submission may use.
+        limits: the resources that a submission may use.
     """
 
     cache: Path
@@ -49,17 +49,17 @@ class Settings:
 def mark_file(
     path: Path, released: Any, unit: Unit, learner: str, secret: str, settings: Settings, *, key: str = ""
 ) -> Graded:
-    """Grade submitted/LEARNER/unit_NN/unit_NN.ipynb: read, match, mark. A bad submission is a result, never an error.
+    """Read, match and mark submitted/LEARNER/unit_NN/unit_NN.ipynb. A bad submission gives a result, never an error.
 
-    Other files beside the notebook are its data: they are in the sandbox's working folder.
+    Other files beside the notebook are its data; they are available in the sandbox's working folder.
 
     Args:
         released: the notebook of notebooks/unit_NN/, read by nbformat.
-        secret: the cohort's.
+        secret: the cohort's secret.
 
     Raises:
-        ValueError, OSError: the machine or the course is at fault (no sandbox, a check that the unit does not have),
-            not the submission.
+        ValueError, OSError: the machine or the course is at fault, not the submission: there is no sandbox, or the
+            release checks something that the unit does not have.
     """
     submission, path = choose(path, path.absolute().parents[SUBMITTED], released)
     if submission.notebook is None:
@@ -93,7 +93,7 @@ def mark(
     """Run and judge a matched notebook.
 
     Args:
-        findings: of reading it; they come before the matching's.
+        findings: the findings from reading it, which precede those from matching.
         data: the folder with the learner's own data files.
 
     Raises:
@@ -129,7 +129,7 @@ def mark(
 def nothing(
     released: Any, unit: Unit, learner: str, findings: Iterable[Finding], isolation: str, key: str = ""
 ) -> Graded:
-    """The result for what could not be read or was not handed in: the released notebook, no points, the findings."""
+    """The result for a submission that is unreadable or missing: the released notebook, no points, the findings."""
     findings = tuple(findings)
     release = Release.of(released)
     message = findings[0].message if findings else "Nothing was handed in."
@@ -145,7 +145,7 @@ def nothing(
 
 
 def open_questions(notebook: Any, released: Any) -> dict[str, bool]:
-    """By grade_id: has the open question an answer that a person has to grade?"""
+    """By grade_id, whether the open question has an answer for a person to grade."""
     cells = {cell.metadata.get("nbgrader", {}).get("grade_id"): cell for cell in notebook.cells}
     return {
         place.grade_id: cells[place.grade_id].source.strip() not in ("", place.source.strip())
@@ -155,7 +155,7 @@ def open_questions(notebook: Any, released: Any) -> dict[str, bool]:
 
 
 def _items(release: Release, unit: Unit) -> dict[str, Exercise | Prediction]:
-    """By grade_id of its check cell, what is checked.
+    """The exercise or prediction of each check cell, by grade_id.
 
     Raises:
         ValueError: the release checks something that the unit does not have.
@@ -165,13 +165,13 @@ def _items(release: Release, unit: Unit) -> dict[str, Exercise | Prediction]:
     unknown = [place.name for place in graded if place.name not in known]
     if unknown:
         there = f"the released notebook of unit {unit.number} checks {', '.join(unknown)}, which the unit does not have"
-        raise ValueError(f"{there}; build and release it again")
+        raise ValueError(f"{there}; build and release the notebook again")
     return {place.grade_id: known[place.name] for place in graded}
 
 
 @contextlib.contextmanager
 def data_beside(path: Path) -> Iterator[tuple[Path | None, list[Finding]]]:
-    """A folder with a copy of what else lies in the notebook's, if anything does; and what had to be left out."""
+    """A temporary folder with the other files beside the notebook (None if there are none), and what was left out."""
     with tempfile.TemporaryDirectory(prefix="handed-in-", ignore_cleanup_errors=True) as made:
         taken, left_out = take_data(path.parent, Path(made))
         yield (Path(made) if taken else None), left_out
@@ -210,11 +210,11 @@ def _verdict(
     release: Release,
     found: list[Finding],
 ) -> Verdict:
-    """The verdict on one exercise or prediction; what a person should know about it is added to `found`."""
+    """The verdict on one exercise or prediction; findings for a person are added to `found`."""
     try:
         if isinstance(item, Prediction):
             if place.cell_id not in observed.guesses:
-                message = f"`{item.name}` could not be read, because the notebook had ended before."
+                message = f"`{item.name}` could not be read, because the notebook had stopped before it."
                 return Verdict(item.name, "stopped", 0.0, item.points, message=message)
             verdict = judge_prediction(item, observed.guesses[place.cell_id])
         else:
@@ -224,8 +224,8 @@ def _verdict(
             if tried.status != "seen":
                 return _untried(item, tried, release, observed)
             verdict = judge(item, seed, list(tried.seen))
-    except Exception as error:  # of the judge, on data that a learner has made: no reason to stop the others' grading
-        message = "The check itself failed on what your code gives. This is no fault of yours; a person looks at it."
+    except Exception as error:  # the judge failed on a learner's data; the other exercises go on
+        message = "The check itself failed on your code's result. This is not your fault; a person will look at it."
         found.append(
             Finding("broken check", "human", place.grade_id, f"{message} ({type(error).__name__}: {error})"[:500])
         )
@@ -234,25 +234,26 @@ def _verdict(
 
 
 def _untried(item: Exercise, tried: Tried, release: Release, observed: Observed) -> Verdict:
-    """The verdict on what could not be tried."""
+    """The verdict on an answer that could not be tried."""
     message = tried.message
     if tried.status == "missing":
         solution = next((place for place in release.solutions if place.name == item.name), None)
         output = observed.outputs.get(solution.cell_id) if solution else None
         if output is not None and output.status != "ran" and output.error:
-            message = f"There is no `{item.name}`, because its cell did not run to its end. {output.error[:400]}"
+            message = f"There is no `{item.name}`, because its cell did not finish. {output.error[:400]}"
     status = {"missing": "missing", "library": "library"}.get(tried.status, "stopped")
     return Verdict(item.name, status, 0.0, item.points, message=message)
 
 
 def _replaced(place: Place, tried: Tried) -> Finding:
     names = ", ".join(f"`{name}`" for name in tried.changed[:5])
-    message = f"Your notebook replaces {names}. That was put back before your answer was tried; a person looks at it."
+    message = f"Your notebook replaces {names}. The original was restored before your answer was tried."
+    message += " A person will look at it."
     return Finding("replaced functions", "human", place.grade_id, message)
 
 
 def _endings(observed: Observed, release: Release, verdicts: Mapping[str, Verdict]) -> list[Finding]:
-    """What ended Python while the notebook ran."""
+    """Findings about whatever ended Python while the notebook ran."""
     grade_ids = {place.cell_id: place.grade_id for place in release.places}
     all_right = all(verdict.passed for verdict in verdicts.values())
     return [
@@ -267,7 +268,7 @@ def _endings(observed: Observed, release: Release, verdicts: Mapping[str, Verdic
 
 
 def _empty_answers_as_released(notebook: Any, release: Release) -> None:
-    """So that nbgrader sees that there is no response."""
+    """Restore the released text of empty answers, so that nbgrader treats them as unanswered."""
     stubs = {place.cell_id: place.source for place in release.answers}
     for cell in notebook.cells:
         if cell.id in stubs and not cell.source.strip() and not cell.get("attachments"):
@@ -275,7 +276,7 @@ def _empty_answers_as_released(notebook: Any, release: Release) -> None:
 
 
 def _writable(graded: Graded) -> Graded:
-    """Learners can print, or put into an error, what cannot be written as UTF-8."""
+    """The result with characters replaced that cannot be encoded as UTF-8; outputs and errors may contain such."""
     text = graded.to_json()
     try:
         text.encode("utf-8")

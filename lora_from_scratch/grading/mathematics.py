@@ -1,7 +1,8 @@
-r"""Which mathematics of a learner's is shown as mathematics.
+r"""Decide which of a learner's formulas are rendered.
 
-MathJax, which draws it in nbgrader's pages, can also make links (\href), load extensions (\require), set styles and
-define commands. So a formula is drawn only if every command in it is one of these; another one is shown as its source.
+MathJax, which renders them in nbgrader's pages, can also make links (\href), load extensions (\require), set styles and
+define commands. A formula is therefore rendered only if it uses no command other than those listed here; otherwise its
+source is shown.
 """
 
 from __future__ import annotations
@@ -44,5 +45,5 @@ COMMANDS = frozenset(f"{GREEK} {OPERATORS} {RELATIONS} {LAYOUT} {LETTERS}".split
 
 
 def is_drawn(formula: str) -> bool:
-    """Is every command in the formula (with its delimiters or without) one that only draws?"""
+    """Whether every command in the formula (with or without delimiters) is in the list."""
     return all(name in COMMANDS or name in SYMBOLS for name in COMMAND.findall(formula))

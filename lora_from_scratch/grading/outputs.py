@@ -1,4 +1,4 @@
-"""The outputs of a graded notebook: verdicts and points under the checks, what was printed under the cells that ran."""
+"""The outputs of a graded notebook: verdicts and points under the checks, printed text under the cells that ran."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.grading.sandbox import Observed, Output
 from lora_from_scratch.support.plain_text import plain
 
-NOT_SHOWN = "(An output of a kind that is not shown.)"
-SKIPPED = "Not run in grading: the cell is as it was released, and no answer needs it.\n"
+NOT_SHOWN = "(This kind of output is not shown.)"
+SKIPPED = "Not run in grading: the cell is unchanged, and no answer needs it.\n"
 
 
 def write(notebook: Any, verdicts: Mapping[str, Verdict], observed: Observed | None) -> None:
-    """Put the outputs under the cells.
+    """Write the outputs into the notebook.
 
     Args:
         verdicts: by the grade_id of the check's cell.
-        observed: None: nothing was run.
+        observed: None if nothing was run.
     """
     count = 0
     for cell in notebook.cells:
@@ -41,7 +41,7 @@ def write(notebook: Any, verdicts: Mapping[str, Verdict], observed: Observed | N
 
 
 def harmless(output: Any) -> Any:
-    """An output as a person may open it: text, HTML through the sanitiser, pictures; nothing else of what it holds."""
+    """An output that is safe to open: only text, sanitised HTML and pictures are kept."""
     kind = output.output_type
     if kind == "stream":
         return _stream("stderr" if output.name == "stderr" else "stdout", output.text)
@@ -54,7 +54,7 @@ def harmless(output: Any) -> Any:
 
 
 def as_text(notebook: Any) -> str:
-    """The notebook as nbformat writes it, the same bytes for the same notebook."""
+    """The notebook as nbformat writes it; equal notebooks give equal bytes."""
     import nbformat
 
     return nbformat.v4.writes(notebook) + "\n"
@@ -78,7 +78,7 @@ def _harmless_data(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _of_check(verdict: Verdict, count: int) -> list[Any]:
-    """What the verdict says, without the seed; and the points as a result, which nbgrader takes as partial credit."""
+    """The verdict without the seed, and the points as a result, which nbgrader reads as partial credit."""
     said = {"text/html": display.as_html(verdict, advice=False), "text/plain": display.as_text(verdict, advice=False)}
     worth = f"{verdict.points:.3g} of {verdict.max_points:g} points" if verdict.max_points else "no points"
     points = {"text/html": worth, "text/plain": repr(float(verdict.points))}

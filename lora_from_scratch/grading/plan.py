@@ -1,7 +1,7 @@
-"""Which cells of a submission have to run, so that its checks find what they would find in the learner's own run.
+"""Choose the cells of a submission that have to run for its checks to see what they would see in a full run.
 
-A unit's experiments take minutes, and most learners leave them as they are. Those are skipped, unless something that is
-run needs a name that they bind.
+A unit's experiments take minutes, and most learners leave them unchanged. Unchanged experiments are skipped unless a
+cell that runs needs a name that they bind.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from lora_from_scratch.grading.submissions.definitions import binds, needs
 
 
 def cells_to_run(notebook: Any, released: Any) -> list[Any]:
-    """The cells of code to run, in order: those the learner wrote or changed, and those that these need.
+    """The code cells to run, in order: those that the learner wrote or changed, and those that they need.
 
     Args:
-        notebook: matched.
+        notebook: the matched notebook.
         released: the notebook of the release.
     """
     known = {cell.id: cell.source.strip() for cell in released.cells}
     places = [n for n, cell in enumerate(notebook.cells) if cell.cell_type == "code" and not is_check(cell)]
     cells = notebook.cells
     chosen = {n for n in places if is_solution(cells[n]) or known.get(cells[n].id) != cells[n].source.strip()}
-    chosen |= {n for n in places if "from __future__ import" in cells[n].source}  # it holds for all cells below
+    chosen |= {n for n in places if "from __future__ import" in cells[n].source}  # applies to all cells below
     bound = {n: binds(cells[n].source).keys() for n in places}
     waiting = sorted(chosen)
     while waiting:
@@ -36,7 +36,7 @@ def cells_to_run(notebook: Any, released: Any) -> list[Any]:
 
 
 def _binder(name: str, place: int, places: list[int], bound: dict[int, Any]) -> int | None:
-    """The nearest cell above that binds the name; if there is none, the first below: a function may need it later."""
+    """The nearest cell above that binds the name, else the first one below (a function may need it later)."""
     above = [n for n in places if n < place and name in bound[n]]
     below = [n for n in places if n > place and name in bound[n]]
     return above[-1] if above else below[0] if below else None

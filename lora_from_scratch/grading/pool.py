@@ -1,7 +1,7 @@
-"""Long-lived worker processes: each imports PyTorch once, then does one task after the other.
+"""Long-lived worker processes: each imports PyTorch once and then runs one task after the other.
 
-A worker that dies takes nothing with it but the task it had, which is tried once more in a new one. Workers end with
-the process that started them, however that ends. Each task has limits on memory and processor time of its own.
+If a worker dies, only its current task is affected, and is tried once more in a new worker. Workers end when the
+process that started them ends, for whatever reason. Each task has its own limits on memory and processor time.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import Any
 
 MIB = 2**20
 ATTEMPTS = 2
-GROWN = 512 * MIB  # a worker that holds so much more than at its start gives way to a new one
+GROWN = 512 * MIB  # a worker that has grown by more than this is replaced
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something for a worker to do.
+    """A function call to run in a worker.
 
     Attributes:
-        name: what it is about, for whoever gets the outcome.
+        name: identifies the task to the receiver of its outcome.
         function: "module:function", which the worker imports.
         arguments: anything that can be pickled.
     """
@@ -43,7 +43,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task: what the function returned, or why there is nothing."""
+    """The outcome of a task: the function's return value, or an error message."""
 
     task: Task
     value: Any = None
@@ -52,12 +52,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one task may use of its worker; what a learner's code uses in the sandbox is not counted.
+    """Resource limits for one task in a worker; what a learner's code uses in the sandbox is not counted.
 
     Attributes:
-        seconds: by the clock. A sandbox may take some minutes.
-        processor_seconds: of the worker itself, which matches, compares and writes pages.
-        memory: bytes beyond what the worker holds before its first task.
+        seconds: wall time. A sandbox may take several minutes.
+        processor_seconds: processor time of the worker itself, which matches, compares and writes pages.
+        memory: bytes beyond what the worker uses before its first task.
     """
 
     seconds: float = 1800.0
@@ -66,7 +66,7 @@ class Bounds:
 
 
 class OutOfBoundsError(BaseException):
-    """Not an `Exception`, so that nothing on the way takes it for a mistake of its own."""
+    """Not an `Exception`, so that no `except Exception` on the way catches it."""
 
 
 @dataclass
@@ -80,11 +80,11 @@ class _Worker:
 
 @dataclass
 class Pool:
-    """At most `workers` processes, started as tasks come.
+    """A pool of at most `workers` processes, started on demand.
 
     Attributes:
-        start: how: "spawn", a new Python each; "fork" is for tests.
-        peak_bytes: the most memory that a worker has held.
+        start: the start method: "spawn" starts a new Python for each; "fork" is for tests.
+        peak_bytes: the peak memory of any worker.
     """
 
     workers: int
@@ -96,17 +96,17 @@ class Pool:
     _attempts: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def submit(self, task: Task, *, first: bool = False) -> None:
-        """Have a task done: after the others that wait, or before them."""
+        """Queue a task behind the waiting ones, or in front of them if `first`."""
         if first:
             self._waiting.appendleft(task)
         else:
             self._waiting.append(task)
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Do all tasks, those that are submitted meanwhile too; what becomes of each, as it ends.
+        """Run all tasks, including those submitted meanwhile, and yield each outcome as its task ends.
 
         Raises:
-            OSError: no worker can be started here.
+            OSError: no worker can be started.
         """
         while self._waiting or any(worker.task for worker in self._running):
             self._hand_out()
@@ -124,7 +124,7 @@ class Pool:
         for worker in self._running:
             if kind is None:
                 with contextlib.suppress(OSError):
-                    worker.pipe.send(None)  # it ends by itself
+                    worker.pipe.send(None)  # asks it to end
                 worker.process.join(10)
             _end(worker)
         self._running.clear()
@@ -135,7 +135,7 @@ class Pool:
             worker = idle.pop() if idle else self._start()
             worker.task, worker.since = self._waiting.popleft(), time.monotonic()
             self._attempts[_name(worker.task)] = self._attempts.get(_name(worker.task), 0) + 1
-            with contextlib.suppress(OSError):  # it has died: `_hear` finds out
+            with contextlib.suppress(OSError):  # it has died; `_hear` will notice
                 worker.pipe.send(worker.task)
 
     def _start(self) -> _Worker:
@@ -168,7 +168,7 @@ class Pool:
             if not worker.ready:
                 _end(worker)
                 self._running.remove(worker)
-                raise OSError(f"a grading process ended before it could begin ({_how(worker)})") from None
+                raise OSError(f"a grading process ended before it could start work ({_how(worker)})") from None
             yield from self._lost(worker, f"the process that graded it ended ({_how(worker)})")
 
     def _lost(self, worker: _Worker, why: str) -> Iterator[Outcome]:
@@ -184,7 +184,7 @@ class Pool:
 
 
 def work(pipe: Connection, bounds: Bounds) -> None:
-    """What a worker does until it gets None, or the other end of the pipe is closed."""
+    """The worker's loop: run tasks until it receives None or the other end of the pipe is closed."""
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; one of them decides
     import torch
@@ -207,7 +207,7 @@ def work(pipe: Connection, bounds: Bounds) -> None:
 
 
 def _do(task: Task, bounds: Bounds) -> tuple[str, Any]:
-    """Do a task; "done" with what it returned, or "failed" with why. Whatever goes wrong belongs to this task."""
+    """Run a task; returns "done" and its return value, or "failed" and the reason."""
     try:
         with _processor_time(bounds.processor_seconds):
             module, _, name = task.function.partition(":")
@@ -220,7 +220,7 @@ def _do(task: Task, bounds: Bounds) -> tuple[str, Any]:
 
 @contextlib.contextmanager
 def _processor_time(seconds: int) -> Iterator[None]:
-    """Raise `OutOfBoundsError` in the block when this process has used so much more processor time."""
+    """Raise `OutOfBoundsError` in the block once it has used this much processor time."""
     if sys.platform == "win32":
         yield
         return
@@ -232,7 +232,7 @@ def _processor_time(seconds: int) -> Iterator[None]:
         return int(time.process_time()) + 1
 
     def up(number: int, frame: object) -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (used() + 10, hard))  # where somebody swallows it: once more, later
+        resource.setrlimit(resource.RLIMIT_CPU, (used() + 10, hard))  # if it is swallowed, raise it again later
         raise OutOfBoundsError(f"it took more than {seconds} seconds of processor time")
 
     before = signal.signal(signal.SIGXCPU, up)
@@ -245,7 +245,7 @@ def _processor_time(seconds: int) -> Iterator[None]:
 
 
 def _limit_memory(more: int) -> None:
-    """Private memory that can be written, beyond what there is (Linux). The sandbox sets limits of its own."""
+    """Limit private writable memory to its current size plus `more` bytes (Linux). The sandbox has its own limits."""
     if not sys.platform.startswith("linux"):
         return
     import resource

@@ -1,4 +1,4 @@
-"""What the course adds to nbgrader's own steps; course/nbgrader_config.py names it."""
+"""The course's own nbgrader preprocessors, used in course/nbgrader_config.py."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from traitlets import Enum
 
 from lora_from_scratch.support.plain_text import one_line
 
-FINDINGS = "lora_from_scratch_findings"  # of the notebook's metadata, from the first step to the second
+FINDINGS = "lora_from_scratch_findings"  # metadata key: findings passed on by MatchRelease
 
 
 class ClearSolutions(preprocessors.ClearSolutions):
-    """nbgrader's own, but a solution outside any function is taken out without a stub.
+    """nbgrader's own, except that a solution outside any function is removed without a stub.
 
-    The stub raises an error, which is right inside a function that nobody has written yet. At the top of a cell it
-    would stop the notebook: a prediction is `guess = None` there until the learner writes another value.
+    The stub raises an error, which is right inside an unwritten function. At the top level of a cell it would stop the
+    notebook, where a prediction stays `guess = None` until the learner sets another value.
     """
 
     def _replace_solution_region(self, cell: Any, language: str) -> bool:
@@ -43,7 +43,7 @@ class ClearSolutions(preprocessors.ClearSolutions):
 
 
 class MatchRelease(NbGraderPreprocessor):
-    """The first of autograde's sanitizing steps: moved, merged, duplicated and deleted cells are put right."""
+    """The first of autograde's sanitizing steps: repairs moved, merged, duplicated and deleted cells."""
 
     def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
         from lora_from_scratch.grading.graded import Finding
@@ -58,7 +58,7 @@ class MatchRelease(NbGraderPreprocessor):
 
 
 class MarkInSandbox(NbGraderPreprocessor):
-    """In the place of nbgrader's Execute: run the notebook in the sandbox, and write what the judge says into it."""
+    """Replaces nbgrader's Execute: runs the notebook in the sandbox and writes the judge's verdicts into it."""
 
     isolation: Any = Enum(("bubblewrap", "none"), "bubblewrap", help='"bubblewrap", or "none": without a sandbox').tag(
         config=True
@@ -95,7 +95,7 @@ class MarkInSandbox(NbGraderPreprocessor):
 
 
 class HarmlessNames(NbGraderPreprocessor):
-    """Before a page is made: nbgrader's templates put a learner's name into HTML as it is."""
+    """Escapes learners' names before a page is rendered, because nbgrader's templates do not."""
 
     def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
         for name in ("student", "first_name", "last_name", "notebook_path"):
@@ -105,7 +105,7 @@ class HarmlessNames(NbGraderPreprocessor):
 
 
 class HarmlessComments(NbGraderPreprocessor):
-    """After GetGrades: comments are Markdown in nbgrader's feedback pages, and those of grading quote learners."""
+    """Sanitises comments after GetGrades: feedback pages render them as Markdown, and they may quote learners."""
 
     def preprocess_cell(self, cell: Any, resources: Any, cell_index: int) -> tuple[Any, Any]:
         from lora_from_scratch.grading.harmless import from_markdown
@@ -117,7 +117,7 @@ class HarmlessComments(NbGraderPreprocessor):
 
 
 def _released(step: NbGraderPreprocessor, resources: Any) -> Any:
-    """The notebook that learners got."""
+    """The released notebook."""
     import nbformat
 
     said, directory = resources["nbgrader"], CourseDirectory(config=step.config)

@@ -1,6 +1,6 @@
-"""The report on a grading: per learner, per exercise, what the class has not understood, what needs a human.
+"""The grading report: points per learner and per exercise, misconceptions, and what needs a human.
 
-It is written twice, as a page (reports/unit_NN.html) and as Markdown, from the same sections.
+The same sections are written as a page (reports/unit_NN.html) and as Markdown.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from lora_from_scratch.support.plain_text import in_html, in_markdown, one_line
 if TYPE_CHECKING:
     from lora_from_scratch.grading.summary import Row, Summary
 
-SHOWN_LEARNERS = 8  # who has a misconception; of more only the number is said
-MANY = 8  # columns; the headings of a wider table stand upright
+SHOWN_LEARNERS = 8  # names listed per misconception; the others are only counted
+MANY = 8  # columns; a wider table gets vertical headings
 SAME = 0.005  # points: nbgrader rounds to two digits
 STATES = {
     "passed": "passed",
     "failed": "not right",
     "stopped": "out of time",
     "not started": "not started",
-    "missing": "not there",
+    "missing": "missing",
     "library": "library's version",
     "broken": "check failed",
 }
 NO_SANDBOX = (
     "Graded without a sandbox (`--isolation none`): a submission could read and change whatever the person who "
-    "graded can. The points were made outside the submissions' processes all the same."
+    "graded can. The points were still computed outside the submissions' processes."
 )
 STYLE = """\
 :root { color-scheme: light dark; }
@@ -53,7 +53,7 @@ code { font-size: 0.95em; }
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: sentences, then a table or a list. Texts are plain; what stands in backticks is code."""
+    """A section of the report: sentences, then a table or a list. Plain text; backticks mark code."""
 
     title: str
     sentences: tuple[str, ...] = ()
@@ -70,11 +70,11 @@ def write_report(summary: Summary) -> None:
 
 
 def title_of(summary: Summary) -> str:
-    return f"Unit {summary.unit.number}: {summary.unit.title}. Report on the grading"
+    return f"Unit {summary.unit.number}: {summary.unit.title}. Grading report"
 
 
 def sections(summary: Summary) -> list[Section]:
-    """What there is to say, the most urgent first. Parts with nothing to say are left out, but the first two."""
+    """The sections of the report, the most urgent first. Empty ones are left out, except the first two."""
     parts = [
         _overview(summary),
         _needs_a_human(summary),
@@ -105,7 +105,7 @@ def as_markdown(title: str, parts: Iterable[Section]) -> str:
 
 
 def as_html(title: str, parts: Iterable[Section]) -> str:
-    """A page that needs nothing from elsewhere and has no scripts."""
+    """The report as a self-contained page without scripts."""
     title, body = html.escape(one_line(title)), "".join(_section(part) for part in parts)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -113,7 +113,7 @@ def as_html(title: str, parts: Iterable[Section]) -> str:
     )
 
 
-# --- What there is to say ------------------------------------------------------------------------------
+# --- Sections ------------------------------------------------------------------------------------------
 
 
 def _overview(summary: Summary) -> Section:
@@ -121,8 +121,9 @@ def _overview(summary: Summary) -> Section:
     count = f"{len(rows)} {'submission' if len(rows) == 1 else 'submissions'}"
     now = f"{summary.marked} graded now" + (f", {len(rows) - summary.marked} before" * (len(rows) > summary.marked))
     people = sum(row.needs_a_human for row in rows) + len(summary.refused)
+    need = "needs" if people == 1 else "need"
     sentences = [
-        f"{count} ({now}); {people} need a human. {datetime.now():%d %B %Y, %H:%M}.",
+        f"{count} ({now}); {people} {need} a human. {datetime.now():%d %B %Y, %H:%M}.",
         NO_SANDBOX if summary.isolation == "none" else f"Graded in the sandbox ({summary.isolation}).",
     ]
     if rows:
@@ -136,7 +137,9 @@ def _overview(summary: Summary) -> Section:
 def _needs_a_human(summary: Summary) -> Section:
     rows = []
     for row in summary.rows:
-        reasons = [f"{f.kind}; the learner is told: {f.message}" for f in row.graded.findings if f.severity == "human"]
+        reasons = [
+            f"{f.kind}; message to the learner: {f.message}" for f in row.graded.findings if f.severity == "human"
+        ]
         reasons += list(row.trouble)
         waiting, questions = row.entered.waiting, row.graded.open_questions
         again = [name for name in waiting if name in row.entered.by_hand]
@@ -148,12 +151,12 @@ def _needs_a_human(summary: Summary) -> Section:
             reasons += [f"{words}: {_names(names)}"] * bool(names)
         rows += [(row.learner, reason) for reason in reasons]
     rows += [("", reason) for reason in summary.refused]
-    said = () if rows else ("Nobody: every point is decided.",)
+    said = () if rows else ("Nothing: every point is decided.",)
     return Section("What needs a human", said, ("Learner", "What"), tuple(rows))
 
 
 def _rubrics(summary: Summary) -> Section:
-    """What earns the points of the open questions, from the solved notebook: learners' notebooks have not got it."""
+    """The rubrics of the open questions, from the solved notebook (learners' notebooks do not contain them)."""
     import nbformat
 
     rows = []
@@ -167,7 +170,7 @@ def _rubrics(summary: Summary) -> Section:
 
 
 def _changes(summary: Summary) -> Section:
-    """Whose points differ from those of the grading before, and why."""
+    """Whose points have changed since the previous grading, and why."""
     rows = []
     for row in summary.rows:
         if row.before is None:
@@ -178,12 +181,13 @@ def _changes(summary: Summary) -> Section:
             if abs(old - new) > SAME:
                 rows.append((row.learner, _exercise(name), f"{old:g}", f"{new:g}", row.why or "graded again"))
     again = sum(1 for row in summary.rows if row.before and row.before.key != row.graded.key)
-    sentence = f"{again} were graded again since the grading before; these points are others now."
+    were = "was" if again == 1 else "were"
+    sentence = f"{again} {were} graded again since the previous grading; these points have changed."
     return Section("Changed points", (sentence,), ("Learner", "Exercise", "Before", "Now", "Why"), tuple(rows))
 
 
 def _misconceptions(summary: Summary) -> Section:
-    """What the class has not understood, the most frequent first."""
+    """The misconceptions, the most frequent first."""
     found: dict[tuple[str, str], list[tuple[str, Verdict]]] = defaultdict(list)
     for row in summary.rows:
         for verdict in row.graded.verdicts.values():
@@ -195,7 +199,7 @@ def _misconceptions(summary: Summary) -> Section:
         who = [learner for learner, _ in cases]
         more = f" and {len(who) - SHOWN_LEARNERS} more" if len(who) > SHOWN_LEARNERS else ""
         rows.append((str(len(cases)), exercise, name, message, ", ".join(who[:SHOWN_LEARNERS]) + more))
-    headings = ("Learners", "Exercise", "Misconception", "What they are told", "Who")
+    headings = ("Learners", "Exercise", "Misconception", "Message to the learner", "Who")
     return Section("What the class has not understood", (), headings, tuple(rows))
 
 
@@ -224,7 +228,7 @@ def _learners(summary: Summary) -> Section:
         total = f"{row.entered.score - row.entered.penalty:g}"
         rows.append((row.learner, total, *cells, late))
     most = max((row.entered.max_score for row in summary.rows), default=0)
-    note = ("? waits for a human; ✋ set by a human. Points are those of the gradebook.",)
+    note = ("? waiting for a human; ✋ set by a human. Points are taken from the gradebook.",)
     headings = ("Learner", f"Points of {most:g}", *map(_exercise, order), "Late")
     return Section("Learners", note, headings, tuple(rows))
 
@@ -235,14 +239,14 @@ def _points(row: Row, name: str) -> str:
 
 
 def _found(summary: Summary) -> Section:
-    words = {"repaired": "put right", "lost": "points lost", "note": "noted"}
+    words = {"repaired": "repaired", "lost": "points lost", "note": "noted"}
     rows = [
         (row.learner, words[finding.severity], finding.kind, finding.cell, finding.message)
         for row in summary.rows
         for finding in row.graded.findings
         if finding.severity in words
     ]
-    headings = ("Learner", "What was done", "What", "Cell", "What the learner is told")
+    headings = ("Learner", "Result", "Finding", "Cell", "Message to the learner")
     return Section("Found in the notebooks", (), headings, tuple(rows))
 
 
@@ -251,12 +255,12 @@ def _absent(summary: Summary) -> Section:
 
 
 def _place(summary: Summary) -> Callable[[str], int]:
-    """The order of the notebook."""
+    """A sort key: the position of an exercise in the notebook."""
     return lambda name: summary.cells.index(name) if name in summary.cells else len(summary.cells)
 
 
 def _readable(rows: Iterable[Row]) -> list[Row]:
-    """Without those of which nothing could be seen: all is missing, and a person looks at the notebook as a whole."""
+    """The rows without unreadable submissions: all verdicts missing, and a finding on the whole notebook."""
     return [
         row
         for row in rows
@@ -277,7 +281,7 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(map(_exercise, names))
 
 
-# --- How it looks --------------------------------------------------------------------------------------
+# --- HTML ----------------------------------------------------------------------------------------------
 
 
 def _section(part: Section) -> str:

@@ -21,12 +21,12 @@ class Before:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a learner's submission.
+    """The result for one learner's submission.
 
     Attributes:
-        before: None where this is the first grading.
-        why: in words, why it was graded again; "" if it was not.
-        trouble: what went wrong beside the submission: it could not be marked, there is no page of feedback, ...
+        before: the previous result; None for a first grading.
+        why: why it was graded again, in words; "" if it was not.
+        trouble: failures outside the submission itself: it could not be marked, its feedback was not written, ...
     """
 
     learner: str
@@ -46,10 +46,10 @@ class Summary:
     """A finished grading.
 
     Attributes:
-        cells: the grade_ids of the release, in its order.
-        refused: submissions that were not looked at, as sentences.
-        absent: who is in the gradebook and has handed in nothing.
-        marked: how many were marked now and not before.
+        cells: the grade_ids of the release, in order.
+        refused: submissions that were not graded, one sentence each.
+        absent: learners in the gradebook who have handed in nothing.
+        marked: how many submissions were marked by this run.
         failed: how many could not be marked.
     """
 

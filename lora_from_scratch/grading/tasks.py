@@ -1,6 +1,6 @@
-"""What the worker processes of a grading do: everything that touches what a learner has handed in.
+"""The tasks of a grading's worker processes: everything that touches submitted files.
 
-Each task is about one learner. Whatever goes wrong in it is that learner's; `pool` bounds its time and memory.
+Each task concerns one learner, and its failure affects only that learner. `pool` bounds its time and memory.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Job:
 
     Attributes:
         notebook: submitted/LEARNER/unit_NN/unit_NN.ipynb.
-        released: the notebook that learners got.
-        record: the file that the result is written to.
-        shown: the notebook in autograded/, which shows what persons saw of the grading before.
+        released: the released notebook.
+        record: the file to which the result is written.
+        shown: the notebook in autograded/, which a person may have seen after the previous grading.
         course_key: the part of the key that all submissions share.
-        key: of the submission; "" until it was looked at.
-        again: mark it also if it would come out the same.
-        marker: "module:function" that marks, with the arguments of `marking.mark_file`.
+        key: the submission's key; "" before `look`.
+        again: mark it even if the stored result is up to date.
+        marker: the marking function as "module:function", with the arguments of `marking.mark_file`.
     """
 
     learner: str
@@ -64,14 +64,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A graded submission, as it goes into the gradebook and to where it is shown.
+    """A graded submission, ready for the gradebook and for publishing.
 
     Attributes:
-        graded: without its notebook.
-        text: the notebook as it is shown; None: what is shown stays as it is.
-        changed: the grade_ids of cells that are not what persons saw of the grading before.
-        handed_in: when, in nbgrader's form; None: nobody knows.
-        unclear: what is wrong with the file that should say when.
+        graded: the result.
+        text: the notebook as it will be shown; None to leave the published files unchanged.
+        changed: the grade_ids of cells that differ from what a person saw after the previous grading.
+        handed_in: the time of submission in nbgrader's format; None if unknown.
+        unclear: what is wrong with the timestamp file; "" if nothing.
     """
 
     graded: Graded
@@ -90,20 +90,20 @@ class Failed:
 
 
 def look(job: Job) -> tuple[str, Prepared | None]:
-    """The submission's key, and the result if there is one already that would come out the same."""
+    """The submission's key, and the stored result if it is up to date (else None)."""
     key = key_of(job.notebook.parent, job.course_key)
     stored = None if job.again else stored_result(job.record)
     return key, _prepared(job, stored) if stored is not None and stored.key == key else None
 
 
 def mark(job: Job) -> Prepared | Failed:
-    """Mark a submission and write the result, whole or not at all."""
+    """Mark a submission and write the result atomically."""
     try:
         graded = _mark(job)
         prepared = _prepared(job, graded)
         write_text(job.record, graded.to_json())
         return prepared
-    except Exception as error:  # whatever it is, the others' grading goes on
+    except Exception as error:  # must not stop the grading of the others
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
         return Failed(why, isinstance(error, SandboxError) or getattr(error, "errno", None) in MACHINES)
 
@@ -133,10 +133,10 @@ def _prepared(job: Job, graded: Graded) -> Prepared:
 
 
 def publish(assignment: str, place: Path, db: str, learner: str, text: str, said: str, feedback: bool) -> None:
-    """Write what is shown of a submission, and the page of feedback if there is none that is made of the same.
+    """Write the autograded notebook of a submission, and its feedback page unless that is up to date.
 
     Args:
-        said: what the gradebook says of the submission.
+        said: the submission's entry in the gradebook, as JSON.
 
     Raises:
         ValueError, OSError: it could not be written.
@@ -158,10 +158,10 @@ def _has_feedback(course: CourseFolder, learner: str, made_of: str) -> bool:
 
 
 def make_feedback(course: CourseFolder, learner: str, made_of: str) -> None:
-    """Have nbgrader write the learner's page of feedback, and note what it was made of.
+    """Have nbgrader write the learner's feedback page, and store the hash of its inputs.
 
     Raises:
-        ValueError: nbgrader could not.
+        ValueError: nbgrader failed.
     """
     from nbgrader.converters import GenerateFeedback
     from nbgrader.converters.base import NbGraderException
@@ -169,7 +169,7 @@ def make_feedback(course: CourseFolder, learner: str, made_of: str) -> None:
     folder, assignment = course.autograded(learner), course.assignment
 
     class OneLearner(GenerateFeedback):
-        """nbgrader's own, which looks for folders by a pattern: "[x]" is a pattern too."""
+        """Avoids nbgrader's search by glob pattern, since a learner's name such as "[x]" is a pattern too."""
 
         def init_notebooks(self) -> None:
             self.assignments = {str(folder): [str(folder / f"{assignment}.ipynb")]}
@@ -185,15 +185,15 @@ def make_feedback(course: CourseFolder, learner: str, made_of: str) -> None:
 
 
 def unit_of(number: str) -> Unit:
-    """The unit of this number.
+    """The unit with this number.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such unit.
     """
     for unit in units():
         if unit.number == number:
             return unit
-    raise ValueError(f"there is no unit {number}; there are: {', '.join(unit.number for unit in units())}")
+    raise ValueError(f"there is no unit {number}; the units are: {', '.join(unit.number for unit in units())}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -213,7 +213,7 @@ def _course(assignment: str, place: Path, db: str) -> CourseFolder:
 
 
 class _Kept(logging.Logger):
-    """nbgrader says a lot; the last thing that went wrong is kept."""
+    """A silent logger that keeps the last error."""
 
     last = ""
 

@@ -1,4 +1,4 @@
-"""From the source's cells to the cells of the solved notebook, with nbgrader's metadata."""
+"""Turn the source's cells into the cells of the solved notebook, with nbgrader's metadata."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 
 @dataclass
 class Cell:
-    """A cell of a notebook, and where it comes from.
+    """A cell of a notebook, and its origin.
 
     Attributes:
         place: the source's file and cell, for messages.

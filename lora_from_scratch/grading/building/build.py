@@ -1,4 +1,4 @@
-"""Building a unit: from its source and the library to the learner's notebook and the solved one."""
+"""Build a unit: from its source and the library to the learner's notebook and the solved one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Draft:
     """A unit before it is executed.
 
     Attributes:
-        cells: where each cell of the notebook comes from.
+        cells: the origin of each cell of the notebook.
         solved: the solved notebook without outputs.
         learners: the learner's notebook, as text.
     """
@@ -44,10 +44,10 @@ class Draft:
 
 
 def course_root(start: Path | None = None) -> Path:
-    """The folder that holds `course/units`: this one or one above it, otherwise the one the library is in.
+    """The folder that contains `course/units`: the current one, one above it, or the one that contains the library.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such folder.
     """
     start = (start or Path.cwd()).resolve()
     for place in (start, *start.parents, Path(__file__).resolve().parents[3]):
@@ -62,7 +62,7 @@ def sources(root: Path) -> list[str]:
 
 
 def draft(unit: Unit, root: Path) -> Draft:
-    """Read a unit's source and put its notebooks together; nothing is executed or written.
+    """Read a unit's source and assemble its notebooks; nothing is executed or written.
 
     Raises:
         Refused: the unit is not fit to be released.
@@ -90,13 +90,13 @@ def draft(unit: Unit, root: Path) -> Draft:
 
 @dataclass(frozen=True)
 class Built:
-    """What building a unit did.
+    """The result of building a unit.
 
     Attributes:
-        why: why its solved notebook was executed; empty if it was not: its outputs are those that it had.
-        cost: what that took.
-        differences: what its cells show that is not what they showed before.
-        hashes: what it depends on, to be recorded.
+        why: why its solved notebook was executed; empty if its previous outputs were kept.
+        cost: the cost of executing it.
+        differences: how the outputs of its cells differ from the previous ones.
+        hashes: the hashes of its dependencies, to be recorded.
     """
 
     name: str
@@ -110,7 +110,7 @@ def build(unit: Unit, root: Path, again: bool = False) -> Built:
     """Build a unit's notebooks, solved and learner's, with their picture. Nothing is written if anything is refused.
 
     Args:
-        again: execute the solved notebook though nothing that it depends on has changed.
+        again: execute the solved notebook even if none of its dependencies has changed.
 
     Raises:
         Refused: the unit is not fit to be released.
@@ -121,7 +121,7 @@ def build(unit: Unit, root: Path, again: bool = False) -> Built:
 
 
 def write(unit: Unit, root: Path, again: bool = False) -> Built:
-    """As `build`, but what the unit depends on is not recorded: several processes can write their units at once."""
+    """Like `build`, but without recording the hashes, so that several processes can write their units at once."""
     import nbformat
 
     made = draft(unit, root)
@@ -154,7 +154,7 @@ def write(unit: Unit, root: Path, again: bool = False) -> Built:
 def reasons(
     made: Draft, before: Any, recorded: dependencies.Hashes | None, now: dependencies.Hashes, again: bool = False
 ) -> list[str]:
-    """Why the solved notebook has to be executed; empty: the outputs that it has are those of this code."""
+    """Why the solved notebook has to be executed; empty if its outputs are up to date."""
     if before is None:
         return ["there is no solved notebook yet"]
     changed = dependencies.changed(recorded, now)
@@ -164,22 +164,22 @@ def reasons(
 
 
 def _code(notebook: Any) -> list[str]:
-    """The code of a notebook's cells, up to what changes no output."""
+    """The code of a notebook's cells, without whatever cannot change an output."""
     return [dependencies.code_of(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def keep_outputs(notebook: Any, before: Any) -> None:
-    """Give the code cells the outputs that they had."""
+    """Copy the previous outputs to the code cells."""
     pair = ([cell for cell in one.cells if cell.cell_type == "code"] for one in (notebook, before))
     for cell, old in zip(*pair, strict=True):
         cell.outputs, cell.execution_count = old.outputs, old.execution_count
 
 
 def run(made: Draft, root: Path) -> tuple[dict[str, bytes], Cost]:
-    """Execute the solved notebook: its pictures by file name, and what it took.
+    """Execute the solved notebook; returns its pictures by file name, and the cost.
 
     Raises:
-        Refused: a cell ends in an error, warns, or shows what must not be shown; or a check is not passed.
+        Refused: a cell ends in an error, warns, or has a forbidden output; or a check does not pass.
     """
     try:
         cost = execute(made.solved)
@@ -189,10 +189,10 @@ def run(made: Draft, root: Path) -> tuple[dict[str, bytes], Cost]:
 
 
 def run_unsolved(made: Draft) -> None:
-    """Execute the learner's notebook as it is released, with trainings of a few steps.
+    """Execute the learner's notebook as released, with only a few training steps.
 
     Raises:
-        Refused: a cell ends in an error or warns; or a check says something else than that nothing is started.
+        Refused: a cell ends in an error or warns; or a check reports anything other than "not started".
     """
     import nbformat
 
@@ -213,7 +213,7 @@ def look_over(made: Draft, root: Path) -> dict[str, bytes]:
     for node, cell in zip(made.solved.cells, made.cells, strict=True):
         problems += refusals.in_the_outputs(node, cell, [str(root)])
         if any(output.output_type == "error" for output in node.get("outputs", [])):
-            break  # nothing below it has run
+            break  # the cells below it have not run
         if cell.role == "check":
             problems += refusals.not_full_points(node, cell)
         if cell.figure:
@@ -229,7 +229,7 @@ def look_over(made: Draft, root: Path) -> dict[str, bytes]:
 
 
 def keep_volatile(notebook: Any, cells: Iterable[Cell], before: Any) -> None:
-    """Cells marked volatile keep the output that they had, as long as their source is the same."""
+    """Keep the previous outputs of cells marked volatile as long as their source is the same."""
     old = {cell.source: cell.outputs for cell in before.cells if cell.cell_type == "code"} if before else {}
     for node, cell in zip(notebook.cells, cells, strict=True):
         if cell.volatile and node.source in old:
@@ -237,10 +237,10 @@ def keep_volatile(notebook: Any, cells: Iterable[Cell], before: Any) -> None:
 
 
 def find_units(numbers: Iterable[str], root: Path) -> list[Unit]:
-    """The units of these numbers; all that have a source if none are given.
+    """The units with these numbers; if none are given, all that have a source.
 
     Raises:
-        ValueError: a number is not that of a unit.
+        ValueError: there is no unit with this number.
     """
     known = {unit.number: unit for unit in units()}
     found = []

@@ -1,14 +1,14 @@
-"""What the outputs of a solved notebook depend on, as hashes: it is executed again only when one of them has changed.
+"""Hashes of everything that a solved notebook's outputs depend on; it is executed again only if one has changed.
 
-`solutions/executed.json` holds the hashes that each unit had when it was last executed. They are of
+`solutions/executed.json` holds each unit's hashes from its last execution. They cover
 
 - its code cells;
-- the library's files that these cells and the unit's `exercises.py` import, directly or by way of other files;
+- the library's files that these cells and the unit's `exercises.py` import, directly or indirectly;
 - the pinned versions of the packages that compute, draw or show something;
 - the bundled files (model, tales, ...) that those files name.
 
-Code is hashed as its syntax tree: comments, docstrings and layout change nothing. Beside the hashes stands the
-processor that it was executed on: another one rounds differently, and a training ends elsewhere.
+Code is hashed as its syntax tree, so comments, docstrings and layout do not matter. The record also names the processor
+used, because another one rounds differently and training then ends with different numbers.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Hashes = dict[str, str]
 
 
 def hashes(unit: Unit, notebook: Any, root: Path) -> Hashes:
-    """What the unit's solved notebook depends on now: what it is ("cells", "library", ...) -> 16 hex digits.
+    """The current hashes of the unit's solved notebook, as 16 hex digits by kind ("cells", "library", ...).
 
-    Under "processor", which `changed` does not look at, stands what this process runs on.
+    The entry "processor", which `changed` ignores, describes the machine of this process.
     """
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     names = {name for cell in cells for name in _names(_parsed(cell))}
@@ -63,7 +63,7 @@ def hashes(unit: Unit, notebook: Any, root: Path) -> Hashes:
 
 @functools.cache
 def processor() -> str:
-    """What decides how sums are rounded: the processor's kind and the instructions that PyTorch uses."""
+    """What determines rounding: the processor model and the instruction set that PyTorch uses."""
     import torch
 
     said = _read(CPU_INFO) if CPU_INFO.is_file() else platform.processor()
@@ -72,13 +72,13 @@ def processor() -> str:
 
 
 def recorded(root: Path) -> dict[str, Hashes]:
-    """The hashes of each unit ("unit_09") when it was last executed; empty where nothing is recorded."""
+    """The hashes of each unit ("unit_09") at its last execution; empty if nothing is recorded."""
     file = root / RECORD
     return json.loads(_read(file)) if file.is_file() else {}
 
 
 def record(root: Path, name: str, now: Hashes) -> None:
-    """Enter that a unit has been executed."""
+    """Record that a unit has been executed."""
     everything = recorded(root) | {name: now}
     text = json.dumps(everything, indent=1, sort_keys=True) + "\n"
     if not (root / RECORD).is_file() or _read(root / RECORD) != text:
@@ -86,7 +86,7 @@ def record(root: Path, name: str, now: Hashes) -> None:
 
 
 def changed(before: Hashes | None, now: Hashes) -> list[str]:
-    """What is not as it was when the unit was last executed; empty if all is."""
+    """What has changed since the unit was last executed; empty if nothing has."""
     if before is None:
         return ["it has never been executed"]
     said = {
@@ -103,13 +103,13 @@ def changed(before: Hashes | None, now: Hashes) -> list[str]:
 
 @functools.cache
 def code_of(text: str) -> str:
-    """Python without comments, docstrings and layout; what is not plain Python (`%time x`), as it is."""
+    """Python code without comments, docstrings and layout; anything else (`%time x`) unchanged."""
     tree = _parsed(text)
     return text if tree is None else repr(_plain(tree))
 
 
 def _plain(node: Any) -> Any:
-    """A syntax tree as tuples; `ast.dump` gives other text in other versions of Python."""
+    """A syntax tree as tuples; the output of `ast.dump` depends on the version of Python."""
     if isinstance(node, list):
         return [_plain(item) for item in node]
     if not isinstance(node, ast.AST):
@@ -208,7 +208,7 @@ def _methods() -> dict[str, str]:
 
 
 def _assets(strings: set[str]) -> list[Path]:
-    """The bundled files that these strings name, alone or with their folder."""
+    """The bundled files whose name, with or without the folder, is one of these strings."""
     folder = PACKAGE / "assets"
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
     return [path for path in files if set(path.relative_to(folder).parts) & strings]

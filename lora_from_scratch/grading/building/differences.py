@@ -1,4 +1,4 @@
-"""Do two executions of a notebook show the same?"""
+"""Compare the outputs of two executions of a notebook."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _differs(before: Any, now: Any, same_processor: bool) -> Iterable[str]:
 
 
 def _lines(output: Any, same_processor: bool) -> list[str]:
-    """Everything that an output holds but its picture."""
+    """Everything in an output except its picture."""
     texts = [output.get("text", ""), *(alt for alt in output.get("metadata", {}).values())]
     texts += [value for kind, value in sorted(output.get("data", {}).items()) if kind != PICTURE]
     lines = [line for text in texts for line in INSIDE.sub("", str(text)).splitlines()]
@@ -61,7 +61,7 @@ def _lines(output: Any, same_processor: bool) -> list[str]:
 
 
 def same_picture(one: str, other: str) -> bool:
-    """Two PNGs in base64: the same bytes, or the same to the eye."""
+    """Whether two PNGs (base64) have equal bytes or look the same."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Running a notebook from top to bottom: in a fresh kernel, without a network, and the same each time."""
+"""Run a notebook from top to bottom in a fresh kernel, without a network, reproducibly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ print(_peak(), _time.process_time())
 
 @dataclass(frozen=True)
 class Cost:
-    """What running a notebook took: the most memory that the kernel held, and its processor time."""
+    """The cost of running a notebook: the kernel's peak memory and its processor time."""
 
     mebibytes: float
     seconds: float
@@ -130,7 +130,7 @@ def _client_that_looks_again() -> Any:
 
 @functools.cache
 def network_can_be_cut() -> bool:
-    """Can a process be started here that has no network at all?"""
+    """Whether a process without any network can be started here."""
     if not shutil.which(WITHOUT_NETWORK[0]):
         return False
     return subprocess.run([*WITHOUT_NETWORK, "true"], capture_output=True).returncode == 0
@@ -138,7 +138,7 @@ def network_can_be_cut() -> bool:
 
 @functools.cache
 def import_quietly() -> None:
-    """matplotlib's first import on a machine builds a list of fonts, and says so on stderr: here, not in a cell."""
+    """Import matplotlib once here, because its first import on a machine writes to stderr that it builds fonts."""
     import matplotlib.font_manager  # noqa: F401
 
 
@@ -183,7 +183,7 @@ def _environment(work: Path, building: bool) -> dict[str, str]:
 
 
 def _normalise(notebook: Any) -> None:
-    """Take out what differs from run to run without meaning anything."""
+    """Remove meaningless differences between runs."""
     for key in set(notebook.metadata) - {"kernelspec", "language_info"}:
         del notebook.metadata[key]
     notebook.metadata["language_info"] = {"name": "python"}

@@ -1,4 +1,4 @@
-"""What is not fit to be released: in a unit's list, in its cells, in a learner's notebook and in what cells put out.
+"""Find what makes a unit unfit for release: in its list, its cells, the learner's notebook, and the outputs.
 
 Every function returns messages; none of them raises or writes.
 """
@@ -16,10 +16,10 @@ from lora_from_scratch.grading.building.assemble import RUBRIC, Cell
 from lora_from_scratch.grading.building.solution import bound_names, solution_lines
 from lora_from_scratch.grading.building.source import SourceCell
 
-WRONG, RIGHT = 5, 2  # answers that the bank must have of an exercise
+WRONG, RIGHT = 5, 2  # minimum number of answers in the bank per exercise
 FROM_CHECKS = ("check", "hint", "library", "progress", "working")  # what every unit's first code cell imports
 SECTIONS = ("What goes wrong in practice", "Summary", "Go further")
-TELLING = 24  # a line of a solution that is at least so long, without spaces, gives something away
+TELLING = 24  # minimum length, without spaces, of a solution line that gives something away
 SCREENFUL = 45  # lines
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]*)[^)]*\)")
@@ -32,7 +32,7 @@ ABSOLUTE = re.compile(r"(?<![\w.~:/])/(?:home|root|tmp|usr|var|work|opt|mnt|priv
 
 
 def in_the_list(unit: Unit) -> list[str]:
-    """Exercises without difficulty, minutes, lines, hints, a check or a bank of answers."""
+    """Problems in the unit's list: exercises without difficulty, minutes, lines, hints, a check or enough answers."""
     problems = []
     for exercise in unit.exercises:
         problems += [f"checks/unit_{unit.number}/exercises.py, {exercise.name}: {what}" for what in _lacks(exercise)]
@@ -61,7 +61,7 @@ def _lacks(exercise: Exercise) -> Iterable[str]:
 
 
 def in_the_source(unit: Unit, file: str, source: list[SourceCell]) -> list[str]:
-    """Parts that are missing, are there twice or in the wrong order, or that give away an exercise."""
+    """Problems in the source: parts that are missing, duplicated, in the wrong order, or that give away an exercise."""
     return [
         *_first_screen(unit, file, source),
         *_cells_of(unit, file, source),
@@ -89,7 +89,7 @@ def _first_screen(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[s
 
 
 def _cells_of(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
-    """Every exercise and prediction has its cell, once."""
+    """Every exercise and prediction must have exactly one cell."""
     wanted = [("exercise", item.name) for item in unit.exercises]
     wanted += [(directive, item.name) for item in unit.predictions for directive in ("prediction", "check")]
     for directive, name in wanted:
@@ -105,7 +105,7 @@ def _cells_of(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
 
 
 def _order(unit: Unit, source: list[SourceCell]) -> Iterable[str]:
-    """Exercises are in the order of their numbers. A prediction is asked, then shown by an experiment, then checked."""
+    """Exercises must follow the unit's list. A prediction comes before, and its check after, the experiment."""
     listed = [item.name for item in unit.exercises]
     found = [cell for cell in source if cell.get("exercise") in listed]
     for cell, name in zip(found, listed, strict=False):
@@ -155,7 +155,7 @@ def _open_questions(file: str, source: list[SourceCell]) -> Iterable[str]:
 
 
 def _imports(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
-    """The first code cell has what the unit needs, and no cell imports an exercise of this unit."""
+    """The first code cell must import what the unit needs, and no cell may import an exercise of this unit."""
     code = [cell for cell in source if cell.kind == "code" and cell.text]
     exercises = {exercise.name for exercise in unit.exercises}
     for index, cell in enumerate(code):
@@ -178,7 +178,7 @@ def _imports(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
 
 
 def in_the_cells(cells: list[Cell]) -> list[str]:
-    """Headings that skip a level, pictures without alternative text, two graded cells of one name."""
+    """Headings that skip a level, pictures without alternative text, duplicate names of graded cells."""
     graded = [(cell.metadata["nbgrader"]["grade_id"], cell.place) for cell in cells if "nbgrader" in cell.metadata]
     names = [name for name, _ in graded]
     problems = [f"{place}: {name!r} is a name twice" for n, (name, place) in enumerate(graded) if name in names[:n]]
@@ -201,7 +201,7 @@ def in_the_cells(cells: list[Cell]) -> list[str]:
 
 
 def leaks(unit: Unit, learners: Any, cells: list[Cell]) -> list[str]:
-    """Lines of solutions that a learner's notebook shows, and answers to predictions."""
+    """Lines of solutions and answers to predictions that the learner's notebook would reveal."""
     lines = {line: exercise.name for exercise in unit.exercises for line in _telling_lines(exercise)}
     problems = []
     for node, cell in zip(learners.cells, cells, strict=True):
@@ -218,7 +218,7 @@ def leaks(unit: Unit, learners: Any, cells: list[Cell]) -> list[str]:
 
 
 def _telling_lines(exercise: Exercise) -> list[str]:
-    """The lines of a solution that give something away; of `return x` it is `x` that does."""
+    """The lines of a solution that give something away; of `return x`, only `x`."""
     lines = [line.removeprefix("return ") for line in solution_lines(exercise.object, exercise.blank)]
     plain = ("raise ", "import ", "from ", "super().__init__(", '"""', "for ", "with ")
     return [line for line in lines if len(squeeze(line)) >= TELLING and not line.startswith(plain)]
@@ -274,7 +274,7 @@ def not_full_points(node: Any, cell: Cell) -> list[str]:
 
 
 def in_an_unsolved_run(notebook: Any) -> list[str]:
-    """What a learner would see who runs the released notebook before writing anything, and should not."""
+    """Undesirable outputs of the released notebook when it is run before anything is written."""
     problems = []
     for node in notebook.cells:
         outputs = node.get("outputs", [])
@@ -295,7 +295,7 @@ def _not_started(outputs: list[Any]) -> bool:
 
 
 def headings(text: str) -> list[tuple[int, str]]:
-    """Level and text of the headings of Markdown; what is in a block of code is none."""
+    """Level and text of the Markdown headings, ignoring code blocks."""
     found = []
     fenced = False
     for line in text.splitlines():
@@ -308,7 +308,7 @@ def headings(text: str) -> list[tuple[int, str]]:
 
 
 def text_of(output: Any) -> str:
-    """What an output says, as text."""
+    """The text of an output."""
     if "text" in output:
         return str(output.text)
     data = output.get("data", {})
@@ -316,7 +316,7 @@ def text_of(output: Any) -> str:
 
 
 def squeeze(text: str) -> str:
-    """Without spaces and with one kind of quotes: how a line is laid out does not hide it."""
+    """The text without spaces and with one kind of quotes, so that layout does not hide a line."""
     return re.sub(r"[ \t]+", "", text).replace("'", '"')
 
 

@@ -1,4 +1,4 @@
-"""What the build refuses, and where it is."""
+"""The error that the build raises when a unit is not fit to be released."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class Refused(ValueError):  # noqa: N818
-    """A unit that is not fit to be released: one message for each thing that has to be mended.
+    """A unit that is not fit to be released: one message for each problem to fix.
 
     Attributes:
         problems: the messages, each with the file and the cell.

@@ -1,4 +1,4 @@
-"""The learner's notebook: what nbgrader's `generate_assignment` makes of the solved one."""
+"""Make the learner's notebook from the solved one, as nbgrader's `generate_assignment` does."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def release(notebook: Any, config: Path) -> str:
-    """The learner's notebook as text, byte for byte what `nbgrader generate_assignment` writes.
+    """The learner's notebook as text, byte for byte as `nbgrader generate_assignment` writes it.
 
     Args:
-        notebook: the solved one, executed or not.
+        notebook: the solved notebook, executed or not.
         config: the course's nbgrader_config.py, which lists the steps.
     """
     from nbconvert.exporters import NotebookExporter

@@ -1,7 +1,7 @@
 """A unit's source: plain text in jupytext's percent format, with directives on the cells.
 
 A directive is a key on the cell's marker, as in `# %% exercise="rank"`. `DIRECTIVES` lists them; course/README.md
-says what each is for.
+describes each of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DIRECTIVES = {
     "figure": "code",
     "volatile": "code",
 }
-EMPTY = ("exercise", "prediction", "check")  # the build writes the whole of these cells
+EMPTY = ("exercise", "prediction", "check")  # the build writes these cells completely
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SourceCell:
 
     Attributes:
         kind: "code" or "markdown".
-        text: what stands in it, without the comment signs of Markdown.
+        text: its contents; for Markdown, without the comment signs.
         place: file, number of the cell (from 1) and line, for messages.
         directives: the keys on its marker.
     """
@@ -49,7 +49,7 @@ def read_source(path: Path, name: str | None = None) -> list[SourceCell]:
     """The cells of a unit's source.
 
     Args:
-        name: how messages call the file; None: by its path.
+        name: the name of the file in messages; None means its path.
 
     Raises:
         FileNotFoundError: there is no such file.

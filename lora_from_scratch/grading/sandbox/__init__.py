@@ -2,8 +2,8 @@
 
     observed = observe_notebook(Job("09", (Run("cell-1", "..."), Probe("rank", seed, "check-rank")), cache))
 
-What comes out is data, never objects: observations of each exercise, which `checks.judge.judge` turns into verdicts
-outside. Nothing of the learner's runs in this process.
+The result is data, never objects: the observations of each exercise, which `checks.judge.judge` turns into verdicts
+outside the sandbox. No learner's code runs in this process.
 """
 
 from lora_from_scratch.grading.sandbox.job import (

@@ -1,4 +1,4 @@
-"""The walls: a command in bubblewrap, with nothing of the machine but the interpreter and its libraries, read-only."""
+"""Run a command in bubblewrap, where only the interpreter and its libraries are visible, read-only."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ NEEDED = ("torch", "numpy", "IPython", "safetensors", "traitlets")
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why there can be no sandbox here, in words with what to do; None: there can."""
+    """Why the sandbox cannot be used here and what to do about it; None if it can."""
     if not sys.platform.startswith("linux"):
-        return f"bubblewrap is for Linux, and this is {sys.platform}. Grade on Linux (a virtual machine or WSL 2)"
+        return f"bubblewrap needs Linux, and this is {sys.platform}. Grade on Linux (a virtual machine or WSL 2)"
     if shutil.which(PROGRAM) is None:
         return "bubblewrap is not installed. Install it: apt install bubblewrap, or dnf install bubblewrap"
     try:
@@ -61,7 +61,7 @@ def _advice(said: str) -> str:
         return "Install bubblewrap 0.8 or newer"
     if "namespace" in said or "uid map" in said:
         return (
-            "Users must be allowed to make namespaces: sysctl kernel.unprivileged_userns_clone=1, and on Ubuntu 24.04 "
+            "Allow users to create namespaces: sysctl kernel.unprivileged_userns_clone=1, and on Ubuntu 24.04 "
             "kernel.apparmor_restrict_unprivileged_userns=0; in Docker start the container with "
             "--security-opt seccomp=unconfined"
         )
@@ -76,15 +76,15 @@ def command(
     filtered: int | None = None,
     info: int | None = None,
 ) -> list[str]:
-    """The command up to and without `--` and what is to be started.
+    """The bubblewrap command, without `--` and the command to run inside.
 
     Args:
-        folder: the size of /tmp, which holds the home and the working folder.
+        folder: the size of /tmp, which contains the home and working folders.
         shared: the size of /dev/shm.
-        bound: files and folders of the machine, read-only, and where each is to be seen.
-        environment: all of it.
+        bound: files and folders of the machine to mount read-only, each with its path inside.
+        environment: the complete environment.
         filtered: a file descriptor with the filter of system calls; see `seccomp.program`.
-        info: a file descriptor on which bubblewrap says the number of the first process inside.
+        info: a file descriptor on which bubblewrap reports the id of the first process inside.
     """
     arguments = [PROGRAM, "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
     arguments += ["--as-pid-1"]  # no other process inside, whose memory could be written
@@ -142,12 +142,12 @@ def _devices(shared: int) -> list[str]:
 
 @functools.cache
 def visible() -> tuple[Path, ...]:
-    """What is seen of the machine, outermost folders only: libraries, interpreter, installed packages."""
+    """The visible parts of the machine, outermost folders only: libraries, interpreter, installed packages."""
     places = [Path(place) for place in SYSTEM if os.path.isdir(place) and not os.path.islink(place)]
     places += [Path(place) for place in ALSO if os.path.exists(place)]
     for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix):
         places += _of_prefix(Path(prefix))
-    # Wherever a chain of links to the interpreter leads: each link has to be there.
+    # Every link in the chain to the interpreter must be visible.
     link = Path(sys.executable)
     for _ in range(20):
         places.append(link)
@@ -166,7 +166,7 @@ def visible() -> tuple[Path, ...]:
 
 
 def _of_prefix(prefix: Path) -> list[Path]:
-    """What an interpreter needs of an environment, not the whole: somebody's course may lie in the same folder."""
+    """The parts of an environment that the interpreter needs; the same folder may also contain the course."""
     system = prefix in (Path("/usr"), Path("/usr/local"), Path("/"))
     names = ("lib", "lib64") if system else ("bin", "lib", "lib64", "pyvenv.cfg")
     return [prefix / name for name in names if (prefix / name).exists() and not (prefix / name).is_symlink()]
@@ -174,7 +174,7 @@ def _of_prefix(prefix: Path) -> list[Path]:
 
 @functools.cache
 def other_copies() -> tuple[Path, ...]:
-    """What is visible and has the library's name: another installed copy would give away what is taken out of one."""
+    """Other visible copies of the library, which would reveal the solutions."""
     found = []
     waiting = [place for place in visible() if place.is_dir()]
     while waiting:
@@ -185,11 +185,11 @@ def other_copies() -> tuple[Path, ...]:
                         found.append(Path(entry.path))
                     elif entry.is_dir(follow_symlinks=False):
                         waiting.append(Path(entry.path))
-        except OSError:  # nobody else inside can list it either
+        except OSError:  # nobody inside can list it either
             continue
     return tuple(sorted(found))
 
 
 def mounted(places: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """Those of the places that lie in something visible, and so need something mounted over them."""
+    """The places inside visible folders, which need something mounted over them."""
     return [(source, place) for source, place in places if any(Path(place).is_relative_to(v) for v in visible())]

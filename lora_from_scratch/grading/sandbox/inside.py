@@ -1,6 +1,6 @@
-"""The runner inside the sandbox: runs a notebook's cells, tries its answers, and sends what it sees, step by step.
+"""The runner inside the sandbox: runs a notebook's cells, tries its answers, and sends its observations step by step.
 
-`main(folder, frames)` is what is started: the folder holds `job` (what to do, as `wire` packs it) and `files` (the
+The entry point is `main(folder, frames)`. The folder contains `job` (the steps, packed by `wire`) and `files` (the
 learner's own); `frames` is the file descriptor of the pipe for the frames. The key of their seals comes through
 standard input. This module is copied into the sandbox's library, where `checks.notebook` is a stand-in.
 """
@@ -45,7 +45,7 @@ TRACEBACK = 4_000  # characters of a traceback that are kept: its end
 
 
 class TruncatedOutput(io.TextIOBase):
-    """A text stream that keeps only the beginning of what is written to it."""
+    """A text stream that keeps only the beginning of its input."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -75,10 +75,10 @@ class TruncatedOutput(io.TextIOBase):
 
 
 class Shell(InteractiveShell):
-    """IPython without a kernel, a terminal or a history. What ends a cell is kept instead of being printed.
+    """IPython without a kernel, terminal or history. The error that ends a cell is kept instead of being printed.
 
-    A notebook's kernel goes on after `%matplotlib inline`, `!pip install` and the like, and so does this: what needs
-    a screen, another program or the network does nothing, and says so.
+    A notebook's kernel continues after `%matplotlib inline`, `!pip install` and the like, and so does this shell:
+    whatever needs a screen, another program or the network does nothing and says so.
     """
 
     error: BaseException | None = None
@@ -90,13 +90,13 @@ class Shell(InteractiveShell):
         self.error = self.error or sys.exc_info()[1]
 
     def enable_gui(self, gui: str | None = None) -> None:
-        """There is no screen."""
+        """Does nothing: there is no screen."""
 
     def enable_matplotlib(self, gui: str | None = None) -> tuple[str | None, str]:
         return None, "agg"
 
     def enable_pylab(self, gui: str | None = None, import_all: bool = True) -> tuple[str | None, str, list[str]]:
-        """Without the names that Python has itself: NumPy's `max` and `sum` take other arguments."""
+        """Keep Python's builtins: NumPy's `max` and `sum` take different arguments."""
         kept = {name: self.user_ns[name] for name in vars(builtins) if name in self.user_ns}
         super().enable_pylab(gui, import_all)
         for name in vars(builtins).keys() & self.user_ns.keys():
@@ -105,7 +105,7 @@ class Shell(InteractiveShell):
         return None, "agg", []
 
     def ask_exit(self) -> None:
-        """`exit` in a notebook ends the kernel after the cell; here the rest is still to be run."""
+        """Does nothing: `exit` ends a notebook's kernel, but here the remaining cells must still run."""
 
     def system(self, cmd: str) -> None:
         self.user_ns["_exit_code"] = 0
@@ -135,16 +135,16 @@ class Shell(InteractiveShell):
         self._did_nothing(what)
 
     def _did_nothing(self, what: str) -> None:
-        print(f"{what.strip()[:200]}: this does nothing while a notebook is graded.")
+        print(f"{what.strip()[:200]}: this does nothing while a notebook is being graded.")
 
 
 class Runner:
-    """Does the steps of a job.
+    """Runs the steps of a job.
 
     Args:
         job: see `observing._Observing._describe`.
         send: sends a frame.
-        inputs: waits for the inputs of the exercise whose step has begun.
+        inputs: waits for the inputs of the exercise that is being tried.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Runner:
             with time_limit(GUESS_SECONDS):
                 value = wire.Room(bytes=self.job["observation"]).fitting(plain(self.names.get(step["name"])))
         except BaseException as error:  # lists in lists without a floor, for example
-            value = Opaque(f"value that cannot be read ({type(error).__name__})")
+            value = Opaque(f"value that could not be read ({type(error).__name__})")
         return {"kind": "guess", "value": value}
 
 
@@ -240,7 +240,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def _traceback(error: BaseException) -> str:
-    """Of the notebook's own code only, and without what the sandbox looks like."""
+    """The traceback of the notebook's own code, without the frames of IPython and the runner."""
     try:
         parts = traceback.TracebackException.from_exception(error, limit=-12, compact=True)
         parts.stack = traceback.StackSummary.from_list(
@@ -252,7 +252,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def copy_files(source: Path, target: Path, room: int) -> None:
-    """The learner's own files: regular ones, as many as fit."""
+    """Copy the learner's own regular files, as many as fit."""
     for folder, _, names in os.walk(source):
         for name in sorted(names):
             path = Path(folder, name)

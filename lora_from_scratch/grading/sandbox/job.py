@@ -1,4 +1,4 @@
-"""What goes into the sandbox and what comes out: plain data on both sides."""
+"""The input and output of the sandbox, both plain data."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Isolation = Literal["bubblewrap", "none"]
 
 FINISHED = "finished"
 Why = Literal[
-    "exited",  # it ended itself: exit(), os._exit(), a signal to itself that is not a crash
+    "exited",  # it ended itself: exit(), os._exit(), or a signal to itself that is not a crash
     "crashed",  # killed by a signal: a segmentation fault, an abort
     "memory",
-    "wall time",  # of one cell or probe, or of all together
+    "wall time",  # of one cell or probe, or in total
     "processor time",
     "threads",
-    "files",  # more of them than a sandbox may hold
-    "frames",  # what it sent was too much, or not what the runner sends
+    "files",  # more than a sandbox may contain
+    "frames",  # it sent too much, or something that the runner does not send
 ]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Run the source of a cell, as IPython does; an error does not stop the rest."""
+    """Run the source of a cell as IPython does; an error does not stop the rest."""
 
     cell_id: str
     source: str
@@ -36,7 +36,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Probe:
-    """Try what the name of an exercise is *now* on the cases of this seed."""
+    """Try the *current* value of an exercise's name on the cases of this seed."""
 
     name: str
     seed: int
@@ -45,7 +45,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Guess:
-    """Read the value of a prediction's variable *now*."""
+    """Read the *current* value of a prediction's variable."""
 
     name: str
     cell_id: str
@@ -56,22 +56,22 @@ Step = Run | Probe | Guess
 
 @dataclass(frozen=True)
 class Limits:
-    """What a submission may use. Bytes and seconds.
+    """Resource limits for a submission, in bytes and seconds.
 
     Attributes:
-        memory: of the process, beyond what Python and PyTorch take at their start.
-        seconds: wall time of the whole submission, all restarts together; start-up is not counted.
+        memory: memory of the process, beyond what Python and PyTorch use at the start.
+        seconds: wall time of the whole submission, including all restarts but not start-up.
         cell_seconds: wall time of one cell.
-        patience: a probe gets so many times the exercise's own `seconds`, because graders are busy machines.
-        processor_seconds: of one process, its threads together.
-        file: the largest single file.
-        folder: everything in /tmp together, which is the home and the working folder.
-        shared: everything in /dev/shm together.
-        files: how many files and folders there may be in /tmp.
-        threads: how many threads there may be.
-        printed: characters kept of what one cell prints, and as many of what goes to stderr.
-        observation: one exercise's observations as they are sent.
-        sent: everything that one process sends.
+        patience: factor on the exercise's own `seconds` for a probe, because graders are busy machines.
+        processor_seconds: processor time of one process, summed over its threads.
+        file: size of the largest single file.
+        folder: total size of /tmp, which contains the home and working folders.
+        shared: total size of /dev/shm.
+        files: number of files and folders in /tmp.
+        threads: number of threads.
+        printed: characters kept of a cell's standard output, and of its standard error.
+        observation: size of one exercise's observations as sent.
+        sent: total size of everything that one process sends.
     """
 
     memory: int = 2048 * MIB
@@ -95,13 +95,13 @@ class Job:
 
     Attributes:
         unit: the unit's number, "09".
-        steps: in the order of the notebook. `cell_id`s are unique among the steps.
-        cache: a folder where the library's stripped copies are kept from one submission to the next; made if
-            missing. It may be shared by several processes.
-        files: a folder with the learner's own data files, copied into the working folder; or None. Symbolic links
-            and what is over `Limits.folder` are left out.
-        without: exercises whose bodies are taken out of the library; None: all of the unit's.
-        isolation: "bubblewrap", or "none": a plain process, which limits what is used up and hides nothing.
+        steps: the steps in the order of the notebook, with unique `cell_id`s.
+        cache: a folder in which the stripped copies of the library are kept between submissions; created if missing.
+            Several processes may share it.
+        files: a folder with the learner's own data files, copied into the working folder; or None. Symbolic links, and
+            files beyond `Limits.folder`, are left out.
+        without: the exercises whose bodies are removed from the library; None means all of the unit's.
+        isolation: "bubblewrap", or "none" for a plain process, which has the resource limits but hides nothing.
     """
 
     unit: str
@@ -115,15 +115,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Tried:
-    """What came of a `Probe`.
+    """The result of a `Probe`.
 
     Attributes:
-        status: "seen" (there is one `Seen` a case, to be judged), "missing" (no such name, or nothing that could be
-            tried: the message says what), "library" (it is the library's own), "lost" (the process ended before or
-            while it was tried; `Observed.endings` says why).
-        message: of "missing", "library" and "lost": in words for the learner.
-        changed: what the notebook had replaced in PyTorch, numpy, Python or the library ("torch.equal"): it was put
-            back before the answer was tried. A reason to look, not yet to take points.
+        status: "seen" (there is one `Seen` per case, to be judged), "missing" (the name is not defined or its value
+            cannot be tried; see `message`), "library" (it is the library's own), "lost" (the process ended before or
+            during the probe; `Observed.endings` says why).
+        message: for "missing", "library" and "lost", an explanation for the learner.
+        changed: functions of PyTorch, NumPy, Python or the library that the notebook had replaced ("torch.equal") and
+            that were restored before the answer was tried. A reason for a person to look, not to deduct points.
     """
 
     name: str
@@ -135,14 +135,14 @@ class Tried:
 
 @dataclass(frozen=True)
 class Output:
-    """What a cell left behind. All texts are the learner's: escape them before they go into a page.
+    """The output of a cell. All texts come from the learner: escape them before they go into a page.
 
     Attributes:
-        status: "ran", "error" (it raised), "stopped" (out of time; the notebook went on), "died" (the process ended
-            in it), "not run" (the time was up before).
-        stdout, stderr: the beginnings.
-        error: "ValueError: negative rank", or for "stopped" and "died" what happened, in words.
-        traceback: plain text, without colours; its end.
+        status: "ran", "error" (it raised), "stopped" (out of time; the notebook continued), "died" (the process ended
+            in it), "not run" (the time was already up).
+        stdout, stderr: the beginning of each stream.
+        error: for example "ValueError: negative rank"; for "stopped" and "died", what happened in words.
+        traceback: the end of the traceback, as plain text without colours.
     """
 
     status: Literal["ran", "error", "stopped", "died", "not run"]
@@ -154,12 +154,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Ending:
-    """A process that did not come to its end.
+    """The end of a process that did not finish.
 
     Attributes:
         why: see `Why`.
-        cell_id: where it was then: a cell or a check. "" before the first and after the last.
-        message: for the learner, one or two sentences in the second person.
+        cell_id: the cell or check in which it ended; "" before the first and after the last.
+        message: one or two sentences to the learner, in the second person.
     """
 
     why: Why
@@ -169,14 +169,14 @@ class Ending:
 
 @dataclass(frozen=True)
 class Observed:
-    """Everything that was seen of one submission.
+    """All observations of one submission.
 
     Attributes:
         tried: by the `cell_id` of each `Probe`.
-        guesses: by the `cell_id` of each `Guess`: the value as plain data. Not there where it was lost.
+        guesses: by the `cell_id` of each `Guess`, the value as plain data; a lost value is missing.
         outputs: by the `cell_id` of each `Run`.
-        endings: each process that ended too early, in order. Empty: the notebook ran to its end.
-        isolation: what it ran in.
+        endings: each process that ended early, in order; empty if the notebook ran to its end.
+        isolation: the isolation in which it ran.
     """
 
     tried: Mapping[str, Tried]
@@ -187,5 +187,5 @@ class Observed:
 
     @property
     def ended(self) -> str:
-        """ "finished", or what ended the first process that did not: "memory"."""
+        """Either "finished", or why the first unfinished process ended, such as "memory"."""
         return self.endings[0].why if self.endings else FINISHED

@@ -1,4 +1,4 @@
-"""What a process gives up before it runs a learner's code: memory, files, processor time, system calls."""
+"""Limit a process before it runs a learner's code: memory, files, processor time, system calls."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from lora_from_scratch.grading.sandbox import seccomp
 OPEN_FILES = 256
 SIGNALS_WAITING = 256
 MIB = 2**20
-PR_SET_PDEATHSIG = 1  # linux/prctl.h: end with the parent; the filter keeps it from being taken back
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: end with the parent; the filter prevents revoking it
 
 
 def lock(memory: int, processor_seconds: int, file: int, filtered: bool = True) -> None:
-    """Limit this process for good.
+    """Limit this process permanently.
 
     Args:
-        memory: bytes beyond what the process has now.
-        processor_seconds: from its start. (Who is watching from outside is a little faster.)
-        file: the most bytes of a file that it writes.
-        filtered: with the filter of system calls.
+        memory: bytes beyond the current use.
+        processor_seconds: processor time since the process started. (The supervisor outside acts a little earlier.)
+        file: maximum size in bytes of a file that it writes.
+        filtered: whether to install the filter of system calls.
 
     Raises:
         OSError: a limit cannot be set.
     """
     now = sizes()
     limits = {
-        "DATA": int(now["data"]) + memory,  # private memory that can be written
-        "AS": int(now["all"]) + memory + 512 * MIB,  # what is shared as well
+        "DATA": int(now["data"]) + memory,  # private writable memory
+        "AS": int(now["all"]) + memory + 512 * MIB,  # including shared memory
         "CPU": processor_seconds + 2,
         "FSIZE": file,
         "NOFILE": OPEN_FILES,
@@ -51,7 +51,7 @@ def lock(memory: int, processor_seconds: int, file: int, filtered: bool = True) 
 
 
 def sizes(process: str = "self") -> Mapping[str, float]:
-    """Of a process: bytes of its address space and of its private memory that can be written, threads, seconds of
+    """Resource use of a process: bytes of address space and of private writable memory, number of threads, seconds of
     processor time (Linux; 0 elsewhere)."""
     try:
         with open(f"/proc/{process}/status", encoding="ascii", errors="replace") as file:
@@ -73,7 +73,7 @@ def _kibibytes(text: str) -> int:
 
 
 def _set(which: int, limit: int) -> None:
-    """Soft and hard, and never more than there was."""
+    """Set the soft and hard limit, never above the current hard limit."""
     _, hard = resource.getrlimit(which)
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(which, (limit, limit))

@@ -1,10 +1,10 @@
-"""What is said to a learner whose code ended the process that ran it."""
+"""Messages to a learner whose code ended the process that ran it."""
 
 from __future__ import annotations
 
 from lora_from_scratch.grading.sandbox.job import MIB, Limits
 
-NOT_RUN = "This was not run: the time for the whole notebook was up, or it had ended Python too often."
+NOT_RUN = "This was not run: the time for the whole notebook was up, or its code had ended Python too often."
 TIME_IS_UP = "The time for the whole notebook was up before everything had run."
 AGAIN = " The rest of the notebook was run without this."
 
@@ -16,14 +16,14 @@ def ending_message(why: str, detail: str, limits: Limits) -> str:
         detail: what the supervisor knows: "SIGSEGV", "300 threads".
     """
     said = {
-        "exited": f"Your code here ended Python itself ({detail}), for example by `os._exit` or by a signal.",
+        "exited": f"Your code here ended Python itself ({detail}), for example with `os._exit` or a signal.",
         "crashed": f"Python crashed here ({detail}): something below Python failed, or your code sent it a signal.",
-        "memory": f"Your code here needed more memory than there is ({limits.memory // MIB:,} MiB), and Python died.",
-        "wall time": "Your code here did not end in time, and was ended.",
+        "memory": f"Your code here needed more than {limits.memory // MIB:,} MiB of memory, which ended Python.",
+        "wall time": "Your code here did not finish in time and was stopped.",
         "processor time": f"Your notebook used more than {limits.processor_seconds:,} seconds of processor time here.",
-        "threads": f"Your code here started too many threads ({detail}; {limits.threads} may run).",
-        "files": f"Your code here made too many files ({detail}; {limits.files:,} may be there).",
-        "frames": f"Your code here disturbed the grading: {detail}.",
+        "threads": f"Your code here started too many threads ({detail}; at most {limits.threads} are allowed).",
+        "files": f"Your code here created too many files ({detail}; at most {limits.files:,} are allowed).",
+        "frames": f"Your code here interfered with the grading: {detail}.",
     }
     return said[why] + AGAIN
 

@@ -1,4 +1,4 @@
-"""Observe a notebook in the sandbox: start it, again after a crash, and look again where the library was needed."""
+"""Observe a notebook in the sandbox: run it, restart after crashes, and repeat where the library was needed."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from lora_from_scratch.grading.sandbox.messages import NOT_RUN, TIME_IS_UP, endi
 from lora_from_scratch.grading.sandbox.stripped import ASSETS, TAKEN_OUT, Stripped, find_unit, stripped
 from lora_from_scratch.support.figures import BUILDING
 
-MOST_STARTS = 8  # of one submission's notebook, after as many crashes less one
-OVERHEAD = 2**20  # of an observation's bytes, for what is not tensors
-GRACE = 5.0  # seconds that the process has, beyond its own limit, to say that the time of a cell is up
-JOB = "/job"  # where the job is seen inside
+MOST_STARTS = 8  # of one submission's notebook, including the restarts after crashes
+OVERHEAD = 2**20  # bytes of an observation beyond its tensors
+GRACE = 5.0  # seconds, beyond its own limit, for the process to report that a cell is out of time
+JOB = "/job"  # where the job is visible inside
 LIBRARY = "/library"  # where an instructor's own modules are
 BOOT = "from lora_from_scratch.grading.sandbox.inside import main; main({folder!r}, {frames})"
 
 
 class SandboxError(OSError):
-    """The sandbox itself does not work: no fault of the learner's. One line."""
+    """The sandbox itself does not work, which is not the learner's fault. The message is one line."""
 
 
 def unavailable() -> str | None:
-    """Why there can be no sandbox here, in words with what to do; None: there can."""
+    """Why the sandbox cannot be used here and what to do about it; None if it can."""
     return bubblewrap.unavailable()
 
 
 def observe_notebook(job: Job) -> Observed:
-    """Run a notebook in the sandbox and give back what was seen of it. Nothing that a learner does is an error here.
+    """Run a notebook in the sandbox and return the observations. Nothing that a learner does raises an error here.
 
     Call it from the main thread, or from one that lives longer than the call: bubblewrap ends with its thread.
 
     Raises:
-        ValueError: there is no such unit or exercise, or the steps have no ids of their own.
+        ValueError: there is no such unit or exercise, or the ids of the steps are not unique.
         SandboxError: the sandbox cannot be started here.
     """
     unit = find_unit(job.unit)
@@ -66,21 +66,21 @@ def observe_notebook(job: Job) -> Observed:
 
 @dataclass
 class _Found:
-    """What one look at a notebook has found so far."""
+    """The observations of one run of a notebook so far."""
 
     tried: dict[str, Tried] = field(default_factory=dict)
     guesses: dict[str, Data] = field(default_factory=dict)
     outputs: dict[str, Output] = field(default_factory=dict)
     endings: list[Ending] = field(default_factory=list)
-    called: dict[str, set[str]] = field(default_factory=dict)  # by step: exercises whose taken-out bodies it called
+    called: dict[str, set[str]] = field(default_factory=dict)  # by step: the exercises whose removed bodies it called
 
 
 class _Observing:
-    """One submission.
+    """Observes one submission.
 
-    The first look has the bodies of all of the unit's exercises taken out. An answer that calls another exercise's,
-    which the learner has taken from the library, is looked at again with only its own taken out; and so is one whose
-    probe needs another exercise's.
+    In the first run, the bodies of all of the unit's exercises are removed from the library. An answer that calls the
+    library's version of another exercise is run again with only its own body removed, and so is an answer whose probe
+    needs another exercise.
     """
 
     def __init__(self, job: Job, unit: Unit, exercises: Mapping[str, Exercise]) -> None:
@@ -97,10 +97,10 @@ class _Observing:
                 found.tried.setdefault(step.cell_id, Tried(step.name, "lost", NOT_RUN))
         return Observed(found.tried, found.guesses, found.outputs, tuple(found.endings), job.isolation)
 
-    # --- Looks
+    # --- Runs
 
     def look_again(self) -> None:
-        """With bodies in: first of all answers that need it at once, then of those that need each other's alone."""
+        """Run again the answers that need other bodies: together, then separately if they need each other's."""
         probes = {step.cell_id: step for step in self.job.steps if isinstance(step, Probe)}
         again = {cell for cell in probes if self._needs_more(cell)}
         if not again:
@@ -112,7 +112,7 @@ class _Observing:
                 self._look_at({cell for cell in again if probes[cell].name == name}, frozenset({name}))
 
     def _needs_more(self, cell: str) -> bool:
-        """Did a body of another exercise that was not there keep this answer from being seen?"""
+        """Whether the removed body of another exercise kept this answer from being observed."""
         tried = self.found.tried.get(cell)
         if tried is None or tried.status in ("library", "lost"):
             return False
@@ -127,7 +127,7 @@ class _Observing:
         return failed and (tried.status == "missing" or any(seen.raised for seen in tried.seen))
 
     def _look_at(self, cells: set[str], without: frozenset[str]) -> dict[str, set[str]]:
-        """Look at these answers only; what is seen now takes the place of what was seen before."""
+        """Run for these answers only; the new observations replace the previous ones."""
         first, died = self.found, {cell for cell, output in self.found.outputs.items() if output.status == "died"}
         steps = [s for s in self.job.steps if s.cell_id in cells or (isinstance(s, Run) and s.cell_id not in died)]
         while steps and isinstance(steps[-1], Run):
@@ -139,7 +139,7 @@ class _Observing:
         return second.called
 
     def look(self, without: frozenset[str], steps: Iterable[Step] | None = None) -> None:
-        """Run the steps, as often as it takes to get past what ends the process."""
+        """Run the steps, restarting after each crash, up to `MOST_STARTS` times."""
         waiting = list(self.job.steps if steps is None else steps)
         library = stripped(self.unit, without, self.job.cache, assets=self.job.isolation == "none")
         left_out: list[tuple[Step, Ending]] = []
@@ -164,7 +164,7 @@ class _Observing:
             waiting.remove(at)
 
     def _is_known(self, step: Step) -> bool:
-        """Cells run again after a crash; what was seen before it stays as it was seen."""
+        """Whether a step was observed before a crash, and is skipped after it. Cells always run again."""
         return step.cell_id in self.found.tried or step.cell_id in self.found.guesses
 
     def _leave_out(self, step: Step, ending: Ending) -> None:
@@ -362,7 +362,7 @@ def _texts(frame: dict[str, Data], name: str) -> tuple[str, ...]:
 
 
 def fonts(cache: Path) -> Path:
-    """A folder with matplotlib's list of fonts, which takes seconds to make. It is empty if there is none."""
+    """A folder with matplotlib's font list, which takes seconds to create; empty if there is none."""
     folder = cache / "matplotlib"
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -375,7 +375,7 @@ def fonts(cache: Path) -> Path:
 
 
 def python(folder: str, frames: int) -> list[str]:
-    """The command that starts the runner. -P: what lies in the working folder does not take the place of a library."""
+    """The command that starts the runner. -P prevents files in the working folder from shadowing libraries."""
     boot = BOOT.format(folder=folder, frames=frames)
     return [sys.executable, "-X", "frozen_modules", "-B", "-P", "-s", "-c", boot]
 

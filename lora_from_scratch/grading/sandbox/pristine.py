@@ -1,8 +1,8 @@
-"""PyTorch, numpy and Python as they were before a notebook ran: put back before an answer is tried.
+"""Restore the functions of PyTorch, NumPy and Python that a notebook has replaced, before an answer is tried.
 
-A probe uses them beside the learner's code: `torch.equal` that always says yes would make wrong answers look right.
-This keeps simple tricks from working and tells honest accidents. It is no wall: what runs in the same process can
-always do more.
+A probe uses them in the same process as the learner's code: a `torch.equal` that always returns True would make wrong
+answers look right. Restoring defeats simple tricks and reports honest accidents. It is not a security boundary: code in
+the same process can always do more.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODULES = (
     "torch.random",
 )
 CLASSES = (torch.Tensor, torch.nn.Parameter, torch.nn.Module, torch.Generator)
-# With these a value is taken out of the sandbox.
+# Operators that are used to copy a value out of the sandbox.
 LOOKS = tuple(f"aten::{name}" for name in ("_to_copy", "alias", "clone", "contiguous", "copy_", "detach", "permute"))
 OPERATORS = ("aten/", "prims/", "prim/", "quantized/")
 TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -56,7 +56,7 @@ SHOWN = 20
 
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
-    """No `TorchFunctionMode` or `TorchDispatchMode` that a notebook has left on sees what happens in the block."""
+    """Disable any `TorchFunctionMode` or `TorchDispatchMode` that a notebook has left active."""
     functions = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
     dispatched = [torch._C._pop_torch_dispatch_stack(None) for _ in range(torch._C._len_torch_dispatch_stack())]
     try:
@@ -70,7 +70,7 @@ def without_modes() -> Iterator[None]:
 
 
 class Pristine:
-    """Remembers what functions and classes there are, and puts them back."""
+    """Remembers functions and classes, and restores them."""
 
     def __init__(self, package: str) -> None:
         self.owners: list[tuple[str, Any]] = [(name, sys.modules[name]) for name in MODULES if name in sys.modules]
@@ -87,7 +87,7 @@ class Pristine:
         self.kernels = frozenset(torch.library._impls)
 
     def restore(self) -> list[str]:
-        """Put back what is not as it was; the names of it, the first `SHOWN`."""
+        """Restore what was replaced; returns the names, at most `SHOWN`."""
         changed = []
         sys.settrace(None)
         sys.setprofile(None)
@@ -109,7 +109,7 @@ class Pristine:
         return [*self._take_kernels_out(), *changed][:SHOWN]
 
     def _take_kernels_out(self) -> list[str]:
-        """PyTorch's own operators do again what they did: kernels for them that a notebook has registered go."""
+        """Remove kernels that a notebook has registered for PyTorch's own operators."""
         new = {name for name in set(torch.library._impls) - self.kernels if _is_a_notebooks(name)}
         for library in [one for one in gc.get_objects() if type(one) is torch.library.Library] if new else []:
             if new & library._op_impls:
@@ -118,7 +118,7 @@ class Pristine:
         return sorted({"torch.ops." + ".".join(name.split("/")[:2]) for name in new} | lasting)
 
     def _in_front(self, owner: Any) -> list[str]:
-        """What was added to a class and hides what it inherits, or to a module and hides what Python has."""
+        """Attributes added to a class that hide inherited ones, or to a module that hide builtins."""
         hidden = {n for base in owner.__mro__[1:] for n in vars(base)} if isinstance(owner, type) else vars(builtins)
         new = vars(owner).keys() - self.names[id(owner)]
         return sorted(name for name in new if name in hidden and not name.startswith("__"))
@@ -132,7 +132,7 @@ class Pristine:
 
     @staticmethod
     def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:
-        """What is called: functions, methods, classes. Values may change for good reasons."""
+        """The callable attributes: functions, methods, classes. Other values may change for good reasons."""
         for name, value in vars(owner).items():
             called = callable(value) or isinstance(value, property | staticmethod | classmethod)
             if called and not isinstance(value, ModuleType) and (not name.startswith("__") or isinstance(owner, type)):
@@ -140,7 +140,7 @@ class Pristine:
 
 
 def _is_a_notebooks(kernel: str) -> bool:
-    """Is a kernel for one of PyTorch's own operators ("aten/equal/CPU") registered by a file that is not PyTorch's?"""
+    """Whether a kernel for one of PyTorch's operators ("aten/equal/CPU") was registered by a file outside PyTorch."""
     if not kernel.startswith(OPERATORS):
         return False
     space, name, key = kernel.split("/")
@@ -148,13 +148,13 @@ def _is_a_notebooks(kernel: str) -> bool:
 
 
 def _foreign_lines(operator: str) -> list[str]:
-    """Of what the dispatcher says of an operator, the kernels that neither PyTorch's C++ nor its Python registered."""
+    """The lines of the dispatcher's dump for kernels that neither PyTorch's C++ nor its Python code registered."""
     lines = torch._C._dispatch_dump(operator).splitlines()
     return [line for line in lines if ": registered at " in line and TORCH not in line and ".cpp:" not in line]
 
 
 def _is_pytorchs(value: Any) -> bool:
-    """Does PyTorch itself put this there, as when its default dtype is set or its compiler is imported?"""
+    """Whether PyTorch itself made the replacement, as when its default dtype is set or its compiler is imported."""
     value = getattr(value, "__func__", value)
     if isinstance(value, FunctionType):
         return value.__code__.co_filename.startswith(TORCH)

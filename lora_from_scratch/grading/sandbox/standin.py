@@ -1,4 +1,4 @@
-"""What stands in for `checks.notebook` inside the sandbox: nothing is judged there, and nothing is shown.
+"""Replaces `checks.notebook` inside the sandbox, where nothing is judged and nothing is shown.
 
 `stripped` copies this file, fills in `OBJECTS`, and adds `unusable` from the real module.
 """
@@ -23,11 +23,11 @@ __all__ = ["Exercise", "ModuleType", "Verdict", "describe", "inspect", "plain"] 
 
 
 class UnknownExerciseError(ValueError):
-    """A name that no exercise has."""
+    """There is no exercise of that name."""
 
 
 def check(name: str, seed: int | None = None, namespace: Mapping[str, Any] | None = None) -> None:
-    """Checks are made by the grader, not here."""
+    """Does nothing: the grader makes the checks, outside the sandbox."""
 
 
 def hint(name: str) -> None:
@@ -39,19 +39,19 @@ def progress(unit: str | int | None = None) -> None:
 
 
 def library(name: str) -> Any:
-    """The library's own version, as far as it is here."""
+    """The library's own version, if the sandbox has it."""
     if name not in OBJECTS:
         raise UnknownExerciseError(f"there is no exercise {name!r}")
     return getattr(importlib.import_module(OBJECTS[name]), name)
 
 
 def working(name: str, namespace: Mapping[str, Any] | None = None) -> Any:
-    """The notebook's own version where there is one, right or wrong, otherwise the library's."""
+    """The notebook's own version if there is one, right or wrong, otherwise the library's."""
     names = notebook() if namespace is None else namespace
     own = names.get(name)
     return own if callable(own) else library(name)
 
 
 def notebook() -> Mapping[str, Any]:
-    """The names that are defined in the notebook."""
+    """The names defined in the notebook."""
     return vars(sys.modules["__main__"])

@@ -1,7 +1,7 @@
-"""The library as the sandbox has it: without the answers to this unit, and without what judges them.
+"""The sandbox's copy of the library, without the answers to the unit and without the judge.
 
-A copy is made once for each state of the library, and is mounted where the library is installed. So it does not
-matter how that was done; nothing else of the project is visible beside it.
+One copy is made for each state of the library and mounted where the library is installed, whichever way it was
+installed; nothing else of the project is visible.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lora_from_scratch.grading.sandbox import standin
 PACKAGE = Path(__file__).resolve().parents[2]
 NAME = PACKAGE.name
 ASSETS = "assets"
-EXTRA = "extra"  # the folder for modules that are not the library's: those of an instructor's own exercises
+EXTRA = "extra"  # the folder for modules outside the library, such as an instructor's own exercises
 LEFT_OUT = frozenset({"cli", "grading", ASSETS, "__main__.py"})
 OF_CHECKS = frozenset({"__init__", "exercise", "observation", "verdict"})  # and what the unit's own checks import
 NEVER = frozenset({"bank", "diagnosis", "judge"})
 RUNNER = ("inside.py", "lockdown.py", "pristine.py", "seccomp.py", "wire.py")
 
-# What a body that is taken out does instead, and how it is recognised when it has been called.
+# The message of the error that a removed body raises, by which calls of it are recognised.
 TAKEN_OUT = "which is taken out of the library while a notebook is graded"
 MODULE = "taken_out"
 SOURCE = f'''"""Where bodies were taken out."""
@@ -81,14 +81,14 @@ def find_unit(number: str) -> Unit:
 
 
 def stripped(unit: Unit, without: Iterable[str], cache: Path, assets: bool = False) -> Stripped:
-    """The library without these exercises' bodies, from the cache or made now.
+    """The library without the bodies of these exercises, from the cache or newly made.
 
     Args:
         without: names of exercises of the unit.
-        assets: put a link to the assets in; otherwise there is an empty folder, to mount them on.
+        assets: whether to link the assets; otherwise an empty folder is made as their mount point.
 
     Raises:
-        ValueError: `without` names something that is no exercise of the unit.
+        ValueError: `without` contains a name that is not an exercise of the unit.
     """
     names = sorted(set(without))
     unknown = set(names) - {exercise.name for exercise in unit.exercises}
@@ -103,7 +103,7 @@ def stripped(unit: Unit, without: Iterable[str], cache: Path, assets: bool = Fal
 
 
 def _write(files: dict[str, str], folder: Path, assets: bool) -> None:
-    """All at once, so that nobody sees half of it; whoever comes second takes what the first has made."""
+    """Write the copy atomically; if another process is first, its copy is used."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
     made.chmod(0o755)

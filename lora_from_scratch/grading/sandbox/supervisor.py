@@ -1,7 +1,7 @@
-"""Watch over one process in the sandbox: take its frames, keep its time, end it, and say what ended it.
+"""Supervise one process in the sandbox: receive its frames, enforce its limits, and report what ended it.
 
-Nothing here waits for the process: pipes are read as they fill, with caps, and every limit ends in a kill of the whole
-sandbox. When `Watch.run` returns, nothing of it is running.
+Nothing here blocks on the process: pipes are read as they fill, up to a limit, and exceeding any limit kills the whole
+sandbox. When `Watch.run` returns, none of it is running any more.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from lora_from_scratch.checks.observation import Data
 from lora_from_scratch.grading.sandbox import lockdown, seccomp, wire
 from lora_from_scratch.grading.sandbox.job import Limits
 
-POLL = 0.1  # seconds between two looks at threads and files
-SAID = 4_000  # bytes kept of what the process writes to stdout and stderr themselves: the end
-STARTING = 180.0  # seconds that it may take until it is ready
+POLL = 0.1  # seconds between two checks of threads and files
+SAID = 4_000  # bytes kept from the end of the process's own stdout and stderr
+STARTING = 180.0  # seconds allowed for the start
 PIECE = 1 << 16
 
 
 class Listener(Protocol):
-    """Who takes the frames."""
+    """The receiver of the frames."""
 
     def take(self, frame: Data) -> bool:
-        """A frame has come. True: what the process waits for is there. ValueError: it is not what can come now."""
+        """Receive a frame; returns whether the process may continue. Raises ValueError if it is not valid now."""
 
     def until(self) -> float | None:
-        """When the process has to be ended if nothing comes before, on the clock `time.monotonic`."""
+        """When to end the process if no frame comes before, on the clock `time.monotonic`."""
 
     def ready(self) -> bool:
-        """Has the start ended?"""
+        """Whether the process has started up."""
 
     def done(self) -> bool:
-        """Has everything come?"""
+        """Whether all frames have come."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class End:
     """How a process ended.
 
     Attributes:
-        why: "finished", or as `job.Why` has it; "not started" if it ended before it was ready.
-        detail: what it was ended for, or with.
-        seconds: from when it was ready to its end.
+        why: "finished", one of `job.Why`, or "not started" if it ended before it was ready.
+        detail: the limit that was exceeded, or the exit status.
+        seconds: time from ready to the end.
         said: the end of what the process wrote to its own stdout and stderr.
     """
 
@@ -63,10 +63,10 @@ class End:
 
 @dataclass(frozen=True)
 class Started:
-    """A process that was started: itself, its pipes' reading ends.
+    """A started process, with the reading ends of its pipes.
 
     Attributes:
-        info: where bubblewrap says which process is the first inside; None without bubblewrap.
+        info: the pipe on which bubblewrap reports the first process inside; None without bubblewrap.
     """
 
     process: subprocess.Popen[bytes]
@@ -84,10 +84,10 @@ def start(
     """Start a process that sends frames.
 
     Args:
-        walls: bubblewrap's command, given the file descriptors of the filter and of the information; or None.
-        inside: what is started in it, given the file descriptor of the frames.
-        key: of the seals; the process reads it from its standard input, and a byte each time that it may go on.
-        folder, environment: of the process; bubblewrap has its own way of saying them to what is inside.
+        walls: returns bubblewrap's command, given the file descriptors of the filter and of the information; or None.
+        inside: returns the command to run in it, given the file descriptor of the frames.
+        key: the key of the seals; the process reads it from standard input, and then one byte whenever it may continue.
+        folder, environment: those of the started process; with bubblewrap, the command inside gets them by its options.
     """
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
 
@@ -124,7 +124,7 @@ def start(
 
 
 def _readable(content: bytes) -> int:
-    """A file descriptor from which this can be read."""
+    """A file descriptor from which this data can be read."""
     reader, writer = os.pipe()
     os.write(writer, content)
     os.close(writer)
@@ -147,7 +147,7 @@ class Watch:
         self.at_ready: float | None = None
 
     def run(self) -> End:
-        """Until the end, whatever it is."""
+        """Watch the process until it ends, for whatever reason."""
         try:
             why, detail = self._watch()
         finally:
@@ -287,7 +287,7 @@ class Watch:
             os.close(self.started.info)
 
     def _why(self, code: int) -> tuple[str, str]:
-        """What ended it, from the exit status; bubblewrap says 128 + the signal."""
+        """What ended the process, from its exit status; bubblewrap returns 128 + the signal."""
         number = -code if code < 0 else code - 128 if code > 128 else 0
         try:
             name = signal.Signals(number).name if number else ""

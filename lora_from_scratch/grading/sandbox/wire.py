@@ -1,14 +1,14 @@
-"""What crosses between the sandbox and the grader, both ways: JSON and safetensors in frames, never a pickle.
+"""The protocol between the sandbox and the grader, in both directions: JSON and safetensors in frames, never a pickle.
 
 A frame is
 
     length (4 bytes) | seal (16 bytes) | length of the JSON (4 bytes) | JSON | safetensors, or nothing
 
-The seal is BLAKE2b of the frame's place and content under a key that the grader drew for this one process. It keeps
-out whatever else writes to the pipe by accident or by a simple trick. It is no proof: the key is in the process in
-which the learner's code runs.
+The seal is BLAKE2b of the frame's position and content under a key that the grader draws for each process. It rejects
+anything else that writes to the pipe by accident or by a simple trick. It is not a proof of origin, since the key is in
+the process that runs the learner's code.
 
-Everything that is read is bounded and checked; whatever is not as it should be is a `ValueError` in one line.
+Everything that is read is bounded and checked; any violation is a `ValueError` with a message of one line.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _no_constant(text: str) -> None:
 
 
 class _Reader:
-    """From the JSON tree back to plain data; counts what it reads. A tensor stands in one place, as `pack` has it."""
+    """Convert the JSON tree back to plain data, counting the items. Each tensor may be used once, as in `pack`."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors

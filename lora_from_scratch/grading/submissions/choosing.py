@@ -1,4 +1,4 @@
-"""Which of a learner's notebooks counts: browsers and Jupyter rename them, and archives unpack into a folder more."""
+"""Choose which of a learner's notebooks counts: browsers and Jupyter rename them, archives unpack into subfolders."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lora_from_scratch.grading.submissions.matching import match
 from lora_from_scratch.grading.submissions.released import Release
 from lora_from_scratch.grading.submissions.submission import Submission, clean, read
 
-MOST_OTHERS = 5  # notebooks beside the wanted one that are looked at
-CHECKPOINTS = ".ipynb_checkpoints"  # Jupyter's own copies of what was there before
+MOST_OTHERS = 5  # other notebooks that are read
+CHECKPOINTS = ".ipynb_checkpoints"  # Jupyter's copies of earlier versions
 
 
 def choose(path: Path, below: Path, released: Any) -> tuple[Submission, Path]:
-    """The submission, and the file that it is in: the wanted one, unless nothing is written there but in another.
+    """The submission and its file: the expected one, unless only another notebook has anything written in it.
 
     Args:
         path: submitted/LEARNER/unit_NN/unit_NN.ipynb.
@@ -40,14 +40,14 @@ def choose(path: Path, below: Path, released: Any) -> tuple[Submission, Path]:
         return _with(found[written[0]], [_taken(path, written[0])]), written[0]
     if written or wanted.notebook is None:
         there = ", ".join(_named(path, other) for other in written or found)
-        message = f"Nothing is written in `{path.name}`, or it is not there; beside it there are {there}."
-        message += " Which one counts cannot be known; a person looks at it."
+        message = f"`{path.name}` is empty or missing, and there are other notebooks: {there}."
+        message += " It is not clear which one counts; a person will look at it."
         return Submission(wanted.notebook, (*wanted.findings, Finding("which notebook", "human", "", message))), path
     return wanted, path
 
 
 def is_written(notebook: Any, released: Any) -> bool:
-    """Has a learner written anything where something is to be written?"""
+    """Whether the learner has written anything in a solution or answer cell."""
     if notebook is None:
         return False
     cells = {cell.id: cell for cell in match(notebook, released).notebook.cells}
@@ -80,7 +80,7 @@ def _named(path: Path, other: Path) -> str:
 
 
 def _taken(path: Path, other: Path) -> Finding:
-    message = f"Your notebook is called {_named(path, other)}; it should be `{path.name}`. It was taken for it"
+    message = f"Your notebook is called {_named(path, other)}; it should be `{path.name}`. It was graded anyway"
     message += f", because nothing is written in `{path.name}`." if path.exists() else "."
     return Finding("renamed file", "repaired", "", message)
 
@@ -90,5 +90,5 @@ def _beside(path: Path, others: list[Path]) -> list[Finding]:
         return []
     there = ", ".join(_named(path, other) for other in others)
     return [
-        Finding("other notebooks", "note", "", f"Beside `{path.name}`, which counts, something is written in {there}.")
+        Finding("other notebooks", "note", "", f"`{path.name}` counts, but there is also something written in {there}.")
     ]

@@ -1,4 +1,4 @@
-"""Which cell of a submission is which cell of the release: by metadata, by id, by what it defines, by its text."""
+"""Match the cells of a submission to those of the release: by metadata, id, definitions and text."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from lora_from_scratch.grading.submissions.definitions import checks, is_python, pieces
 from lora_from_scratch.grading.submissions.released import Place, Release
 
-ALIKE = 0.6  # difflib's ratio from which two texts are versions of one another
-COMPARED = 1_000  # characters of a text that are compared
-PAIRS = 4_000  # comparisons of texts in one submission
+ALIKE = 0.6  # difflib's ratio above which two texts count as versions of each other
+COMPARED = 1_000  # number of characters compared per text
+PAIRS = 4_000  # maximum number of text comparisons per submission
 
 
 @dataclass(eq=False)
 class Cell:
-    """A cell of the submission on its way into the result.
+    """A cell of the submission while it is being matched.
 
     Attributes:
-        place: the released cell that it is; None: the learner's own.
-        restored: it was not in the submission.
-        dropped: it is not in the result.
+        place: the matching cell of the release; None for the learner's own cell.
+        restored: whether it was missing in the submission.
+        dropped: whether it is left out of the result.
     """
 
     kind: str
@@ -43,12 +43,12 @@ class Cell:
 
     @property
     def changed(self) -> bool:
-        """Is it the learner's own, or has the learner changed it?"""
+        """Whether it is the learner's own cell or a released cell that the learner has changed."""
         return self.place is None or self.source.strip() != self.place.source.strip()
 
 
 def claim(cells: list[Cell], release: Release) -> None:
-    """Set every cell's `place`. Several cells may have the same one if it is graded: duplicates, or a cell in parts."""
+    """Set every cell's `place`. Several cells may get the same graded place: duplicates, or parts of a split cell."""
     _by_metadata(cells, release)
     _by_cell_id(cells, release)
     _by_other_definition(cells, release)
@@ -87,7 +87,7 @@ def _by_cell_id(cells: list[Cell], release: Release) -> None:
 
 
 def _by_other_definition(cells: list[Cell], release: Release) -> None:
-    """A solution cell that holds another exercise's answer, and not its own, is that one's cell."""
+    """A solution cell that contains another exercise's answer instead of its own becomes that exercise's cell."""
     for cell in cells:
         if cell.place is None or cell.place.role != "solution":
             continue
@@ -110,9 +110,9 @@ def _by_same_text(cells: list[Cell], release: Release) -> None:
 
 
 def _by_definition(cells: list[Cell], release: Release, solution: Place) -> None:
-    """The last cell that defines the name, of those before its check if there are any there.
+    """Match the last cell that defines the name, preferring cells before the check.
 
-    If that is another exercise's cell, it stays that: `ordering.find_definitions` takes the answer out of it.
+    Another exercise's cell keeps its place: `ordering.find_definitions` moves the answer out of it.
     """
     for wanted in ("real", "stub"):
         found = [
@@ -137,7 +137,7 @@ def _is_check_of(cell: Cell, solution: Place) -> bool:
 
 
 def _by_call(cells: list[Cell], check: Place) -> None:
-    """A cell that does nothing but check, this name last."""
+    """Match a cell that only calls `check`, including for this name."""
     for cell in _free(cells, "code"):
         called = checks(cell.source)
         if check.name in called and len(called) == len(pieces(cell.source) or ()):
@@ -146,7 +146,7 @@ def _by_call(cells: list[Cell], check: Place) -> None:
 
 
 def _by_likeness(cells: list[Cell], release: Release) -> None:
-    """Solutions, and the questions that stand before open answers, whose text is nearly the release's."""
+    """Match solutions, and the questions in front of open answers, whose text is close to the release's."""
     questions = [release.places[answer.index - 1] for answer in release.answers if answer.index]
     wanted = _unclaimed(cells, [*release.solutions, *questions])
     free = _free(cells)
@@ -166,7 +166,7 @@ def _likeness(one: str, other: str) -> float:
 
 
 def _parts_of_a_split(cells: list[Cell]) -> None:
-    """Code that begins indented is the rest of the cell above, if the two make sense together."""
+    """A cell whose code starts indented belongs to the cell above if the two form valid Python together."""
     for above, cell in itertools.pairwise(cells):
         first = next((line for line in cell.source.split("\n") if line.strip()), "")
         inside = first[:1].isspace() and cell.place is None and cell.kind == "code"
@@ -176,7 +176,7 @@ def _parts_of_a_split(cells: list[Cell]) -> None:
 
 
 def _by_position(cells: list[Cell], release: Release, answer: Place) -> None:
-    """The text that follows the question."""
+    """Match the text that follows the question."""
     earlier = [number for number, cell in enumerate(cells) if cell.place and cell.place.index < answer.index]
     question = [number for number in earlier if cells[number].place is release.places[answer.index - 1]]
     if not earlier:

@@ -1,7 +1,7 @@
-"""What a cell of code binds and what it refers to, and how it is taken apart. Nothing is run.
+"""Find the names that a code cell binds and uses, and take cells apart. Nothing is run.
 
-The code is a learner's: it may not be Python at all, may be Python with IPython's magics, and may be made to be hard to
-read. Every function here gives an answer for any text.
+The code is a learner's: it may be invalid Python, contain IPython magics, or be crafted to be hard to read. Every
+function here returns a result for any text.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-LONGEST = 200_000  # characters of a cell that is still parsed
+LONGEST = 200_000  # characters; longer cells are not parsed
 BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__", "In", "Out", "get_ipython", "display", "_"}
 _MAGIC = re.compile(r"^([ \t]*)(?:[%!?].*|[\w.]+\?{1,2}[ \t]*)$", re.MULTILINE)
-_ANOTHER_LANGUAGE = re.compile(r"\s*%%(?!time\b|capture\b|prun\b)")  # %%bash, %%writefile, ...: it binds nothing
+_ANOTHER_LANGUAGE = re.compile(r"\s*%%(?!time\b|capture\b|prun\b)")  # %%bash, %%writefile, ...: binds no names
 _RUNS_ITS_CELL = re.compile(r"%%(time|capture|prun)\b")
 MOST_MAGICS = 50
 PACKAGE = __name__.partition(".")[0]
-LIBRARYS = ("library", "working")  # a name that is assigned from a call of these is the library's version
+LIBRARYS = ("library", "working")  # a name assigned from a call of these is the library's version
 COMPOUND = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Match)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
@@ -31,13 +31,13 @@ UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 @dataclass(frozen=True)
 class Piece:
-    """A statement at the top of a cell, with the comments above it.
+    """A top-level statement of a cell, with the comments above it.
 
     Attributes:
-        text: its lines, as they stand.
-        binds: the names that it binds, each with what it is bound to: "real" (a function, a class, another name for
-            one), "stub" (nothing written yet), "library" (the library's own), "value" (anything else).
-        needs: the global names that it refers to and does not bind itself.
+        text: its lines, unchanged.
+        binds: the names that it binds, each with its kind: "real" (a function, a class, or an alias of one), "stub"
+            (nothing written yet), "library" (the library's own), "value" (anything else).
+        needs: the global names that it uses and does not bind itself.
         checks: the name in `check("name")`, if it is such a call.
     """
 
@@ -49,7 +49,7 @@ class Piece:
 
 @functools.lru_cache(maxsize=4096)
 def pieces(source: str) -> tuple[Piece, ...] | None:
-    """The statements at the top of a cell, in order; None if it is not Python. Together they are its text."""
+    """The top-level statements of a cell, in order; None if it is not Python. Joined, they give the cell's text."""
     if _ANOTHER_LANGUAGE.match(source):
         return (Piece(source, {}, frozenset()),)
     tree = _parsed(source)
@@ -69,7 +69,7 @@ def pieces(source: str) -> tuple[Piece, ...] | None:
 
 
 def binds(source: str) -> dict[str, str]:
-    """What a cell leaves bound, by name; see `Piece.binds`. Where it is not Python, what looks like a definition."""
+    """The names that a cell binds, as in `Piece.binds`. If it is not Python, whatever looks like a definition."""
     found = pieces(source)
     if found is None:
         return dict.fromkeys(_look_like_definitions(source), "real")
@@ -80,7 +80,7 @@ def binds(source: str) -> dict[str, str]:
 
 
 def needs(source: str) -> frozenset[str]:
-    """The global names that a cell refers to before it binds them itself, builtins left out."""
+    """The global names that a cell uses before it binds them itself, without builtins."""
     found = pieces(source)
     if found is None:
         return frozenset(re.findall(r"\b[A-Za-z_]\w*\b", source[:LONGEST])) - BUILTINS
@@ -88,14 +88,14 @@ def needs(source: str) -> frozenset[str]:
     bound: set[str] = set()
     needed: set[str] = set()
     for piece in found:
-        late = "def " in piece.text or "class " in piece.text or "lambda" in piece.text  # looked up when it is called
+        late = "def " in piece.text or "class " in piece.text or "lambda" in piece.text  # looked up when called
         needed |= piece.needs - (everything if late else bound)
         bound |= piece.binds.keys()
     return frozenset(needed) - BUILTINS
 
 
 def checks(source: str) -> tuple[str, ...]:
-    """The names of `check("name")` at the top of a cell."""
+    """The names in top-level calls of `check("name")`."""
     return tuple(piece.checks for piece in pieces(source) or () if piece.checks)
 
 
@@ -104,13 +104,13 @@ def is_python(source: str) -> bool:
 
 
 def imports_only(source: str) -> bool:
-    """Does a cell nothing but import?"""
+    """Whether a cell consists only of imports."""
     tree = _parsed(source)
     return tree is not None and bool(tree.body) and all(isinstance(n, ast.Import | ast.ImportFrom) for n in tree.body)
 
 
 def imports_everything(source: str) -> bool:
-    """Does a cell import all names of a module of the learner's own, whatever they are?"""
+    """Whether a cell has a star import from a module that is not the library's."""
     tree = _parsed(source)
     return tree is not None and any(
         isinstance(node, ast.ImportFrom) and node.names[0].name == "*" and not _is_librarys(node.module)
@@ -119,7 +119,7 @@ def imports_everything(source: str) -> bool:
 
 
 def same_code(one: str, other: str) -> bool:
-    """The same but for white space and comments."""
+    """Whether two sources are equal apart from whitespace and comments."""
     if one.strip() == other.strip():
         return True
     first, second = _parsed(one), _parsed(other)
@@ -129,7 +129,7 @@ def same_code(one: str, other: str) -> bool:
 
 
 def cut(source: str, name: str) -> tuple[str, str] | None:
-    """Take what binds a name out of a cell: that text, and the rest. None: it cannot be done."""
+    """Split a cell into the text that binds a name and the rest; None if they cannot be separated."""
     found = pieces(source)
     if found is None:
         return _cut_by_lines(source, name)
@@ -141,11 +141,11 @@ def cut(source: str, name: str) -> tuple[str, str] | None:
 
 
 def helpers(source: str, text: str, values: bool, besides: Iterable[str] = ()) -> str:
-    """The statements of a cell, in order, that `text` (taken out of it) refers to, directly or through others.
+    """The statements of a cell, in order, on which `text` (cut out of it) depends, directly or indirectly.
 
     Args:
-        values: with those that compute a value; otherwise only functions, classes and imports.
-        besides: names that are not looked for.
+        values: whether to include statements that compute a value; otherwise only functions, classes and imports.
+        besides: names to ignore.
     """
     found = pieces(source) or ()
     wanted = set(needs(text)) - set(besides)
@@ -176,23 +176,23 @@ def _parsed(source: str) -> ast.Module | None:
 
 
 def _as_python(source: str) -> str:
-    """What IPython makes of a cell before it is run, line for line: magics and shell commands become calls."""
+    """The cell as IPython transforms it before running, line for line: magics and shell commands become calls."""
     lines = [f"{line}\n" for line in source.split("\n")]
     if _RUNS_ITS_CELL.match(lines[0]):
         lines[0] = "\n"
     if sum(line.lstrip().startswith(("%", "!", "?")) for line in lines) > MOST_MAGICS:
-        return _MAGIC.sub(lambda found: f"{found[1]}pass", "".join(lines))  # each would be looked for from the start
+        return _MAGIC.sub(lambda found: f"{found[1]}pass", "".join(lines))  # IPython's own is quadratic
     try:
         for transform in _transformer().cleanup_transforms:
             lines = transform(lines)
         return "".join(_transformer().do_token_transforms(lines))
-    except Exception as error:  # the tokenizer has errors of its own for what is no Python at all
+    except Exception as error:  # the tokenizer raises errors of its own for invalid Python
         raise SyntaxError(str(error)) from None
 
 
 @functools.cache
 def _transformer() -> Any:
-    """IPython's own, but so that every line stays where it is."""
+    """IPython's transformer, modified so that line numbers do not change."""
     from IPython.core.inputtransformer2 import TransformerManager, leading_empty_lines
 
     class KeepsLines(TransformerManager):
@@ -237,7 +237,7 @@ def _joined(one: Piece, other: Piece) -> Piece:
 
 
 def _names(node: ast.stmt) -> tuple[set[str], set[str]]:
-    """The names that a statement binds at the top, and the global ones that it refers to, inside functions too."""
+    """The names that a statement binds at top level, and the global names that it uses, also inside functions."""
     try:
         tables = [symtable.symtable(ast.unparse(node), "<cell>", "exec")]
     except UNREADABLE:
@@ -267,7 +267,7 @@ def _kind_of_value(value: ast.expr | None) -> str:
 
 
 def _is_stub(node: ast.stmt) -> bool:
-    """Is a function, or are all methods of a class, still to be written?"""
+    """Whether a function, or every method of a class, is still unwritten."""
     if isinstance(node, ast.ClassDef):
         methods = [item for item in node.body if isinstance(item, DEFINITIONS)]
         return all(map(_is_stub, methods)) if methods else all(map(_does_nothing, node.body))
@@ -308,7 +308,7 @@ def _look_like_definitions(source: str) -> list[str]:
 
 
 def _cut_by_lines(source: str, name: str) -> tuple[str, str] | None:
-    """The same where one of several definitions is not Python: each begins at the left margin."""
+    """Like `cut`, for a cell in which some definition is not valid Python: blocks start at the left margin."""
     blocks: list[list[str]] = [[]]
     for line in source[:LONGEST].split("\n"):
         decorated = blocks[-1] and all(text.startswith("@") for text in blocks[-1])

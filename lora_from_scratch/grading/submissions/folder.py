@@ -1,7 +1,7 @@
-"""The door for a learner's files: what lies in a folder that was handed in, and the part of it that is taken along.
+"""Read the files in a submitted folder, and copy those that the notebook may use as data.
 
-Names, modes, sizes and numbers are the learner's. Everything here is bounded, no link is followed, and what cannot be
-read is told and left out.
+The learner controls the names, modes, sizes and number of the files. Everything here is therefore bounded, no link is
+followed, and what cannot be read is left out and reported.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from lora_from_scratch.grading.graded import Finding
 
-MOST_ENTRIES = 2_000  # files and folders that are looked at
+MOST_ENTRIES = 2_000  # files and folders that are listed
 DEEPEST = 8
-ROOM = 128_000_000  # bytes of all files that are taken along
+ROOM = 128_000_000  # total bytes of the files that are copied
 TIMESTAMP = "timestamp.txt"
 LONGEST_TIMESTAMP = 200  # bytes
 TIME = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?) ?([A-Za-z_/]{1,40}|[+-]\d\d:?\d\d|)")
@@ -31,13 +31,13 @@ NOT_DATA = (".ipynb_checkpoints", TIMESTAMP, "__pycache__")
 
 @dataclass(frozen=True)
 class Entry:
-    """Something in the folder.
+    """An entry of the folder.
 
     Attributes:
-        path: from the folder.
-        kind: "file", "folder", "link", "other" (a pipe, a device), "unreadable", or "more" (that no more is looked at).
-        size: bytes of a file.
-        detail: of a link, where it leads; of what is unreadable, why.
+        path: relative to the folder.
+        kind: "file", "folder", "link", "other" (a pipe, a device), "unreadable", or "more" (the limit was reached).
+        size: the size of a file in bytes.
+        detail: the target of a link, or why the entry is unreadable.
     """
 
     path: Path
@@ -47,7 +47,7 @@ class Entry:
 
 
 def entries(folder: Path) -> Iterator[Entry]:
-    """What lies in a folder and below it, in the order of the names; at most `MOST_ENTRIES`, then "more"."""
+    """The entries of a folder and its subfolders, sorted by name; after `MOST_ENTRIES`, one entry "more"."""
     left = MOST_ENTRIES
     waiting = [Path()]
     while waiting:
@@ -81,10 +81,10 @@ def _entry(entry: os.DirEntry[str], path: Path) -> Entry:
 
 
 def take_data(source: Path, target: Path) -> tuple[bool, list[Finding]]:
-    """Copy what lies beside a notebook: plain files only, as many as fit.
+    """Copy the files beside a notebook: plain files only, as many as fit.
 
     Returns:
-        Was anything copied? And what was left out, for the learner.
+        Whether anything was copied, and findings for the learner about what was left out.
     """
     room, taken = ROOM, False
     unread: list[str] = []
@@ -117,15 +117,15 @@ def _content(path: Path, room: int) -> bytes:
     with open_plain(path) as file:
         content = file.read(room + 1)
     if len(content) > room:
-        raise OSError(errno.EFBIG, "it grows while it is read")
+        raise OSError(errno.EFBIG, "it grew while it was read")
     return content
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """Open a regular file to be read. No link is followed, and nobody waits for a pipe.
+    """Open a regular file for reading, without following links or blocking on a pipe.
 
     Raises:
-        OSError: it cannot be opened, or is something else.
+        OSError: it cannot be opened, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -138,11 +138,11 @@ def _left_out(unread: list[str], too_much: bool) -> list[Finding]:
     found = []
     if unread:
         shown = ", ".join(f"`{name[:80]}`" for name in unread[:3]) + (", ..." if len(unread) > 3 else "")
-        message = f"These files of yours could not be read, and your notebook ran without them: {shown}."
+        message = f"These files could not be read, and your notebook ran without them: {shown}."
         found.append(Finding("unreadable data", "human", "", message))
     if too_much:
-        most = f"at most {MOST_ENTRIES:,} files, {ROOM // 1_000_000} MB together, are taken along"
-        found.append(Finding("too many files", "note", "", f"You handed in more data than can be taken along: {most}."))
+        most = f"at most {MOST_ENTRIES:,} files with {ROOM // 1_000_000} MB in total"
+        found.append(Finding("too many files", "note", "", f"You handed in more data than grading accepts: {most}."))
     return found
 
 
@@ -150,7 +150,7 @@ def _left_out(unread: list[str], too_much: bool) -> list[Finding]:
 
 
 def handed_in_at(folder: Path) -> tuple[str | None, str]:
-    """When, as nbgrader's timestamp.txt says, in UTC and in nbgrader's form; and what is wrong with that file."""
+    """The time of submission from timestamp.txt, in UTC and nbgrader's format, and what is wrong with that file."""
     path = folder / TIMESTAMP
     if not os.path.lexists(path):
         return None, ""
@@ -160,23 +160,23 @@ def handed_in_at(folder: Path) -> tuple[str | None, str]:
     except OSError:
         content = None
     if content is None or len(content) > LONGEST_TIMESTAMP:
-        return None, "timestamp.txt is no plain small file: when it was handed in is not known"
+        return None, "timestamp.txt is not a small regular file, so the time of submission is unknown"
     text = content.decode(errors="replace").strip()
     try:
         return (_in_utc(text), "") if text else (None, "")
     except (ValueError, OverflowError, ZoneInfoNotFoundError):
-        return None, f"timestamp.txt holds no time ({text[:40]!r}): when it was handed in is not known"
+        return None, f"timestamp.txt contains no valid time ({text[:40]!r}), so the time of submission is unknown"
 
 
 def _in_utc(text: str) -> str:
-    """A time with the zone's name or offset behind it. A zone is never looked up as a file of any other name.
+    """Convert a time followed by a zone name or offset. Only names that match `TIME` are looked up as zones.
 
     Raises:
-        ValueError, OverflowError, ZoneInfoNotFoundError: it is none.
+        ValueError, OverflowError, ZoneInfoNotFoundError: the text is not a time.
     """
     found = TIME.fullmatch(text)
     if found is None:
-        raise ValueError("no time")
+        raise ValueError("not a time")
     time = datetime.fromisoformat(found[1])
     zone = found[2]
     if zone[:1] in ("+", "-"):

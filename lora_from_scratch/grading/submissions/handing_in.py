@@ -1,4 +1,4 @@
-"""What grading will say of a notebook's structure, before it is handed in. Nothing is run."""
+"""Preview what grading will find in a notebook's structure before it is handed in. Nothing is run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from lora_from_scratch.grading.submissions.submission import read
 
 @dataclass(frozen=True)
 class Outlook:
-    """What can be said of a notebook without running it.
+    """What can be told about a notebook without running it.
 
     Attributes:
-        readable: can it be read at all?
-        findings: what grading will find, and what it will do.
+        readable: whether it can be read at all.
+        findings: what grading will find, and what it will do about it.
         to_do: what is not written yet, one sentence each.
-        written: how many exercises, predictions and open questions have something in them, of `all`.
+        written: how many of the exercises, predictions and open questions have been filled in.
+        all: how many there are.
     """
 
     readable: bool
@@ -32,7 +33,7 @@ class Outlook:
 
 
 def look_at(path: Path, released: Any) -> Outlook:
-    """Read a notebook as grading will.
+    """Read and match a notebook as grading will.
 
     Args:
         released: the notebook of the release, read by nbformat.
@@ -48,7 +49,7 @@ def look_at(path: Path, released: Any) -> Outlook:
 
 
 def _to_do(release: Release, place: Place, notebook: Any) -> str:
-    """What is missing in one place; "" if something is written there."""
+    """What is missing in one cell of the release; "" if something is written there."""
     own = next(cell for cell in notebook.cells if cell.id == place.cell_id)
     if place.role == "answer":
         empty = own.source.strip() in ("", place.source.strip()) and not own.get("attachments")
@@ -60,11 +61,11 @@ def _to_do(release: Release, place: Place, notebook: Any) -> str:
     kinds = [kind for cell in early if (kind := release.kind_of(place.name, cell.source))]
     kind = kinds[-1] if kinds else ""
     if release.is_guess(place):
-        return f"The prediction `{place.name}` is not made yet." if kind in ("", "stub") else ""
+        return f"You have not made the prediction `{place.name}` yet." if kind in ("", "stub") else ""
     if not kind and any(imports_everything(cell.source) for cell in early):
         return ""
     if not is_python(own.source):
-        return f"The cell of `{place.name}` is not Python as it stands: run it, and mend what the error says."
+        return f"The cell of `{place.name}` is not valid Python. Run it and fix the error."
     return {
         "real": "",
         "value": "",

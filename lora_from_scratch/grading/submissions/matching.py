@@ -1,8 +1,7 @@
-"""The released structure with a learner's sources put where they belong.
+"""Restore the released structure of a submission, with the learner's code in the right cells.
 
-Learners copy, move, merge, split and delete cells, and some editors lose the metadata that nbgrader goes by. As long as
-what a learner wrote is somewhere in the notebook, it is found and counts. Nothing is run here: what a cell defines is
-read off its code.
+Learners copy, move, merge, split and delete cells, and some editors lose the metadata that nbgrader relies on. Whatever
+a learner wrote counts as long as it is somewhere in the notebook. Nothing is run: definitions are found by parsing.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from lora_from_scratch.grading.submissions.released import Release
 
 @dataclass(frozen=True)
 class Matched:
-    """A submission, put right.
+    """A repaired submission.
 
     Attributes:
-        notebook: every graded cell of the release exactly once, in the release's order, with its metadata and ids;
-            the learner's own cells between them; no outputs.
-        findings: what was put right, and what could not be.
+        notebook: contains every graded cell of the release exactly once, in the release's order, with its metadata and
+            id, and the learner's own cells between them; no outputs.
+        findings: what was repaired, and what could not be.
     """
 
     notebook: Any
@@ -33,13 +32,13 @@ class Matched:
 
 
 def match(submitted: Any, released: Any) -> Matched:
-    """Put the cells of a submitted notebook where the released one has them. Neither is changed.
+    """Arrange the cells of a submitted notebook as in the released one. Neither argument is modified.
 
-    To match a result again changes nothing, and a submission whose structure is undamaged comes back with every source
-    as it is and no finding.
+    Matching is idempotent. A submission whose structure is undamaged is returned with its sources unchanged and without
+    findings.
 
     Args:
-        submitted: as `submission.read` gives it.
+        submitted: the notebook returned by `submission.read`.
         released: the notebook of notebooks/unit_NN/, read by nbformat.
     """
     release = Release.of(released)
@@ -89,7 +88,7 @@ def _notebook(cells: list[Cell], released: Any) -> Any:
 
 
 def _new_id(cell: Cell, taken: set[str]) -> str:
-    """The cell's own id, or where it has none or another cell has it, one made of what stands in it."""
+    """The cell's own id, or one derived from its contents if it has none or the id is taken."""
     wanted = cell.cell_id
     number = 0
     while not wanted or wanted in taken:

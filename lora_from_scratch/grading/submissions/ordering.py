@@ -1,6 +1,6 @@
-"""The order of the cells, and whether each check finds what the learner wrote for it.
+"""Put the cells in order, and make sure that each check finds what the learner wrote for it.
 
-The second half of the steps of `matching.match`; `repairs` has the first.
+These are the later steps of `matching.match`; `repairs` contains the earlier ones.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from lora_from_scratch.grading.submissions.definitions import binds, checks, cut
 from lora_from_scratch.grading.submissions.released import Place
 from lora_from_scratch.grading.submissions.repairs import RELOAD, Work, named, upper
 
-MOST_HELPERS = 20  # cells that are brought forward for one answer: each is looked for among all of them
+MOST_HELPERS = 20  # cells moved up for one answer; finding each one takes a pass over all cells
 
 
 def arrange(work: Work) -> None:
-    """Bring the released cells into the release's order, and put back those that are gone."""
+    """Put the released cells into the release's order, and restore those that are missing."""
     order = [cell for cell in work.cells if cell.place is not None]
     kept = set(_longest_rising([cell.place.index for cell in order if cell.place is not None]))
     moved = [cell for number, cell in enumerate(order) if number not in kept]
     for cell in moved:
         if cell.place is not None and not cell.place.graded and cell.changed:
-            cell.place = None  # the learner's version of an experiment stays where the learner has put it
+            cell.place = None  # an experiment that the learner changed stays where it is
         else:
             work.cells.remove(cell)
     back = [cell for cell in moved if cell.place is not None]
@@ -30,8 +30,8 @@ def arrange(work: Work) -> None:
     work.say_of(
         "moved cell",
         graded,
-        "{} stands in another place than in the released notebook. Grading moves it back.",
-        "{} stand in other places than in the released notebook. Grading moves them back.",
+        "{} is in a different place than in the released notebook. Grading moves it back.",
+        "{} are in different places than in the released notebook. Grading moves them back.",
     )
     back += _missing(work, back)
     for cell in sorted(back, key=lambda cell: cell.place.index if cell.place else 0):
@@ -39,8 +39,8 @@ def arrange(work: Work) -> None:
 
 
 def _longest_rising(numbers: list[int]) -> list[int]:
-    """The places of a longest rising subsequence."""
-    tails: list[int] = []  # the smallest last number of a rising sequence of each length
+    """The indices of a longest increasing subsequence."""
+    tails: list[int] = []  # for each length, the smallest last number of an increasing subsequence
     at: list[int] = []
     before: list[int] = []
     for place, number in enumerate(numbers):
@@ -55,7 +55,7 @@ def _longest_rising(numbers: list[int]) -> list[int]:
 
 
 def _missing(work: Work, moved: list[Cell]) -> list[Cell]:
-    """New cells for those of the release that are needed and not there."""
+    """New cells for the release's cells that are needed and missing."""
     there = {cell.place.index for cell in [*work.cells, *moved] if cell.place is not None}
     bound = {name for cell in [*work.cells, *moved] if cell.kind == "code" for name in binds(cell.source)}
     restored, tests, imports = [], [], []
@@ -66,24 +66,26 @@ def _missing(work: Work, moved: list[Cell]) -> list[Cell]:
             continue
         restored.append(Cell(place.kind, place.source, place=place, restored=True))
         if place.role == "answer":
-            message = f"{upper(named(place))} is not there, and no text that could be it. It gives no points. {RELOAD}."
+            message = (
+                f"{upper(named(place))} is missing, and no other text looks like it. It earns no points. {RELOAD}."
+            )
             work.say("deleted answer", "lost", place, message)
         tests += [place] if place.role == "check" else []
         imports += [place] if place.role == "imports" else []
     work.say_of(
         "deleted test",
         tests,
-        "{} is not there any more. Grading puts it back; nothing is lost.",
-        "{} with checks are not there any more. Grading puts them back; nothing is lost.",
+        "{} is missing. Grading restores it, and no points are lost.",
+        "{} with checks are missing. Grading restores them, and no points are lost.",
     )
     if imports:
-        message = "A cell of imports is not there any more, and nothing else imports what it did. Grading puts it back."
+        message = "A cell of imports is missing, and nothing else imports the same names. Grading restores it."
         work.say("deleted imports", "repaired", None, message)
     return restored
 
 
 def _where(work: Work, cell: Cell) -> int:
-    """Below the learner's own call of the same check; other graded cells as late as the order allows; others early."""
+    """Where to insert: a check below the learner's own call of it, other graded cells late, the rest early."""
     place = cell.place
     assert place is not None
     placed = [(number, other.place.index) for number, other in enumerate(work.cells) if other.place is not None]
@@ -95,32 +97,32 @@ def _where(work: Work, cell: Cell) -> int:
     return last if place.graded else first
 
 
-# --- Does each check find what was written for it? --------------------------------------------------------
+# --- Definitions -----------------------------------------------------------------------------------------
 
 
 def find_definitions(work: Work) -> None:
-    """Where a check would find nothing, or only the stub, though the answer is elsewhere: put that into its cell."""
+    """Where a check would find only the stub or nothing, move an answer from elsewhere into its cell."""
     found = {place: _find_definition(work, place) for place in work.release.solutions}
     work.say_of(
         "merged cell",
         [place for place in found if found[place] == "merged"],
-        "The code of {} stands with other code in one cell, where its check does not find it. Grading takes it out of "
-        "there; give it a cell of its own before you hand in.",
-        "The code of {} stands with other code in one cell, where its check does not find it. Grading takes it out of "
-        "there; give each exercise a cell of its own before you hand in.",
+        "The code of {} is in one cell with other code, where its check does not find it. Grading separates them; give "
+        "it its own cell before you hand in.",
+        "The code of {} is in one cell with other code, where its check does not find it. Grading separates them; give "
+        "each exercise its own cell before you hand in.",
     )
     work.say_of(
         "moved code",
         [place for place in found if found[place] == "moved"],
-        "The code of {} stands in another cell than the one for it, where its check does not find it. Grading moves "
-        "it; do the same before you hand in.",
-        "The code of {} stands in other cells than those for it, where the checks do not find it. Grading moves it; "
-        "do the same before you hand in.",
+        "The code of {} is in a different cell, where its check does not find it. Grading moves it; do the same before "
+        "you hand in.",
+        "The code of {} is in different cells, where the checks do not find it. Grading moves it; do the same before "
+        "you hand in.",
     )
 
 
 def _find_definition(work: Work, place: Place) -> str:
-    """Put the answer to one exercise where its check finds it, and say what that took: "", "moved" or "merged"."""
+    """Put the answer to one exercise where its check finds it; returns what was repaired: "", "moved" or "merged"."""
     own = work.at(place)[0]
     kinds = {
         cell: kind
@@ -140,15 +142,13 @@ def _find_definition(work: Work, place: Place) -> str:
     elif (text := _written_as_text(work, place)) is not None:
         return _take_over(work, place, own, text)
     elif own.restored and all(cell is own for cell in early):
-        message = (
-            f"{upper(named(place))} is not there, nor code that defines `{place.name}`. It gives no points. {RELOAD}."
-        )
+        message = f"{upper(named(place))} is missing, and no code defines `{place.name}`. It earns no points. {RELOAD}."
         work.say("deleted cell", "lost", place, message)
     return ""
 
 
 def _take_stubs_out(work: Work, place: Place, own: Cell, stubs: list[Cell]) -> None:
-    """A stub between the answer and its check would undo the answer."""
+    """Remove stubs between the answer and its check, which would overwrite the answer."""
     for cell in stubs:
         parts = cut(cell.source, place.name)
         if cell is own or parts is None:
@@ -160,13 +160,13 @@ def _take_stubs_out(work: Work, place: Place, own: Cell, stubs: list[Cell]) -> N
         "duplicated cell",
         "repaired",
         place,
-        f"Between {named(place)} and its check there is another one in which nothing is written yet. The one with your "
-        "code counts. Delete the other before you hand in.",
+        f"Between {named(place)} and its check there is an empty copy of it. The one with your code counts. Delete the "
+        "empty copy before you hand in.",
     )
 
 
 def _take_over(work: Work, place: Place, own: Cell, found: Cell) -> str:
-    """Move what defines the name into its own cell: the whole cell it stands in, or only that part of it."""
+    """Move the definition into its own cell: either the whole cell that contains it, or only that part."""
     others = [other for other in work.release.solutions if other is not place and other.name in binds(found.source)]
     here, there = work.cells.index(own), work.cells.index(found)
     merged = bool(others) or found.place is not None
@@ -174,7 +174,7 @@ def _take_over(work: Work, place: Place, own: Cell, found: Cell) -> str:
         own.source, own.attachments = found.source, None
         if found.place is not None:
             found.source = found.place.source
-        elif here < there < _end(work, place):  # it runs where it stands
+        elif here < there < _end(work, place):  # it runs where it is
             work.cells.remove(own)
             work.replace(found, own)
         else:
@@ -191,7 +191,7 @@ def _end(work: Work, place: Place) -> int:
 
 def _cut_over(work: Work, place: Place, own: Cell, found: Cell) -> None:
     parts = cut(found.source, place.name)
-    if parts is None:  # it cannot be taken apart: the whole of it, and it stays where it is too
+    if parts is None:  # it cannot be separated: copy the whole cell, and leave it in place too
         own.source = found.source
         return
     text, rest = parts
@@ -206,7 +206,7 @@ def _cut_over(work: Work, place: Place, own: Cell, found: Cell) -> None:
 
 
 def _written_as_text(work: Work, place: Place) -> Cell | None:
-    """The last cell of text that is Python and defines the name: code whose cell has changed its type."""
+    """The last text cell that is Python and defines the name: a code cell whose type was changed."""
     found = [
         cell
         for cell in work.cells
@@ -215,11 +215,11 @@ def _written_as_text(work: Work, place: Place) -> Cell | None:
     return found[-1] if found else None
 
 
-# --- Helpers that stand too late --------------------------------------------------------------------------
+# --- Helpers that come too late ---------------------------------------------------------------------------
 
 
 def bring_helpers_forward(work: Work) -> None:
-    """The learner's own cells that define what an answer needs, and stand after its check, go before the answer."""
+    """Move the learner's own cells that an answer needs, but that come after its check, in front of the answer."""
     for place in work.release.solutions:
         own = work.at(place)[0]
         for _ in range(MOST_HELPERS):
@@ -232,7 +232,7 @@ def bring_helpers_forward(work: Work) -> None:
                 "late helper",
                 "repaired",
                 place,
-                f"The code of `{place.name}` needs a cell that stands after its check. Grading runs that cell before; "
+                f"The code of `{place.name}` needs a cell that comes after its check. Grading runs that cell first; "
                 "move it up before you hand in.",
             )
 

@@ -1,4 +1,4 @@
-"""What the released notebook says of its cells: which are graded, and what is to be written into which."""
+"""The structure of the released notebook: which cells are graded, and what is to be written in each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_from_scratch.grading.submissions.definitions import binds, checks, imports_only, pieces, same_code
 
-FLAGS = ("grade", "solution", "locked", "task", "points")  # of nbgrader's metadata: what must not change
+FLAGS = ("grade", "solution", "locked", "task", "points")  # the fields of nbgrader's metadata that must not change
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +19,10 @@ class Place:
 
     Attributes:
         index: from 0, in the release's order.
-        role: "solution" (the learner writes code), "check" (locked, graded by the judge), "answer" (a person grades
-            it), "imports" (imports only), "" for everything else.
-        grade_id: nbgrader's name of it; "" if it has none.
-        name: of a solution, the function, class or variable that is to be written there; of a check, what it checks.
+        role: "solution" (the learner writes code), "check" (locked, graded by the judge), "answer" (graded by a
+            person), "imports" (only imports), "" for everything else.
+        grade_id: nbgrader's name for the cell; "" if it has none.
+        name: for a solution, the function, class or variable to be written; for a check, the name that it checks.
     """
 
     index: int
@@ -36,7 +36,7 @@ class Place:
 
     @property
     def graded(self) -> bool:
-        """Is it one that a submission has to have, exactly once?"""
+        """Whether a submission must contain it exactly once."""
         return self.role in ("solution", "check", "answer")
 
 
@@ -64,7 +64,7 @@ class Release:
         return next((place for place in self.checks if place.name == solution.name), None)
 
     def kind_of(self, name: str, source: str) -> str:
-        """What a source binds a solution's name to: "real", "stub", "library", "value"; "" if it does not bind it."""
+        """The kind of object that a source binds a name to, as in `Piece.binds`; "" if it does not bind it."""
         kind = binds(source).get(name, "")
         solution = next((place for place in self.solutions if place.name == name), None)
         if solution is None or kind not in ("real", "value"):
@@ -74,12 +74,12 @@ class Release:
         return "stub" if kind == "real" and _binding(source, name) == _binding(solution.source, name) else kind
 
     def is_guess(self, solution: Place) -> bool:
-        """Is a value to be written there (a prediction), and no function or class?"""
+        """Whether a value is to be written there (a prediction) rather than a function or class."""
         found = pieces(solution.source) or ()
         return not any(piece.text.lstrip().startswith(("def ", "class ", "@", "async ")) for piece in found)
 
     def is_stub(self, solution: Place, source: str) -> bool:
-        """Is nothing written there yet?"""
+        """Whether nothing is written there yet."""
         return not source.strip() or same_code(source, solution.source)
 
 
@@ -111,7 +111,7 @@ def _role(said: Mapping[str, Any], cell: Any) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _binding(source: str, name: str) -> str:
-    """The code that binds a name, in one form whatever its white space and comments."""
+    """The code that binds a name, normalised for whitespace and comments."""
     found = [piece.text for piece in pieces(source) or () if name in piece.binds]
     try:
         return "\n".join(ast.dump(ast.parse(text)) for text in found)
@@ -120,6 +120,6 @@ def _binding(source: str, name: str) -> str:
 
 
 def forget() -> None:
-    """Let go of what was kept of a notebook's cells: a worker reads thousands of notebooks."""
+    """Clear the caches of parsed cells; a worker reads thousands of notebooks."""
     pieces.cache_clear()
     _binding.cache_clear()

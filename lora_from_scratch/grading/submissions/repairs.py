@@ -1,7 +1,7 @@
-"""What is done about a damaged submission, one step after the other, and what is said of it.
+"""Repair a damaged submission step by step, and report each repair.
 
-The steps of `matching.match`, in its order. Each changes `Work.cells`; each finding says what was found, what grading
-does about it, and what to do before handing in.
+These are the first steps of `matching.match`, in order. Each step changes `Work.cells`. Each finding says what was
+found, what grading does about it, and what the learner should do before handing in.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lora_from_scratch.grading.submissions.claiming import Cell
 from lora_from_scratch.grading.submissions.definitions import binds, cut, is_python, same_code
 from lora_from_scratch.grading.submissions.released import FLAGS, Place, Release
 
-NAMED = 3  # of more cells than that one finding tells, not one each
-RELOAD = "Before you hand in, download the unit's notebook afresh and copy your code into it"
+NAMED = 3  # up to this many cells get one finding each; more share one finding
+RELOAD = "Before you hand in, download a fresh copy of the unit's notebook and copy your code into it"
 
 
 @dataclass
 class Work:
-    """A submission that is being put right: its cells in order, and what was found so far."""
+    """A submission under repair: its cells in order, and the findings so far."""
 
     release: Release
     cells: list[Cell]
@@ -33,7 +33,7 @@ class Work:
         self.findings.append(Finding(kind, severity, place.grade_id if place else "", message))
 
     def say_of(self, kind: str, places: Sequence[Place], one: str, several: str) -> None:
-        """One finding for each of a few places, or one for all of many. `{}` stands for their names."""
+        """One finding per place if there are few, else one for all. `{}` stands for the cell's name or the count."""
         if len(places) <= NAMED:
             for place in places:
                 self.say(kind, "repaired", place, upper(one.format(named(place))))
@@ -49,7 +49,7 @@ class Work:
 
 
 def named(place: Place) -> str:
-    """What a learner knows the cell as."""
+    """The name of the cell in messages to the learner."""
     if place.role == "check":
         return f"the check of `{place.name}`"
     return (
@@ -67,7 +67,7 @@ def upper(text: str) -> str:
 
 
 def report_metadata(work: Work) -> None:
-    """Say where nbgrader's marks are gone or changed, or the type of a cell is another."""
+    """Report lost or changed nbgrader metadata and changed cell types."""
     present = [(place, work.at(place)) for place in work.release.places if place.graded and work.at(place)]
     lost = [place for place, cells in present if not any(cell.grade_id for cell in cells)]
     renamed = [p for p, cells in present if p not in lost and all(cell.grade_id != p.grade_id for cell in cells)]
@@ -78,33 +78,33 @@ def report_metadata(work: Work) -> None:
             "metadata lost",
             "repaired",
             None,
-            "The marks that say which cell is graded are gone; some editors remove them. Grading knows the cells by "
-            f"what is in them, and no points are lost. {RELOAD}.",
+            "The metadata that says which cells are graded is gone; some editors remove it. Grading recognises the "
+            f"cells by their contents, and no points are lost. {RELOAD}.",
         )
     elif lost:
         work.say_of(
             "metadata lost",
             lost,
-            "The mark that {} is graded is gone. Grading knows the cell by what is in it.",
-            "The marks that {} are graded are gone. Grading knows the cells by what is in them.",
+            "The metadata of {} is gone. Grading recognises the cell by its contents.",
+            "The metadata of {} is gone. Grading recognises the cells by their contents.",
         )
     work.say_of(
         "renamed cell",
         renamed,
-        "{} has another mark than in the released notebook. Grading knows it by what is in it.",
-        "{} have other marks than in the released notebook. Grading knows them by what is in them.",
+        "{} has a different grade_id than in the released notebook. Grading recognises it by its contents.",
+        "{} have different grade_ids than in the released notebook. Grading recognises them by their contents.",
     )
     work.say_of(
         "changed metadata",
         changed,
-        "The mark of {} was changed, such as its points. Grading goes by the released notebook.",
-        "The marks of {} were changed, such as their points. Grading goes by the released notebook.",
+        "The metadata of {}, such as its points, was changed. Grading uses that of the released notebook.",
+        "The metadata of {}, such as their points, was changed. Grading uses that of the released notebook.",
     )
     work.say_of(
         "changed type",
         retyped,
-        "The type of {} was changed, to text or to code. Grading changes it back; do the same before you hand in.",
-        "The type of {} was changed, to text or to code. Grading changes it back; do the same before you hand in.",
+        "The type of {} (code or text) was changed. Grading changes it back; do the same before you hand in.",
+        "The type of {} (code or text) was changed. Grading changes it back; do the same before you hand in.",
     )
     for place, cells in present:
         for cell in cells:
@@ -127,16 +127,16 @@ def report_kernel(work: Work, submitted: Any, released: Any) -> None:
             "changed kernel",
             "repaired",
             None,
-            f"The notebook says that it is written in {languages[0][:30]}. It is run with {upper(languages[1])}, as it "
-            'was released. Choose the kernel "Python 3" before you hand in.',
+            f"The language of the notebook is set to {languages[0][:30]}. Grading runs it with {upper(languages[1])}, "
+            'as released. Choose the kernel "Python 3" before you hand in.',
         )
 
 
-# --- Cells that are there several times, or in parts ------------------------------------------------------
+# --- Duplicated and split cells --------------------------------------------------------------------------
 
 
 def keep_one_of_each(work: Work) -> None:
-    """Of the cells that are the same cell of the release, keep the one that counts."""
+    """Of several cells that match the same cell of the release, keep the one that counts."""
     for place in work.release.places:
         cells = work.at(place)
         if place.role == "check" and cells:
@@ -148,7 +148,7 @@ def keep_one_of_each(work: Work) -> None:
 
 
 def _keep_one_check(work: Work, place: Place, cells: list[Cell]) -> None:
-    """The released test, once; what a learner has defined there becomes a cell of its own above it."""
+    """Keep the released test once; whatever the learner defined in it becomes a separate cell above it."""
     edited = [cell for cell in cells if not same_code(cell.source, place.source)]
     kept = next((cell for cell in cells if cell not in edited), cells[0])
     for cell in cells:
@@ -160,11 +160,11 @@ def _keep_one_check(work: Work, place: Place, cells: list[Cell]) -> None:
             "edited test",
             "repaired",
             place,
-            f"{upper(named(place))} was edited. Grading uses the released one. Write your own code into other cells.",
+            f"{upper(named(place))} was edited. Grading uses the released version. Write your own code in other cells.",
         )
     elif len(cells) > 1:
         work.say(
-            "duplicated cell", "repaired", place, f"{upper(named(place))} is there {len(cells)} times. It counts once."
+            "duplicated cell", "repaired", place, f"{upper(named(place))} appears {len(cells)} times. It counts once."
         )
 
 
@@ -177,12 +177,12 @@ def _keep_whole_answer(work: Work, place: Place, cells: list[Cell]) -> None:
             work.cells.remove(cell)
     if len(texts) > 1:
         kept.source = "\n\n".join(texts)
-    joined = "Their texts are put together into one" if len(texts) > 1 else "The one with text in it counts"
+    joined = "Grading joins their texts" if len(texts) > 1 else "The one that contains text counts"
     work.say(
         "duplicated cell",
         "repaired",
         place,
-        f"{upper(named(place))} is there {len(cells)} times. {joined}. Keep one of them before you hand in.",
+        f"{upper(named(place))} appears {len(cells)} times. {joined}. Delete all but one before you hand in.",
     )
 
 
@@ -208,25 +208,25 @@ def _keep_one_solution(work: Work, place: Place, cells: list[Cell]) -> None:
     differ = bool(others)
     which = "the last one counts, and the others are not run" if differ else "the one with your code counts"
     if not written:
-        which = "none of them has code of yours in it"
+        which = "none of them contains code of yours"
     how = ", with different code" if differ else ""
     work.say(
         "duplicated cell",
         "repaired",
         place,
-        f"{upper(named(place))} is there {len(cells)} times{how}: {which}. Delete all but one before you hand in.",
+        f"{upper(named(place))} appears {len(cells)} times{how}: {which}. Delete all but one before you hand in.",
     )
 
 
 def _without_others(work: Work, place: Place, cell: Cell) -> tuple[str, str]:
-    """What a cell defines of this exercise; and the rest, if the answer to another one is in it."""
+    """The part of a cell that answers this exercise, and the rest if that answers another one (else "")."""
     text, rest = cut(cell.source, place.name) or (cell.source, "")
     others = {other.name for other in work.release.solutions if other is not place}
     return (text, rest) if others & binds(rest).keys() else (cell.source, "")
 
 
 def _put_together(work: Work, place: Place, cells: list[Cell], written: list[Cell]) -> bool:
-    """Is it one cell that was split? Then join the parts."""
+    """Join the cells if they are the parts of one cell that was split; returns whether they were."""
     joined = "\n".join(cell.source for cell in written)
     broken = [cell for cell in written if not is_python(cell.source)]
     if len(written) < 2 or not broken or work.release.kind_of(place.name, joined) != "real" or not is_python(joined):
@@ -239,7 +239,7 @@ def _put_together(work: Work, place: Place, cells: list[Cell], written: list[Cel
         "split cell",
         "repaired",
         place,
-        f"{upper(named(place))} was split in two. Grading puts the parts together; do the same before you hand in.",
+        f"{upper(named(place))} was split in two. Grading joins the parts; do the same before you hand in.",
     )
     return True
 
@@ -252,7 +252,7 @@ def _unanswered(place: Place, text: str) -> bool:
 
 
 def complete_answers(work: Work) -> None:
-    """An answer that stands beside its cell, or in the question's, goes into it."""
+    """Move an answer written next to its cell, or in the question's cell, into its cell."""
     for place in work.release.answers:
         cells = work.at(place)
         if cells and not _unanswered(place, cells[0].source):
@@ -268,17 +268,17 @@ def complete_answers(work: Work) -> None:
         cells[0].attachments = next((cell.attachments for cell in beside if cell.attachments), cells[0].attachments)
         for cell in beside:
             work.cells.remove(cell)
-        where = "in the cell of the question" if added else "in another cell than the one for it"
+        where = "in the cell of the question" if added else "in a different cell"
         work.say(
             "moved answer",
             "repaired",
             place,
-            f"{upper(named(place))} stands {where}. Grading puts it into its cell; do the same before you hand in.",
+            f"{upper(named(place))} is {where}. Grading moves it into its own cell; do the same before you hand in.",
         )
 
 
 def _beside(work: Work, place: Place, cells: list[Cell]) -> list[Cell]:
-    """The learner's own cells of text around the answer's cell and after the question, in order."""
+    """The learner's own text cells around the answer's cell and after the question, in order."""
     found: list[Cell] = []
     for number, cell in enumerate(work.cells):
         if cell in cells:
@@ -289,12 +289,12 @@ def _beside(work: Work, place: Place, cells: list[Cell]) -> list[Cell]:
 
 
 def _run(cells: Iterable[Cell]) -> list[Cell]:
-    """The learner's own cells of text at the beginning."""
+    """The leading cells that are the learner's own text cells."""
     return list(itertools.takewhile(lambda cell: cell.place is None and cell.kind != "code", cells))
 
 
 def _added_to_question(work: Work, place: Place) -> str:
-    """What a learner has written into the question's own cell; that cell becomes what it was."""
+    """The text that a learner added to the question's cell, which is then restored."""
     question = next((c for c in work.cells if c.place and c.place.index == place.index - 1 and c.kind != "code"), None)
     if question is None or question.place is None or question.place.role or not question.changed:
         return ""
@@ -310,7 +310,7 @@ def _added_to_question(work: Work, place: Place) -> str:
 
 
 def take_prose_out_of_code(work: Work) -> None:
-    """A cell of code that was merged with one of the release's texts: without that text it is Python again."""
+    """Restore code cells that were merged with a text cell of the release, by removing that text."""
     texts = [place.source.strip() for place in work.release.places if place.kind == "markdown"]
     for cell in work.cells:
         if is_python(cell.source) and cell.kind == "code":
@@ -328,6 +328,6 @@ def take_prose_out_of_code(work: Work) -> None:
             "merged cell",
             "repaired",
             None,
-            f"Text and code are in one cell, with `{min(defined)}` in it. Grading takes the code out; before you hand "
-            "in, split the cell.",
+            f"The code of `{min(defined)}` is in one cell with text. Grading separates them; split the cell before you "
+            "hand in.",
         )

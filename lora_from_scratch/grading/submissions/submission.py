@@ -1,7 +1,7 @@
-"""Reading what a learner handed in: bytes to a notebook, or a finding that says why not.
+"""Read a submission: from bytes to a notebook, or to a finding that says why it cannot be read.
 
-The file is a stranger's. It may be no notebook, no file at all, or made to be hard to read; it is never trusted to have
-the shape that a notebook should have.
+The file is untrusted. It may not be a notebook or even a regular file, or may be crafted to be hard to read, so nothing
+is assumed about its structure.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from lora_from_scratch.grading.graded import Finding
 from lora_from_scratch.grading.submissions.folder import open_plain
 
-LARGEST = 20_000_000  # bytes of a notebook, its pictures included
+LARGEST = 20_000_000  # bytes of a notebook, including its pictures
 MOST_CELLS = 2_000
-MOST_TEXT = 2_000_000  # characters of all cells together
-MOST_ATTACHMENTS = 10_000_000  # characters of all pictures in cells of text together
+MOST_TEXT = 2_000_000  # characters of all cells in total
+MOST_ATTACHMENTS = 10_000_000  # characters of all pictures in text cells in total
 CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 PICTURE = re.compile(r"image/[\w.+-]{1,40}")
 FORMATS = (3, 4)  # nbformat's major versions
@@ -34,9 +34,9 @@ KEPT = (
     "points",
     "schema_version",
     "cell_type",
-)  # of nbgrader's marks
-EARLIER = {"heading": "markdown", "html": "markdown"}  # types of cells that nbformat 3 had
-ELSEWHERE = "Open your notebook in JupyterLab, save it, and hand that file in"
+)  # nbgrader's metadata
+EARLIER = {"heading": "markdown", "html": "markdown"}  # cell types of nbformat 3
+ELSEWHERE = "Open your notebook in JupyterLab, save it, and hand in that file"
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Submission:
     """What was handed in.
 
     Attributes:
-        notebook: an nbformat 4.5 NotebookNode without outputs, every cell with an id of its own; None: it cannot be
+        notebook: an nbformat 4.5 NotebookNode without outputs, with a unique id for every cell; None if it cannot be
             read.
-        findings: what was put right in reading it, or why it cannot be read (severity "human").
+        findings: what was repaired while reading it, or why it cannot be read (severity "human").
     """
 
     notebook: Any
@@ -62,12 +62,12 @@ class UnreadableError(ValueError):
 
 
 def read(path: Path, below: Path | None = None) -> Submission:
-    """Read a submission. Whatever is wrong with it is a finding, never an error.
+    """Read a submission. Whatever is wrong with it becomes a finding, never an error.
 
     Args:
         path: submitted/LEARNER/unit_NN/unit_NN.ipynb.
-        below: no part of the path under this folder may be a symbolic link (the course's submitted/). None: the file
-            itself must not be one.
+        below: no part of the path below this folder (the course's submitted/) may be a symbolic link. With None, only
+            the file itself must not be one.
     """
     findings: list[Finding] = []
     try:
@@ -81,20 +81,20 @@ def read(path: Path, below: Path | None = None) -> Submission:
 
 
 def normal(data: Any, findings: list[Finding]) -> Any:
-    """The notebook that JSON data holds: nbformat 4.5, with text cells only where there should be text, no outputs.
+    """Convert JSON data to an nbformat 4.5 notebook without outputs, keeping only values of the expected types.
 
     Raises:
-        UnreadableError: it holds none.
+        UnreadableError: the data is not a notebook, or is too large.
     """
     import nbformat
 
     if not isinstance(data, dict) or not isinstance(data.get("cells", data.get("worksheets")), list):
         raise UnreadableError("no notebook", f"What you handed in is not a Jupyter notebook. {ELSEWHERE}.")
     if data.get("nbformat") not in FORMATS:
-        findings.append(_note("old format", "Your notebook is in an unusual format. It was read as well as it can be."))
+        findings.append(_note("old format", "Your notebook is in an unusual format. It was read as far as possible."))
     raw = _raw_cells(data)
     if len(raw) > MOST_CELLS:
-        raise UnreadableError("too large", f"Your notebook has {len(raw):,} cells; {MOST_CELLS:,} are the most.")
+        raise UnreadableError("too large", f"Your notebook has {len(raw):,} cells; the maximum is {MOST_CELLS:,}.")
     cells = list(_cells(raw))
     if sum(len(cell["source"]) for cell in cells) > MOST_TEXT:
         raise UnreadableError("too large", f"Your notebook has more than {MOST_TEXT:,} characters in its cells.")
@@ -104,7 +104,7 @@ def normal(data: Any, findings: list[Finding]) -> Any:
     if pictures > MOST_ATTACHMENTS:
         for cell in cells:
             cell.pop("attachments", None)
-        findings.append(Finding("pictures", "human", "", "The pictures in your text are too large, and were left out."))
+        findings.append(Finding("pictures", "human", "", "The pictures in your text are too large and were left out."))
     given = data.get("metadata")
     metadata = {
         key: {name: clean(value) for name, value in given[key].items() if isinstance(value, str)}
@@ -121,25 +121,25 @@ def _require_no_links(path: Path, below: Path) -> None:
     parts = [path, *path.parents]
     for part in parts[: parts.index(below)] if below in parts else [path]:
         if part.is_symlink():
-            message = f"`{clean(part.name)}` is a link to another place, not a file of yours. Hand in the file itself."
+            message = f"`{clean(part.name)}` is a symbolic link, not a file of yours. Hand in the file itself."
             raise UnreadableError("symbolic link", message)
 
 
 def _bytes_of(path: Path) -> bytes:
-    """The file's bytes: of a regular file only, no link followed, never more than allowed."""
+    """The contents of a regular file, without following links and up to the size limit."""
     try:
         with open_plain(path) as file:
             content = file.read(LARGEST + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise UnreadableError("missing", f"There is no `{path.name}` in what you handed in.") from None
+        raise UnreadableError("missing", f"Your submission contains no `{path.name}`.") from None
     except OSError as error:
-        why = f"What lies there as `{path.name}` cannot be read ({error.strerror}). {ELSEWHERE}."
+        why = f"Your `{path.name}` cannot be read ({error.strerror}). {ELSEWHERE}."
         raise UnreadableError("unreadable file", why) from None
     if len(content) > LARGEST:
-        advice = "Clear its outputs (Kernel, Restart and clear), save it, and hand it in again"
+        advice = "Clear its outputs (Kernel > Restart Kernel and Clear Outputs), save it, and hand it in again"
         raise UnreadableError("too large", f"Your notebook is larger than {LARGEST // 1_000_000} MB. {advice}.")
     if not content.strip(b"\0 \t\r\n"):
-        raise UnreadableError("empty file", f"The file that you handed in is empty. {ELSEWHERE}.")
+        raise UnreadableError("empty file", f"Your notebook file is empty. {ELSEWHERE}.")
     return content
 
 
@@ -148,7 +148,7 @@ def _decoded(content: bytes) -> tuple[str, list[Finding]]:
         return content.decode("utf-8"), []
     except UnicodeDecodeError:
         encoding = _encoding_of(content)
-    message = f"Your notebook is not in UTF-8 but seems to be in {encoding.upper()}. It was read as that."
+    message = f"Your notebook is not encoded in UTF-8. It was read as {encoding.upper()}."
     return content.decode(encoding, errors="replace"), [Finding("encoding", "repaired", "", message)]
 
 
@@ -169,10 +169,10 @@ def _parsed(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     if re.search(r"^<<<<<<< ", text, re.MULTILINE) and ">>>>>>>" in text:
-        message = "Your notebook has marks of a conflict in it, from joining two versions (git)."
-        raise UnreadableError("no notebook", f"{message} Settle the conflict, or hand in one of the versions.")
+        message = "Your notebook contains merge conflict markers (from git)."
+        raise UnreadableError("no notebook", f"{message} Resolve the conflict, or hand in one of the versions.")
     if text.startswith("{") and '"cells"' in text[:200_000]:
-        message = "Your notebook is damaged or was not stored to its end, so it cannot be read."
+        message = "Your notebook is damaged or incomplete, so it cannot be read."
         raise UnreadableError("damaged notebook", f"{message} {ELSEWHERE}.")
     raise UnreadableError("no notebook", f"What you handed in is not a Jupyter notebook. {ELSEWHERE}.")
 
@@ -181,7 +181,7 @@ def _parsed(text: str) -> Any:
 
 
 def _cells(raw: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The cells, whatever they look like, as cells of nbformat 4.5."""
+    """The cells, whatever they contain, as cells of nbformat 4.5."""
     used: set[str] = set()
     for number, cell in enumerate(raw):
         source = clean(_text(cell.get("source", cell.get("input", cell.get("code", "")))))
@@ -211,7 +211,7 @@ def _raw_cells(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _metadata(cell: dict[str, Any]) -> dict[str, Any]:
-    """nbgrader's marks, where they are of the kinds that they should be; nothing else is needed."""
+    """nbgrader's metadata as far as it has the expected types; nothing else is needed."""
     metadata = cell.get("metadata")
     said = metadata.get("nbgrader") if isinstance(metadata, dict) else None
     if not isinstance(said, dict):
@@ -226,7 +226,7 @@ def _metadata(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attachments(cell: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Pictures in a cell of text."""
+    """The pictures in a text cell."""
     given = cell.get("attachments")
     found: dict[str, dict[str, str]] = {}
     for name, files in given.items() if isinstance(given, dict) else []:
@@ -247,7 +247,7 @@ def _text(source: Any) -> str:
 
 
 def clean(text: str) -> str:
-    """Text that can be written as UTF-8: JSON can hold halves of characters."""
+    """The text with lone surrogates replaced, which JSON can contain but UTF-8 cannot encode."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
