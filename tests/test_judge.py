@@ -374,7 +374,7 @@ def too_few_rows(table: Tensor, num_virtual_tokens: int, *rest: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("exercise", "answer", "said"),
     [
-        ("initial_factors", gaussian_start, "not a Gaussian"),
+        ("initial_factors", gaussian_start, "not Gaussian ones"),
         ("initial_prompt", with_replacement, "without replacement"),
         ("initial_prompt", too_few_rows, "50 rows were asked for and 30 came back"),
     ],

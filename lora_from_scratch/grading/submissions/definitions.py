@@ -167,12 +167,16 @@ def _parsed(source: str) -> ast.Module | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for text_of in (str, _as_python):
-            try:
-                return ast.parse(text_of(source))
-            except UNREADABLE:
-                continue
-    return None
+        try:
+            return ast.parse(source)
+        except UNREADABLE:
+            pass
+        try:  # as IPython would run it, which may have taken away an indentation: then a `return` is left over
+            tree = ast.parse(_as_python(source))
+            compile(tree, "<cell>", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        except UNREADABLE:
+            return None
+    return tree
 
 
 def _as_python(source: str) -> str:
