@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that the tests st
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine takes its time
+hypothesis.settings.load_profile("tests")
 
 LONGEST = ("test_notebooks", "test_units_on_gpt2", "test_attacks", "test_alternatives")  # begun first: none ends last
 
