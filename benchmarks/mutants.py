@@ -31,8 +31,9 @@ HEAD = """# Mutants
 
 What `python -m benchmarks.mutants --write` found: each line of the library below was broken alone, and the test named
 is the first of `make test` that fails then. The tests named here state what they stated before the suite was made
-quicker (commit cf90fed), with the same assertions, but for those of `test_dependencies` and `test_differences`, whose
-subject is new.
+quicker (commit cf90fed), with the same assertions, but for those that are new: `test_dependencies`, `test_differences`,
+what `test_bank` says of a unit's own bank, top-p at exactly p, and a prediction that is too small, all of which the old
+suite did not notice.
 
 | part | file | broken | caught by |
 |---|---|---|---|
