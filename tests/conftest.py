@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("tests")
 LONGEST = ("test_notebooks", "test_units_on_gpt2", "test_attacks", "test_alternatives")  # begun first: none ends last
 
 
-@pytest.hookimpl(trylast=True)  # of what is left when tests are chosen by -k and -m
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A group of tests runs in one process, one after another: what they share is made once.
 

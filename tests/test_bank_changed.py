@@ -51,11 +51,11 @@ def test_several_pieces_and_several_methods_of_a_class_can_be_changed() -> None:
 
 
 def test_a_changed_class_can_call_the_constructor_above_it() -> None:
-    @changed(LoRALinear, ("self.rank, self.alpha = rank, alpha", "self.rank, self.alpha = rank, 2 * alpha"))
+    @changed(LoRALinear, ("lora_scaling(rank, alpha, rslora)", "lora_scaling(rank, 2 * alpha, rslora)"))
     class TwiceTheAlpha: ...
 
     layer: Any = TwiceTheAlpha
-    assert layer(torch.nn.Linear(4, 3), rank=2, alpha=5).alpha == 10
+    assert layer(torch.nn.Linear(4, 3), rank=2, alpha=5).scaling == 5
 
 
 @pytest.mark.parametrize(("old", "times"), [("no such text", 0), ("cost", None)])

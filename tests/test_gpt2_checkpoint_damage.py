@@ -38,7 +38,10 @@ def without(weights: Weights, name: str) -> Weights:
             lambda w: w | {"transformer.ln_f.bias": torch.ones(24, dtype=torch.int8)},
             r"not floating-point: transformer\.ln_f\.bias",
         ),
-        (lambda w: w | {"lm_head.weight": w["transformer.wte.weight"] + 1}, r"lm_head\.weight of their own"),
+        (
+            lambda w: w | {"lm_head.weight": w["transformer.wte.weight"] + 1},
+            r"lm_head\.weight that differs",
+        ),
         (lambda w: w | {"wte.weight": w["transformer.wte.weight"].clone()}, r"contain transformer\.wte\.weight twice"),
     ],
 )

@@ -221,7 +221,7 @@ def test_feedback_shows_the_verdict_and_no_solution(graded: Course) -> None:
     empty = (graded.root / "feedback" / "none" / "unit_99" / "unit_99.html").read_text()
     assert "not started" in empty.lower()
     assert "math.cos" not in empty + page
-    assert "is there 2 times" in (graded.root / "feedback" / "copied" / "unit_99" / "unit_99.html").read_text()
+    assert "appears 2 times" in (graded.root / "feedback" / "copied" / "unit_99" / "unit_99.html").read_text()
 
 
 @needs_bubblewrap

@@ -89,7 +89,7 @@ HONEST = (
     ),
     Run(
         "plot",
-        "from lora_from_scratch import plotting\nfrom lora_from_scratch.support.figures import show\n"
+        "from lora_from_scratch.support import plotting\nfrom lora_from_scratch.support.figures import show\n"
         "figure, (axes,) = plotting.panels(1)\naxes.plot([1, 2])\nshow(figure, 'a line')",
     ),
     Run("taken", "row_echelon = library('row_echelon')"),
