@@ -22,22 +22,16 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine takes its time
 hypothesis.settings.load_profile("tests")
 
-LONGEST = ("test_notebooks", "test_units_on_gpt2", "test_attacks", "test_alternatives")  # begun first: none ends last
+LONGEST = ("test_attacks", "test_bank", "test_notebooks", "test_units_on_gpt2", "test_alternatives", "test_sandbox")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A group of tests runs in one process, one after another: what they share is made once.
+    """The files that take longest come first: with `--dist loadfile` a file runs in one process, from top to bottom.
 
-    A file is a group, unless its tests say another one by `xdist_group`.
+    So what the tests of a file share is made once. (pytest-xdist 3.8 does not see `xdist_group` under pytest 9.2.)
     """
-    groups: dict[str, list[pytest.Item]] = {}
-    for item in sorted(items, key=lambda item: item.path.stem not in LONGEST):
-        mark = item.get_closest_marker("xdist_group")
-        if mark is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-        groups.setdefault(mark.args[0] if mark else item.path.stem, []).append(item)
-    items[:] = [item for group in groups.values() for item in group]
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -59,7 +53,7 @@ def short_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def built_course(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny course, built: to be copied by whoever changes it. Its tests are one group, so it is built once."""
+    """The tiny course, built: to be copied by whoever changes it."""
     root = make_course(tmp_path_factory.mktemp("built_course"))
     with pytest.MonkeyPatch.context() as patch:
         assert build(enter_course(root, patch), root).why == ["there is no solved notebook yet"]

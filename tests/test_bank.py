@@ -11,16 +11,10 @@ from lora_from_scratch.checks import bank, judge
 from lora_from_scratch.checks.bank import Answer, exercises, right_answers, wrong_answers
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.notebook import verdict_on
-from lora_from_scratch.checks.units import PACKAGE, Unit, find, units
-
-
-def marks(unit: Unit, exercise: Exercise) -> list[pytest.MarkDecorator]:
-    """All answers to an exercise are tried in one process, in which the reference is run once for each seed."""
-    return [getattr(pytest.mark, f"unit_{unit.number}"), pytest.mark.xdist_group(exercise.name)]
-
+from lora_from_scratch.checks.units import PACKAGE, find, units
 
 EXERCISES = [
-    pytest.param(exercise, id=exercise.name, marks=marks(unit, exercise))
+    pytest.param(exercise, id=exercise.name, marks=getattr(pytest.mark, f"unit_{unit.number}"))
     for unit in units()
     for exercise in unit.exercises
 ]
@@ -28,7 +22,7 @@ EXERCISES = [
 
 def answers(right: bool) -> list:
     return [
-        pytest.param(answer, id=f"{exercise.name}-{answer.name}", marks=marks(unit, exercise))
+        pytest.param(answer, id=f"{exercise.name}-{answer.name}", marks=getattr(pytest.mark, f"unit_{unit.number}"))
         for unit in units()
         for exercise in unit.exercises
         for answer in (right_answers if right else wrong_answers)(exercise.name)

@@ -18,8 +18,6 @@ from lora_from_scratch.grading.building.execution import execute
 from lora_from_scratch.grading.building.solution import needed_imports, solved_source, write_imports
 from tests.tiny_course import ROOT, SOURCE, Course, enter_course, make_course
 
-pytestmark = pytest.mark.xdist_group("built course")
-
 
 @pytest.fixture
 def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:

@@ -20,7 +20,6 @@ from lora_from_scratch.grading.building.dependencies import Hashes, closure, cod
 from lora_from_scratch.grading.building.execution import Cost
 from tests.tiny_course import ROOT, enter_course
 
-pytestmark = pytest.mark.xdist_group("built course")
 CODE = '"""Module."""\nimport torch\n\n\ndef f(x):\n    """Add."""\n    # why\n    return {"a": x + 1}\n'
 FOLDER = "lora_from_scratch"
 

@@ -30,7 +30,6 @@ from tests.damages import after, by_id, copied, metadata_stripped
 from tests.sandboxes import needs_bubblewrap
 from tests.tiny_course import enter_course
 
-pytestmark = pytest.mark.xdist_group("built course")
 NOTEBOOK = "unit_99/unit_99.ipynb"
 
 # Right but for what is below zero, and talkative: it warns and writes to stderr.
