@@ -387,7 +387,7 @@ code(
     "the network",
     """
 import socket, urllib.request
-for host in (("127.0.0.1", PORT), ("8.8.8.8", 53), ("pypi.org", 443)):
+for host in (("127.0.0.1", PORT), ("8.8.8.8", 53), ("example.org", 443)):
     try:
         socket.create_connection(host, timeout=1).sendall(b"hello from the sandbox")
     except OSError:
