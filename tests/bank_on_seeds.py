@@ -50,4 +50,6 @@ def surprise(answer: Answer, verdict: Verdict) -> str | None:
         return None if answer.right else "passes"
     if not answer.right and verdict.misconception == answer.misconception:
         return None if verdict.message == (answer.message or verdict.message) else f"is told {verdict.message!r}"
-    return f"is told {verdict.misconception or verdict.status!r} in the case {verdict.failure and verdict.failure.case!r}"
+    return (
+        f"is told {verdict.misconception or verdict.status!r} in the case {verdict.failure and verdict.failure.case!r}"
+    )

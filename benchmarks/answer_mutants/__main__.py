@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 from pathlib import Path
 
 import benchmarks.answer_mutants
-from benchmarks.answer_mutants.explained import entries, explained
-from benchmarks.answer_mutants.judging import SEEDS, outcomes
-from benchmarks.answer_mutants.mutants import mutants_of
-from benchmarks.answer_mutants.report import Row, table, total
-from lora_from_scratch.checks.exercise import Exercise
-from lora_from_scratch.checks.units import Unit, units
+from benchmarks.answer_mutants.judging import SEEDS
+from benchmarks.answer_mutants.report import judged, table, total
+from lora_from_scratch.checks.units import units
 
 TABLE = Path(__file__).parents[1] / "answer_mutants.md"
 
@@ -29,6 +25,8 @@ def main() -> int:
     parser.add_argument("--list-all", action="store_true", help="all, with the message of the first seed")
     parser.add_argument("--write", action="store_true", help=f"write the table to {TABLE.name}")
     args = parser.parse_args()
+    if args.write and args.what:
+        parser.error("the table has all exercises: --write goes without UNIT or EXERCISE")
     every = [(unit, exercise) for unit in units() for exercise in unit.exercises]
     known = {unit.number for unit, _ in every} | {exercise.name for _, exercise in every}
     if strange := sorted(set(args.what) - known):
@@ -36,22 +34,13 @@ def main() -> int:
     rows = []
     for unit, exercise in every:
         if not args.what or {unit.number, exercise.name} & set(args.what):
-            rows.append(judged(unit, exercise, args.seeds))
+            rows.append(judged(unit.number, exercise, range(args.seeds)))
             print(rows[-1].line(), flush=True)
             rows[-1].show_faults(survivors=args.list_survivors, vague=args.list_vague, everything=args.list_all)
     print(total(rows))
     if args.write:
         TABLE.write_text(table(rows), encoding="utf-8")
     return 1 if any(row.faults for row in rows) else 0
-
-
-def judged(unit: Unit, exercise: Exercise, seeds: int = len(SEEDS)) -> Row:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = outcomes(mutants_of(exercise), range(seeds))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    names, stale = explained(found, entries(unit.number).get(exercise.name, []))
-    return Row(unit.number, exercise.name, tuple(found), frozenset(names), tuple(stale), seconds)
 
 
 if __name__ == "__main__":

@@ -207,7 +207,8 @@ def _code(place: Place, node: ast.AST | list[ast.stmt], shown: ast.AST | None = 
 
 def _line(node: ast.AST) -> str:
     """The code in one line; of a statement with others in it, the first line and the last."""
-    lines = [line.strip() for line in ast.unparse(node).splitlines()]
+    code = re.sub(r"\braise (\w+)\(.*", r"raise \1(...)", ast.unparse(node))
+    lines = [line.strip() for line in code.splitlines()]
     return " ".join(_short(line) for line in (lines if len(lines) < 3 else [lines[0], "...", lines[-1]]))
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.answer_mutants.judging import GENERAL, VAGUE, Outcome
+from benchmarks.answer_mutants.explained import entries, explained
+from benchmarks.answer_mutants.judging import GENERAL, SEEDS, VAGUE, Outcome, outcomes
+from benchmarks.answer_mutants.mutants import mutants_of
+from lora_from_scratch.checks.exercise import Exercise
 
 HEAD = """# Mutants of the answers
 
@@ -97,6 +101,16 @@ class Row:
             print(
                 f"    {one.rule or 'passes'}, line {one.mutant.line}: {one.mutant.name}\n        {one.verdicts[0][1]}"
             )
+
+
+def judged(unit: str, exercise: Exercise, seeds: Sequence[int] = SEEDS) -> Row:
+    """All mutants of an exercise of this unit."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = outcomes(mutants_of(exercise), seeds)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    names, stale = explained(found, entries(unit).get(exercise.name, []))
+    return Row(unit, exercise.name, tuple(found), frozenset(names), tuple(stale), seconds)
 
 
 def share(caught: Sequence[Outcome], without: Sequence[Outcome]) -> str:
