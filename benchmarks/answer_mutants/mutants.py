@@ -166,7 +166,7 @@ def _below(place: Place) -> Iterator[Place]:
         return
     yield place
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "format_spec", "ctx", "op", "ops"):
+        if field in ("annotation", "format_spec", "ctx", "op", "ops") or getattr(node, "arg", "") == "strict":
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(child, ast.AST) and not (isinstance(node, ast.UnaryOp) and isinstance(child, ast.Constant)):

@@ -144,7 +144,8 @@ def numbers(node: ast.expr) -> Iterator[ast.expr]:
 def constants(node: ast.Constant) -> Iterator[ast.expr]:
     if isinstance(node.value, bool):
         yield constant(not node.value)
-    elif isinstance(node.value, str) and node.value:
+    elif isinstance(node.value, str) and node.value and not (" " in node.value and "\n" not in node.value):
+        # with spaces it is a message
         yield from (constant(text) for text in (node.value[1:], node.value[:-1], node.value + node.value[-1]))
 
 
@@ -226,6 +227,8 @@ def calls(node: ast.Call) -> Iterator[ast.expr]:
         swapped = [*arguments[:place], arguments[place + 1], arguments[place], *arguments[place + 2 :]]
         yield ast.Call(function, swapped, node.keywords)
     for place in range(len(node.keywords)):
+        if node.keywords[place].arg == "strict":  # a guard for whoever changes the library
+            continue
         yield ast.Call(function, arguments, node.keywords[:place] + node.keywords[place + 1 :])
     if len(arguments) >= 2:
         yield ast.Call(function, arguments[:-1], node.keywords)
