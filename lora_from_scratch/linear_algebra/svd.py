@@ -21,23 +21,20 @@ from lora_from_scratch.linear_algebra.rank import require_matrix, require_rank, 
 def dominant_eigenvector(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The direction that a symmetric matrix stretches most, found by power iteration.
 
-    Start from a random x. Multiply it by G and divide it by its norm, again and again, until a step changes it by
-    at most `8 eps` in norm. Relative to the component along the first eigenvector, each step shrinks the component
-    along eigenvector k by the factor `lambda_k / lambda_1`, until only the first is left (Golub and Van Loan, section
-    8.2.1).
-
-    Nearly equal eigenvalues take very many steps: in float64 about 14,000 for a difference of 0.2 %. To save them,
-    square G after every step, and divide it by its norm so that it does not overflow. Then step t does the work of
-    2^t, and 14 steps do what 14,000 did.
+    Start from a random x. Multiply it by G and divide it by its norm, again and again, until it has settled (Golub and
+    Van Loan, section 8.2.1). It also settles where two eigenvalues are nearly equal: a difference of 0.2 % takes about
+    14,000 steps. To save most of them, square G after every step, and divide it by its norm so that it does not
+    overflow.
 
     Args:
         G: (k, k), symmetric, without negative eigenvalues, such as `M^T M`.
-        generator: draws the random start (on the CPU); None means a new one with seed 0, so that the same matrix
-            always gives the same answer.
+        generator: draws the random start (on the CPU), so that equal generators give equal answers; None means a new
+            one with seed 0.
 
     Returns:
-        x (k,) of norm 1 with `G x = lambda_1 x`, in the computing dtype (`require_matrix`); either sign is right. If
-        the largest eigenvalue is repeated, any unit vector of its eigenspace; for the zero matrix, any unit vector.
+        x: (k,), of norm 1 with `G x = lambda_1 x`, in the computing dtype (`require_matrix`). Either sign is right. If
+            the largest eigenvalue is repeated, any unit vector of its eigenspace is; for the zero matrix, any unit
+            vector.
 
     Raises:
         ValueError: see `require_matrix`; or G is not square.
@@ -60,20 +57,18 @@ def dominant_singular_triplet(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular value and its two singular vectors.
 
-    `M^T M v = sigma^2 v`, so v is the dominant eigenvector of `M^T M`. Then `sigma = |M v|` and `u = M v / sigma`.
-
-    - M is first divided by its largest absolute entry, so that squares neither overflow nor underflow; sigma is scaled
-      back at the end.
-    - For a wide matrix `M M^T` is the smaller product: it gives u, and `v = M^T u / |M^T u|`.
+    Entries may have any size. The square of 1e-30 is 0 in float32, and that of 1e30 is infinite, so M is first divided
+    by its largest absolute entry.
 
     Args:
         matrix: M, (m, n).
         generator: as in `dominant_eigenvector`.
 
     Returns:
-        u (m,), sigma (a scalar), v (n,): u and v of norm 1 with `M v = sigma u` and `M^T u = sigma v`, sigma at least
-        0, all in the computing dtype (`require_matrix`). (-u, -v) is as right as (u, v). For the zero matrix sigma is 0
-        and any unit vectors are right; here, the first standard basis vectors.
+        u: (m,), of norm 1 with `M v = sigma u`.
+        sigma: a scalar of at least 0.
+        v: (n,), of norm 1 with `M^T u = sigma v`. (-u, -v) is as right as (u, v). For the zero matrix sigma is 0 and
+            any unit vectors are right. All are in the computing dtype (`require_matrix`).
 
     Raises:
         ValueError: see `require_matrix`.
@@ -111,9 +106,11 @@ def svd_by_deflation(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, T
         rank: the largest number of triplets to return, between 0 and min(m, n); None means all of them.
 
     Returns:
-        U (m, k), S (k,), Vh (k, n) in the computing dtype, largest sigma first (equal ones in any order), each pair of
-        vectors with either sign; k is the smaller of `rank` and the number of singular values above the threshold (0
-        for the zero matrix). Unless `rank` limits it, `U * S @ Vh` is M.
+        U: (m, k), orthonormal columns. k is the smaller of `rank` and the number of singular values above the
+            threshold, 0 for the zero matrix.
+        S: (k,), largest first.
+        Vh: (k, n), orthonormal rows. Unless `rank` limits it, `U * S @ Vh` is M. Each pair of vectors may have either
+            sign. All are in the computing dtype.
 
     Raises:
         ValueError: see `require_matrix`; or the rank is out of range.
@@ -198,8 +195,8 @@ def approximation_error(matrix: Tensor, rank: int, norm: str = "frobenius") -> f
 def rank_for_energy(matrix: Tensor, energy: float) -> int:
     """The smallest rank that keeps a share of the energy: `S_1^2 + ... + S_r^2 >= energy * |M|_F^2`.
 
-    A sum that falls short by at most `8 eps |M|_F^2`, which may be rounding error, counts as reached. So `energy` = 1
-    does not require directions that together hold less than that.
+    A sum that falls short by at most `8 eps |M|_F^2`, which may be rounding error, counts as reached (eps as in
+    `rounding_tolerance`). So `energy` = 1 does not require directions that together hold less than that.
 
     Args:
         matrix: M, (m, n).
@@ -225,17 +222,18 @@ def rank_for_energy(matrix: Tensor, energy: float) -> int:
 def pca(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Principal component analysis: the SVD of the centred data.
 
-    With `X = data - mean`, the right singular vectors of X are the directions of largest variance, and
-    `S^2 / (N - 1)` is the variance along them: `X^T X / (N - 1)` is the covariance matrix, and
-    `X^T X = V diag(S^2) V^T`. A sample's coordinates are `(data - mean) @ directions.T`.
+    A direction is a unit vector in the space of the features. The first is that along which the samples vary most, the
+    second varies most among those at right angles to the first, and so on. Variances are divided by N - 1. A sample's
+    coordinates are `(data - mean) @ directions.T`.
 
     Args:
         data: (N, d), one sample per row, N >= 2.
         count: number of directions, between 1 and min(N, d).
 
     Returns:
-        mean (d,); directions (count, d), orthonormal rows, largest variance first, each with either sign (here
-        the entry of largest absolute value is positive); variances (count,). All in the computing dtype.
+        mean: (d,), of the samples.
+        directions: (count, d), orthonormal rows, largest variance first, each with either sign.
+        variances: (count,), along them. All are in the computing dtype.
 
     Raises:
         ValueError: see `require_matrix`; there is only one sample; or count is out of range.

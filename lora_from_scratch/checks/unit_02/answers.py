@@ -12,13 +12,23 @@ from torch import Tensor
 
 from lora_from_scratch.checks.bank import right, wrong
 from lora_from_scratch.linear_algebra import svd as reference
-from lora_from_scratch.linear_algebra.rank import rounding_tolerance
+from lora_from_scratch.linear_algebra.rank import require_matrix, require_rank, rounding_tolerance
 
 # --- dominant_eigenvector ----------------------------------------------------------------------------
 
 
+def square(G: Tensor) -> Tensor:
+    G = require_matrix(G)
+    if len(G) != len(G.T):
+        raise ValueError("not square")
+    return G
+
+
 @right("dominant_eigenvector")
 def plain_power_iteration(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(G), dtype=G.dtype, generator=generator)
     x /= x.norm()
     for _ in range(20_000):
@@ -34,19 +44,31 @@ def plain_power_iteration(G: Tensor, generator: torch.Generator | None = None) -
 
 @right("dominant_eigenvector")
 def by_numpys_eigenvectors_with_the_other_sign(G: Tensor, generator: torch.Generator | None = None) -> np.ndarray:
-    return -np.linalg.eigh(G.numpy())[1][:, -1]
+    return -np.linalg.eigh(square(G).numpy())[1][:, -1]
 
 
 @right("dominant_eigenvector")
 def by_a_high_power_in_float64(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    x = torch.randn(len(G), dtype=torch.float64)
+    G = square(G)
+    x = torch.rand(len(G), dtype=torch.float64, generator=generator or torch.Generator().manual_seed(0))
     if G.count_nonzero() == 0:
-        return x / x.norm()
+        return (x / x.norm()).to(G.dtype)
     power = G.double() / G.double().norm()
     for _ in range(20):
         power = power @ power
         power = power / power.norm()
-    return (power @ x) / (power @ x).norm()
+    return ((power @ x) / (power @ x).norm()).to(G.dtype)
+
+
+@right("dominant_eigenvector")
+def by_orthogonal_iteration(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
+    vectors = torch.linalg.eigh(G).eigenvectors
+    start = torch.randn(len(G), dtype=G.dtype, generator=generator or torch.Generator().manual_seed(0))
+    values = torch.einsum("ik,ij,jk->k", vectors, G, vectors)
+    top = vectors[:, values >= values.max() * (1 - 1e-5)]
+    x = top @ (top.T @ start)
+    return x / x.norm()
 
 
 @wrong(
@@ -55,6 +77,7 @@ def by_a_high_power_in_float64(G: Tensor, generator: torch.Generator | None = No
     "of multiplications gets it there: start from a random vector.",
 )
 def starts_from_ones(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
     x = torch.ones(len(G), dtype=G.dtype) / math.sqrt(len(G))
     for _ in range(100 if G.any() else 0):
         x = G @ x
@@ -68,6 +91,7 @@ def starts_from_ones(G: Tensor, generator: torch.Generator | None = None) -> Ten
     "to the first: continue until a step no longer moves the vector.",
 )
 def stops_after_ten_steps(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
     x = torch.randn(len(G), dtype=G.dtype, generator=torch.Generator().manual_seed(0))
     for _ in range(10 if G.any() else 0):
         x = G @ x
@@ -81,6 +105,7 @@ def stops_after_ten_steps(G: Tensor, generator: torch.Generator | None = None) -
     "are close together lead to many small steps.",
 )
 def stops_when_a_step_is_below_one_percent(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
     x = torch.randn(len(G), dtype=G.dtype, generator=torch.Generator().manual_seed(0))
     x = x / x.norm()
     for _ in range(2000 if G.any() else 0):
@@ -96,6 +121,7 @@ def stops_when_a_step_is_below_one_percent(G: Tensor, generator: torch.Generator
     "Your vector has the right direction, but not length 1: it was multiplied once more after the last division.",
 )
 def multiplies_after_the_last_division(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
     return G @ reference.dominant_eigenvector(G)
 
 
@@ -104,6 +130,7 @@ def multiplies_after_the_last_division(G: Tensor, generator: torch.Generator | N
     "This is the direction that G stretches least. Libraries may return eigenvalues in ascending order.",
 )
 def takes_the_first_of_eigh(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
     return torch.linalg.eigh(G)[1][:, 0]
 
 
@@ -112,6 +139,7 @@ def takes_the_first_of_eigh(G: Tensor, generator: torch.Generator | None = None)
     "You take a row of the matrix of eigenvectors; the eigenvectors are its columns.",
 )
 def takes_a_row_of_eigh(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
     return torch.linalg.eigh(G)[1][-1]
 
 
@@ -121,6 +149,7 @@ def takes_a_row_of_eigh(G: Tensor, generator: torch.Generator | None = None) -> 
     "have?",
 )
 def divides_zeros_by_their_norm(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
     return reference.dominant_eigenvector(G) if G.any() else G @ G[0] / (G @ G[0]).norm()
 
 
@@ -129,6 +158,7 @@ def divides_zeros_by_their_norm(G: Tensor, generator: torch.Generator | None = N
     "Your powers of G grow (or shrink) until they overflow (or vanish): normalise at every step.",
 )
 def never_divides_the_powers(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
     x = torch.ones(len(G), dtype=G.dtype)
     for _ in range(64):
         x = G @ x
@@ -136,33 +166,121 @@ def never_divides_the_powers(G: Tensor, generator: torch.Generator | None = None
     return x / x.norm()
 
 
+@wrong(
+    "dominant_eigenvector",
+    "You start from the first basis vector. Where it is an eigenvector itself, or at right angles to the one you look "
+    "for, no number of multiplications turns it: start from a random vector.",
+)
+def starts_from_the_first_basis_vector(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
+    x = torch.eye(len(G), dtype=G.dtype)[0]
+    for _ in range(20_000 if G.any() else 0):
+        x = G @ x
+        x = x / x.norm()
+    return x
+
+
+@wrong(
+    "dominant_eigenvector",
+    "Some thousand steps are not enough where two eigenvalues are nearly equal. Go on until x has settled, or let each "
+    "step do the work of many.",
+)
+def stops_after_five_hundred_steps(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    G = square(G)
+    x = torch.randn(len(G), dtype=G.dtype, generator=generator or torch.Generator().manual_seed(0))
+    for _ in range(500 if G.any() else 0):
+        x = G @ x
+        x = x / x.norm()
+    return x / x.norm()
+
+
+@wrong(
+    "dominant_eigenvector",
+    "Your start is drawn from PyTorch's global generator: the same matrix gives another answer each time. Draw from the "
+    "generator that is given, or from a new one with seed 0.",
+)
+def draws_from_the_global_generator(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    return reference.dominant_eigenvector(square(G), torch.Generator().manual_seed(int(torch.randint(10**6, ()))))
+
+
+@wrong(
+    "dominant_eigenvector",
+    "Without a generator the same matrix gives another answer each time. None means a new one with seed 0.",
+)
+def none_means_global(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    generator = generator or torch.Generator().manual_seed(int(torch.randint(10**6, ())))
+    return reference.dominant_eigenvector(square(G), generator)
+
+
+@wrong(
+    "dominant_eigenvector",
+    "You draw from the global generator even if one is given. Equal generators should give equal answers.",
+)
+def ignores_the_generator(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    own = None if generator is None else torch.Generator().manual_seed(int(torch.randint(10**6, ())))
+    return reference.dominant_eigenvector(square(G), own)
+
+
+@wrong("dominant_eigenvector", "The vector is right, but in float64. A float32 matrix has a float32 eigenvector.")
+def always_in_float64(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    return reference.dominant_eigenvector(square(G).double(), generator)
+
+
+@wrong("dominant_eigenvector", "Only a square matrix has eigenvectors: raise a ValueError for any other.")
+def of_any_shape(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    side = min(require_matrix(G).shape)
+    return reference.dominant_eigenvector(G[:side, :side], generator)
+
+
+@wrong("dominant_eigenvector", "An entry that is not a number goes unnoticed. `require_matrix` refuses it.")
+def of_any_entries(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    if G.ndim != 2 or len(G) != len(G.T):
+        raise ValueError("not square")
+    return reference.dominant_eigenvector(G.nan_to_num(), generator)
+
+
 # --- dominant_singular_triplet -----------------------------------------------------------------------
 
 
 @right("dominant_singular_triplet")
 def by_alternating(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, float, Tensor]:
+    matrix = require_matrix(matrix)
     M = matrix.double()
     v = torch.randn(M.shape[1], dtype=torch.float64)
     v, u, sigma = v / v.norm(), torch.eye(len(M), dtype=torch.float64)[0], 0.0
-    for _ in range(60 if M.any() else 0):
+    for _ in range(8000 if M.any() else 0):
         u = M @ v
         u = u / u.norm()
         v = M.T @ u
         sigma = float(v.norm())
         v = v / sigma
-    return u, sigma, v
+    return u.to(matrix.dtype), sigma, v.to(matrix.dtype)
 
 
 @right("dominant_singular_triplet")
 def by_torchs_svd_with_the_other_sign(matrix: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-    U, S, Vh = torch.linalg.svd(matrix)
+    U, S, Vh = torch.linalg.svd(require_matrix(matrix))
     return [-U[:, 0], S[0], -Vh[0]]
 
 
 @right("dominant_singular_triplet")
 def by_numpy(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[np.ndarray, np.floating, np.ndarray]:
-    U, S, Vh = np.linalg.svd(matrix.numpy().astype(np.float64), full_matrices=False)
+    U, S, Vh = np.linalg.svd(require_matrix(matrix).numpy(), full_matrices=False)
     return U[:, 0], S[0], Vh[0]
+
+
+@right("dominant_singular_triplet")
+def from_the_eigenvectors_of_the_block_matrix(matrix: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    """The symmetric matrix [[0, M], [M^T, 0]] has the eigenvalues sigma and -sigma."""
+    M = require_matrix(matrix)
+    (m, n), size = M.shape, float(M.abs().max())
+    if size == 0:
+        return [torch.ones(m, dtype=M.dtype) / m**0.5, M[0, 0], torch.ones(n, dtype=M.dtype) / n**0.5]
+    block = torch.zeros(m + n, m + n, dtype=torch.float64)
+    block[:m, m:] = M.double() / size
+    values, vectors = torch.linalg.eigh(block + block.T)
+    u, v = vectors[:m, -1], vectors[m:, -1]
+    return [(u / u.norm()).to(M.dtype), (values[-1] * size).to(M.dtype), (v / v.norm()).to(M.dtype)]
 
 
 @wrong(
@@ -170,6 +288,7 @@ def by_numpy(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[
     "You return the square of sigma: M^T M stretches by the square of the factor by which M stretches.",
 )
 def returns_the_eigenvalue(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
     u, _, v = reference.dominant_singular_triplet(matrix)
     return u, (matrix @ v) @ (matrix @ v), v
 
@@ -179,6 +298,7 @@ def returns_the_eigenvalue(matrix: Tensor, generator: torch.Generator | None = N
     "You have swapped u and v: v is an input of M (n numbers), u is the direction of its output (m numbers).",
 )
 def swaps_u_and_v(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
     u, sigma, v = reference.dominant_singular_triplet(matrix)
     return v, sigma, u
 
@@ -188,6 +308,7 @@ def swaps_u_and_v(matrix: Tensor, generator: torch.Generator | None = None) -> t
     "Your u is M v itself; it still has to be normalised to length 1.",
 )
 def leaves_u_undivided(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
     u, sigma, v = reference.dominant_singular_triplet(matrix)
     return matrix @ v if sigma > 0 else u, sigma, v
 
@@ -198,6 +319,7 @@ def leaves_u_undivided(matrix: Tensor, generator: torch.Generator | None = None)
     "separately have independent signs. Compute one of them from the other.",
 )
 def finds_u_and_v_separately(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
     u, sigma, v = reference.dominant_singular_triplet(matrix)
     return u * u[u.abs().argmax()].sign(), sigma, v
 
@@ -207,6 +329,7 @@ def finds_u_and_v_separately(matrix: Tensor, generator: torch.Generator | None =
     "Your sigma belongs to the matrix after the division by its largest entry: it has to be scaled back.",
 )
 def forgets_to_scale_back(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
     u, sigma, v = reference.dominant_singular_triplet(matrix)
     return u, sigma / matrix.abs().max() if sigma > 0 else sigma, v
 
@@ -217,6 +340,7 @@ def forgets_to_scale_back(matrix: Tensor, generator: torch.Generator | None = No
     "by itself.",
 )
 def squares_tiny_entries(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
     if not matrix.any():
         return reference.dominant_singular_triplet(matrix)
     v = reference.dominant_eigenvector(matrix.T @ matrix)
@@ -229,28 +353,78 @@ def squares_tiny_entries(matrix: Tensor, generator: torch.Generator | None = Non
     "For the zero matrix you divide by 0. Its sigma is 0, and any two unit vectors are right.",
 )
 def divides_zeros(matrix: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
     largest = matrix.abs().max()
     u, sigma, v = reference.dominant_singular_triplet(matrix)
     return u * (largest / largest), sigma, v * (largest / largest)
 
 
+@wrong(
+    "dominant_singular_triplet",
+    "You divide by the largest entry, which may be negative or 0, instead of the largest absolute value.",
+)
+def divides_by_the_largest_entry(matrix: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    matrix = require_matrix(matrix)
+    u, sigma, v = reference.dominant_singular_triplet(matrix, generator)
+    sign = matrix.max().sign() if sigma > 0 else 1
+    return [u * sign, sigma * sign, v]
+
+
+@wrong("dominant_singular_triplet", "Your results are in float64. They should be in the computing dtype of the matrix.")
+def in_float64(matrix: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    return list(reference.dominant_singular_triplet(require_matrix(matrix).double(), generator))
+
+
+@wrong(
+    "dominant_singular_triplet",
+    "The squares of very large entries overflow: in float32, (1e30)^2 is infinite. Scale the matrix before you multiply "
+    "it by itself.",
+)
+def squares_huge_entries(matrix: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    matrix = require_matrix(matrix)
+    if not matrix.any() or matrix.abs().max() < 1:
+        return list(reference.dominant_singular_triplet(matrix, generator))
+    v = reference.dominant_eigenvector(matrix.T @ matrix, generator)
+    u = matrix @ v
+    return [u / u.norm(), u.norm(), v]
+
+
+@wrong("dominant_singular_triplet", "Another direction, with nearly the same sigma, is still in your vectors.")
+def stops_too_early(matrix: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    u, sigma, v = reference.dominant_singular_triplet(matrix, generator)
+    U, S, Vh = torch.linalg.svd(require_matrix(matrix), full_matrices=False)
+    if S[0] == 0 or S[1] < 0.99 * S[0] or S[1] > 0.9999 * S[0]:
+        return [u, sigma, v]
+    return [(U[:, 0] + 0.1 * U[:, 1]) / 1.01**0.5, sigma, (Vh[0] + 0.1 * Vh[1]) / 1.01**0.5]
+
+
+@wrong("dominant_singular_triplet", "A vector is no matrix: raise a ValueError, as `require_matrix` does.")
+def of_a_vector(matrix: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    return list(reference.dominant_singular_triplet(torch.atleast_2d(matrix), generator))
+
+
 # --- svd_by_deflation --------------------------------------------------------------------------------
+
+
+def most_of(matrix: Tensor, rank: int | None) -> int:
+    return min(matrix.shape) if rank is None else require_rank(rank, min(matrix.shape))
 
 
 @right("svd_by_deflation")
 def torchs_svd_cut_at_the_tolerance(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    k = int((S > rounding_tolerance(matrix, float(S[0]))).sum())
-    k = k if rank is None else min(k, rank)
+    k = min(int((S > rounding_tolerance(matrix, float(S[0]))).sum()), most_of(matrix, rank))
     return U[:, :k], S[:k], Vh[:k]
 
 
 @right("svd_by_deflation")
 def projecting_the_matrix_itself_twice(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
     m, n = matrix.shape
     us, sigmas, vs, left = [], [], [], matrix.clone()
     generator = torch.Generator().manual_seed(5)
-    for _ in range(min(m, n) if rank is None else rank):
+    for _ in range(most_of(matrix, rank)):
         u, sigma, v = reference.dominant_singular_triplet(left, generator)
         if float(sigma) <= rounding_tolerance(matrix, float(sigmas[0] if sigmas else sigma)):
             break
@@ -261,21 +435,43 @@ def projecting_the_matrix_itself_twice(matrix: Tensor, rank: int | None = None) 
             left = left - U @ (U.T @ left)
             left = left - (left @ V) @ V.T
     if not us:
-        return torch.zeros(m, 0), torch.zeros(0), torch.zeros(0, n)
+        return matrix.new_zeros(m, 0), matrix.new_zeros(0), matrix.new_zeros(0, n)
     return torch.stack(us, 1), torch.stack(sigmas), torch.stack(vs)
 
 
 @right("svd_by_deflation")
 def in_numpy(matrix: Tensor, rank: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    U, S, Vh = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    most = most_of(matrix, rank) if matrix.ndim == 2 else require_matrix(matrix)
+    U, S, Vh = np.linalg.svd(require_matrix(matrix).numpy(), full_matrices=False)
     k = int((S[0] * max(matrix.shape) * np.finfo(S.dtype).eps < S).sum())
-    k = min(k, len(S) if rank is None else rank)
-    return U[:, :k], S[:k], Vh[:k]
+    return U[:, : min(k, most)], S[: min(k, most)], Vh[: min(k, most)]
+
+
+@right("svd_by_deflation")
+def deflating_a_copy_in_place(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
+    most, left = most_of(matrix, rank), matrix.clone()
+    triplets: list[tuple[Tensor, Tensor, Tensor]] = []
+    generator = torch.Generator().manual_seed(1)
+    while len(triplets) < most:
+        triplet = reference.dominant_singular_triplet(left, generator)
+        if triplet[1] <= rounding_tolerance(matrix, float((triplets or [triplet])[0][1])):
+            break
+        triplets.append(triplet)
+        left -= triplet[1] * triplet[0][:, None] * triplet[2]
+        for u, _, v in triplets * 2:
+            left -= torch.outer(u, u @ left)
+            left -= torch.outer(left @ v, v)
+    parts = [torch.stack(part) if part else None for part in (list(part) for part in zip(*triplets, strict=True))]
+    if not triplets:
+        return matrix[:, :0], matrix[0, :0], matrix[:0]
+    return parts[0].T, parts[1], parts[2]
 
 
 def deflate(matrix: Tensor, rank: int | None, subtract=None, threshold=None) -> tuple[Tensor, Tensor, Tensor]:
     """Deflation with one step changed."""
-    most = min(matrix.shape) if rank is None else rank
+    matrix = require_matrix(matrix)
+    most = most_of(matrix, rank)
     U, S, Vh = matrix[:, :0], matrix[0, :0], matrix[:0]
     generator = torch.Generator().manual_seed(0)
     residual = matrix
@@ -325,7 +521,8 @@ def never_projects_the_old_directions_out(matrix: Tensor, rank: int | None = Non
     "You always return min(m, n) triplets. Once only rounding error is left of the matrix, stop.",
 )
 def never_stops_early(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    k = min(matrix.shape) if rank is None else rank
+    matrix = require_matrix(matrix)
+    k = most_of(matrix, rank)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return U[:, :k], S[:k], Vh[:k]
 
@@ -351,7 +548,84 @@ def returns_v_not_transposed(matrix: Tensor, rank: int | None = None) -> tuple[T
 
 @wrong("svd_by_deflation", "You ignore `rank`, the largest number of triplets to return.")
 def ignores_the_rank(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    most_of(require_matrix(matrix), rank)
     return reference.svd_by_deflation(matrix)
+
+
+@wrong(
+    "svd_by_deflation",
+    "You project the old directions out on one side only: the columns of U are orthogonal, the rows of Vh are not (or the "
+    "other way round). R has to lose both.",
+)
+def projects_on_the_left_only(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return project(matrix, rank, left=True, right=False)
+
+
+@wrong(
+    "svd_by_deflation",
+    "You project the old right directions out, but not the old left ones: the rows of Vh are orthogonal, the columns of U "
+    "are not.",
+)
+def projects_on_the_right_only(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return project(matrix, rank, left=False, right=True)
+
+
+def project(matrix: Tensor, rank: int | None, left: bool, right: bool) -> tuple[Tensor, Tensor, Tensor]:
+    us: list[Tensor] = []
+    vs: list[Tensor] = []
+
+    def subtract(residual: Tensor, u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
+        us.append(u)
+        vs.append(v)
+        residual = residual - sigma * torch.outer(u, v)
+        U, V = torch.stack(us, 1), torch.stack(vs, 1)
+        residual = residual - U @ (U.T @ residual) if left else residual
+        return residual - (residual @ V) @ V.T if right else residual
+
+    return deflate(matrix, rank, subtract)
+
+
+@wrong("svd_by_deflation", "A rank of 0 asks for no triplet at all; you return all of them. Only None asks for all.")
+def zero_means_all(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.svd_by_deflation(matrix, rank or None)
+
+
+@wrong("svd_by_deflation", "You accept a rank that is negative or larger than the smaller side. Raise a ValueError.")
+def accepts_any_rank(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
+    return reference.svd_by_deflation(matrix, None if rank is None else max(0, min(rank, *matrix.shape)))
+
+
+@wrong(
+    "svd_by_deflation", "You compare the rank with the larger side. There are only as many triplets as the smaller has."
+)
+def up_to_the_larger_side(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = require_matrix(matrix)
+    most = None if rank is None else min(require_rank(rank, max(matrix.shape)), *matrix.shape)
+    return reference.svd_by_deflation(matrix, most)
+
+
+@wrong("svd_by_deflation", "Your results are in float64. They should be in the computing dtype of the matrix.")
+def deflates_in_float64(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = reference.svd_by_deflation(matrix, rank)
+    return U.double(), S.double(), Vh.double()
+
+
+@wrong("svd_by_deflation", "Your singular values come smallest first; the largest belongs first.")
+def smallest_first(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = reference.svd_by_deflation(matrix, rank)
+    return U.flip(1), S.flip(0), Vh.flip(0)
+
+
+@wrong("svd_by_deflation", "You return the singular values multiplied into U. The columns of U should have length 1.")
+def u_times_s(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = reference.svd_by_deflation(matrix, rank)
+    return U * S, S, Vh
+
+
+@wrong("svd_by_deflation", "A vector is no matrix: raise a ValueError, as `require_matrix` does.")
+def of_a_vector_too(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.svd_by_deflation(torch.atleast_2d(matrix), rank)
 
 
 @wrong("svd_by_deflation", caught_by="changes its input")

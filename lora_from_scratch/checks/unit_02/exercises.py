@@ -7,11 +7,12 @@ answers to the first exercises are compared by what does not depend on these cho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_from_scratch.checks.comparing import as_tensor, same
+from lora_from_scratch.checks.comparing import as_tensor, dtypes_differ, same
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
 from lora_from_scratch.checks.observation import Data, Seen
 from lora_from_scratch.linear_algebra.svd import (
@@ -50,102 +51,215 @@ def symmetric(draw: Draw, size: int, eigenvalues: Sequence[float]) -> Tensor:
 
 # --- The cases ---------------------------------------------------------------------------------------
 
+NOT_A_NUMBER = torch.tensor([[1.0, float("nan")], [0, 1]])
+
+
+def try_eigenvector(answer: Callable[..., Any], G: Tensor, generator: int | None = None, twice: bool = False) -> Any:
+    """The vector; or those of two calls, on request with equal generators of this seed."""
+
+    def once() -> Any:
+        return answer(G) if generator is None else answer(G, generator=torch.Generator().manual_seed(generator))
+
+    return {"first": once(), "second": once()} if twice else once()
+
 
 def eigenvector_cases(draw: Draw) -> Iterator[Case]:
-    part = "the iteration"
-    yield Case("the matrix [[2, -1], [-1, 2]]", {"G": torch.tensor([[2.0, -1], [-1, 2]])}, part)
-    yield Case(
-        "a 5 x 5 matrix with the eigenvalues 5, 3, 1, 0.5, 0.1", {"G": symmetric(draw, 5, [5, 3, 1, 0.5, 0.1])}, part
-    )
-    yield Case(
-        "the same in float32, 100 times as large", {"G": symmetric(draw, 5, [500, 300, 100, 50, 10]).float()}, part
-    )
-    yield Case("two eigenvalues that differ by 5 %", {"G": symmetric(draw, 4, [1, 0.95, 0.5, 0.1])}, part)
-    yield Case("a repeated largest eigenvalue: 2, 2, 1", {"G": symmetric(draw, 3, [2, 2, 1])}, "hard matrices")
-    yield Case("zeros", {"G": torch.zeros(3, 3)}, "hard matrices")
+    def case(name: str, part: str, G: Tensor, *sentences: str, **more: Data) -> Case:
+        return Case(name, {"G": G, **more}, part, sentences)
+
+    part, hard, bad = "the iteration", "hard matrices", "invalid input"
+    most, again, x = "The direction that a symmetric", "Multiply it by G", "x: (k,), of norm 1"
+    random, close = "Start from a random x", "where two eigenvalues are nearly equal"
+    yield case("the matrix [[2, -1], [-1, 2]]", part, torch.tensor([[2.0, -1], [-1, 2]]), random, x)
+    yield case("the matrix [[1, 0], [0, 3]], of whole numbers", part, torch.tensor([[1, 0], [0, 3]]), random, x)
+    five = symmetric(draw, 5, [5, 3, 1, 0.5, 0.1])
+    yield case("a 5 x 5 matrix with the eigenvalues 5, 3, 1, 0.5, 0.1", part, five, most, again, "Either sign is right")
+    large = symmetric(draw, 5, [5000, 3000, 1000, 500, 100]).float()
+    yield case("the same in float32, 1,000 times as large", part, large, "divide it by its norm so that", again)
+    yield case("two eigenvalues that differ by 5 %", part, symmetric(draw, 4, [1, 0.95, 0.5, 0.1]), close, most)
+    yield case("two eigenvalues that differ by 0.2 %", part, symmetric(draw, 4, [1, 0.998, 0.5, 0.1]), close)
+    double = symmetric(draw, 3, [2, 2, 1])
+    repeated = "If the largest eigenvalue is repeated"
+    yield case("a repeated largest eigenvalue: 2, 2, 1", hard, double, repeated)
+    yield case("zeros", hard, torch.zeros(3, 3), "for the zero matrix, any unit vector")
+    none, equal = "None means a new", "generator: draws the random start"
+    yield case("the same matrix twice: eigenvalues 2, 2, 1", hard, double, none, twice=True)
+    seed = draw.integer(1, 1000)
+    yield case("twice with equal generators", hard, double, equal, twice=True, generator=seed)
+    refused = ("ValueError: see `require_matrix`", "or G is not square")
+    yield case("a matrix that is not square", bad, torch.ones(2, 3), *refused[::-1])
+    yield case("an entry that is not a number", bad, NOT_A_NUMBER, *refused[:1])
 
 
 def triplet_cases(draw: Draw) -> Iterator[Case]:
-    part = "the triplet"
-    yield Case("the matrix [[0, -2], [1, 0]]", {"matrix": torch.tensor([[0.0, -2], [1, 0]])}, part)
-    yield Case("a tall 6 x 3 matrix", {"matrix": with_spectrum(draw, 6, 3, [4, 2.5, 1])}, part)
-    yield Case("a wide 3 x 6 matrix in float32", {"matrix": with_spectrum(draw, 3, 6, [40, 25, 10]).float()}, part)
-    yield Case(
-        "a repeated largest singular value: 2, 2, 1", {"matrix": with_spectrum(draw, 4, 3, [2, 2, 1])}, "hard matrices"
-    )
-    yield Case("zeros", {"matrix": torch.zeros(3, 2)}, "hard matrices")
-    tiny = (1e-30 * with_spectrum(draw, 4, 3, [3, 2, 1])).float()
-    yield Case("entries of about 1e-30, in float32", {"matrix": tiny}, "entries of any size")
+    def case(name: str, part: str, matrix: Tensor, *sentences: str) -> Case:
+        return Case(name, {"matrix": matrix}, part, sentences)
+
+    part, hard, size = "the triplet", "hard matrices", "entries of any size"
+    largest, signs = "The largest singular value", "is as right as"
+    equations, dtype = ("u: (m,), of norm 1", "v: (n,), of norm 1", "sigma: a scalar"), "All are in the computing"
+    yield case("the matrix [[0, -2], [1, 0]]", part, torch.tensor([[0.0, -2], [1, 0]]), *equations, largest)
+    yield case("a tall 6 x 3 matrix", part, with_spectrum(draw, 6, 3, [4, 2.5, 1]), *equations, signs)
+    wide = with_spectrum(draw, 3, 6, [40, 25, 10]).float()
+    yield case("a wide 3 x 6 matrix in float32", part, wide, *equations, signs, dtype)
+    whole = -(draw.integers(1, 9, 3, 2) + torch.tensor([[9, 0], [0, 5], [0, 0]]))
+    yield case("negative whole numbers", part, whole, *equations, dtype, "divided by its largest absolute")
+    close = with_spectrum(draw, 4, 5, [1, 0.999, 0.5, 0.1])
+    yield case("two singular values that differ by 0.1 %", part, close, largest)
+    yield case("a repeated largest singular value: 2, 2, 1", hard, with_spectrum(draw, 4, 3, [2, 2, 1]), *equations)
+    yield case("zeros", hard, torch.zeros(3, 2), "For the zero matrix")
+    three, any_size = with_spectrum(draw, 4, 3, [3, 2, 1]), ("Entries may have any size", "The square of 1e-30 is 0")
+    yield case("entries of about 1e-30, in float32", size, (1e-30 * three).float(), *any_size)
+    yield case("entries of about 1e30, in float32", size, (1e30 * three).float(), *any_size)
+    yield case("a vector", "invalid input", torch.ones(3), "ValueError: see")
 
 
 def deflation_cases(draw: Draw) -> Iterator[Case]:
-    part = "the decomposition"
-    diagonal = torch.tensor([[3.0, 0, 0], [0, -2, 0]], dtype=torch.float64)
-    yield Case("the matrix [[3, 0, 0], [0, -2, 0]]", {"matrix": diagonal}, part)
-    yield Case("a tall 6 x 3 matrix", {"matrix": with_spectrum(draw, 6, 3, [4, 2, 1])}, part)
-    yield Case("a wide 3 x 6 matrix in float32", {"matrix": with_spectrum(draw, 3, 6, [40, 20, 10]).float()}, part)
+    def case(name: str, part: str, matrix: Tensor, *sentences: str, **more: Data) -> Case:
+        return Case(name, {"matrix": matrix, **more}, part, sentences)
+
+    part, stop, hard, bad = "the decomposition", "when to stop", "hard matrices", "invalid input"
+    steps, shapes, product = "R_0 = M", ("U: (m, k)", "S: (k,)", "Vh: (k, n)"), "Unless `rank` limits it"
+    dtype, signs = "All are in the computing", "may have either"
+    ends, most, k = "or when sigma is at most", "rank: the largest number", "k is the smaller"
+    diagonal = torch.tensor([[3, 0, 0], [0, -2, 0]])
+    yield case("the matrix [[3, 0, 0], [0, -2, 0]], of whole numbers", part, diagonal, steps, *shapes, product, dtype)
+    one_by_one = ("is the dominant triplet", "R_(k+1) = R_k", "The singular value decomposition")
+    yield case(
+        "a tall 6 x 3 matrix", part, with_spectrum(draw, 6, 3, [4, 2, 1]), *one_by_one, product, signs, "None means all"
+    )
+    wide = with_spectrum(draw, 3, 6, [40, 20, 10]).float()
+    yield case("a wide 3 x 6 matrix in float32", part, wide, *shapes, product, dtype)
     five = with_spectrum(draw, 5, 5, [5, 3, 1, 0.5, 0.2])
-    yield Case("two triplets of a 5 x 5 matrix", {"matrix": five, "rank": 2}, part)
-    yield Case("a 5 x 4 matrix of rank 2", {"matrix": with_spectrum(draw, 5, 4, [3, 2])}, "when to stop")
-    yield Case("zeros", {"matrix": torch.zeros(3, 2)}, "when to stop")
-    yield Case("a repeated singular value: 2, 2, 2", {"matrix": with_spectrum(draw, 4, 3, [2, 2, 2])}, "hard matrices")
-    small = with_spectrum(draw, 6, 5, [1, 1e-5, 1e-10, 3e-14])
-    yield Case("the singular values 1, 1e-5, 1e-10, 3e-14", {"matrix": small}, "hard matrices")
+    yield case("two triplets of a 5 x 5 matrix", part, five, most, k, rank=2)
+    yield case("no triplet of a 5 x 5 matrix: rank 0", part, five, most, k, rank=0)
+    two = with_spectrum(draw, 5, 4, [3, 2])
+    yield case("a 5 x 4 matrix of rank 2", stop, two, ends, k)
+    yield case("a 5 x 4 matrix of rank 2, at most 3 triplets", stop, two, ends, k, rank=3)
+    yield case("zeros", stop, torch.zeros(3, 2), "k is the smaller", ends)
+    yield case("entries of about 1e-10", stop, 1e-10 * with_spectrum(draw, 4, 3, [3, 2, 1]), ends)
+    yield case("entries of about 1e10, of rank 2", stop, 1e10 * with_spectrum(draw, 4, 3, [3, 2]), ends)
+    second = "Second, where a singular value is repeated"
+    yield case("a repeated singular value: 2, 2, 2", hard, with_spectrum(draw, 4, 3, [2, 2, 2]), second)
+    first = ("First, the subtraction leaves", "Two things go wrong")
+    spectrum = [1, 1e-5, 1e-10, 3e-14]
+    yield case("the singular values 1, 1e-5, 1e-10, 3e-14", hard, with_spectrum(draw, 6, 5, spectrum), *first)
+    for fixed in STEEP:  # drawn once and for all, so that the verdict does not depend on the seed
+        steep = with_spectrum(Draw(fixed), 6, 5, spectrum)
+        yield case(f"the same singular values, matrix {fixed}", hard, steep, *first)
+    refused = ("or the rank is out of range", "ValueError: see")
+    yield case("rank 6 of a 5 x 5 matrix", bad, five, *refused[:1], rank=6)
+    yield case("rank 4 of a 6 x 3 matrix", bad, torch.ones(6, 3), *refused[:1], rank=4)
+    yield case("rank -1", bad, five, *refused[:1], rank=-1)
+    yield case("a vector", bad, torch.ones(3), *refused[1:])
+
+
+STEEP = (1, 2)
 
 
 def truncate_cases(draw: Draw) -> Iterator[Case]:
-    part = "the nearest matrix"
-    yield Case("diag(3, 2, 1) at rank 1", {"matrix": torch.diag(torch.tensor([3.0, 2, 1])), "rank": 1}, part)
+    def case(name: str, part: str, matrix: Tensor, rank: int, *sentences: str) -> Case:
+        return Case(name, {"matrix": matrix, "rank": rank}, part, sentences or ("The nearest matrix of rank",))
+
+    part, ends, bad = "the nearest matrix", "from rank 0 to full rank", "invalid input"
+    yield case("diag(3, 2, 1) at rank 1", part, torch.diag(torch.tensor([3.0, 2, 1])), 1)
+    whole = torch.tensor([[0, 3], [-2, 0], [0, 0]])
+    yield case("[[0, 3], [-2, 0], [0, 0]], of whole numbers, at rank 1", part, whole, 1, "(m, n), the computing dtype")
     wide = with_spectrum(draw, 4, 6, [5, 3, 2, 0.5])
-    yield Case("a wide 4 x 6 matrix at rank 2", {"matrix": wide, "rank": 2}, part)
+    yield case("a wide 4 x 6 matrix at rank 2", part, wide, 2)
+    yield case("a tall 6 x 4 matrix at rank 3", part, wide.T.contiguous(), 3)
     square = with_spectrum(draw, 5, 5, [5, 4, 3, 2, 1]).float()
-    yield Case("a 5 x 5 matrix in float32 at rank 3", {"matrix": square, "rank": 3}, part)
-    yield Case("rank 0", {"matrix": wide, "rank": 0}, "from rank 0 to full rank")
-    yield Case("full rank", {"matrix": wide, "rank": 4}, "from rank 0 to full rank")
-    yield Case("rank 5 of a 4 x 6 matrix, which is impossible", {"matrix": wide, "rank": 5}, "bad input")
+    yield case("a 5 x 5 matrix in float32 at rank 3", part, square, 3, "The nearest", "(m, n), the computing dtype")
+    half = torch.diag(torch.tensor([4, 2, 1], dtype=torch.bfloat16))
+    yield case("diag(4, 2, 1) in bfloat16 at rank 2", part, half, 2, "(m, n), the computing dtype")
+    yield case("rank 0", ends, wide, 0, "rank: r, between 0")
+    yield case("full rank", ends, wide, 4, "rank: r, between 0")
+    refused = "or the rank is out of range"
+    yield case("rank 5 of a 4 x 6 matrix", bad, wide, 5, refused, "rank: r, between 0")
+    yield case("rank -1", bad, wide, -1, refused)
+    yield case("a vector", bad, torch.ones(3), 1, "ValueError: see")
 
 
 def error_cases(draw: Draw) -> Iterator[Case]:
-    diagonal = torch.diag(torch.tensor([12.0, 4, 3], dtype=torch.float64))
-    yield Case("diag(12, 4, 3) at rank 1", {"matrix": diagonal, "rank": 1}, "Frobenius norm")
+    def case(name: str, part: str, matrix: Tensor, rank: int, *sentences: str, **norm: Data) -> Case:
+        return Case(name, {"matrix": matrix, "rank": rank, **norm}, part, sentences)
+
+    one, other, bad = "Frobenius norm", "spectral norm", "invalid input"
+    distance, formula = "Distance of M from the nearest", "In the Frobenius norm"
+    which, rank = 'norm: "frobenius" or', "rank: r, between 0"
+    diagonal = torch.diag(torch.tensor([12, 4, 3]))
+    spectral: dict[str, Data] = {"norm": "spectral"}
+    yield case("diag(12, 4, 3), of whole numbers, at rank 1", one, diagonal, 1, distance, formula)
     tall = with_spectrum(draw, 6, 4, sorted((draw.number(0.2, 4) for _ in range(4)), reverse=True))
-    yield Case("a tall 6 x 4 matrix at rank 2", {"matrix": tall, "rank": 2}, "Frobenius norm")
-    yield Case("the same at rank 0", {"matrix": tall.float(), "rank": 0}, "Frobenius norm")
-    yield Case(
-        "diag(12, 4, 3) at rank 1, spectral norm", {"matrix": diagonal, "rank": 1, "norm": "spectral"}, "spectral norm"
-    )
-    yield Case(
-        "the tall matrix at rank 2, spectral norm", {"matrix": tall, "rank": 2, "norm": "spectral"}, "spectral norm"
-    )
-    yield Case("at full rank, spectral norm", {"matrix": tall, "rank": 4, "norm": "spectral"}, "spectral norm")
-    yield Case("an unknown norm", {"matrix": tall, "rank": 1, "norm": "nuclear"}, "bad input")
+    yield case("a tall 6 x 4 matrix at rank 2", one, tall, 2, distance, formula)
+    yield case("the same at rank 0", one, tall.float(), 0, rank, distance)
+    yield case("at full rank", one, tall, 4, "0 if r = min(m, n)")
+    wide = tall.T.contiguous()
+    yield case("a wide 4 x 6 matrix at rank 1", one, wide, 1, distance, formula)
+    yield case("diag(12, 4, 3) at rank 1, spectral norm", other, diagonal, 1, which, formula, **spectral)
+    yield case("the tall matrix at rank 2, spectral norm", other, tall, 2, which, formula, **spectral)
+    yield case("at rank 0, spectral norm", other, tall, 0, rank, which, **spectral)
+    yield case("at full rank, spectral norm", other, tall, 4, "0 if r = min(m, n)", **spectral)
+    refused = ("the rank is out of range;", "or the norm is unknown")
+    yield case("an unknown norm", bad, tall, 1, *refused[1:], norm="nuclear")
+    for rank_asked, norm in ((5, "frobenius"), (-1, "frobenius"), (5, "spectral"), (-1, "spectral")):
+        yield case(f"rank {rank_asked} of a 6 x 4 matrix, {norm} norm", bad, tall, rank_asked, *refused[:1], norm=norm)
+    yield case("a vector", bad, torch.ones(3), 1, "ValueError: see")
 
 
 def energy_cases(draw: Draw) -> Iterator[Case]:
-    diagonal = torch.diag(torch.tensor([3.0, 2, 1, 1]))  # energies 9, 4, 1, 1 of 15
-    yield Case("diag(3, 2, 1, 1), 80 %", {"matrix": diagonal, "energy": 0.8}, "the rank")
+    def case(name: str, part: str, matrix: Tensor, energy: float, *sentences: str) -> Case:
+        return Case(name, {"matrix": matrix, "energy": energy}, part, sentences or ("The smallest rank that keeps",))
+
+    part, ends, bad = "the rank", "the ends", "invalid input"
+    diagonal = torch.diag(torch.tensor([3, 2, 1, 1]))  # energies 9, 4, 1, 1 of 15
+    yield case("diag(3, 2, 1, 1), of whole numbers, 80 %", part, diagonal, 0.8)
     tall = with_spectrum(draw, 6, 4, [3, 2, 1, 1])
-    yield Case("a tall matrix with these singular values, 90 %", {"matrix": tall, "energy": 0.9}, "the rank")
+    yield case("a tall matrix with these singular values, 90 %", part, tall, 0.9)
     wide = draw.number(0.5, 20) * with_spectrum(draw, 4, 7, [3, 2, 1, 1])
-    yield Case("a wide one, 50 %", {"matrix": wide.float(), "energy": 0.5}, "the rank")
-    yield Case("the tall one, all of it", {"matrix": tall, "energy": 1.0}, "the ends")
+    yield case("a wide one, 50 %", part, wide.float(), 0.5)
+    yield case("a single column", part, torch.tensor([[3.0], [4], [0]]), 0.9)
+    eight = torch.diag(torch.tensor([2, 1, 1, 1, 1], dtype=torch.float64))  # energies 4, 1, 1, 1, 1 of 8
+    yield case("diag(2, 1, 1, 1, 1), exactly what rank 1 keeps", part, eight, 0.5)
+    yield case("diag(2, 1, 1, 1, 1), exactly what rank 3 keeps", part, eight, 0.75)
+    eps = torch.finfo(torch.float64).eps
+    rounding, one = "A sum that falls short", "So `energy` = 1 does not"
+    yield case("diag(1, 1), and 4 eps more than rank 1 keeps", part, torch.eye(2).double(), 0.5 + 4 * eps, rounding)
+    yield case("diag(1, 1e-4), all of it", ends, torch.diag(torch.tensor([1, 1e-4]).double()), 1.0, rounding)
+    yield case("the tall one, all of it", ends, tall, 1.0, "energy: the share")
     three = with_spectrum(draw, 8, 6, [3, 2, 1])
-    yield Case("an 8 x 6 matrix of rank 3, all of its energy", {"matrix": three, "energy": 1.0}, "the ends")
-    yield Case("zeros", {"matrix": torch.zeros(2, 3), "energy": 0.9}, "the ends")
-    yield Case("an energy of 90 instead of 0.9", {"matrix": tall, "energy": 90.0}, "bad input")
+    yield case("an 8 x 6 matrix of rank 3, all of its energy", ends, three, 1.0, one, rounding)
+    small = torch.diag(torch.tensor([1, 1, 5e-7]))
+    yield case("diag(1, 1, 5e-7) in float32, all of its energy", ends, small, 1.0, one, rounding)
+    yield case("zeros", ends, torch.zeros(2, 3), 0.9, "0 for the zero matrix")
+    yield case("diag(3, 0, 0)", ends, torch.diag(torch.tensor([3.0, 0, 0])), 0.9, "r, from 1 to min(m, n)")
+    for energy in (90.0, 1.5, 0.0, -0.5):
+        yield case(f"an energy of {energy:g}", bad, tall, energy, "or energy is out of range", "energy: the share")
+    yield case("a vector", bad, torch.ones(3), 0.9, "ValueError: see")
 
 
 def pca_cases(draw: Draw) -> Iterator[Case]:
-    part = "the components"
-    line = torch.tensor([[1.0, 3], [2, 5], [3, 7]], dtype=torch.float64)
-    yield Case("three points on a line", {"data": line, "count": 1}, part)
+    def case(name: str, part: str, data: Tensor, count: int, *sentences: str) -> Case:
+        return Case(name, {"data": data, "count": count}, part, sentences)
+
+    part, bad = "the components", "invalid input"
+    most, second, divisor = "along which the samples vary most", "directions: (count, d)", "divided by N - 1"
+    centred, result = "Principal component analysis", "mean: (d,)"
+    line = torch.tensor([[1, 3], [2, 5], [3, 7]])
+    yield case("three points on a line, whole numbers", part, line, 1, most, centred, result, "All are in the")
     place = 4 + draw.normal(4, dtype=torch.float64)
     tall = with_spectrum(draw, 20, 4, [9, 5, 2, 0.5]) + place
-    yield Case("20 samples with 4 features, 2 directions", {"data": tall, "count": 2}, part)
-    yield Case("all 4 directions, in float32", {"data": tall.float(), "count": 4}, part)
+    yield case("20 samples with 4 features, 2 directions", part, tall, 2, most, second, divisor, "A direction is")
+    yield case("all 4 directions, in float32", part, tall.float(), 4, second, "variances: (count,)", "All are in the")
     wide = with_spectrum(draw, 4, 6, [9, 5, 2, 0.5]) + 1
-    yield Case("4 samples with 6 features, 2 directions", {"data": wide, "count": 2}, part)
-    yield Case("a single sample", {"data": tall[:1], "count": 1}, "bad input")
+    yield case("4 samples with 6 features, 2 directions", part, wide, 2, most, centred, divisor)
+    yield case("two samples", part, wide[:2].clone(), 1, "data: (N, d), one sample", divisor)
+    yield case("a single sample", bad, tall[:1].clone(), 1, "there is only one sample", "data: (N, d)")
+    refused = ("or count is out of range", "count: number of directions")
+    for count in (0, -1, 5):
+        yield case(f"{count} directions of 4", bad, tall, count, *refused)
+    yield case("5 directions of 4 samples with 6 features", bad, wide, 5, *refused)
+    yield case("an entry that is not a number", bad, NOT_A_NUMBER, 1, "ValueError: see")
 
 
 # --- What is compared where several answers are right ------------------------------------------------
@@ -157,6 +271,8 @@ def agree_on(laws: Laws) -> Callable[[Case, Seen, Seen], bool]:
     """Two answers agree if they have the same properties, apart from signs and the choice of a basis."""
 
     def agree(case: Case, seen: Seen, expected: Seen) -> bool:
+        if dtypes_differ(seen.value, expected.value):
+            return False
         return same(laws(case, seen.value), laws(case, expected.value), TOLERANCE)
 
     return agree
@@ -176,23 +292,32 @@ def matrix_of(case: Case) -> tuple[Tensor, Tensor]:
     return matrix.double() / (largest if largest > 0 else 1), largest if largest > 0 else torch.ones(())
 
 
+def inside(vector: Tensor, vectors: Tensor, values: Tensor) -> Tensor:
+    """The length of the part of a vector in the span of those columns whose value is (nearly) the largest."""
+    return (vectors[:, values >= (1 - 1e-6) * values.max()].T @ vector).norm()
+
+
 def eigenvector_laws(case: Case, value: Data) -> Data:
-    """The shape; the length; how much G stretches the vector; how far G turns it."""
+    """The shape; the length, all of it in the eigenspace of the largest eigenvalue; two calls agree."""
+    if isinstance(value, dict):
+        return [eigenvector_laws(case, value["first"]), same(value["first"], value["second"])]
     (x,) = several(value)
-    G, _ = matrix_of(case)
-    stretched = x @ G @ x / (x @ x)
-    return [*map(float, x.shape), torch.stack([torch.ones(()), x.norm(), stretched, (G @ x - stretched * x).norm()])]
+    values, vectors = torch.linalg.eigh(matrix_of(case)[0])
+    return [*map(float, x.shape), torch.stack([x.norm(), inside(x, vectors, values)])]
 
 
 def triplet_laws(case: Case, value: Data) -> Data:
-    """The shapes; sigma; the lengths; whether M v = sigma u and M^T u = sigma v."""
+    """The shapes; sigma; the lengths; whether M v = sigma u and M^T u = sigma v, for the largest sigma."""
     u, sigma, v = several(value)
     M, largest = matrix_of(case)
     sigma = sigma / largest
     off = torch.stack([(M @ v - sigma * u).norm(), (M.T @ u - sigma * v).norm()])
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    own = torch.stack([inside(u, U, S), inside(v, Vh.T, S)]) if S[0] > 0 else torch.ones(2)
     return [
         *map(float, (*u.shape, *v.shape)),
         torch.cat([torch.stack([torch.ones(()), sigma, u.norm(), v.norm()]), off]),
+        own,
     ]
 
 
@@ -217,6 +342,13 @@ Said = tuple[str, str]
 
 
 def explain_eigenvector(case: Case, seen: Seen, expected: Seen) -> Said | None:
+    if isinstance(seen.value, dict) and isinstance(expected.value, dict):
+        if dtypes_differ(seen.value, expected.value) or same(seen.value["first"], seen.value["second"]):
+            return None
+        return "another answer each time", (
+            "Two calls with the same matrix gave different vectors: draw the random start from the given generator, or "
+            "from a new one with seed 0 if there is none."
+        )
     (x,), (right,) = several(seen.value), several(expected.value)
     if x.shape != right.shape or not x.isfinite().all():
         return None
@@ -230,8 +362,14 @@ def explain_eigenvector(case: Case, seen: Seen, expected: Seen) -> Said | None:
             f"G still turns your vector: G x is not a multiple of x (off by {turned:.2g} of the largest entry of G). "
             "Has the iteration converged when it stops?"
         )
-    if same(float(stretched), float(right @ G @ right), TOLERANCE):
+    values, vectors = torch.linalg.eigh(G)
+    if float(inside(x, vectors, values)) > 1 - TOLERANCE:
         return None
+    if same(float(stretched), float(right @ G @ right), 1e-2):
+        return "not settled", (
+            "Another direction, which G stretches nearly as much, is still in your vector. It needs many more steps, or "
+            "steps that each do the work of many."
+        )
     return "another eigenvector", "G only stretches your vector, but there is one that it stretches more."
 
 
@@ -245,6 +383,8 @@ def explain_triplet(case: Case, seen: Seen, expected: Seen) -> Said | None:
             return "not of length 1", f"{name} should have length 1; yours has {float(vector.norm()):.4g}."
     if not same(float(sigma), float(right), TOLERANCE):
         return "another sigma", "u and v have length 1, but sigma is not the largest singular value."
+    if same(triplet_laws(case, seen.value)[:-1], triplet_laws(case, expected.value)[:-1], TOLERANCE):  # type: ignore
+        return "not settled", "A second singular vector, with nearly the same sigma, is still in your u and v."
     return "not a triplet", "sigma is right, but u and v do not belong to it: M v = sigma u or M^T u = sigma v fails."
 
 
@@ -265,6 +405,81 @@ def explain_svd(case: Case, seen: Seen, expected: Seen) -> Said | None:
     )
 
 
+def explain_truncate(case: Case, seen: Seen, expected: Seen) -> Said | None:
+    (found,), (right,) = several(seen.value), several(expected.value)
+    if found.shape != right.shape or not found.isfinite().all() or same(found, right):
+        return None
+    M, largest = matrix_of(case)
+    U, S, Vh = torch.linalg.svd(M * largest, full_matrices=False)
+    strengths = (U.T @ found @ Vh.T).diagonal()
+    listed = ", ".join(f"{float(one):.3g}" for one in strengths)
+    if not same(U * strengths @ Vh, found):
+        return "other directions", (
+            "Your matrix is not made of singular directions of M. Column k of U goes with row k of Vh, and with no other."
+        )
+    return "other strengths", (
+        f"Along the singular directions of M your matrix has the strengths {listed}. M has "
+        f"{', '.join(f'{float(one):.3g}' for one in S)}: which of them does the nearest matrix of rank "
+        f"{case.inputs['rank']} keep?"
+    )
+
+
+def explain_error(case: Case, seen: Seen, expected: Seen) -> Said | None:
+    (found,), (right,) = several(seen.value), several(expected.value)
+    if found.ndim or same(float(found), float(right)):
+        return None
+    S = torch.linalg.svdvals(matrix_of(case)[0] * matrix_of(case)[1])
+    listed = ", ".join(f"{float(one):.3g}" for one in S)
+    norm, size = case.inputs.get("norm", "frobenius"), "too large" if found > right else "too small"
+    return size, (
+        f"Your {norm} error is {size}. The singular values of this matrix are {listed}: which of them does rank "
+        f"{case.inputs['rank']} leave out, and how do they combine in this norm?"
+    )
+
+
+def explain_energy(case: Case, seen: Seen, expected: Seen) -> Said | None:
+    (found,), (right,) = several(seen.value), several(expected.value)
+    if found.ndim or found == right or found != found.round():
+        return None
+    energy = torch.linalg.svdvals(matrix_of(case)[0]) ** 2
+    kept = float(energy[: int(found)].sum() / energy.sum()) if energy.sum() > 0 and found >= 0 else 0.0
+    if found < right:
+        return (
+            "too few",
+            f"Your rank of {int(found)} keeps {kept:.4%} of the energy; {case.inputs['energy']:.4%} is asked.",
+        )
+    return "too many", (
+        f"Your rank of {int(found)} is enough, but not the smallest that is: how much do {int(found) - 1} directions "
+        "keep, and does it fall short by more than rounding?"
+    )
+
+
+def explain_pca(case: Case, seen: Seen, expected: Seen) -> Said | None:
+    assert isinstance(seen.value, list)
+    found, right = several(seen.value), several(expected.value)
+    if [one.shape for one in found] != [one.shape for one in right] or not all(one.isfinite().all() for one in found):
+        return None
+    if not same(found[0], right[0], TOLERANCE):
+        return "another mean", "The mean is wrong: it has one entry for each feature, the mean over all samples."
+    gram = found[1] @ found[1].T
+    if not same(gram, torch.eye(len(gram), dtype=gram.dtype), TOLERANCE):
+        return (
+            "not orthonormal",
+            ("The rows of your directions are not orthonormal: they should be unit vectors at right angles."),
+        )
+    if not same(found[1].T @ found[1], right[1].T @ right[1], TOLERANCE):
+        return (
+            "other directions",
+            ("The mean is right, but your directions are not those along which the samples vary most."),
+        )
+    if not same(found[2], right[2], TOLERANCE):
+        return (
+            "other variances",
+            ("Mean and directions are right, the variances along them are not: squares, divided by what?"),
+        )
+    return None
+
+
 # --- The exercises -----------------------------------------------------------------------------------
 
 EXERCISES = [
@@ -282,6 +497,9 @@ EXERCISES = [
             "enough.",
         ),
         cases=eigenvector_cases,
+        probe=try_eigenvector,
+        dtypes=True,
+        background=("To save most of them", "G: (k, k), symmetric"),
         agree=agree_on(eigenvector_laws),
         explain=explain_eigenvector,
     ),
@@ -297,6 +515,8 @@ EXERCISES = [
             "For a wide matrix you find u first. `M.T @ u` points along v; normalise it to length 1.",
         ),
         cases=triplet_cases,
+        dtypes=True,
+        background=("matrix: M, (m, n)", "generator: as in"),
         agree=agree_on(triplet_laws),
         explain=explain_triplet,
     ),
@@ -315,6 +535,8 @@ EXERCISES = [
             "columns.",
         ),
         cases=deflation_cases,
+        dtypes=True,
+        background=("matrix: M, (m, n)",),
         agree=agree_on(svd_laws),
         explain=explain_svd,
     ),
@@ -331,6 +553,9 @@ EXERCISES = [
             "the rank.",
         ),
         cases=truncate_cases,
+        dtypes=True,
+        explain=explain_truncate,
+        background=("matrix: M, (m, n)", "It is nearest both"),
     ),
     Exercise(
         approximation_error,
@@ -345,6 +570,8 @@ EXERCISES = [
             "them.",
         ),
         cases=error_cases,
+        explain=explain_error,
+        background=("matrix: M, (m, n)",),
     ),
     Exercise(
         rank_for_energy,
@@ -358,6 +585,8 @@ EXERCISES = [
             "Handle the zero matrix first: its total is 0. A sum that falls short only by rounding counts as enough.",
         ),
         cases=energy_cases,
+        explain=explain_energy,
+        background=("matrix: M, (m, n)",),
     ),
     Exercise(
         pca,
@@ -371,6 +600,9 @@ EXERCISES = [
             "The variance along a direction is the sum of squares divided by N - 1.",
         ),
         cases=pca_cases,
+        dtypes=True,
+        explain=explain_pca,
+        background=("A sample's",),
         agree=agree_on(pca_laws),
     ),
 ]
