@@ -74,7 +74,7 @@ class DoRALinear(LoRALinear):
         m = self.lora_magnitude
         u = add_product(y, h, B, self.scaling)  # V x + b
         bias = getattr(self.base, "bias", None)
-        scaled = u if bias is None else u - bias  # the bias is not rescaled
+        scaled = u if bias is None else u - bias.to(u.dtype)  # the bias is not rescaled
         smallest = torch.finfo(m.dtype).tiny  # a row of zeros has no direction
         return torch.addcmul(u, scaled, (m / self.norms().to(m.dtype).clamp_min(smallest) - 1).to(u.dtype))
 

@@ -120,7 +120,8 @@ def _module(model: nn.Module, name: str) -> Any:
         return model.get_submodule(name)
     except AttributeError:
         raise ValueError(
-            f"{adapter_files.WEIGHTS_FILE} has tensors of {name!r}, which the model does not have"
+            f"{adapter_files.WEIGHTS_FILE} has tensors of {name!r}, which this model does not have; "
+            "were they made for another one?"
         ) from None
 
 

@@ -96,7 +96,6 @@ class Method(ABC):
     saves_model: ClassVar[bool] = False  # whether `save` writes a whole model instead of an adapter
     needs_gpt2: ClassVar[bool] = False  # whether it reaches into our own GPT-2, so that no other model will do
     only_on_request: ClassVar[frozenset[str]] = frozenset()  # contestants that the shootout leaves out by default
-    trains_of_base: ClassVar[str] = "nothing"  # of the base's own parameters: "nothing", "biases" or "everything"
 
     # --- What a subclass supplies ---
 
@@ -193,6 +192,10 @@ class Method(ABC):
     def on_full_base(self) -> Method:
         """The same method on a base whose weights are floating-point numbers."""
         return self
+
+    def trains_of_base(self) -> str:
+        """Which of the base's own parameters are trained: "nothing", "biases", "some" or "everything"."""
+        return "nothing"
 
     # --- Before adapting ---
 

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE, PREFIX
 from lora_from_scratch.methods.lora import LoRA, LoRALinear, lora_layers
 from lora_from_scratch.methods.lora_peft import lora_to_peft
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
-from lora_from_scratch.methods.placement import target_sizes
+from lora_from_scratch.methods.placement import random_targets
 from lora_from_scratch.support.linear_layers import is_conv1d, refuse_tied, weight_of
 
 PEFT_NAMES = {"svd": "pissa", "qr": "olora"}  # of the decompositions, in `init_lora_weights`
+OWN_TYPE = "LORA_FROM_SCRATCH_OLORA"
 
 
 def initial_svd(W: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -83,9 +83,9 @@ class PiSSALinear(LoRALinear):
 class PiSSA(LoRA):
     """PiSSA, or OLoRA, on whole linear layers of any model; see the module for the equations.
 
-    An adapter directory is a LoRA's, and its `init_lora_weights` tells PEFT to split the weight in the same way. PEFT
-    0.21 does so wrongly for OLoRA on a Conv1D, where A and B change their places; for such layers the directory holds
-    the LoRA of rank 2 r that `as_lora` gives.
+    An adapter directory is a LoRA's, and its `init_lora_weights` tells PEFT to split the weight in the same way. For
+    OLoRA on a Conv1D, PEFT 0.21 does so wrongly (A and B change places), so the directory has a `peft_type` of ours;
+    `as_lora` gives the learned change as a plain LoRA, which loads anywhere.
 
     Raises:
         ValueError: as for `LoRA`; or there is dropout, which would drop parts of W itself; or a target is a part of a
@@ -132,44 +132,49 @@ class PiSSA(LoRA):
 
     def to_adapter(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's own fields and keys."""
-        self._adaptation(model)
-        layers = lora_layers(model)
-        if self.decomposition == "qr" and any(is_conv1d(layer.base) for layer in layers.values()):
-            return as_lora(self, model)
         config, tensors = super().to_adapter(model)
+        if self.decomposition == "qr" and any(is_conv1d(layer.base) for layer in pissa_layers(model).values()):
+            config["peft_type"] = OWN_TYPE
         return config | {"init_lora_weights": PEFT_NAMES[self.decomposition]}, tensors
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
-        return config.get("peft_type") == cls.peft_type and config.get("init_lora_weights") in PEFT_NAMES.values()
+        begins = config.get("init_lora_weights") in PEFT_NAMES.values()
+        return begins and config.get("peft_type") in (cls.peft_type, OWN_TYPE)
 
     @classmethod
     def from_adapter(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
     ) -> tuple[LoRA, dict[str, Tensor]]:
         begin = config["init_lora_weights"]
-        if begin == "olora" and any(is_conv1d(module) for module in model.modules()):
+        method, state = super().from_adapter({**config, "init_lora_weights": True}, tensors, model)
+        decomposition = next(ours for ours, theirs in PEFT_NAMES.items() if theirs == begin)
+        method = replace(method, decomposition=decomposition)  # type: ignore[call-arg]
+        names = [name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")]
+        if (
+            begin == "olora"
+            and config["peft_type"] != OWN_TYPE
+            and any(is_conv1d(model.get_submodule(n)) for n in names)
+        ):
             raise ValueError(
                 f"{CONFIG_FILE} has init_lora_weights='olora' for a model with Conv1D layers, where PEFT subtracts the "
                 "transpose of B A; such an adapter is not supported"
             )
-        method, state = super().from_adapter({**config, "init_lora_weights": True}, tensors, model)
-        decomposition = next(ours for ours, theirs in PEFT_NAMES.items() if theirs == begin)
-        return replace(method, decomposition=decomposition), state  # type: ignore[call-arg]
+        return method, state
 
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> LoRA:
-        lora = super().sample(rng, config)
-        return replace(lora, dropout=0.0, decomposition=rng.choice(list(DECOMPOSITIONS)))  # type: ignore[call-arg]
+        return cls(
+            rank=rng.randint(1, 2),
+            alpha=rng.uniform(0.1, 20),
+            targets=random_targets(rng, with_parts=False),
+            rslora=rng.random() < 0.5,
+            decomposition=rng.choice(list(DECOMPOSITIONS)),
+            **cls.random_parts(rng),
+        )
 
     def starts_as_base(self) -> bool | None:
         return None  # up to rounding
-
-    def bytes_for_undo(self, config: GPT2Config) -> int:
-        """The weights that are split, in fp32."""
-        with torch.device("meta"):
-            model = GPT2(config)
-        return sum(4 * inputs * outputs for inputs, outputs in target_sizes(model, self.targets))
 
 
 def pissa_layers(model: nn.Module) -> dict[str, PiSSALinear]:

@@ -173,6 +173,9 @@ class TrainsParts(Method):
             "trainable_token_indices": rng.choice([(), (0, 2)]),
         }
 
+    def trains_of_base(self) -> str:
+        return "some" if self.modules_to_save else "biases" if self.bias != "none" else "nothing"
+
     def _uninstall(self, model: nn.Module) -> None:
         """Put back the modules that `train_parts` replaced: the same objects."""
         parts: dict[str, Any] = {**_copies(model), **trained_tokens(model)}
