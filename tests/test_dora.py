@@ -31,9 +31,9 @@ def test_the_norms_are_those_of_the_rows_of_the_changed_weight(
     torch.testing.assert_close(row_norms(W, A, B, scaling).double(), V.norm(dim=1), atol=2e-3, rtol=1e-4)
 
 
-def layer(bias: bool = True, **options: Any) -> DoRALinear:
+def layer(bias: bool = True, **options: Any) -> Any:
     torch.manual_seed(0)
-    made = DoRALinear(nn.Linear(6, 4, bias=bias), 2, 3.0, **options)
+    made: Any = DoRALinear(nn.Linear(6, 4, bias=bias), 2, 3.0, **options)
     with torch.no_grad():
         made.lora_B.normal_()
         made.lora_magnitude.add_(torch.randn(4))
@@ -51,7 +51,7 @@ def test_the_layer_computes_the_equation_of_the_paper(bias: bool) -> None:
 
 def test_the_norm_is_a_constant_for_the_gradient() -> None:
     dora, x = layer(), torch.randn(5, 6)
-    norms = dora.norms()
+    norms: Tensor = dora.norms()
     dora(x).square().sum().backward()
     A, B = (p.detach().clone().requires_grad_(True) for p in (dora.lora_A, dora.lora_B))
     V = dora.base.weight.detach() + dora.scaling * B @ A

@@ -68,7 +68,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "no task": {"task_type": None},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an adapted output head": ({"target_modules": ["c_attn", "lm_head"]}, "tensors of 'lm_head'"),
+    "an adapted output head": ({"target_modules": ["c_attn", "lm_head"]}, r"unexpected \(lm_head\.lora_A"),
     "a trained output head": ({"modules_to_save": ["lm_head"]}, "lm_head"),
     "tied weights": ({"modules_to_save": ["wte"], "ensure_weight_tying": True}, "ensure_weight_tying"),
     "OLoRA on a Conv1D": ({"init_lora_weights": "olora", "target_modules": ["attn.c_proj"]}, "olora"),

@@ -95,6 +95,7 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 2e-4, "as LoRA")
     position: ClassVar[float] = 12
+    only_on_request: ClassVar[frozenset[str]] = frozenset({"dora"})
     layer: ClassVar[type[LoRALinear]] = DoRALinear
 
     def _layer(self, model: nn.Module, name: str, parts: tuple[str, ...], generator: torch.Generator) -> LoRALinear:

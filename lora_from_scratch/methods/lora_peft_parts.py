@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_from_scratch.methods import adapter_files
 from lora_from_scratch.methods.placement import by_pattern, ends_with
 from lora_from_scratch.methods.trained_parts import is_tied
-from lora_from_scratch.support.linear_layers import in_and_out
+from lora_from_scratch.support.linear_layers import in_and_out, is_linear
 
 TOKENS, EMBEDDING_A, EMBEDDING_B = ".token_adapter.trainable_tokens_delta", ".lora_embedding_A", ".lora_embedding_B"
 LORA_BIAS, BASE_BIAS, BASE_WEIGHT = ".lora_B.bias", ".base_layer.bias", ".base_layer.weight"
@@ -153,11 +153,12 @@ def fit_hyperparameters(
     if arguments["dropout"] == 1:
         arguments["dropout"] = 0.0
     ranks, alphas = {}, {}
-    for name in [key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")]:
+    layers = {name: module for name, module in model.named_modules() if is_linear(module)}
+    for name in layers.keys() & {key.removesuffix(".lora_A") for key in state if f"{key[:-1]}B" in state}:
         A, B = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
         alpha = by_pattern(arguments["alpha_pattern"], name, arguments["alpha"])
-        most = min(in_and_out(_module(model, name)))
-        if alpha > 0 and len(A) <= most:
+        most = min(in_and_out(layers[name]))
+        if not _is_number(alpha) or (alpha > 0 and len(A) <= most):
             continue
         scaling, rank = abs(_scaling(arguments, name, len(A))), len(A)
         B = B * ((alpha > 0) - (alpha < 0))
@@ -169,9 +170,13 @@ def fit_hyperparameters(
         pattern = re.escape(name)
         ranks[pattern] = rank
         alphas[pattern] = (scaling or 1.0) * (math.sqrt(rank) if arguments["rslora"] else rank)
-    if arguments["alpha"] <= 0:
+    if _is_number(arguments["alpha"]) and arguments["alpha"] <= 0:
         arguments["alpha"] = abs(arguments["alpha"]) or arguments["rank"]
-    positive = {pattern: alpha for pattern, alpha in arguments["alpha_pattern"].items() if alpha > 0}
+    positive = {p: alpha for p, alpha in arguments["alpha_pattern"].items() if not _is_number(alpha) or alpha > 0}
     arguments["rank_pattern"] = ranks | dict(arguments["rank_pattern"])
     arguments["alpha_pattern"] = alphas | positive
     return arguments, state
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

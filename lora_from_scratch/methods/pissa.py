@@ -98,6 +98,7 @@ class PiSSA(LoRA):
     name: ClassVar[str] = "pissa"
     learning_rates: ClassVar[LearningRates] = LearningRates(1e-3, 2e-5, "GraphPKU/PiSSA, scripts for LLaMA-2-7B")
     position: ClassVar[float] = 14
+    only_on_request: ClassVar[frozenset[str]] = frozenset({"pissa"})
     layer: ClassVar[type[LoRALinear]] = PiSSALinear
 
     def __post_init__(self) -> None:
