@@ -148,7 +148,7 @@ def lora_from_peft(
         raise ValueError(
             f"{adapter_files.CONFIG_FILE}: target_modules must be names or a regular expression, got {targets!r}"
         )
-    names = _targets_in_peft(config, model)
+    names = targets_in_peft(config, model)
     if not _means(model, targets, names):
         targets = names
     arguments = {
@@ -173,7 +173,7 @@ def lora_from_peft(
     return fit_hyperparameters(arguments, state | lora_state_from_peft(rest), model)
 
 
-def _targets_in_peft(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+def targets_in_peft(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     """The linear layers that PEFT adapts, by the rules of its `check_target_module_exists`."""
     targets: Any = config["target_modules"]
     excluded, layers = config.get("exclude_modules"), config.get("layers_to_transform")
