@@ -44,6 +44,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vera", {"rank": 12}),
     ("vera", {"rank": 12, "dropout": 0.1}),
     ("ia3", {}),
+    ("adalora", {"rank": 4, "target_rank": 2}),
+    ("lora-fa", {}),
     ("layernorm", {}),
     ("qlora", {}),
     ("qlora", {"keep_base": False, "double_quantization": False}),

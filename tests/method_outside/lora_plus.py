@@ -38,7 +38,8 @@ class LoRAPlus(LoRA):
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         trained = self.trainable(model)
+        fast = {name: p for name, p in trained.items() if name.endswith(".lora_B")}
         return [
-            {"params": [p for name, p in trained.items() if name.endswith(".lora_A")]},
-            {"params": [p for name, p in trained.items() if name.endswith(".lora_B")], "lr_scale": self.ratio},
+            {"params": [p for name, p in trained.items() if name not in fast]},
+            {"params": list(fast.values()), "lr_scale": self.ratio},
         ]
