@@ -182,7 +182,7 @@ class Runner:
         stopped = False
         sys.stdout, sys.stderr = out, err
         try:
-            with time_limit(step["seconds"]):
+            with time_limit(step["seconds"], patience=1):
                 self.shell.run_cell(step["source"], store_history=True)
         except OutOfTime:
             stopped = True
@@ -224,7 +224,7 @@ class Runner:
 
     def read_guess(self, step: dict[str, Any]) -> dict[str, Any]:
         try:
-            with time_limit(GUESS_SECONDS):
+            with time_limit(GUESS_SECONDS, patience=1):
                 value = wire.Room(bytes=self.job["observation"]).fitting(plain(self.names.get(step["name"])))
         except BaseException as error:  # lists in lists without a floor, for example
             value = Opaque(f"value that could not be read ({type(error).__name__})")

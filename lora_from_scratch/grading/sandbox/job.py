@@ -62,7 +62,7 @@ class Limits:
         memory: memory of the process, beyond what Python and PyTorch use at the start.
         seconds: wall time of the whole submission, including all restarts but not start-up.
         cell_seconds: wall time of one cell.
-        patience: factor on the exercise's own `seconds` for a probe, because graders are busy machines.
+        patience: factor on the exercise's own `seconds` for a probe, because a grader's processor may be slower.
         processor_seconds: processor time of one process, summed over its threads.
         file: size of the largest single file.
         folder: total size of /tmp, which contains the home and working folders.
@@ -77,7 +77,7 @@ class Limits:
     memory: int = 2048 * MIB
     seconds: float = 300.0
     cell_seconds: float = 60.0
-    patience: float = 5.0
+    patience: float = 2.0
     processor_seconds: int = 600
     file: int = 64 * MIB
     folder: int = 256 * MIB

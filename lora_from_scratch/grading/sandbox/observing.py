@@ -15,7 +15,7 @@ from typing import Any
 
 import lora_from_scratch
 from lora_from_scratch.checks.exercise import Exercise
-from lora_from_scratch.checks.observation import Data, Seen
+from lora_from_scratch.checks.observation import PATIENCE, Data, Seen
 from lora_from_scratch.checks.units import Unit
 from lora_from_scratch.grading.sandbox import bubblewrap, supervisor, wire
 from lora_from_scratch.grading.sandbox.job import Ending, Guess, Job, Observed, Output, Probe, Run, Step, Tried
@@ -295,7 +295,7 @@ class FrameReader:
     def _seconds(self, step: Step) -> float:
         limits = self.observing.job.limits
         if isinstance(step, Probe):
-            return self.observing.exercises[step.name].seconds * limits.patience
+            return self.observing.exercises[step.name].seconds * limits.patience * PATIENCE  # on the clock
         return limits.cell_seconds if isinstance(step, Run) else 0.0
 
     def _keep(self, step: Step, frame: dict[str, Data]) -> None:
