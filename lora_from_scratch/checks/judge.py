@@ -97,23 +97,64 @@ def _right_by_refusing(exercise: Exercise, seed: int) -> tuple[bool, ...]:
     return tuple(agrees(exercise, *triple) for triple in zip(cases, seen, expected_of(exercise, seed), strict=True))
 
 
-def judge_prediction(prediction: Prediction, given: Data) -> Verdict:
-    """The verdict on a prediction: whether it is right, and in both cases why."""
+def judge_prediction(prediction: Prediction, given: Data, first: str | float | None = None) -> Verdict:
+    """The verdict on a prediction: whether it is right, and in both cases why.
+
+    Args:
+        first: the prediction that was made first, which counts if the notebook now has another; None if not known.
+    """
     verdict = functools.partial(Verdict, exercise=prediction.name, max_points=prediction.points, seed=0, cases=())
+    given, problem = read_guess(prediction, given)
+    before = "" if first is None else f"You first said {quoted(first)}"
+    if problem:
+        return verdict(status="not started", points=0, message=problem, notes=(f"{before}.",) if before else ())
+    counts = given if first is None else first
+    message = " ".join([*_reply(prediction, counts), prediction.explanation, *_measured(prediction)])
+    verdict = functools.partial(
+        verdict, message=message, notes=() if counts == given else (f"{before}; the first prediction counts.",)
+    )
+    if prediction.right(counts):
+        return verdict(status="passed", points=prediction.points)
+    return verdict(status="failed", points=0, misconception="another prediction")
+
+
+def read_guess(prediction: Prediction, given: Data) -> tuple[Data, str]:
+    """The prediction as intended, and what is wrong with it ("" if it can be judged).
+
+    " B" counts as choice "b", and a tensor with one number as that number.
+    """
     given = _guess(prediction, given)
+    keys = [f'"{key}"' for key in prediction.choices]
     if given is None:
-        allowed = " or ".join(f'"{key}"' for key in prediction.choices) or "a number"
-        return verdict(status="not started", points=0, message=f"First set {prediction.name} to {allowed}.")
+        return None, f"First set {prediction.name} to {' or '.join(keys) or 'a number'}."
     if prediction.choices and (not isinstance(given, str) or given not in prediction.choices):
-        allowed = ", ".join(f'"{key}"' for key in prediction.choices)
-        message = f"{prediction.name} is {describe(given)}; it must be one of {allowed}."
-        return verdict(status="not started", points=0, message=message)
+        return given, f"{prediction.name} is {describe(given)}; it must be one of {', '.join(keys)}."
     if not prediction.choices and (isinstance(given, bool) or not isinstance(given, int | float)):
-        message = f"{prediction.name} is {describe(given)}; it must be a number."
-        return verdict(status="not started", points=0, message=message)
-    if prediction.right(given):
-        return verdict(status="passed", points=prediction.points, message=prediction.explanation)
-    return verdict(status="failed", points=0, misconception="another prediction", message=prediction.explanation)
+        return given, f"{prediction.name} is {describe(given)}; it must be a number."
+    return given, ""
+
+
+def quoted(guess: Data) -> str:
+    """A prediction as it is written in the notebook."""
+    return f'"{guess}"' if isinstance(guess, str) else describe(guess)
+
+
+def _reply(prediction: Prediction, counts: Data) -> list[str]:
+    """What to say about this choice or number, before the explanation."""
+    if prediction.choices:
+        other = prediction.replies.get(str(counts))
+        return [f'You took "{counts}": {other}'] if other else [f'You took "{counts}".']
+    answer = float(prediction.answer)
+    said = f"You said {describe(counts)}; the answer is {answer:.3g}."
+    if prediction.right(counts) or not isinstance(counts, int | float):
+        return [said]
+    return [said, prediction.replies.get("above" if counts > answer else "below", "")]
+
+
+def _measured(prediction: Prediction) -> list[str]:
+    """Whose run the answer is from."""
+    run = prediction.measured
+    return [f"Measured at the committed settings: {run}. Your own run may differ."] if run else []
 
 
 def _guess(prediction: Prediction, given: Data) -> Data:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from lora_from_scratch.checks import display, progress_file
+from lora_from_scratch.checks import cells, display, progress_file
 from lora_from_scratch.checks.exercise import Exercise, Prediction
 from lora_from_scratch.checks.judge import judge, judge_prediction
 from lora_from_scratch.checks.observation import observe, plain
@@ -56,6 +56,7 @@ def check(name: str, seed: int | None = None, namespace: Mapping[str, Any] | Non
     """
     try:
         verdict = verdict_on(name, seed, namespace)
+        _keep_prediction(name, namespace)
     except UnknownExerciseError as error:
         verdict = Verdict(name if isinstance(name, str) else "check", "unknown", 0, 0, message=str(error))
     except Exception as error:  # a bug in the check, not the learner's fault
@@ -77,12 +78,19 @@ def verdict_on(name: str, seed: int | None = None, namespace: Mapping[str, Any] 
     item = _item(name)
     names = notebook() if namespace is None else namespace
     if isinstance(item, Prediction):
-        return judge_prediction(item, plain(names.get(name)))
+        return judge_prediction(item, plain(names.get(name)), cells.first(item))
     if (why := unusable(item, names)) is not None:
         return why
     seed = seed % 2**32 if isinstance(seed, int) else 0 if os.environ.get(BUILDING) else fresh_seed()
     answer = names[name]
     return judge(item, seed, observe(item.probe, answer, [c.inputs for c in item.inputs(seed)], item.seconds, seed))
+
+
+def _keep_prediction(name: str, namespace: Mapping[str, Any] | None) -> None:
+    """If this is a prediction that no cell has set on this computer, the check's first sight of it counts."""
+    item = find(name)[1]
+    if isinstance(item, Prediction):
+        cells.commit(item, (notebook() if namespace is None else namespace).get(name))
 
 
 def fresh_seed() -> int:
@@ -94,7 +102,9 @@ def unusable(exercise: Exercise, names: Mapping[str, Any]) -> Verdict | None:
     name, wanted = exercise.name, "class" if inspect.isclass(exercise.object) else "function"
     status = "missing"
     answer = names.get(name)
-    if name not in names:
+    if names is notebook() and (problem := cells.not_python(name)):
+        message = f"The last cell with `{name}` could not be run, so nothing is checked. {problem}. Correct it first."
+    elif name not in names:
         message = f"There is no `{name}` in this notebook yet: run the cell that defines it, then this one."
     elif answer is exercise.object:
         status = "library"

@@ -231,6 +231,16 @@ PREDICTIONS = [
             '"roughly 10,000x" (Hu et al. 2021, section 4.2). A hundred such changes fit beside one copy of the model '
             "in 354 GB; a hundred fine-tuned copies of the model would take 35 TB."
         ),
+        replies={
+            "below": (
+                "Beside a matrix of 12,288 x 12,288 stand two of rank 4: 4 · (12,288 + 12,288) numbers, for two "
+                "matrices in each of 96 layers."
+            ),
+            "above": (
+                "No matrix of the model is saved, only the pairs. A pair has 4 · (12,288 + 12,288) numbers, one "
+                "for every 1,536 of the matrix that it stands beside, and most matrices have no pair."
+            ),
+        },
         idea="cost",
     ),
     Prediction(
@@ -253,6 +263,15 @@ PREDICTIONS = [
             "gradient has to flow back through every block above it, frozen or not, so most of what the forward pass "
             "keeps is still needed."
         ),
+        replies={
+            "all": (
+                "However few parameters are trained, the forward pass needs all the weights, and the backward "
+                "pass most of what the forward pass computed."
+            ),
+            "three": "The activations stay as well: the backward pass goes through every block above the lowest pair.",
+            "one": "The gradients go too: only a trained parameter gets one.",
+        },
+        measured="the bundled GPT-2, 4 texts of 64 tokens",
         idea="cost",
     ),
 ]

@@ -150,8 +150,8 @@ def _prediction(prediction: Prediction, cell: SourceCell) -> list[Cell]:
     if choices:
         question += f"\n{choices}"
     question += (
-        f"\n\nWrite {'your choice' if choices else 'a number'} into the cell below before you go on. "
-        "The experiment gives the answer."
+        f"\n\nWrite {'your choice' if choices else 'a number'} into the cell below and run it before you go on. The "
+        "first prediction that you run counts; the experiment gives the answer."
     )
     text = f"{prediction.name} = None  # {allowed}\n{BEGIN}\n{prediction.name} = {_literal(prediction.answer)}\n{END}"
     answer = Cell("code", text, cell.place, "prediction", prediction.name)
