@@ -134,7 +134,7 @@ def test_a_cell_that_is_no_python_is_remembered_until_the_name_is_defined() -> N
 # --- Every answer has a reply ------------------------------------------------------------------------------
 
 
-def answers(prediction: Prediction) -> list[str | float]:
+def answers(prediction: Prediction) -> list[Any]:
     """The choices; or a number below, at and above the answer."""
     answer = prediction.answer
     return list(prediction.choices) or [float(answer) / 1000, float(answer), float(answer) * 1000]

@@ -370,7 +370,7 @@ PREDICTIONS = [
         ),
         replies={
             "a": "NF4 is the best, but the gaps of FP4 cost more than the equal steps of INT4.",
-            "c": "FP4 is the worst of the three. Its steps grow with the number, but too fast: see the gaps below.",
+            "c": "FP4 is the worst of the three. Its steps grow with the number, but too fast.",
             "d": (
                 "Equal steps suit numbers that are spread evenly. Weights are roughly normal: most of them are "
                 "near zero."
