@@ -63,6 +63,7 @@ def test_a_right_first_prediction_keeps_its_point_whatever_is_written_later() ->
 
 
 def test_what_is_no_prediction_is_not_kept() -> None:
+    value: Any
     for value in (None, "e", 3, 10**400):
         check("where_is_the_key", namespace={"where_is_the_key": value})
     for value in (None, "many", True, 10**400, float("nan"), float("inf")):
