@@ -256,11 +256,30 @@ def test_what_the_exercise_explains_comes_before_the_general_rules_and_may_fail(
 
 
 @given(st.integers(0, 1000))
-def test_the_right_values_are_never_said(seed: int) -> None:
-    seen = verdict(lambda values, keep=0: values + 100, seed=seed)  # no entry comes near one that is right
-    answer = halves(HALVES.inputs(seed)[0].inputs["values"])  # type: ignore[arg-type]
+def test_of_a_large_input_the_right_values_are_not_shown(seed: int) -> None:
+    large = dataclasses.replace(HALVES, cases=lambda draw: [Case("many numbers", {"values": draw.normal(50)})])
+    seen = verdict(lambda values, keep=0: values + 100, large, seed=seed)  # no entry comes near one that is right
+    answer = halves(large.inputs(seed)[0].inputs["values"])  # type: ignore[arg-type]
     said = f"{seen.message} {seen.failure}".split("got=")[1]
     assert {f"{number:.4g}" for number in answer.tolist()}.isdisjoint(re.findall(r"-?[\d.]+(?:e-?\d+)?", said))
+
+
+def test_of_a_small_input_the_right_values_are_shown() -> None:
+    one = dataclasses.replace(HALVES, cases=lambda draw: [Case("one number", {"values": torch.tensor([3.0])})])
+    failure = verdict(lambda values, keep=0: values, one).failure
+    assert failure is not None
+    assert failure.expected == "[1.5] (shape (1,), float32)"
+
+
+@pytest.mark.parametrize("wrong", [lambda values, keep=0: halves(values, keep).double(), halves])
+def test_the_dtype_counts_where_the_exercise_says_so(wrong: Any) -> None:
+    typed = dataclasses.replace(HALVES, dtypes=True)
+    assert verdict(wrong).passed
+    assert verdict(wrong, typed).passed == (wrong is halves)
+    if wrong is not halves:
+        assert verdict(wrong, typed).message == (
+            "The values are right, but the dtype should be float32, and your code returns float64."
+        )
 
 
 def test_what_was_printed_in_the_first_case_that_fails_is_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ def agrees(exercise: Exercise, case: Case, seen: Seen, expected: Seen) -> bool:
             return bool(exercise.agree(case, seen, expected))
         except Exception:  # `agree` expects the right shapes and types
             return False
-    return same(seen.value, expected.value, exercise.tolerance)
+    return same(seen.value, expected.value, exercise.tolerance) and not (
+        exercise.dtypes and dtypes_differ(seen.value, expected.value)
+    )
 
 
 def comparable(seen: Data, expected: Data) -> bool:
@@ -32,6 +35,11 @@ def comparable(seen: Data, expected: Data) -> bool:
     longest, most = _extent(expected)
     found = _extent(seen, 16 * most + 4096)
     return found[0] <= 4 * longest + 64 and found[1] <= 16 * most + 4096
+
+
+def numbers_in(value: Data) -> int:
+    """How many numbers, texts and other items a value has."""
+    return int(_extent(value)[1])
 
 
 def _extent(value: Data, enough: float = math.inf) -> tuple[int, int]:
@@ -78,6 +86,18 @@ def same(seen: Data, expected: Data, tolerance: float = 1e-4) -> bool:
     if isinstance(expected, dict) and isinstance(seen, dict):
         return seen.keys() == expected.keys() and all(same(seen[k], expected[k], tolerance) for k in expected)
     return type(seen) is type(expected) and seen == expected
+
+
+def dtypes_differ(seen: Data, expected: Data) -> tuple[torch.dtype, torch.dtype] | None:
+    """The first two dtypes that differ between tensors at the same position, or None."""
+    if isinstance(seen, Tensor) and isinstance(expected, Tensor):
+        return None if seen.dtype == expected.dtype else (seen.dtype, expected.dtype)
+    pairs: Iterable[tuple[Data, Data]] = ()
+    if isinstance(seen, list) and isinstance(expected, list):
+        pairs = zip(seen, expected, strict=False)
+    elif isinstance(seen, dict) and isinstance(expected, dict):
+        pairs = ((seen[key], expected[key]) for key in expected if key in seen)
+    return next((found for pair in pairs if (found := dtypes_differ(*pair)) is not None), None)
 
 
 def is_number(value: Data) -> bool:

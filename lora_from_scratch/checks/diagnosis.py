@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lora_from_scratch.checks.bank import Answer, wrong_answers
-from lora_from_scratch.checks.comparing import agrees, as_tensor, comparable, is_number, same
+from lora_from_scratch.checks.comparing import agrees, as_tensor, comparable, dtypes_differ, is_number, same
 from lora_from_scratch.checks.exercise import Case, Exercise
 from lora_from_scratch.checks.observation import Data, Opaque, Seen, observe
 from lora_from_scratch.checks.verdict import without_dtypes
@@ -61,6 +61,8 @@ def _alike(exercise: Exercise, case: Case, one: Seen, other: Seen) -> bool:
         return False
     if one.raised or other.raised:
         return one.errors == other.errors and one.message == other.message
+    if exercise.dtypes and dtypes_differ(one.value, other.value):
+        return False
     return same(one.value, other.value, exercise.tolerance) or (
         exercise.agree is not None and agrees(exercise, case, one, other)
     )
@@ -156,6 +158,14 @@ def _not_finite(seen: Seen, expected: Seen) -> Diagnosis | None:
     return None
 
 
+def _dtype(seen: Seen, expected: Seen) -> Diagnosis | None:
+    found = dtypes_differ(seen.value, expected.value)
+    if found is None or not same(seen.value, expected.value):
+        return None
+    given, wanted = (str(dtype).removeprefix("torch.") for dtype in found)
+    return "dtype", f"The values are right, but the dtype should be {wanted}, and your code returns {given}."
+
+
 def _values(seen: Seen, expected: Seen) -> Diagnosis | None:
     wrong = [(s, e) for s, e in _pairs(seen.value, expected.value) if s.shape == e.shape and not same(s, e)]
     for s, e in wrong:
@@ -181,6 +191,7 @@ RULES: tuple[Callable[[Seen, Seen], Diagnosis | None], ...] = (
     _shape,
     _not_finite,
     _changed,
+    _dtype,
     _values,
 )
 

@@ -146,9 +146,10 @@ def _points_after(verdict: Verdict, separator: str) -> str:
 def _rows(failure: Failure) -> list[tuple[str, str]]:
     given = [(f"input {name}", value) for name, value in failure.inputs.items()]
     printed = [("your code printed", failure.printed.strip())] if failure.printed.strip() else []
+    says = [("the exercise says", failure.sentence)] if failure.sentence else []
     if not failure.expected:
-        return [*given, ("what the check saw", failure.got), *printed]
-    return [*given, ("your code gives", failure.got), *printed, ("expected", failure.expected)]
+        return [*says, *given, ("what the check saw", failure.got), *printed]
+    return [*says, *given, ("your code gives", failure.got), *printed, ("expected", failure.expected)]
 
 
 def _shows_cases(verdict: Verdict) -> bool:

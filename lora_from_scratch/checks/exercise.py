@@ -67,11 +67,14 @@ class Case:
         inputs: the probe's arguments by name; plain data only (`Data`).
         part: the part of the exercise that it tests. Points are divided equally among the parts, and a part counts
             if all of its cases are right. With only one part, it is all or nothing.
+        sentences: the sentences of the docstring for which it stands, each by a few of its words, most important
+            first: an answer that breaks one of them fails here. A failing learner is shown the first in full.
     """
 
     name: str
     inputs: Mapping[str, Data]
     part: str = "the result"
+    sentences: tuple[str, ...] = ()
 
 
 def call(answer: Callable[..., Any], **inputs: Data) -> Any:
@@ -93,6 +96,9 @@ class Exercise:
         cases: yields the cases for a given `Draw`, simple ones first.
         probe: `probe(answer, **case.inputs)` runs in the learner's process and returns what is to be compared.
         tolerance: the largest allowed error, relative to the largest entry of a tensor.
+        dtypes: whether a tensor must have the dtype of the library's; False: any dtype that can hold the values.
+        background: the sentences of the docstring that promise nothing which could be tested, each by a few of its
+            words. A case stands for every other sentence (see `checks.statement`).
         agree: `agree(case, seen, expected)` returns whether the answer is right; it must hold for `expected` itself.
             None means equal within the tolerance (`comparing.same`).
         explain: `explain(case, seen, expected)` returns what is wrong as `(name, message)`, or None. It is used if
@@ -110,6 +116,8 @@ class Exercise:
     cases: Callable[[Draw], Iterable[Case]]
     probe: Callable[..., Any] = call
     tolerance: float = 1e-4
+    dtypes: bool = False
+    background: tuple[str, ...] = ()
     agree: Callable[[Case, Seen, Seen], bool] | None = None
     explain: Callable[[Case, Seen, Seen], tuple[str, str] | None] | None = None
     blank: tuple[str, ...] = ()

@@ -11,14 +11,16 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lora_from_scratch.checks.comparing import agrees
+from lora_from_scratch.checks.comparing import agrees, numbers_in
 from lora_from_scratch.checks.diagnosis import diagnose, kind_of
-from lora_from_scratch.checks.exercise import Exercise, Prediction, call
+from lora_from_scratch.checks.exercise import Case, Exercise, Prediction, call
 from lora_from_scratch.checks.observation import Data, Seen, observe
+from lora_from_scratch.checks.statement import quoted
 from lora_from_scratch.checks.units import names
 from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict, describe
 
 NOT_STARTED = "NotImplementedError"
+MOST_NUMBERS_BY_HAND = 40  # in inputs and result together
 REFUSALS = "Rejecting invalid input earns points only if some valid input gives the right result."
 PYTORCH_ERRORS = ("aten::", "not implemented for", "meta tensor")  # in PyTorch's own NotImplementedErrors
 
@@ -63,8 +65,9 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
         case=cases[first].name,
         inputs={name: describe(value) for name, value in cases[first].inputs.items()},
         got=_got(seen[first]),
-        expected=_expected(exercise, expected[first]),
+        expected=_expected(exercise, cases[first], expected[first]),
         printed=seen[first].printed,
+        sentence=quoted(exercise, cases[first].sentences[0]) if cases[first].sentences else "",
     )
     name, message = diagnose(exercise, seed, cases, seen, expected, first)
     status = "stopped" if seen[first].stopped else "failed"
@@ -182,11 +185,17 @@ def expected_of(exercise: Exercise, seed: int) -> tuple[Seen, ...]:
     return expected
 
 
-def _expected(exercise: Exercise, expected: Seen) -> str:
-    """The kind of value expected; empty if it is a record made by the probe rather than the learner's return value."""
+def _expected(exercise: Exercise, case: Case, expected: Seen) -> str:
+    """The value expected where inputs and value are small enough to work it out by hand, otherwise only its kind.
+
+    Empty if it is a record made by the probe rather than the learner's return value.
+    """
     if expected.raised:
         return f"a {expected.errors[0]}"
-    return "" if exercise.probe is not call and isinstance(expected.value, dict) else kind_of(expected.value)
+    if exercise.probe is not call:
+        return "" if isinstance(expected.value, dict) else kind_of(expected.value)
+    small = numbers_in([*case.inputs.values(), expected.value]) <= MOST_NUMBERS_BY_HAND
+    return describe(expected.value) if small else kind_of(expected.value)
 
 
 def _got(seen: Seen) -> str:

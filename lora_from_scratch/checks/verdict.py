@@ -26,13 +26,14 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Failure:
-    """The first case that failed: its inputs, what the answer gave, and what kind of value was expected."""
+    """The first case that failed: its inputs, what the answer gave, and what was expected."""
 
     case: str
     inputs: Mapping[str, str]
     got: str
-    expected: str  # the kind of value; empty if `got` is a record made by the probe
+    expected: str  # the value or its kind; empty if `got` is a record made by the probe
     printed: str = ""  # the beginning of what the answer printed
+    sentence: str = ""  # of the statement, which the case tests
 
 
 @dataclass(frozen=True)
