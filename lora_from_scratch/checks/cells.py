@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_from_scratch.checks import display, progress_file
 from lora_from_scratch.checks.exercise import LARGEST_GUESS, Prediction
-from lora_from_scratch.checks.judge import quoted, read_guess
+from lora_from_scratch.checks.judge import as_written, read_guess
 from lora_from_scratch.checks.observation import plain
 from lora_from_scratch.checks.units import units
 from lora_from_scratch.support.figures import BUILDING
@@ -60,10 +60,10 @@ def commit(prediction: Prediction, value: Any) -> str:
     before = first(prediction)
     if before is None and isinstance(given, str | int | float) and may_be_kept(given):
         progress_file.keep_guess(prediction.name, given)
-        return f"Your prediction: {quoted(given)}. Now see what happens."
+        return f"Your prediction: {as_written(given)}. Now see what happens."
     if before is None or before == given:
         return ""
-    return f"You first said {quoted(before)}; the first prediction counts."
+    return f"You first said {as_written(before)}; the first prediction counts."
 
 
 def first(prediction: Prediction) -> str | float | None:

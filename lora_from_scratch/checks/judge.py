@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 
 from torch import Tensor
 
-from lora_from_scratch.checks.comparing import agrees, numbers_in
+from lora_from_scratch.checks.comparing import agrees, dtypes_differ, numbers_in, same
 from lora_from_scratch.checks.diagnosis import diagnose, kind_of
 from lora_from_scratch.checks.exercise import Case, Exercise, Prediction, call
 from lora_from_scratch.checks.observation import Data, Seen, observe
 from lora_from_scratch.checks.statement import quoted
 from lora_from_scratch.checks.units import names
-from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict, describe
+from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict, describe, without_dtypes
 
 NOT_STARTED = "NotImplementedError"
 MOST_NUMBERS_BY_HAND = 40  # in inputs and result together
@@ -65,7 +66,7 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
         case=cases[first].name,
         inputs={name: describe(value) for name, value in cases[first].inputs.items()},
         got=_got(seen[first]),
-        expected=_expected(exercise, cases[first], expected[first]),
+        expected=_expected(exercise, cases[first], expected[first], seen[first]),
         printed=seen[first].printed,
         sentence=quoted(exercise, cases[first].sentences[0]) if cases[first].sentences else "",
     )
@@ -108,7 +109,7 @@ def judge_prediction(prediction: Prediction, given: Data, first: str | float | N
     """
     verdict = functools.partial(Verdict, exercise=prediction.name, max_points=prediction.points, seed=0, cases=())
     given, problem = read_guess(prediction, given)
-    before = "" if first is None else f"You first said {quoted(first)}"
+    before = "" if first is None else f"You first said {as_written(first)}"
     if problem:
         return verdict(status="not started", points=0, message=problem, notes=(f"{before}.",) if before else ())
     counts = given if first is None else first
@@ -137,7 +138,7 @@ def read_guess(prediction: Prediction, given: Data) -> tuple[Data, str]:
     return given, ""
 
 
-def quoted(guess: Data) -> str:
+def as_written(guess: Data) -> str:
     """A prediction as it is written in the notebook."""
     return f'"{guess}"' if isinstance(guess, str) else describe(guess)
 
@@ -185,17 +186,40 @@ def expected_of(exercise: Exercise, seed: int) -> tuple[Seen, ...]:
     return expected
 
 
-def _expected(exercise: Exercise, case: Case, expected: Seen) -> str:
+def _expected(exercise: Exercise, case: Case, expected: Seen, seen: Seen) -> str:
     """The value expected where inputs and value are small enough to work it out by hand, otherwise only its kind.
 
     Empty if it is a record made by the probe rather than the learner's return value.
     """
     if expected.raised:
         return f"a {expected.errors[0]}"
-    if exercise.probe is not call:
-        return "" if isinstance(expected.value, dict) else kind_of(expected.value)
-    small = numbers_in([*case.inputs.values(), expected.value]) <= MOST_NUMBERS_BY_HAND
-    return describe(expected.value) if small else kind_of(expected.value)
+    record = exercise.probe is not call and isinstance(expected.value, dict)
+    small = exercise.probe is call and numbers_in([*case.inputs.values(), expected.value]) <= MOST_NUMBERS_BY_HAND
+    alike = not (seen.raised or seen.stopped) and kind_of(seen.value) == kind_of(expected.value)
+    if record:
+        return ""
+    text = describe(expected.value) if small else kind_of(expected.value)
+    if alike and set(seen.changed) - set(expected.changed):
+        return f"{text}, and unchanged inputs"
+    if not alike or text != (describe if small else kind_of)(seen.value):
+        return text
+    return f"{text}, in more digits" if small else _another(exercise, seen.value, expected.value)
+
+
+def _another(exercise: Exercise, seen: Data, expected: Data) -> str:
+    """What is expected where the answer gives a wrong value of the right kind."""
+    kind = kind_of(expected)
+    if exercise.dtypes and dtypes_differ(seen, expected):
+        return f"{kind} of another dtype"
+    if isinstance(expected, Tensor):
+        return f"{kind} with other values"
+    if isinstance(expected, list) and isinstance(seen, list):
+        results = list(zip(without_dtypes(seen), without_dtypes(expected), strict=False))
+        wrong = [place for place, (s, e) in enumerate(results, 1) if not same(s, e, exercise.tolerance)]
+        if exercise.agree is None and 0 < len(wrong) < len(results):
+            return f"{kind}; not right: {', '.join(f'number {place}' for place in wrong[:6])}"
+        return f"{kind} with other values"
+    return "the opposite" if isinstance(expected, bool) else re.sub("^a ", "another ", kind)
 
 
 def _got(seen: Seen) -> str:

@@ -34,7 +34,8 @@ class Points(float):
         return float.__repr__(self)
 
     def _repr_html_(self) -> str:
-        return f"{self:.3g} of {self.most:g} points" if self.most else "no points"
+        """Nothing: a front end has just shown the verdict, which says the points."""
+        return ""
 
 
 class UnknownExerciseError(ValueError):
