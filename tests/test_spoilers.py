@@ -1,4 +1,4 @@
-"""Nothing before a prediction in its notebook gives the answer away: no text, picture, alternative text or docstring."""
+"""Nothing above a prediction gives its answer away: no text, picture, alternative text or docstring."""
 
 from __future__ import annotations
 
