@@ -62,7 +62,7 @@ def slider(draw: Callable[[Any], Figure], name: str, values: Sequence[Any], star
         name: the slider's label, such as "rank".
         values: the values of the slider.
         start: the initial value, one of `values`.
-        alt: as in `show`.
+        alt: as in `show`, for the figure at `start`. With another value the text says so.
     """
     widgets = None if os.environ.get(BUILDING) else _widgets()
     if widgets is None:
@@ -70,7 +70,8 @@ def slider(draw: Callable[[Any], Figure], name: str, values: Sequence[Any], star
         return
 
     def update(**given: Any) -> None:
-        show(draw(given[name]), alt)
+        value = given[name]
+        show(draw(value), alt if value == start else f"The same figure for {name} {value}. For {name} {start}: {alt}")
 
     control = widgets.SelectionSlider(
         options=list(values),

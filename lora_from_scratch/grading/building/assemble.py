@@ -191,7 +191,7 @@ def _nbgrader(
 
 
 def _add_imports(unit: Unit, cells: list[Cell]) -> None:
-    """After the first code cell: what the solutions use of the library, except this unit's exercises."""
+    """At the end of the first code cell: what the solutions use of the library, except this unit's exercises."""
     first = next((index for index, cell in enumerate(cells) if cell.kind == "code"), None)
     if first is None:
         return
@@ -207,7 +207,6 @@ def _add_imports(unit: Unit, cells: list[Cell]) -> None:
             raise ValueError(f"{item.attribute} is used as {item.name}: call an exercise of this unit by its own name")
     imports = write_imports(needed)
     future = any(refers_to_itself(target) for target in objects)
-    parts = ["from __future__ import annotations"] * future + [imports] * bool(imports)
-    if parts:
-        comment = "# Ready-made parts that your code can use."
-        cells.insert(first + 1, Cell("code", "\n\n".join([comment, *parts]), cells[first].place))
+    ready_made = f"# Ready-made parts that your code can use.\n{imports}"
+    parts = ["from __future__ import annotations"] * future + [cells[first].text] + [ready_made] * bool(imports)
+    cells[first].text = "\n\n".join(parts)
