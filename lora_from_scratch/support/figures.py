@@ -10,9 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DOTS = 110  # per inch
+# In JupyterLab's dark themes a drawing has light lines on a dark ground, in the same hues. A picture or heat map, in
+# which lightness means something, is only dimmed. Elsewhere, and in notebooks that are not trusted, figures stay as they
+# are.
+DARK = {"drawing": "invert(0.93) hue-rotate(180deg)", "picture": "brightness(0.8)"}
+DARK_STYLE = "".join(
+    f'[data-jp-theme-light="false"] img.figure-{kind} {{filter: {change};}}' for kind, change in DARK.items()
+)
 BUILDING = "LORA_FROM_SCRATCH_BUILD"  # set while the solved notebooks are executed, without a user
 
 
@@ -33,13 +41,21 @@ def show(figure: Figure, alt: str) -> None:
 
     if not alt.strip():
         raise ValueError("a figure needs alternative text: say what its axes are and what it shows")
+    kind = "picture" if any(axes.images or _shades(axes) for axes in figure.axes) else "drawing"
     picture = _png(figure)
     matplotlib.pyplot.close(figure)
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    # The figure keeps its white background in a dark theme.
-    image = f'<img src="{source}" alt="{html.escape(alt)}" style="max-width: 100%; background: white;">'
+    image = f'<img class="figure-{kind}" src="{source}" alt="{html.escape(alt)}"'
+    image = f'<style>{DARK_STYLE}</style>{image} style="max-width: 100%; background: white;">'
     bundle = {"text/html": image, "image/png": picture, "text/plain": alt}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def _shades(axes: Axes) -> bool:
+    """Whether the axes show a mesh of coloured cells, as a heat map does."""
+    from matplotlib.collections import QuadMesh
+
+    return any(isinstance(collection, QuadMesh) for collection in axes.collections)
 
 
 def _png(figure: Figure) -> bytes:
