@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 DOTS = 110  # per inch
 # In JupyterLab's dark themes a drawing has light lines on a dark ground, in the same hues. A picture or heat map, in
-# which lightness means something, is only dimmed. Elsewhere, and in notebooks that are not trusted, figures stay as they
-# are.
+# which lightness means something, is only dimmed. Elsewhere, and in notebooks that are not trusted, nothing changes.
 DARK = {"drawing": "invert(0.93) hue-rotate(180deg)", "picture": "brightness(0.8)"}
 DARK_STYLE = "".join(
     f'[data-jp-theme-light="false"] img.figure-{kind} {{filter: {change};}}' for kind, change in DARK.items()
