@@ -1,8 +1,5 @@
 """The checks of the exercises; in a notebook: `from lora_from_scratch.checks import check, hint, ...`."""
 
-from lora_from_scratch.checks.cells import watch
 from lora_from_scratch.checks.notebook import check, hint, library, progress, working
 
 __all__ = ["check", "hint", "library", "progress", "working"]
-
-watch()

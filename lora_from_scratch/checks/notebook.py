@@ -80,6 +80,9 @@ def verdict_on(name: str, seed: int | None = None, namespace: Mapping[str, Any] 
     names = notebook() if namespace is None else namespace
     if isinstance(item, Prediction):
         return judge_prediction(item, plain(names.get(name)), cells.first(item))
+    if names is notebook() and (problem := cells.not_python(name)):
+        message = f"The last cell with `{name}` could not be run, so nothing is checked. {problem}. Correct it first."
+        return Verdict(name, "missing", 0, item.points, message=message)
     if (why := unusable(item, names)) is not None:
         return why
     seed = seed % 2**32 if isinstance(seed, int) else 0 if os.environ.get(BUILDING) else fresh_seed()
@@ -103,9 +106,7 @@ def unusable(exercise: Exercise, names: Mapping[str, Any]) -> Verdict | None:
     name, wanted = exercise.name, "class" if inspect.isclass(exercise.object) else "function"
     status = "missing"
     answer = names.get(name)
-    if names is notebook() and (problem := cells.not_python(name)):
-        message = f"The last cell with `{name}` could not be run, so nothing is checked. {problem}. Correct it first."
-    elif name not in names:
+    if name not in names:
         message = f"There is no `{name}` in this notebook yet: run the cell that defines it, then this one."
     elif answer is exercise.object:
         status = "library"
@@ -220,3 +221,6 @@ def _in_words(value: Any) -> str:
     if inspect.isfunction(value):
         return "a function"
     return f"a {type(value).__name__}"
+
+
+cells.watch()
