@@ -104,7 +104,6 @@ class BitFit(Method):
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_BITFIT"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(6e-2, 1e-3, "run_glue.py in benzakenelad/BitFit")
     position: ClassVar[float] = 70
-    trains_of_base: ClassVar[str] = "biases"
     can_merge: ClassVar[bool] = True  # a bias is trained where it is; only `bias_q` has to be put there
 
     def __post_init__(self) -> None:
@@ -146,6 +145,9 @@ class BitFit(Method):
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> BitFit:
         return cls(variant=rng.choice(VARIANTS))
+
+    def trains_of_base(self) -> str:
+        return "biases"
 
     def starts_as_base(self) -> bool | None:
         return True

@@ -37,10 +37,12 @@ from torch.nn import functional as F
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.linear_algebra.rank import check_rank
+from lora_from_scratch.methods import placement
 from lora_from_scratch.methods.fast_product import add_product, dropout
-from lora_from_scratch.methods.lora_peft import by_pattern, check_patterns, lora_from_peft, lora_to_peft
-from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.methods.placement import PARTS, WHOLE_LAYERS, block_diagonal_B, find_targets, fused_parts
+from lora_from_scratch.methods.lora_peft import lora_from_peft, lora_to_peft
+from lora_from_scratch.methods.method import LearningRates, hyperparameter
+from lora_from_scratch.methods.placement import block_diagonal_B, by_pattern, check_patterns, find_targets, fused_parts
+from lora_from_scratch.methods.trained_parts import TrainsParts
 from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, keep_called, refuse_tied, weight_of
 from lora_from_scratch.support.tape import Shadow, Tape
 from lora_from_scratch.support.wrapped import plain_name
@@ -286,7 +288,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(TrainsParts):
     """LoRA on any model; see the module for the equation and `find_targets` for what a target can be.
 
     `rank_pattern` and `alpha_pattern` give another rank or alpha to the layers whose name ends in a regular
@@ -316,28 +318,23 @@ class LoRA(Method):
     layer: ClassVar[type[LoRALinear]] = LoRALinear  # of a whole matrix; a variant has its own
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
         if not self.targets:
             raise ValueError(f"targets must name at least one layer, got {self.targets!r}")
-        ranks = {"rank": self.rank} | {f"rank of the pattern {p!r}": rank for p, rank in self.rank_pattern.items()}
-        for name, rank in ranks.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {rank!r}")
-        alphas = {"alpha": self.alpha} | {f"alpha of the pattern {p!r}": a for p, a in self.alpha_pattern.items()}
-        for name, alpha in alphas.items():
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-                raise ValueError(f"{name} must be a positive number, got {alpha!r}")
+        placement.check_ranks_and_alphas(self.rank, self.rank_pattern, self.alpha, self.alpha_pattern)
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
 
     def _install(self, model: nn.Module) -> None:
-        plan = find_targets(model, self.targets)
+        plan, parts = find_targets(model, self.targets), self.parts_to_train(model)
         check_patterns([*self.rank_pattern, *self.alpha_pattern], plan)
         generator = torch.Generator().manual_seed(self.seed)
         layers = {name: self._layer(model, name, parts, generator) for name, parts in plan.items()}
         inject_lora(model, layers)
         keep_called(model, layers)
+        self.train_parts(model, layers, parts)
 
     def _layer(self, model: nn.Module, name: str, parts: tuple[str, ...], generator: torch.Generator) -> LoRALinear:
         base = model.get_submodule(name)
@@ -352,14 +349,17 @@ class LoRA(Method):
 
     def _uninstall(self, model: nn.Module) -> None:
         inject_lora(model, {name: layer.base for name, layer in lora_layers(model).items()})
+        super()._uninstall(model)
 
     def _merge(self, model: nn.Module) -> None:
         layers = lora_layers(model)
         refuse_tied(model, layers)
+        super()._merge(model)
         for layer in layers.values():
             layer.merge()
 
     def _unmerge(self, model: nn.Module) -> None:
+        super()._unmerge(model)
         for layer in lora_layers(model).values():
             layer.unmerge()
 
@@ -380,10 +380,11 @@ class LoRA(Method):
         return cls(
             rank=rng.randint(1, 2),
             alpha=rng.uniform(0.1, 20),
-            targets=rng.choice([*WHOLE_LAYERS, *PARTS] if cls.layer is LoRALinear else WHOLE_LAYERS),
+            targets=placement.random_targets(rng, with_parts=cls.layer is LoRALinear),
             dropout=rng.choice([0.0, 0.1]),
             rslora=rng.random() < 0.5,
             seed=rng.randint(0, 99),
+            **cls.random_parts(rng),
         )
 
     def starts_as_base(self) -> bool | None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, TypeVar
@@ -96,7 +96,20 @@ class Method(ABC):
     saves_model: ClassVar[bool] = False  # whether `save` writes a whole model instead of an adapter
     needs_gpt2: ClassVar[bool] = False  # whether it reaches into our own GPT-2, so that no other model will do
     only_on_request: ClassVar[frozenset[str]] = frozenset()  # contestants that the shootout leaves out by default
-    trains_of_base: ClassVar[str] = "nothing"  # of the base's own parameters: "nothing", "biases" or "everything"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__repr__ = Method.__repr__  # type: ignore[method-assign]  # which a dataclass would replace
+
+    def __repr__(self) -> str:
+        """The hyperparameters that differ from the defaults: `LoRA(rank=4)`."""
+        own = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if value != default:
+                own.append(f"{f.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(own)})"
 
     # --- What a subclass supplies ---
 
@@ -193,6 +206,10 @@ class Method(ABC):
     def on_full_base(self) -> Method:
         """The same method on a base whose weights are floating-point numbers."""
         return self
+
+    def trains_of_base(self) -> str:
+        """Which of the base's own parameters are trained: "nothing", "biases", "some" or "everything"."""
+        return "nothing"
 
     # --- Before adapting ---
 

@@ -74,7 +74,6 @@ class SPAFIT(Method):
     learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 2e-4, "as LoRA")
     position: ClassVar[float] = 80
     needs_gpt2: ClassVar[bool] = True
-    trains_of_base: ClassVar[str] = "biases"
     can_merge: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -119,6 +118,9 @@ class SPAFIT(Method):
         biased = rng.randint(0, config.n_layer - 1)
         frozen = rng.randint(0, config.n_layer - 1 - biased)
         return cls(frozen_layers=frozen, bias_layers=biased, rank=rng.randint(1, 2))
+
+    def trains_of_base(self) -> str:
+        return "biases"
 
     def starts_as_base(self) -> bool | None:
         return True

@@ -145,8 +145,8 @@ class Tape:
         if self.autocast:
             x = self.cast(x, 2)
         saved = [x] if weight.requires_grad else []
-        if x.grad and x.width != weight.element_size():
-            saved.append(Shadow(1, weight.numel(), x.width))  # the copy of W
+        if x.grad and (x.width != weight.element_size() or not isinstance(weight, nn.Parameter)):
+            saved.append(Shadow(1, weight.numel(), x.width))  # the copy of W, or W if it was computed
         scratch = x.width * weight.numel() if weight.requires_grad and x.width != weight.element_size() else 0
         return self.add([x], Shadow(x.rows, columns, x.width), saved, [weight, bias], scratch)
 
