@@ -247,29 +247,25 @@ PREDICTIONS = [
         name="what_stays",
         question=(
             "You train the bundled GPT-2 twice on the same batch: once every weight, once with LoRA, which freezes the "
-            "model and trains a small number of new parameters beside it. Memory goes to weights, gradients, the "
-            "optimiser's states and activations. Which of these does LoRA make small?"
+            "model and trains a small number of new parameters beside it. The weights stay, and nearly all of the "
+            "gradients and of the optimiser's states are gone. What about the activations?"
         ),
         choices={
-            "all": "all four, because it trains so few parameters",
-            "three": "gradients, optimiser and activations; the weights stay",
-            "two": "gradients and optimiser; the weights stay, and so do most of the activations",
-            "one": "the optimiser; everything else stays",
+            "gone": "nearly all of them are gone as well: a frozen model needs no backward pass",
+            "half": "about half of them are gone: those of the frozen matrices",
+            "most": "most of them stay",
         },
-        answer="two",
+        answer="most",
         explanation=(
-            "Gradients and Adam's m and v exist for trained parameters only, so almost nothing of them is left. The "
-            "weights are needed for the forward pass, trained or not. And to reach a matrix in the first block, the "
-            "gradient has to flow back through every block above it, frozen or not, so most of what the forward pass "
-            "keeps is still needed."
+            "To reach a matrix in the first block, the gradient has to flow back through every block above it, frozen "
+            "or not: through its attention, its softmax, its activation function. What the forward pass keeps for that "
+            "is still needed."
         ),
         replies={
-            "all": (
-                "However few parameters are trained, the forward pass needs all the weights, and the backward "
-                "pass most of what the forward pass computed."
+            "gone": (
+                "A frozen matrix gets no gradient of its own, but the gradient of everything below it passes through."
             ),
-            "three": "The activations stay as well: the backward pass goes through every block above the lowest pair.",
-            "one": "The gradients go too: only a trained parameter gets one.",
+            "half": "Of a frozen matrix only its input can be freed, and only if nothing trained beside it needs it.",
         },
         measured="the bundled GPT-2, 4 texts of 64 tokens",
         idea="cost",
