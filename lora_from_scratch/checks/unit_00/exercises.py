@@ -258,8 +258,8 @@ PREDICTIONS = [
         answer="most",
         explanation=(
             "To reach a matrix in the first block, the gradient has to flow back through every block above it, frozen "
-            "or not: through its attention, its softmax, its activation function. What the forward pass keeps for that "
-            "is still needed."
+            "or not: through its attention, its softmax, its activation function. What is kept for those is still "
+            "needed."
         ),
         replies={
             "gone": (
