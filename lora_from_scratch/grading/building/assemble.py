@@ -35,6 +35,7 @@ class Cell:
         role: "exercise", "prediction", "check", "answer" (to an open question); "" for the others.
         figure: the file that its picture goes to.
         volatile: its output differs from run to run.
+        above: the number of lines that the build puts above the source's.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Cell:
     points: float = 0
     figure: str = ""
     volatile: bool = False
+    above: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def as_node(self, cell_id: str) -> Any:
@@ -210,3 +212,4 @@ def _add_imports(unit: Unit, cells: list[Cell]) -> None:
     ready_made = f"# Ready-made parts that your code can use.\n{imports}"
     parts = ["from __future__ import annotations"] * future + [cells[first].text] + [ready_made] * bool(imports)
     cells[first].text = "\n\n".join(parts)
+    cells[first].above = 2 * future
