@@ -80,8 +80,7 @@ def _harmless_data(given: Mapping[str, Any]) -> dict[str, str]:
 def _of_check(verdict: Verdict, count: int) -> list[Any]:
     """The verdict without the seed, and the points as a result, which nbgrader reads as partial credit."""
     said = {"text/html": display.as_html(verdict, advice=False), "text/plain": display.as_text(verdict, advice=False)}
-    worth = f"{verdict.points:.3g} of {verdict.max_points:g} points" if verdict.max_points else "no points"
-    points = {"text/html": worth, "text/plain": repr(float(verdict.points))}
+    points = {"text/html": "", "text/plain": repr(float(verdict.points))}  # the verdict says them to a person
     return [_node(output_type="display_data", data=said, metadata={}),
             _node(output_type="execute_result", data=points, metadata={}, execution_count=count)]  # fmt: skip
 

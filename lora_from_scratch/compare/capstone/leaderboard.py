@@ -24,6 +24,12 @@ from lora_from_scratch.support.plain_text import one_line
 
 LARGEST = 2_000_000  # the size limit of an entry, in bytes
 LONGEST_NAME = 60
+LEGEND = """\
+BLEU: agreement with the references of the hidden cards, 0 to 100; higher is better.
+slot errors: slots that are missing or invented, per cent of all slots; lower is better.
+trained: parameters. memory: the peak of a training step. saved: bytes stored for one task.
+added work: multiply-adds per token, in addition to the base model's.
+(!): over the brief's budget, so the entry has no place."""
 
 
 @dataclass(frozen=True)

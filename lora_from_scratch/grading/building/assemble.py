@@ -35,6 +35,7 @@ class Cell:
         role: "exercise", "prediction", "check", "answer" (to an open question); "" for the others.
         figure: the file that its picture goes to.
         volatile: its output differs from run to run.
+        above: the number of lines that the build puts above the source's.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Cell:
     points: float = 0
     figure: str = ""
     volatile: bool = False
+    above: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def as_node(self, cell_id: str) -> Any:
@@ -150,8 +152,8 @@ def _prediction(prediction: Prediction, cell: SourceCell) -> list[Cell]:
     if choices:
         question += f"\n{choices}"
     question += (
-        f"\n\nWrite {'your choice' if choices else 'a number'} into the cell below before you go on. "
-        "The experiment gives the answer."
+        f"\n\nWrite {'your choice' if choices else 'a number'} into the cell below and run it before you go on. The "
+        "first prediction that you run counts; the experiment gives the answer."
     )
     text = f"{prediction.name} = None  # {allowed}\n{BEGIN}\n{prediction.name} = {_literal(prediction.answer)}\n{END}"
     answer = Cell("code", text, cell.place, "prediction", prediction.name)
@@ -191,7 +193,7 @@ def _nbgrader(
 
 
 def _add_imports(unit: Unit, cells: list[Cell]) -> None:
-    """After the first code cell: what the solutions use of the library, except this unit's exercises."""
+    """At the end of the first code cell: what the solutions use of the library, except this unit's exercises."""
     first = next((index for index, cell in enumerate(cells) if cell.kind == "code"), None)
     if first is None:
         return
@@ -207,7 +209,7 @@ def _add_imports(unit: Unit, cells: list[Cell]) -> None:
             raise ValueError(f"{item.attribute} is used as {item.name}: call an exercise of this unit by its own name")
     imports = write_imports(needed)
     future = any(refers_to_itself(target) for target in objects)
-    parts = ["from __future__ import annotations"] * future + [imports] * bool(imports)
-    if parts:
-        comment = "# Ready-made parts that your code can use."
-        cells.insert(first + 1, Cell("code", "\n\n".join([comment, *parts]), cells[first].place))
+    ready_made = f"# Ready-made parts that your code can use.\n{imports}"
+    parts = ["from __future__ import annotations"] * future + [cells[first].text] + [ready_made] * bool(imports)
+    cells[first].text = "\n\n".join(parts)
+    cells[first].above = 2 * future

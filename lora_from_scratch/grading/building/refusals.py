@@ -237,7 +237,7 @@ def in_the_outputs(node: Any, cell: Cell, folders: Iterable[str] = ()) -> list[s
     for output in node.get("outputs", []):
         text = text_of(output)
         if output.output_type == "error":
-            problems.append(f"{cell.place}: {output.ename}: {output.evalue}{_line_of(output.traceback)}")
+            problems.append(f"{cell.place}: {output.ename}: {output.evalue}{_line_of(output.traceback, cell.above)}")
             continue
         if output.output_type == "stream" and output.name == "stderr":
             first = next((line for line in text.splitlines() if line.strip()), "")
@@ -320,8 +320,8 @@ def squeeze(text: str) -> str:
     return re.sub(r"[ \t]+", "", text).replace("'", '"')
 
 
-def _line_of(traceback: list[str]) -> str:
+def _line_of(traceback: list[str], above: int) -> str:
     """Where in the cell an error happened."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
     match = re.search(r"Cell In\[\d+\], line (\d+)", plain)
-    return f" (line {match[1]} of the cell)" if match else ""
+    return f" (line {int(match[1]) - above} of the cell)" if match else ""
