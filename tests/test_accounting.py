@@ -44,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vera", {"rank": 12}),
     ("vera", {"rank": 12, "dropout": 0.1}),
     ("ia3", {}),
+    ("lora-plus", {}),
     ("mora", {"variant": "sharing"}),
     ("mora", {"dropout": 0.1}),
     ("tied-lora", {}),
