@@ -113,7 +113,10 @@ def test_methods_are_chosen_by_name(here: Path, tmp_path: Path, carried_out: lis
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--methods", "lora", "lara"], "unknown method 'lara'; the methods of the shootout are full, lora, lora-plus, "),
+        (
+            ["--methods", "lora", "lara"],
+            "unknown method 'lara'; the methods of the shootout are full, lora, lora-plus, ",
+        ),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--cards", "0"], "cards must be at least 1, got 0"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
