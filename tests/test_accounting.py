@@ -44,6 +44,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vera", {"rank": 12}),
     ("vera", {"rank": 12, "dropout": 0.1}),
     ("ia3", {}),
+    ("glora", {}),
+    ("glora", {"form_of_weight": "vector", "form_of_coupling": "none", "form_of_bias": "constant"}),
     ("lora-plus", {}),
     ("mora", {"variant": "sharing"}),
     ("mora", {"dropout": 0.1}),

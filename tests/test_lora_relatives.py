@@ -1,4 +1,4 @@
-"""Tied-LoRA, NOLA, MultiLoRA and MoRA against formulas written from the papers, and the laws that make them special."""
+"""Tied-LoRA, NOLA, MultiLoRA, MoRA and GLoRA against formulas written from the papers, and the laws that make them special."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lora_from_scratch.methods.glora import FORMS, GLoRA, GLoRALinear
 from lora_from_scratch.methods.lora import LoRALinear
 from lora_from_scratch.methods.mora import ROTATION, SHARING, MoRALinear, side_for_rank
 from lora_from_scratch.methods.multilora import MultiLoRALinear
@@ -205,3 +206,48 @@ def test_rotation_turns_each_piece_by_its_own_angle() -> None:
         turned[i], turned[i + 2] = a * cos - b * sin, b * cos + a * sin
     expected = torch.cat([layer.mora_M @ x[:4], layer.mora_M @ turned])
     torch.testing.assert_close(layer(x) - layer.base(x), expected, atol=1e-5, rtol=1e-4)
+
+
+# --- GLoRA -----------------------------------------------------------------------------------------------
+
+
+def glora(bias: bool = True, **forms: str) -> GLoRALinear:
+    every = dict.fromkeys(FORMS, "none") | forms
+    layer = GLoRALinear(nn.Linear(5, 4, bias=bias), 2, every, torch.Generator().manual_seed(0))
+    randomise({name: p for name, p in layer.named_parameters() if name.startswith("glora_")})
+    return layer
+
+
+def test_glora_computes_the_equation_of_the_paper() -> None:
+    layer: Any = glora(form_of_weight="lora", form_of_coupling="lora", form_of_bias="vector")
+    A, B, C = (getattr(layer, f"glora_{letter}")() for letter in "ABC")
+    W, b = layer.base.weight, layer.base.bias
+    assert (A.shape, B.shape, C.shape) == ((4, 5), (4, 5), (5, 1))
+    x = torch.randn(3, 5)
+    bias = b + b * layer.glora_D.X + layer.glora_E.X + (W @ C).flatten()
+    torch.testing.assert_close(layer(x), x @ (W + W * A + B).T + bias, atol=1e-5, rtol=1e-4)
+
+
+def test_special_cases_of_glora_are_other_methods() -> None:
+    x = torch.randn(3, 5)
+    bitfit: Any = glora(form_of_bias="vector")
+    with torch.no_grad():
+        bitfit.glora_D.X.zero_()
+    torch.testing.assert_close(bitfit(x), bitfit.base(x) + bitfit.glora_E.X)
+    scaled: Any = glora(form_of_weight="vector", form_of_bias="vector")
+    with torch.no_grad():
+        scaled.glora_B.X.zero_()
+        scaled.glora_E.X.zero_()
+        scaled.glora_D.X.copy_(scaled.glora_A.X.flatten())
+    torch.testing.assert_close(scaled(x), (1 + scaled.glora_D.X) * scaled.base(x))  # IA3 with l = 1 + D
+    lora: Any = glora(form_of_weight="lora")
+    with torch.no_grad():
+        lora.glora_A.Xd.zero_()
+    torch.testing.assert_close(lora(x), lora.base(x) + x @ (lora.glora_B.Xd @ lora.glora_B.Xu).T)
+
+
+def test_without_a_bias_glora_changes_the_weight_only() -> None:
+    layer = glora(bias=False, form_of_weight="constant", form_of_coupling="vector", form_of_bias="vector")
+    assert {name for name, _ in layer.named_parameters()} == {"base.weight", "glora_A.X", "glora_B.X"}
+    with pytest.raises(ValueError, match="nothing to train"):
+        GLoRA(form_of_weight="none", targets=("q_proj",)).adapt(model_of("llama"))
