@@ -1,4 +1,4 @@
-"""Tied-LoRA, NOLA, MultiLoRA, MoRA and GLoRA against formulas written from the papers, and the laws that make them special."""
+"""Tied-LoRA, NOLA, MultiLoRA, MoRA and GLoRA: formulas written from the papers, and what makes each special."""
 
 from __future__ import annotations
 
