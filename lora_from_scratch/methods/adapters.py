@@ -274,8 +274,7 @@ def new_adapter(
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module where another one stands, by its full name: "transformer.h.0.mlp"."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    model.set_submodule(name, module)
 
 
 def _check_variant(variant: str) -> None:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.methods.adapters import replace_module
 from lora_from_scratch.methods.blocks import blocks_of
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
 from lora_from_scratch.methods.placement import fused_parts
@@ -127,13 +126,13 @@ class BitFit(Method):
                 )
         for name, layer in layers.items():
             if fused_parts(model, name):
-                replace_module(model, name, QueryBias(layer))
+                model.set_submodule(name, QueryBias(layer))
             else:
                 biases[f"{name}.bias"].requires_grad_(True)
 
     def _uninstall(self, model: nn.Module) -> None:
         for name, layer in _query_biases(model).items():
-            replace_module(model, name, layer.base)
+            model.set_submodule(name, layer.base)
 
     def _merge(self, model: nn.Module) -> None:
         for layer in _query_biases(model).values():

@@ -28,13 +28,8 @@ from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, KVCache, causal_attention, causal_mask
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.methods.prompt_tuning import (
-    VirtualTokens,
-    check_context,
-    check_count,
-    virtual_tokens_from_peft,
-    virtual_tokens_to_peft,
-)
+from lora_from_scratch.methods.prompt_peft import virtual_tokens_from_peft, virtual_tokens_to_peft
+from lora_from_scratch.methods.prompt_tuning import VirtualTokens, check_context, check_count
 from lora_from_scratch.support.tape import Shadow, Tape
 
 # --- The arithmetic ------------------------------------------------------------------------------------
