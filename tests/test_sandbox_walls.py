@@ -251,7 +251,7 @@ ENDS: dict[str, tuple[str, dict[str, Any], str]] = {
         "memory",
     ),
     "garbage in the pipe": ("os.write(frames, b'garbage' * 9)", {}, "frames"),
-    "a frame without a seal": (
+    "a frame without a MAC": (
         "body = struct.pack('>I', 4) + b'true'\nos.write(frames, struct.pack('>I', 8) + bytes(16) + body)",
         {},
         "frames",

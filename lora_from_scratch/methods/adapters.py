@@ -36,7 +36,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.blocks import check_layers, find_modules, parts_of_blocks, widths
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 PLACES = {  # variant: the modules of a block that get an adapter each; "" is the block itself
     "houlsby": ("attn", "mlp"),
@@ -364,27 +364,27 @@ class Adapter(Method):
 
 
 @activations.forward.register
-def _(module: AdapterAfter, x: Shadow, tape: Tape) -> Shadow:
+def _(module: AdapterAfter, x: TensorSize, tape: Tape) -> TensorSize:
     return activations.forward(module.adapter, activations.forward(module.base, x, tape), tape)
 
 
 @activations.forward.register
-def _(module: AdapterBeside, x: Shadow, tape: Tape) -> Shadow:
+def _(module: AdapterBeside, x: TensorSize, tape: Tape) -> TensorSize:
     return tape.sum(activations.forward(module.base, x, tape), activations.forward(module.adapter, x, tape))
 
 
 @activations.forward.register
-def _(module: BottleneckAdapter, x: Shadow, tape: Tape) -> Shadow:
+def _(module: BottleneckAdapter, x: TensorSize, tape: Tape) -> TensorSize:
     h = activations.forward(module.down, x, tape)
     return tape.sum(x, activations.forward(module.up, tape.like(h, [h]), tape))  # gelu
 
 
 @activations.forward.register
-def _(module: NormedAdapter, x: Shadow, tape: Tape) -> Shadow:
-    h = tape.bends(activations.forward(module.down, tape.norm(x, module.norm), tape))
+def _(module: NormedAdapter, x: TensorSize, tape: Tape) -> TensorSize:
+    h = tape.nonlinearity(activations.forward(module.down, tape.norm(x, module.norm), tape))
     return tape.sum(x, activations.forward(module.up, h, tape))
 
 
 @activations.forward.register
-def _(module: ParallelAdapter, x: Shadow, tape: Tape) -> Shadow:
-    return tape.like(activations.forward(module.up, tape.bends(activations.forward(module.down, x, tape)), tape))
+def _(module: ParallelAdapter, x: TensorSize, tape: Tape) -> TensorSize:
+    return tape.like(activations.forward(module.up, tape.nonlinearity(activations.forward(module.down, x, tape)), tape))

@@ -18,7 +18,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.methods.blocks import blocks_of
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
 from lora_from_scratch.methods.placement import fused_parts
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 from lora_from_scratch.support.wrapped import plain_name
 
 VARIANTS = ("all", "two")
@@ -174,5 +174,5 @@ def _query_biases(model: nn.Module) -> dict[str, QueryBias]:
 
 
 @activations.forward.register
-def _(module: QueryBias, x: Shadow, tape: Tape) -> Shadow:
+def _(module: QueryBias, x: TensorSize, tape: Tape) -> TensorSize:
     return tape.linear(x, module.base.weight, module.base.out_features, module.bias_q)

@@ -42,7 +42,7 @@ from lora_from_scratch.methods.lora_peft import by_pattern, check_patterns, lora
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
 from lora_from_scratch.methods.placement import PARTS, WHOLE_LAYERS, block_diagonal_B, find_targets, fused_parts
 from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, keep_called, refuse_tied, weight_of
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 from lora_from_scratch.support.wrapped import plain_name
 
 LORA_PARAMETERS = ("lora_A", "lora_B")  # the last part of their names
@@ -394,7 +394,7 @@ class LoRA(Method):
 
 
 @activations.forward.register
-def _(module: LoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: LoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     y = activations.forward(module.base, x, tape)
     if module.merged:
         return y
@@ -402,7 +402,7 @@ def _(module: LoRALinear, x: Shadow, tape: Tape) -> Shadow:
     h = tape.linear(tape.dropout(x, module.dropout_p, noise_width=1), A, A.shape[0])  # (rows, r)
     saved = [h] if B.requires_grad else []
     if isinstance(module, FusedLoRALinear):
-        saved.append(Shadow(y.columns, h.columns, h.width))  # B on a block diagonal
+        saved.append(TensorSize(y.columns, h.columns, h.width))  # B on a block diagonal
     elif h.width != B.element_size():
-        saved.append(Shadow(1, B.numel(), h.width))  # the copy of B
-    return tape.add([y, h], Shadow(y.rows, y.columns, y.width), saved, [B])
+        saved.append(TensorSize(1, B.numel(), h.width))  # the copy of B
+    return tape.add([y, h], TensorSize(y.rows, y.columns, y.width), saved, [B])

@@ -30,7 +30,7 @@ from lora_from_scratch.gpt2.model import GPT2, KVCache, causal_attention, causal
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
 from lora_from_scratch.methods.prompt_peft import virtual_tokens_from_peft, virtual_tokens_to_peft
 from lora_from_scratch.methods.prompt_tuning import VirtualTokens, check_context, check_count
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 # --- The arithmetic ------------------------------------------------------------------------------------
 
@@ -272,10 +272,10 @@ class PrefixTuning(Method):
 
 
 @activations.forward.register
-def _(module: PrefixEncoder, x: Shadow, tape: Tape) -> Shadow:
+def _(module: PrefixEncoder, x: TensorSize, tape: Tape) -> TensorSize:
     made = tape.parameter(module.embedding)
     if isinstance(module.transform, nn.Sequential):
         down, _, up = module.transform
-        made = activations.forward(up, tape.bends(activations.forward(down, made, tape)), tape)
+        made = activations.forward(up, tape.nonlinearity(activations.forward(down, made, tape)), tape)
     tape.prefix = made  # (P, 2 L d): every block uses it, and it does not depend on x
     return x

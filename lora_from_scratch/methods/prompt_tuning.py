@@ -27,7 +27,7 @@ from lora_from_scratch.gpt2.model import GPT2, IGNORE_INDEX, KVCache
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
 from lora_from_scratch.methods.prompt_peft import virtual_tokens_from_peft, virtual_tokens_to_peft
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 INITS = ("vocabulary", "text", "random")
 COMMON_TOKENS = 5000  # "vocabulary" samples from the most common tokens (Lester et al., section 3.2)
@@ -365,6 +365,6 @@ def check_context(num_virtual_tokens: int, config: GPT2Config) -> None:
 
 
 @activations.forward.register
-def _(module: SoftPrompt, x: Shadow, tape: Tape) -> Shadow:
+def _(module: SoftPrompt, x: TensorSize, tape: Tape) -> TensorSize:
     tape.tokens += module.length
-    return tape.add([x], Shadow(tape.rows, x.columns, x.width), trained=[module.embeddings])
+    return tape.add([x], TensorSize(tape.rows, x.columns, x.width), trained=[module.embeddings])

@@ -48,7 +48,7 @@ def taken_out(name):
 
 
 @dataclass(frozen=True)
-class Stripped:
+class StrippedLibrary:
     """A copy of the library.
 
     Attributes:
@@ -80,7 +80,7 @@ def find_unit(number: str) -> Unit:
     raise ValueError(f"there is no unit {number!r} to grade; there are: {', '.join(u.number for u in units())}")
 
 
-def stripped(unit: Unit, without: Iterable[str], cache: Path, assets: bool = False) -> Stripped:
+def stripped(unit: Unit, without: Iterable[str], cache: Path, assets: bool = False) -> StrippedLibrary:
     """The library without the bodies of these exercises, from the cache or newly made.
 
     Args:
@@ -99,7 +99,7 @@ def stripped(unit: Unit, without: Iterable[str], cache: Path, assets: bool = Fal
     folder = cache / f"library-{unit.number}-{state}"
     if not folder.is_dir():
         _write(files, folder, assets)
-    return Stripped(folder, tuple(_hidden(unit, folder)))
+    return StrippedLibrary(folder, tuple(_hidden(unit, folder)))
 
 
 def _write(files: dict[str, str], folder: Path, assets: bool) -> None:

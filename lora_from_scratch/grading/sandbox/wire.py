@@ -2,11 +2,11 @@
 
 A frame is
 
-    length (4 bytes) | seal (16 bytes) | length of the JSON (4 bytes) | JSON | safetensors, or nothing
+    length (4 bytes) | MAC (16 bytes) | length of the JSON (4 bytes) | JSON | safetensors, or nothing
 
-The seal is BLAKE2b of the frame's position and content under a key that the grader draws for each process. It rejects
-anything else that writes to the pipe by accident or by a simple trick. It is not a proof of origin, since the key is in
-the process that runs the learner's code.
+The MAC (message authentication code) is keyed BLAKE2b of the frame's position and content; the grader draws the key for
+each process. It rejects whatever else is written to the pipe, by accident or by a simple trick. It does not prove where
+a frame comes from: the key is in the process that runs the learner's code.
 
 Everything that is read is bounded and checked; any violation is a `ValueError` with a message of one line.
 """
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lora_from_scratch.checks.observation import Data, Opaque, Seen, changed
 
-SEAL = 16
-KEY = 32
+MAC_SIZE = 16
+KEY_SIZE = 32
 PREFIX = struct.Struct(">I")
 LARGEST_JSON = 4 * 2**20
 DEEPEST = 60
@@ -204,7 +204,7 @@ def _short(text: str) -> str:
 
 
 @dataclasses.dataclass
-class Room:
+class FrameBudget:
     """What may still be sent in one frame; less than what `unpack` takes, so that nothing harmless is refused there."""
 
     items: int = MOST_ITEMS - 20_000
@@ -212,7 +212,7 @@ class Room:
     tensors: int = MOST_TENSORS - 1_000
     bytes: int = 2**60
 
-    def fitting(self, value: Data) -> Data:
+    def fit(self, value: Data) -> Data:
         """The value, if there is room for it; `Opaque` otherwise."""
         tried = dataclasses.replace(self)
         try:
@@ -259,18 +259,18 @@ class Room:
         return len(json.dumps(text))
 
 
-def from_tried(seen: Seen, after: Mapping[str, Data], room: Room) -> dict[str, Data]:
+def observation_to_data(seen: Seen, after: Mapping[str, Data], budget: FrameBudget) -> dict[str, Data]:
     """An observation and what its inputs are afterwards as plain data; a value that is too much becomes `Opaque`."""
     data = {item.name: getattr(seen, item.name) for item in dataclasses.fields(seen) if item.name != "changed"}
     data["errors"] = [name[:LONGEST_NAME] for name in data["errors"][:MOST_NAMES]]
     data |= {name: data[name][:most] for name, most in TEXTS.items()}
-    data["value"] = room.fitting(data["value"])
-    data["after"] = {name: room.fitting(value) for name, value in after.items()}
+    data["value"] = budget.fit(data["value"])
+    data["after"] = {name: budget.fit(value) for name, value in after.items()}
     return data
 
 
-def to_seen(data: Data, given: Mapping[str, Data]) -> Seen:
-    """What `from_tried` made data of. Whether an input was changed is found out here, outside the sandbox.
+def observation_from_data(data: Data, given: Mapping[str, Data]) -> Seen:
+    """What `observation_to_data` made data of. Whether an input was changed is found out here, outside the sandbox.
 
     Args:
         given: the inputs as they were.
@@ -303,30 +303,30 @@ def _is_name(text: Data) -> bool:
 # --- Frames ------------------------------------------------------------------------------------------
 
 
-class Seals:
-    """Seals of one process's frames, one after the other."""
+class MACGenerator:
+    """Computes the MACs of one process's frames, in order."""
 
     def __init__(self, key: bytes) -> None:
-        self._start = hashlib.blake2b(key=key, digest_size=SEAL)
+        self._start = hashlib.blake2b(key=key, digest_size=MAC_SIZE)
         self._place = 0
 
     def next(self, content: bytes) -> bytes:
-        seal = self._start.copy()
-        seal.update(PREFIX.pack(self._place))
-        seal.update(content)
+        mac = self._start.copy()
+        mac.update(PREFIX.pack(self._place))
+        mac.update(content)
         self._place += 1
-        return seal.digest()
+        return mac.digest()
 
 
 class Writer:
     """Makes frames."""
 
     def __init__(self, key: bytes) -> None:
-        self._seals = Seals(key)
+        self._macs = MACGenerator(key)
 
     def frame(self, data: Data) -> bytes:
         content = pack(data)
-        return PREFIX.pack(len(content)) + self._seals.next(content) + content
+        return PREFIX.pack(len(content)) + self._macs.next(content) + content
 
 
 class Reader:
@@ -338,7 +338,7 @@ class Reader:
     """
 
     def __init__(self, key: bytes, largest: int, most: int) -> None:
-        self._seals = Seals(key)
+        self._macs = MACGenerator(key)
         self._waiting = bytearray()
         self.largest, self.most, self.taken = largest, most, 0
 
@@ -346,7 +346,7 @@ class Reader:
         """The frames that these bytes complete, one after the other: those before a bad one are given.
 
         Raises:
-            ValueError: a frame is too large, has a wrong seal or cannot be read.
+            ValueError: a frame is too large, has a wrong MAC or cannot be read.
         """
         self.taken += len(content)
         if self.taken > self.most:
@@ -356,12 +356,12 @@ class Reader:
             (length,) = PREFIX.unpack_from(self._waiting)
             if length > self.largest:
                 raise ValueError(f"a frame says that it has {length:,} bytes; at most {self.largest:,} are taken")
-            end = PREFIX.size + SEAL + length
+            end = PREFIX.size + MAC_SIZE + length
             if len(self._waiting) < end:
                 break
-            seal = bytes(self._waiting[PREFIX.size : PREFIX.size + SEAL])
-            body = bytes(self._waiting[PREFIX.size + SEAL : end])
+            mac = bytes(self._waiting[PREFIX.size : PREFIX.size + MAC_SIZE])
+            body = bytes(self._waiting[PREFIX.size + MAC_SIZE : end])
             del self._waiting[:end]
-            if seal != self._seals.next(body):
+            if mac != self._macs.next(body):
                 raise ValueError("a frame does not come from the runner")
             yield unpack(body)
