@@ -250,7 +250,7 @@ def test_of_a_solved_notebook_only_the_answers_run_and_the_imports(tmp_path: Pat
     sources = run(notebook, "01")
     assert {cell.source for cell in solutions(notebook)} <= set(sources)
     rest = [source for source in sources if "import" not in source.split("\n\n")[0] and "BEGIN SOLUTION" not in source]
-    assert all(source.startswith("# Ready-made") for source in rest)
+    assert all(source.startswith("# Library functions") for source in rest)
 
 
 def test_a_changed_experiment_runs_with_everything_that_it_needs() -> None:

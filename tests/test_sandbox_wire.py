@@ -162,7 +162,7 @@ def test_a_tensor_that_is_named_in_two_places_is_refused() -> None:
     text = b'[{"tensor":"0","complex":false,"order":[0]},{"tensor":"0","complex":false,"order":[0]}]'
     tensors = wire.pack(torch.ones(2))
     (length,) = wire.PREFIX.unpack_from(tensors)
-    with pytest.raises(ValueError, match="an object with the keys"):
+    with pytest.raises(ValueError, match="an invalid object with the keys"):
         wire.unpack(wire.PREFIX.pack(len(text)) + text + tensors[wire.PREFIX.size + length :])
 
 
@@ -280,10 +280,10 @@ def test_the_filter_lets_threads_start_and_no_processes(machine: str) -> None:
     assert not allowed(clone, 17)  # SIGCHLD: a process
     assert not allowed(seccomp.CLONE3[column])
     assert [allowed(socket, family) for family in (1, 2, 10, 16, 17, 38, 40)] == [True] * 3 + [False] * 4
-    assert not any(allowed(numbers[column]) for numbers in seccomp.CALLS.values() if numbers[column] >= 0)
-    silent = [numbers[column] for numbers in seccomp.WITHOUT_EFFECT.values() if numbers[column] >= 0]
+    assert not any(allowed(numbers[column]) for numbers in seccomp.FORBIDDEN.values() if numbers[column] >= 0)
+    silent = [numbers[column] for numbers in seccomp.IGNORED.values() if numbers[column] >= 0]
     assert {_run_bpf(seccomp.program(machine), number, architecture, 0) for number in silent} == {seccomp.REFUSE}
-    (prctl, ioctl) = (seccomp.WITH_ARGUMENT[name][0][column] for name in ("prctl", "ioctl"))
+    (prctl, ioctl) = (seccomp.WITH_ARGUMENTS[name][0][column] for name in ("prctl", "ioctl"))
     assert (allowed(prctl, 1), allowed(prctl, 15)) == (False, True)  # PR_SET_PDEATHSIG, PR_SET_NAME
     requests = (0x40086602, 0x401C5820, 0x5401)  # FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR, TCGETS
     found = [_run_bpf(seccomp.program(machine), ioctl, architecture, 0, request) for request in requests]

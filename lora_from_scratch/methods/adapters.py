@@ -287,7 +287,7 @@ def _check_variant(variant: str) -> None:
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """Adapters in any model; see the head of this file for the variants.
+    """Adapters in any model; the docstring of this module describes the variants.
 
     The variant says where they go in the blocks of known architectures (`blocks.py`), ours among them. `places` names
     the modules instead, each in full or by the end of its name at a dot. Such a module returns (..., d), or a tuple
@@ -297,11 +297,13 @@ class Adapter(Method):
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
     """
 
-    width: int = hyperparameter(24, "of the bottleneck")
-    variant: str = hyperparameter("houlsby", f"where the adapters go: {', '.join(PLACES)}")
-    scaling: float = hyperparameter(1.0, "strength of what the variant parallel adds")  # s; He et al. 2022 take 4
+    width: int = hyperparameter(24, "width of the bottleneck")
+    variant: str = hyperparameter("houlsby", f"where the adapters are inserted: {', '.join(PLACES)}")
+    scaling: float = hyperparameter(  # s; He et al. 2022 take 4
+        1.0, "factor that multiplies the output of parallel adapters"
+    )
     layers: Sequence[int] = hyperparameter(  # to leave some out is AdapterDrop, Rücklé et al. 2021
-        (), "the blocks to adapt, counted from 0; none named: all"
+        (), "blocks that get adapters, counted from 0; all of them if none is given"
     )
     places: Sequence[str] = ()  # the modules that get adapters; none named: those of the variant
     seed: int = 0  # of the first values

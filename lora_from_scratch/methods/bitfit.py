@@ -97,7 +97,9 @@ class BitFit(Method):
         ValueError: there is no such variant, when it is made; or the model lacks these biases, in `adapt`.
     """
 
-    variant: str = hyperparameter("all", "which biases: all of them, or the two that move most")
+    variant: str = hyperparameter(
+        "all", "which biases are trained: all, or two per block (of the queries and of the MLP's first layer)"
+    )
 
     name: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_BITFIT"  # PEFT has no such method

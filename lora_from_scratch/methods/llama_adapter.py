@@ -123,11 +123,11 @@ class LlamaAdapter(Method):
         ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
-    num_virtual_tokens: int = hyperparameter(10, "number of learned vectors prepended to the text")
+    num_virtual_tokens: int = hyperparameter(10, "number of virtual tokens prepended to the text")
     top_layers: int | None = hyperparameter(  # as in the paper
-        None, "number of blocks, counted from the top; not given: all but the lowest two"
+        None, "number of blocks with adapters, counted from the top; all but the lowest two if not given"
     )
-    as_peft: bool = hyperparameter(False, "follow PEFT's variant instead of the paper's")
+    as_peft: bool = hyperparameter(False, "compute the adapter as PEFT does, which differs from the paper")
     seed: int = 0  # of the initial values
 
     name: ClassVar[str] = "llama-adapter"

@@ -296,14 +296,14 @@ class LoRA(Method):
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
     """
 
-    rank: int = hyperparameter(8, "r, the rank of the product of A and B")
-    alpha: float = hyperparameter(64, "strength: the change is scaled by alpha / rank")  # s = 8, as the paper's GPT-2
+    rank: int = hyperparameter(8, "rank r of the update B A")
+    alpha: float = hyperparameter(64, "the update is multiplied by alpha / rank")  # s = 8, as the paper's GPT-2
     targets: Sequence[str] | str = hyperparameter(  # every matrix of a block, as Dettmers et al. 2023 advise
         ("c_attn", "c_proj", "c_fc"),
-        "the layers to adapt, by name (c_attn, mlp.c_proj), part (c_attn.q) or one regular expression",
+        "names of the layers to adapt (c_attn, mlp.c_proj), parts of them (c_attn.q), or one regular expression",
     )
-    dropout: float = hyperparameter(0.0, "share of the inputs that is dropped in training")
-    rslora: bool = hyperparameter(False, "scale by alpha / sqrt(rank) instead")
+    dropout: float = hyperparameter(0.0, "dropout probability of the input of A during training")
+    rslora: bool = hyperparameter(False, "multiply by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0  # of A's first values

@@ -223,9 +223,11 @@ class PrefixTuning(Method):
         ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
-    num_virtual_tokens: int = hyperparameter(20, "number of learned vectors prepended to the text")
-    reparametrise: bool = hyperparameter(True, "compute the prefix with an MLP during training")
-    hidden: int = hyperparameter(512, "width of that MLP")  # m (the paper's for table-to-text)
+    num_virtual_tokens: int = hyperparameter(20, "number of virtual tokens prepended to the text")
+    reparametrise: bool = hyperparameter(True, "compute the prefix with an MLP during training (reparametrisation)")
+    hidden: int = hyperparameter(
+        512, "hidden width of the MLP that computes the prefix"
+    )  # m (the paper's for table-to-text)
     seed: int = 0  # of the initial values
 
     name: ClassVar[str] = "prefix"

@@ -269,12 +269,14 @@ class PromptTuning(Method):
         ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
-    num_virtual_tokens: int = hyperparameter(20, "number of learned vectors prepended to the text")
-    init: str = hyperparameter("vocabulary", "how they are initialised: vocabulary, text or random")
+    num_virtual_tokens: int = hyperparameter(20, "number of virtual tokens prepended to the text")
+    init: str = hyperparameter(
+        "vocabulary", "initial embeddings of the virtual tokens: vocabulary (of common tokens), text, or random"
+    )
     init_ids: Sequence[int] = ()  # for init="text": the text's token ids
     seed: int = 0  # of the initial values
     init_text: str = hyperparameter(  # `for_tokenizer` converts it to init_ids
-        "", "the text that they are initialised with, with --init text; repeated if it is shorter"
+        "", "text for --init text; it is repeated if it has fewer tokens than there are virtual tokens"
     )
 
     name: ClassVar[str] = "prompt"

@@ -75,7 +75,7 @@ class TruncatedOutput(io.TextIOBase):
 
 
 class Shell(InteractiveShell):
-    """IPython without a kernel, terminal or history. The error that ends a cell is kept instead of being printed.
+    """IPython without a kernel, terminal or history. The error that ends a cell is kept, not printed.
 
     A notebook's kernel continues after `%matplotlib inline`, `!pip install` and the like, and so does this shell:
     whatever needs a screen, another program or the network does nothing and says so.
@@ -135,7 +135,7 @@ class Shell(InteractiveShell):
         self._did_nothing(what)
 
     def _did_nothing(self, what: str) -> None:
-        print(f"{what.strip()[:200]}: this does nothing while a notebook is being graded.")
+        print(f"{what.strip()[:200]}: this does nothing while a notebook is graded.")
 
 
 class Runner:
@@ -203,7 +203,10 @@ class Runner:
         }
 
     def try_answer(self, step: dict[str, Any]) -> dict[str, Any]:
-        exercise, given = self.exercises[step["name"]], self.inputs()  # whether they are needed or not
+        exercise, given = (
+            self.exercises[step["name"]],
+            self.inputs(),
+        )  # read them even if they turn out not to be needed
         changed = self.pristine.restore()
         frame: dict[str, Any] = {"kind": "tried", "changed": changed, "called": [], "seen": [], "message": ""}
         gc.enable()
@@ -215,7 +218,7 @@ class Runner:
         try:
             with without_modes():
                 tried = try_on(exercise.probe, answer, cases, step["seconds"], given["seed"])
-        except KeyboardInterrupt:  # which is left to the learner at the keyboard
+        except KeyboardInterrupt:  # `try_on` leaves it to the learner at the keyboard
             tried = [(Seen(errors=("KeyboardInterrupt",)), case) for case in cases]
         budget = wire.FrameBudget(bytes=self.job["observation"])
         with without_modes():
@@ -226,7 +229,7 @@ class Runner:
         try:
             with time_limit(GUESS_SECONDS):
                 value = wire.FrameBudget(bytes=self.job["observation"]).fit(plain(self.names.get(step["name"])))
-        except BaseException as error:  # lists in lists without a floor, for example
+        except BaseException as error:  # infinitely nested lists, for example
             value = Opaque(f"value that could not be read ({type(error).__name__})")
         return {"kind": "guess", "value": value}
 

@@ -280,7 +280,7 @@ class FrameReader:
 
     def take(self, frame: Data) -> bool:
         if not isinstance(frame, dict) or type(frame.get("kind")) is not str or type(frame.get("step", 0)) is not int:
-            raise ValueError("a frame is not what the runner sends")
+            raise ValueError("a frame is malformed")
         kind = str(frame["kind"])
         if self.state == "starting" and kind == "ready":
             self.state, self.all_until = "between", time.monotonic() + self.observing.left
@@ -300,7 +300,7 @@ class FrameReader:
             self.state, self.place = "between", self.place + 1
             self.step_until = time.monotonic() + GRACE
         else:
-            raise ValueError(f"a frame of kind {kind[:30]!r} came while the process was {self.state}")
+            raise ValueError(f"a frame of kind {kind[:30]!r} arrived while the process was {self.state}")
         return False
 
     def _seconds(self, step: Step) -> float:
@@ -312,7 +312,7 @@ class FrameReader:
     def _keep(self, step: Step, frame: dict[str, Data]) -> None:
         found = self.observing.found
         if frame["kind"] == "broken":
-            raise ValueError(f"the runner was disturbed: {_text(frame, 'message', 400)}")
+            raise ValueError(f"the runner failed: {_text(frame, 'message', 400)}")
         if isinstance(step, Run) and frame["kind"] == "output":
             found.called[step.cell_id] = self._called(frame)
             found.outputs.setdefault(step.cell_id, self._output(frame))
@@ -322,7 +322,7 @@ class FrameReader:
         elif isinstance(step, Guess) and frame["kind"] == "guess":
             found.guesses[step.cell_id] = frame.get("value")
         else:
-            raise ValueError("a frame is not of the kind that its step has")
+            raise ValueError("a frame is of the wrong kind for its step")
 
     def _called(self, frame: dict[str, Data]) -> set[str]:
         return {name for name in _texts(frame, "called") if name in self.observing.exercises}
@@ -330,7 +330,7 @@ class FrameReader:
     def _output(self, frame: dict[str, Data]) -> Output:
         limits, status = self.observing.job.limits, _text(frame, "status", 20)
         if status not in ("ran", "error", "stopped"):
-            raise ValueError("an output has a status that there is not")
+            raise ValueError("an output has an unknown status")
         error = stopped_message(limits) if status == "stopped" else _text(frame, "error", 1_000)
         printed = limits.printed + 100
         return Output(
@@ -347,13 +347,13 @@ class FrameReader:
             seen = frame.get("seen")
             given = self.observing.inputs(step)
             if not isinstance(seen, list) or len(seen) != len(given):
-                raise ValueError(f"there are not {len(given)} observations")
+                raise ValueError(f"{len(given)} observations were expected")
             read: list[Seen] = [
                 wire.observation_from_data(one, inputs) for one, inputs in zip(seen, given, strict=True)
             ]
             return ProbeResult(step.name, "seen", "", tuple(read), changed)
         if status not in ("missing", "library"):
-            raise ValueError("an answer has a status that there is not")
+            raise ValueError("an answer has an unknown status")
         for other, early_exit in self.left_out if status == "missing" else ():
             if isinstance(other, Run) and step.name in other.source:
                 return ProbeResult(step.name, "lost", early_exit.message, (), changed)
@@ -363,14 +363,14 @@ class FrameReader:
 def _text(frame: dict[str, Data], name: str, most: int) -> str:
     text = frame.get(name)
     if type(text) is not str or len(text) > most:
-        raise ValueError(f"a frame's {name} is not a text of at most {most:,} characters")
+        raise ValueError(f"the field {name} of a frame is not a text of at most {most:,} characters")
     return text
 
 
 def _texts(frame: dict[str, Data], name: str) -> tuple[str, ...]:
     texts: Any = frame.get(name)
     if not isinstance(texts, list) or len(texts) > 100 or any(type(t) is not str or len(t) > 300 for t in texts):
-        raise ValueError(f"a frame's {name} is not a short list of short texts")
+        raise ValueError(f"the field {name} of a frame is not a short list of short texts")
     return tuple(texts)
 
 
@@ -396,7 +396,7 @@ def python(folder: str, frames: int) -> list[str]:
 def environment_of(home: str, path: str) -> dict[str, str]:
     """The runner's whole environment."""
     return {
-        BUILDING: "1",  # nobody is there to move a slider
+        BUILDING: "1",  # nobody can move a slider
         "HF_HUB_OFFLINE": "1",
         "HOME": home,
         "IPYTHONDIR": f"{home}/ipython",

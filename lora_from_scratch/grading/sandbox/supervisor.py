@@ -1,7 +1,7 @@
 """Supervise one process in the sandbox: receive its frames, enforce its limits, and report what ended it.
 
 Nothing here blocks on the process: pipes are read as they fill, up to a limit, and exceeding any limit kills the whole
-sandbox. When `Supervisor.run` returns, none of it is running any more.
+sandbox. When `Supervisor.run` returns, none of its processes is running any more.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Listener(Protocol):
     """The receiver of the frames."""
 
     def take(self, frame: Data) -> bool:
-        """Receive a frame; returns whether the process may continue. Raises ValueError if it is not valid now."""
+        """Receive a frame; return whether the process may continue. Raises ValueError if it is not valid here."""
 
     def until(self) -> float | None:
-        """When to end the process if no frame comes before, on the clock `time.monotonic`."""
+        """When to end the process if no frame arrives before then, on the clock `time.monotonic`."""
 
     def ready(self) -> bool:
         """Whether the process has started up."""
 
     def done(self) -> bool:
-        """Whether all frames have come."""
+        """Whether all frames have arrived."""
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,14 @@ class Supervisor:
 
     def __init__(self, started: SandboxProcess, key: bytes, limits: Limits, listener: Listener) -> None:
         self.started, self.limits, self.listener = started, limits, listener
-        largest = limits.observation + wire.LARGEST_JSON + 1024
+        largest = limits.observation + wire.MAX_JSON + 1024
         self.reader = wire.Reader(key, largest, limits.sent)
-        self.output, self.told = bytearray(), b""
+        self.output, self.info = bytearray(), b""
         self.first: int | None = None  # the process inside
         self.handle: int | None = None  # its pidfd
-        self.data = 0.0  # its private memory when last looked at
-        self.most = 0  # what it may have
-        self.begun = time.monotonic()
+        self.data = 0.0  # its private memory at the last measurement
+        self.most = 0  # its limit
+        self.started_at = time.monotonic()
         self.at_ready: float | None = None
 
     def run(self) -> ProcessExit:
@@ -176,7 +176,7 @@ class Supervisor:
                     try:
                         if not ready.data():
                             selector.unregister(ready.fileobj)
-                    except Exception as error:  # whatever it was that came
+                    except Exception as error:  # the frame is malformed, in whatever way
                         return "frames", " ".join(str(error).split())[:300]
                 now = time.monotonic()
                 if self.listener.ready() and self.at_ready is None:
@@ -184,7 +184,7 @@ class Supervisor:
                 if self.listener.done():
                     return "finished", ""
                 if (until := self._until()) is not None and now > until:
-                    return "wall time", "the time was up"
+                    return "wall time", "the time limit was reached"
                 if now - looked >= POLL:
                     looked = now
                     if (found := self._look()) is not None:
@@ -220,8 +220,8 @@ class Supervisor:
     def _take_info(self) -> bool:
         assert self.started.info is not None
         content = os.read(self.started.info, CHUNK)
-        self.told += content
-        found = re.search(rb'"child-pid": (\d+)\D', self.told)  # JSON, which comes in pieces
+        self.info += content
+        found = re.search(rb'"child-pid": (\d+)\D', self.info)  # JSON, which arrives in pieces
         if self.first is None and found is not None:
             self.first = int(found[1])
             with contextlib.suppress(OSError):
@@ -229,9 +229,9 @@ class Supervisor:
         return bool(content)
 
     def _until(self) -> float | None:
-        return self.listener.until() if self.at_ready is not None else self.begun + STARTING
+        return self.listener.until() if self.at_ready is not None else self.started_at + STARTING
 
-    # --- What no limit of the process itself covers
+    # --- Limits that the process cannot set for itself
 
     def _look(self) -> tuple[str, str] | None:
         if self.at_ready is None:
@@ -256,7 +256,7 @@ class Supervisor:
     # --- The end
 
     def _kill(self) -> None:
-        """The process inside, with which everything inside ends, or bubblewrap, which takes it along; then wait."""
+        """Kill the process inside, with which everything inside ends, or bubblewrap, which ends it too; then wait."""
         process = self.started.process
         if self.handle is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -301,4 +301,4 @@ class Supervisor:
             return "memory", f"{name} with {self.data:,.0f} bytes in use"
         if name:
             return "crashed", name
-        return "exited", f"it ended with {code}"
+        return "exited", f"exit status {code}"
