@@ -24,7 +24,7 @@ from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import method_class, method_classes
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 from tests.helpers import real_checkpoint, tiny_config
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "transient", "total")
@@ -201,7 +201,7 @@ def test_a_block_keeps_what_the_formula_says_when_everything_is_trained() -> Non
     batch, tokens, d, heads = 3, 20, 24, 3
     model = FullFineTuning().blank_model(tiny_config(n_embd=d, n_head=heads)).train()
     tape = Tape(batch, tokens)
-    forward(model.transformer.h[0], Shadow(batch * tokens, d, grad=True), tape)
+    forward(model.transformer.h[0], TensorSize(batch * tokens, d, grad=True), tape)
     m = 4 * d
     rows = batch * tokens
     assert tape.kept_bytes() == 4 * rows * (8 * d + 2 * m) + 4 * rows * heads + 16 * rows

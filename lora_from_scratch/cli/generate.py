@@ -44,8 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         default=0.0,
         metavar="T",
-        help="0 takes the most likely token, 1 samples from the model's distribution, above 1 more randomly "
-        "(%(default)s)",
+        help="0: the most likely token; 1: samples from the model's distribution; above 1: more random (%(default)s)",
     )
     choice.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens (all)")
     choice.add_argument(

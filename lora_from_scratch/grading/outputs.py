@@ -7,14 +7,14 @@ from typing import Any
 
 from lora_from_scratch.checks import display
 from lora_from_scratch.checks.verdict import Verdict
-from lora_from_scratch.grading.sandbox import Observed, Output
+from lora_from_scratch.grading.sandbox import Observations, Output
 from lora_from_scratch.support.plain_text import plain
 
 NOT_SHOWN = "(This kind of output is not shown.)"
 SKIPPED = "Not run in grading: the cell is unchanged, and no answer needs it.\n"
 
 
-def write(notebook: Any, verdicts: Mapping[str, Verdict], observed: Observed | None) -> None:
+def write(notebook: Any, verdicts: Mapping[str, Verdict], observed: Observations | None) -> None:
     """Write the outputs into the notebook.
 
     Args:

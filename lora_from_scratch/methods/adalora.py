@@ -37,7 +37,7 @@ from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers
 from lora_from_scratch.support.linear_layers import in_and_out
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 INITIAL_DEVIATION = 0.02  # of the entries of A and B, as in the authors' code
 EPSILON = 1e-5  # added to the rank in the scaling, as there
@@ -304,11 +304,11 @@ def _with_zeros(name: str, tensor: Tensor, rank: int) -> Tensor:
 
 
 @activations.forward.register
-def _(module: AdaLoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: AdaLoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     y = activations.forward(module.base, x, tape)
     if module.merged:
         return y
     A, B = module.factors()
     h = tape.linear(tape.dropout(x, module.dropout_p, noise_width=1), A, len(A))  # (rows, r)
-    saved = [h] if h.width == B.element_size() else [h, Shadow(1, B.numel(), h.width)]  # and the copy of B
-    return tape.add([y, h], Shadow(y.rows, y.columns, y.width), saved, [B])
+    saved = [h] if h.width == B.element_size() else [h, TensorSize(1, B.numel(), h.width)]  # and the copy of B
+    return tape.add([y, h], TensorSize(y.rows, y.columns, y.width), saved, [B])

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.methods.adapters import replace_module
 from lora_from_scratch.methods.blocks import blocks_of
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
 from lora_from_scratch.methods.placement import fused_parts
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 from lora_from_scratch.support.wrapped import plain_name
 
 VARIANTS = ("all", "two")
@@ -98,7 +97,9 @@ class BitFit(Method):
         ValueError: there is no such variant, when it is made; or the model lacks these biases, in `adapt`.
     """
 
-    variant: str = hyperparameter("all", "which biases: all of them, or the two that move most")
+    variant: str = hyperparameter(
+        "all", "which biases are trained: all, or two per block (of the queries and of the MLP's first layer)"
+    )
 
     name: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_BITFIT"  # PEFT has no such method
@@ -126,13 +127,13 @@ class BitFit(Method):
                 )
         for name, layer in layers.items():
             if fused_parts(model, name):
-                replace_module(model, name, QueryBias(layer))
+                model.set_submodule(name, QueryBias(layer))
             else:
                 biases[f"{name}.bias"].requires_grad_(True)
 
     def _uninstall(self, model: nn.Module) -> None:
         for name, layer in _query_biases(model).items():
-            replace_module(model, name, layer.base)
+            model.set_submodule(name, layer.base)
 
     def _merge(self, model: nn.Module) -> None:
         for layer in _query_biases(model).values():
@@ -177,5 +178,5 @@ def _query_biases(model: nn.Module) -> dict[str, QueryBias]:
 
 
 @activations.forward.register
-def _(module: QueryBias, x: Shadow, tape: Tape) -> Shadow:
+def _(module: QueryBias, x: TensorSize, tape: Tape) -> TensorSize:
     return tape.linear(x, module.base.weight, module.base.out_features, module.bias_q)

@@ -30,7 +30,7 @@ from lora_from_scratch.methods.fast_product import add_product
 from lora_from_scratch.methods.lora import LoRA, LoRALinear, lora_layers
 from lora_from_scratch.methods.method import LearningRates
 from lora_from_scratch.support.linear_layers import weight_of
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 MAGNITUDE, PEFT_MAGNITUDE = ".lora_magnitude", ".lora_magnitude_vector"
 
@@ -129,10 +129,10 @@ class DoRA(LoRA):
 
 
 @activations.forward.register
-def _(module: DoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: DoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     u = activations.forward.dispatch(LoRALinear)(module, x, tape)
     if module.merged:
         return u
-    row = Shadow(1, u.columns, u.width)
-    kept = [Shadow(u.rows, u.columns, u.width), row, row]  # u - b, m / ||V|| - 1, ||V||
-    return tape.add([u], Shadow(u.rows, u.columns, u.width), kept, [module.lora_magnitude])
+    row = TensorSize(1, u.columns, u.width)
+    kept = [TensorSize(u.rows, u.columns, u.width), row, row]  # u - b, m / ||V|| - 1, ||V||
+    return tape.add([u], TensorSize(u.rows, u.columns, u.width), kept, [module.lora_magnitude])

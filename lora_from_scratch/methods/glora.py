@@ -32,7 +32,7 @@ from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers, dense, like
 from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, weight_of
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 LORA, VECTOR, CONSTANT, NONE = "lora", "vector", "constant", "none"
 FORMS = {
@@ -255,7 +255,7 @@ class GLoRA(WrapsLayers):
 
 
 @activations.forward.register
-def _(module: GLoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: GLoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     if module.merged:
         return activations.forward(module.base, x, tape)
     inputs, outputs = in_and_out(module.base)
@@ -264,9 +264,9 @@ def _(module: GLoRALinear, x: Shadow, tape: Tape) -> Shadow:
     if tape.autocast:
         x = tape.cast(x, 2)
         products = [s for s in module.children() if isinstance(s, Support) and s.form == LORA]
-        factors = [Shadow(1, s.Xd.numel() + s.Xu.numel(), 2) for s in products]  # their copies in bf16
-        tape.add([], Shadow(1, 1), factors, learned)
+        factors = [TensorSize(1, s.Xd.numel() + s.Xu.numel(), 2) for s in products]  # their copies in bf16
+        tape.add([], TensorSize(1, 1), factors, learned)
     kept = [x] if of_weight else []
     if x.grad:
-        kept.append(Shadow(1, inputs * outputs, x.width))  # the new weight, or its copy
-    return tape.add([x], Shadow(x.rows, outputs, x.width), kept, learned, scratch=4 * inputs * outputs * of_weight)
+        kept.append(TensorSize(1, inputs * outputs, x.width))  # the new weight, or its copy
+    return tape.add([x], TensorSize(x.rows, outputs, x.width), kept, learned, scratch=4 * inputs * outputs * of_weight)

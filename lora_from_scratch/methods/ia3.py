@@ -27,7 +27,7 @@ from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import ends_with
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers, dense, like
 from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 
 class IA3Linear(nn.Module):
@@ -152,11 +152,11 @@ class IA3(WrapsLayers):
 
 
 @activations.forward.register
-def _(module: IA3Linear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: IA3Linear, x: TensorSize, tape: Tape) -> TensorSize:
     if module.merged:
         return activations.forward(module.base, x, tape)
     if module.feedforward:
-        scaled = tape.add([x], Shadow(x.rows, x.columns, x.width), [x], [module.ia3_l])
+        scaled = tape.add([x], TensorSize(x.rows, x.columns, x.width), [x], [module.ia3_l])
         return activations.forward(module.base, scaled, tape)
     y = activations.forward(module.base, x, tape)
-    return tape.add([y], Shadow(y.rows, y.columns, y.width), [y], [module.ia3_l])
+    return tape.add([y], TensorSize(y.rows, y.columns, y.width), [y], [module.ia3_l])

@@ -44,7 +44,7 @@ from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import block_diagonal_B, by_pattern, check_patterns, find_targets, fused_parts
 from lora_from_scratch.methods.trained_parts import TrainsParts
 from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, keep_called, refuse_tied, weight_of
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 from lora_from_scratch.support.wrapped import plain_name
 
 LORA_PARAMETERS = ("lora_A", "lora_B")  # the last part of their names
@@ -207,8 +207,7 @@ class LoRALinear(nn.Module):
             self._unmerged = None
 
     def _like_base(self, values: Tensor) -> Tensor:
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
+        weight: Any = self.base.weight
         return values.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
 
     def extra_repr(self) -> str:
@@ -298,14 +297,14 @@ class LoRA(TrainsParts):
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
     """
 
-    rank: int = hyperparameter(8, "r, the rank of the product of A and B")
-    alpha: float = hyperparameter(64, "strength: the change is scaled by alpha / rank")  # s = 8, as the paper's GPT-2
+    rank: int = hyperparameter(8, "rank r of the update B A")
+    alpha: float = hyperparameter(64, "the update is multiplied by alpha / rank")  # s = 8, as the paper's GPT-2
     targets: Sequence[str] | str = hyperparameter(  # every matrix of a block, as Dettmers et al. 2023 advise
         ("c_attn", "c_proj", "c_fc"),
-        "the layers to adapt, by name (c_attn, mlp.c_proj), part (c_attn.q) or one regular expression",
+        "names of the layers to adapt (c_attn, mlp.c_proj), parts of them (c_attn.q), or one regular expression",
     )
-    dropout: float = hyperparameter(0.0, "share of the inputs that is dropped in training")
-    rslora: bool = hyperparameter(False, "scale by alpha / sqrt(rank) instead")
+    dropout: float = hyperparameter(0.0, "dropout probability of the input of A during training")
+    rslora: bool = hyperparameter(False, "multiply by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0  # of A's first values
@@ -395,15 +394,15 @@ class LoRA(TrainsParts):
 
 
 @activations.forward.register
-def _(module: LoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: LoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     y = activations.forward(module.base, x, tape)
     if module.merged:
         return y
     A, B = module.lora_A, module.lora_B
-    h = tape.linear(tape.dropout(x, module.dropout_p, noise_width=1), A, A.shape[0])  # (rows, r)
+    h = tape.linear(tape.dropout(x, module.dropout_p, noise_width=1), A, len(A))  # (rows, r)
     saved = [h] if B.requires_grad else []
     if isinstance(module, FusedLoRALinear):
-        saved.append(Shadow(y.columns, h.columns, h.width))  # B on a block diagonal
+        saved.append(TensorSize(y.columns, h.columns, h.width))  # B on a block diagonal
     elif h.width != B.element_size():
-        saved.append(Shadow(1, B.numel(), h.width))  # the copy of B
-    return tape.add([y, h], Shadow(y.rows, y.columns, y.width), saved, [B])
+        saved.append(TensorSize(1, B.numel(), h.width))  # the copy of B
+    return tape.add([y, h], TensorSize(y.rows, y.columns, y.width), saved, [B])

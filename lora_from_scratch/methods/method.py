@@ -103,12 +103,9 @@ class Method(ABC):
 
     def __repr__(self) -> str:
         """The hyperparameters that differ from the defaults: `LoRA(rank=4)`."""
-        own = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            if value != default:
-                own.append(f"{f.name}={value!r}")
+        values = {f: getattr(self, f.name) for f in fields(self)}
+        default = {f: f.default if f.default_factory is MISSING else f.default_factory() for f in values}
+        own = [f"{f.name}={value!r}" for f, value in values.items() if value != default[f]]
         return f"{type(self).__name__}({', '.join(own)})"
 
     # --- What a subclass supplies ---
@@ -295,7 +292,7 @@ class Method(ABC):
             ValueError: a tensor is missing, unexpected or of another shape. Nothing is loaded then.
         """
         parameters = self.trainable(model)
-        refuse_misfits({name: p.shape for name, p in parameters.items()}, state)
+        adapter_files.refuse_misfits({name: p.shape for name, p in parameters.items()}, state)
         merged = self._adaptation(model).merged
         self.unmerge(model)
         with torch.no_grad():
@@ -398,31 +395,6 @@ class Method(ABC):
 def adaptation_of(model: nn.Module) -> Adaptation | None:
     """What an adapted model remembers; None for a plain one."""
     return unwrapped(model).__dict__.get("adaptation")
-
-
-def refuse_misfits(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
-    """Check that `state` has exactly the tensors that are expected.
-
-    Raises:
-        ValueError: names what is missing, unexpected and of another shape, in one line.
-    """
-    misshapen = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": misshapen,
-    }
-    said = [f"{len(names)} {problem} ({_some(names)})" for problem, names in problems.items() if names]
-    if said:
-        raise ValueError(f"the tensors do not fit this model; were they made for another one? {'; '.join(said)}")
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _restore_flags(record: Adaptation) -> None:

@@ -37,7 +37,7 @@ from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS, check_ranks_and_alphas
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers, like
 from lora_from_scratch.support.linear_layers import in_and_out
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 SHARING, ROTATION = "sharing", "rotation"
 ROPE_BASE = 10_000.0
@@ -171,13 +171,13 @@ class MoRA(WrapsLayers):
 
 
 @activations.forward.register
-def _(module: MoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: MoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     y = activations.forward(module.base, x, tape)
     if module.merged:
         return y
     inputs, _ = in_and_out(module.base)
     x = tape.dropout(x, module.dropout_p, noise_width=1)
     pieces = 1 if module.variant == SHARING else -(-inputs // module.q)
-    small = tape.add([x], Shadow(x.rows * pieces, module.q, x.width))
+    small = tape.add([x], TensorSize(x.rows * pieces, module.q, x.width))
     z = tape.linear(small, module.mora_M, module.q)
-    return tape.add([y, z], Shadow(y.rows, y.columns, y.width))
+    return tape.add([y, z], TensorSize(y.rows, y.columns, y.width))

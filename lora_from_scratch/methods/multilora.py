@@ -26,7 +26,7 @@ from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers, like, lora_on_computed_factors
 from lora_from_scratch.support.linear_layers import in_and_out
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 
 class MultiLoRALinear(LoRALinear):
@@ -105,8 +105,10 @@ class MultiLoRA(WrapsLayers):
 
 
 @activations.forward.register
-def _(module: MultiLoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: MultiLoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     if not module.merged:
-        repeated = Shadow(1, module.lora_B.numel(), module.lora_B.element_size())  # the scales, a column for each of B
-        tape.add([], Shadow(1, 1), [repeated], [module.lora_B])
+        repeated = TensorSize(
+            1, module.lora_B.numel(), module.lora_B.element_size()
+        )  # the scales, a column for each of B
+        tape.add([], TensorSize(1, 1), [repeated], [module.lora_B])
     return lora_on_computed_factors(module, x, tape)

@@ -30,7 +30,7 @@ from lora_from_scratch.methods.method import LearningRates, Method, hyperparamet
 from lora_from_scratch.methods.placement import WHOLE_LAYERS, check_ranks_and_alphas
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers, like, lora_on_computed_factors
 from lora_from_scratch.support.linear_layers import in_and_out, is_linear
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 CHUNK = 2**21  # random numbers that are in memory at a time
 
@@ -161,9 +161,9 @@ class NOLA(WrapsLayers):
 
 
 @activations.forward.register
-def _(module: NOLALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: NOLALinear, x: TensorSize, tape: Tape) -> TensorSize:
     if not module.merged:
         for numbers in (module.rank * in_and_out(module.base)[0], module.rank * in_and_out(module.base)[1]):
             rows = min(len(module.nola_a), max(1, CHUNK // numbers))  # random matrices that are drawn at a time
-            tape.add([], Shadow(1, 1), [], [module.nola_a], scratch=4 * rows * numbers)
+            tape.add([], TensorSize(1, 1), [], [module.nola_a], scratch=4 * rows * numbers)
     return lora_on_computed_factors(module, x, tape)

@@ -57,15 +57,13 @@ class SPAFIT(Method):
         ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
-    frozen_layers: int = hyperparameter(
-        1, "number of blocks at the bottom that stay frozen"
-    )  # of the bundled model's 6
-    bias_layers: int = hyperparameter(1, "number of blocks above those in which only the biases are trained")
-    rank: int = hyperparameter(8, "r, the rank of the product of A and B")
-    alpha: float = hyperparameter(16, "strength: the change is scaled by alpha / rank")
+    frozen_layers: int = hyperparameter(1, "number of blocks at the bottom that stay entirely frozen")
+    bias_layers: int = hyperparameter(1, "number of blocks above the frozen ones in which only the biases are trained")
+    rank: int = hyperparameter(8, "rank r of the update B A")
+    alpha: float = hyperparameter(16, "the update is multiplied by alpha / rank")
     targets: Sequence[str] | str = hyperparameter(  # the paper: the attention's matrices
         ("c_attn", "attn.c_proj"),
-        "the layers to adapt, by name (c_attn, mlp.c_proj), part (c_attn.q) or one regular expression",
+        "names of the layers to adapt (c_attn, mlp.c_proj), parts of them (c_attn.q), or one regular expression",
     )
     seed: int = 0  # of A's initial values
 

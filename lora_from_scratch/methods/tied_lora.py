@@ -26,7 +26,7 @@ from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS, check_ranks_and_alphas
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers, like, lora_on_computed_factors
 from lora_from_scratch.support.linear_layers import in_and_out
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 
 class TiedFactors(nn.Module):
@@ -115,5 +115,5 @@ class TiedLoRA(WrapsLayers):
 
 
 @activations.forward.register
-def _(module: TiedLoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: TiedLoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     return lora_on_computed_factors(module, x, tape)

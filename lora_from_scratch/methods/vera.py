@@ -31,7 +31,7 @@ from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers
 from lora_from_scratch.support.linear_layers import in_and_out
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 INITIAL_D = 0.1
 PEFT_A, PEFT_B = "base_model.vera_A", "base_model.vera_B"
@@ -184,12 +184,12 @@ class VeRA(WrapsLayers):
 
 
 @activations.forward.register
-def _(module: VeRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: VeRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     y = activations.forward(module.base, x, tape)
     if module.merged:
         return y
     A, B = module.factors()
     h = tape.linear(tape.dropout(x, module.dropout_p, noise_width=1), A, len(A))  # (rows, r)
-    scaled = tape.add([h], Shadow(h.rows, h.columns, h.width), [h], [module.vera_lambda_d])
+    scaled = tape.add([h], TensorSize(h.rows, h.columns, h.width), [h], [module.vera_lambda_d])
     u = tape.linear(scaled, B, len(B))  # (rows, out)
-    return tape.add([y, u], Shadow(y.rows, y.columns, y.width), [u], [module.vera_lambda_b])
+    return tape.add([y, u], TensorSize(y.rows, y.columns, y.width), [u], [module.vera_lambda_b])

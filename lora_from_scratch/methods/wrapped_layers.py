@@ -17,7 +17,7 @@ from lora_from_scratch.methods.lora_peft import task_type_of
 from lora_from_scratch.methods.method import Method, hyperparameter
 from lora_from_scratch.methods.placement import find_targets
 from lora_from_scratch.support.linear_layers import is_conv1d, keep_called, refuse_tied
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 from lora_from_scratch.support.wrapped import plain_name
 
 
@@ -113,12 +113,12 @@ def like(values: Tensor, layer: nn.Module) -> nn.Parameter:
     return nn.Parameter(values.to(weight.device, dtype))
 
 
-def lora_on_computed_factors(module: LoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def lora_on_computed_factors(module: LoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     """What a LoRA layer keeps for the backward pass whose A and B are computed in every forward pass."""
     y = activations.forward(module.base, x, tape)
     if module.merged:
         return y
     A, B = module.factors()
     h = tape.linear(tape.dropout(x, module.dropout_p, noise_width=1), A, len(A))  # (rows, r)
-    kept = [h, Shadow(1, B.numel(), h.width)]  # and B, or its copy
-    return tape.add([y, h], Shadow(y.rows, y.columns, y.width), kept, [B])
+    kept = [h, TensorSize(1, B.numel(), h.width)]  # and B, or its copy
+    return tape.add([y, h], TensorSize(y.rows, y.columns, y.width), kept, [B])
