@@ -172,9 +172,9 @@ def test_the_unsolved_notebook_runs_to_its_end_and_says_not_started(built: Path)
     ("check", "other", "problem"),
     [
         (("Not started yet.", "0.0"), [], ""),
-        (("Not started yet.", "1.0"), [], "does not say that nothing is started"),
-        (("Passed.", "0.0"), [], "does not say that nothing is started"),
-        (("Not started yet.", ""), [], "does not say that nothing is started"),
+        (("Not started yet.", "1.0"), [], 'must be "not started", with no points'),
+        (("Passed.", "0.0"), [], 'must be "not started", with no points'),
+        (("Not started yet.", ""), [], 'must be "not started", with no points'),
         (("Not started yet.", "0.0"), [nbformat.v4.new_output("error", ename="E", evalue="e")], "E: e"),
         (("Not started yet.", "0.0"), [nbformat.v4.new_output("stream", name="stderr", text="hm")], "on stderr: hm"),
     ],
@@ -242,7 +242,7 @@ def test_a_kernel_has_no_network_and_nothing_of_the_persons_settings(
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     execute(made, settings={execution.SETTINGS[1]: "3"})
     first, second, third = made.cells[0].outputs[0].text.splitlines()
-    assert first.endswith("| ['lo']") if cut else first.startswith("the network is off")
+    assert first.endswith("| ['lo']") if cut else first.startswith("there is no network")
     assert second == "[] None 1"
     assert third == "[None, '3']"
 
@@ -269,7 +269,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ('def f():\n    """Only this."""\n', "no body but its docstring"),
+        ('def f():\n    """Only this."""\n', "has only a docstring"),
         ("def f(): return 1\n", "is on the same line as its signature"),
         ("class C:\n    x = 1\n", "has no methods"),
     ],
