@@ -363,7 +363,7 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "marking": [
-        ("grading/marking.py", '"human" if ending.why == "frames" else "note"', '"note"', "tests/test_marking.py"),
+        ("grading/marking.py", '"human" if early_exit.why == "frames" else "note"', '"note"', "tests/test_marking.py"),
         (
             "grading/marking.py",
             "Verdict(item.name, status, 0.0, item.points",

@@ -17,7 +17,7 @@ from lora_from_scratch.grading.sandbox import (
     Guess,
     Job,
     Limits,
-    Observed,
+    Observations,
     Probe,
     Run,
     SandboxError,
@@ -45,7 +45,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("library")
 
 
-def points(observed: Observed, cell: str, seed: int = SEED) -> float:
+def points(observed: Observations, cell: str, seed: int = SEED) -> float:
     return verdict_of(observed, cell, seed).points
 
 
@@ -117,7 +117,7 @@ HONEST = (
 
 
 @pytest.fixture(scope="module")
-def honest(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Observed:
+def honest(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Observations:
     files = tmp_path_factory.mktemp("files")
     (files / "data.csv").write_text("1,2")
     (files / "helper.py").write_text("VALUE = 17")
@@ -129,9 +129,9 @@ def honest(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Observed:
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_warnings_prints_and_plots_cost_nothing(honest: Observed) -> None:
+def test_warnings_prints_and_plots_cost_nothing(honest: Observations) -> None:
     assert verdict_of(honest, "check-rank", SEED).passed
-    assert honest.tried["check-rank"].seen[0].printed == "hello\n"
+    assert honest.probes["check-rank"].seen[0].printed == "hello\n"
     assert [honest.outputs[cell].status for cell in ("noise", "magic", "plot", "taken", "late")] == ["ran"] * 5
     noise = honest.outputs["noise"]
     assert noise.stdout.startswith("printed\nxxx")
@@ -139,28 +139,28 @@ def test_warnings_prints_and_plots_cost_nothing(honest: Observed) -> None:
     assert len(noise.stdout) < Limits().printed + 100
     assert "to stderr" in noise.stderr
     assert "careful" in noise.stderr
-    assert honest.endings == ()
+    assert honest.early_exits == ()
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_taking_one_answer_of_the_library_keeps_the_points_of_the_others(honest: Observed) -> None:
+def test_taking_one_answer_of_the_library_keeps_the_points_of_the_others(honest: Observations) -> None:
     assert "row_echelon" in OWN["rank"]  # so that it needs the body that is taken out
     assert points(honest, "check-rank") == find("rank")[1].points
-    assert honest.tried["check-row_echelon"].status == "library"
+    assert honest.probes["check-row_echelon"].status == "library"
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_what_cannot_be_tried_is_told_as_in_the_notebook(honest: Observed) -> None:
+def test_what_cannot_be_tried_is_told_as_in_the_notebook(honest: Observations) -> None:
     for name, answers in (("outer_product_sum", {"outer_product_sum": 3}), ("low_rank_parameter_count", {})):
-        tried, there = honest.tried[f"check-{name}"], verdict_on(name, SEED, answers)
+        tried, there = honest.probes[f"check-{name}"], verdict_on(name, SEED, answers)
         assert (tried.status, tried.message) == (there.status, there.message) == ("missing", there.message)
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_an_error_stops_neither_the_notebook_nor_the_next_cell(honest: Observed) -> None:
+def test_an_error_stops_neither_the_notebook_nor_the_next_cell(honest: Observations) -> None:
     fails = honest.outputs["fails"]
     assert (fails.status, fails.error) == ("error", "ValueError: negative")
     assert "raise ValueError('negative')" in fails.traceback
@@ -171,26 +171,26 @@ def test_an_error_stops_neither_the_notebook_nor_the_next_cell(honest: Observed)
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_what_a_notebook_replaces_in_pytorch_is_put_back_and_told(honest: Observed) -> None:
-    tried = honest.tried["check-rank_deficiency"]
+def test_what_a_notebook_replaces_in_pytorch_is_put_back_and_told(honest: Observations) -> None:
+    tried = honest.probes["check-rank_deficiency"]
     assert set(tried.changed) == {
         "torch.equal",
         "torch.Tensor.any",
         *("lora_from_scratch.checks.observation." + name for name in ("observe", "len")),
     }
     assert verdict_of(honest, "check-rank_deficiency", SEED).passed
-    assert honest.tried["check-rank"].changed == ()
+    assert honest.probes["check-rank"].changed == ()
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_a_prediction_is_what_it_is_at_its_check(honest: Observed) -> None:
+def test_a_prediction_is_what_it_is_at_its_check(honest: Observations) -> None:
     assert honest.guesses == {"check-guess": "b", "check-nothing": None}
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_the_learners_own_files_are_there_and_take_no_librarys_place(honest: Observed) -> None:
+def test_the_learners_own_files_are_there_and_take_no_librarys_place(honest: Observations) -> None:
     assert honest.outputs["own file"].stdout == "1,2 17\n['data.csv', 'helper.py', 'json.py']\n"
 
 
@@ -220,7 +220,7 @@ DEATHS = (
 @pytest.mark.unit_01
 def test_a_crash_in_one_question_keeps_the_ones_before_and_after(cache: Path) -> None:
     observed = observe_notebook(Job("01", DEATHS, cache))
-    assert [(ending.why, ending.cell_id) for ending in observed.endings] == [
+    assert [(early_exit.why, early_exit.cell_id) for early_exit in observed.early_exits] == [
         ("exited", "leaves"),
         ("crashed", "check-rank_deficiency"),
         ("frames", "forges"),
@@ -228,14 +228,14 @@ def test_a_crash_in_one_question_keeps_the_ones_before_and_after(cache: Path) ->
     assert observed.ended == "exited"
     assert verdict_of(observed, "check-row_echelon", SEED).passed
     assert verdict_of(observed, "check-outer_product_sum", SEED).passed
-    lost = observed.tried["check-rank"]
-    assert (lost.status, lost.message) == ("lost", observed.endings[0].message)
+    lost = observed.probes["check-rank"]
+    assert (lost.status, lost.message) == ("lost", observed.early_exits[0].message)
     assert "ended Python itself" in lost.message
-    assert observed.tried["check-rank_deficiency"].status == "lost"
+    assert observed.probes["check-rank_deficiency"].status == "lost"
     assert {cell for cell, output in observed.outputs.items() if output.status == "died"} == {"leaves", "forges"}
     assert observed.outputs["last"].stdout == "the end\n"
     assert verdict_of(observed, "check-low_rank_parameter_count", SEED).status == "failed"
-    assert observed.tried["check-low_rank_parameter_count"].seen[0].errors == ("KeyboardInterrupt",)
+    assert observed.probes["check-low_rank_parameter_count"].seen[0].errors == ("KeyboardInterrupt",)
 
 
 @needs_bubblewrap
@@ -258,7 +258,7 @@ def test_a_cell_or_an_answer_without_end_is_stopped_and_the_rest_goes_on(cache: 
     assert "2 seconds" in observed.outputs["loop"].error
     assert verdict_of(observed, "check-rank", SEED).status == "stopped"
     assert verdict_of(observed, "check-row_echelon", SEED).passed
-    assert [(ending.why, ending.cell_id) for ending in observed.endings] == [("wall time", "deaf")]
+    assert [(early_exit.why, early_exit.cell_id) for early_exit in observed.early_exits] == [("wall time", "deaf")]
     assert observed.outputs["last"].stdout == "the end\n"
 
 
@@ -270,7 +270,7 @@ def test_the_time_for_everything_is_kept_over_all_starts(cache: Path) -> None:
     assert observed.ended == "wall time"
     assert observed.outputs["sleep"].status == "died"
     assert observed.outputs["last"].status == "not run"
-    assert observed.tried["check-rank"].status == "lost"
+    assert observed.probes["check-rank"].status == "lost"
 
 
 @needs_bubblewrap
@@ -393,14 +393,14 @@ def test_an_instructors_own_unit_is_graded_in_the_same_way(tmp_path: Path, monke
     )  # fmt: skip
     observed = observe_notebook(Job("99", steps, tmp_path / "cache"))
     exercises = {exercise.name: exercise for exercise in unit.exercises}
-    verdicts = {cell: judge(exercises[tried.name], SEED, list(tried.seen)) for cell, tried in observed.tried.items()}
+    verdicts = {cell: judge(exercises[tried.name], SEED, list(tried.seen)) for cell, tried in observed.probes.items()}
     assert {cell: verdict.points for cell, verdict in verdicts.items()} == {
         "check stolen": 0,
         "check own": 4,
         "check counter": 2,
     }
     assert "math.cos" not in observed.outputs["look"].stdout
-    assert TAKEN_OUT in observed.tried["check stolen"].seen[0].message
+    assert TAKEN_OUT in observed.probes["check stolen"].seen[0].message
 
 
 # --- What is asked for ---------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ NO_RESPONSE = "No response."  # nbgrader's own words
 
 
 @dataclass(frozen=True)
-class Entered:
+class GradebookEntry:
     """The gradebook's entry for a submission.
 
     Attributes:
@@ -51,11 +51,11 @@ class Entered:
     comments: tuple[str, ...]
 
 
-class UnusableError(ValueError):
+class GradebookError(ValueError):
     """The gradebook itself cannot be used, whatever is entered."""
 
 
-class Book:
+class UnitGradebook:
     """The gradebook of a course, for one unit."""
 
     def __init__(self, url: str, assignment: str, course_id: str, config: Any) -> None:
@@ -80,7 +80,7 @@ class Book:
     def close(self) -> None:
         self.gradebook.close()
 
-    def __enter__(self) -> Book:
+    def __enter__(self) -> UnitGradebook:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,7 +117,7 @@ class Book:
                 ) from None
             self.session.remove()
 
-    def enter(self, graded: Graded, handed_in: str | None, changed: Collection[str]) -> Entered:
+    def enter(self, graded: Graded, handed_in: str | None, changed: Collection[str]) -> GradebookEntry:
         """Enter a graded submission in one transaction.
 
         Args:
@@ -136,7 +136,7 @@ class Book:
             late = submitted.assignment.total_seconds_late
             submitted.late_submission_penalty = self._penalty(submitted, late)
             self.session.flush()
-            return _entered(submitted, late)
+            return _entry_of(submitted, late)
 
     def enrolled(self) -> list[str]:
         """The ids of all learners in the gradebook."""
@@ -229,9 +229,9 @@ class Book:
         return None if penalty is None else step._check_late_penalty(submitted, penalty)
 
 
-def _entered(submitted: Any, late: float) -> Entered:
+def _entry_of(submitted: Any, late: float) -> GradebookEntry:
     grades = sorted(submitted.grades, key=lambda grade: grade.cell.name)
-    return Entered(
+    return GradebookEntry(
         score=submitted.score,
         scores={grade.cell.name: grade.score for grade in grades},
         max_score=submitted.notebook.max_score,
@@ -323,7 +323,7 @@ def _errors(url: str) -> Iterator[None]:
         if "no such column" in lines[0] or "UndefinedColumn" in type(getattr(error, "orig", None)).__name__:
             hint = "it was made by an older nbgrader: copy it, then run `nbgrader db upgrade`"
         bad_value = isinstance(error, DataError | IntegrityError) or type(error) is StatementError
-        kind = ValueError if bad_value else UnusableError
+        kind = ValueError if bad_value else GradebookError
         raise kind(f"the gradebook {hidden(url)} cannot be used: {lines[0]}; {hint}") from error
     finally:
         app_log.disabled = said

@@ -36,7 +36,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.blocks import check_layers, find_modules, parts_of_blocks, widths
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 PLACES = {  # variant: the modules of a block that get an adapter each; "" is the block itself
     "houlsby": ("attn", "mlp"),
@@ -274,8 +274,7 @@ def new_adapter(
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module where another one stands, by its full name: "transformer.h.0.mlp"."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    model.set_submodule(name, module)
 
 
 def _check_variant(variant: str) -> None:
@@ -288,7 +287,7 @@ def _check_variant(variant: str) -> None:
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """Adapters in any model; see the head of this file for the variants.
+    """Adapters in any model; the docstring of this module describes the variants.
 
     The variant says where they go in the blocks of known architectures (`blocks.py`), ours among them. `places` names
     the modules instead, each in full or by the end of its name at a dot. Such a module returns (..., d), or a tuple
@@ -298,11 +297,13 @@ class Adapter(Method):
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
     """
 
-    width: int = hyperparameter(24, "of the bottleneck")
-    variant: str = hyperparameter("houlsby", f"where the adapters go: {', '.join(PLACES)}")
-    scaling: float = hyperparameter(1.0, "strength of what the variant parallel adds")  # s; He et al. 2022 take 4
+    width: int = hyperparameter(24, "width of the bottleneck")
+    variant: str = hyperparameter("houlsby", f"where the adapters are inserted: {', '.join(PLACES)}")
+    scaling: float = hyperparameter(  # s; He et al. 2022 take 4
+        1.0, "factor that multiplies the output of parallel adapters"
+    )
     layers: Sequence[int] = hyperparameter(  # to leave some out is AdapterDrop, Rücklé et al. 2021
-        (), "the blocks to adapt, counted from 0; none named: all"
+        (), "blocks that get adapters, counted from 0; all of them if none is given"
     )
     places: Sequence[str] = ()  # the modules that get adapters; none named: those of the variant
     seed: int = 0  # of the first values
@@ -365,27 +366,27 @@ class Adapter(Method):
 
 
 @activations.forward.register
-def _(module: AdapterAfter, x: Shadow, tape: Tape) -> Shadow:
+def _(module: AdapterAfter, x: TensorSize, tape: Tape) -> TensorSize:
     return activations.forward(module.adapter, activations.forward(module.base, x, tape), tape)
 
 
 @activations.forward.register
-def _(module: AdapterBeside, x: Shadow, tape: Tape) -> Shadow:
+def _(module: AdapterBeside, x: TensorSize, tape: Tape) -> TensorSize:
     return tape.sum(activations.forward(module.base, x, tape), activations.forward(module.adapter, x, tape))
 
 
 @activations.forward.register
-def _(module: BottleneckAdapter, x: Shadow, tape: Tape) -> Shadow:
+def _(module: BottleneckAdapter, x: TensorSize, tape: Tape) -> TensorSize:
     h = activations.forward(module.down, x, tape)
     return tape.sum(x, activations.forward(module.up, tape.like(h, [h]), tape))  # gelu
 
 
 @activations.forward.register
-def _(module: NormedAdapter, x: Shadow, tape: Tape) -> Shadow:
-    h = tape.bends(activations.forward(module.down, tape.norm(x, module.norm), tape))
+def _(module: NormedAdapter, x: TensorSize, tape: Tape) -> TensorSize:
+    h = tape.nonlinearity(activations.forward(module.down, tape.norm(x, module.norm), tape))
     return tape.sum(x, activations.forward(module.up, h, tape))
 
 
 @activations.forward.register
-def _(module: ParallelAdapter, x: Shadow, tape: Tape) -> Shadow:
-    return tape.like(activations.forward(module.up, tape.bends(activations.forward(module.down, x, tape)), tape))
+def _(module: ParallelAdapter, x: TensorSize, tape: Tape) -> TensorSize:
+    return tape.like(activations.forward(module.up, tape.nonlinearity(activations.forward(module.down, x, tape)), tape))

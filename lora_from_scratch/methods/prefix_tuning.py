@@ -28,14 +28,9 @@ from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, KVCache, causal_attention, causal_mask
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.methods.prompt_tuning import (
-    VirtualTokens,
-    check_context,
-    check_count,
-    virtual_tokens_from_peft,
-    virtual_tokens_to_peft,
-)
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.methods.prompt_peft import virtual_tokens_from_peft, virtual_tokens_to_peft
+from lora_from_scratch.methods.prompt_tuning import VirtualTokens, check_context, check_count
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 # --- The arithmetic ------------------------------------------------------------------------------------
 
@@ -228,9 +223,11 @@ class PrefixTuning(Method):
         ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
-    num_virtual_tokens: int = hyperparameter(20, "number of learned vectors prepended to the text")
-    reparametrise: bool = hyperparameter(True, "compute the prefix with an MLP during training")
-    hidden: int = hyperparameter(512, "width of that MLP")  # m (the paper's for table-to-text)
+    num_virtual_tokens: int = hyperparameter(20, "number of virtual tokens prepended to the text")
+    reparametrise: bool = hyperparameter(True, "compute the prefix with an MLP during training (reparametrisation)")
+    hidden: int = hyperparameter(
+        512, "hidden width of the MLP that computes the prefix"
+    )  # m (the paper's for table-to-text)
     seed: int = 0  # of the initial values
 
     name: ClassVar[str] = "prefix"
@@ -277,10 +274,10 @@ class PrefixTuning(Method):
 
 
 @activations.forward.register
-def _(module: PrefixEncoder, x: Shadow, tape: Tape) -> Shadow:
+def _(module: PrefixEncoder, x: TensorSize, tape: Tape) -> TensorSize:
     made = tape.parameter(module.embedding)
     if isinstance(module.transform, nn.Sequential):
         down, _, up = module.transform
-        made = activations.forward(up, tape.bends(activations.forward(down, made, tape)), tape)
+        made = activations.forward(up, tape.nonlinearity(activations.forward(down, made, tape)), tape)
     tape.prefix = made  # (P, 2 L d): every block uses it, and it does not depend on x
     return x

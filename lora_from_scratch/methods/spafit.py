@@ -57,15 +57,13 @@ class SPAFIT(Method):
         ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
-    frozen_layers: int = hyperparameter(
-        1, "number of blocks at the bottom that stay frozen"
-    )  # of the bundled model's 6
-    bias_layers: int = hyperparameter(1, "number of blocks above those in which only the biases are trained")
-    rank: int = hyperparameter(8, "r, the rank of the product of A and B")
-    alpha: float = hyperparameter(16, "strength: the change is scaled by alpha / rank")
+    frozen_layers: int = hyperparameter(1, "number of blocks at the bottom that stay entirely frozen")
+    bias_layers: int = hyperparameter(1, "number of blocks above the frozen ones in which only the biases are trained")
+    rank: int = hyperparameter(8, "rank r of the update B A")
+    alpha: float = hyperparameter(16, "the update is multiplied by alpha / rank")
     targets: Sequence[str] | str = hyperparameter(  # the paper: the attention's matrices
         ("c_attn", "attn.c_proj"),
-        "the layers to adapt, by name (c_attn, mlp.c_proj), part (c_attn.q) or one regular expression",
+        "names of the layers to adapt (c_attn, mlp.c_proj), parts of them (c_attn.q), or one regular expression",
     )
     seed: int = 0  # of A's initial values
 
@@ -74,7 +72,6 @@ class SPAFIT(Method):
     learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 2e-4, "as LoRA")
     position: ClassVar[float] = 80
     needs_gpt2: ClassVar[bool] = True
-    trains_of_base: ClassVar[str] = "biases"
     can_merge: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -119,6 +116,9 @@ class SPAFIT(Method):
         biased = rng.randint(0, config.n_layer - 1)
         frozen = rng.randint(0, config.n_layer - 1 - biased)
         return cls(frozen_layers=frozen, bias_layers=biased, rank=rng.randint(1, 2))
+
+    def trains_of_base(self) -> str:
+        return "biases"
 
     def starts_as_base(self) -> bool | None:
         return True

@@ -267,6 +267,16 @@ PREDICTIONS = [
             "in the softmax, as large as that of a token with the score 0, and the text's weights shrink. The values "
             "add nothing to make up for that, so the output becomes (1 - lambda) times what it was."
         ),
+        replies={
+            "a": (
+                "A key of zero does not match badly: its score is 0, which is more than the score of every key "
+                "that matches worse."
+            ),
+            "c": (
+                "A shift of positions changes something too, but with the positions left as they were the zeros "
+                "still take weight from the text."
+            ),
+        },
         idea="prefix attention",
     ),
     Prediction(
@@ -288,6 +298,17 @@ PREDICTIONS = [
             "tanh(g), which is zero. After one step the gates are slightly open, and from then on both learn: one "
             "factor of a product may start at zero, but not both."
         ),
+        replies={
+            "a": "The prompts are random, but what reaches them is multiplied by tanh(g), which is zero.",
+            "b": (
+                "Only if both factors were zero. Here the prompts are not, and they are what the gates' gradient "
+                "contains."
+            ),
+            "d": (
+                "It is the other way round: the gradient of a factor contains the other factor, and the one that "
+                "is zero is the gate."
+            ),
+        },
         idea="gating",
     ),
 ]

@@ -376,6 +376,12 @@ PREDICTIONS = [
             "with d squared and the biases with d, so the share halves whenever the width doubles. It is larger in the "
             "bundled model, which has a third of the width."
         ),
+        replies={
+            "below": "Did you enter a share instead of per cent? 0.01 of the whole is 1 %.",
+            "above": (
+                "In a matrix there are at least d = 768 weights for each bias, so the share is far below one per cent."
+            ),
+        },
         idea="BitFit",
     ),
     Prediction(
@@ -393,6 +399,15 @@ PREDICTIONS = [
             "the keys' bias has no effect at all, and its gradient is zero up to rounding. The queries' bias adds b . "
             "k_j, which differs from key to key."
         ),
+        replies={
+            "q": (
+                "With another query, the scores of the keys change by different amounts, and the softmax notices that."
+            ),
+            "v": (
+                "Whatever the softmax says, its weights add up to 1, so the values' bias is added to the output "
+                "as it is."
+            ),
+        },
         idea="BitFit",
     ),
 ]
