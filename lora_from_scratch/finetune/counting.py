@@ -16,11 +16,11 @@ NUMBER_FORMATS = ("float32", "bfloat16", "mixed")
 def tensor_bytes(shape: Sequence[int], bytes_per_number: int = 4) -> int:
     """Number of bytes that the numbers of one tensor take.
 
-    Example: a matrix of 3 rows and 5 columns in float32, with 4 bytes per number, takes 60 bytes. A tensor with no
-    axes, of shape `()`, is a single number.
+    Example: a matrix of 3 rows and 5 columns in float32, with 4 bytes per number, takes 60 bytes. A tensor without
+    axes, whose shape is empty, is a single number.
 
     Args:
-        shape: the length of each axis; whole numbers of at least 0.
+        shape: the length of each axis; it may be 0.
         bytes_per_number: 4 in float32, 2 in bfloat16 and float16, 1 in int8.
     """
     return math.prod(shape) * bytes_per_number
@@ -31,7 +31,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
     A tensor of shape (out, in) counts as out * in numbers. A parameter that several modules share counts once: GPT-2's
     output layer *is* its token embedding. Buffers, such as the running mean of a batch normalisation, are not
-    parameters: an optimiser never updates them.
+    parameters: an optimiser never updates them. The model may be on PyTorch's device "meta", where a tensor has a
+    shape but no numbers.
 
     Returns:
         trained: how many numbers the parameters with `requires_grad` hold.
@@ -115,9 +116,11 @@ def checkpoint_bytes(model: nn.Module, only_trained: bool = False) -> int:
     """Number of bytes that a model's parameters take in a checkpoint.
 
     Each parameter takes the bytes of its own dtype: a model may mix several. A parameter that several modules share is
-    stored once. The names and shapes that are stored with them, a few kilobytes, are not counted.
+    stored once. Of a parameter that is a slice of a larger tensor, only its own numbers are stored. The names and
+    shapes that are stored with them, a few kilobytes, are not counted.
 
     Args:
+        model: it may be on the device "meta".
         only_trained: store only the parameters with `requires_grad`. That is enough if the rest is available elsewhere:
             LoRA saves a file of this kind (Hu et al. 2021, arXiv:2106.09685, section 4.2).
     """

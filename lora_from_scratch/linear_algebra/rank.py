@@ -71,10 +71,9 @@ def row_echelon(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor,
     that they are zero in column k. When that largest entry is not above the tolerance, everything that is left counts
     as zero, is set to exactly 0, and the elimination ends.
 
-    Complete pivoting is used instead of only choosing the best row for each column, because the pivots then come out
-    in nearly descending order and a small one really means "nothing left", so that the rank agrees with the one from
-    singular values. With row swaps only, rounding errors can grow enough to be mistaken for another independent row.
-    Columns are swapped too, which is why their order is returned (Golub and Van Loan, section 3.4.6).
+    Because columns are swapped too, their order is returned (Golub and Van Loan, section 3.4.6).
+
+    Example: the matrix [[1, 2], [3, -4]] becomes [[-4, 3], [0, 2.5]], with the columns in the order [1, 0].
 
     Args:
         matrix: M, (m, n).
@@ -83,9 +82,8 @@ def row_echelon(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor,
 
     Returns:
         echelon: (m, n), the computing dtype. Entries below the diagonal and the rows after the last pivot are exactly
-            0; the pivots are its diagonal. Its rows span the same space as the rows of `M[:, columns]`.
-        columns: (n,), int64: column j of `echelon` comes from column `columns[j]` of M. The first rank-many of
-            them are independent columns of M.
+            0; the pivots are its diagonal.
+        columns: (n,), int64: column j of `echelon` comes from column `columns[j]` of M.
 
     Raises:
         ValueError: as `require_matrix`; or the tolerance is negative or not a finite number.
@@ -119,10 +117,6 @@ def rank(matrix: Tensor, tolerance: float | None = None) -> int:
     the question becomes: how many independent rows are there that rounding alone cannot explain? The tolerance draws
     the line. Example: the Hilbert matrix `1 / (i + j + 1)` of size 12 x 12 is invertible, so its rank is 12; in float64
     its numerical rank is only 11 and in float32 only 6.
-
-    For a matrix of rank r plus rounding, and for the Hilbert matrix, this equals the number of singular values above
-    numpy's tolerance. Elimination can be fooled where singular values cannot: 1 on the diagonal and -1 everywhere above
-    it, 60 x 60, has a singular value of about 1e-18, yet no pivot is smaller than 1: rank 60 here, 59 there.
 
     Args:
         matrix: M, (m, n).
@@ -187,16 +181,13 @@ def low_rank_parameter_count(out_features: int, in_features: int, rank: int) -> 
     For a square matrix the two hold fewer numbers than the product only while the rank is below half the side.
 
     Args:
-        out_features: the number of rows of B, at least 1.
-        in_features: the number of columns of A, at least 1.
+        out_features: the number of rows of B.
+        in_features: the number of columns of A.
         rank: between 1 and the smaller side: a larger one cannot raise the rank of the product any further.
 
     Raises:
-        ValueError: an argument is not a whole number in its range.
+        ValueError: the rank is out of range.
     """
-    for name, size in (("out_features", out_features), ("in_features", in_features)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
     require_rank(rank, min(out_features, in_features), smallest=1)
     return rank * (out_features + in_features)
 

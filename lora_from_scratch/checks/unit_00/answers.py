@@ -4,6 +4,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections import Counter
+from functools import reduce
+
 import numpy as np
 import torch
 
@@ -28,6 +33,16 @@ def with_numpy(shape, bytes_per_number=4):
 @right("tensor_bytes")
 def asks_a_tensor(shape, bytes_per_number=4):
     return torch.empty(tuple(shape)).numel() * bytes_per_number
+
+
+@right("tensor_bytes")
+def reduced(shape, bytes_per_number=4):
+    return reduce(operator.mul, shape, bytes_per_number)
+
+
+@right("tensor_bytes")
+def axis_by_axis(shape, bytes_per_number=4):
+    return bytes_per_number if len(shape) == 0 else shape[0] * axis_by_axis(shape[1:], bytes_per_number)
 
 
 @wrong("tensor_bytes", "You add the lengths of the axes. Count the numbers inside the matrix, not along its edges.")
@@ -72,6 +87,31 @@ def bytes_for_each_axis(shape, bytes_per_number=4):
     return total
 
 
+@wrong("tensor_bytes", "An axis of length 0 leaves no numbers at all. Your code treats that 0 as if it were not there.")
+def skips_an_axis_of_zero(shape, bytes_per_number=4):
+    total = bytes_per_number
+    for size in shape:
+        total *= size or 1
+    return total
+
+
+@wrong("tensor_bytes", "You take the first axis only. How many numbers are in a matrix with that many rows?")
+def the_first_axis(shape, bytes_per_number=4):
+    return (shape[0] if len(shape) else 1) * bytes_per_number
+
+
+@wrong("tensor_bytes", "You add the size of a number to their count. How many bytes do so many numbers take together?")
+def adds_the_size_of_a_number(shape, bytes_per_number=4):
+    return int(np.prod(shape)) + bytes_per_number
+
+
+@wrong(
+    "tensor_bytes", "You divide by the size of a number. If each takes several bytes, all take more bytes, not fewer."
+)
+def divides_by_the_size(shape, bytes_per_number=4):
+    return int(np.prod(shape)) / bytes_per_number
+
+
 @wrong("tensor_bytes", caught_by="prints")
 def prints_it(shape, bytes_per_number=4):
     print(int(np.prod(shape)) * bytes_per_number)
@@ -106,6 +146,23 @@ def trained_and_frozen(model):
     for _, p in model.named_parameters():
         count[p.requires_grad] += p.nelement()
     return [count[True], count[True] + count[False]]
+
+
+@right("count_parameters")
+def in_numpy(model):
+    sizes = np.array([p.numel() for _, p in model.named_parameters()])
+    trained = np.array([p.requires_grad for _, p in model.named_parameters()])
+    return int(sizes @ trained), int(sizes.sum())
+
+
+@right("count_parameters")
+def frozen_subtracted(model):
+    total = frozen = 0
+    for p in set(model.parameters()):
+        total += math.prod(p.size())
+        if not p.requires_grad:
+            frozen += math.prod(p.size())
+    return torch.tensor(total - frozen), total
 
 
 @wrong("count_parameters", "You count tensors. A parameter of shape (out, in) is one tensor but many numbers.")
@@ -172,250 +229,60 @@ def everything_is_trained(model):
     return total, total
 
 
+@wrong(
+    "count_parameters",
+    "You recognise a shared parameter by where its numbers are in memory. On the device meta there are no numbers, and "
+    "every parameter looks like the same one.",
+)
+def by_place_in_memory(model):
+    seen = {p.data_ptr(): p for p in model.parameters()}.values()
+    return sum(p.numel() for p in seen if p.requires_grad), sum(p.numel() for p in seen)
+
+
+@wrong("count_parameters", "You count matrices as rows * columns. A parameter can also have one axis, three, or none.")
+def rows_times_columns(model):
+    def size(p):
+        return ([*p.shape, 1, 1][0]) * ([*p.shape, 1, 1][1])
+
+    return sum(size(p) for p in model.parameters() if p.requires_grad), sum(size(p) for p in model.parameters())
+
+
+@wrong(
+    "count_parameters",
+    "You look at the model's own parameters and its children's, but a child can contain modules too.",
+)
+def children_only(model):
+    own = list(model.parameters(recurse=False))
+    own += [p for child in model.children() for p in child.parameters(recurse=False) if not any(p is o for o in own)]
+    return sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own)
+
+
 @wrong("count_parameters", caught_by="number of results")
 def only_one_number(model):
     return [sum(p.numel() for p in model.parameters() if p.requires_grad)]
-
-
-# --- training_memory ---------------------------------------------------------------------------------
-
-PARTS = ("weights", "gradients", "optimizer", "activations")
-
-
-def refuse(parameters, trained, precision):
-    if trained > parameters or precision not in ("float32", "bfloat16", "mixed"):
-        raise ValueError("impossible")
-
-
-def memory(weights, gradients, optimizer, activations):
-    return dict(zip(PARTS, (weights, gradients, optimizer, activations), strict=True))
-
-
-@right("training_memory")
-def from_a_table(parameters, trained, activations=0, precision="float32"):
-    table = {"float32": (4, 4, 8), "bfloat16": (2, 2, 4), "mixed": (2, 2, 12)}
-    if precision not in table:
-        raise ValueError("no such precision")
-    assert_possible = trained <= parameters
-    if not assert_possible:
-        raise ValueError("too many trained")
-    weight, gradient, adam = table[precision]
-    return memory(weight * parameters, gradient * trained, adam * trained, activations)
-
-
-@right("training_memory")
-def in_floating_point(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    bits = 32.0 if precision == "float32" else 16.0
-    copy = trained * 4.0 if precision == "mixed" else 0.0
-    moment = trained * (bits if precision != "mixed" else 32.0) / 8
-    return memory(parameters * bits / 8, trained * bits / 8, moment + moment + copy, float(activations))
-
-
-@wrong(
-    "training_memory",
-    "You give frozen parameters a gradient. What is not trained has neither a gradient nor Adam's states.",
-)
-def everything_has_a_gradient(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    number = 4 if precision == "float32" else 2
-    return memory(
-        number * parameters,
-        number * parameters,
-        (12 if precision == "mixed" else 2 * number) * trained,
-        activations,
-    )
-
-
-@wrong(
-    "training_memory",
-    "You give frozen parameters Adam's states too. The optimiser keeps states for trained parameters only.",
-)
-def adam_for_everything(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    number = 4 if precision == "float32" else 2
-    return memory(
-        number * parameters, number * trained, (12 if precision == "mixed" else 2 * number) * parameters, activations
-    )
-
-
-@wrong(
-    "training_memory", "Adam keeps two numbers for each trained parameter, m and v. You count one: that is momentum."
-)
-def one_state_as_in_momentum(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    number = 4 if precision == "float32" else 2
-    return memory(number * parameters, number * trained, (8 if precision == "mixed" else number) * trained, activations)
-
-
-@wrong("training_memory", "Frozen weights still take memory: the forward pass needs every weight, trained or not.")
-def only_trained_weights(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    number = 4 if precision == "float32" else 2
-    return memory(
-        number * trained, number * trained, (12 if precision == "mixed" else 2 * number) * trained, activations
-    )
-
-
-@wrong(
-    "training_memory",
-    "In mixed precision you forget the copy of the weights: without it a small update is lost in 16 bits.",
-)
-def mixed_without_a_copy(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    number = 4 if precision == "float32" else 2
-    return memory(
-        number * parameters, number * trained, (8 if precision == "mixed" else 2 * number) * trained, activations
-    )
-
-
-@wrong(
-    "training_memory",
-    "In mixed precision you keep the optimiser's numbers in 16 bits. Only weights and gradients are in 16 bits.",
-)
-def mixed_all_in_16_bits(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    number = 4 if precision == "float32" else 2
-    return memory(
-        number * parameters, number * trained, (3 if precision == "mixed" else 2) * number * trained, activations
-    )
-
-
-@wrong(
-    "training_memory",
-    "In mixed precision you copy the frozen weights as well. Weights that are never updated need no copy.",
-)
-def copies_frozen_weights(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    number = 4 if precision == "float32" else 2
-    adam = 8 * trained + 4 * parameters if precision == "mixed" else 2 * number * trained
-    return memory(number * parameters, number * trained, adam, activations)
-
-
-@wrong("training_memory", "Every number takes 4 bytes in your answer, whatever the precision.")
-def always_in_float32(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    return memory(4 * parameters, 4 * trained, 8 * trained, activations)
-
-
-@wrong("training_memory", "The activations are already given in bytes; do not multiply them by anything.")
-def activations_as_numbers(parameters, trained, activations=0, precision="float32"):
-    refuse(parameters, trained, precision)
-    number = 4 if precision == "float32" else 2
-    adam = (12 if precision == "mixed" else 2 * number) * trained
-    return memory(number * parameters, number * trained, adam, number * activations)
-
-
-@wrong(
-    "training_memory",
-    "There cannot be more trained parameters than parameters. Raise a ValueError instead of returning a number.",
-)
-def refuses_only_precisions(parameters, trained, activations=0, precision="float32"):
-    return from_a_table(max(parameters, trained), trained, activations, precision)
-
-
-@wrong(
-    "training_memory",
-    "An unknown precision is treated as if it were a known one. A misspelt name then silently gives a wrong number.",
-)
-def refuses_no_precision(parameters, trained, activations=0, precision="float32"):
-    known = precision in ("float32", "bfloat16", "mixed")
-    return from_a_table(parameters, trained, activations, precision if known else "bfloat16")
-
-
-@wrong("training_memory", caught_by="another type")
-def only_the_sum(parameters, trained, activations=0, precision="float32"):
-    return sum(from_a_table(parameters, trained, activations, precision).values())
-
-
-# --- activation_bytes --------------------------------------------------------------------------------
-
-
-@right("activation_bytes")
-def the_papers_formula(batch, tokens, width, heads, layers):
-    return layers * tokens * batch * width * (34 + 5 * heads * tokens / width)
-
-
-@right("activation_bytes")
-def line_by_line(batch, tokens, width, heads, layers):
-    small, square = (batch, tokens, width), (batch, heads, tokens, tokens)
-    numbers = [small] * 7 + [square] * 2 + [(batch, tokens, 4 * width)] * 2 + [small]  # all but the masks
-    masks = [small, small, square]
-    one_block = 2 * sum(np.prod(shape) for shape in numbers) + sum(np.prod(shape) for shape in masks)
-    return one_block * layers
-
-
-@wrong(
-    "activation_bytes", "This is one block. Each block keeps its own activations until the backward pass reaches it."
-)
-def one_block_only(batch, tokens, width, heads, layers):
-    return the_papers_formula(batch, tokens, width, heads, 1)
-
-
-@wrong(
-    "activation_bytes",
-    "You leave out what grows with the square of the text's length: each head keeps a (T, T) matrix of attention "
-    "weights.",
-)
-def no_attention_matrices(batch, tokens, width, heads, layers):
-    return layers * batch * tokens * width * 34
-
-
-@wrong("activation_bytes", "Every head has a T x T matrix of its own; you count those of one head only.")
-def tables_of_one_head(batch, tokens, width, heads, layers):
-    return layers * (34 * batch * tokens * width + 5 * batch * tokens * tokens)
-
-
-@wrong("activation_bytes", "A dropout mask takes 1 byte per entry, not 2: it only says kept or dropped.")
-def masks_of_two_bytes(batch, tokens, width, heads, layers):
-    return layers * (36 * batch * tokens * width + 6 * batch * heads * tokens * tokens)
-
-
-@wrong("activation_bytes", "The masks of the dropouts are missing: the backward pass has to know what was dropped.")
-def no_masks(batch, tokens, width, heads, layers):
-    return layers * (32 * batch * tokens * width + 4 * batch * heads * tokens * tokens)
-
-
-@wrong("activation_bytes", "Inside the MLP the width is 4 d, both before and after the activation function.")
-def narrow_mlp(batch, tokens, width, heads, layers):
-    return layers * (22 * batch * tokens * width + 5 * batch * heads * tokens * tokens)
-
-
-@wrong("activation_bytes", "q, k and v are three tensors of shape (B, T, d), and all three are kept.")
-def two_of_q_k_v(batch, tokens, width, heads, layers):
-    return layers * (32 * batch * tokens * width + 5 * batch * heads * tokens * tokens)
-
-
-@wrong("activation_bytes", "The inputs of the two layer normalisations are missing.")
-def no_normalisations(batch, tokens, width, heads, layers):
-    return layers * (30 * batch * tokens * width + 5 * batch * heads * tokens * tokens)
-
-
-@wrong("activation_bytes", "You count numbers where bytes are asked for: most numbers here take 2 bytes.")
-def numbers_not_bytes(batch, tokens, width, heads, layers):
-    return layers * (18 * batch * tokens * width + 3 * batch * heads * tokens * tokens)
-
-
-@wrong("activation_bytes", "You count 4 bytes per number. This exercise is about 16-bit training.")
-def four_bytes_a_number(batch, tokens, width, heads, layers):
-    return layers * (66 * batch * tokens * width + 9 * batch * heads * tokens * tokens)
-
-
-@wrong("activation_bytes", "A model that reads B texts at once keeps the activations of all of them.")
-def one_text_only(batch, tokens, width, heads, layers):
-    return the_papers_formula(1, tokens, width, heads, layers)
 
 
 # --- checkpoint_bytes --------------------------------------------------------------------------------
 
 
 @right("checkpoint_bytes")
-def by_storage(model, only_trained=False):
-    stored = {}
+def by_identity_of_parameters(model, only_trained=False):
+    chosen = {id(p): p.nbytes for p in model.parameters() if p.requires_grad >= only_trained}
+    return sum(chosen.values())
+
+
+@right("checkpoint_bytes")
+def in_bits(model, only_trained=False):
+    parameters = [p for p in model.parameters() if p.requires_grad] if only_trained else list(model.parameters())
+    return sum(torch.finfo(p.dtype).bits * math.prod(p.shape) for p in parameters) // 8
+
+
+@right("checkpoint_bytes")
+def dtype_by_dtype(model, only_trained=False):
+    numbers = Counter()
     for p in model.parameters():
-        if not only_trained or p.requires_grad:
-            stored[p.untyped_storage().data_ptr()] = p.untyped_storage().nbytes()
-    return sum(stored.values())
+        numbers[p.dtype] += p.numel() * (p.requires_grad or not only_trained)
+    return sum(dtype.itemsize * count for dtype, count in numbers.items())
 
 
 @right("checkpoint_bytes")
@@ -480,3 +347,29 @@ def stores_numbers(model, only_trained=False):
 def with_adam(model, only_trained=False):
     chosen = [p for p in model.parameters() if p.requires_grad or not only_trained]
     return sum(p.nbytes for p in chosen) + 3 * sum(p.nbytes for p in chosen if p.requires_grad)
+
+
+@wrong(
+    "checkpoint_bytes",
+    "You count the memory behind a parameter. A slice of a larger tensor shares the memory of the whole, but only its "
+    "own numbers are stored.",
+)
+def by_storage(model, only_trained=False):
+    chosen = [p for p in model.parameters() if p.requires_grad or not only_trained]
+    return sum(p.untyped_storage().nbytes() for p in chosen)
+
+
+@wrong(
+    "checkpoint_bytes",
+    "You recognise a shared parameter by where its numbers are in memory. On the device meta there are no numbers, and "
+    "every parameter looks like the same one.",
+)
+def by_place_in_memory_too(model, only_trained=False):
+    chosen = [p for p in model.parameters() if p.requires_grad or not only_trained]
+    return sum({p.data_ptr(): p.nbytes for p in chosen}.values())
+
+
+@wrong("checkpoint_bytes", "You count buffers too; here only the parameters are asked for.")
+def with_the_buffers(model, only_trained=False):
+    chosen = [p for p in model.parameters() if p.requires_grad or not only_trained]
+    return sum(p.nbytes for p in chosen) + sum(b.nbytes for b in model.buffers())

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from lora_from_scratch.checks.bank import changed, right, wrong
-from lora_from_scratch.linear_algebra.rank import row_echelon
+from lora_from_scratch.linear_algebra.rank import require_matrix, row_echelon
 
 # --- row_echelon -------------------------------------------------------------------------------------
 
@@ -19,9 +21,17 @@ def default_tolerance(matrix: Tensor) -> float:
     return max(matrix.shape) * torch.finfo(dtype).eps * float(matrix.abs().max())
 
 
+def check_tolerance(matrix: Tensor, tolerance: float | None) -> float:
+    if tolerance is None:
+        return default_tolerance(matrix)
+    if not math.isfinite(tolerance) or tolerance < 0:
+        raise ValueError(f"no tolerance: {tolerance}")
+    return tolerance
+
+
 def start(matrix: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor, float]:
-    M = matrix.clone() if matrix.is_floating_point() else matrix.double()
-    return M, torch.arange(M.shape[1]), default_tolerance(matrix) if tolerance is None else tolerance
+    M = require_matrix(matrix).clone()
+    return M, torch.arange(M.shape[1]), check_tolerance(M, tolerance)
 
 
 def largest(M: Tensor, k: int) -> tuple[int, int]:
@@ -42,15 +52,15 @@ def clear(M: Tensor, k: int) -> None:
 
 @right("row_echelon")
 def row_by_row_in_numpy(matrix: Tensor, tolerance: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    M = matrix.numpy().astype(np.float64)
+    matrix = require_matrix(matrix)
+    M = matrix.numpy().copy()
     m, n = M.shape
     order = np.arange(n)
-    if tolerance is None:
-        tolerance = default_tolerance(matrix)
+    limit = check_tolerance(matrix, tolerance)
     for k in range(min(m, n)):
         i, j = np.unravel_index(np.abs(M[k:, k:]).argmax(), M[k:, k:].shape)
         i, j = i + k, j + k
-        if abs(M[i, j]) <= tolerance:
+        if abs(M[i, j]) <= limit:
             M[k:] = 0
             break
         M[[k, i]] = M[[i, k]]
@@ -65,8 +75,9 @@ def row_by_row_in_numpy(matrix: Tensor, tolerance: float | None = None) -> tuple
 @right("row_echelon")
 def with_lists(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, list[int]]:
     """On nested lists of Python numbers."""
+    matrix = require_matrix(matrix)
     M = [[float(x) for x in row] for row in matrix]
-    limit = default_tolerance(matrix) if tolerance is None else tolerance
+    limit = check_tolerance(matrix, tolerance)
     m, n = len(M), len(M[0])
     columns, done = list(range(n)), 0
     while done < min(m, n):
@@ -82,7 +93,49 @@ def with_lists(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, 
             ratio = M[i][done] / M[done][done]
             M[i] = [0.0 if c <= done else x - ratio * p for c, (x, p) in enumerate(zip(M[i], M[done], strict=True))]
         done += 1
-    return torch.tensor([row if i < done else [0.0] * n for i, row in enumerate(M)]), torch.tensor(columns)
+    rows = [row if i < done else [0.0] * n for i, row in enumerate(M)]
+    return torch.tensor(rows, dtype=matrix.dtype), torch.tensor(columns)
+
+
+@right("row_echelon")
+def without_moving_anything_until_the_end(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
+    """Rows and columns stay in place; two lists say in which order they were used."""
+    M = require_matrix(matrix).clone()
+    limit, (m, n) = check_tolerance(M, tolerance), M.shape
+    rows, columns = list(range(m)), list(range(n))
+    for k in range(min(m, n)):
+        block = M[rows[k:]][:, columns[k:]].abs()
+        i, j = (block == block.max()).nonzero()[0].tolist()
+        if block[i, j] <= limit:
+            M[rows[k:]] = 0
+            break
+        rows[k], rows[k + i] = rows[k + i], rows[k]
+        columns[k], columns[k + j] = columns[k + j], columns[k]
+        p, q = rows[k], columns[k]
+        for row in rows[k + 1 :]:
+            M[row] = M[row] - M[row, q] / M[p, q] * M[p]
+            M[row, q] = 0
+    return M[rows][:, columns].contiguous(), torch.tensor(columns)
+
+
+@right("row_echelon")
+def recursively(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
+    """The first step, then the same for the block that is left, whose columns are reordered above too."""
+    M = require_matrix(matrix).clone()
+    limit, (m, n) = check_tolerance(M, tolerance), M.shape
+    order = torch.arange(n)
+    if float(M.abs().max()) <= limit:
+        return torch.zeros_like(M), order
+    i, j = np.unravel_index(int(M.abs().reshape(-1).argmax()), (m, n))
+    order[0], order[j] = int(order[j]), int(order[0])
+    M = M[[int(i), *[row if row != i else 0 for row in range(1, m)]]][:, order]
+    M[1:, 1:] -= M[1:, :1] / M[0, 0] * M[:1, 1:]
+    M[1:, 0] = 0
+    if m > 1 and n > 1:
+        M[1:, 1:], below = recursively(M[1:, 1:], limit)
+        M[0, 1:] = M[0, 1:][below]
+        order = torch.cat([order[:1], order[1:][below]])
+    return M, order
 
 
 @wrong("row_echelon", "You swap rows, but never columns: the largest entry may be in another column.")
@@ -199,6 +252,143 @@ def never_stops(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor,
     return M / M.abs().max(), columns
 
 
+@wrong(
+    "row_echelon",
+    "A tolerance of 0 is a tolerance: you replace it by the default. `None` is the only value that asks for that.",
+)
+@changed(row_echelon, ("if tolerance is None", "if not tolerance"))
+def zero_is_no_tolerance(): ...
+
+
+@wrong("row_echelon", "You accept a tolerance that is negative, infinite or not a number. Raise a ValueError.")
+@changed(row_echelon, ("if not 0 <= tolerance < math.inf:", "if False:"))
+def takes_any_tolerance(): ...
+
+
+@wrong("row_echelon", "A negative tolerance raises no ValueError. Nothing is of negative size.")
+@changed(row_echelon, ("if not 0 <= tolerance < math.inf:", "if not tolerance < math.inf:"))
+def takes_a_negative_tolerance(): ...
+
+
+@wrong("row_echelon", "You accept an infinite tolerance, for which everything counts as zero. Raise a ValueError.")
+@changed(row_echelon, ("if not 0 <= tolerance < math.inf:", "if not 0 <= tolerance:"))
+def takes_an_infinite_tolerance(): ...
+
+
+@wrong(
+    "row_echelon",
+    "Below the pivot the subtraction leaves a rounding error instead of 0: a / p * p need not be a. Those entries are "
+    "known, so write them.",
+)
+@changed(row_echelon, ("        echelon[k + 1 :, k] = 0", "        pass"))
+def trusts_the_subtraction(): ...
+
+
+@wrong("row_echelon", "You end in the right place, but what is left is not set to 0: rounding errors stay there.")
+@changed(row_echelon, ("            echelon[k:] = 0\n", ""))
+def leaves_what_counts_as_zero(): ...
+
+
+@wrong("row_echelon", "If several entries are the largest, you take the last of them. The first counts, row by row.")
+@changed(
+    row_echelon,
+    (
+        "divmod(int(echelon[k:, k:].abs().argmax()), n - k)",
+        "divmod((m - k) * (n - k) - 1 - int(echelon[k:, k:].abs().flip(0, 1).argmax()), n - k)",
+    ),
+)
+def takes_the_last_of_several(): ...
+
+
+@wrong(
+    "row_echelon",
+    "If several entries are the largest, you take the one in the first column. The first counts *row by row*.",
+)
+@changed(
+    row_echelon,
+    (
+        "divmod(int(echelon[k:, k:].abs().argmax()), n - k)",
+        "divmod(int(echelon[k:, k:].T.abs().argmax()), m - k)[::-1]",
+    ),
+)
+def looks_column_by_column(): ...
+
+
+@wrong(
+    "row_echelon",
+    "Your default tolerance is taken from the largest entry, not from the largest *absolute value*: with negative "
+    "entries it is too small.",
+)
+@changed(
+    row_echelon,
+    (
+        "rounding_tolerance(matrix, matrix.abs().max().item())",
+        "rounding_tolerance(matrix, max(0, matrix.max().item()))",
+    ),
+)
+def tolerance_of_the_largest_entry(): ...
+
+
+@wrong("row_echelon", "Your default tolerance takes the shorter side of the matrix; it is the longer one that counts.")
+@changed(
+    row_echelon,
+    (
+        "rounding_tolerance(matrix, matrix.abs().max().item())",
+        "min(matrix.shape) * torch.finfo(matrix.dtype).eps * matrix.abs().max().item()",
+    ),
+)
+def tolerance_of_the_shorter_side(): ...
+
+
+@wrong(
+    "row_echelon",
+    "Your default tolerance is a fixed number. Rounding errors grow with the entries, and with the size of the matrix.",
+)
+@changed(row_echelon, ("rounding_tolerance(matrix, matrix.abs().max().item())", "1e-10"))
+def a_tolerance_for_all(): ...
+
+
+@wrong(
+    "row_echelon",
+    "You compute in the matrix's own dtype. In bfloat16, with 8 binary digits, hardly a subtraction is right: "
+    "`require_matrix` gives the computing dtype.",
+)
+def in_its_own_dtype(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
+    echelon, columns = row_echelon(matrix, tolerance)
+    return echelon.to(matrix.dtype) if matrix.is_floating_point() else echelon, columns
+
+
+@wrong(
+    "row_echelon",
+    "You return float64 whatever the matrix was. A float32 matrix stays in float32, and so does its echelon form.",
+)
+def always_in_float64(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
+    echelon, columns = row_echelon(matrix, tolerance)
+    return echelon.double(), columns
+
+
+@wrong(
+    "row_echelon",
+    "You find the pivot in all rows, those already finished included. Look at the rows and columns from k on.",
+)
+@changed(
+    row_echelon,
+    ("echelon[k:, k:].abs().argmax()), n - k)", "echelon[:, k:].abs().argmax()), n - k)"),
+    ("row, column = row + k, column + k", "row, column = row, column + k"),
+)
+def looks_in_finished_rows(): ...
+
+
+@wrong("row_echelon", "The place of the largest entry is counted within the block that is left: add k to both numbers.")
+@changed(row_echelon, ("        row, column = row + k, column + k\n", ""))
+def counts_within_the_block(): ...
+
+
+@wrong("row_echelon", "You multiply the pivot row by the entry, without dividing by the pivot: nothing becomes zero.")
+@changed(row_echelon, ("echelon[k + 1 :, k] / echelon[k, k]", "echelon[k + 1 :, k] * 1"))
+def forgets_to_divide(): ...
+
+
 @wrong("row_echelon", caught_by="changes its input")
 def works_in_the_callers_matrix(matrix: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     echelon, columns = row_echelon(matrix, tolerance)
@@ -209,394 +399,3 @@ def works_in_the_callers_matrix(matrix: Tensor, tolerance: float | None = None) 
 @wrong("row_echelon", caught_by="another type")
 def without_the_columns(matrix: Tensor, tolerance: float | None = None) -> Tensor:
     return row_echelon(matrix, tolerance)[0]
-
-
-# --- rank --------------------------------------------------------------------------------------------
-
-
-def two_axes(matrix: Tensor) -> Tensor:
-    if matrix.ndim != 2:
-        raise ValueError("not a matrix")
-    return matrix
-
-
-def counted(matrix: Tensor, tolerance: float) -> int:
-    """Number of pivots above the tolerance."""
-    return int(row_echelon(two_axes(matrix), tolerance)[0].any(dim=1).sum())
-
-
-@right("rank")
-def counts_the_diagonal(matrix: Tensor, tolerance: float | None = None) -> Tensor:
-    echelon, _ = row_echelon(matrix, tolerance)
-    return torch.count_nonzero(echelon.diagonal())
-
-
-@right("rank")
-def by_singular_values(matrix: Tensor, tolerance: float | None = None) -> int:
-    values = torch.linalg.svdvals(two_axes(matrix))
-    if tolerance is None:
-        tolerance = max(matrix.shape) * torch.finfo(matrix.dtype).eps * float(values[0])
-    return sum(1 for value in values.tolist() if value > tolerance)
-
-
-@right("rank")
-def numpys(matrix: Tensor, tolerance: float | None = None) -> np.integer:
-    return np.linalg.matrix_rank(two_axes(matrix).numpy(), tol=tolerance)
-
-
-@wrong("rank", "That is the number of axes. Tensor libraries sometimes call it rank too, but it is something else.")
-def number_of_axes(matrix: Tensor, tolerance: float | None = None) -> int:
-    return two_axes(matrix).ndim
-
-
-@wrong("rank", "That is the largest rank that a matrix of this shape can have. How many of its rows are independent?")
-def smaller_side(matrix: Tensor, tolerance: float | None = None) -> int:
-    return min(two_axes(matrix).shape)
-
-
-@wrong("rank", "You count the nonzero rows of the matrix itself. A row can be a sum of others without being zero.")
-def rows_that_are_not_zero(matrix: Tensor, tolerance: float | None = None) -> int:
-    return int(two_axes(matrix).any(dim=1).sum())
-
-
-@wrong("rank", "You count distinct rows. Rows can depend on each other without any two of them being equal.")
-def different_rows(matrix: Tensor, tolerance: float | None = None) -> int:
-    rows = {tuple(row) for row in two_axes(matrix).tolist()}
-    return len(rows - {(0.0,) * matrix.shape[1]})
-
-
-@wrong("rank", "You count entries of the echelon form, not rows: a row counts once, however many entries it has.")
-def counts_entries(matrix: Tensor, tolerance: float | None = None) -> int:
-    return int(torch.count_nonzero(row_echelon(matrix, tolerance)[0]))
-
-
-@wrong("rank", "You count the rows that are zero. Those are the ones that are missing.")
-def counts_zero_rows(matrix: Tensor, tolerance: float | None = None) -> int:
-    return int((~row_echelon(matrix, tolerance)[0].any(dim=1)).sum())
-
-
-@wrong(
-    "rank",
-    "You count everything that is not exactly zero. Rounding leaves something behind almost everywhere: what is too "
-    "small to count?",
-)
-def nothing_counts_as_zero(matrix: Tensor, tolerance: float | None = None) -> int:
-    return counted(matrix, 0.0 if tolerance is None else tolerance)
-
-
-@wrong(
-    "rank",
-    "Your tolerance is the same for every matrix. What is negligible beside entries of 1e20 is huge beside entries of "
-    "1e-20.",
-)
-def a_fixed_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
-    return counted(matrix, 1e-8 if tolerance is None else tolerance)
-
-
-@wrong(
-    "rank",
-    "Your tolerance depends on the entries, which is right, but not on the dtype: float64 resolves much smaller "
-    "differences.",
-)
-def float32s_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
-    two_axes(matrix)
-    limit = max(matrix.shape) * torch.finfo(torch.float32).eps * float(matrix.abs().max())
-    return counted(matrix, limit if tolerance is None else tolerance)
-
-
-@wrong("rank", "You do not pass the tolerance on: a caller who gives one gets the result for the default.")
-def forgets_the_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
-    return counted(matrix, default_tolerance(matrix))
-
-
-@wrong(
-    "rank",
-    "You count the diagonal entries of the matrix itself. Before the elimination they say nothing about the rank.",
-)
-def diagonal_of_the_matrix(matrix: Tensor, tolerance: float | None = None) -> int:
-    return int(torch.count_nonzero(two_axes(matrix).diagonal()))
-
-
-@wrong("rank", caught_by="shape")
-def gives_the_rows(matrix: Tensor, tolerance: float | None = None) -> Tensor:
-    return row_echelon(matrix, tolerance)[0].any(dim=1)
-
-
-# --- rank_deficiency ---------------------------------------------------------------------------------
-
-
-@right("rank_deficiency")
-def from_singular_values(matrix: Tensor, tolerance: float | None = None) -> int:
-    return min(matrix.shape) - by_singular_values(matrix, tolerance)
-
-
-@right("rank_deficiency")
-def zero_rows_of_the_shorter_side(matrix: Tensor, tolerance: float | None = None) -> int:
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    return int((~row_echelon(wide, tolerance)[0].any(dim=1)).sum())
-
-
-def library_rank(matrix: Tensor, tolerance: float | None = None) -> int:
-    return int(row_echelon(matrix, tolerance)[0].any(dim=1).sum())
-
-
-@wrong("rank_deficiency", "You compare with the larger side. A 3 x 5 matrix cannot have 5 independent columns.")
-def from_the_larger_side(matrix: Tensor, tolerance: float | None = None) -> int:
-    return max(matrix.shape) - library_rank(matrix, tolerance)
-
-
-@wrong(
-    "rank_deficiency",
-    "You compare with the number of columns: that is the dimension of the null space. A wide matrix of full rank "
-    "lacks none.",
-)
-def nullity(matrix: Tensor, tolerance: float | None = None) -> int:
-    return matrix.shape[1] - library_rank(matrix, tolerance)
-
-
-@wrong(
-    "rank_deficiency", "You compare with the number of rows. A tall matrix of full rank has more rows than its rank."
-)
-def missing_rows(matrix: Tensor, tolerance: float | None = None) -> int:
-    return matrix.shape[0] - library_rank(matrix, tolerance)
-
-
-@wrong("rank_deficiency", "This is the rank: how many independent rows there are, not how many are missing.")
-def the_rank_itself(matrix: Tensor, tolerance: float | None = None) -> int:
-    return library_rank(matrix, tolerance)
-
-
-@wrong(
-    "rank_deficiency",
-    "The difference is the wrong way round: the number of missing rows is not negative.",
-)
-def negative(matrix: Tensor, tolerance: float | None = None) -> int:
-    return library_rank(matrix, tolerance) - min(matrix.shape)
-
-
-@wrong(
-    "rank_deficiency", "You do not pass the tolerance on: what counts as zero is then not what the caller asked for."
-)
-def deficiency_without_tolerance(matrix: Tensor, tolerance: float | None = None) -> int:
-    return min(matrix.shape) - library_rank(matrix)
-
-
-@wrong("rank_deficiency", "You say whether rows are missing; the question is how many.")
-def whether_deficient(matrix: Tensor, tolerance: float | None = None) -> int:
-    return int(library_rank(matrix, tolerance) < min(matrix.shape))
-
-
-@wrong("rank_deficiency", "This is the fraction of rows that are missing. How many rows is that?")
-def as_a_share(matrix: Tensor, tolerance: float | None = None) -> float:
-    return 1 - library_rank(matrix, tolerance) / min(matrix.shape)
-
-
-# --- outer_product_sum -------------------------------------------------------------------------------
-
-
-def same_r(B: Tensor, A: Tensor) -> None:
-    if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
-        raise ValueError("the factors do not fit")
-
-
-@right("outer_product_sum")
-def the_matrix_product(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    return B @ A
-
-
-@right("outer_product_sum")
-def all_terms_at_once(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    return (B[:, :, None] * A[None]).sum(dim=1)
-
-
-@right("outer_product_sum")
-def by_einstein(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    return torch.einsum("ik,kj->ij", B.double(), A.double())
-
-
-@wrong(
-    "outer_product_sum",
-    "You sum the columns of B and the rows of A first, and multiply once. That pairs column k with rows other than "
-    "row k.",
-)
-def sums_first(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    return torch.outer(B.sum(dim=1), A.sum(dim=0))
-
-
-@wrong("outer_product_sum", "You return only the first term; the others have to be added.")
-def first_term_only(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    return torch.outer(B[:, 0], A[0]) if B.shape[1] else torch.zeros(B.shape[0], A.shape[1])
-
-
-@wrong("outer_product_sum", "You keep only the last term: the loop overwrites the sum instead of adding to it.")
-def last_term_only(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    total = torch.zeros(B.shape[0], A.shape[1])
-    for k in range(B.shape[1]):
-        total = torch.outer(B[:, k], A[k])
-    return total
-
-
-@wrong("outer_product_sum", "You take the mean of the terms. They have to be added up.")
-def mean_of_the_terms(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    return B @ A / max(B.shape[1], 1)
-
-
-@wrong("outer_product_sum", "The result is transposed: entry (i, j) belongs to row i of B and column j of A.")
-def turned_round(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    return A.T @ B.T
-
-
-@wrong(
-    "outer_product_sum",
-    "The values are right, but no gradient flows back to B and A: somewhere they are detached from the graph. LoRA "
-    "trains exactly these two.",
-)
-def without_gradients(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    total = torch.zeros(B.shape[0], A.shape[1], dtype=B.dtype, requires_grad=True)
-    for k in range(B.shape[1]):
-        total = (total + torch.outer(B[:, k].detach(), A[k].detach())).detach()
-    return total
-
-
-@wrong(
-    "outer_product_sum",
-    "Gradients flow back to A, but not to B. Both factors are trained.",
-)
-def gradient_of_one_factor(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    return B.detach() @ A
-
-
-@wrong(
-    "outer_product_sum",
-    "Two columns and three rows: `zip` silently stops at the shorter of the two. Raise a ValueError instead.",
-)
-def stops_at_the_shorter(B: Tensor, A: Tensor) -> Tensor:
-    total = torch.zeros(B.shape[0], A.shape[1], dtype=B.dtype)
-    for column, row in zip(B.T, A):
-        total = total + torch.outer(column, row)
-    return total
-
-
-@wrong(
-    "outer_product_sum", "With r = 0 there are no terms, and the sum of no terms is a matrix of zeros, not an error."
-)
-def needs_a_term(B: Tensor, A: Tensor) -> Tensor:
-    same_r(B, A)
-    total = torch.outer(B[:, 0], A[0])
-    for k in range(1, B.shape[1]):
-        total = total + torch.outer(B[:, k], A[k])
-    return total
-
-
-@wrong("outer_product_sum", caught_by="another type")
-def a_list_of_terms(B: Tensor, A: Tensor) -> list[Tensor]:
-    return [torch.outer(B[:, k], A[k]) for k in range(B.shape[1])]
-
-
-# --- low_rank_parameter_count ------------------------------------------------------------------------
-
-
-def possible(out_features: int, in_features: int, rank: int) -> None:
-    if rank < 1 or rank > min(out_features, in_features):
-        raise ValueError("no such rank")
-
-
-@right("low_rank_parameter_count")
-def counts_two_tensors(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, rank)
-    with torch.device("meta"):
-        return torch.empty(out_features, rank).numel() + torch.empty(rank, in_features).numel()
-
-
-@right("low_rank_parameter_count")
-def one_term_at_a_time(out_features: int, in_features: int, rank: int) -> int:
-    if rank not in range(1, min(out_features, in_features) + 1):
-        raise ValueError(f"rank {rank}")
-    return sum(out_features + in_features for _ in range(rank))
-
-
-@wrong("low_rank_parameter_count", "These are the numbers of the full matrix. How many are in its two factors?")
-def the_full_matrix(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, rank)
-    return out_features * in_features
-
-
-@wrong(
-    "low_rank_parameter_count", "You count only one factor. There are two: B has as many rows as W, A as many columns."
-)
-def only_a(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, rank)
-    return rank * in_features
-
-
-@wrong(
-    "low_rank_parameter_count",
-    "You count only one factor. There are two: the one you leave out has as many columns as W.",
-)
-def only_b(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, rank)
-    return rank * out_features
-
-
-@wrong("low_rank_parameter_count", "The rank belongs to both factors: without parentheses it multiplies one of them.")
-def without_parentheses(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, rank)
-    return rank * out_features + in_features
-
-
-@wrong(
-    "low_rank_parameter_count", "You count each of the r terms multiplied out. Each is stored as a column and a row."
-)
-def terms_multiplied_out(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, rank)
-    return rank * out_features * in_features
-
-
-@wrong("low_rank_parameter_count", "You treat the matrix as square: B has as many rows as W, A has as many columns.")
-def as_if_square(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, rank)
-    return 2 * rank * out_features
-
-
-@wrong(
-    "low_rank_parameter_count",
-    "You also count a scale for each term. It is already contained in B and A: nothing stands between the two factors.",
-)
-def with_singular_values(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, rank)
-    return rank * (out_features + in_features + 1)
-
-
-@wrong(
-    "low_rank_parameter_count",
-    "A rank above the smaller side cannot raise the rank of the product: raise a ValueError.",
-)
-def any_rank_will_do(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, min(rank, out_features, in_features))
-    return rank * (out_features + in_features)
-
-
-@wrong(
-    "low_rank_parameter_count",
-    "With rank 0 there is nothing to store and nothing to train: that has to raise a ValueError too.",
-)
-def rank_zero_is_free(out_features: int, in_features: int, rank: int) -> int:
-    possible(out_features, in_features, max(rank, 1))
-    return rank * (out_features + in_features)
-
-
-@wrong(
-    "low_rank_parameter_count", "Some ranks are impossible, too small or too large: those have to raise a ValueError."
-)
-def refuses_nothing(out_features: int, in_features: int, rank: int) -> int:
-    return rank * (out_features + in_features)
