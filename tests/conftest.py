@@ -22,7 +22,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine takes its time
 hypothesis.settings.load_profile("tests")
 
-LONGEST = ("test_attacks", "test_bank", "test_notebooks", "test_units_on_gpt2", "test_alternatives", "test_sandbox")
+LONGEST = (
+    "test_bank_seeds",
+    "test_attacks",
+    "test_bank",
+    "test_notebooks",
+    "test_units_on_gpt2",
+    "test_alternatives",
+    "test_sandbox",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
