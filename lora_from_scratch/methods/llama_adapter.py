@@ -50,15 +50,16 @@ def gated_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, pr
     """Causal attention to the text, plus tanh(gate) times attention to the prompt, with a separate softmax for each.
 
     `softmax(q K^T / sqrt(hd) + mask) V + tanh(g) softmax(q K_a^T / sqrt(hd)) V_a` (Zhang et al. 2023, section 3.2).
-    Every token sees the whole prompt, and the weights on the text are not reduced to make room for it.
+    Every token sees the whole prompt. The weights on the text are not reduced to make room for it. Gradients flow to
+    the prompt and the gate.
 
     Args:
         q, k, v: (B, H, T, hd), of the text.
-        prompt_k, prompt_v: K_a and V_a, (1 or B, H, P, hd).
-        gate: g, (1, H, 1, 1), one number per head; with zeros the result is exactly `causal_attention(q, k, v)`.
+        prompt_k, prompt_v: K_a and V_a, (1, H, P, hd), the same for every text, or (B, H, P, hd).
+        gate: g, (1, H, 1, 1), one number per head; with zeros the result is `causal_attention(q, k, v)`.
 
     Returns:
-        (B, H, T, hd), before the output projection.
+        (B, H, T, hd), in the dtype of q, before the output projection.
     """
     return causal_attention(q, k, v) + torch.tanh(gate) * prompt_attention(q, prompt_k, prompt_v)
 
