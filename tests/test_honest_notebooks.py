@@ -99,7 +99,7 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory) -> Observations:
+def observed(library_cache: Path) -> Observations:
     steps: list[Any] = [Run("imports", PARTS)]
     for number, line in enumerate(LINES):
         steps += [
@@ -109,7 +109,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Observations:
         steps += [Run(f"taken {number}", "del low_rank_parameter_count")]
     steps += [Run(f"whole {number}", cell) for number, cell in enumerate(CELLS)]
     steps += [Run("last", COUNT), Probe("low_rank_parameter_count", SEED, "at last")]
-    return observe_notebook(Job("01", tuple(steps), tmp_path_factory.mktemp("library")))
+    return observe_notebook(Job("01", tuple(steps), library_cache))
 
 
 @needs_bubblewrap
@@ -131,9 +131,9 @@ def test_a_whole_cell_in_another_language_is_no_error(observed: Observations) ->
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_an_error_in_code_that_a_magic_runs_is_the_learners(tmp_path: Path) -> None:
+def test_an_error_in_code_that_a_magic_runs_is_the_learners(library_cache: Path) -> None:
     steps = (Run("line", "%time 1 / 0\nafter = 1"), Run("cell", "%%time\n1 / 0"), Run("said", "!ls"))
-    found = observe_notebook(Job("01", steps, tmp_path))
+    found = observe_notebook(Job("01", steps, library_cache))
     assert [found.outputs[cell].error[:17] for cell in ("line", "cell")] == ["ZeroDivisionError"] * 2
     assert found.outputs["said"].stdout == "!ls: this does nothing while a notebook is being graded.\n"
 
@@ -141,14 +141,14 @@ def test_an_error_in_code_that_a_magic_runs_is_the_learners(tmp_path: Path) -> N
 @needs_bubblewrap
 @pytest.mark.unit_01
 @pytest.mark.parametrize("what", SETTINGS)
-def test_a_setting_of_pytorchs_own_is_no_replaced_function(tmp_path: Path, what: str) -> None:
+def test_a_setting_of_pytorchs_own_is_no_replaced_function(library_cache: Path, what: str) -> None:
     steps = (
         Run("imports", PARTS),
         Run("setting", f"import torch\n{SETTINGS[what]}"),
         Run("own", OWN["row_echelon"]),
         Probe("row_echelon", SEED, "check"),
     )
-    found = observe_notebook(Job("01", steps, tmp_path))
+    found = observe_notebook(Job("01", steps, library_cache))
     assert found.outputs["setting"].status == "ran", found.outputs["setting"].error
     assert found.probes["check"].changed == ()
     assert verdict_of(found, "check", SEED).passed

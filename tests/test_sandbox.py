@@ -40,11 +40,6 @@ PARTS += "from lora_from_scratch.linear_algebra.rank import *\n"
 PARTS += f"del {', '.join(OWN)}\n"  # a learner's notebook has not got them of the library
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("library")
-
-
 def points(observed: Observations, cell: str, seed: int = SEED) -> float:
     return verdict_of(observed, cell, seed).points
 
@@ -56,7 +51,7 @@ def points(observed: Observations, cell: str, seed: int = SEED) -> float:
 @pytest.mark.unit_01
 @pytest.mark.unit_09
 @pytest.mark.parametrize("number", ["01", "09"])
-def test_every_answer_of_the_bank_gets_the_verdict_that_it_gets_in_a_notebook(number: str, cache: Path) -> None:
+def test_every_answer_of_the_bank_gets_the_verdict_that_it_gets_in_a_notebook(number: str, library_cache: Path) -> None:
     unit = find_unit(number)
     answers = [
         answer
@@ -65,7 +60,9 @@ def test_every_answer_of_the_bank_gets_the_verdict_that_it_gets_in_a_notebook(nu
         if not answer.hangs
     ]
     # With nothing taken out: wrong answers are built on the library's version of the same exercise.
-    observed = observe_notebook(Job(number, tuple(notebook_of(unit, answers, SEED)), cache, without=frozenset()))
+    observed = observe_notebook(
+        Job(number, tuple(notebook_of(unit, answers, SEED)), library_cache, without=frozenset())
+    )
     for answer in answers:
         told = verdict_of(observed, cell_of(answer), SEED)
         there = verdict_on(answer.exercise, SEED, {answer.exercise: answer.object})
@@ -117,14 +114,14 @@ HONEST = (
 
 
 @pytest.fixture(scope="module")
-def honest(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Observations:
+def honest(library_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Observations:
     files = tmp_path_factory.mktemp("files")
     (files / "data.csv").write_text("1,2")
     (files / "helper.py").write_text("VALUE = 17")
     (files / "json.py").write_text("raise ImportError('not the real one')")
     (files / "link").symlink_to("/etc/passwd")
     (files / "folder").mkdir()
-    return observe_notebook(Job("01", HONEST, cache, files=files))
+    return observe_notebook(Job("01", HONEST, library_cache, files=files))
 
 
 @needs_bubblewrap
@@ -218,8 +215,8 @@ DEATHS = (
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_a_crash_in_one_question_keeps_the_ones_before_and_after(cache: Path) -> None:
-    observed = observe_notebook(Job("01", DEATHS, cache))
+def test_a_crash_in_one_question_keeps_the_ones_before_and_after(library_cache: Path) -> None:
+    observed = observe_notebook(Job("01", DEATHS, library_cache))
     assert [(early_exit.why, early_exit.cell_id) for early_exit in observed.early_exits] == [
         ("exited", "leaves"),
         ("crashed", "check-rank_deficiency"),
@@ -240,7 +237,7 @@ def test_a_crash_in_one_question_keeps_the_ones_before_and_after(cache: Path) ->
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_a_cell_or_an_answer_without_end_is_stopped_and_the_rest_goes_on(cache: Path) -> None:
+def test_a_cell_or_an_answer_without_end_is_stopped_and_the_rest_goes_on(library_cache: Path) -> None:
     steps = (
         Run("imports", IMPORTS + PARTS),
         Run("loop", "while True:\n    pass"),
@@ -253,7 +250,7 @@ def test_a_cell_or_an_answer_without_end_is_stopped_and_the_rest_goes_on(cache: 
         Run("last", "print('the end')"),
     )
     limits = Limits(cell_seconds=2, patience=0.3)
-    observed = observe_notebook(Job("01", steps, cache, limits=limits))
+    observed = observe_notebook(Job("01", steps, library_cache, limits=limits))
     assert [observed.outputs[cell].status for cell in ("loop", "stubborn", "deaf")] == ["stopped", "stopped", "died"]
     assert "2 seconds" in observed.outputs["loop"].error
     assert verdict_of(observed, "check-rank", SEED).status == "stopped"
@@ -264,9 +261,9 @@ def test_a_cell_or_an_answer_without_end_is_stopped_and_the_rest_goes_on(cache: 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_the_time_for_everything_is_kept_over_all_starts(cache: Path) -> None:
+def test_the_time_for_everything_is_kept_over_all_starts(library_cache: Path) -> None:
     steps = (Run("sleep", "import time\ntime.sleep(600)"), Run("last", "1"), Probe("rank", SEED, "check-rank"))
-    observed = observe_notebook(Job("01", steps, cache, limits=Limits(seconds=1)))
+    observed = observe_notebook(Job("01", steps, library_cache, limits=Limits(seconds=1)))
     assert observed.ended == "wall time"
     assert observed.outputs["sleep"].status == "died"
     assert observed.outputs["last"].status == "not run"
@@ -275,7 +272,7 @@ def test_the_time_for_everything_is_kept_over_all_starts(cache: Path) -> None:
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_an_answer_that_needs_too_much_memory_fails_by_itself(cache: Path) -> None:
+def test_an_answer_that_needs_too_much_memory_fails_by_itself(library_cache: Path) -> None:
     steps = (
         Run("imports", IMPORTS + PARTS),
         Run("rank", "def rank(matrix):\n    return len(torch.zeros(10**9).tolist())"),
@@ -284,7 +281,7 @@ def test_an_answer_that_needs_too_much_memory_fails_by_itself(cache: Path) -> No
         Run("one", OWN["row_echelon"]),
         Probe("row_echelon", SEED, "check-row_echelon"),
     )
-    observed = observe_notebook(Job("01", steps, cache, limits=Limits(memory=600 * 2**20)))
+    observed = observe_notebook(Job("01", steps, library_cache, limits=Limits(memory=600 * 2**20)))
     assert not verdict_of(observed, "check-rank", SEED).passed
     assert observed.outputs["cell"].error == "MemoryError: "
     assert verdict_of(observed, "check-row_echelon", SEED).passed
@@ -294,7 +291,7 @@ def test_an_answer_that_needs_too_much_memory_fails_by_itself(cache: Path) -> No
 
 
 @pytest.mark.unit_01
-def test_without_walls_the_same_is_seen_and_it_is_said(cache: Path) -> None:
+def test_without_walls_the_same_is_seen_and_it_is_said(library_cache: Path) -> None:
     steps = (
         Run("imports", IMPORTS + PARTS),
         Run("one", OWN["row_echelon"]),
@@ -302,20 +299,22 @@ def test_without_walls_the_same_is_seen_and_it_is_said(cache: Path) -> None:
         Run("assets", "from lora_from_scratch.gpt2 import load_gpt2\nmodel, _ = load_gpt2('bundled')"),
         Run("judge", "import lora_from_scratch.checks.judge"),
     )  # fmt: skip
-    observed = observe_notebook(Job("01", steps, cache, isolation="none"))
+    observed = observe_notebook(Job("01", steps, library_cache, isolation="none"))
     assert observed.isolation == "none"
     assert verdict_of(observed, "check-row_echelon", SEED).passed
     assert observed.outputs["assets"].status == "ran"
     assert observed.outputs["judge"].error.startswith("ModuleNotFoundError")
 
 
-def test_without_bubblewrap_grading_stops_and_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bubblewrap_grading_stops_and_says_what_to_do(
+    library_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bubblewrap, "PROGRAM", "there-is-no-such-program")
     bubblewrap.unavailable.cache_clear()
     try:
         assert "apt install bubblewrap" in str(unavailable())
         with pytest.raises(SandboxError, match="apt install bubblewrap"):
-            observe_notebook(Job("01", (), cache))
+            observe_notebook(Job("01", (), library_cache))
     finally:
         monkeypatch.undo()
         bubblewrap.unavailable.cache_clear()
@@ -325,9 +324,9 @@ def test_without_bubblewrap_grading_stops_and_says_what_to_do(cache: Path, monke
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_the_stripped_library_holds_no_solution_and_no_answer_to_a_prediction(unit: Unit, cache: Path) -> None:
+def test_the_stripped_library_holds_no_solution_and_no_answer_to_a_prediction(unit: Unit, library_cache: Path) -> None:
     names = [exercise.name for exercise in unit.exercises]
-    package = stripped(unit, names, cache).package
+    package = stripped(unit, names, library_cache).package
     texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*") if path.is_file()}
     everything = "\n".join(texts.values())
     for exercise in unit.exercises:
@@ -406,11 +405,11 @@ def test_an_instructors_own_unit_is_graded_in_the_same_way(tmp_path: Path, monke
 # --- What is asked for ---------------------------------------------------------------------------------
 
 
-def test_a_job_that_cannot_be_done_is_refused(cache: Path) -> None:
+def test_a_job_that_cannot_be_done_is_refused(library_cache: Path) -> None:
     for job, said in (
-        (Job("77", (), cache), "no unit '77'"),
-        (Job("01", (Probe("delta_weight", 1, "a"),), cache), "delta_weight"),
-        (Job("01", (Run("a", ""), Run("a", "")), cache), "same cell_id"),
+        (Job("77", (), library_cache), "no unit '77'"),
+        (Job("01", (Probe("delta_weight", 1, "a"),), library_cache), "delta_weight"),
+        (Job("01", (Run("a", ""), Run("a", "")), library_cache), "same cell_id"),
     ):
         with pytest.raises(ValueError, match=said):
             observe_notebook(job)

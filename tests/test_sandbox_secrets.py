@@ -76,7 +76,7 @@ def test_the_job_says_neither_inputs_nor_seeds(tmp_path: Path) -> None:
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_what_an_answer_changes_is_seen_whatever_it_does_to_the_comparing(tmp_path: Path) -> None:
+def test_what_an_answer_changes_is_seen_whatever_it_does_to_the_comparing(library_cache: Path) -> None:
     spoil = f"{PARTS}\n{OWN['row_echelon']}\n_own = row_echelon\ndef row_echelon(matrix, *more, **named):\n"
     spoil += "    result = _own(matrix.clone(), *more, **named)\n    matrix.add_(1)\n    return result\n"
     blind = "for name in ('equal', 'nan_to_num', 'allclose'):\n    setattr(torch, name, lambda *a, **k: True)\n"
@@ -84,7 +84,7 @@ def test_what_an_answer_changes_is_seen_whatever_it_does_to_the_comparing(tmp_pa
         "import lora_from_scratch.checks.observation as o\no.identical = lambda *a: True\no.changed = lambda *a: ()\n"
     )
     steps = (Run("spoil", spoil + blind), Probe("row_echelon", SEED, "check"))
-    found = observe_notebook(Job("01", steps, tmp_path))
+    found = observe_notebook(Job("01", steps, library_cache))
     assert {seen.changed for seen in found.probes["check"].seen if not seen.raised} == {("matrix",)}
     assert not verdict_of(found, "check", SEED).passed
 

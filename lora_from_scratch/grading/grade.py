@@ -81,7 +81,7 @@ def grade(number: str, options: Options | None = None) -> Summary:
         raise FileNotFoundError(f"nothing was handed in: {course.handed_in('*')} matches no folder")
     released = nbformat.read(course.released, as_version=4)
     secret = secret_of(course.root, options.cohort_seed)
-    with _alone(course), _open_book(course) as book:
+    with _locked(course), _open_book(course) as book:
         book.prepare(released)
         with Pool(options.workers or processors(), start=options.start) as pool:
             run = _Run(unit, course, options, released, secret, book, pool)
@@ -285,7 +285,7 @@ def _open_book(course: CourseFolder) -> UnitGradebook:
 
 
 @contextlib.contextmanager
-def _alone(course: CourseFolder) -> Iterator[None]:
+def _locked(course: CourseFolder) -> Iterator[None]:
     """Hold the lock that allows one grading of a unit at a time."""
     import fcntl
 

@@ -73,8 +73,8 @@ class UnitGradebook:
         self.url, self.assignment, self.config = url, assignment, config
         with _errors(url):
             # nbgrader's own steps open it without naming a course, which creates the default course; do it here, once.
-            Gradebook(patient(url)).close()
-            self.gradebook = Gradebook(patient(url), course_id)
+            Gradebook(with_timeout(url)).close()
+            self.gradebook = Gradebook(with_timeout(url), course_id)
         self.session = self.gradebook.db
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class UnitGradebook:
                 return
             self.gradebook.update_or_create_assignment(self.assignment)
             self.session.remove()  # release locks while nbgrader writes
-            where = {"notebook": self.assignment, "assignment": self.assignment, "db_url": patient(self.url)}
+            where = {"notebook": self.assignment, "assignment": self.assignment, "db_url": with_timeout(self.url)}
             try:
                 SaveCells(config=self.config).preprocess(released, {"nbgrader": where})
             except RuntimeError:
@@ -289,7 +289,7 @@ def _added(session: Any, row: Any) -> Any:
     return row
 
 
-def patient(url: str) -> str:
+def with_timeout(url: str) -> str:
     """The URL with a timeout, so that SQLite waits while another program is writing."""
     from sqlalchemy.engine import make_url
 
@@ -312,7 +312,7 @@ def _errors(url: str) -> Iterator[None]:
     from nbgrader.api import InvalidEntry, app_log
     from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError, StatementError
 
-    from lora_from_scratch.grading.course_folder import hidden
+    from lora_from_scratch.grading.course_folder import without_password
 
     said, app_log.disabled = app_log.disabled, True
     try:
@@ -324,6 +324,6 @@ def _errors(url: str) -> Iterator[None]:
             hint = "it was made by an older nbgrader: copy it, then run `nbgrader db upgrade`"
         bad_value = isinstance(error, DataError | IntegrityError) or type(error) is StatementError
         kind = ValueError if bad_value else GradebookError
-        raise kind(f"the gradebook {hidden(url)} cannot be used: {lines[0]}; {hint}") from error
+        raise kind(f"the gradebook {without_password(url)} cannot be used: {lines[0]}; {hint}") from error
     finally:
         app_log.disabled = said

@@ -17,7 +17,7 @@ from typing import Any
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.grading import autograded
 from lora_from_scratch.grading.course_folder import CourseFolder, open_course
-from lora_from_scratch.grading.gradebook import patient
+from lora_from_scratch.grading.gradebook import with_timeout
 from lora_from_scratch.grading.graded import Graded
 from lora_from_scratch.grading.keys import key_of
 from lora_from_scratch.grading.marking import Settings
@@ -141,7 +141,7 @@ def publish(assignment: str, place: Path, db: str, learner: str, text: str, said
     Raises:
         ValueError, OSError: it could not be written.
     """
-    course = _course(assignment, place, patient(db))
+    course = _course(assignment, place, with_timeout(db))
     autograded.write(course, learner, text)
     shown = course.autograded(learner) / f"{assignment}.ipynb"
     made_of = hashlib.sha256(shown.read_bytes() + said.encode()).hexdigest()

@@ -135,7 +135,7 @@ class Shell(InteractiveShell):
         self._did_nothing(what)
 
     def _did_nothing(self, what: str) -> None:
-        print(f"{what.strip()[:200]}: this does nothing while a notebook is graded.")
+        print(f"{what.strip()[:200]}: this does nothing while a notebook is being graded.")
 
 
 class Runner:

@@ -193,14 +193,14 @@ class _NotebookObserver:
             (folder / "files").mkdir()
             shutil.copytree(fonts(self.job.cache), folder / "matplotlib")
             key = os.urandom(wire.KEY_SIZE)
-            begin = self._in_walls if self.job.isolation == "bubblewrap" else self._without_walls
+            begin = self._start_in_bubblewrap if self.job.isolation == "bubblewrap" else self._start_plain
             try:
                 started = begin(folder, library, key)
             except OSError as error:
                 raise SandboxError(f"the sandbox cannot be started: {error}") from None
             return supervisor.Supervisor(started, key, self.job.limits, reader).run()
 
-    def _in_walls(self, folder: Path, library: StrippedLibrary, key: bytes) -> supervisor.SandboxProcess:
+    def _start_in_bubblewrap(self, folder: Path, library: StrippedLibrary, key: bytes) -> supervisor.SandboxProcess:
         package = os.path.dirname(os.path.abspath(lora_from_scratch.__file__))
         own = Path(lora_from_scratch.__file__).resolve().parent
         bound = [(library.package, package), (own / ASSETS, f"{package}/{ASSETS}"), (library.extra, LIBRARY)]
@@ -209,12 +209,12 @@ class _NotebookObserver:
         environment = environment_of(bubblewrap.HOME, os.pathsep.join((LIBRARY, os.path.dirname(package))))
         limits = self.job.limits
 
-        def walls(filtered: int, info: int) -> list[str]:
+        def outer(filtered: int, info: int) -> list[str]:
             return bubblewrap.command(limits.folder, limits.shared, bound, environment, filtered, info)
 
-        return supervisor.start(walls, lambda frames: python(JOB, frames), key)
+        return supervisor.start(outer, lambda frames: python(JOB, frames), key)
 
-    def _without_walls(self, folder: Path, library: StrippedLibrary, key: bytes) -> supervisor.SandboxProcess:
+    def _start_plain(self, folder: Path, library: StrippedLibrary, key: bytes) -> supervisor.SandboxProcess:
         work, home = folder / "notebook", folder / "home"
         work.mkdir()
         home.mkdir()

@@ -75,7 +75,7 @@ class SandboxProcess:
 
 
 def start(
-    walls: Callable[[int, int], Sequence[str]] | None,
+    outer: Callable[[int, int], Sequence[str]] | None,
     inside: Callable[[int], Sequence[str]],
     key: bytes,
     folder: str = "/",
@@ -84,7 +84,7 @@ def start(
     """Start a process that sends frames.
 
     Args:
-        walls: returns bubblewrap's command, given the file descriptors of the filter and of the information; or None.
+        outer: returns bubblewrap's command, given the file descriptors of the filter and of the information; or None.
         inside: returns the command to run in it, given the file descriptor of the frames.
         key: the key of the MACs; the process reads it from standard input, and then one byte whenever it may continue.
         folder, environment: those of the started process; with bubblewrap, the command inside gets them by its options.
@@ -99,12 +99,12 @@ def start(
 
         frames, to_frames = pipe()
         info, passed, command = None, [to_frames], []
-        if walls is not None:
+        if outer is not None:
             info, to_info = pipe()
             filtered = _readable(seccomp.program(starting=True))
             theirs.callback(os.close, filtered)
             passed += [to_info, filtered]
-            command = [*walls(filtered, to_info), "--"]
+            command = [*outer(filtered, to_info), "--"]
         process = subprocess.Popen(
             [*command, *inside(to_frames)],
             stdin=subprocess.PIPE,
