@@ -144,13 +144,13 @@ def test_an_alarm_that_comes_when_the_limit_is_over_does_nothing() -> None:
 
 
 @pytest.mark.parametrize("function", [observation._Alarm.up, time_limit.__wrapped__])  # type: ignore[attr-defined]
-def test_an_alarm_does_not_raise_inside_its_own_machinery(function: Any) -> None:
+def test_an_alarm_does_not_raise_inside_its_own_machinery(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "setitimer", lambda *arguments: None)  # no alarm after this one
     alarm = observation._Alarm(0.0, observation.Stopwatch())
-    try:
-        alarm.up(signal.SIGALRM, SimpleNamespace(f_code=function.__code__))  # type: ignore[arg-type]
-    finally:
-        alarm.over = True
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    time.sleep(0.001)
+    alarm.up(signal.SIGALRM, SimpleNamespace(f_code=function.__code__))  # type: ignore[arg-type]
+    with pytest.raises(observation.OutOfTime):
+        alarm.up(signal.SIGALRM, SimpleNamespace(f_code=see.__code__))  # type: ignore[arg-type]
 
 
 STORM = """

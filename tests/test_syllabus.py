@@ -17,7 +17,7 @@ def test_the_table_of_the_syllabus_is_what_the_units_give() -> None:
 
 
 def test_a_syllabus_without_a_place_for_the_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="no place for the table"):
+    with pytest.raises(ValueError, match="no markers for the table"):
         syllabus.renewed("# Syllabus\n", ROOT)
 
 
