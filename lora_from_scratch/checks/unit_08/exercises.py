@@ -28,6 +28,7 @@ class Biased(nn.Module):
         super().__init__()
         self.bias_free = nn.Linear(3, 2, bias=False)
         self.debias = nn.Parameter(torch.ones(3))
+        self.add = nn.Parameter(torch.ones(3, 2))  # before `bias` in the alphabet
         self.inner = nn.ModuleList([nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 3, bias=False)])
         self.bias_of = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Conv1D(4, 3))
         self.bias = nn.Parameter(torch.ones(2))
