@@ -19,21 +19,21 @@ from lora_from_scratch.methods.placement import find_targets
 
 
 def stratify(n_layer: int, frozen_layers: int, bias_layers: int) -> tuple[range, range, range]:
-    """Divide the layers 0 ... n_layer - 1 into three groups: frozen, biases only, LoRA and biases.
+    """Divide the layers from 0 to n_layer - 1 into three groups: frozen, biases only, LoRA and biases.
 
     Layers near the input hold knowledge that is useful for every task, layers near the output knowledge specific to the
     task (Arora and Wang 2024). Therefore the further a layer is from the input, the more of it is trained.
 
     Args:
         n_layer: the number of layers.
-        frozen_layers: the number of layers, from the input, that stay frozen (the paper's N1); 0 is allowed.
-        bias_layers: the number of layers after these in which only the biases are trained (N2 - N1); 0 is allowed.
+        frozen_layers: the number of layers, from the input, that stay frozen (the paper's N1), at least 0.
+        bias_layers: the number of layers after these in which only the biases are trained (N2 - N1), at least 0.
 
     Returns:
         The indices of the layers of each group, from 0, in this order. The third group has all remaining layers.
 
     Raises:
-        ValueError: a number is negative or not an integer, or no layer is left for the third group.
+        ValueError: a number is negative, or no layer is left for the third group.
     """
     for name, count in (("frozen_layers", frozen_layers), ("bias_layers", bias_layers)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
