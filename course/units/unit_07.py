@@ -581,3 +581,6 @@ with torch.no_grad():
 #   adapters share one base.
 # - 1 point: names a measurement that decides: time per token on their hardware at their batch sizes, together with the
 #   quality of both methods on their task.
+
+# %% volatile=true
+progress("07")

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
-from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.explaining import Explanation, first_difference
+from lora_from_scratch.checks.observation import Data, Seen
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
 from lora_from_scratch.methods.bitfit import QueryBias, select_biases
@@ -305,6 +307,36 @@ def run_groups(answer: Callable[..., Any], weights: dict[str, float], **settings
     return [{**group, "params": inside(group["params"])} for group in groups]
 
 
+def explain_groups(case: Case, seen: Seen, expected: Seen) -> Explanation:
+    """Which entry of the groups is wrong."""
+    one, other = seen.value, expected.value
+    if not isinstance(one, list) or not isinstance(other, list) or not all(isinstance(group, dict) for group in one):
+        return None
+    if len(one) != len(other):
+        return "number of groups", f"There should be a group per weight, {len(other)}, but you return {len(one)}."
+    for group, wanted in zip(one, other, strict=True):
+        assert isinstance(group, dict)
+        assert isinstance(wanted, dict)
+        for key, value in wanted.items():
+            if not same(group.get(key), value):
+                return f"another {key}", f'The entry "{key}" of the group for {wanted["name"]} is missing or not right.'
+    return None
+
+
+def explain_strata(case: Case, seen: Seen, expected: Seen) -> Explanation:
+    """Which of the three groups is wrong."""
+    one, other = seen.value, expected.value
+    if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
+        return None
+    for name, group, wanted in zip(("first", "second", "third"), one, other, strict=True):
+        if not same(group, wanted):
+            return (
+                f"another {name} group",
+                f"The {name} group is not right: where does it begin and end?",
+            )
+    return None
+
+
 # --- The lists ---------------------------------------------------------------------------------------
 
 EXERCISES = [
@@ -321,6 +353,14 @@ EXERCISES = [
             "an `if` does the rest.",
         ),
         cases=bias_cases,
+        explain=first_difference(
+            {
+                "names": "The names are not those of the model's biases, or come in another order. Print them beside "
+                "those of `named_parameters()`: which are missing, and which are too many?",
+                "the parameters themselves": "The names are right, but some values are not the parameters themselves.",
+                "still trained": "Your function changes which parameters are trained. It only selects.",
+            }
+        ),
         probe=run_biases,
         tolerance=0,
     ),
@@ -341,6 +381,20 @@ EXERCISES = [
         ),
         cases=query_cases,
         probe=run_query,
+        explain=first_difference(
+            {
+                "every bit restored": "After `unmerge`, the base's bias is not what it was, to the last bit.",
+                "bias": "The bias of this layer, or of the merged base, does not have the right numbers. Which third "
+                "is `bias_q`, and where do the others come from?",
+                "y of the base alone": "The merged base alone computes something else than the layer.",
+                "y": "The biases are right, but the layer's output is not. Which layout does the weight have?",
+                "gradient": "The output is right, but the gradient that reaches `bias_q` is not.",
+                "the base's bias is unchanged": "Your `forward` or `bias` changes the base. Only `merge` does.",
+                "kept": "`_unmerged` does not hold what it should: the numbers as they were while merged, else None.",
+                "the learned part is unchanged": "`bias_q` itself has changed. Merging and unmerging leave it.",
+                "the same parameter": "`base.bias` is another parameter object than before.",
+            }
+        ),
         background=(
             "GPT-2's `c_attn` with the queries' part",
             "The bias of `c_attn` is",
@@ -363,6 +417,7 @@ EXERCISES = [
             "Check the arguments first: negative numbers, and numbers that leave nothing for the last group.",
         ),
         cases=stratify_cases,
+        explain=explain_strata,
         background=("n_layer: the number", "Layers near the input hold", "Therefore the further a layer"),
         tolerance=0,
     ),
@@ -412,6 +467,7 @@ EXERCISES = [
         ),
         cases=group_cases,
         probe=run_groups,
+        explain=explain_groups,
         background=("Lee et al. repeat the measurement",),
     ),
 ]
