@@ -115,13 +115,13 @@ def is_solution(cell: Any) -> bool:
     return cell.cell_type == "code" and bool(cell.metadata.get("nbgrader", {}).get("solution"))
 
 
-class Took(NamedTuple):
+class Timing(NamedTuple):
     seconds: float  # wall time
     memory: dict[str, float]  # peak MiB of a process, by kind of process
     finished: bool = True  # False: it was stopped
 
 
-def run(commands: list[list[str]], root: Path, longest: float | None = None) -> Took:
+def run(commands: list[list[str]], root: Path, longest: float | None = None) -> Timing:
     """Run commands in the course, one after the other, and stop them after `longest` seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -138,10 +138,10 @@ def run(commands: list[list[str]], root: Path, longest: float | None = None) -> 
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-                    return Took(time.perf_counter() - began, peaks.most, finished=False)
+                    return Timing(time.perf_counter() - began, peaks.most, finished=False)
         # 1: something needs a human, or nbgrader could not grade a submission
         assert code in (0, 1), log.read_text(errors="replace")[-3000:]
-    return Took(time.perf_counter() - began, peaks.most)
+    return Timing(time.perf_counter() - began, peaks.most)
 
 
 class Peaks:
@@ -203,7 +203,7 @@ def look(pid: int, first: int) -> tuple[str, float]:
     return "kernel" if b"ipykernel" in line else "sandbox", peak
 
 
-def report(name: str, count: int, took: Took) -> None:
+def report(name: str, count: int, took: Timing) -> None:
     kinds = [(kind, peak) for kind, peak in sorted(took.memory.items()) if kind != "other" and peak >= 1]
     said = ", ".join(f"{kind} {peak:.0f} MiB" for kind, peak in kinds)
     time = f"{took.seconds:7.1f} s  {took.seconds / count:5.2f} s per submission" if took.finished else "stopped"

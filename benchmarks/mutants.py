@@ -275,8 +275,8 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "checks/judge.py",
-            "exercise.points * len(passed) / len(parts)",
-            "exercise.points * bool(passed)",
+            "exercise.points * len(earned) / len(parts)",
+            "exercise.points * bool(earned)",
             "tests/test_judge.py",
         ),
         (
@@ -298,14 +298,14 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
     "exercises and bank": [
         (
             "checks/unit_01/exercises.py",
-            '    yield Case("two rows, each of them twice", {"matrix": draw.normal(2, 5)[[0, 1, 0, 1]]}, "rank")\n',
-            "",
+            "draw.normal(2, 5)[[0, 1, 0, 1]]",
+            "draw.normal(4, 5)",
             "tests/test_bank.py -k rank",
         ),
         (
             "checks/unit_01/answers.py",
-            "int(M[k:, k:].argmax()), M.shape[1] - k)",
-            "int(M[k:, k:].abs().argmax()), M.shape[1] - k)",
+            '("echelon[k:, k:].abs()", "echelon[k:, k:]")',
+            '("echelon[k:, k:].abs()", "echelon[k:, k:].abs().abs()")',
             "tests/test_bank.py -k row_echelon",
         ),
     ],
@@ -363,7 +363,7 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "marking": [
-        ("grading/marking.py", '"human" if ending.why == "frames" else "note"', '"note"', "tests/test_marking.py"),
+        ("grading/marking.py", '"human" if early_exit.why == "frames" else "note"', '"note"', "tests/test_marking.py"),
         (
             "grading/marking.py",
             "Verdict(item.name, status, 0.0, item.points",
@@ -372,8 +372,8 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "grading/cohort.py",
-            "json.dumps([secret, unit, name])",
-            "json.dumps([secret, name])",
+            "json.dumps([unit, name])",
+            "json.dumps([name])",
             "tests/test_marking.py",
         ),
     ],
@@ -394,7 +394,7 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
     "cli": [
         ("cli/build.py", "return 2 if refused else 0", "return 0", "tests/test_build.py -k command"),
         ("cli/doctor.py", "return 0 if healthy else 1", "return 0", "tests/test_doctor.py"),
-        ("cli/check_submission.py", "return TO_MEND", "return FINE", "tests/test_check_submission.py"),
+        ("cli/check_submission.py", "return INCOMPLETE", "return COMPLETE", "tests/test_check_submission.py"),
     ],
 }
 

@@ -1,4 +1,4 @@
-"""`marking.mark_file` with small limits: the attacks should not take an hour. It fits `tasks.Job.marker`."""
+"""`marking.mark_file` with small limits: the attacks should not take an hour. It fits `tasks.MarkingJob.marker`."""
 
 from __future__ import annotations
 

@@ -69,6 +69,12 @@ def built_course(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def library_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the sandbox's copies of the library are kept: made once, and read-only inside the sandbox."""
+    return tmp_path_factory.mktemp("library")
+
+
+@pytest.fixture(scope="session")
 def cli_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with `model`, `data.csv`, and `adapter`, the output of a short LoRA run."""
     directory = tmp_path_factory.mktemp("cli")

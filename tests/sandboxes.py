@@ -22,7 +22,7 @@ from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.grading.sandbox import (
     Job,
     Limits,
-    Observed,
+    Observations,
     Probe,
     Run,
     bubblewrap,
@@ -56,10 +56,10 @@ def cell_of(answer: Answer) -> str:
     return f"{answer.exercise}: {answer.name}"
 
 
-def verdict_of(observed: Observed, cell: str, seed: int) -> Verdict:
+def verdict_of(observed: Observations, cell: str, seed: int) -> Verdict:
     """The judge's verdict on what was seen; it must have been seen."""
-    tried = observed.tried[cell]
-    assert tried.status == "seen", f"{cell}: {tried.message} {observed.endings}"
+    tried = observed.probes[cell]
+    assert tried.status == "seen", f"{cell}: {tried.message} {observed.early_exits}"
     exercise = find(tried.name)[1]
     assert isinstance(exercise, Exercise)
     return judge(exercise, seed, list(tried.seen))
@@ -67,7 +67,7 @@ def verdict_of(observed: Observed, cell: str, seed: int) -> Verdict:
 
 def script(
     text: str, folder: Path, limits: Limits | None = None, walls: bool = True
-) -> tuple[supervisor.End, list[Data]]:
+) -> tuple[supervisor.ProcessExit, list[Data]]:
     """Run a script in the walls as the runner is, locked down, but without PyTorch; how it ended, and what it sent.
 
     It has `send(data)`, and `frames`, the file descriptor; an error that it does not catch is sent.
@@ -81,7 +81,7 @@ def script(
         lambda frames: [sys.executable, "-B", "-P", "-s", "-c", _program(text, frames, limits)],
         key,
     )
-    return supervisor.Watch(started, key, limits, listener).run(), listener.frames
+    return supervisor.Supervisor(started, key, limits, listener).run(), listener.frames
 
 
 @dataclasses.dataclass
@@ -128,9 +128,9 @@ def _program(text: str, frames: int, limits: Limits) -> str:
         def send(data):
             text = json.dumps(data).encode()
             body = struct.pack(">I", len(text)) + text
-            seal = hashlib.blake2b(struct.pack(">I", len(sent)) + body, key=key, digest_size=16).digest()
+            mac = hashlib.blake2b(struct.pack(">I", len(sent)) + body, key=key, digest_size=16).digest()
             sent.append(1)
-            content = struct.pack(">I", len(body)) + seal + body
+            content = struct.pack(">I", len(body)) + mac + body
             while content:
                 content = content[os.write(frames, content):]
 
@@ -148,5 +148,5 @@ def _program(text: str, frames: int, limits: Limits) -> str:
     return "\n".join((textwrap.dedent(begin).strip("\n"), inner, textwrap.dedent(end).strip("\n")))
 
 
-def observe(unit: str, steps: Iterable[Run | Probe], cache: Path, **more: object) -> Observed:
+def observe(unit: str, steps: Iterable[Run | Probe], cache: Path, **more: object) -> Observations:
     return observe_notebook(Job(unit, tuple(steps), cache, **more))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import method_class, method_classes
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 from tests.helpers import real_checkpoint, tiny_config
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "transient", "total")
@@ -36,6 +36,26 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("full", {"keep_base": False}),
     ("lora", {}),
     ("lora", {"targets": ("c_attn.q", "c_attn.v"), "rank": 4, "dropout": 0.1}),
+    ("lora", {"bias": "all", "modules_to_save": ("ln_f", "c_fc"), "targets": ("c_attn",)}),
+    ("lora", {"trainable_token_indices": (1, 5)}),
+    ("dora", {"dropout": 0.1}),
+    ("dora", {"bias": "lora_only"}),
+    ("pissa", {}),
+    ("vera", {"rank": 12}),
+    ("vera", {"rank": 12, "dropout": 0.1}),
+    ("ia3", {}),
+    ("glora", {}),
+    ("glora", {"form_of_weight": "vector", "form_of_coupling": "none", "form_of_bias": "constant"}),
+    ("lora-plus", {}),
+    ("mora", {"variant": "sharing"}),
+    ("mora", {"dropout": 0.1}),
+    ("tied-lora", {}),
+    ("multilora", {}),
+    ("multilora", {"dropout": 0.1, "targets": ("c_attn",)}),
+    ("nola", {"basis": 20}),
+    ("adalora", {"rank": 4, "target_rank": 2}),
+    ("lora-fa", {}),
+    ("layernorm", {}),
     ("qlora", {}),
     ("qlora", {"keep_base": False, "double_quantization": False}),
     ("prompt", FEW_TOKENS),
@@ -181,7 +201,7 @@ def test_a_block_keeps_what_the_formula_says_when_everything_is_trained() -> Non
     batch, tokens, d, heads = 3, 20, 24, 3
     model = FullFineTuning().blank_model(tiny_config(n_embd=d, n_head=heads)).train()
     tape = Tape(batch, tokens)
-    forward(model.transformer.h[0], Shadow(batch * tokens, d, grad=True), tape)
+    forward(model.transformer.h[0], TensorSize(batch * tokens, d, grad=True), tape)
     m = 4 * d
     rows = batch * tokens
     assert tape.kept_bytes() == 4 * rows * (8 * d + 2 * m) + 4 * rows * heads + 16 * rows

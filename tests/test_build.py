@@ -82,15 +82,14 @@ def test_a_rubric_stands_where_the_answer_will_be_and_not_in_the_learners_notebo
     draft = course.draft()
     assert source_of(draft.solved, "answer-why_count") == "**Rubric.**\n\n- 1 point: a reason.\n- 2 points: a good one."
     assert "a good one" not in draft.learners
-    assert "3 points; graded by a person" in draft.learners
+    assert "3 points, graded by hand" in draft.learners
     assert "In two sentences." in draft.learners
 
 
 def test_what_solutions_use_is_imported_and_no_exercise_of_the_unit_is(course: Course) -> None:
-    cell = course.draft().solved.cells[2].source
-    assert cell.splitlines()[2:] == [
-        "from __future__ import annotations",  # Counter names itself in an annotation
-        "",
+    cell = course.draft().solved.cells[1].source  # with the unit's own imports: one cell to run before all others
+    assert cell.startswith("from __future__ import annotations\n\nimport torch\n")  # Counter names itself
+    assert cell.partition("that your code can use.\n")[2].splitlines() == [
         "import math",
         "",
         "from tiny_library import LARGEST",
@@ -127,7 +126,7 @@ def test_building_twice_changes_no_byte(built: Path) -> None:
     ]
     with pytest.MonkeyPatch.context() as patch:
         again = build.build(enter_course(built, patch), built, again=True)
-    assert (again.why, again.differences) == (["you asked for it"], [])
+    assert (again.why, again.differences) == (["it was requested"], [])
     assert [path.read_bytes() for path in files] == before
     assert not list(built.rglob("*.part"))
 
@@ -173,9 +172,9 @@ def test_the_unsolved_notebook_runs_to_its_end_and_says_not_started(built: Path)
     ("check", "other", "problem"),
     [
         (("Not started yet.", "0.0"), [], ""),
-        (("Not started yet.", "1.0"), [], "does not say that nothing is started"),
-        (("Passed.", "0.0"), [], "does not say that nothing is started"),
-        (("Not started yet.", ""), [], "does not say that nothing is started"),
+        (("Not started yet.", "1.0"), [], 'must be "not started", with no points'),
+        (("Passed.", "0.0"), [], 'must be "not started", with no points'),
+        (("Not started yet.", ""), [], 'must be "not started", with no points'),
         (("Not started yet.", "0.0"), [nbformat.v4.new_output("error", ename="E", evalue="e")], "E: e"),
         (("Not started yet.", "0.0"), [nbformat.v4.new_output("stream", name="stderr", text="hm")], "on stderr: hm"),
     ],
@@ -243,7 +242,7 @@ def test_a_kernel_has_no_network_and_nothing_of_the_persons_settings(
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     execute(made, settings={execution.SETTINGS[1]: "3"})
     first, second, third = made.cells[0].outputs[0].text.splitlines()
-    assert first.endswith("| ['lo']") if cut else first.startswith("the network is off")
+    assert first.endswith("| ['lo']") if cut else first.startswith("there is no network")
     assert second == "[] None 1"
     assert third == "[None, '3']"
 
@@ -270,8 +269,8 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ('def f():\n    """Only this."""\n', "no body but its docstring"),
-        ("def f(): return 1\n", "stands on one line"),
+        ('def f():\n    """Only this."""\n', "has only a docstring"),
+        ("def f(): return 1\n", "is on the same line as its signature"),
         ("class C:\n    x = 1\n", "has no methods"),
     ],
 )
@@ -281,7 +280,7 @@ def test_what_has_no_solution_is_refused(written: Callable[[str], object], code:
 
 
 def test_a_method_that_is_not_there_cannot_be_taken_out(written: Callable[[str], object]) -> None:
-    with pytest.raises(ValueError, match="no method run, which its `blank` names"):
+    with pytest.raises(ValueError, match="names run, which is not one of its methods"):
         solved_source(written("class C:\n    def step(self):\n        return 1\n"), ("run",))
 
 

@@ -31,9 +31,9 @@ def shorter(course: Course, **changes: object) -> tuple[Exercise, ...]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"difficulty": 0}, "difficulty must be 1 to 5"),
+        ({"difficulty": 0}, "difficulty must be from 1 to 5"),
         ({"minutes": 0}, "minutes and points must be at least 1"),
-        ({"hints": ("One.", "Two.", " ")}, "there must be three hints"),
+        ({"hints": ("One.", "Two.", " ")}, "there must be exactly three hints"),
         ({"cases": lambda draw: []}, "it has no check"),
     ],
 )
@@ -45,7 +45,7 @@ def test_an_exercise_is_refused_without(course: Course, changes: dict, message: 
     )
 
 
-@pytest.mark.parametrize(("right", "message"), [(False, "4 wrong answers"), (True, "1 other right answers")])
+@pytest.mark.parametrize(("right", "message"), [(False, "4 wrong answers"), (True, "1 alternative right answers")])
 def test_an_exercise_is_refused_without_a_bank(course: Course, right: bool, message: str) -> None:
     answers = bank._bank["fourfold_root"]
     answers.remove(next(answer for answer in answers if answer.right == right))
@@ -60,19 +60,28 @@ def without(start: str, end: str = "\n\n# %%") -> str:
 
 
 BROKEN = {
-    "title": (SOURCE.replace("Unit 99: Tiny", "Unit 99: Huge"), "cell 1: the first line of the first cell must be"),
-    "picture": (SOURCE.replace("(unit_99.png)", "(other.png)"), "the first screen must show the picture"),
+    "title": (
+        SOURCE.replace("Unit 99: Tiny", "Unit 99: Huge"),
+        "cell 1: the first cell must be Markdown, and its first line",
+    ),
+    "picture": (SOURCE.replace("(unit_99.png)", "(other.png)"), "the picture must come before the first code cell"),
     "no alternative": (SOURCE.replace("A line that rises from 0 to 9.](", "]("), "unit_99.png has no alternative text"),
     "html": (SOURCE.replace("# Nothing.", '# <img src="x.png">'), "(<img>) has no alternative text"),
     "figure": (SOURCE.replace('# %% figure="unit_99.png"', "# %%"), 'one cell must have figure="unit_99.png", got 0'),
-    "imports": (SOURCE.replace("progress, working", "working"), "the first code cell must have: from lora_from"),
-    "level": (SOURCE.replace("## Roots", "### Roots"), "(line 15): the heading 'Roots' is of level 3 after one of le"),
-    "second title": (SOURCE.replace("## Roots", "# Roots"), "one heading of level 1 only, 'Roots' is another"),
+    "imports": (SOURCE.replace("progress, working", "working"), "the first code cell must contain: from lora_from"),
+    "level": (
+        SOURCE.replace("## Roots", "### Roots"),
+        "(line 15): the heading 'Roots' of level 3 follows one of level 1",
+    ),
+    "second title": (
+        SOURCE.replace("## Roots", "# Roots"),
+        "only one heading of level 1 is allowed; 'Roots' is another",
+    ),
     "practice": (SOURCE.replace("goes wrong in practice", "is"), '"## What goes wrong in practice" is missing'),
     "summary": (SOURCE.replace("## Summary", "## End"), '"## Summary" is missing'),
     "further": (SOURCE.replace("## Go further", "## More"), '"## Go further" is missing'),
     "no exercise": (without('# %% exercise="Counter"'), 'there is no cell with exercise="Counter"'),
-    "twice": (SOURCE + '\n# %% exercise="Counter"\n', 'there is another cell with exercise="Counter" before'),
+    "twice": (SOURCE + '\n# %% exercise="Counter"\n', 'an earlier cell already has exercise="Counter"'),
     "unknown exercise": (SOURCE + '\n# %% exercise="Count"\n', "exercise='Count' is not in the unit's list"),
     "unknown check": (SOURCE + '\n# %% check="Counter"\n', "check='Counter' is not in the unit's list"),
     "no prediction": (without('# %% prediction="guess_root"'), 'there is no cell with prediction="guess_root"'),
@@ -81,17 +90,26 @@ BROKEN = {
         SOURCE.replace('# %% check="guess_number"\n', "").replace(
             '# %% exercise="Counter"', '# %% check="guess_number"\n\n# %% exercise="Counter"'
         ),
-        'check="guess_number" must come after an experiment',
+        'check="guess_number" must come after code that shows',
     ),
     "no question": (without("# %% [markdown] open_question"), "there is no open question"),
     "no points": (SOURCE.replace(" points=3", ""), "an open question needs points=..."),
-    "no rubric": (SOURCE.replace("**Rubric.**", "Rubric:"), "needs a line **Rubric.** and a list"),
-    "wrong sum": (SOURCE.replace("2 points:", "3 points:"), "3 in all; found 4"),
-    "no points said": (SOURCE.replace("2 points:", "good:"), "every item of the rubric must say its points"),
-    "name": (SOURCE.replace('open_question="why_count"', 'open_question="Counter"'), "'Counter' is a name twice"),
-    "directive": (SOURCE.replace("# %% volatile", "# %% volatil"), "there is no directive 'volatil'"),
-    "wrong kind": (SOURCE.replace("# %% volatile", "# %% [markdown] volatile"), "volatile belongs on a code cell"),
-    "not empty": (SOURCE.replace('exercise="Counter"', 'exercise="Counter"\nx = 1'), "must be empty: the build writes"),
+    "no rubric": (SOURCE.replace("**Rubric.**", "Rubric:"), "needs a line **Rubric.** followed by a list"),
+    "wrong sum": (SOURCE.replace("2 points:", "3 points:"), "total of 3; found 4"),
+    "no points said": (SOURCE.replace("2 points:", "good:"), "every item of the rubric must state its points"),
+    "name": (
+        SOURCE.replace('open_question="why_count"', 'open_question="Counter"'),
+        "the name 'Counter' is used twice",
+    ),
+    "directive": (SOURCE.replace("# %% volatile", "# %% volatil"), "unknown directive 'volatil'"),
+    "wrong kind": (
+        SOURCE.replace("# %% volatile", "# %% [markdown] volatile"),
+        "volatile is only allowed on a code cell",
+    ),
+    "not empty": (
+        SOURCE.replace('exercise="Counter"', 'exercise="Counter"\nx = 1'),
+        "must be empty, because the build writes",
+    ),
     "empty": (SOURCE + "\n# %%\n", "the cell is empty"),
     "syntax": (SOURCE + "\n# %%\nfor x in\n", "invalid syntax (line 1 of the cell)"),
     "numbers out of order": (
@@ -104,11 +122,11 @@ BROKEN = {
     "leak in code": (
         SOURCE + "\n# %%\nx = torch.ones(1)\nprint(torch.sqrt(x.double())*scale/math.cos(0.0))\n"
         "def f(x):\n    return torch.sqrt( x.double() ) * scale / math.cos(0.0)\n",
-        "a learner would see a line of the solution of fourfold_root: torch.sqrt",
+        "learners would see a line of the solution of fourfold_root: torch.sqrt",
     ),
     "leak in prose": (
         SOURCE.replace("# Nothing.", "# Try `self.count = (self.count + 1) % (self.largest + 1)` once."),
-        "a learner would see a line of the solution of Counter",
+        "learners would see a line of the solution of Counter",
     ),
     "leak of a guess": (
         SOURCE.replace("# Nothing.", '# `guess_root = "b"`'),

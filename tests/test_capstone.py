@@ -192,9 +192,21 @@ def test_an_entry_that_is_not_whole_is_left_out_with_the_reason(
 
 def test_a_file_that_is_no_entry_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("[" * 100_000, encoding="utf-8")
-    code, _, err = call("leaderboard", tmp_path / "bad.json", tmp_path / "none.json")
+    (tmp_path / "short.json").write_text("{}", encoding="utf-8")
+    code, _, err = call("leaderboard", tmp_path / "bad.json", tmp_path / "short.json")
     assert code == 1
     assert err.count("left out") == 2
+
+
+def test_a_file_that_is_not_there_ends_before_any_board(tmp_path: Path) -> None:
+    code, out, err = call("leaderboard", tmp_path / "none.json")
+    assert (code, out, err) == (2, "", f"error: there is no entry {tmp_path / 'none.json'}\n")
+
+
+def test_the_boards_end_with_what_their_columns_mean(tmp_path: Path) -> None:
+    _, out, _ = call("leaderboard", "--brief", "tenants")
+    for column in ("BLEU", "slot errors", "trained", "memory", "added work", "saved", "(!)"):
+        assert f"{column}: " in out
 
 
 def test_the_best_within_the_budget_is_first_and_who_exceeds_it_has_no_place(texts: dict[str, str]) -> None:

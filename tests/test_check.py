@@ -40,7 +40,7 @@ def test_the_points_are_a_number_that_nbgrader_reads_and_words_for_a_person() ->
     points = Points(2.5, 5)
     assert repr(points) == str(points) == "2.5"
     assert float(repr(points)) == points
-    assert points._repr_html_() == "2.5 of 5 points"
+    assert points._repr_html_() == ""  # the verdict above it has said them
 
 
 def test_a_right_answer_earns_its_points_on_other_inputs_every_time(capsys: pytest.CaptureFixture[str]) -> None:

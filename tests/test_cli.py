@@ -45,6 +45,17 @@ def test_without_a_command_the_help_comes_and_names_every_command() -> None:
     assert all(f"\n    {command}" in out for command in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("finetun", "error: there is no command 'finetun'; did you mean 'finetune'?"),
+        ("xyz", "error: there is no command 'xyz'; there are demo, shootout,"),
+    ],
+)
+def test_a_command_that_does_not_exist_gets_the_one_that_was_meant(typed: str, said: str) -> None:
+    assert complaint(typed).startswith(said)
+
+
 def test_the_examples_in_the_help_are_command_lines_that_parse() -> None:
     import shlex
 

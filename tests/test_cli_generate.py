@@ -12,7 +12,7 @@ import torch
 
 from lora_from_scratch.gpt2.checkpoint import load_gpt2, save_gpt2
 from lora_from_scratch.methods.registry import load_adapter
-from tests.cli_calls import complaint, output_of
+from tests.cli_calls import call, complaint, output_of
 
 CARD = "hero[fox], trait[wise], place[on an island], wish[a crown], ending[happy]"
 
@@ -34,6 +34,19 @@ def test_generating_with_an_adapter_equals_generating_from_the_merged_model(here
     assert adapted == output_of("generate", "--model", tmp_path / "merged", *drawing)
     assert adapted != output_of("generate", "--model", here / "model", *drawing)
     assert adapted.startswith(f"{CARD}\n")
+
+
+def test_a_card_of_another_task_may_have_any_slots(here: Path) -> None:
+    card = "name[Alimentum], food[Chinese]"
+    assert output_of("generate", "--model", here / "model", "--card", card, "--max-new-tokens", "3").startswith(card)
+
+
+def test_a_card_for_a_model_that_was_never_trained_on_cards_gets_a_warning(here: Path) -> None:
+    _, _, warned = call("generate", "--card", CARD, "--max-new-tokens", "2")
+    assert warned == (
+        "warning: the bundled model has not been trained on cards; give the adapter that has: --adapter DIR\n"
+    )
+    assert call("generate", "--model", here / "model", "--card", CARD, "--max-new-tokens", "2")[2] == ""
 
 
 def test_prompts_come_from_flags_or_else_from_standard_input(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +84,8 @@ def test_a_prompt_may_fill_all_but_one_token_of_the_context_and_no_more(here: Pa
         (["--beams", "0"], "num_beams must be at least 1"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["--no-repeat-ngram-size", "-1"], "no_repeat_ngram_size"),
+        (["--card", "heroine[queen]"], "a story card has no slot 'heroine' (in 'heroine[queen]'); did you mean hero?"),
+        (["--card", "hero[fox], colour[red]"], "a story card has no slot 'colour'"),
         (["--card", "hero[fox"], "the bracket of slot 'hero' is not closed"),
         (["--card", ""], "the meaning representation is empty"),
         (["--prompt", "\udcff"], "surrogates not allowed"),

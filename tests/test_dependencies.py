@@ -256,7 +256,7 @@ def test_the_command_says_what_it_runs_and_why_and_what_it_shows_now(
     monkeypatch.setattr(build, "units", lambda: (unit,))
     command = ["build", "99", "--root", str(course)]
     assert main(command) == 0
-    not_run = "unit 99: written; not run, as nothing that its outputs depend on has changed\n"
+    not_run = "unit 99: written, but not run: nothing that its outputs depend on has changed\n"
     assert capsys.readouterr().out == not_run
 
     def as_before(notebook: Any, building: bool = True, settings: Any = None) -> Cost:
@@ -271,7 +271,7 @@ def test_the_command_says_what_it_runs_and_why_and_what_it_shows_now(
     monkeypatch.setattr(build, "run_unsolved", lambda made: None)
     assert main([*command, "--again"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "unit 99: run, because you asked for it; 12 s of CPU time, 300 MiB"
+    assert said[0] == "unit 99: run, because it was requested; 12 s of CPU time, 300 MiB"
     assert said[1].startswith("  the output has changed: course/units/unit_99.py, cell ")
     assert said[1].endswith("before: 'tensor([12.], dtype=torch.float64)'; now: 'tensor([13.])'")
     edit(course / "solutions/executed.json", lambda text: text.replace('"packages": "', '"packages": "0'))

@@ -17,7 +17,7 @@ from tests.helpers import REPOSITORY
 
 
 def test_the_doctor_says_what_to_mend_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("bundled model", "alembic", "course", "kernel", "widgets"):  # as on a machine that has them
+    for name in ("bundled model", "course", "kernel", "widgets"):  # as on a machine that has them
         monkeypatch.setitem(doctor.CHECKS, name, lambda: "there")
     code, out, _ = call("doctor")
     assert (code, out.count("PROBLEM"), out.count("ok  ")) == (0, 0, len(doctor.CHECKS))
@@ -45,7 +45,6 @@ def test_the_doctor_says_what_to_mend_and_ends_with_1(monkeypatch: pytest.Monkey
         ),
         (lambda m: m.setattr(doctor, "COURSE", ("no-such-package",)), "run: python -m pip install -e '.[course]'"),
         (lambda m: m.setattr(doctor, "WIDGETS", Path("no")), "JupyterLab cannot find the extension"),
-        (lambda m: m.setenv("PATH", ""), "PROBLEM  alembic"),
         (lambda m: m.setenv("LORA_FROM_SCRATCH_HOME", "/dev/null/no"), "is not saved: cannot write to /dev/null/no"),
     ],
 )
@@ -56,15 +55,28 @@ def test_the_doctor_finds(monkeypatch: pytest.MonkeyPatch, patch: Callable[[Any]
     assert said in out
 
 
+def test_only_an_instructor_is_told_of_what_grading_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "GRADING", ("no-such-package",))
+    monkeypatch.setenv("PATH", "")
+    for name in doctor.CHECKS:
+        monkeypatch.setitem(doctor.CHECKS, name, lambda: "there")
+    code, out, _ = call("doctor")
+    assert (code, "alembic" in out, "grading" in out) == (0, False, False)
+    code, out, _ = call("doctor", "--instructor")
+    assert code == 1
+    assert "PROBLEM  grading        missing: no-such-package; run: " in out
+    assert "PROBLEM  alembic        nbgrader needs it" in out
+
+
 def test_every_problem_is_one_line_with_something_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "REQUIRED", ("no-such-package",))
     monkeypatch.setattr(doctor, "COURSE", ("no-such-package",))
     monkeypatch.setattr(doctor, "MINIMUM_DISK", 1e18)
     monkeypatch.setattr("lora_from_scratch.gpt2.checkpoint.BUNDLED_DIRECTORY", Path("no"))
     monkeypatch.setenv("PATH", "")
-    _, out, _ = call("doctor")
+    _, out, _ = call("doctor", "--instructor")
     lines = [line for line in out.splitlines() if line.startswith(("ok  ", "PROBLEM  "))]
-    assert len(lines) == len(doctor.CHECKS)
+    assert len(lines) == len(doctor.CHECKS) + len(doctor.FOR_INSTRUCTORS)
     problems = [line for line in lines if line.startswith("PROBLEM")]
     assert len(problems) >= 5
     for line in problems:

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from lora_from_scratch.grading.building.execution import _client_that_looks_again
+from lora_from_scratch.grading.building.execution import _polling_client
 
 
 def shell_of(monkeypatch: pytest.MonkeyPatch, replies: list[str | None]) -> tuple[Any, list[float]]:
@@ -30,7 +30,7 @@ def shell_of(monkeypatch: pytest.MonkeyPatch, replies: list[str | None]) -> tupl
         return SimpleNamespace(shell_channel=SimpleNamespace(get_msg=get_msg))
 
     monkeypatch.setattr(NotebookClient, "async_start_new_kernel_client", start)
-    client = _client_that_looks_again()(nbformat.v4.new_notebook())
+    client = _polling_client()(nbformat.v4.new_notebook())
     return asyncio.run(client.async_start_new_kernel_client()).shell_channel, waits
 
 

@@ -48,7 +48,8 @@ def test_a_file_that_could_not_be_written_is_as_it_was(tmp_path: Path, error: Ba
         with pytest.raises(expected) as raised:
             write_atomically(path, half_written(error))  # type: ignore[arg-type]
         if not isinstance(error, OSError | KeyboardInterrupt):
-            assert str(raised.value) == f"could not write {path}: {str(error).splitlines()[0]}"
+            assert str(raised.value).startswith(f"could not write {path}: the disk or your quota may be full (")
+            assert str(error) not in str(raised.value)  # no PyTorch or Rust in it
     assert files_in(tmp_path) == {"kept.txt": b"before"}
     assert not (tmp_path / "new").exists()
 

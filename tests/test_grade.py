@@ -114,11 +114,11 @@ def test_a_worker_that_dies_harms_only_the_submission_it_had(course: GradingCour
     course.hand_in("bob", fourfold_root="die")
     summary = course.grade(workers=2)
     rows = {row.learner: row for row in summary.rows}
-    assert [rows[name].entered.score for name in ("ada", "cleo", "dora")] == [7, 7, 7]
+    assert [rows[name].entry.score for name in ("ada", "cleo", "dora")] == [7, 7, 7]
     assert (summary.marked, summary.failed, summary.code) == (3, 1, 2)
     assert "exit code 7" in rows["bob"].trouble[0]
-    assert rows["bob"].entered.score == 0
-    assert "check-fourfold_root" in rows["bob"].entered.waiting  # a person decides, in the formgrader
+    assert rows["bob"].entry.score == 0
+    assert "check-fourfold_root" in rows["bob"].entry.waiting  # a person decides, in the formgrader
     assert not (course.root / "graded" / "bob" / f"{NAME}.json").exists()  # and the next run tries again
     course.hand_in("bob", **RIGHT)
     assert course.grade().marked == 1
@@ -131,7 +131,7 @@ def test_a_submission_that_cannot_be_marked_any_more_keeps_the_points_that_it_ha
     course.hand_in("ada", **(RIGHT | {"Counter": "raise RuntimeError"}))
     summary = course.grade()
     assert "RuntimeError: the judge fell over" in summary.rows[0].trouble[0]
-    assert (summary.rows[0].entered.score, summary.code) == (7, 2)
+    assert (summary.rows[0].entry.score, summary.code) == (7, 2)
 
 
 def test_a_result_that_is_damaged_on_disk_is_made_again(course: GradingCourse) -> None:

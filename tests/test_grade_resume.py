@@ -94,4 +94,4 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def differences(row: Any) -> tuple[Any, ...]:
-    return row.before, row.why, row.entered
+    return row.previous, row.why, row.entry

@@ -42,7 +42,7 @@ def test_points_comments_and_open_questions_are_entered_as_nbgrader_would(course
     assert course.scores("bob")["why_count"] == (0, None, None, False)
     assert course.comments("bob")["fourfold_root"] == (None, None)
     assert course.comments("bob")["Counter"] == ("No response.", None)
-    assert [(row.learner, row.entered.score, row.entered.max_score) for row in summary.rows] == [
+    assert [(row.learner, row.entry.score, row.entry.max_score) for row in summary.rows] == [
         ("ada", 9, 12),
         ("bob", 2, 12),
     ]
@@ -121,7 +121,7 @@ def test_a_comment_of_grading_holds_no_control_characters_and_no_markup(course: 
 
 
 def test_a_submission_is_entered_whole_or_not_at_all(course: GradingCourse, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_from_scratch.grading.gradebook import Book
+    from lora_from_scratch.grading.gradebook import UnitGradebook
 
     course.hand_in("ada", **RIGHT)
     course.grade()
@@ -132,7 +132,7 @@ def test_a_submission_is_entered_whole_or_not_at_all(course: GradingCourse, monk
     def breaks(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Book, "_enter_comments", breaks)
+    monkeypatch.setattr(UnitGradebook, "_enter_comments", breaks)
     with pytest.raises(KeyboardInterrupt):
         course.grade()
     assert course.rows() == before
@@ -152,11 +152,11 @@ def test_whoever_is_late_loses_what_the_courses_policy_says(course: GradingCours
     course.hand_in("bob", "2026-05-03 12:00:00 UTC", **RIGHT)
     course.grade()
     course.as_a_person(late("2026-05-02 12:00:00 UTC"))
-    rows = {row.learner: row.entered for row in course.grade().rows}
+    rows = {row.learner: row.entry for row in course.grade().rows}
     assert (rows["ada"].score, rows["ada"].penalty) == (7, 0)
     assert (rows["bob"].score, rows["bob"].penalty, rows["bob"].late_seconds) == (7, 7, 24 * 3600)
     course.as_a_person(lambda gradebook: gradebook.grant_extension(NAME, "bob", days=2))
-    rows = {row.learner: row.entered for row in course.grade().rows}
+    rows = {row.learner: row.entry for row in course.grade().rows}
     assert (rows["bob"].score, rows["bob"].penalty) == (7, 0)
 
 
@@ -175,7 +175,7 @@ def test_other_points_for_an_exercise_reach_the_gradebook_and_other_cells_are_re
     course.hand_in("ada", **RIGHT)
     course.grade()
     course.released.write_text(course.released.read_text().replace('"points": 3', '"points": 5'))
-    assert [row.entered.max_score for row in course.grade().rows] == [14]
+    assert [row.entry.max_score for row in course.grade().rows] == [14]
     course.released.write_text(course.released.read_text().replace("check-Counter", "check-Other"))
     with pytest.raises(ValueError, match=r"graded cells of unit_99 have changed .* db assignment remove unit_99"):
         course.grade()

@@ -9,10 +9,10 @@ import nbformat
 import pytest
 
 from lora_from_scratch.grading.building.solution import source_of
-from lora_from_scratch.grading.sandbox import Job, Observed, Probe, Run, observe_notebook
+from lora_from_scratch.grading.sandbox import Job, Observations, Probe, Run, observe_notebook
 from lora_from_scratch.grading.sandbox.stripped import find_unit
 from lora_from_scratch.grading.submissions import definitions
-from lora_from_scratch.grading.submissions.definitions import binds, is_python, pieces
+from lora_from_scratch.grading.submissions.definitions import binds, is_python, statements
 from lora_from_scratch.grading.submissions.handing_in import look_at
 from tests.damages import by_id, released, submission
 from tests.sandboxes import needs_bubblewrap, verdict_of
@@ -99,7 +99,7 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory) -> Observed:
+def observed(library_cache: Path) -> Observations:
     steps: list[Any] = [Run("imports", PARTS)]
     for number, line in enumerate(LINES):
         steps += [
@@ -109,31 +109,31 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Observed:
         steps += [Run(f"taken {number}", "del low_rank_parameter_count")]
     steps += [Run(f"whole {number}", cell) for number, cell in enumerate(CELLS)]
     steps += [Run("last", COUNT), Probe("low_rank_parameter_count", SEED, "at last")]
-    return observe_notebook(Job("01", tuple(steps), tmp_path_factory.mktemp("library")))
+    return observe_notebook(Job("01", tuple(steps), library_cache))
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
 @pytest.mark.parametrize("number", range(len(LINES)), ids=[line.split("\n")[0] for line in LINES])
-def test_a_line_that_a_kernel_survives_costs_no_answer_below_it(observed: Observed, number: int) -> None:
+def test_a_line_that_a_kernel_survives_costs_no_answer_below_it(observed: Observations, number: int) -> None:
     assert observed.outputs[f"cell {number}"].status == "ran", observed.outputs[f"cell {number}"].error
     assert verdict_of(observed, f"line {number}", SEED).passed
-    assert observed.tried[f"line {number}"].changed == ()
+    assert observed.probes[f"line {number}"].changed == ()
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_a_whole_cell_in_another_language_is_no_error(observed: Observed) -> None:
+def test_a_whole_cell_in_another_language_is_no_error(observed: Observations) -> None:
     assert [observed.outputs[f"whole {number}"].status for number in range(len(CELLS))] == ["ran"] * len(CELLS)
     assert verdict_of(observed, "at last", SEED).passed
-    assert observed.endings == ()
+    assert observed.early_exits == ()
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_an_error_in_code_that_a_magic_runs_is_the_learners(tmp_path: Path) -> None:
+def test_an_error_in_code_that_a_magic_runs_is_the_learners(library_cache: Path) -> None:
     steps = (Run("line", "%time 1 / 0\nafter = 1"), Run("cell", "%%time\n1 / 0"), Run("said", "!ls"))
-    found = observe_notebook(Job("01", steps, tmp_path))
+    found = observe_notebook(Job("01", steps, library_cache))
     assert [found.outputs[cell].error[:17] for cell in ("line", "cell")] == ["ZeroDivisionError"] * 2
     assert found.outputs["said"].stdout == "!ls: this does nothing while a notebook is being graded.\n"
 
@@ -141,16 +141,16 @@ def test_an_error_in_code_that_a_magic_runs_is_the_learners(tmp_path: Path) -> N
 @needs_bubblewrap
 @pytest.mark.unit_01
 @pytest.mark.parametrize("what", SETTINGS)
-def test_a_setting_of_pytorchs_own_is_no_replaced_function(tmp_path: Path, what: str) -> None:
+def test_a_setting_of_pytorchs_own_is_no_replaced_function(library_cache: Path, what: str) -> None:
     steps = (
         Run("imports", PARTS),
         Run("setting", f"import torch\n{SETTINGS[what]}"),
         Run("own", OWN["row_echelon"]),
         Probe("row_echelon", SEED, "check"),
     )
-    found = observe_notebook(Job("01", steps, tmp_path))
+    found = observe_notebook(Job("01", steps, library_cache))
     assert found.outputs["setting"].status == "ran", found.outputs["setting"].error
-    assert found.tried["check"].changed == ()
+    assert found.probes["check"].changed == ()
     assert verdict_of(found, "check", SEED).passed
 
 
@@ -182,7 +182,7 @@ def test_what_runs_in_jupyter_is_read_as_python_line_for_line(what: str) -> None
     source = READABLE[what]
     assert is_python(source)
     assert binds(source)["rank_deficiency"] == "real"
-    assert "\n".join(piece.text for piece in pieces(source) or ()) == source
+    assert "\n".join(statement.text for statement in statements(source) or ()) == source
 
 
 @pytest.mark.parametrize("source", ["def (", "%%time\ndef (", "x = = !ls", "rank(matrix)) # %", "'''never ended"])

@@ -43,10 +43,50 @@ def test_the_command_becomes_jupyterlab_on_the_unit(course: Path, monkeypatch: p
     assert output_of("lab", "--unit", "1", "--no-browser", "--port", "8899") == "2 new notebooks in work.\n"
     ((program, command),) = started
     assert program == sys.executable
-    assert command[:5] == [sys.executable, "-m", "jupyter", "lab", "work/unit_01/unit_01.ipynb"]
+    assert command[:4] == [sys.executable, "-m", "jupyter", "lab"]
     assert {"--no-browser", "--port=8899", f"--ServerApp.root_dir={course / 'work'}"} <= set(command)
+    assert "--LabApp.default_url=/lab/tree/unit_01/unit_01.ipynb" in command
     assert output_of("lab") == "Your notebooks are in work.\n"
-    assert started[1][1][4] == "work/unit_00/unit_00.ipynb"
+    assert "--LabApp.default_url=/lab/tree/unit_00/unit_00.ipynb" in started[1][1]
+
+
+def test_a_copy_that_was_cut_is_made_again_and_what_a_learner_wrote_is_not(course: Path) -> None:
+    mine = course / "work"
+    release = course / "notebooks" / "unit_01/unit_01.ipynb"
+    release.write_text('{"cells": []}')
+    for cut in ("", '{"cells'):
+        lab.copy_notebooks(course / "notebooks", mine)
+        (mine / "unit_01/unit_01.ipynb").write_text(cut)
+        assert lab.copy_notebooks(course / "notebooks", mine) == 1
+        assert (mine / "unit_01/unit_01.ipynb").read_text() == '{"cells": []}'
+    (mine / "unit_01/unit_01.ipynb").write_text('{"a": 1}')  # shorter, but something else
+    assert lab.copy_notebooks(course / "notebooks", mine) == 0
+
+
+def test_a_full_disk_leaves_no_cut_file(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lab.shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        lab.copy_notebooks(course / "notebooks", course / "work")
+    assert not (course / "work").exists()
+
+
+def test_the_folder_says_the_titles_of_the_units(course: Path) -> None:
+    (course / "notebooks/unit_01/unit_01.ipynb").write_text('{"cells": [{"source": ["# Unit 01: Rank\\n", "\\n"]}]}')
+    lab.copy_notebooks(course / "notebooks", course / "work")
+    lab.write_contents(course / "work")
+    lines = (course / "work" / lab.CONTENTS).read_text().splitlines()
+    assert lines[2:] == ["- [unit_00](unit_00/unit_00.ipynb)", "- [Unit 01: Rank](unit_01/unit_01.ipynb)"]
+
+
+def test_jupyterlab_finds_that_nbgrader_is_for_instructors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jupyterlab_server.config import get_page_config
+
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(lab.CONFIGURATION))
+    assert "@jupyter/nbgrader" in get_page_config([])["disabledExtensions"]
 
 
 def test_bad_input_ends_in_one_line(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:

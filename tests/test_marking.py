@@ -22,7 +22,7 @@ from lora_from_scratch.grading.cohort import secret_of, seed_of
 from lora_from_scratch.grading.graded import Finding, Graded
 from lora_from_scratch.grading.marking import Settings, mark, mark_file, nothing
 from lora_from_scratch.grading.plan import cells_to_run
-from lora_from_scratch.grading.sandbox import Ending, Guess, Job, Observed, Output, Probe, Run, Tried
+from lora_from_scratch.grading.sandbox import EarlyExit, Guess, Job, Observations, Output, Probe, ProbeResult, Run
 from lora_from_scratch.grading.submissions.matching import match
 from tests.damages import Notebook, after, by_id, code, fill, released, solutions, submission
 from tests.sandboxes import needs_bubblewrap
@@ -142,33 +142,33 @@ def test_a_learners_own_files_are_there_and_a_bad_file_is_a_result(tiny: Tiny, t
 # --- With a stand-in for the sandbox ------------------------------------------------------------------------
 
 
-def observed(tiny: Tiny, patch: pytest.MonkeyPatch, change: Callable[[Observed], Observed]) -> Graded:
+def observed(tiny: Tiny, patch: pytest.MonkeyPatch, change: Callable[[Observations], Observations]) -> Graded:
     """What is made of these observations, of a notebook in which everything else is right."""
 
-    def observe(job: Job) -> Observed:
+    def observe(job: Job) -> Observations:
         assert {type(step) for step in job.steps} == {Run, Probe, Guess}
         tried, guesses = {}, {}
         for step in job.steps:
             if isinstance(step, Probe):
                 exercise = next(item for item in tiny.unit.exercises if item.name == step.name)
                 seen = expected_of(exercise, step.seed)
-                tried[step.cell_id] = Tried(step.name, "seen", seen=seen)
+                tried[step.cell_id] = ProbeResult(step.name, "seen", seen=seen)
             elif isinstance(step, Guess):
                 item = next(item for item in tiny.unit.predictions if item.name == step.name)
                 guesses[step.cell_id] = item.answer
         outputs = {step.cell_id: Output("ran") for step in job.steps if isinstance(step, Run)}
-        return change(Observed(tried, guesses, outputs, (), "bubblewrap"))
+        return change(Observations(tried, guesses, outputs, (), "bubblewrap"))
 
     patch.setattr("lora_from_scratch.grading.sandbox.observe_notebook", observe)
     return tiny.mark(tiny.submission())
 
 
-def tried(name: str, tried: Tried) -> Callable[[Observed], Observed]:
-    return lambda all: dataclasses.replace(all, tried={**all.tried, f"check-{name}": tried})
+def tried(name: str, tried: ProbeResult) -> Callable[[Observations], Observations]:
+    return lambda all: dataclasses.replace(all, probes={**all.probes, f"check-{name}": tried})
 
 
 def test_a_judge_that_fails_is_a_finding_for_a_person(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    graded = observed(tiny, monkeypatch, tried("Counter", Tried("Counter", "seen", seen=(Seen(),))))
+    graded = observed(tiny, monkeypatch, tried("Counter", ProbeResult("Counter", "seen", seen=(Seen(),))))
     assert graded.verdicts["check-Counter"].status == "broken"
     assert points(graded) == FULL | {"check-Counter": 0}
     assert [(f.kind, f.severity, f.cell) for f in graded.findings] == [("broken check", "human", "check-Counter")]
@@ -178,26 +178,26 @@ def test_a_judge_that_fails_is_a_finding_for_a_person(tiny: Tiny, monkeypatch: p
 def test_what_could_not_be_tried_has_no_points_and_says_why(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, status: Any, verdict: str
 ) -> None:
-    graded = observed(tiny, monkeypatch, tried("Counter", Tried("Counter", status, "Because of this.")))
+    graded = observed(tiny, monkeypatch, tried("Counter", ProbeResult("Counter", status, "Because of this.")))
     found = graded.verdicts["check-Counter"]
     assert (found.status, found.points, found.message) == (verdict, 0, "Because of this.")
     assert points(graded) == FULL | {"check-Counter": 0}
 
 
 def test_an_answer_that_is_missing_because_its_cell_failed_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(all: Observed) -> Observed:
+    def change(all: Observations) -> Observations:
         output = Output("error", error="SyntaxError: invalid syntax", traceback="File ...")
         all = dataclasses.replace(all, outputs={**all.outputs, "exercise-Counter": output})
-        return tried("Counter", Tried("Counter", "missing", "There is no Counter."))(all)
+        return tried("Counter", ProbeResult("Counter", "missing", "There is no Counter."))(all)
 
     assert "SyntaxError: invalid syntax" in observed(tiny, monkeypatch, change).verdicts["check-Counter"].message
 
 
 def test_replaced_functions_and_disturbed_frames_are_for_a_person(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(all: Observed) -> Observed:
-        seen = all.tried["check-Counter"].seen
-        all = tried("Counter", Tried("Counter", "seen", seen=seen, changed=("torch.equal",)))(all)
-        return dataclasses.replace(all, endings=(Ending("frames", "check-Counter", "Disturbed."),))
+    def change(all: Observations) -> Observations:
+        seen = all.probes["check-Counter"].seen
+        all = tried("Counter", ProbeResult("Counter", "seen", seen=seen, changed=("torch.equal",)))(all)
+        return dataclasses.replace(all, early_exits=(EarlyExit("frames", "check-Counter", "Disturbed."),))
 
     graded = observed(tiny, monkeypatch, change)
     assert [(finding.kind, finding.severity) for finding in graded.findings] == [
@@ -214,7 +214,7 @@ def test_any_value_of_a_prediction_has_a_verdict(tiny: Tiny, monkeypatch: pytest
 
 
 def test_what_a_learner_prints_can_always_be_written(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(all: Observed) -> Observed:
+    def change(all: Observations) -> Observations:
         output = Output("error", "a\x00b\x1b[31m\ud800", "e\x07", "Name\ud800: text\x00", "line\x00\nline")
         return dataclasses.replace(all, outputs=dict.fromkeys(all.outputs, output))
 
@@ -250,7 +250,7 @@ def test_of_a_solved_notebook_only_the_answers_run_and_the_imports(tmp_path: Pat
     sources = run(notebook, "01")
     assert {cell.source for cell in solutions(notebook)} <= set(sources)
     rest = [source for source in sources if "import" not in source.split("\n\n")[0] and "BEGIN SOLUTION" not in source]
-    assert all(source.startswith("# Ready-made") for source in rest)
+    assert all(source.startswith("# Library functions") for source in rest)
 
 
 def test_a_changed_experiment_runs_with_everything_that_it_needs() -> None:

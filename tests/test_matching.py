@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lora_from_scratch.checks.units import units
 from lora_from_scratch.grading.submissions.definitions import binds, needs
-from lora_from_scratch.grading.submissions.matching import Matched, match
+from lora_from_scratch.grading.submissions.matching import MatchResult, match
 from tests.damages import (
     DAMAGES,
     ROOT,
@@ -67,7 +67,7 @@ def names(unit: str) -> list[str]:
     return [item.name for one in units() if one.number == unit for item in one.checked]
 
 
-def assert_sound(matched: Matched, release: Notebook) -> None:
+def assert_sound(matched: MatchResult, release: Notebook) -> None:
     """The graded cells are the release's, tests with their source; the notebook is valid; once more changes nothing."""
     assert graded(matched.notebook) == graded(release)
     for cell in matched.notebook.cells:

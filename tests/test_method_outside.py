@@ -27,7 +27,7 @@ from tests.test_method_laws import LAWS, Law, try_law
 from tests.tiny_runs import run_in
 
 FOLDER = REPOSITORY / "tests" / "method_outside"
-NAME = "lora-plus"
+NAME = "lora-layerwise"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "LORA_FROM_SCRATCH_METHODS": str(FOLDER)}
 
 
@@ -39,16 +39,16 @@ def _folder_of_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     method_classes.cache_clear()
     yield
     method_classes.cache_clear()
-    sys.modules.pop("lora_from_scratch.methods.lora_plus", None)
+    sys.modules.pop("lora_from_scratch.methods.lora_layerwise", None)
 
 
-def lora_plus(**hyperparameters: object) -> Method:
+def layerwise(**hyperparameters: object) -> Method:
     return method_class(NAME)(**hyperparameters)
 
 
 def test_no_other_file_names_it() -> None:
     files = [*(REPOSITORY / "lora_from_scratch").rglob("*.py"), *(REPOSITORY / "benchmarks").glob("*.py")]
-    assert [file for file in files if "LoRAPlus" in file.read_text() or NAME in file.read_text()] == []
+    assert [file for file in files if "LayerwiseLoRA" in file.read_text() or NAME in file.read_text()] == []
 
 
 @pytest.mark.parametrize(("law", "where", "examples"), LAWS, ids=[law.__name__ for law, _, _ in LAWS])
@@ -58,24 +58,24 @@ def test_it_is_put_to_the_laws(law: Law, where: object, examples: int) -> None:
         try_law(law, cls, examples)
 
 
-def test_b_learns_at_its_own_rate() -> None:
-    model, method = tiny_model(), lora_plus(rank=2, ratio=8.0)
+def test_a_lower_block_learns_at_a_smaller_rate() -> None:
+    model, method = tiny_model(), layerwise(rank=2, decay=0.25)
     method.adapt(model)
     optimizer = adamw(method.parameter_groups(model), TrainingSettings(steps=1, learning_rate=1e-3))
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in method.trainable(model).items():
-        assert rates[id(parameter)] == pytest.approx(8e-3 if name.endswith("lora_B") else 1e-3)
+        assert rates[id(parameter)] == pytest.approx(0.25e-3 if ".h.0." in name else 1e-3)
 
 
 def test_help_shows_its_hyperparameter(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["finetune", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "learning rate of B divided by that of A (lora-plus: 16.0)" in said
+    assert "learning rate of a block divided by that of the block above (lora-layerwise: 0.5)" in said
 
 
 def test_it_is_trained_saved_loaded_and_undone(quiet_run: Path, short_evaluation: None, tmp_path: Path) -> None:
-    run = run_in(quiet_run, tmp_path, "--method", NAME, "--ratio", "4")
+    run = run_in(quiet_run, tmp_path, "--method", NAME, "--decay", "0.7")
     assert main(run) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["report"]["method"] == NAME

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_from_scratch.checks import observation
 from lora_from_scratch.checks.observation import PRINTED, Opaque, Seen, identical, observe, plain, time_limit
 
 DATA = st.recursive(
@@ -125,6 +129,57 @@ def test_an_answer_that_does_not_end_is_stopped_whatever_it_swallows(endless: An
     assert seen.stopped
     assert seen.errors == ()
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_waiting_for_a_processor_does_not_count_and_neither_does_a_short_sleep() -> None:
+    assert not see(lambda: time.sleep(0.3), seconds=0.1).stopped  # as if other programs ran for 0.3 seconds
+    assert see(lambda: time.sleep(60), seconds=0.05).stopped
+
+
+def test_an_alarm_that_comes_when_the_limit_is_over_does_nothing() -> None:
+    alarm = observation._Alarm(0.0, observation.Stopwatch())
+    alarm.over = True
+    alarm.up(signal.SIGALRM, None)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("function", [observation._Alarm.up, time_limit.__wrapped__])  # type: ignore[attr-defined]
+def test_an_alarm_does_not_raise_inside_its_own_machinery(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "setitimer", lambda *arguments: None)  # no alarm after this one
+    alarm = observation._Alarm(0.0, observation.Stopwatch())
+    time.sleep(0.001)
+    alarm.up(signal.SIGALRM, SimpleNamespace(f_code=function.__code__))  # type: ignore[arg-type]
+    with pytest.raises(observation.OutOfTime):
+        alarm.up(signal.SIGALRM, SimpleNamespace(f_code=see.__code__))  # type: ignore[arg-type]
+
+
+STORM = """
+import time
+from lora_from_scratch.checks import observation
+
+def swallows():
+    while True:
+        try:
+            time.sleep(0.001)
+        except:
+            pass
+
+for _ in range(100):
+    seen = observation.observe(lambda answer: answer(), swallows, [{}], seconds=0.002)
+    assert seen[0].stopped
+print("alive")
+"""
+
+
+def test_a_process_survives_a_hundred_answers_that_swallow_everything_beside_busy_neighbours() -> None:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        done = subprocess.run([sys.executable, "-c", STORM], capture_output=True, text=True)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
 def test_after_one_case_that_does_not_end_the_others_are_not_tried() -> None:

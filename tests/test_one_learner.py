@@ -18,11 +18,11 @@ pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -
 
 from lora_from_scratch.grading import autograded, pool, tasks
 from lora_from_scratch.grading.course_folder import open_course
-from lora_from_scratch.grading.gradebook import Book, UnusableError
+from lora_from_scratch.grading.gradebook import GradebookError, UnitGradebook
 from lora_from_scratch.grading.graded import Graded
 from lora_from_scratch.grading.pool import Bounds, Pool, Task
 from lora_from_scratch.grading.submissions import folder as door
-from lora_from_scratch.grading.submissions.definitions import pieces
+from lora_from_scratch.grading.submissions.definitions import statements
 from lora_from_scratch.grading.submissions.folder import entries, handed_in_at, take_data
 from tests.grading_course import NAME, RIGHT, GradingCourse, template
 
@@ -118,7 +118,7 @@ def test_a_step_that_fails_on_one_submission_harms_no_other(
     monkeypatch.setattr(tasks, step, of_bob(getattr(tasks, step), error))
     summary = course.grade(feedback=True, workers=2)
     rows = {row.learner: row for row in summary.rows}
-    assert [rows[name].entered.score for name in ("ada", "cleo")] == [7, 7]
+    assert [rows[name].entry.score for name in ("ada", "cleo")] == [7, 7]
     assert [(rows[name].trouble, rows[name].graded.findings) for name in ("ada", "cleo")] == [((), ())] * 2
     assert rows["bob"].needs_a_human
     assert (course.root / "feedback" / "cleo" / NAME / f"{NAME}.html").is_file()
@@ -131,20 +131,20 @@ def test_what_is_shown_of_one_submission_fails_alone(course: GradingCourse, monk
     rows = {row.learner: row for row in course.grade().rows}
     assert [rows[name].trouble for name in ("ada", "cleo")] == [(), ()]
     assert "File name too long" in rows["bob"].trouble[0]
-    assert rows["bob"].entered.score == 7
+    assert rows["bob"].entry.score == 7
 
 
 def test_what_the_gradebook_cannot_hold_is_one_learners_and_a_gradebook_that_cannot_be_used_is_not(
     course: GradingCourse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Book.enter
-    monkeypatch.setattr(Book, "enter", of_bob(real, ValueError("a text must not hold NUL")))
+    real = UnitGradebook.enter
+    monkeypatch.setattr(UnitGradebook, "enter", of_bob(real, ValueError("a text must not hold NUL")))
     summary = course.grade()
-    assert {row.learner: row.entered.score for row in summary.rows} == {"ada": 7, "bob": 0, "cleo": 7}
+    assert {row.learner: row.entry.score for row in summary.rows} == {"ada": 7, "bob": 0, "cleo": 7}
     assert "could not be entered into the gradebook: ValueError: a text must not hold NUL" in summary.rows[1].trouble[0]
     assert summary.code == 2
-    monkeypatch.setattr(Book, "enter", of_bob(real, UnusableError("database is locked")))
-    with pytest.raises(UnusableError):
+    monkeypatch.setattr(UnitGradebook, "enter", of_bob(real, GradebookError("database is locked")))
+    with pytest.raises(GradebookError):
         course.grade()
 
 
@@ -327,9 +327,9 @@ def test_a_worker_that_has_grown_gives_way_to_another(monkeypatch: pytest.Monkey
 
 
 def test_nothing_of_a_notebook_is_kept_when_it_is_marked(course: GradingCourse) -> None:
-    pieces("x = 1")
+    statements("x = 1")
     open_ = open_course(NAME, course.root)
-    job = tasks.Job(
+    job = tasks.MarkingJob(
         learner="ada",
         unit="99",
         notebook=open_.handed_in("ada") / f"{NAME}.ipynb",
@@ -342,5 +342,5 @@ def test_nothing_of_a_notebook_is_kept_when_it_is_marked(course: GradingCourse) 
         cache=open_.cache,
         marker="tests.stand_in_marker:mark_file",
     )
-    assert isinstance(tasks.mark(job), tasks.Prepared)
-    assert pieces.cache_info().currsize == 0
+    assert isinstance(tasks.mark(job), tasks.PreparedResult)
+    assert statements.cache_info().currsize == 0

@@ -195,18 +195,16 @@ def test_every_field_of_pefts_own_configuration_is_known_and_refused_when_it_wou
     load_adapter(tiny_gpt2(), tmp_path)
     written = json.loads((tmp_path / CONFIG_FILE).read_text())
     for name, value in [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("modules_to_save", ["wte"]),
-        ("init_lora_weights", "pissa"),
-        ("exclude_modules", ["h.0"]),
-        ("layers_pattern", "h"),
-        ("lora_bias", True),
+        ("bias", "some"),
+        ("init_lora_weights", "lora_ga"),
         ("target_parameters", ["w"]),
+        ("ensure_weight_tying", True),
+        ("kasa_config", {"beta": 1}),
+        ("monteclora_config", {"a": 1}),
+        ("use_bdlora", {"a": 1}),
+        ("arrow_config", {"a": 1}),
         ("layer_replication", [[0, 1]]),
-        ("trainable_token_indices", [1]),
         ("alora_invocation_tokens", [3]),
-        ("use_qalora", True),
         ("task_type", "SEQ_CLS"),
     ]:
         assert name in written

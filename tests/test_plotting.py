@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgb
 
-from lora_from_scratch.support import plotting
+from lora_from_scratch.support import figures, plotting
+from tests.helpers import REPOSITORY
 
 
 def draw(path: Path) -> None:
@@ -68,17 +72,71 @@ def test_a_curve_runs_over_the_steps_from_1_and_carries_its_name() -> None:
     (line,) = axes.get_lines()
     assert line.get_xydata().tolist() == [[1, 3.0], [2, 2.0], [3, 1.5]]
     assert [text.get_text() for text in axes.texts] == ["lora"]
+    for style in range(len(plotting.LINES)):
+        plotting.curve(axes, [1.0, 2.0], label="another", style=style)
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of an sRGB colour (Web Content Accessibility Guidelines 2.1)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return math.fsum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def as_shown(colour: Sequence[float], kind: str) -> list[float]:
+    """The colour after the filter that a dark theme puts on a figure (CSS Filter Effects, "invert", "hue-rotate")."""
+    if kind == "light":
+        return list(colour)
+    if kind == "picture":
+        share = float(figures.DARK[kind].removeprefix("brightness(").rstrip(")"))
+        return [share * c for c in colour]
+    share = float(figures.DARK[kind].removeprefix("invert(").partition(")")[0])
+    red, green, blue = (c * (1 - 2 * share) + share for c in colour)
+    turned = (
+        -0.574 * red + 1.43 * green + 0.144 * blue,
+        0.426 * red + 0.43 * green + 0.144 * blue,
+        0.426 * red + 1.43 * green - 0.856 * blue,
+    )
+    return [min(1.0, max(0.0, c)) for c in turned]
 
 
 def test_curves_differ_in_lightness_and_in_line_so_that_they_are_readable_in_grey() -> None:
-    def luminance(colour: str) -> float:
-        red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
-        return math.fsum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    grey = sorted(luminance(colour) for colour in plotting.COLOURS)
+    grey = sorted(luminance(to_rgb(colour)) for colour in plotting.COLOURS)
     assert all(dark < light for dark, light in pairwise(grey))
     assert len({str(line) for line in plotting.LINES}) == len(plotting.COLOURS)
+
+
+@pytest.mark.parametrize("kind", ["light", *figures.DARK])
+def test_text_has_a_contrast_of_four_and_a_half_and_marks_of_three_in_every_theme(kind: str) -> None:
+    ground = as_shown((1.0, 1.0, 1.0), kind)
+    for colour in (*plotting.COLOURS, "0.4"):
+        least = 4.5 if kind != "picture" else 4.0  # a picture's text is black
+        assert contrast(as_shown(to_rgb(colour), kind), ground) >= least, colour
+    assert contrast(as_shown(to_rgb("0.5"), kind), ground) >= 3
+    assert contrast(as_shown(to_rgb("black"), kind), ground) >= 7
+
+
+def test_a_drawing_is_inverted_in_a_dark_theme_and_a_picture_is_not() -> None:
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("IPython.display.display", lambda bundle, **_: shown.append(bundle["text/html"]))
+        for draw_on in (lambda a: a.plot([1, 2]), lambda a: a.imshow([[1, 2]]), lambda a: a.pcolormesh([[1, 2]])):
+            figure, (axes,) = plotting.panels(1)
+            draw_on(axes)
+            figures.show(figure, "What it shows.")
+    assert ["figure-drawing" in page.split("<img")[1] for page in shown] == [True, False, False]
+    assert all('[data-jp-theme-light="false"]' in page for page in shown)
+
+
+@pytest.mark.parametrize("page", sorted((REPOSITORY / "course" / "units").glob("*.py")), ids=lambda page: page.stem)
+def test_no_text_in_a_figure_of_a_unit_is_paler_than_that(page: Path) -> None:
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if re.search(r"\.(text|annotate)\(", line):
+            assert all(float(grey) <= 0.45 for grey in re.findall(r'color="(0\.\d+)"', line)), line
 
 
 def test_every_bar_carries_its_number_and_its_unit_and_stays_inside() -> None:

@@ -247,7 +247,7 @@ def test_an_exercise_that_the_course_no_longer_has_is_kept_and_not_counted(home:
 
 def test_the_command_shows_the_same() -> None:
     record(PASSED)
-    assert output_of("progress").strip() == "\n\n".join([table for _, table in report()[0]] + report()[1])
+    assert output_of("progress").strip() == "\n\n".join([*(table for _, table in report()[0]), "\n".join(report()[1])])
     assert "✓ row_echelon" in output_of("progress", "1")
     assert "passed on 20" in output_of("progress", "unit_01")
     assert complaint("progress", "88").startswith("error: there is no unit '88'; the units are 00, 01")

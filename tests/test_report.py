@@ -130,8 +130,8 @@ def test_a_notebook_that_could_not_be_read_lowers_no_mean(course: GradingCourse)
         for name, verdict in seen.graded.verdicts.items()
     }
     graded = dataclasses.replace(seen.graded, verdicts=verdicts, findings=(damaged,))
-    entered = dataclasses.replace(seen.entered, score=0.0)
-    unread = dataclasses.replace(seen, learner="eve", graded=graded, entered=entered)
+    entry = dataclasses.replace(seen.entry, score=0.0)
+    unread = dataclasses.replace(seen, learner="eve", graded=graded, entry=entry)
     parts = {part.title: part for part in sections(dataclasses.replace(summary, rows=(seen, unread)))}
     assert parts["Exercises"].rows[0][1] == "4.00"
     assert parts["Exercises"].sentences == ("Left out of the means: 1 that could not be read or graded.",)

@@ -17,7 +17,7 @@ from lora_from_scratch.grading.sandbox import (
     Guess,
     Job,
     Limits,
-    Observed,
+    Observations,
     Probe,
     Run,
     SandboxError,
@@ -40,12 +40,7 @@ PARTS += "from lora_from_scratch.linear_algebra.rank import *\n"
 PARTS += f"del {', '.join(OWN)}\n"  # a learner's notebook has not got them of the library
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("library")
-
-
-def points(observed: Observed, cell: str, seed: int = SEED) -> float:
+def points(observed: Observations, cell: str, seed: int = SEED) -> float:
     return verdict_of(observed, cell, seed).points
 
 
@@ -56,7 +51,7 @@ def points(observed: Observed, cell: str, seed: int = SEED) -> float:
 @pytest.mark.unit_01
 @pytest.mark.unit_09
 @pytest.mark.parametrize("number", ["01", "09"])
-def test_every_answer_of_the_bank_gets_the_verdict_that_it_gets_in_a_notebook(number: str, cache: Path) -> None:
+def test_every_answer_of_the_bank_gets_the_verdict_that_it_gets_in_a_notebook(number: str, library_cache: Path) -> None:
     unit = find_unit(number)
     answers = [
         answer
@@ -65,7 +60,9 @@ def test_every_answer_of_the_bank_gets_the_verdict_that_it_gets_in_a_notebook(nu
         if not answer.hangs
     ]
     # With nothing taken out: wrong answers are built on the library's version of the same exercise.
-    observed = observe_notebook(Job(number, tuple(notebook_of(unit, answers, SEED)), cache, without=frozenset()))
+    observed = observe_notebook(
+        Job(number, tuple(notebook_of(unit, answers, SEED)), library_cache, without=frozenset())
+    )
     for answer in answers:
         told = verdict_of(observed, cell_of(answer), SEED)
         there = verdict_on(answer.exercise, SEED, {answer.exercise: answer.object})
@@ -117,21 +114,21 @@ HONEST = (
 
 
 @pytest.fixture(scope="module")
-def honest(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Observed:
+def honest(library_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Observations:
     files = tmp_path_factory.mktemp("files")
     (files / "data.csv").write_text("1,2")
     (files / "helper.py").write_text("VALUE = 17")
     (files / "json.py").write_text("raise ImportError('not the real one')")
     (files / "link").symlink_to("/etc/passwd")
     (files / "folder").mkdir()
-    return observe_notebook(Job("01", HONEST, cache, files=files))
+    return observe_notebook(Job("01", HONEST, library_cache, files=files))
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_warnings_prints_and_plots_cost_nothing(honest: Observed) -> None:
+def test_warnings_prints_and_plots_cost_nothing(honest: Observations) -> None:
     assert verdict_of(honest, "check-rank", SEED).passed
-    assert honest.tried["check-rank"].seen[0].printed == "hello\n"
+    assert honest.probes["check-rank"].seen[0].printed == "hello\n"
     assert [honest.outputs[cell].status for cell in ("noise", "magic", "plot", "taken", "late")] == ["ran"] * 5
     noise = honest.outputs["noise"]
     assert noise.stdout.startswith("printed\nxxx")
@@ -139,28 +136,28 @@ def test_warnings_prints_and_plots_cost_nothing(honest: Observed) -> None:
     assert len(noise.stdout) < Limits().printed + 100
     assert "to stderr" in noise.stderr
     assert "careful" in noise.stderr
-    assert honest.endings == ()
+    assert honest.early_exits == ()
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_taking_one_answer_of_the_library_keeps_the_points_of_the_others(honest: Observed) -> None:
+def test_taking_one_answer_of_the_library_keeps_the_points_of_the_others(honest: Observations) -> None:
     assert "row_echelon" in OWN["rank"]  # so that it needs the body that is taken out
     assert points(honest, "check-rank") == find("rank")[1].points
-    assert honest.tried["check-row_echelon"].status == "library"
+    assert honest.probes["check-row_echelon"].status == "library"
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_what_cannot_be_tried_is_told_as_in_the_notebook(honest: Observed) -> None:
+def test_what_cannot_be_tried_is_told_as_in_the_notebook(honest: Observations) -> None:
     for name, answers in (("outer_product_sum", {"outer_product_sum": 3}), ("low_rank_parameter_count", {})):
-        tried, there = honest.tried[f"check-{name}"], verdict_on(name, SEED, answers)
+        tried, there = honest.probes[f"check-{name}"], verdict_on(name, SEED, answers)
         assert (tried.status, tried.message) == (there.status, there.message) == ("missing", there.message)
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_an_error_stops_neither_the_notebook_nor_the_next_cell(honest: Observed) -> None:
+def test_an_error_stops_neither_the_notebook_nor_the_next_cell(honest: Observations) -> None:
     fails = honest.outputs["fails"]
     assert (fails.status, fails.error) == ("error", "ValueError: negative")
     assert "raise ValueError('negative')" in fails.traceback
@@ -171,26 +168,26 @@ def test_an_error_stops_neither_the_notebook_nor_the_next_cell(honest: Observed)
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_what_a_notebook_replaces_in_pytorch_is_put_back_and_told(honest: Observed) -> None:
-    tried = honest.tried["check-rank_deficiency"]
+def test_what_a_notebook_replaces_in_pytorch_is_put_back_and_told(honest: Observations) -> None:
+    tried = honest.probes["check-rank_deficiency"]
     assert set(tried.changed) == {
         "torch.equal",
         "torch.Tensor.any",
         *("lora_from_scratch.checks.observation." + name for name in ("observe", "len")),
     }
     assert verdict_of(honest, "check-rank_deficiency", SEED).passed
-    assert honest.tried["check-rank"].changed == ()
+    assert honest.probes["check-rank"].changed == ()
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_a_prediction_is_what_it_is_at_its_check(honest: Observed) -> None:
+def test_a_prediction_is_what_it_is_at_its_check(honest: Observations) -> None:
     assert honest.guesses == {"check-guess": "b", "check-nothing": None}
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_the_learners_own_files_are_there_and_take_no_librarys_place(honest: Observed) -> None:
+def test_the_learners_own_files_are_there_and_take_no_librarys_place(honest: Observations) -> None:
     assert honest.outputs["own file"].stdout == "1,2 17\n['data.csv', 'helper.py', 'json.py']\n"
 
 
@@ -218,9 +215,9 @@ DEATHS = (
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_a_crash_in_one_question_keeps_the_ones_before_and_after(cache: Path) -> None:
-    observed = observe_notebook(Job("01", DEATHS, cache))
-    assert [(ending.why, ending.cell_id) for ending in observed.endings] == [
+def test_a_crash_in_one_question_keeps_the_ones_before_and_after(library_cache: Path) -> None:
+    observed = observe_notebook(Job("01", DEATHS, library_cache))
+    assert [(early_exit.why, early_exit.cell_id) for early_exit in observed.early_exits] == [
         ("exited", "leaves"),
         ("crashed", "check-rank_deficiency"),
         ("frames", "forges"),
@@ -228,19 +225,19 @@ def test_a_crash_in_one_question_keeps_the_ones_before_and_after(cache: Path) ->
     assert observed.ended == "exited"
     assert verdict_of(observed, "check-row_echelon", SEED).passed
     assert verdict_of(observed, "check-outer_product_sum", SEED).passed
-    lost = observed.tried["check-rank"]
-    assert (lost.status, lost.message) == ("lost", observed.endings[0].message)
+    lost = observed.probes["check-rank"]
+    assert (lost.status, lost.message) == ("lost", observed.early_exits[0].message)
     assert "ended Python itself" in lost.message
-    assert observed.tried["check-rank_deficiency"].status == "lost"
+    assert observed.probes["check-rank_deficiency"].status == "lost"
     assert {cell for cell, output in observed.outputs.items() if output.status == "died"} == {"leaves", "forges"}
     assert observed.outputs["last"].stdout == "the end\n"
     assert verdict_of(observed, "check-low_rank_parameter_count", SEED).status == "failed"
-    assert observed.tried["check-low_rank_parameter_count"].seen[0].errors == ("KeyboardInterrupt",)
+    assert observed.probes["check-low_rank_parameter_count"].seen[0].errors == ("KeyboardInterrupt",)
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_a_cell_or_an_answer_without_end_is_stopped_and_the_rest_goes_on(cache: Path) -> None:
+def test_a_cell_or_an_answer_without_end_is_stopped_and_the_rest_goes_on(library_cache: Path) -> None:
     steps = (
         Run("imports", IMPORTS + PARTS),
         Run("loop", "while True:\n    pass"),
@@ -253,29 +250,29 @@ def test_a_cell_or_an_answer_without_end_is_stopped_and_the_rest_goes_on(cache: 
         Run("last", "print('the end')"),
     )
     limits = Limits(cell_seconds=2, patience=0.3)
-    observed = observe_notebook(Job("01", steps, cache, limits=limits))
+    observed = observe_notebook(Job("01", steps, library_cache, limits=limits))
     assert [observed.outputs[cell].status for cell in ("loop", "stubborn", "deaf")] == ["stopped", "stopped", "died"]
     assert "2 seconds" in observed.outputs["loop"].error
     assert verdict_of(observed, "check-rank", SEED).status == "stopped"
     assert verdict_of(observed, "check-row_echelon", SEED).passed
-    assert [(ending.why, ending.cell_id) for ending in observed.endings] == [("wall time", "deaf")]
+    assert [(early_exit.why, early_exit.cell_id) for early_exit in observed.early_exits] == [("wall time", "deaf")]
     assert observed.outputs["last"].stdout == "the end\n"
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_the_time_for_everything_is_kept_over_all_starts(cache: Path) -> None:
+def test_the_time_for_everything_is_kept_over_all_starts(library_cache: Path) -> None:
     steps = (Run("sleep", "import time\ntime.sleep(600)"), Run("last", "1"), Probe("rank", SEED, "check-rank"))
-    observed = observe_notebook(Job("01", steps, cache, limits=Limits(seconds=1)))
+    observed = observe_notebook(Job("01", steps, library_cache, limits=Limits(seconds=1)))
     assert observed.ended == "wall time"
     assert observed.outputs["sleep"].status == "died"
     assert observed.outputs["last"].status == "not run"
-    assert observed.tried["check-rank"].status == "lost"
+    assert observed.probes["check-rank"].status == "lost"
 
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_an_answer_that_needs_too_much_memory_fails_by_itself(cache: Path) -> None:
+def test_an_answer_that_needs_too_much_memory_fails_by_itself(library_cache: Path) -> None:
     steps = (
         Run("imports", IMPORTS + PARTS),
         Run("rank", "def rank(matrix):\n    return len(torch.zeros(10**9).tolist())"),
@@ -284,7 +281,7 @@ def test_an_answer_that_needs_too_much_memory_fails_by_itself(cache: Path) -> No
         Run("one", OWN["row_echelon"]),
         Probe("row_echelon", SEED, "check-row_echelon"),
     )
-    observed = observe_notebook(Job("01", steps, cache, limits=Limits(memory=600 * 2**20)))
+    observed = observe_notebook(Job("01", steps, library_cache, limits=Limits(memory=600 * 2**20)))
     assert not verdict_of(observed, "check-rank", SEED).passed
     assert observed.outputs["cell"].error == "MemoryError: "
     assert verdict_of(observed, "check-row_echelon", SEED).passed
@@ -294,7 +291,7 @@ def test_an_answer_that_needs_too_much_memory_fails_by_itself(cache: Path) -> No
 
 
 @pytest.mark.unit_01
-def test_without_walls_the_same_is_seen_and_it_is_said(cache: Path) -> None:
+def test_without_walls_the_same_is_seen_and_it_is_said(library_cache: Path) -> None:
     steps = (
         Run("imports", IMPORTS + PARTS),
         Run("one", OWN["row_echelon"]),
@@ -302,20 +299,22 @@ def test_without_walls_the_same_is_seen_and_it_is_said(cache: Path) -> None:
         Run("assets", "from lora_from_scratch.gpt2 import load_gpt2\nmodel, _ = load_gpt2('bundled')"),
         Run("judge", "import lora_from_scratch.checks.judge"),
     )  # fmt: skip
-    observed = observe_notebook(Job("01", steps, cache, isolation="none"))
+    observed = observe_notebook(Job("01", steps, library_cache, isolation="none"))
     assert observed.isolation == "none"
     assert verdict_of(observed, "check-row_echelon", SEED).passed
     assert observed.outputs["assets"].status == "ran"
     assert observed.outputs["judge"].error.startswith("ModuleNotFoundError")
 
 
-def test_without_bubblewrap_grading_stops_and_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bubblewrap_grading_stops_and_says_what_to_do(
+    library_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bubblewrap, "PROGRAM", "there-is-no-such-program")
     bubblewrap.unavailable.cache_clear()
     try:
         assert "apt install bubblewrap" in str(unavailable())
         with pytest.raises(SandboxError, match="apt install bubblewrap"):
-            observe_notebook(Job("01", (), cache))
+            observe_notebook(Job("01", (), library_cache))
     finally:
         monkeypatch.undo()
         bubblewrap.unavailable.cache_clear()
@@ -325,9 +324,9 @@ def test_without_bubblewrap_grading_stops_and_says_what_to_do(cache: Path, monke
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_the_stripped_library_holds_no_solution_and_no_answer_to_a_prediction(unit: Unit, cache: Path) -> None:
+def test_the_stripped_library_holds_no_solution_and_no_answer_to_a_prediction(unit: Unit, library_cache: Path) -> None:
     names = [exercise.name for exercise in unit.exercises]
-    package = stripped(unit, names, cache).package
+    package = stripped(unit, names, library_cache).package
     texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*") if path.is_file()}
     everything = "\n".join(texts.values())
     for exercise in unit.exercises:
@@ -393,24 +392,24 @@ def test_an_instructors_own_unit_is_graded_in_the_same_way(tmp_path: Path, monke
     )  # fmt: skip
     observed = observe_notebook(Job("99", steps, tmp_path / "cache"))
     exercises = {exercise.name: exercise for exercise in unit.exercises}
-    verdicts = {cell: judge(exercises[tried.name], SEED, list(tried.seen)) for cell, tried in observed.tried.items()}
+    verdicts = {cell: judge(exercises[tried.name], SEED, list(tried.seen)) for cell, tried in observed.probes.items()}
     assert {cell: verdict.points for cell, verdict in verdicts.items()} == {
         "check stolen": 0,
         "check own": 4,
         "check counter": 2,
     }
     assert "math.cos" not in observed.outputs["look"].stdout
-    assert TAKEN_OUT in observed.tried["check stolen"].seen[0].message
+    assert TAKEN_OUT in observed.probes["check stolen"].seen[0].message
 
 
 # --- What is asked for ---------------------------------------------------------------------------------
 
 
-def test_a_job_that_cannot_be_done_is_refused(cache: Path) -> None:
+def test_a_job_that_cannot_be_done_is_refused(library_cache: Path) -> None:
     for job, said in (
-        (Job("77", (), cache), "no unit '77'"),
-        (Job("01", (Probe("delta_weight", 1, "a"),), cache), "delta_weight"),
-        (Job("01", (Run("a", ""), Run("a", "")), cache), "same cell_id"),
+        (Job("77", (), library_cache), "no unit '77'"),
+        (Job("01", (Probe("delta_weight", 1, "a"),), library_cache), "delta_weight"),
+        (Job("01", (Run("a", ""), Run("a", "")), library_cache), "same cell_id"),
     ):
         with pytest.raises(ValueError, match=said):
             observe_notebook(job)

@@ -21,7 +21,7 @@ from lora_from_scratch.grading.building.solution import source_of
 from lora_from_scratch.grading.cohort import seed_of
 from lora_from_scratch.grading.sandbox import Job, Probe, Run, bubblewrap, observe_notebook, wire
 from lora_from_scratch.grading.sandbox.job import Step
-from lora_from_scratch.grading.sandbox.observing import _Observing
+from lora_from_scratch.grading.sandbox.observing import _NotebookObserver
 from lora_from_scratch.grading.sandbox.pristine import Pristine, without_modes
 from lora_from_scratch.grading.sandbox.stripped import find_unit
 from tests.sandboxes import needs_bubblewrap, script, verdict_of
@@ -68,7 +68,7 @@ def test_a_word_that_a_person_chose_is_stretched_before_anything_follows_from_it
 def test_the_job_says_neither_inputs_nor_seeds(tmp_path: Path) -> None:
     unit = find_unit("01")
     steps: list[Step] = [Run("imports", PARTS), *(Probe(e.name, 1_000_003, f"check-{e.name}") for e in unit.exercises)]
-    observing = _Observing(Job("01", tuple(steps), tmp_path), unit, {e.name: e for e in unit.exercises})
+    observing = _NotebookObserver(Job("01", tuple(steps), tmp_path), unit, {e.name: e for e in unit.exercises})
     job: Any = observing._describe(steps)
     assert {key for step in job["steps"] for key in step} == {"kind", "name", "seconds", "source"}
     assert b"1000003" not in wire.pack(job)
@@ -76,7 +76,7 @@ def test_the_job_says_neither_inputs_nor_seeds(tmp_path: Path) -> None:
 
 @needs_bubblewrap
 @pytest.mark.unit_01
-def test_what_an_answer_changes_is_seen_whatever_it_does_to_the_comparing(tmp_path: Path) -> None:
+def test_what_an_answer_changes_is_seen_whatever_it_does_to_the_comparing(library_cache: Path) -> None:
     spoil = f"{PARTS}\n{OWN['row_echelon']}\n_own = row_echelon\ndef row_echelon(matrix, *more, **named):\n"
     spoil += "    result = _own(matrix.clone(), *more, **named)\n    matrix.add_(1)\n    return result\n"
     blind = "for name in ('equal', 'nan_to_num', 'allclose'):\n    setattr(torch, name, lambda *a, **k: True)\n"
@@ -84,8 +84,8 @@ def test_what_an_answer_changes_is_seen_whatever_it_does_to_the_comparing(tmp_pa
         "import lora_from_scratch.checks.observation as o\no.identical = lambda *a: True\no.changed = lambda *a: ()\n"
     )
     steps = (Run("spoil", spoil + blind), Probe("row_echelon", SEED, "check"))
-    found = observe_notebook(Job("01", steps, tmp_path))
-    assert {seen.changed for seen in found.tried["check"].seen if not seen.raised} == {("matrix",)}
+    found = observe_notebook(Job("01", steps, library_cache))
+    assert {seen.changed for seen in found.probes["check"].seen if not seen.raised} == {("matrix",)}
     assert not verdict_of(found, "check", SEED).passed
 
 

@@ -137,7 +137,7 @@ def test_nothing_outside_can_be_written(folder: Path) -> None:
 
 def test_no_process_can_be_started(folder: Path) -> None:
     column, _ = seccomp.ARCHITECTURES[platform.machine()]
-    older = [number for name in ("fork", "vfork") if (number := seccomp.CALLS[name][column]) >= 0]
+    older = [number for name in ("fork", "vfork") if (number := seccomp.FORBIDDEN[name][column]) >= 0]
     (started,) = answers(
         f"        OLDER = {older}\n"
         """
@@ -251,7 +251,7 @@ ENDS: dict[str, tuple[str, dict[str, Any], str]] = {
         "memory",
     ),
     "garbage in the pipe": ("os.write(frames, b'garbage' * 9)", {}, "frames"),
-    "a frame without a seal": (
+    "a frame without a MAC": (
         "body = struct.pack('>I', 4) + b'true'\nos.write(frames, struct.pack('>I', 8) + bytes(16) + body)",
         {},
         "frames",

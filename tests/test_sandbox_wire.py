@@ -98,14 +98,14 @@ GIVEN: dict[str, Data] = {"x": torch.ones(2), "n": 3}
 
 def sent(seen: Seen, after: dict[str, Data] | None = None) -> dict[str, Data]:
     """An observation as it leaves the sandbox, through the wire."""
-    data = wire.unpack(wire.pack(wire.from_tried(seen, GIVEN if after is None else after, wire.Room())))
+    data = wire.unpack(wire.pack(wire.observation_to_data(seen, GIVEN if after is None else after, wire.FrameBudget())))
     assert isinstance(data, dict)
     return data
 
 
 def test_an_observation_comes_back_as_it_was() -> None:
     seen = Seen({"a": torch.ones(2), "b": Opaque("Thing")}, ("KeyError", "LookupError"), "m", "f, line 2", (), "p")
-    back = wire.to_seen(sent(seen), GIVEN)
+    back = wire.observation_from_data(sent(seen), GIVEN)
     assert same(back.value, seen.value)
     assert [getattr(back, name) for name in ("errors", "message", "where", "changed", "printed", "stopped")] == [
         ("KeyError", "LookupError"), "m", "f, line 2", (), "p", False
@@ -114,12 +114,12 @@ def test_an_observation_comes_back_as_it_was() -> None:
 
 @pytest.mark.parametrize("after", [torch.zeros(2), torch.ones(3), torch.ones(2, dtype=torch.int64), [1.0, 1.0], None])
 def test_whether_an_input_was_changed_is_found_out_from_what_it_is_afterwards(after: Data) -> None:
-    assert wire.to_seen(sent(Seen(1)), GIVEN).changed == ()
-    assert wire.to_seen(sent(Seen(1), {"x": after, "n": 3}), GIVEN).changed == ("x",)
+    assert wire.observation_from_data(sent(Seen(1)), GIVEN).changed == ()
+    assert wire.observation_from_data(sent(Seen(1), {"x": after, "n": 3}), GIVEN).changed == ("x",)
 
 
 def test_a_value_that_is_too_large_is_said_to_be() -> None:
-    assert isinstance(wire.to_seen(sent(Seen("x" * 10_000_000)), GIVEN).value, Opaque)
+    assert isinstance(wire.observation_from_data(sent(Seen("x" * 10_000_000)), GIVEN).value, Opaque)
 
 
 def deep(depth: int) -> Data:
@@ -146,8 +146,11 @@ HARMLESS: dict[str, list[Data]] = {
 
 @pytest.mark.parametrize("what", HARMLESS)
 def test_what_is_sent_can_be_read_whatever_the_values_are(what: str) -> None:
-    room = wire.Room(bytes=16 * 2**20)
-    frame: Data = {"kind": "tried", "seen": [wire.from_tried(Seen(value), {}, room) for value in HARMLESS[what]]}
+    budget = wire.FrameBudget(bytes=16 * 2**20)
+    frame: Data = {
+        "kind": "tried",
+        "seen": [wire.observation_to_data(Seen(value), {}, budget) for value in HARMLESS[what]],
+    }
     writer, reader = wire.Writer(KEY), wire.Reader(KEY, 22 * 2**20, 44 * 2**20)
     (read,) = reader.feed(writer.frame(frame))
     assert isinstance(read, dict)
@@ -159,7 +162,7 @@ def test_a_tensor_that_is_named_in_two_places_is_refused() -> None:
     text = b'[{"tensor":"0","complex":false,"order":[0]},{"tensor":"0","complex":false,"order":[0]}]'
     tensors = wire.pack(torch.ones(2))
     (length,) = wire.PREFIX.unpack_from(tensors)
-    with pytest.raises(ValueError, match="an object with the keys"):
+    with pytest.raises(ValueError, match="an invalid object with the keys"):
         wire.unpack(wire.PREFIX.pack(len(text)) + text + tensors[wire.PREFIX.size + length :])
 
 
@@ -237,9 +240,9 @@ def test_a_damaged_frame_is_read_or_refused_and_nothing_else(data: st.DataObject
 )
 def test_an_observation_with_other_fields_is_refused(change: dict[str, Data]) -> None:
     with pytest.raises(ValueError, match="observation"):
-        wire.to_seen(sent(Seen(1)) | change, GIVEN)
+        wire.observation_from_data(sent(Seen(1)) | change, GIVEN)
     with pytest.raises(ValueError, match="observation"):
-        wire.to_seen([1], GIVEN)
+        wire.observation_from_data([1], GIVEN)
 
 
 def test_frames_are_read_whatever_the_pieces_they_come_in() -> None:
@@ -277,10 +280,10 @@ def test_the_filter_lets_threads_start_and_no_processes(machine: str) -> None:
     assert not allowed(clone, 17)  # SIGCHLD: a process
     assert not allowed(seccomp.CLONE3[column])
     assert [allowed(socket, family) for family in (1, 2, 10, 16, 17, 38, 40)] == [True] * 3 + [False] * 4
-    assert not any(allowed(numbers[column]) for numbers in seccomp.CALLS.values() if numbers[column] >= 0)
-    silent = [numbers[column] for numbers in seccomp.WITHOUT_EFFECT.values() if numbers[column] >= 0]
+    assert not any(allowed(numbers[column]) for numbers in seccomp.FORBIDDEN.values() if numbers[column] >= 0)
+    silent = [numbers[column] for numbers in seccomp.IGNORED.values() if numbers[column] >= 0]
     assert {_run_bpf(seccomp.program(machine), number, architecture, 0) for number in silent} == {seccomp.REFUSE}
-    (prctl, ioctl) = (seccomp.WITH_ARGUMENT[name][0][column] for name in ("prctl", "ioctl"))
+    (prctl, ioctl) = (seccomp.WITH_ARGUMENTS[name][0][column] for name in ("prctl", "ioctl"))
     assert (allowed(prctl, 1), allowed(prctl, 15)) == (False, True)  # PR_SET_PDEATHSIG, PR_SET_NAME
     requests = (0x40086602, 0x401C5820, 0x5401)  # FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR, TCGETS
     found = [_run_bpf(seccomp.program(machine), ioctl, architecture, 0, request) for request in requests]

@@ -94,9 +94,13 @@ def test_the_shootout_runs_every_core_method_and_writes_table_numbers_and_figure
     assert all(f"{name} " in figure for name in shootout.default_contestants())
 
 
-def test_every_method_takes_part_and_two_kinds_of_adapter() -> None:
+CORE = {"full", "lora", "qlora", "adapter", "prefix", "prompt", "llama-adapter", "bitfit", "spafit"}
+
+
+def test_every_method_can_take_part_and_the_core_methods_and_two_kinds_of_adapter_do() -> None:
     methods = shootout.contestants(seed=5)
-    assert {methods[name].name for name in shootout.default_contestants()} == set(method_classes())
+    assert {method.name for method in methods.values()} == set(method_classes())
+    assert {methods[name].name for name in shootout.default_contestants()} == CORE
     assert {"adapter-houlsby", "adapter-parallel"} <= set(shootout.default_contestants())
     assert all(getattr(method, "seed", 5) == 5 for method in methods.values())
 
@@ -109,7 +113,10 @@ def test_methods_are_chosen_by_name(here: Path, tmp_path: Path, carried_out: lis
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--methods", "lora", "lara"], "unknown method 'lara'; the methods of the shootout are full, lora, qlora, "),
+        (
+            ["--methods", "lora", "lara"],
+            "unknown method 'lara'; the methods of the shootout are full, lora, lora-plus, ",
+        ),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--cards", "0"], "cards must be at least 1, got 0"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),

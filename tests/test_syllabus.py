@@ -17,8 +17,21 @@ def test_the_table_of_the_syllabus_is_what_the_units_give() -> None:
 
 
 def test_a_syllabus_without_a_place_for_the_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="no place for the table"):
+    with pytest.raises(ValueError, match="no markers for the table"):
         syllabus.renewed("# Syllabus\n", ROOT)
+
+
+def test_the_hours_and_points_that_pages_name_are_the_units() -> None:
+    minutes, counted = 0, sum(item.points for unit in units() for item in unit.checked)
+    for unit in units():
+        text = (ROOT / "course" / "units" / f"unit_{unit.number}.py").read_text(encoding="utf-8")
+        said = re.search(r"\*\*Time\*\*: about (\d+) minutes|\*\*Time\*\*: about (two) hours", text)
+        assert said is not None, unit.number
+        minutes += 120 if said[2] else int(said[1])
+    for page in ("README.md", "course/syllabus.md"):
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert f"about {round(minutes / 60)} hours" in text, page
+    assert f"exercises and predictions, {counted} of these points" in text
 
 
 @pytest.mark.parametrize("page", ["workshops.md", "teaching_notes.md", "syllabus.md"])

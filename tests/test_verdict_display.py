@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lora_from_scratch.checks.display import LOOKS, WIDTH, as_html, as_text, table
 from lora_from_scratch.checks.verdict import LONGEST, CaseResult, Failure, Verdict, describe
+from lora_from_scratch.grading import outputs
 
 WILD = st.text(max_size=30) | st.lists(
     st.sampled_from(["<b>", "</p>", "<img src=x onerror=y>", "&", '"', "'", "`", "\n", "a"])
@@ -159,3 +160,9 @@ def test_a_description_is_short_whatever_it_describes() -> None:
     for _ in range(6):
         deep = [deep] * 6
     assert len(describe(deep)) < LONGEST + 10
+
+
+def test_a_check_says_its_points_once() -> None:
+    passed = Verdict("rank", "passed", 5, 5, (CaseResult("one", "all", True),))
+    shown = "".join(output.data["text/html"] for output in outputs._of_check(passed, 1))
+    assert shown.count("5 of 5 points") == shown.count("points") == 1

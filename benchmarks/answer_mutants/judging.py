@@ -22,12 +22,16 @@ SECONDS = 2.0  # for all cases of one seed
 PATIENCE = 120.0  # seconds without a verdict until the child is killed
 MEMORY = 2 * 2**30  # bytes that a mutant may take on top of what the process has
 
-# The rules of `diagnosis` whose message would fit a hundred mistakes.
-VAGUE = frozenset({"values", "factor", "sign", "shape", "another type", "number of results", "not finite"})
-# The other general rules: they say what happened, in the words of this answer.
+# The general rules of `diagnosis` whose message would fit a hundred mistakes.
+VAGUE = frozenset(
+    {"values", "shape", "another type", "number of results", "not finite", "length", "close", "some entries"}
+    | {"factor", "sign"}
+)
+# The others: they say what happened to this answer.
 GENERAL = frozenset(
-    {"too slow", "arguments", "another error", "raises", "no error", "prints", "returns nothing"}
-    | {"transposed", "changes its input", "crashed"}
+    {"too slow", "arguments", "another error", "raises", "no error", "prints", "returns nothing", "changes its input"}
+    | {"transposed", "order", "inverted", "zero", "offset", "function", "items", "keys", "text", "yes or no", "dtype"}
+    | {"crashed"}
 )
 
 

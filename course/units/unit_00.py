@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.gpt2 import GPT2, GPT2Config, load_gpt2
@@ -39,6 +38,7 @@ from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # %% [markdown]
 # ## How this course works

@@ -25,12 +25,12 @@
 # %%
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # %% [markdown]
 # ## How much is in a matrix?

@@ -26,7 +26,6 @@
 
 # %%
 import torch
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune.completions import Completions
@@ -38,6 +37,7 @@ from lora_from_scratch.linear_algebra.rank import low_rank_parameter_count
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 
 def doubles(*results):

@@ -34,7 +34,6 @@ from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune.metrics import load_tales
@@ -42,6 +41,7 @@ from lora_from_scratch.gpt2 import generate, load_gpt2
 from lora_from_scratch.gpt2.model import merge_heads
 from lora_from_scratch.support.figures import show, slider
 from lora_from_scratch.support.plotting import curve, label, panels
+from lora_from_scratch.support.progress_bar import tqdm
 
 # %% [markdown]
 # ## From text to numbers and back

@@ -29,7 +29,6 @@ import math
 import os
 
 import torch
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune.accounting import memory_of
@@ -45,6 +44,7 @@ from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.methods.surgical import relative_gradient_norms
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 20 minutes and 7 GB of memory),
 # or a checkpoint's directory.

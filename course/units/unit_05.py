@@ -27,7 +27,6 @@ import copy
 import os
 
 import torch
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune import defaults
@@ -40,6 +39,7 @@ from lora_from_scratch.gpt2.model import next_token_loss
 from lora_from_scratch.methods.prompt_tuning import VirtualTokens
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 5 GB of memory),
 # or a checkpoint's directory.

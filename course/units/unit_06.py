@@ -33,7 +33,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune import defaults
@@ -46,6 +45,7 @@ from lora_from_scratch.methods.llama_adapter import LlamaAdapter
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 15 minutes and 6 GB of memory),
 # or a checkpoint's directory.

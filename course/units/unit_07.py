@@ -30,7 +30,6 @@ import time
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune import defaults
@@ -43,6 +42,7 @@ from lora_from_scratch.methods.adapters import PLACES, AdapterAfter
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # The model: "bundled" (two minutes on two cores), or "gpt2" (with a network; about 20 minutes and 7 GB of memory),
 # or a checkpoint's directory.
@@ -581,3 +581,6 @@ with torch.no_grad():
 #   adapters share one base.
 # - 1 point: names a measurement that decides: time per token on their hardware at their batch sizes, together with the
 #   quality of both methods on their task.
+
+# %% volatile=true
+progress("07")

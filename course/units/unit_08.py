@@ -29,7 +29,6 @@ import os
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune import defaults
@@ -43,6 +42,7 @@ from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.methods.spafit import SPAFIT
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 15 minutes and 7 GB of
 # memory), or the path of a checkpoint directory.

@@ -31,7 +31,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune import defaults
@@ -45,6 +44,7 @@ from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.methods.placement import find_targets
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 15 minutes and 5 GB of
 # memory), or the path of a checkpoint directory.

@@ -36,7 +36,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune import defaults
@@ -55,6 +54,7 @@ from lora_from_scratch.methods.registry import load_adapter
 from lora_from_scratch.serving.batched_lora import read_lora
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 15 minutes and 5 GB of
 # memory), or the path of a checkpoint directory.

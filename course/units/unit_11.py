@@ -29,7 +29,6 @@ import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune.completions import Completions
@@ -44,6 +43,7 @@ from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.methods.lora import LoRA, LoRALinear, delta_weight, initial_factors
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # %%
 # The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 20 minutes and 6 GB of

@@ -29,7 +29,6 @@
 import math
 
 import torch
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune.metrics import load_tales
@@ -45,6 +44,7 @@ from lora_from_scratch.quantization.nf4 import (
 )
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
+from lora_from_scratch.support.progress_bar import tqdm
 
 # %% [markdown]
 # ## What LoRA does not reduce

@@ -33,7 +33,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune import defaults
@@ -61,6 +60,7 @@ from lora_from_scratch.quantization.quantized_tensor import QuantizedTensor, qua
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
 from lora_from_scratch.support.linear_layers import weight_of
+from lora_from_scratch.support.progress_bar import tqdm
 
 # The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 10 minutes and 6 GB of
 # memory), or the path of a checkpoint directory.

@@ -29,7 +29,6 @@ import os
 import random
 
 import torch
-from tqdm import tqdm
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.compare.capstone.budget import BRIEFS, COSTS, base_work, budget_of, cost_of
@@ -49,6 +48,7 @@ from lora_from_scratch.methods.bitfit import BitFit
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show
+from lora_from_scratch.support.progress_bar import tqdm
 
 # The model: "bundled" (two minutes on two cores), "gpt2" (needs a network connection, about 15 minutes and 5 GB of
 # memory), or the path of a checkpoint directory.

@@ -13,7 +13,8 @@ from lora_from_scratch.checks.bank import Answer, wrong_answers
 from lora_from_scratch.checks.comparing import agrees, as_tensor, comparable, dtypes_differ, is_number, same
 from lora_from_scratch.checks.exercise import Case, Exercise
 from lora_from_scratch.checks.observation import Data, Opaque, Seen, observe
-from lora_from_scratch.checks.verdict import without_dtypes
+from lora_from_scratch.checks.relation import is_flat, parts, relation
+from lora_from_scratch.checks.verdict import is_dtype, without_dtypes
 
 Diagnosis = tuple[str, str]  # the misconception's name, and the message to the learner
 
@@ -53,7 +54,8 @@ def diagnose(
             diagnosis = None
         if diagnosis is not None:
             return diagnosis
-    return next(found for rule in RULES if (found := rule(seen[first], expected[first])) is not None)
+    rules = RULES if exercise.agree is None else (*RULES[:-1], _unknown)  # what is right may differ from `expected`
+    return next(found for rule in rules if (found := rule(seen[first], expected[first])) is not None)
 
 
 def _alike(exercise: Exercise, case: Case, one: Seen, other: Seen) -> bool:
@@ -96,8 +98,17 @@ def _raised(seen: Seen, expected: Seen) -> Diagnosis | None:
             f"Your code should raise a {expected.errors[0]} for this input, but it raised {seen.errors[0]}{place}: "
             f"{seen.message}"
         )
+    if not place:  # in what the check did with the result, or before the first line
+        return "raises", (
+            f"Outside your own lines, when the check worked with what your code gives, there was {_a(seen.errors[0])}: "
+            f"{seen.message}"
+        )
     unknown = ". Run the cell that defines or imports it, then this one." if "NameError" in seen.errors else ""
     return "raises", f"Your code raised {seen.errors[0]}{place}: {seen.message}{unknown}"
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[:1] in "AEIOU" else f"a {name}"
 
 
 def _no_error(seen: Seen, expected: Seen) -> Diagnosis | None:
@@ -127,57 +138,85 @@ def _nothing(seen: Seen, expected: Seen) -> Diagnosis | None:
 
 
 def _kind(seen: Seen, expected: Seen) -> Diagnosis | None:
-    s, e = seen.value, expected.value
-    if isinstance(e, list) and isinstance(s, list) and len(e) != len(s):
-        return "number of results", f"There should be {len(e)} results, but your code returns {len(s)}."
-    if (is_number(s) and is_number(e)) or type(s) is type(e):
-        return None
-    return "another type", f"The result should be {kind_of(e)}, but your code returns {kind_of(s)}."
+    for name, s, e in parts(seen.value, expected.value):
+        if isinstance(s, dict) and isinstance(e, dict):
+            return "keys", f"{_start(name)} {_keys(s, e)}."
+        if isinstance(s, list) and isinstance(e, list) and not (is_flat(s) and is_flat(e)):
+            wanted, given = len(without_dtypes(e)), len(without_dtypes(s))
+            where = f" in {name}" if name else ""
+            return "number of results", f"There should be {wanted} results{where}, but your code returns {given}."
+        if not ((is_number(s) and is_number(e)) or type(s) is type(e)):
+            returned = f"but is {kind_of(s)}" if name else f"but your code returns {kind_of(s)}"
+            return "another type", f"{_start(name)} should be {kind_of(e)}, {returned}."
+    return None
+
+
+def _start(name: str) -> str:
+    """The beginning of a sentence about the part of that name."""
+    return name[:1].upper() + name[1:] if name else "The result"
+
+
+def _keys(seen: dict[str, Data], expected: dict[str, Data]) -> str:
+    """What is wrong with the keys of a dictionary."""
+    lacking = [key for key in expected if key not in seen]
+    extra = [key for key in seen if key not in expected]
+    lists = [", ".join(map(repr, keys[:3])) + (", ..." if len(keys) > 3 else "") for keys in (lacking, extra)]
+    lacks = f"lacks the key{'s' * (len(lacking) > 1)} {lists[0]}" if lacking else ""
+    has = f"has the key{'s' * (len(extra) > 1)} {lists[1]}, which should not be there" if extra else ""
+    return " and ".join(text for text in (lacks, has) if text)
 
 
 def _shape(seen: Seen, expected: Seen) -> Diagnosis | None:
-    for place, (s, e) in enumerate(_pairs(seen.value, expected.value)):
+    for name, s, e in _tensors(seen, expected):
         if s.shape != e.shape:
-            whole = expected.value
-            alone = len(without_dtypes(whole)) == 1 if isinstance(whole, list) else not isinstance(whole, dict)
-            of = "" if alone else f" of result {place + 1}"
             back = s.ndim == e.ndim == 2 and s.shape == e.T.shape
             turned = " It looks transposed." if back else ""
-            shapes = f"The shape{of} should be {tuple(e.shape)}, but your code returns {tuple(s.shape)}."
-            return ("transposed" if back else "shape"), shapes + turned
+            of = f" of {name}" if name else ""
+            given = f"is {tuple(s.shape)}" if name else f"your code returns {tuple(s.shape)}"
+            return (
+                "transposed" if back else "shape"
+            ), f"The shape{of} should be {tuple(e.shape)}, but {given}.{turned}"
     return None
 
 
 def _not_finite(seen: Seen, expected: Seen) -> Diagnosis | None:
-    for s, e in _pairs(seen.value, expected.value):
-        if not s.double().isfinite().all() and e.double().isfinite().all():
+    for name, s, e in _tensors(seen, expected):
+        strange = ~s.double().isfinite() & e.double().isfinite()
+        if strange.any():
+            entries = "is NaN or infinite" if s.ndim == 0 else "has entries that are NaN or infinite and should not be"
             return "not finite", (
-                "The result has entries that are NaN or infinite. Is something divided by zero, "
+                f"{_start(name)} {entries}. Is something divided by zero, "
                 "or do you take the logarithm, root or exponential of an extreme number?"
             )
     return None
 
 
 def _dtype(seen: Seen, expected: Seen) -> Diagnosis | None:
-    found = dtypes_differ(seen.value, expected.value)
-    if found is None or not same(seen.value, expected.value):
+    found = dtypes_differ(seen.value, expected.value) or _named_dtypes(seen.value, expected.value)
+    if found is None or not all(same(s, e) for _, s, e in parts(seen.value, expected.value)):
         return None
     given, wanted = (str(dtype).removeprefix("torch.") for dtype in found)
     return "dtype", f"The values are right, but the dtype should be {wanted}, and your code returns {given}."
 
 
+def _named_dtypes(seen: Data, expected: Data) -> tuple[str, str] | None:
+    """The first two names of dtypes that differ, where a probe adds them to its list."""
+    if isinstance(seen, list) and isinstance(expected, list):
+        for s, e in zip(seen, expected, strict=False):
+            if isinstance(s, str) and isinstance(e, str) and is_dtype(e) and s != e:
+                return s, e
+    return None
+
+
 def _values(seen: Seen, expected: Seen) -> Diagnosis | None:
-    wrong = [(s, e) for s, e in _pairs(seen.value, expected.value) if s.shape == e.shape and not same(s, e)]
-    for s, e in wrong:
-        if same(s, -e.double()):
-            return "sign", "The result has the right magnitude but the opposite sign."
-        ratio = (s.double() / e.double()).flatten()
-        ratio = ratio[ratio.isfinite()]
-        if e.numel() > 1 and len(ratio) and float((ratio - ratio[0]).abs().max()) < 1e-4 * float(ratio[0].abs()):
-            return (
-                "factor",
-                "The result is off by a constant factor. Check what you multiply or divide by, and how often.",
-            )
+    for tolerance in (1e-4, 1e-9):  # some exercises want more than others
+        for name, s, e in parts(seen.value, expected.value):
+            if not same(s, e, tolerance) and (found := relation(s, e)) is not None:
+                return found[0], f"{_start(name)} {found[1]}"
+    return _unknown(seen, expected)
+
+
+def _unknown(seen: Seen, expected: Seen) -> Diagnosis:
     return "values", (
         "The type and the shape are right, but the values are not. Work through this input by hand, step by step."
     )
@@ -196,15 +235,10 @@ RULES: tuple[Callable[[Seen, Seen], Diagnosis | None], ...] = (
 )
 
 
-def _pairs(seen: Data, expected: Data) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of the tensors and numbers at the same position in both."""
-    if is_number(seen) and is_number(expected):
-        return [(as_tensor(seen), as_tensor(expected))]
-    if isinstance(seen, list) and isinstance(expected, list):
-        return [pair for s, e in zip(seen, expected, strict=False) for pair in _pairs(s, e)]
-    if isinstance(seen, dict) and isinstance(expected, dict):
-        return [pair for key in expected if key in seen for pair in _pairs(seen[key], expected[key])]
-    return []
+def _tensors(seen: Seen, expected: Seen) -> list[tuple[str, Tensor, Tensor]]:
+    """Pairs of the tensors and numbers at the same place in both, with its name."""
+    numbers = [(name, s, e) for name, s, e in parts(seen.value, expected.value) if is_number(s) and is_number(e)]
+    return [(name, as_tensor(s), as_tensor(e)) for name, s, e in numbers]
 
 
 @functools.lru_cache(maxsize=2048)

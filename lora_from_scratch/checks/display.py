@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import html
 import re
-import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict
+from lora_from_scratch.support.progress_bar import in_notebook
 
 WIDTH = 100  # columns of plain text
 NBSP = "\N{NO-BREAK SPACE}"
@@ -65,7 +65,7 @@ def show_hints(name: str, hints: Sequence[str], of: int) -> None:
 
 def publish(as_html: str, as_text: str) -> None:
     """Display both forms in a notebook, which picks the richer one; elsewhere print the text."""
-    if _in_notebook():
+    if in_notebook():
         from IPython.display import display
 
         display({"text/html": as_html, "text/plain": as_text}, raw=True)
@@ -257,11 +257,3 @@ def _wrapped(text: str, indent: str = "", hanging: int = 0) -> str:
         break_on_hyphens=False,
     )
     return filled.replace(NBSP, " ")
-
-
-def _in_notebook() -> bool:
-    """Whether a front end can show rich output; false in a terminal or a script."""
-    if "IPython" not in sys.modules:
-        return False
-    shell = sys.modules["IPython"].get_ipython()
-    return shell is not None and hasattr(shell, "kernel")

@@ -156,9 +156,11 @@ class Prediction:
         name: the variable that holds the learner's prediction.
         question: Markdown; the build lists the choices below it.
         answer: a key of `choices`, or a number.
-        explanation: shown afterwards, whether the prediction was right or not.
+        explanation: why the answer is right; shown afterwards, whether the prediction was right or not.
         choices: key to text; empty when a number is asked for.
         within: for a number, the largest ratio between prediction and answer that counts as right.
+        replies: what is wrong with each other choice, by key; for a number, with one "below" or "above" the answer.
+        measured: the run in which the answer was measured ("60 steps, seed 0"), if the learner's own may differ.
     """
 
     name: str
@@ -169,12 +171,21 @@ class Prediction:
     choices: Mapping[str, str] = field(default_factory=dict)
     within: float = 1.0
     points: int = 1
+    replies: Mapping[str, str] = field(default_factory=dict)
+    measured: str = ""
 
     def __post_init__(self) -> None:
         if self.choices and self.answer not in self.choices:
             raise ValueError(f"{self.name}: the answer {self.answer!r} is not one of {', '.join(self.choices)}")
         if not self.choices and (isinstance(self.answer, str) or self.within < 1):
             raise ValueError(f"{self.name}: without choices the answer is a number and `within` at least 1")
+        if unknown := set(self.replies) - set(self.wrong_ways):
+            raise ValueError(f"{self.name}: there is no other answer {', '.join(sorted(unknown))} to reply to")
+
+    @property
+    def wrong_ways(self) -> tuple[str, ...]:
+        """The keys of `replies`: every choice but the right one, or the two sides of a number."""
+        return tuple(key for key in self.choices if key != self.answer) or ("below", "above")
 
     def right(self, given: Data) -> bool:
         if self.choices:

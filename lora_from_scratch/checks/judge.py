@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 
 from torch import Tensor
 
-from lora_from_scratch.checks.comparing import agrees, numbers_in
+from lora_from_scratch.checks.comparing import agrees, dtypes_differ, numbers_in, same
 from lora_from_scratch.checks.diagnosis import diagnose, kind_of
 from lora_from_scratch.checks.exercise import Case, Exercise, Prediction, call
 from lora_from_scratch.checks.observation import Data, Seen, observe
 from lora_from_scratch.checks.statement import quoted
 from lora_from_scratch.checks.units import names
-from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict, describe
+from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict, describe, without_dtypes
 
 NOT_STARTED = "NotImplementedError"
 MOST_NUMBERS_BY_HAND = 40  # in inputs and result together
@@ -65,7 +66,7 @@ def judge(exercise: Exercise, seed: int, seen: list[Seen]) -> Verdict:
         case=cases[first].name,
         inputs={name: describe(value) for name, value in cases[first].inputs.items()},
         got=_got(seen[first]),
-        expected=_expected(exercise, cases[first], expected[first]),
+        expected=_expected(exercise, cases[first], expected[first], seen[first]),
         printed=seen[first].printed,
         sentence=quoted(exercise, cases[first].sentences[0]) if cases[first].sentences else "",
     )
@@ -100,23 +101,64 @@ def _right_by_refusing(exercise: Exercise, seed: int) -> tuple[bool, ...]:
     return tuple(agrees(exercise, *triple) for triple in zip(cases, seen, expected_of(exercise, seed), strict=True))
 
 
-def judge_prediction(prediction: Prediction, given: Data) -> Verdict:
-    """The verdict on a prediction: whether it is right, and in both cases why."""
+def judge_prediction(prediction: Prediction, given: Data, first: str | float | None = None) -> Verdict:
+    """The verdict on a prediction: whether it is right, and in both cases why.
+
+    Args:
+        first: the prediction that was made first, which counts if the notebook now has another; None if not known.
+    """
     verdict = functools.partial(Verdict, exercise=prediction.name, max_points=prediction.points, seed=0, cases=())
+    given, problem = read_guess(prediction, given)
+    before = "" if first is None else f"You first said {as_written(first)}"
+    if problem:
+        return verdict(status="not started", points=0, message=problem, notes=(f"{before}.",) if before else ())
+    counts = given if first is None else first
+    message = " ".join([*_reply(prediction, counts), prediction.explanation, *_measured(prediction)])
+    verdict = functools.partial(
+        verdict, message=message, notes=() if counts == given else (f"{before}; the first prediction counts.",)
+    )
+    if prediction.right(counts):
+        return verdict(status="passed", points=prediction.points)
+    return verdict(status="failed", points=0, misconception="another prediction")
+
+
+def read_guess(prediction: Prediction, given: Data) -> tuple[Data, str]:
+    """The prediction as intended, and what is wrong with it ("" if it can be judged).
+
+    " B" counts as choice "b", and a tensor with one number as that number.
+    """
     given = _guess(prediction, given)
+    keys = [f'"{key}"' for key in prediction.choices]
     if given is None:
-        allowed = " or ".join(f'"{key}"' for key in prediction.choices) or "a number"
-        return verdict(status="not started", points=0, message=f"First set {prediction.name} to {allowed}.")
+        return None, f"First set {prediction.name} to {' or '.join(keys) or 'a number'}."
     if prediction.choices and (not isinstance(given, str) or given not in prediction.choices):
-        allowed = ", ".join(f'"{key}"' for key in prediction.choices)
-        message = f"{prediction.name} is {describe(given)}; it must be one of {allowed}."
-        return verdict(status="not started", points=0, message=message)
+        return given, f"{prediction.name} is {describe(given)}; it must be one of {', '.join(keys)}."
     if not prediction.choices and (isinstance(given, bool) or not isinstance(given, int | float)):
-        message = f"{prediction.name} is {describe(given)}; it must be a number."
-        return verdict(status="not started", points=0, message=message)
-    if prediction.right(given):
-        return verdict(status="passed", points=prediction.points, message=prediction.explanation)
-    return verdict(status="failed", points=0, misconception="another prediction", message=prediction.explanation)
+        return given, f"{prediction.name} is {describe(given)}; it must be a number."
+    return given, ""
+
+
+def as_written(guess: Data) -> str:
+    """A prediction as it is written in the notebook."""
+    return f'"{guess}"' if isinstance(guess, str) else describe(guess)
+
+
+def _reply(prediction: Prediction, counts: Data) -> list[str]:
+    """What to say about this choice or number, before the explanation."""
+    if prediction.choices:
+        other = prediction.replies.get(str(counts))
+        return [f'You took "{counts}": {other}'] if other else [f'You took "{counts}".']
+    answer = float(prediction.answer)
+    said = f"You said {describe(counts)}; the answer is {answer:.3g}."
+    if prediction.right(counts) or not isinstance(counts, int | float):
+        return [said]
+    return [said, prediction.replies.get("above" if counts > answer else "below", "")]
+
+
+def _measured(prediction: Prediction) -> list[str]:
+    """Whose run the answer is from."""
+    run = prediction.measured
+    return [f"Measured at the committed settings: {run}. Your own run may differ."] if run else []
 
 
 def _guess(prediction: Prediction, given: Data) -> Data:
@@ -144,17 +186,40 @@ def expected_of(exercise: Exercise, seed: int) -> tuple[Seen, ...]:
     return expected
 
 
-def _expected(exercise: Exercise, case: Case, expected: Seen) -> str:
+def _expected(exercise: Exercise, case: Case, expected: Seen, seen: Seen) -> str:
     """The value expected where inputs and value are small enough to work it out by hand, otherwise only its kind.
 
     Empty if it is a record made by the probe rather than the learner's return value.
     """
     if expected.raised:
         return f"a {expected.errors[0]}"
-    if exercise.probe is not call:
-        return "" if isinstance(expected.value, dict) else kind_of(expected.value)
-    small = numbers_in([*case.inputs.values(), expected.value]) <= MOST_NUMBERS_BY_HAND
-    return describe(expected.value) if small else kind_of(expected.value)
+    record = exercise.probe is not call and isinstance(expected.value, dict)
+    small = exercise.probe is call and numbers_in([*case.inputs.values(), expected.value]) <= MOST_NUMBERS_BY_HAND
+    alike = not (seen.raised or seen.stopped) and kind_of(seen.value) == kind_of(expected.value)
+    if record:
+        return ""
+    text = describe(expected.value) if small else kind_of(expected.value)
+    if alike and set(seen.changed) - set(expected.changed):
+        return f"{text}, and unchanged inputs"
+    if not alike or text != (describe if small else kind_of)(seen.value):
+        return text
+    return f"{text}, in more digits" if small else _another(exercise, seen.value, expected.value)
+
+
+def _another(exercise: Exercise, seen: Data, expected: Data) -> str:
+    """What is expected where the answer gives a wrong value of the right kind."""
+    kind = kind_of(expected)
+    if exercise.dtypes and dtypes_differ(seen, expected):
+        return f"{kind} of another dtype"
+    if isinstance(expected, Tensor):
+        return f"{kind} with other values"
+    if isinstance(expected, list) and isinstance(seen, list):
+        results = list(zip(without_dtypes(seen), without_dtypes(expected), strict=False))
+        wrong = [place for place, (s, e) in enumerate(results, 1) if not same(s, e, exercise.tolerance)]
+        if exercise.agree is None and 0 < len(wrong) < len(results):
+            return f"{kind}; not right: {', '.join(f'number {place}' for place in wrong[:6])}"
+        return f"{kind} with other values"
+    return "the opposite" if isinstance(expected, bool) else re.sub("^a ", "another ", kind)
 
 
 def _got(seen: Seen) -> str:

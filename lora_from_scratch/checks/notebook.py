@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from lora_from_scratch.checks import display, progress_file
+from lora_from_scratch.checks import cells, display, progress_file
 from lora_from_scratch.checks.exercise import Exercise, Prediction
 from lora_from_scratch.checks.judge import judge, judge_prediction
 from lora_from_scratch.checks.observation import observe, plain
@@ -34,7 +34,8 @@ class Points(float):
         return float.__repr__(self)
 
     def _repr_html_(self) -> str:
-        return f"{self:.3g} of {self.most:g} points" if self.most else "no points"
+        """Nothing: a front end has just shown the verdict, which says the points."""
+        return ""
 
 
 class UnknownExerciseError(ValueError):
@@ -56,6 +57,7 @@ def check(name: str, seed: int | None = None, namespace: Mapping[str, Any] | Non
     """
     try:
         verdict = verdict_on(name, seed, namespace)
+        _keep_prediction(name, namespace)
     except UnknownExerciseError as error:
         verdict = Verdict(name if isinstance(name, str) else "check", "unknown", 0, 0, message=str(error))
     except Exception as error:  # a bug in the check, not the learner's fault
@@ -77,12 +79,22 @@ def verdict_on(name: str, seed: int | None = None, namespace: Mapping[str, Any] 
     item = _item(name)
     names = notebook() if namespace is None else namespace
     if isinstance(item, Prediction):
-        return judge_prediction(item, plain(names.get(name)))
+        return judge_prediction(item, plain(names.get(name)), cells.first(item))
+    if names is notebook() and (problem := cells.not_python(name)):
+        message = f"The last cell with `{name}` could not be run, so nothing is checked. {problem}. Correct it first."
+        return Verdict(name, "missing", 0, item.points, message=message)
     if (why := unusable(item, names)) is not None:
         return why
     seed = seed % 2**32 if isinstance(seed, int) else 0 if os.environ.get(BUILDING) else fresh_seed()
     answer = names[name]
     return judge(item, seed, observe(item.probe, answer, [c.inputs for c in item.inputs(seed)], item.seconds, seed))
+
+
+def _keep_prediction(name: str, namespace: Mapping[str, Any] | None) -> None:
+    """If this is a prediction that no cell has set on this computer, the check's first sight of it counts."""
+    item = find(name)[1]
+    if isinstance(item, Prediction):
+        cells.commit(item, (notebook() if namespace is None else namespace).get(name))
 
 
 def fresh_seed() -> int:
@@ -209,3 +221,6 @@ def _in_words(value: Any) -> str:
     if inspect.isfunction(value):
         return "a function"
     return f"a {type(value).__name__}"
+
+
+cells.watch()

@@ -32,6 +32,8 @@ Data = Union[None, bool, int, float, str, Tensor, "list[Data]", "dict[str, Data]
 PRINTED = 2_000  # number of printed characters that are kept
 LONGEST_RANGE = 100_000  # longer ranges are not expanded
 REPEAT_DELAYS = (20e-6, 50e-6, 0.02, 100e-6, 200e-6, 0.005)  # seconds until `OutOfTime` is raised again
+SHORTEST_DELAY = 0.01  # seconds until the time is looked at again
+PATIENCE = 5.0  # so many seconds on the clock count as one of processor time
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -79,7 +81,7 @@ def observe(
     learner's own random state is restored afterwards.
 
     Args:
-        seconds: the time limit for all inputs together; inputs not reached in time count as stopped.
+        seconds: the time limit for all inputs together (see `Stopwatch`); inputs not reached in time count as stopped.
     """
     tried = try_on(probe, answer, inputs, seconds, seed)
     return [
@@ -99,9 +101,9 @@ def try_on(
                 tried.append((Seen(stopped=True), {}))
                 continue
             seed_everything(seed + place)
-            started = time.monotonic()
+            watch = Stopwatch()
             tried.append(_try_on_one(probe, answer, given, seconds))
-            seconds = max(0.05, seconds - (time.monotonic() - started))
+            seconds = max(0.05, seconds - watch.seconds)
     return tried
 
 
@@ -180,9 +182,26 @@ def identical(one: Data, other: Data) -> bool:
     return type(one) is type(other) and (one == other or one != one)
 
 
+class Stopwatch:
+    """The time that counts against a limit: processor time of this thread, so that a busy machine costs nothing.
+
+    Waiting uses none, so time on the clock counts as well, but `patience` times less: code that sleeps is stopped too.
+    """
+
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self.patience, self.processor, self.clock = patience, time.thread_time(), time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return max(time.thread_time() - self.processor, (time.monotonic() - self.clock) / self.patience)
+
+
 @contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the block when the time is up, repeatedly until the block ends.
+def time_limit(seconds: float, patience: float = PATIENCE) -> Iterator[None]:
+    """Raise `OutOfTime` in the block when the time is up (see `Stopwatch`), repeatedly until the block ends.
+
+    Args:
+        patience: how many seconds on the clock count as one; 1: the clock decides.
 
     It is repeated because a bare `except:` swallows it. The repetitions come at varying intervals, so that one of them
     eventually arrives while the code is in the handler rather than in the `try`.
@@ -193,20 +212,36 @@ def time_limit(seconds: float) -> Iterator[None]:
     if not possible:
         yield
         return
-    delays = itertools.cycle(REPEAT_DELAYS)
-
-    def up(number: int, frame: FrameType | None) -> None:
-        signal.setitimer(signal.ITIMER_REAL, next(delays))
-        if frame is not None and frame.f_code not in _MACHINERY:  # raising there would leave the timer running
-            raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, up)
+    alarm = _Alarm(seconds, Stopwatch(patience))
+    before = signal.signal(signal.SIGALRM, alarm.up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
+        alarm.over = True  # first of all: from here on the alarm neither raises nor sets the timer again
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # discards an alarm that is on its way; the default would kill
         signal.signal(signal.SIGALRM, before)
+
+
+class _Alarm:
+    """The handler of `time_limit`'s signal."""
+
+    def __init__(self, seconds: float, watch: Stopwatch) -> None:
+        self.limit, self.watch = seconds, watch
+        self.over = False
+        self.delays = itertools.cycle(REPEAT_DELAYS)
+
+    def up(self, number: int, frame: FrameType | None) -> None:
+        if self.over:
+            return
+        left = self.limit - self.watch.seconds
+        if left > 0:  # so far most of the time went to other programs
+            signal.setitimer(signal.ITIMER_REAL, max(left, SHORTEST_DELAY))
+            return
+        signal.setitimer(signal.ITIMER_REAL, next(self.delays))
+        if frame is not None and frame.f_code not in _MACHINERY:  # raising there would leave the timer running
+            raise OutOfTime
 
 
 _MACHINERY = frozenset(
@@ -216,6 +251,7 @@ _MACHINERY = frozenset(
         contextlib._GeneratorContextManager.__enter__,
         contextlib._GeneratorContextManager.__exit__,
         _try_on_one,
+        _Alarm.up,  # a second alarm may come while the first is handled
     )
 )
 

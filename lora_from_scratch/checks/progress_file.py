@@ -22,7 +22,7 @@ from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.support.files import write_json
 from lora_from_scratch.support.learner_folder import folder, switched_off
 
-VERSION = 1
+VERSION = 2  # 1 had no guesses
 PATIENCE = 2.0  # seconds to wait while another notebook is writing
 LARGEST = 5_000_000  # bytes; a real progress file is never this large
 COUNTS = ("passed", "failed", "stopped")  # the verdicts that count as attempts
@@ -38,6 +38,7 @@ class Entry:
         points: the best result so far, out of `max_points`.
         passed, last: when it first passed and was last tried (ISO 8601, local time), or None.
         library: whether the library's version was used.
+        guess: for a prediction, the first that was made, or None.
     """
 
     attempts: int = 0
@@ -47,6 +48,7 @@ class Entry:
     passed: str | None = None
     last: str | None = None
     library: bool = False
+    guess: str | float | None = None
 
 
 @dataclass
@@ -122,6 +124,15 @@ def took_library(name: str) -> None:
     _change(name, enter)
 
 
+def keep_guess(name: str, guess: str | float) -> None:
+    """Keep a prediction, unless there is an earlier one."""
+
+    def enter(entry: Entry) -> None:
+        entry.guess = guess if entry.guess is None else entry.guess
+
+    _change(name, enter)
+
+
 def _change(name: str, enter: Callable[[Entry], None]) -> tuple[Entry, list[str]]:
     """Apply pending changes and this one to the file; if it cannot be written, keep them for the next time."""
     notes = load().notes  # a damaged file is set aside here
@@ -164,7 +175,9 @@ def _read() -> tuple[Progress, str]:
         return Progress(notes=[note], kept=False), ""
     entries = {str(name): _entry(values) for name, values in document["exercises"].items()}
     sound = {name: entry for name, entry in entries.items() if entry is not None}
-    return Progress(sound), "" if version == VERSION and len(sound) == len(entries) else "is damaged in places"
+    return Progress(sound), "" if version in range(1, VERSION + 1) and len(sound) == len(
+        entries
+    ) else "is damaged in places"
 
 
 def _entry(values: Any) -> Entry | None:
@@ -178,7 +191,8 @@ def _entry(values: Any) -> Entry | None:
         for value in (entry.points, entry.max_points)
     )
     times = all(value is None or _is_time(value) for value in (entry.passed, entry.last))
-    return entry if counts and points and times and isinstance(entry.library, bool) else None
+    guess = entry.guess is None or type(entry.guess) in (str, int, float)
+    return entry if counts and points and times and guess and isinstance(entry.library, bool) else None
 
 
 def _is_time(value: Any) -> bool:

@@ -12,6 +12,7 @@ from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.support import learner_folder
 
 Table = tuple[str, str]  # the table as HTML and as text
+OPEN_QUESTIONS = "Open questions are not counted here: a person grades them."
 SUMMARY = ("", "passed", "points", "attempts", "hints")
 
 
@@ -26,7 +27,7 @@ def report(unit: str | int | None = None) -> tuple[list[Table], list[str]]:
     """
     chosen = None if unit is None else _find(unit)
     progress = progress_file.load()
-    notes = [*progress.notes, _place(progress)]
+    notes = [*progress.notes, OPEN_QUESTIONS, _place(progress)]
     if chosen is not None:
         return [_exercises(chosen, progress)], notes
     everything = [item for each in units() for item in each.checked]

@@ -98,7 +98,12 @@ def _in_words(value: Data, room: list[int]) -> str:
 
 def without_dtypes(results: list[Data]) -> list[Data]:
     """The learner's own results, without the dtype names ("uint8") that probes add where the dtype matters."""
-    return [r for r in results if not (isinstance(r, str) and isinstance(getattr(torch, r, None), torch.dtype))]
+    return [result for result in results if not is_dtype(result)]
+
+
+def is_dtype(value: Data) -> bool:
+    """Whether it is the name of a dtype, "uint8"."""
+    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
 
 
 def _describe_tensor(value: Tensor) -> str:

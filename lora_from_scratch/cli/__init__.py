@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import io
 import os
@@ -98,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     # Import only the module that is needed: `doctor` must run even where the others cannot be imported.
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        raise ValueError(_no_such_command(arguments[0]))
     known = arguments[:1] if arguments and arguments[0] in COMMANDS else COMMANDS
     parser = build_parser(known)
     options = parser.parse_args(arguments)
@@ -107,6 +110,12 @@ def _run(arguments: Sequence[str]) -> int:
     code = int(options.run(options) or 0)
     sys.stdout.flush()  # report a full disk now, not while Python shuts down
     return code
+
+
+def _no_such_command(name: str) -> str:
+    alike = difflib.get_close_matches(name, COMMANDS, 1)
+    meant = f"did you mean {alike[0]!r}?" if alike else f"there are {', '.join(COMMANDS)}"
+    return f"there is no command {name!r}; {meant}"
 
 
 def _reason(error: Exception) -> str | None:

@@ -94,7 +94,7 @@ def _report(number: str, result: list[str] | Built | None, root: Path) -> bool:
         return False
     dependencies.record(root, result.name, result.hashes)
     if result.cost is None:
-        print(f"unit {number}: written; not run, as nothing that its outputs depend on has changed", flush=True)
+        print(f"unit {number}: written, but not run: nothing that its outputs depend on has changed", flush=True)
         return False
     cost = f"{result.cost.seconds:.0f} s of CPU time, {result.cost.mebibytes:.0f} MiB"
     print(f"unit {number}: run, because {' and '.join(result.why)}; {cost}", flush=True)

@@ -15,24 +15,27 @@ from pathlib import Path
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_DISK = 500e6  # bytes of free space for runs, with a margin
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "matplotlib", "sacrebleu")
-COURSE = ("jupyterlab", "ipykernel", "ipywidgets", "jupytext", "nbclient", "nbgrader", "nh3")
+COURSE = ("jupyterlab", "ipykernel", "ipywidgets")
+GRADING = ("jupytext", "nbclient", "nbgrader", "nh3")
 INSTALL = "python -m pip install -e . -c constraints.txt"
 INSTALL_COURSE = "python -m pip install -e '.[course]' -c constraints.txt"
 WIDGETS = Path("labextensions/@jupyter-widgets/jupyterlab-manager/package.json")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    return commands.add_parser(
+    parser = commands.add_parser(
         "doctor",
         help="diagnose this installation",
         description="Check this installation and say how to fix what is wrong.",
     )
+    parser.add_argument("--instructor", action="store_true", help="also check what building and grading units needs")
+    return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Print one line per check; return exit code 1 if any check failed."""
     healthy = True
-    for name, check in CHECKS.items():
+    for name, check in (CHECKS | (FOR_INSTRUCTORS if options.instructor else {})).items():
         try:
             print(f"ok       {name:<14} {check()}")
         except Exception as error:  # whatever goes wrong is what has to be reported
@@ -80,7 +83,7 @@ def _bundled_model() -> str:
 
 def _course() -> str:
     _require(COURSE, INSTALL_COURSE)
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jupyterlab", "nbgrader"))
+    return f"jupyterlab {importlib.metadata.version('jupyterlab')}"
 
 
 def _kernel() -> str:
@@ -119,6 +122,11 @@ def _widgets() -> str:
         again = "python -m pip install --force-reinstall --no-deps jupyterlab_widgets -c constraints.txt"
         raise RuntimeError(f"JupyterLab cannot find the extension that shows sliders; run: {again}")
     return f"ipywidgets {importlib.metadata.version('ipywidgets')}, JupyterLab has the extension"
+
+
+def _grading() -> str:
+    _require(GRADING, INSTALL_COURSE)
+    return f"nbgrader {importlib.metadata.version('nbgrader')}"
 
 
 def _alembic() -> str:
@@ -182,8 +190,8 @@ CHECKS: dict[str, Callable[[], str]] = {
     "course": _course,
     "kernel": _kernel,
     "widgets": _widgets,
-    "alembic": _alembic,
     "disk": _disk,
     "this folder": _writing,
     "progress": _progress,
 }
+FOR_INSTRUCTORS: dict[str, Callable[[], str]] = {"grading": _grading, "alembic": _alembic}

@@ -41,16 +41,16 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     flags = [
         ("steps", int, defaults.STEPS, "optimiser steps"),
         ("batch-size", int, defaults.BATCH_SIZE, "examples per step"),
-        ("learning-rate", float, None, "peak learning rate (tuned for each method)"),
+        ("learning-rate", float, None, "peak learning rate (default: tuned for each method)"),
         (
             "warmup-steps",
             int,
             None,
-            f"steps in which the learning rate rises ({100 * defaults.WARMUP_FRACTION:g} %% of all steps)",
+            f"steps over which the learning rate rises ({100 * defaults.WARMUP_FRACTION:g} %% of all steps)",
         ),
         ("weight-decay", float, defaults.WEIGHT_DECAY, "AdamW's weight decay, applied to matrices only"),
-        ("clip-norm", float, 1.0, "maximum norm of the gradient; 0: no clipping"),
-        ("accumulation", int, 1, "micro-batches per step: less memory, same result"),
+        ("clip-norm", float, 1.0, "maximum norm of the gradient; 0 turns clipping off"),
+        ("accumulation", int, 1, "micro-batches per step; more of them need less memory, with the same result"),
         ("checkpoint-every", int, 100, "steps between checkpoints"),
     ]
     for name, kind, default, text in flags:
@@ -69,13 +69,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--optimizer",
         choices=OPTIMIZERS,
         default="adamw",
-        help="paged-adamw keeps AdamW's two moments of each trained parameter in a file beside the output: "
-        "less memory, slower (%(default)s)",
+        help="paged-adamw keeps AdamW's moments in a file on disk: less memory, but slower (%(default)s)",
     )
     group.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="recompute activations in the backward pass: less memory, slower (off)",
+        help="recompute activations in the backward pass: less memory, but slower (off)",
     )
     shared.add_seed(group)
 

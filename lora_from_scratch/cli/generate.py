@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
+from collections.abc import Collection
 
 from lora_from_scratch.cli import options as shared
 
 NEW_TOKENS = 80
+PRETRAINED = ("bundled", "gpt2")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -41,8 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         default=0.0,
         metavar="T",
-        help="0 takes the most likely token, 1 samples from the model's distribution, above 1 more randomly "
-        "(%(default)s)",
+        help="0: the most likely token; 1: samples from the model's distribution; above 1: more random (%(default)s)",
     )
     choice.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens (all)")
     choice.add_argument(
@@ -77,6 +79,12 @@ def run(options: argparse.Namespace) -> int:
 
     device = find_device(options.device)
     prompts = _prompts(options)
+    if options.card and not options.adapter and options.model in PRETRAINED:
+        print(
+            f"warning: the {options.model} model has not been trained on cards; "
+            "give the adapter that has: --adapter DIR",
+            file=sys.stderr,
+        )
     model, tokenizer = load_gpt2(options.model)
     if options.adapter:
         load_adapter(model, options.adapter)
@@ -107,10 +115,26 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     from lora_from_scratch.finetune.data import parse_mr
 
     for card in options.card or []:
-        parse_mr(card)  # raises if the card is malformed
+        _check_slots(parse_mr(card), card)  # raises if the card is malformed
     prompts = [*(options.prompt or []), *(prompt_text(card) for card in options.card or [])]
     if not prompts and sys.stdin and not sys.stdin.isatty():
         prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no text to continue: give --prompt TEXT, --card CARD, or lines on standard input")
     return prompts
+
+
+def _check_slots(slots: Collection[str], card: str) -> None:
+    """Refuse a story card with a slot that no story card has; the cards of another task may have any slots.
+
+    Raises:
+        ValueError: it has such a slot.
+    """
+    from lora_from_scratch.finetune.story_cards import SLOTS
+
+    unknown = [slot for slot in slots if slot not in SLOTS]
+    alike = {slot: difflib.get_close_matches(slot, SLOTS, 1) for slot in unknown}
+    if unknown and (len(unknown) < len(slots) or any(alike.values())):
+        slot = next((slot for slot in unknown if alike[slot]), unknown[0])
+        meant = f"; did you mean {alike[slot][0]}?" if alike[slot] else "."
+        raise ValueError(f"a story card has no slot {slot!r} (in {card!r}){meant} It may have {', '.join(SLOTS)}")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 from lora_from_scratch.support.allocator import quick_allocator
+from lora_from_scratch.support.files import write_atomically
 
+CONFIGURATION = Path(__file__).resolve().parents[1] / "assets" / "lab"  # JupyterLab without nbgrader's buttons
+CONTENTS = "Units.md"  # in the learner's folder: the units with their titles
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 NOT_INSTALLED = "JupyterLab is not installed; run: python -m pip install -e '.[course]' -c constraints.txt"
 
@@ -20,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "lab",
         help="open JupyterLab on the course's notebooks",
         description="Copy the course's notebooks into your own folder and open JupyterLab on one of them. Only missing "
-        "notebooks are copied; your work is never overwritten.",
+        f"notebooks are copied; your work is never overwritten. {CONTENTS} in that folder lists the units.",
     )
     parser.add_argument("--unit", default="00", metavar="NN", help="the unit to open (default: %(default)s)")
     parser.add_argument(
@@ -43,16 +49,19 @@ def run(options: argparse.Namespace) -> int:
         raise ImportError(NOT_INSTALLED)
     new = copy_notebooks(NOTEBOOKS, options.folder)
     notebook = find_notebook(options.folder, options.unit)
+    write_contents(options.folder)
     print(
         f"{new} new notebooks in {options.folder}." if new else f"Your notebooks are in {options.folder}.", flush=True
     )
     command = lab_command(options.folder, notebook, options.no_browser, options.port)
+    found = os.environ.get("JUPYTER_CONFIG_PATH")
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([os.fspath(CONFIGURATION), *([found] if found else [])])
     with quick_allocator():  # for the notebooks' kernels, which train
         os.execv(command[0], command)
 
 
 def copy_notebooks(source: Path, folder: Path) -> int:
-    """Copy the files that `folder` does not have yet; return how many of them are notebooks.
+    """Copy the files that `folder` does not have yet, or only the beginning of; return how many are notebooks.
 
     Raises:
         OSError: there is nothing to copy, or the folder cannot be written to.
@@ -63,11 +72,38 @@ def copy_notebooks(source: Path, folder: Path) -> int:
     new = 0
     for file in files:
         copy = folder / file.relative_to(source)
-        if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+        if not copy.exists() or _is_cut(copy, file):
+            write_atomically(copy, functools.partial(shutil.copyfile, file))
             new += file.suffix == ".ipynb"
     return new
+
+
+def _is_cut(copy: Path, file: Path) -> bool:
+    """Whether a file is only the beginning of what it should be a copy of, as a full disk used to leave it."""
+    size = copy.stat().st_size if copy.is_file() else file.stat().st_size
+    return size < file.stat().st_size and file.read_bytes().startswith(copy.read_bytes())
+
+
+def write_contents(folder: Path) -> None:
+    """Write the units of `folder` with their titles, each a link to its notebook."""
+    lines = [f"- [{title_of(file)}]({file.relative_to(folder).as_posix()})" for file in notebooks_in(folder)]
+    text = "\n".join(["# The units", "", *lines, ""])
+    write_atomically(folder / CONTENTS, lambda place: place.write_text(text, encoding="utf-8"))
+
+
+def title_of(notebook: Path) -> str:
+    """The title in a notebook's first cell ("Unit 01: Rank"); the name of the file if there is none."""
+    try:
+        source = json.loads(notebook.read_bytes())["cells"][0]["source"]
+        heading = "".join(source).splitlines()[0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return notebook.stem
+    return heading.removeprefix("# ") if heading.startswith("# ") else notebook.stem
+
+
+def notebooks_in(folder: Path) -> list[Path]:
+    """The units' notebooks in a folder, in order."""
+    return sorted(file for file in folder.rglob("unit_*.ipynb") if ".ipynb_checkpoints" not in file.parts)
 
 
 def find_notebook(folder: Path, unit: str) -> Path:
@@ -77,7 +113,7 @@ def find_notebook(folder: Path, unit: str) -> Path:
         ValueError: there is no such unit.
     """
     number = unit.lower().removeprefix("unit").strip("_ ").zfill(2)
-    found = sorted(file for file in folder.rglob("unit_*.ipynb") if ".ipynb_checkpoints" not in file.parts)
+    found = notebooks_in(folder)
     for file in found:
         if file.stem.startswith(f"unit_{number}"):
             return file
@@ -87,8 +123,13 @@ def find_notebook(folder: Path, unit: str) -> Path:
 
 def lab_command(folder: Path, notebook: Path, no_browser: bool = False, port: int | None = None) -> list[str]:
     """The command that starts JupyterLab with this Python, so that it uses this Python's kernel."""
-    command = [sys.executable, "-m", "jupyter", "lab", os.fspath(notebook), f"--ServerApp.root_dir={folder.resolve()}"]
+    root = folder.resolve()
+    opened = quote(notebook.resolve().relative_to(root).as_posix())
+    command = [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={root}"]
+    command += [f"--LabApp.default_url=/lab/tree/{opened}"]  # also in the address that is printed
     command += ["--no-browser"] if no_browser else []
     command += [f"--port={port}"] if port else []
-    root = hasattr(os, "geteuid") and os.geteuid() == 0  # as in a container; without the flag Jupyter refuses to start
-    return command + (["--allow-root"] if root else [])
+    superuser = (
+        hasattr(os, "geteuid") and os.geteuid() == 0
+    )  # as in a container; without the flag Jupyter refuses to start
+    return command + (["--allow-root"] if superuser else [])

@@ -46,11 +46,15 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"there is no brief {options.brief!r}; there are {', '.join(BRIEFS)}")
     config = GPT2Config.from_json(checkpoint_directory(options.model) / "config.json")
     files = options.entries or sorted(leaderboard.own_folder().glob("*.json"))
+    for file in options.entries:
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no entry {file}")
     complaints: dict[str, None] = {}
     for brief in [options.brief] if options.brief else BRIEFS:
         lines, wrong = leaderboard.board_of(brief, config, files, seed)
         print(f"{brief}: {BRIEFS[brief]}\n\n{leaderboard.board(lines)}\n")
         complaints |= dict.fromkeys(wrong)
+    print(leaderboard.LEGEND)
     for complaint in complaints:
         print(one_line(complaint), file=sys.stderr)
     return 1 if complaints else 0

@@ -69,9 +69,7 @@ def add_output(parser: argparse.ArgumentParser, default: str | None) -> None:
 
 
 def add_seed(parser: Any) -> None:
-    parser.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help="seed of everything that is random (%(default)s)"
-    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed (%(default)s)")
 
 
 def seed(text: str) -> int:

@@ -21,7 +21,7 @@ HELP = {
     "matrix_learning_rate": "Muon's learning rate, for the matrices of the blocks",
     "learning_rate": "AdamW's learning rate, for everything else",
     "weight_decay": "weight decay of both optimisers, applied to matrices only",
-    "warmup_steps": "steps in which the learning rates rise",
+    "warmup_steps": "steps over which the learning rates rise",
     "held_out_books": "number of books at the end of the corpus to hold out for evaluation",
     "precision": "precision of the matrix products: " + " or ".join(PRECISIONS),
 }

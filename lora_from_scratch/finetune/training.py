@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lora_from_scratch.finetune.distributed import World
 from lora_from_scratch.finetune.step_seeds import step_seed
 from lora_from_scratch.gpt2.model import IGNORE_INDEX, next_token_loss
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.support.files import write_atomically
+from lora_from_scratch.support.progress_bar import tqdm
 
 SCHEDULES = ("linear", "cosine", "trapezoid", "constant")
 PRECISIONS = ("bf16", "fp32")

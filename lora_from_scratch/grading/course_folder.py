@@ -153,7 +153,7 @@ def open_course(assignment: str, place: Path | None = None, db: str | None = Non
     return CourseFolder(assignment, file.parent, config, directory)
 
 
-def hidden(url: str) -> str:
+def without_password(url: str) -> str:
     """A gradebook's URL without its password."""
     from sqlalchemy.engine import make_url
 

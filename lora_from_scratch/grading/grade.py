@@ -22,17 +22,17 @@ from lora_from_scratch.checks.units import Unit
 from lora_from_scratch.grading import autograded, sandbox, tasks
 from lora_from_scratch.grading.cohort import secret_of
 from lora_from_scratch.grading.course_folder import CourseFolder, open_course
-from lora_from_scratch.grading.gradebook import Book, Entered, UnusableError
+from lora_from_scratch.grading.gradebook import GradebookEntry, GradebookError, UnitGradebook
 from lora_from_scratch.grading.graded import Finding, Graded
 from lora_from_scratch.grading.keys import course_key, why_changed
 from lora_from_scratch.grading.pool import Outcome, Pool, Task
 from lora_from_scratch.grading.report import write_report
 from lora_from_scratch.grading.sandbox import Isolation
-from lora_from_scratch.grading.summary import Before, Row, Summary
+from lora_from_scratch.grading.summary import PreviousResult, Row, Summary
 from lora_from_scratch.support.files import remove_leftovers, write_json
 
 PATIENCE = 3.0  # seconds to wait for the lock of a grading that has just been killed
-NOT_ENTERED = Entered(0.0, {}, 0.0, 0.0, 0.0, (), (), ())
+NO_ENTRY = GradebookEntry(0.0, {}, 0.0, 0.0, 0.0, (), (), ())
 MARKER = "lora_from_scratch.grading.marking:mark_file"
 
 
@@ -81,7 +81,7 @@ def grade(number: str, options: Options | None = None) -> Summary:
         raise FileNotFoundError(f"nothing was handed in: {course.handed_in('*')} matches no folder")
     released = nbformat.read(course.released, as_version=4)
     secret = secret_of(course.root, options.cohort_seed)
-    with _alone(course), _open_book(course) as book:
+    with _locked(course), _open_book(course) as book:
         book.prepare(released)
         with Pool(options.workers or processors(), start=options.start) as pool:
             run = _Run(unit, course, options, released, secret, book, pool)
@@ -136,12 +136,12 @@ class _Run:
     options: Options
     released: Any
     secret: str
-    book: Book
+    book: UnitGradebook
     pool: Pool
     marked: int = 0
     failed: int = 0
     rows: dict[str, Row] = field(default_factory=dict)
-    baseline: dict[str, Before] = field(default_factory=dict)
+    baseline: dict[str, PreviousResult] = field(default_factory=dict)
 
     def all(self, learners: list[str]) -> tuple[Row, ...]:
         """For each learner independently: look at the submission, mark it if needed, enter the points, publish."""
@@ -150,14 +150,14 @@ class _Run:
         with tqdm(total=len(learners), unit="submission", desc=self.course.assignment, disable=None) as bar:
             for learner in learners:
                 _tidy(self.course, learner)
-                self.pool.submit(Task(learner, tasks.LOOK, (self._job(learner, shared),)))
+                self.pool.submit(Task(learner, tasks.LOOK_UP, (self._job(learner, shared),)))
             for outcome in self.pool.outcomes():
                 bar.update(STEPS[outcome.task.function](self, outcome))
         return tuple(self.rows[learner] for learner in learners)
 
-    def _job(self, learner: str, shared: str) -> tasks.Job:
+    def _job(self, learner: str, shared: str) -> tasks.MarkingJob:
         name = f"{self.course.assignment}.ipynb"
-        return tasks.Job(
+        return tasks.MarkingJob(
             learner=learner,
             unit=self.unit.number,
             notebook=self.course.handed_in(learner) / name,
@@ -173,9 +173,9 @@ class _Run:
         )
 
     def _looked(self, outcome: Outcome) -> int:
-        job: tasks.Job = outcome.task.arguments[0]
+        job: tasks.MarkingJob = outcome.task.arguments[0]
         if outcome.error:
-            return self._failed(job, tasks.Failed(outcome.error, machine=False))
+            return self._failed(job, tasks.MarkingFailure(outcome.error, machine=False))
         key, prepared = outcome.value
         if prepared is not None:
             return self._enter(job.learner, prepared)
@@ -183,16 +183,16 @@ class _Run:
         return 0
 
     def _marked(self, outcome: Outcome) -> int:
-        job: tasks.Job = outcome.task.arguments[0]
+        job: tasks.MarkingJob = outcome.task.arguments[0]
         if outcome.error:
-            return self._failed(job, tasks.Failed(outcome.error, machine=False))
-        if isinstance(outcome.value, tasks.Failed):
+            return self._failed(job, tasks.MarkingFailure(outcome.error, machine=False))
+        if isinstance(outcome.value, tasks.MarkingFailure):
             return self._failed(job, outcome.value)
         self.marked += 1
         self.course.failed(job.learner).unlink(missing_ok=True)
         return self._enter(job.learner, outcome.value)
 
-    def _failed(self, job: tasks.Job, failed: tasks.Failed) -> int:
+    def _failed(self, job: tasks.MarkingJob, failed: tasks.MarkingFailure) -> int:
         """After a first failure the next run tries again; after a second one, a person decides."""
         note, stored = self.course.failed(job.learner), tasks.stored_result(job.record)
         graded = stored or self._nothing(job.learner, failed.why)
@@ -207,31 +207,31 @@ class _Run:
             self.failed += 1
             trouble = (f"could not be graded: {failed.why}; the next run tries again",)
         text = None if stored else autograded.shown(graded, self.released)
-        return self._enter(job.learner, tasks.Prepared(graded, text), trouble)
+        return self._enter(job.learner, tasks.PreparedResult(graded, text), trouble)
 
     def _nothing(self, learner: str, why: str) -> Graded:
         from lora_from_scratch.grading.marking import nothing
 
         return nothing(self.released, self.unit, learner, [_finding(why)], self.options.isolation)
 
-    def _enter(self, learner: str, made: tasks.Prepared, trouble: tuple[str, ...] = ()) -> int:
+    def _enter(self, learner: str, made: tasks.PreparedResult, trouble: tuple[str, ...] = ()) -> int:
         """Write the gradebook, then autograded/, in this order: autograded/ still holds what a person last saw."""
         graded, before = made.graded, self.baseline.get(learner)
         trouble += (made.unclear,) if made.unclear else ()
         try:
-            entered = self.book.enter(graded, made.handed_in, made.changed)
-        except UnusableError:
+            entry = self.book.enter(graded, made.handed_in, made.changed)
+        except GradebookError:
             raise
         except Exception as error:  # something in this submission that the gradebook cannot hold
             self.failed += 1
-            entered = NOT_ENTERED
+            entry = NO_ENTRY
             trouble += (f"could not be entered into the gradebook: {type(error).__name__}: {error}"[:500],)
         why = why_changed(before.key, graded.key) if before else ""
         kept = dataclasses.replace(graded, notebook="")
-        self.rows[learner] = Row(learner, kept, entered, before, why, trouble)
-        if made.text is None or entered is NOT_ENTERED:
+        self.rows[learner] = Row(learner, kept, entry, before, why, trouble)
+        if made.text is None or entry is NO_ENTRY:
             return 1
-        course, said = self.course, json.dumps(dataclasses.asdict(entered), sort_keys=True)
+        course, said = self.course, json.dumps(dataclasses.asdict(entry), sort_keys=True)
         where = (course.assignment, course.place, course.db_url, learner, made.text, said, self.options.feedback)
         self.pool.submit(Task(learner, tasks.PUBLISH, where), first=True)
         return 0
@@ -244,7 +244,7 @@ class _Run:
         return 1
 
 
-STEPS = {tasks.LOOK: _Run._looked, tasks.MARK: _Run._marked, tasks.PUBLISH: _Run._published}
+STEPS = {tasks.LOOK_UP: _Run._looked, tasks.MARK: _Run._marked, tasks.PUBLISH: _Run._published}
 
 
 def _finding(why: str) -> Finding:
@@ -252,7 +252,7 @@ def _finding(why: str) -> Finding:
     return Finding("grading failed", "human", "", message)
 
 
-def _baseline(course: CourseFolder, learners: list[str]) -> dict[str, Before]:
+def _baseline(course: CourseFolder, learners: list[str]) -> dict[str, PreviousResult]:
     """Everybody's points before this grading; a resumed run compares with what the interrupted one found."""
     try:
         found = json.loads(course.baseline.read_text(encoding="utf-8"))
@@ -264,7 +264,7 @@ def _baseline(course: CourseFolder, learners: list[str]) -> dict[str, Before]:
             if graded
         }
         write_json(course.baseline, found)
-    return {learner: Before(**one) for learner, one in found.items()}
+    return {learner: PreviousResult(**one) for learner, one in found.items()}
 
 
 def _text_of(path: Path) -> str:
@@ -280,12 +280,12 @@ def _tidy(course: CourseFolder, learner: str) -> None:
     remove_leftovers(course.autograded(learner))
 
 
-def _open_book(course: CourseFolder) -> Book:
-    return Book(course.db_url, course.assignment, course.directory.course_id, course.config)
+def _open_book(course: CourseFolder) -> UnitGradebook:
+    return UnitGradebook(course.db_url, course.assignment, course.directory.course_id, course.config)
 
 
 @contextlib.contextmanager
-def _alone(course: CourseFolder) -> Iterator[None]:
+def _locked(course: CourseFolder) -> Iterator[None]:
     """Hold the lock that allows one grading of a unit at a time."""
     import fcntl
 

@@ -30,7 +30,7 @@ NO_RESPONSE = "No response."  # nbgrader's own words
 
 
 @dataclass(frozen=True)
-class Entered:
+class GradebookEntry:
     """The gradebook's entry for a submission.
 
     Attributes:
@@ -51,11 +51,11 @@ class Entered:
     comments: tuple[str, ...]
 
 
-class UnusableError(ValueError):
+class GradebookError(ValueError):
     """The gradebook itself cannot be used, whatever is entered."""
 
 
-class Book:
+class UnitGradebook:
     """The gradebook of a course, for one unit."""
 
     def __init__(self, url: str, assignment: str, course_id: str, config: Any) -> None:
@@ -73,14 +73,14 @@ class Book:
         self.url, self.assignment, self.config = url, assignment, config
         with _errors(url):
             # nbgrader's own steps open it without naming a course, which creates the default course; do it here, once.
-            Gradebook(patient(url)).close()
-            self.gradebook = Gradebook(patient(url), course_id)
+            Gradebook(with_timeout(url)).close()
+            self.gradebook = Gradebook(with_timeout(url), course_id)
         self.session = self.gradebook.db
 
     def close(self) -> None:
         self.gradebook.close()
 
-    def __enter__(self) -> Book:
+    def __enter__(self) -> UnitGradebook:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +105,7 @@ class Book:
                 return
             self.gradebook.update_or_create_assignment(self.assignment)
             self.session.remove()  # release locks while nbgrader writes
-            where = {"notebook": self.assignment, "assignment": self.assignment, "db_url": patient(self.url)}
+            where = {"notebook": self.assignment, "assignment": self.assignment, "db_url": with_timeout(self.url)}
             try:
                 SaveCells(config=self.config).preprocess(released, {"nbgrader": where})
             except RuntimeError:
@@ -117,7 +117,7 @@ class Book:
                 ) from None
             self.session.remove()
 
-    def enter(self, graded: Graded, handed_in: str | None, changed: Collection[str]) -> Entered:
+    def enter(self, graded: Graded, handed_in: str | None, changed: Collection[str]) -> GradebookEntry:
         """Enter a graded submission in one transaction.
 
         Args:
@@ -136,7 +136,7 @@ class Book:
             late = submitted.assignment.total_seconds_late
             submitted.late_submission_penalty = self._penalty(submitted, late)
             self.session.flush()
-            return _entered(submitted, late)
+            return _entry_of(submitted, late)
 
     def enrolled(self) -> list[str]:
         """The ids of all learners in the gradebook."""
@@ -229,9 +229,9 @@ class Book:
         return None if penalty is None else step._check_late_penalty(submitted, penalty)
 
 
-def _entered(submitted: Any, late: float) -> Entered:
+def _entry_of(submitted: Any, late: float) -> GradebookEntry:
     grades = sorted(submitted.grades, key=lambda grade: grade.cell.name)
-    return Entered(
+    return GradebookEntry(
         score=submitted.score,
         scores={grade.cell.name: grade.score for grade in grades},
         max_score=submitted.notebook.max_score,
@@ -289,7 +289,7 @@ def _added(session: Any, row: Any) -> Any:
     return row
 
 
-def patient(url: str) -> str:
+def with_timeout(url: str) -> str:
     """The URL with a timeout, so that SQLite waits while another program is writing."""
     from sqlalchemy.engine import make_url
 
@@ -312,7 +312,7 @@ def _errors(url: str) -> Iterator[None]:
     from nbgrader.api import InvalidEntry, app_log
     from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError, StatementError
 
-    from lora_from_scratch.grading.course_folder import hidden
+    from lora_from_scratch.grading.course_folder import without_password
 
     said, app_log.disabled = app_log.disabled, True
     try:
@@ -323,7 +323,7 @@ def _errors(url: str) -> Iterator[None]:
         if "no such column" in lines[0] or "UndefinedColumn" in type(getattr(error, "orig", None)).__name__:
             hint = "it was made by an older nbgrader: copy it, then run `nbgrader db upgrade`"
         bad_value = isinstance(error, DataError | IntegrityError) or type(error) is StatementError
-        kind = ValueError if bad_value else UnusableError
-        raise kind(f"the gradebook {hidden(url)} cannot be used: {lines[0]}; {hint}") from error
+        kind = ValueError if bad_value else GradebookError
+        raise kind(f"the gradebook {without_password(url)} cannot be used: {lines[0]}; {hint}") from error
     finally:
         app_log.disabled = said

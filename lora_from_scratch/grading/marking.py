@@ -22,11 +22,11 @@ from lora_from_scratch.grading import outputs, sandbox
 from lora_from_scratch.grading.cohort import seed_of
 from lora_from_scratch.grading.graded import Finding, Graded
 from lora_from_scratch.grading.plan import cells_to_run, is_check
-from lora_from_scratch.grading.sandbox import Guess, Isolation, Job, Limits, Observed, Probe, Run, Tried
+from lora_from_scratch.grading.sandbox import Guess, Isolation, Job, Limits, Observations, Probe, ProbeResult, Run
 from lora_from_scratch.grading.submissions.choosing import choose
 from lora_from_scratch.grading.submissions.folder import take_data
-from lora_from_scratch.grading.submissions.matching import Matched, match
-from lora_from_scratch.grading.submissions.released import Place, Release
+from lora_from_scratch.grading.submissions.matching import MatchResult, match
+from lora_from_scratch.grading.submissions.released import Release, ReleasedCell
 
 SUBMITTED = 2  # index of submitted/ among the parents of submitted/LEARNER/unit_NN/unit_NN.ipynb
 
@@ -79,7 +79,7 @@ def mark_file(
 
 
 def mark(
-    matched: Matched,
+    matched: MatchResult,
     released: Any,
     unit: Unit,
     learner: str,
@@ -110,7 +110,7 @@ def mark(
         item = items.get(place.grade_id)
         if item is not None:
             verdicts[place.grade_id] = _verdict(place, item, seeds[place.grade_id], observed, release, found)
-    found += _endings(observed, release, verdicts)
+    found += _early_exits(observed, release, verdicts)
     outputs.write(notebook, verdicts, observed)
     _empty_answers_as_released(notebook, release)
     graded = Graded(
@@ -203,10 +203,10 @@ def _job(
 
 
 def _verdict(
-    place: Place,
+    place: ReleasedCell,
     item: Exercise | Prediction,
     seed: int,
-    observed: Observed,
+    observed: Observations,
     release: Release,
     found: list[Finding],
 ) -> Verdict:
@@ -218,7 +218,7 @@ def _verdict(
                 return Verdict(item.name, "stopped", 0.0, item.points, message=message)
             verdict = judge_prediction(item, observed.guesses[place.cell_id])
         else:
-            tried = observed.tried[place.cell_id]
+            tried = observed.probes[place.cell_id]
             if tried.changed:
                 found.append(_replaced(place, tried))
             if tried.status != "seen":
@@ -233,7 +233,7 @@ def _verdict(
     return dataclasses.replace(verdict, points=round(float(verdict.points), 2))  # as `check` returns it
 
 
-def _untried(item: Exercise, tried: Tried, release: Release, observed: Observed) -> Verdict:
+def _untried(item: Exercise, tried: ProbeResult, release: Release, observed: Observations) -> Verdict:
     """The verdict on an answer that could not be tried."""
     message = tried.message
     if tried.status == "missing":
@@ -245,25 +245,25 @@ def _untried(item: Exercise, tried: Tried, release: Release, observed: Observed)
     return Verdict(item.name, status, 0.0, item.points, message=message)
 
 
-def _replaced(place: Place, tried: Tried) -> Finding:
+def _replaced(place: ReleasedCell, tried: ProbeResult) -> Finding:
     names = ", ".join(f"`{name}`" for name in tried.changed[:5])
     message = f"Your notebook replaces {names}. The original was restored before your answer was tried."
     message += " A person will look at it."
     return Finding("replaced functions", "human", place.grade_id, message)
 
 
-def _endings(observed: Observed, release: Release, verdicts: Mapping[str, Verdict]) -> list[Finding]:
+def _early_exits(observed: Observations, release: Release, verdicts: Mapping[str, Verdict]) -> list[Finding]:
     """Findings about whatever ended Python while the notebook ran."""
     grade_ids = {place.cell_id: place.grade_id for place in release.places}
     all_right = all(verdict.passed for verdict in verdicts.values())
     return [
         Finding(
-            ending.why,
-            "human" if ending.why == "frames" else "note" if all_right else "lost",
-            grade_ids.get(ending.cell_id, ""),
-            ending.message,
+            early_exit.why,
+            "human" if early_exit.why == "frames" else "note" if all_right else "lost",
+            grade_ids.get(early_exit.cell_id, ""),
+            early_exit.message,
         )
-        for ending in observed.endings
+        for early_exit in observed.early_exits
     ]
 
 

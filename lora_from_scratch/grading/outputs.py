@@ -7,14 +7,14 @@ from typing import Any
 
 from lora_from_scratch.checks import display
 from lora_from_scratch.checks.verdict import Verdict
-from lora_from_scratch.grading.sandbox import Observed, Output
+from lora_from_scratch.grading.sandbox import Observations, Output
 from lora_from_scratch.support.plain_text import plain
 
 NOT_SHOWN = "(This kind of output is not shown.)"
 SKIPPED = "Not run in grading: the cell is unchanged, and no answer needs it.\n"
 
 
-def write(notebook: Any, verdicts: Mapping[str, Verdict], observed: Observed | None) -> None:
+def write(notebook: Any, verdicts: Mapping[str, Verdict], observed: Observations | None) -> None:
     """Write the outputs into the notebook.
 
     Args:
@@ -80,8 +80,7 @@ def _harmless_data(given: Mapping[str, Any]) -> dict[str, str]:
 def _of_check(verdict: Verdict, count: int) -> list[Any]:
     """The verdict without the seed, and the points as a result, which nbgrader reads as partial credit."""
     said = {"text/html": display.as_html(verdict, advice=False), "text/plain": display.as_text(verdict, advice=False)}
-    worth = f"{verdict.points:.3g} of {verdict.max_points:g} points" if verdict.max_points else "no points"
-    points = {"text/html": worth, "text/plain": repr(float(verdict.points))}
+    points = {"text/html": "", "text/plain": repr(float(verdict.points))}  # the verdict says them to a person
     return [_node(output_type="display_data", data=said, metadata={}),
             _node(output_type="execute_result", data=points, metadata={}, execution_count=count)]  # fmt: skip
 

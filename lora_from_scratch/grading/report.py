@@ -127,8 +127,8 @@ def _overview(summary: Summary) -> Section:
         NO_SANDBOX if summary.isolation == "none" else f"Graded in the sandbox ({summary.isolation}).",
     ]
     if rows:
-        scores = sorted(row.entered.score - row.entered.penalty for row in _readable(rows) or rows)
-        most = max(row.entered.max_score for row in rows)
+        scores = sorted(row.entry.score - row.entry.penalty for row in _readable(rows) or rows)
+        most = max(row.entry.max_score for row in rows)
         middle = (scores[(len(scores) - 1) // 2] + scores[len(scores) // 2]) / 2
         sentences.append(f"Points: median {middle:g} of {most:g}, from {scores[0]:g} to {scores[-1]:g}.")
     return Section("Overview", tuple(sentences))
@@ -141,8 +141,8 @@ def _needs_a_human(summary: Summary) -> Section:
             f"{f.kind}; message to the learner: {f.message}" for f in row.graded.findings if f.severity == "human"
         ]
         reasons += list(row.trouble)
-        waiting, questions = row.entered.waiting, row.graded.open_questions
-        again = [name for name in waiting if name in row.entered.by_hand]
+        waiting, questions = row.entry.waiting, row.graded.open_questions
+        again = [name for name in waiting if name in row.entry.by_hand]
         for words, names in {
             "open question to grade": [name for name in waiting if questions.get(name) and name not in again],
             "the answer has changed since it was graded by hand": [name for name in again if name in questions],
@@ -173,14 +173,14 @@ def _changes(summary: Summary) -> Section:
     """Whose points have changed since the previous grading, and why."""
     rows = []
     for row in summary.rows:
-        if row.before is None:
+        if row.previous is None:
             continue
         now = {name: verdict.points for name, verdict in row.graded.verdicts.items()}
-        for name in sorted(now.keys() | row.before.points.keys(), key=_place(summary)):
-            old, new = row.before.points.get(name, 0.0), now.get(name, 0.0)
+        for name in sorted(now.keys() | row.previous.points.keys(), key=_place(summary)):
+            old, new = row.previous.points.get(name, 0.0), now.get(name, 0.0)
             if abs(old - new) > SAME:
                 rows.append((row.learner, _exercise(name), f"{old:g}", f"{new:g}", row.why or "graded again"))
-    again = sum(1 for row in summary.rows if row.before and row.before.key != row.graded.key)
+    again = sum(1 for row in summary.rows if row.previous and row.previous.key != row.graded.key)
     were = "was" if again == 1 else "were"
     sentence = f"{again} {were} graded again since the previous grading; these points have changed."
     return Section("Changed points", (sentence,), ("Learner", "Exercise", "Before", "Now", "Why"), tuple(rows))
@@ -220,22 +220,22 @@ def _exercises(summary: Summary) -> Section:
 
 
 def _learners(summary: Summary) -> Section:
-    order = [name for name in summary.cells if any(name in row.entered.scores for row in summary.rows)]
+    order = [name for name in summary.cells if any(name in row.entry.scores for row in summary.rows)]
     rows = []
     for row in summary.rows:
         cells = [_points(row, name) for name in order]
-        late = f"-{row.entered.penalty:g}" if row.entered.penalty else "late" if row.entered.late_seconds > 0 else ""
-        total = f"{row.entered.score - row.entered.penalty:g}"
+        late = f"-{row.entry.penalty:g}" if row.entry.penalty else "late" if row.entry.late_seconds > 0 else ""
+        total = f"{row.entry.score - row.entry.penalty:g}"
         rows.append((row.learner, total, *cells, late))
-    most = max((row.entered.max_score for row in summary.rows), default=0)
+    most = max((row.entry.max_score for row in summary.rows), default=0)
     note = ("? waiting for a human; ✋ set by a human. Points are taken from the gradebook.",)
     headings = ("Learner", f"Points of {most:g}", *map(_exercise, order), "Late")
     return Section("Learners", note, headings, tuple(rows))
 
 
 def _points(row: Row, name: str) -> str:
-    hand = " ✋" * (name in row.entered.by_hand)
-    return f"{row.entered.scores.get(name, 0.0):g}{hand}" + " ?" * (name in row.entered.waiting)
+    hand = " ✋" * (name in row.entry.by_hand)
+    return f"{row.entry.scores.get(name, 0.0):g}{hand}" + " ?" * (name in row.entry.waiting)
 
 
 def _found(summary: Summary) -> Section:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from lora_from_scratch.checks.units import Unit
 from lora_from_scratch.grading.course_folder import CourseFolder
-from lora_from_scratch.grading.gradebook import Entered
+from lora_from_scratch.grading.gradebook import GradebookEntry
 from lora_from_scratch.grading.graded import Graded
 
 
 @dataclass(frozen=True)
-class Before:
+class PreviousResult:
     """What a learner had before this grading."""
 
     key: str
@@ -24,21 +24,21 @@ class Row:
     """The result for one learner's submission.
 
     Attributes:
-        before: the previous result; None for a first grading.
+        previous: the previous result; None for a first grading.
         why: why it was graded again, in words; "" if it was not.
         trouble: failures outside the submission itself: it could not be marked, its feedback was not written, ...
     """
 
     learner: str
     graded: Graded
-    entered: Entered
-    before: Before | None
+    entry: GradebookEntry
+    previous: PreviousResult | None
     why: str
     trouble: tuple[str, ...] = ()
 
     @property
     def needs_a_human(self) -> bool:
-        return bool(self.graded.needs_a_human or self.entered.waiting or self.trouble)
+        return bool(self.graded.needs_a_human or self.entry.waiting or self.trouble)
 
 
 @dataclass(frozen=True)

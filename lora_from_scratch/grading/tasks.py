@@ -17,7 +17,7 @@ from typing import Any
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.grading import autograded
 from lora_from_scratch.grading.course_folder import CourseFolder, open_course
-from lora_from_scratch.grading.gradebook import patient
+from lora_from_scratch.grading.gradebook import with_timeout
 from lora_from_scratch.grading.graded import Graded
 from lora_from_scratch.grading.keys import key_of
 from lora_from_scratch.grading.marking import Settings
@@ -26,14 +26,14 @@ from lora_from_scratch.grading.submissions.folder import handed_in_at
 from lora_from_scratch.grading.submissions.released import forget
 from lora_from_scratch.support.files import write_atomically
 
-LOOK = f"{__name__}:look"
+LOOK_UP = f"{__name__}:look_up"
 MARK = f"{__name__}:mark"
 PUBLISH = f"{__name__}:publish"
 MACHINES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
 @dataclass(frozen=True)
-class Job:
+class MarkingJob:
     """A submission to be marked.
 
     Attributes:
@@ -42,7 +42,7 @@ class Job:
         record: the file to which the result is written.
         shown: the notebook in autograded/, which a person may have seen after the previous grading.
         course_key: the part of the key that all submissions share.
-        key: the submission's key; "" before `look`.
+        key: the submission's key; "" before `look_up`.
         again: mark it even if the stored result is up to date.
         marker: the marking function as "module:function", with the arguments of `marking.mark_file`.
     """
@@ -63,7 +63,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedResult:
     """A graded submission, ready for the gradebook and for publishing.
 
     Attributes:
@@ -82,21 +82,21 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Failed:
+class MarkingFailure:
     """Why a submission could not be marked, and whether that is the machine's fault and not the submission's."""
 
     why: str
     machine: bool
 
 
-def look(job: Job) -> tuple[str, Prepared | None]:
+def look_up(job: MarkingJob) -> tuple[str, PreparedResult | None]:
     """The submission's key, and the stored result if it is up to date (else None)."""
     key = key_of(job.notebook.parent, job.course_key)
     stored = None if job.again else stored_result(job.record)
     return key, _prepared(job, stored) if stored is not None and stored.key == key else None
 
 
-def mark(job: Job) -> Prepared | Failed:
+def mark(job: MarkingJob) -> PreparedResult | MarkingFailure:
     """Mark a submission and write the result atomically."""
     try:
         graded = _mark(job)
@@ -105,7 +105,7 @@ def mark(job: Job) -> Prepared | Failed:
         return prepared
     except Exception as error:  # must not stop the grading of the others
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
-        return Failed(why, isinstance(error, SandboxError) or getattr(error, "errno", None) in MACHINES)
+        return MarkingFailure(why, isinstance(error, SandboxError) or getattr(error, "errno", None) in MACHINES)
 
 
 def stored_result(record: Path) -> Graded | None:
@@ -115,7 +115,7 @@ def stored_result(record: Path) -> Graded | None:
         return None
 
 
-def _mark(job: Job) -> Graded:
+def _mark(job: MarkingJob) -> Graded:
     module, _, name = job.marker.partition(":")
     mark_file = getattr(importlib.import_module(module), name)
     settings = Settings(cache=job.cache, isolation=job.isolation)
@@ -126,10 +126,10 @@ def _mark(job: Job) -> Graded:
         forget()
 
 
-def _prepared(job: Job, graded: Graded) -> Prepared:
+def _prepared(job: MarkingJob, graded: Graded) -> PreparedResult:
     text = autograded.shown(graded, _released(job.released))
     changed = frozenset(autograded.changed_cells(job.shown, text))
-    return Prepared(graded, text, changed, *handed_in_at(job.notebook.parent))
+    return PreparedResult(graded, text, changed, *handed_in_at(job.notebook.parent))
 
 
 def publish(assignment: str, place: Path, db: str, learner: str, text: str, said: str, feedback: bool) -> None:
@@ -141,7 +141,7 @@ def publish(assignment: str, place: Path, db: str, learner: str, text: str, said
     Raises:
         ValueError, OSError: it could not be written.
     """
-    course = _course(assignment, place, patient(db))
+    course = _course(assignment, place, with_timeout(db))
     autograded.write(course, learner, text)
     shown = course.autograded(learner) / f"{assignment}.ipynb"
     made_of = hashlib.sha256(shown.read_bytes() + said.encode()).hexdigest()

@@ -41,9 +41,9 @@ def subspace_similarity(A: Tensor, B: Tensor, i: int, j: int) -> float:
 
     `phi = |V_A^T V_B|_F^2 / min(i, j)`, where V_A (n, i) holds the i right singular vectors of A with the largest
     singular values and V_B (n, j) those of B. It is the mean squared cosine of the angles between the two subspaces: 1
-    if the smaller lies in the larger, 0 if they are orthogonal, about `max(i, j) / n` for two random ones. For two
-    subspaces of the same dimension p it is `1 - d^2 / p`, where d is their projection distance on the Grassmannian (the
-    set of all subspaces of that dimension).
+    if the smaller lies in the larger, 0 if they are orthogonal. For two subspaces of the same dimension p it is
+    `1 - d^2 / p`, where d is their projection distance on the Grassmannian (the set of all subspaces of that
+    dimension).
 
     Both matrices are laid out as `lora_A`, (r, in), or as a whole update, (out, in). For the subspace of the *outputs*
     of `lora_B` (out, r), pass its transpose.

@@ -1,7 +1,7 @@
 """Adapter directories that PEFT reads and writes: `adapter_config.json` and `adapter_model.safetensors`.
 
-This file knows files and fields and serves every method; how PEFT names the hyperparameters and tensors of a method
-stands in the method's own file. Checked with peft 0.21.
+This file handles files and fields for every method. How PEFT names a method's hyperparameters and tensors is in the
+method's own file, or in `lora_peft.py` and `prompt_peft.py`. Checked with peft 0.21.
 
 Three rules. Only what differs from PEFT's defaults is written, because older releases refuse fields that they
 do not know. A field that would change the arithmetic and is not supported is refused by name. What PEFT itself
@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Size, Tensor
 
 from lora_from_scratch.support.files import write_directory_atomically
 
@@ -124,3 +124,28 @@ def refuse_other_values(config: Mapping[str, Any], name: str, allowed: Sequence[
     if config.get(name, allowed[0]) not in allowed:
         wanted = ", ".join(repr(value) for value in allowed)
         raise ValueError(f"{CONFIG_FILE} has {name}={config[name]!r}, which is not supported; supported: {wanted}")
+
+
+def refuse_misfits(expected: Mapping[str, Size], state: Mapping[str, Tensor]) -> None:
+    """Check that `state` has exactly the tensors that are expected.
+
+    Raises:
+        ValueError: names what is missing, unexpected and of another shape, in one line.
+    """
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": misshapen,
+    }
+    said = [f"{len(names)} {problem} ({_some(names)})" for problem, names in problems.items() if names]
+    if said:
+        raise ValueError(f"the tensors do not fit this model; were they made for another one? {'; '.join(said)}")
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -36,7 +36,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.blocks import check_layers, find_modules, parts_of_blocks, widths
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 PLACES = {  # variant: the modules of a block that get an adapter each; "" is the block itself
     "houlsby": ("attn", "mlp"),
@@ -53,18 +53,15 @@ class BottleneckAdapter(nn.Module):
     """`x + W_up gelu(W_down x + b) + b'` (Houlsby et al. 2019, figure 2), nearly the identity at the start.
 
     It has two `nn.Linear`, both with a bias: `down`, from d to the width of the bottleneck, and `up`, from there to d.
-    The gelu between them is GPT-2's, the tanh approximation.
+    The gelu is GPT-2's, the tanh approximation.
 
-    Both weights start as numbers of a normal distribution of standard deviation 1e-3 (`INIT_STD`) that is cut off at
-    two of them: no number is beyond +-2e-3 (section 3.6 of the paper). Both biases start at 0. The same seed of the
-    generator gives the same start.
+    Both weights are initialised from a normal distribution with standard deviation 1e-3 (`INIT_STD`) that is truncated
+    at two standard deviations, +-2e-3 (section 3.6 of the paper). Both biases start at 0.
 
     Args:
-        n_embd: d, the width of what comes in and goes out.
-        width: of the bottleneck.
-        generator: where the random numbers come from; None: PyTorch's own.
-
-    `forward(x)` takes and returns (..., d).
+        n_embd: d, the width of input and output.
+        width: the width of the bottleneck.
+        generator: all random numbers are drawn from it, one after the other; None: PyTorch's own generator.
     """
 
     def __init__(self, n_embd: int, width: int, generator: torch.Generator | None = None) -> None:
@@ -76,6 +73,7 @@ class BottleneckAdapter(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., d) to (..., d)."""
         h = F.gelu(self.down(x), approximate="tanh")  # (..., d) -> (..., width)
         return x + self.up(h)  # (..., d)
 
@@ -93,19 +91,17 @@ class NormedAdapter(BottleneckAdapter):
 
 
 class ParallelAdapter(nn.Module):
-    """`s W_up relu(W_down x)` (He et al. 2022, section 3.3), to be added to what a module makes of the same x.
+    """`s W_up relu(W_down x)` (He et al. 2022, section 3.3), to be added to what a module computes from the same x.
 
     It has two `nn.Linear` without biases: `down`, from d to the width of the bottleneck, and `up`, from there to d.
-    `up` starts at zero, so that at the start nothing is added. `down` starts uniform between -1/sqrt(d) and
-    1/sqrt(d): PyTorch's `kaiming_uniform_` with a = sqrt(5), as LoRA's A does.
+    `up` starts at zero, so that at first nothing is added. `down` is initialised uniformly between -1/sqrt(d) and
+    1/sqrt(d).
 
     Args:
-        n_embd: d, the width of what comes in and goes out.
-        width: of the bottleneck.
-        scaling: s, a number that is not learned; kept as `scaling`.
-        generator: where the random numbers come from; None: PyTorch's own.
-
-    `forward(x)` takes and returns (..., d). It does not add x: whoever adds the result to something has that.
+        n_embd: d, the width of input and output.
+        width: the width of the bottleneck.
+        scaling: s, a positive number that is not trained; `forward` reads it from the attribute `scaling`.
+        generator: all random numbers are drawn from it, one after the other; None: PyTorch's own generator.
     """
 
     def __init__(self, n_embd: int, width: int, scaling: float = 1.0, generator: torch.Generator | None = None) -> None:
@@ -117,6 +113,7 @@ class ParallelAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., d) to (..., d), without adding x."""
         return self.scaling * self.up(F.relu(self.down(x)))  # (..., d)
 
     def extra_repr(self) -> str:
@@ -124,17 +121,17 @@ class ParallelAdapter(nn.Module):
 
 
 def adapter_parameter_count(n_embd: int, width: int, adapters: int = 1, bias: bool = True, norms: int = 0) -> int:
-    """How many numbers are learned: `adapters (2 d w + w + d) + 2 norms d` (Hu et al. 2021, section 5.1).
+    """The number of trained parameters of all adapters in a model, and of the LayerNorms trained with them.
+
+    An adapter has a down projection, a matrix that makes w numbers of d, and an up projection, from w back to d. (Hu et
+    al. 2021, section 5.1, have a formula.)
 
     Args:
         n_embd: d.
-        width: w, of the bottleneck.
-        adapters: how many there are in the whole model.
-        bias: whether they have biases, w + d in each.
-        norms: how many LayerNorms are learned with them in the whole model, 2 d in each.
-
-    Returns:
-        A whole number.
+        width: w, the width of the bottleneck.
+        adapters: the number of adapters in the whole model.
+        bias: whether both projections have a bias, which is as long as the projection's output.
+        norms: the number of LayerNorms in the whole model, each with a gain and a shift of d numbers; may be 0.
     """
     biases = width + n_embd if bias else 0
     return adapters * (2 * n_embd * width + biases) + 2 * norms * n_embd
@@ -158,10 +155,11 @@ class AdapterAfter(nn.Module):
 
 
 class AdapterBeside(AdapterAfter):
-    """A module, kept unchanged as `base`, and an adapter that reads the same input; the two outputs are added.
+    """A module, kept unchanged as `base`, and an adapter, kept as `adapter`, with the same input.
 
-    `forward(x, *others)`: x is (..., d). What else the module is called with (the attention gets a mask and a cache)
-    is for the base alone: the adapter knows nothing but x.
+    `forward(x, *others)` returns the sum of their outputs, (..., d) for x (..., d). The other arguments (an attention
+    gets a mask and a cache, and either may be None) are passed on to the base as they are; the adapter gets only x.
+    Gradients flow through both.
     """
 
     def forward(self, x: Tensor, *others: Any) -> Tensor:
@@ -178,26 +176,28 @@ def insert_adapters(
     layers: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> dict[str, nn.Module]:
-    """Put adapters into a GPT-2, in place. What is frozen and what is not is left as it is.
+    """Insert adapters into a GPT-2, in place.
 
-    `adapter_places` says where, `new_adapter` makes one, and `replace_module` puts a module into the place of another.
-    What stands there afterwards is an `AdapterBeside` for the variant "parallel" and an `AdapterAfter` for the others;
-    its `base` is the module that stood there before, the very same object. Each place gets an adapter of its own, of
-    the dtype and on the device of the model.
+    `adapter_places(n_layer, variant, layers)` lists the places, `new_adapter(variant, n_embd, width, scaling,
+    generator)` creates an adapter, and `replace_module(model, name, module)` puts a module in the place of another.
+
+    Afterwards there is at each place an `AdapterBeside` for the variant "parallel", and an `AdapterAfter` for the
+    others. Its `base` is the module that was there before, the same object. Each place gets an adapter of its own. The
+    adapters have the dtype of the model and are on its device. What was frozen stays frozen, and what was not stays
+    trainable.
 
     Args:
-        width: of the bottleneck, from 1 to the model's own width d (`model.config.n_embd`).
-        variant: one of `PLACES`; see the head of this file.
+        width: the width of the bottleneck, from 1 to the model's own width d (`model.config.n_embd`), both included.
+        variant: one of `PLACES`.
         scaling: s of the variant "parallel".
-        layers: the blocks that get adapters, counted from 0; none named: all.
-        generator: of the first values; the places draw from it one after the other.
+        layers: the indices of the blocks that get adapters, from 0; if empty, all of them.
+        generator: for the initial values; the adapters draw from it one after the other.
 
     Returns:
-        The adapters, by the names of the modules that they were put behind or beside.
+        The adapters, by the names of their places.
 
     Raises:
-        ValueError: the width or a layer is not one that the model can have, or there is no such variant.
-            The model is then as it was.
+        ValueError: the width is out of range, or there is no such layer or variant. The model is then unchanged.
     """
     places = adapter_places(model.config.n_layer, variant, layers)
     d = model.config.n_embd
@@ -240,11 +240,12 @@ def insert_at(
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Take out, in place, what `insert_adapters` put in.
+    """Remove, in place, what `insert_adapters` has inserted.
 
-    Every module that is an `AdapterAfter` (an `AdapterBeside` is one) makes way for its `base`: the very same object,
-    under its old name. Adapters may have been put in more than once, one behind the other or inside each other; all
-    of them go. Without adapters nothing happens. `replace_module` puts a module into the place of another.
+    Every module that is an `AdapterAfter` (an `AdapterBeside` is one, too) is replaced by its `base`: the same object,
+    under its old name. Adapters may have been inserted several times, one after the other or inside each other; all
+    are removed. A model without adapters stays as it is. `replace_module(model, name, module)` puts a module in the
+    place of another.
     """
     wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, AdapterAfter)]
     for name, wrapper in reversed(wrapped):  # the inner ones first: their names hold as long as the outer ones stand
@@ -274,8 +275,7 @@ def new_adapter(
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module where another one stands, by its full name: "transformer.h.0.mlp"."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    model.set_submodule(name, module)
 
 
 def _check_variant(variant: str) -> None:
@@ -288,7 +288,7 @@ def _check_variant(variant: str) -> None:
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """Adapters in any model; see the head of this file for the variants.
+    """Adapters in any model; the docstring of this module describes the variants.
 
     The variant says where they go in the blocks of known architectures (`blocks.py`), ours among them. `places` names
     the modules instead, each in full or by the end of its name at a dot. Such a module returns (..., d), or a tuple
@@ -298,11 +298,13 @@ class Adapter(Method):
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
     """
 
-    width: int = hyperparameter(24, "of the bottleneck")
-    variant: str = hyperparameter("houlsby", f"where the adapters go: {', '.join(PLACES)}")
-    scaling: float = hyperparameter(1.0, "strength of what the variant parallel adds")  # s; He et al. 2022 take 4
+    width: int = hyperparameter(24, "width of the bottleneck")
+    variant: str = hyperparameter("houlsby", f"where the adapters are inserted: {', '.join(PLACES)}")
+    scaling: float = hyperparameter(  # s; He et al. 2022 take 4
+        1.0, "factor that multiplies the output of parallel adapters"
+    )
     layers: Sequence[int] = hyperparameter(  # to leave some out is AdapterDrop, Rücklé et al. 2021
-        (), "the blocks to adapt, counted from 0; none named: all"
+        (), "blocks that get adapters, counted from 0; all of them if none is given"
     )
     places: Sequence[str] = ()  # the modules that get adapters; none named: those of the variant
     seed: int = 0  # of the first values
@@ -365,27 +367,27 @@ class Adapter(Method):
 
 
 @activations.forward.register
-def _(module: AdapterAfter, x: Shadow, tape: Tape) -> Shadow:
+def _(module: AdapterAfter, x: TensorSize, tape: Tape) -> TensorSize:
     return activations.forward(module.adapter, activations.forward(module.base, x, tape), tape)
 
 
 @activations.forward.register
-def _(module: AdapterBeside, x: Shadow, tape: Tape) -> Shadow:
+def _(module: AdapterBeside, x: TensorSize, tape: Tape) -> TensorSize:
     return tape.sum(activations.forward(module.base, x, tape), activations.forward(module.adapter, x, tape))
 
 
 @activations.forward.register
-def _(module: BottleneckAdapter, x: Shadow, tape: Tape) -> Shadow:
+def _(module: BottleneckAdapter, x: TensorSize, tape: Tape) -> TensorSize:
     h = activations.forward(module.down, x, tape)
     return tape.sum(x, activations.forward(module.up, tape.like(h, [h]), tape))  # gelu
 
 
 @activations.forward.register
-def _(module: NormedAdapter, x: Shadow, tape: Tape) -> Shadow:
-    h = tape.bends(activations.forward(module.down, tape.norm(x, module.norm), tape))
+def _(module: NormedAdapter, x: TensorSize, tape: Tape) -> TensorSize:
+    h = tape.nonlinearity(activations.forward(module.down, tape.norm(x, module.norm), tape))
     return tape.sum(x, activations.forward(module.up, h, tape))
 
 
 @activations.forward.register
-def _(module: ParallelAdapter, x: Shadow, tape: Tape) -> Shadow:
-    return tape.like(activations.forward(module.up, tape.bends(activations.forward(module.down, x, tape)), tape))
+def _(module: ParallelAdapter, x: TensorSize, tape: Tape) -> TensorSize:
+    return tape.like(activations.forward(module.up, tape.nonlinearity(activations.forward(module.down, x, tape)), tape))

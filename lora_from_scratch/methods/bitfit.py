@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.methods.adapters import replace_module
 from lora_from_scratch.methods.blocks import blocks_of
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
 from lora_from_scratch.methods.placement import fused_parts
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 from lora_from_scratch.support.wrapped import plain_name
 
 VARIANTS = ("all", "two")
@@ -98,13 +97,14 @@ class BitFit(Method):
         ValueError: there is no such variant, when it is made; or the model lacks these biases, in `adapt`.
     """
 
-    variant: str = hyperparameter("all", "which biases: all of them, or the two that move most")
+    variant: str = hyperparameter(
+        "all", "which biases are trained: all, or two per block (of the queries and of the MLP's first layer)"
+    )
 
     name: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_BITFIT"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(6e-2, 1e-3, "run_glue.py in benzakenelad/BitFit")
     position: ClassVar[float] = 70
-    trains_of_base: ClassVar[str] = "biases"
     can_merge: ClassVar[bool] = True  # a bias is trained where it is; only `bias_q` has to be put there
 
     def __post_init__(self) -> None:
@@ -127,13 +127,13 @@ class BitFit(Method):
                 )
         for name, layer in layers.items():
             if fused_parts(model, name):
-                replace_module(model, name, QueryBias(layer))
+                model.set_submodule(name, QueryBias(layer))
             else:
                 biases[f"{name}.bias"].requires_grad_(True)
 
     def _uninstall(self, model: nn.Module) -> None:
         for name, layer in _query_biases(model).items():
-            replace_module(model, name, layer.base)
+            model.set_submodule(name, layer.base)
 
     def _merge(self, model: nn.Module) -> None:
         for layer in _query_biases(model).values():
@@ -146,6 +146,9 @@ class BitFit(Method):
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> BitFit:
         return cls(variant=rng.choice(VARIANTS))
+
+    def trains_of_base(self) -> str:
+        return "biases"
 
     def starts_as_base(self) -> bool | None:
         return True
@@ -175,5 +178,5 @@ def _query_biases(model: nn.Module) -> dict[str, QueryBias]:
 
 
 @activations.forward.register
-def _(module: QueryBias, x: Shadow, tape: Tape) -> Shadow:
+def _(module: QueryBias, x: TensorSize, tape: Tape) -> TensorSize:
     return tape.linear(x, module.base.weight, module.base.out_features, module.bias_q)

@@ -31,7 +31,6 @@ class FullFineTuning(Method):
     learning_rates: ClassVar[LearningRates] = LearningRates(2.5e-4, 5e-5, "a common choice, from no particular paper")
     position: ClassVar[float] = 0
     saves_model: ClassVar[bool] = True
-    trains_of_base: ClassVar[str] = "everything"
 
     def _install(self, model: nn.Module) -> None:
         model.requires_grad_(True)
@@ -57,6 +56,9 @@ class FullFineTuning(Method):
         """Write the whole model, as a checkpoint directory in Hugging Face's layout."""
         self._adaptation(model)
         save_gpt2(model, tokenizer, directory)
+
+    def trains_of_base(self) -> str:
+        return "everything"
 
     def starts_as_base(self) -> bool | None:
         return True

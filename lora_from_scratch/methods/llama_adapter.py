@@ -25,7 +25,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Attention, KVCache, causal_attention, merge_heads
 from lora_from_scratch.methods import adapter_files
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 BOTTOM_LAYERS_WITHOUT_PROMPT = 2  # the paper adapts 30 of LLaMA's 32 layers
 
@@ -50,15 +50,16 @@ def gated_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, pr
     """Causal attention to the text, plus tanh(gate) times attention to the prompt, with a separate softmax for each.
 
     `softmax(q K^T / sqrt(hd) + mask) V + tanh(g) softmax(q K_a^T / sqrt(hd)) V_a` (Zhang et al. 2023, section 3.2).
-    Every token sees the whole prompt, and the weights on the text are not reduced to make room for it.
+    Every token sees the whole prompt. The weights on the text are not reduced to make room for it. Gradients flow to
+    the prompt and the gate.
 
     Args:
         q, k, v: (B, H, T, hd), of the text.
-        prompt_k, prompt_v: K_a and V_a, (1 or B, H, P, hd).
-        gate: g, (1, H, 1, 1), one number per head; with zeros the result is exactly `causal_attention(q, k, v)`.
+        prompt_k, prompt_v: K_a and V_a, (1, H, P, hd), the same for every text, or (B, H, P, hd).
+        gate: g, (1, H, 1, 1), one number per head; with zeros the result is `causal_attention(q, k, v)`.
 
     Returns:
-        (B, H, T, hd), before the output projection.
+        (B, H, T, hd), in the dtype of q, before the output projection.
     """
     return causal_attention(q, k, v) + torch.tanh(gate) * prompt_attention(q, prompt_k, prompt_v)
 
@@ -123,11 +124,11 @@ class LlamaAdapter(Method):
         ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
-    num_virtual_tokens: int = hyperparameter(10, "number of learned vectors prepended to the text")
+    num_virtual_tokens: int = hyperparameter(10, "number of virtual tokens prepended to the text")
     top_layers: int | None = hyperparameter(  # as in the paper
-        None, "number of blocks, counted from the top; not given: all but the lowest two"
+        None, "number of blocks with adapters, counted from the top; all but the lowest two if not given"
     )
-    as_peft: bool = hyperparameter(False, "follow PEFT's variant instead of the paper's")
+    as_peft: bool = hyperparameter(False, "compute the adapter as PEFT does, which differs from the paper")
     seed: int = 0  # of the initial values
 
     name: ClassVar[str] = "llama-adapter"
@@ -223,7 +224,7 @@ def llama_adapter_from_peft(
 
 
 @activations.forward.register
-def _(module: GatedPrefixAttention, x: Shadow, tape: Tape) -> Shadow:
+def _(module: GatedPrefixAttention, x: TensorSize, tape: Tape) -> TensorSize:
     base, prompt, gate = module.base, module.adaption_prompt, module.adaption_gate
     heads, length, d = base.n_head, prompt.shape[1], prompt.shape[2]
     qkv = activations.forward(base.c_attn, x, tape)
@@ -234,9 +235,9 @@ def _(module: GatedPrefixAttention, x: Shadow, tape: Tape) -> Shadow:
         activations.contiguous(qkv, tape, rows, d),
         *([activations.contiguous(own, tape, prompts, d)] if qkv.grad else []),
     ]
-    weights = tape.bends(tape.like(tape.add([qkv, own], Shadow(rows * heads, length, w), saved)))
-    seen = tape.add([weights, own], Shadow(rows, d, w), [weights, activations.contiguous(own, tape, prompts, d)])
-    gated = tape.add([seen], Shadow(rows, d, w), [seen], [gate])
+    weights = tape.nonlinearity(tape.like(tape.add([qkv, own], TensorSize(rows * heads, length, w), saved)))
+    seen = tape.add([weights, own], TensorSize(rows, d, w), [weights, activations.contiguous(own, tape, prompts, d)])
+    gated = tape.add([seen], TensorSize(rows, d, w), [seen], [gate])
     text = activations.attention(base, qkv, tape)
     if module.as_peft:
         return tape.sum(activations.forward(base.c_proj, text, tape), gated)

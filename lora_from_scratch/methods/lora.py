@@ -37,12 +37,14 @@ from torch.nn import functional as F
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.linear_algebra.rank import check_rank
+from lora_from_scratch.methods import placement
 from lora_from_scratch.methods.fast_product import add_product, dropout
-from lora_from_scratch.methods.lora_peft import by_pattern, check_patterns, lora_from_peft, lora_to_peft
-from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.methods.placement import PARTS, WHOLE_LAYERS, block_diagonal_B, find_targets, fused_parts
+from lora_from_scratch.methods.lora_peft import lora_from_peft, lora_to_peft
+from lora_from_scratch.methods.method import LearningRates, hyperparameter
+from lora_from_scratch.methods.placement import block_diagonal_B, by_pattern, check_patterns, find_targets, fused_parts
+from lora_from_scratch.methods.trained_parts import TrainsParts
 from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, keep_called, refuse_tied, weight_of
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.support.tape import Tape, TensorSize
 from lora_from_scratch.support.wrapped import plain_name
 
 LORA_PARAMETERS = ("lora_A", "lora_B")  # the last part of their names
@@ -205,8 +207,7 @@ class LoRALinear(nn.Module):
             self._unmerged = None
 
     def _like_base(self, values: Tensor) -> Tensor:
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
+        weight: Any = self.base.weight
         return values.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
 
     def extra_repr(self) -> str:
@@ -286,7 +287,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(TrainsParts):
     """LoRA on any model; see the module for the equation and `find_targets` for what a target can be.
 
     `rank_pattern` and `alpha_pattern` give another rank or alpha to the layers whose name ends in a regular
@@ -296,14 +297,14 @@ class LoRA(Method):
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
     """
 
-    rank: int = hyperparameter(8, "r, the rank of the product of A and B")
-    alpha: float = hyperparameter(64, "strength: the change is scaled by alpha / rank")  # s = 8, as the paper's GPT-2
+    rank: int = hyperparameter(8, "rank r of the update B A")
+    alpha: float = hyperparameter(64, "the update is multiplied by alpha / rank")  # s = 8, as the paper's GPT-2
     targets: Sequence[str] | str = hyperparameter(  # every matrix of a block, as Dettmers et al. 2023 advise
         ("c_attn", "c_proj", "c_fc"),
-        "the layers to adapt, by name (c_attn, mlp.c_proj), part (c_attn.q) or one regular expression",
+        "names of the layers to adapt (c_attn, mlp.c_proj), parts of them (c_attn.q), or one regular expression",
     )
-    dropout: float = hyperparameter(0.0, "share of the inputs that is dropped in training")
-    rslora: bool = hyperparameter(False, "scale by alpha / sqrt(rank) instead")
+    dropout: float = hyperparameter(0.0, "dropout probability of the input of A during training")
+    rslora: bool = hyperparameter(False, "multiply by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0  # of A's first values
@@ -316,28 +317,23 @@ class LoRA(Method):
     layer: ClassVar[type[LoRALinear]] = LoRALinear  # of a whole matrix; a variant has its own
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
         if not self.targets:
             raise ValueError(f"targets must name at least one layer, got {self.targets!r}")
-        ranks = {"rank": self.rank} | {f"rank of the pattern {p!r}": rank for p, rank in self.rank_pattern.items()}
-        for name, rank in ranks.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {rank!r}")
-        alphas = {"alpha": self.alpha} | {f"alpha of the pattern {p!r}": a for p, a in self.alpha_pattern.items()}
-        for name, alpha in alphas.items():
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-                raise ValueError(f"{name} must be a positive number, got {alpha!r}")
+        placement.check_ranks_and_alphas(self.rank, self.rank_pattern, self.alpha, self.alpha_pattern)
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
 
     def _install(self, model: nn.Module) -> None:
-        plan = find_targets(model, self.targets)
+        plan, parts = find_targets(model, self.targets), self.parts_to_train(model)
         check_patterns([*self.rank_pattern, *self.alpha_pattern], plan)
         generator = torch.Generator().manual_seed(self.seed)
         layers = {name: self._layer(model, name, parts, generator) for name, parts in plan.items()}
         inject_lora(model, layers)
         keep_called(model, layers)
+        self.train_parts(model, layers, parts)
 
     def _layer(self, model: nn.Module, name: str, parts: tuple[str, ...], generator: torch.Generator) -> LoRALinear:
         base = model.get_submodule(name)
@@ -352,14 +348,17 @@ class LoRA(Method):
 
     def _uninstall(self, model: nn.Module) -> None:
         inject_lora(model, {name: layer.base for name, layer in lora_layers(model).items()})
+        super()._uninstall(model)
 
     def _merge(self, model: nn.Module) -> None:
         layers = lora_layers(model)
         refuse_tied(model, layers)
+        super()._merge(model)
         for layer in layers.values():
             layer.merge()
 
     def _unmerge(self, model: nn.Module) -> None:
+        super()._unmerge(model)
         for layer in lora_layers(model).values():
             layer.unmerge()
 
@@ -380,10 +379,11 @@ class LoRA(Method):
         return cls(
             rank=rng.randint(1, 2),
             alpha=rng.uniform(0.1, 20),
-            targets=rng.choice([*WHOLE_LAYERS, *PARTS] if cls.layer is LoRALinear else WHOLE_LAYERS),
+            targets=placement.random_targets(rng, with_parts=cls.layer is LoRALinear),
             dropout=rng.choice([0.0, 0.1]),
             rslora=rng.random() < 0.5,
             seed=rng.randint(0, 99),
+            **cls.random_parts(rng),
         )
 
     def starts_as_base(self) -> bool | None:
@@ -394,15 +394,15 @@ class LoRA(Method):
 
 
 @activations.forward.register
-def _(module: LoRALinear, x: Shadow, tape: Tape) -> Shadow:
+def _(module: LoRALinear, x: TensorSize, tape: Tape) -> TensorSize:
     y = activations.forward(module.base, x, tape)
     if module.merged:
         return y
     A, B = module.lora_A, module.lora_B
-    h = tape.linear(tape.dropout(x, module.dropout_p, noise_width=1), A, A.shape[0])  # (rows, r)
+    h = tape.linear(tape.dropout(x, module.dropout_p, noise_width=1), A, len(A))  # (rows, r)
     saved = [h] if B.requires_grad else []
     if isinstance(module, FusedLoRALinear):
-        saved.append(Shadow(y.columns, h.columns, h.width))  # B on a block diagonal
+        saved.append(TensorSize(y.columns, h.columns, h.width))  # B on a block diagonal
     elif h.width != B.element_size():
-        saved.append(Shadow(1, B.numel(), h.width))  # the copy of B
-    return tape.add([y, h], Shadow(y.rows, y.columns, y.width), saved, [B])
+        saved.append(TensorSize(1, B.numel(), h.width))  # the copy of B
+    return tape.add([y, h], TensorSize(y.rows, y.columns, y.width), saved, [B])

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods import adapter_files
-from lora_from_scratch.methods.placement import compile_pattern, describe_names, find_targets, output_head
-from lora_from_scratch.support.linear_layers import is_conv1d
-
-T = TypeVar("T")
+from lora_from_scratch.methods.lora_peft_parts import fit_hyperparameters, parts_from_peft
+from lora_from_scratch.methods.placement import (
+    compile_pattern,
+    ends_with,
+    find_targets,
+    linear_layers,
+    matches_end,
+    output_head,
+)
+from lora_from_scratch.methods.trained_parts import BIAS
+from lora_from_scratch.support.linear_layers import is_conv1d, is_linear
 
 _LORA_UNDERSTOOD = (
     "r",
@@ -27,14 +33,27 @@ _LORA_UNDERSTOOD = (
     "layers_to_transform",
     "bias",
     "init_lora_weights",
+    "exclude_modules",
+    "layers_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "lora_bias",
 )
-# `fan_in_fan_out` speaks of the base weight; the rest matters only where a feature that we refuse is on,
-# or before the first step.
-_LORA_HARMLESS = ("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config")
+# `fan_in_fan_out` speaks of the base weight, and PEFT ignores `use_qalora` on any layer but GPTQ's; the rest matters
+# only where a feature that we refuse is on, or before the first step.
+_LORA_HARMLESS = (
+    "fan_in_fan_out",
+    "megatron_core",
+    "use_qalora",
+    "qalora_group_size",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+)
 # That make PEFT add nothing to the adapter. ("SEQ_CLS" adds the classifier, which is trained.)
 _TASK_TYPES = ("CAUSAL_LM", None, "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 # Ways to begin. The others ("pissa", "olora", ...) change the base weights as well.
-_LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_LORA_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def task_type_of(model: nn.Module) -> str | None:
@@ -45,22 +64,6 @@ def task_type_of(model: nn.Module) -> str | None:
     if not callable(generates) or not generates() or getattr(model, "main_input_name", "") != "input_ids":
         return None
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-
-
-def by_pattern(values: Mapping[str, T], name: str, otherwise: T) -> T:
-    """The value of the first pattern that is the name or its end at a dot, as PEFT reads `rank_pattern`."""
-    return next((value for pattern, value in values.items() if _matches_end(pattern, name)), otherwise)
-
-
-def check_patterns(patterns: Sequence[str], names: Sequence[str] | Mapping[str, Any]) -> None:
-    """Raise a ValueError if a pattern matches the end of no name."""
-    for pattern in patterns:
-        if not any(_matches_end(pattern, name) for name in names):
-            raise ValueError(f"the pattern {pattern!r} matches none of the targets; {describe_names(names)}")
-
-
-def _matches_end(pattern: str, name: str) -> bool:
-    return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
 
 
 def lora_to_peft(method: Any, model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -108,7 +111,21 @@ def lora_to_peft(method: Any, model: nn.Module, layers: Mapping[str, Any]) -> tu
         A, B = layer.factors()
         tensors[f"{adapter_files.PREFIX}{name}.lora_A.weight"] = A  # (r, in), whatever `fan_in_fan_out` says
         tensors[f"{adapter_files.PREFIX}{name}.lora_B.weight"] = B  # (out, r)
-    return config, tensors
+    parts = {"bias": method.bias, "modules_to_save": list(method.modules_to_save)}
+    parts["trainable_token_indices"] = list(method.trainable_token_indices)
+    config.update({name: value for name, value in parts.items() if value and value != "none"})
+    return config, tensors | _parts_to_peft(method.trainable(model))
+
+
+def _parts_to_peft(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is trained beside A and B, under PEFT's names: biases, and modules to save."""
+    others = {name: tensor for name, tensor in trained.items() if ".lora_" not in f".{name}"}
+    return {adapter_files.PREFIX + _part_in_peft(name): tensor for name, tensor in others.items()}
+
+
+def _part_in_peft(name: str) -> str:
+    name = name.replace(".base.bias", ".base_layer.bias").replace(".copy.", ".")
+    return name.replace(".trainable_tokens_delta", ".token_adapter.trainable_tokens_delta")
 
 
 def lora_from_peft(
@@ -116,11 +133,14 @@ def lora_from_peft(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The arguments of `LoRA` and its state under our names, for a model that is not adapted yet.
 
+    What a person types is taken strictly, what PEFT wrote generously: as in PEFT, names and patterns that match nothing
+    are ignored as long as another one matches, and values that do not affect the result may be anything.
+
     Raises:
-        ValueError: a field or a tensor that a plain LoRA does not have.
+        ValueError: a field or a tensor that a LoRA does not have here.
     """
     adapter_files.refuse_unknown_fields(config, _LORA_UNDERSTOOD, _LORA_HARMLESS)
-    adapter_files.refuse_other_values(config, "bias", ("none",))
+    adapter_files.refuse_other_values(config, "bias", BIAS)
     adapter_files.refuse_other_values(config, "init_lora_weights", _LORA_INITS)
     adapter_files.refuse_other_values(config, "task_type", _TASK_TYPES)
     targets = config.get("target_modules")
@@ -128,28 +148,71 @@ def lora_from_peft(
         raise ValueError(
             f"{adapter_files.CONFIG_FILE}: target_modules must be names or a regular expression, got {targets!r}"
         )
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers or None
-    if layers is not None and not isinstance(layers, list):
-        raise ValueError(f"{adapter_files.CONFIG_FILE}: layers_to_transform must be numbers of blocks, got {layers!r}")
-    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    for name, pattern in patterns.items():
-        if not isinstance(pattern, dict):
-            raise ValueError(
-                f"{adapter_files.CONFIG_FILE}: {name} must be an object of names and numbers, got {pattern!r}"
-            )
+    names = targets_in_peft(config, model)
+    if not _means(model, targets, names):
+        targets = names
     arguments = {
         "rank": config.get("r", 8),
         "alpha": config.get("lora_alpha", 8),
         "targets": targets,
         "dropout": config.get("lora_dropout", 0.0),
         "rslora": config.get("use_rslora", False),
-        **patterns,
+        "bias": config.get("bias", "none"),
+        "modules_to_save": config.get("modules_to_save") or (),
     }
-    if layers is not None:
-        everywhere = find_targets(model, targets)
-        arguments["targets"] = [name for name in everywhere if layer_index(name) in layers]
-    return arguments, lora_state_from_peft(tensors)
+    for name in ("rank_pattern", "alpha_pattern"):
+        values = config.get(name) or {}
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{adapter_files.CONFIG_FILE}: {name} must be an object of names and numbers, got {values!r}"
+            )
+        arguments[name] = {
+            pattern: value for pattern, value in values.items() if any(matches_end(pattern, target) for target in names)
+        }
+    arguments, state, rest = parts_from_peft(arguments, config, tensors, model)
+    return fit_hyperparameters(arguments, state | lora_state_from_peft(rest), model)
+
+
+def targets_in_peft(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """The linear layers that PEFT adapts, by the rules of its `check_target_module_exists`."""
+    targets: Any = config["target_modules"]
+    excluded, layers = config.get("exclude_modules"), config.get("layers_to_transform")
+    if targets == "all-linear":
+        names = list(linear_layers(model))
+    else:
+        names = [name for name, module in model.named_modules() if is_linear(module) and _is_one_of(name, targets)]
+    if not names:
+        find_targets(model, targets)  # its message names what the model has
+    saved = [rf"(.*\.)?{name}(\..*)?" for name in config.get("modules_to_save") or ()]
+    names = [name for name in names if not any(compile_pattern(pattern).fullmatch(name) for pattern in saved)]
+    names = [name for name in names if not (excluded and _is_one_of(name, excluded))]
+    if layers is not None and layers != [] and isinstance(targets, list):
+        layers = [layers] if isinstance(layers, int) else layers
+        if not isinstance(layers, list):
+            raise ValueError(
+                f"{adapter_files.CONFIG_FILE}: layers_to_transform must be numbers of blocks, got {layers!r}"
+            )
+        patterns = config.get("layers_pattern") or r"[^.]*"
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        names = [name for name in names if layer_index(name, patterns) in layers]
+    if not names:
+        raise ValueError(f"{adapter_files.CONFIG_FILE}: no layer is left of target_modules={targets!r}")
+    return names
+
+
+def _is_one_of(name: str, targets: Sequence[str] | str) -> bool:
+    """Whether a module's name matches one regular expression, or ends with one of several names."""
+    if isinstance(targets, str):
+        return compile_pattern(targets).fullmatch(name) is not None
+    return any(ends_with(name, target) for target in targets)
+
+
+def _means(model: nn.Module, targets: Sequence[str] | str, names: Sequence[str]) -> bool:
+    """Whether these targets mean exactly the layers of these names here too."""
+    try:
+        return find_targets(model, targets) == dict.fromkeys(names, ())
+    except ValueError:
+        return False
 
 
 def lora_state_from_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,10 +246,15 @@ def lora_state_from_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def layer_index(module: str) -> int | None:
-    """The number of the block that a module is in, as PEFT's `layers_to_transform` counts: the first in its name."""
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
-    return int(found[1]) if found else None
+def layer_index(module: str, patterns: Sequence[str] = (r"[^.]*",)) -> int | None:
+    """The number of the block that a module is in, as PEFT's `layers_to_transform` counts.
+
+    Args:
+        patterns: what stands before the number, regular expressions; any name by default.
+    """
+    found = (compile_pattern(rf"(?:.*?\.)?{pattern}\.(\d+)\..*").fullmatch(module) for pattern in patterns)
+    match = next((match for match in found if match), None)
+    return int(match[1]) if match else None
 
 
 def _tidy(number: float) -> float | int:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, TypeVar
@@ -96,7 +96,17 @@ class Method(ABC):
     saves_model: ClassVar[bool] = False  # whether `save` writes a whole model instead of an adapter
     needs_gpt2: ClassVar[bool] = False  # whether it reaches into our own GPT-2, so that no other model will do
     only_on_request: ClassVar[frozenset[str]] = frozenset()  # contestants that the shootout leaves out by default
-    trains_of_base: ClassVar[str] = "nothing"  # of the base's own parameters: "nothing", "biases" or "everything"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__repr__ = Method.__repr__  # type: ignore[method-assign]  # which a dataclass would replace
+
+    def __repr__(self) -> str:
+        """The hyperparameters that differ from the defaults: `LoRA(rank=4)`."""
+        values = {f: getattr(self, f.name) for f in fields(self)}
+        default = {f: f.default if f.default_factory is MISSING else f.default_factory() for f in values}
+        own = [f"{f.name}={value!r}" for f, value in values.items() if value != default[f]]
+        return f"{type(self).__name__}({', '.join(own)})"
 
     # --- What a subclass supplies ---
 
@@ -194,6 +204,10 @@ class Method(ABC):
         """The same method on a base whose weights are floating-point numbers."""
         return self
 
+    def trains_of_base(self) -> str:
+        """Which of the base's own parameters are trained: "nothing", "biases", "some" or "everything"."""
+        return "nothing"
+
     # --- Before adapting ---
 
     def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
@@ -278,7 +292,7 @@ class Method(ABC):
             ValueError: a tensor is missing, unexpected or of another shape. Nothing is loaded then.
         """
         parameters = self.trainable(model)
-        refuse_misfits({name: p.shape for name, p in parameters.items()}, state)
+        adapter_files.refuse_misfits({name: p.shape for name, p in parameters.items()}, state)
         merged = self._adaptation(model).merged
         self.unmerge(model)
         with torch.no_grad():
@@ -381,31 +395,6 @@ class Method(ABC):
 def adaptation_of(model: nn.Module) -> Adaptation | None:
     """What an adapted model remembers; None for a plain one."""
     return unwrapped(model).__dict__.get("adaptation")
-
-
-def refuse_misfits(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
-    """Check that `state` has exactly the tensors that are expected.
-
-    Raises:
-        ValueError: names what is missing, unexpected and of another shape, in one line.
-    """
-    misshapen = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": misshapen,
-    }
-    said = [f"{len(names)} {problem} ({_some(names)})" for problem, names in problems.items() if names]
-    if said:
-        raise ValueError(f"the tensors do not fit this model; were they made for another one? {'; '.join(said)}")
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _restore_flags(record: Adaptation) -> None:

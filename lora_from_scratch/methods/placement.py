@@ -10,15 +10,19 @@ not guessed: which matrices are fused, and which layer is the output head.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.linear_algebra.rank import low_rank_parameter_count
 from lora_from_scratch.support.linear_layers import in_and_out, is_linear
+
+T = TypeVar("T")
 
 # Fused matrices, by the class of the module that holds one and its name there: equal parts, side by side on the output.
 FUSED_PARTS = {
@@ -61,7 +65,7 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
     else:
         chosen = set()
         for target in targets:
-            found = {name for name in known if name == target or name.endswith(f".{target}")}
+            found = {name for name in known if ends_with(name, target)}
             if not found:
                 every = "; targets='all-linear' adapts all but the output head" if layers else ""
                 raise ValueError(f"the target {target!r} matches nothing; {describe_names(known)}{every}")
@@ -74,6 +78,16 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
         elif parts:
             plan[name] = parts
     return plan
+
+
+def ends_with(name: str, end: str) -> bool:
+    """Whether a module's name is `end`, or ends with it at a dot."""
+    return name == end or name.endswith(f".{end}")
+
+
+def random_targets(rng: Random, with_parts: bool) -> Any:
+    """Targets on our GPT-2, for random samples of methods: whole layers, or parts of c_attn as well."""
+    return rng.choice([*WHOLE_LAYERS, *PARTS] if with_parts else WHOLE_LAYERS)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -107,6 +121,37 @@ def fused_parts(model: nn.Module, name: str) -> tuple[str, ...]:
     parent, _, child = name.rpartition(".")
     parts = FUSED_PARTS.get((type(model.get_submodule(parent)).__name__, child), ())
     return parts if parts and in_and_out(model.get_submodule(name))[1] % len(parts) == 0 else ()
+
+
+def by_pattern(values: Mapping[str, T], name: str, otherwise: T) -> T:
+    """The value of the first pattern that is the name or its end at a dot, as PEFT reads `rank_pattern`."""
+    return next((value for pattern, value in values.items() if matches_end(pattern, name)), otherwise)
+
+
+def check_patterns(patterns: Sequence[str], names: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise a ValueError if a pattern matches the end of no name."""
+    for pattern in patterns:
+        if not any(matches_end(pattern, name) for name in names):
+            raise ValueError(f"the pattern {pattern!r} matches none of the targets; {describe_names(names)}")
+
+
+def matches_end(pattern: str, name: str) -> bool:
+    """Whether a regular expression matches a module's name, or its end at a dot."""
+    return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
+
+
+def check_ranks_and_alphas(
+    rank: int, rank_pattern: Mapping[str, int], alpha: float, alpha_pattern: Mapping[str, float]
+) -> None:
+    """Raise a ValueError if a rank is not a whole number of at least 1, or an alpha not a positive number."""
+    ranks = {"rank": rank} | {f"rank of the pattern {p!r}": r for p, r in rank_pattern.items()}
+    for name, r in ranks.items():
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {r!r}")
+    alphas = {"alpha": alpha} | {f"alpha of the pattern {p!r}": a for p, a in alpha_pattern.items()}
+    for name, a in alphas.items():
+        if not isinstance(a, int | float) or not math.isfinite(a) or a <= 0:
+            raise ValueError(f"{name} must be a positive number, got {a!r}")
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:

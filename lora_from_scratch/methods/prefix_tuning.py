@@ -28,14 +28,9 @@ from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, KVCache, causal_attention, causal_mask
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.methods.prompt_tuning import (
-    VirtualTokens,
-    check_context,
-    check_count,
-    virtual_tokens_from_peft,
-    virtual_tokens_to_peft,
-)
-from lora_from_scratch.support.tape import Shadow, Tape
+from lora_from_scratch.methods.prompt_peft import virtual_tokens_from_peft, virtual_tokens_to_peft
+from lora_from_scratch.methods.prompt_tuning import VirtualTokens, check_context, check_count
+from lora_from_scratch.support.tape import Tape, TensorSize
 
 # --- The arithmetic ------------------------------------------------------------------------------------
 
@@ -44,14 +39,14 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v
     """Causal attention in which every token also sees the prefix (Li and Liang 2021, section 4.2).
 
     `softmax(q [P_K; K]^T / sqrt(hd) + mask) [P_V; V]`: the prefix precedes the text, so the causal mask hides none of
-    it, and there is a single softmax over both.
+    it. There is a single softmax over both. Gradients flow to the prefix.
 
     Args:
-        q, k, v: (B, H, T, hd), of the text.
-        prefix_k, prefix_v: (1, H, P, hd), the same for every text, or (B, H, P, hd).
+        q, k, v: (B, H, T, hd), of the text; they need not be contiguous.
+        prefix_k, prefix_v: (1, H, P, hd), the same for every text, or (B, H, P, hd), one for each text.
 
     Returns:
-        (B, H, T, hd): the prefix has no queries and therefore no output.
+        (B, H, T, hd), in the dtype of q: the prefix has no queries and therefore no output.
     """
     k = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)  # (B, H, P + T, hd)
     v = torch.cat([prefix_v.expand(len(v), -1, -1, -1), v], dim=2)
@@ -61,17 +56,15 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v
 def prefix_share(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
     """The share of its attention that each token gives to the prefix, lambda (He et al. 2022, arXiv:2110.04366, 3.1).
 
-    The softmax weights over the prefix and the part of the text that the token may see sum to 1; this is the sum of the
-    weights on the prefix. It determines how much of the layer's original output remains: attention with a prefix is
-
-        (1 - lambda) causal_attention(q, k, v) + lambda softmax(q P_K^T / sqrt(hd)) P_V
+    A token's softmax weights over the prefix and the part of the text that it may see sum to 1. Lambda is the sum of
+    the weights on the prefix. It is finite even if the scores are so large that their exponentials overflow.
 
     Args:
         q, k: (B, H, T, hd), of the text.
-        prefix_k: (1 or B, H, P, hd).
+        prefix_k: (1, H, P, hd), the same for every text, or (B, H, P, hd).
 
     Returns:
-        (B, H, T), between 0 and 1.
+        (B, H, T), between 0 and 1, in the dtype of q.
     """
     keys = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)  # (B, H, P + T, hd)
     scores = q @ keys.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, P + T)
@@ -85,12 +78,14 @@ def split_prefix(prefix: Tensor, n_layer: int, n_head: int) -> list[tuple[Tensor
 
     Args:
         prefix: (P, 2 L d). A row contains, for one virtual token, K of layer 0, V of layer 0, K of layer 1, V of
-            layer 1, ..., d numbers each; in each of them head h has the columns h * hd to (h + 1) * hd.
+            layer 1, and so on, d numbers each. In each of them the heads are adjacent: hd numbers of head 0, then hd
+            of head 1, up to d.
         n_layer: L.
         n_head: H.
 
     Returns:
-        L pairs (K, V), each tensor (1, H, P, hd): a batch of one, which can be expanded to any batch size.
+        L pairs (K, V), each tensor (1, H, P, hd), in the dtype of the prefix: a batch of one, which can be expanded to
+            any batch size. Gradients flow through them to the prefix.
     """
     length, width = prefix.shape
     parts = prefix.view(length, 2 * n_layer, n_head, width // (2 * n_layer * n_head))  # (P, 2L, H, hd)
@@ -102,17 +97,13 @@ def prefix_parameter_count(n_layer: int, n_embd: int, length: int, hidden: int |
     """The number of trained parameters: those of the prefix itself, or those of the embeddings and the MLP.
 
     Without the MLP they are the P keys and values of every layer. With it they are P embeddings and the two linear
-    layers d -> m -> 2 L d, each with its bias; the prefix itself is then computed, not trained. After folding, only the
-    prefix remains in both cases.
+    layers d -> m -> 2 L d, each with its bias; the prefix itself is then computed, not trained.
 
     Args:
         n_layer: L.
         n_embd: d.
         length: P.
-        hidden: m, the width of the MLP; None: the prefix is learned directly.
-
-    Returns:
-        An integer.
+        hidden: m, the width of the MLP, at least 1; None: no MLP.
     """
     width = 2 * n_layer * n_embd  # the prefix is (P, width)
     if hidden is None:
@@ -145,23 +136,22 @@ class PrefixCache(KVCache):
 class PrefixEncoder(VirtualTokens):
     """The prefix of all layers, (P, 2 L d): learned directly, or computed by an MLP from P learned embeddings.
 
-    It has two attributes, named as in PEFT:
+    Its attributes (the first two are named as in PEFT):
 
     - `embedding`, an `nn.Parameter`: without an MLP the prefix itself, (P, 2 L d); with an MLP (P, d). It is
-      initialised from N(0, 1).
-    - `transform`, which computes the prefix from it: without an MLP `nn.Identity()`; with an MLP the `nn.Sequential` of
-      a linear layer from d to m, `nn.Tanh()` and a linear layer from m to 2 L d. The linear layers are `seeded_linear`.
+      initialised from N(0, 1), each number by a draw of its own.
+    - `transform`, a module that computes the prefix from it: without an MLP `nn.Identity()`; with an MLP the
+      `nn.Sequential` of a linear layer from d to m, `nn.Tanh()` and a linear layer from m to 2 L d. The linear layers
+      are made by `seeded_linear(n_in, n_out, generator)`.
+    - `n_layer` and `n_head`, those of the model.
 
-    All random numbers come from the generator, so the same seed gives the same initial values.
+    `VirtualTokens.__init__` takes the length. The model calls `enter`, which is given, at the beginning of a text.
 
     Args:
-        config: that of the model: L is its `n_layer`, H its `n_head`, d its `n_embd`.
+        config: that of the model: L is its `n_layer`, d its `n_embd`.
         length: P.
         hidden: m, the width of the MLP; None: no MLP (no reparametrisation).
-        generator: the random number generator for the initial values; None: PyTorch's own.
-
-    `prefix()` returns the current prefix, (P, 2 L d), with gradients flowing through it. The model calls `enter` at the
-    beginning of a text.
+        generator: all random numbers are drawn from it, one after the other; None: PyTorch's own generator.
     """
 
     def __init__(
@@ -180,7 +170,7 @@ class PrefixEncoder(VirtualTokens):
             )
 
     def prefix(self) -> Tensor:
-        """(P, 2 L d)."""
+        """The current prefix, (P, 2 L d), with gradients flowing through it."""
         made: Tensor = self.transform(self.embedding)
         return made
 
@@ -211,8 +201,8 @@ def fold_prefix(encoder: PrefixEncoder) -> Tensor:
         encoder: with or without an MLP; it is not modified and can be trained further.
 
     Returns:
-        (P, 2 L d), an independent tensor: no gradient flows from it to the encoder, and it does not change when the
-        encoder does.
+        (P, 2 L d), in the dtype of the encoder. It is independent of the encoder: it is not part of a graph, and it
+            does not change when the encoder does.
     """
     return encoder.prefix().detach().clone()
 
@@ -228,9 +218,11 @@ class PrefixTuning(Method):
         ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
-    num_virtual_tokens: int = hyperparameter(20, "number of learned vectors prepended to the text")
-    reparametrise: bool = hyperparameter(True, "compute the prefix with an MLP during training")
-    hidden: int = hyperparameter(512, "width of that MLP")  # m (the paper's for table-to-text)
+    num_virtual_tokens: int = hyperparameter(20, "number of virtual tokens prepended to the text")
+    reparametrise: bool = hyperparameter(True, "compute the prefix with an MLP during training (reparametrisation)")
+    hidden: int = hyperparameter(
+        512, "hidden width of the MLP that computes the prefix"
+    )  # m (the paper's for table-to-text)
     seed: int = 0  # of the initial values
 
     name: ClassVar[str] = "prefix"
@@ -277,10 +269,10 @@ class PrefixTuning(Method):
 
 
 @activations.forward.register
-def _(module: PrefixEncoder, x: Shadow, tape: Tape) -> Shadow:
+def _(module: PrefixEncoder, x: TensorSize, tape: Tape) -> TensorSize:
     made = tape.parameter(module.embedding)
     if isinstance(module.transform, nn.Sequential):
         down, _, up = module.transform
-        made = activations.forward(up, tape.bends(activations.forward(down, made, tape)), tape)
+        made = activations.forward(up, tape.nonlinearity(activations.forward(down, made, tape)), tape)
     tape.prefix = made  # (P, 2 L d): every block uses it, and it does not depend on x
     return x

@@ -36,7 +36,7 @@ from lora_from_scratch.methods.loftq import begin_with_loftq
 from lora_from_scratch.methods.lora import LoRA, inject_lora, lora_layers
 from lora_from_scratch.methods.method import LearningRates, adaptation_of, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS, classifier, linear_layers
-from lora_from_scratch.quantization.nf4 import NestedAbsmax
+from lora_from_scratch.quantization.nf4 import CODEBOOKS, NestedAbsmax
 from lora_from_scratch.quantization.nf4_linear import NF4Linear, check_quantization, nf4_layers
 from lora_from_scratch.quantization.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor, quantize_4bit
 from lora_from_scratch.support.linear_layers import CONV1D, keep_called, weight_of
@@ -146,7 +146,7 @@ _QUANTIZED = "quantized_layers"  # while merged: the 4-bit layers
 
 @dataclass(frozen=True)
 class QLoRA(LoRA):
-    """LoRA on a base of four bits: `adapt` quantises every linear layer but the head, then puts the LoRA in.
+    """LoRA on a 4-bit base model: `adapt` quantises every linear layer except the head, then inserts LoRA.
 
     A model that is quantised already (`load_quantized`) stays as it is, and never needs room for the full weights.
 
@@ -166,10 +166,12 @@ class QLoRA(LoRA):
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
     """
 
-    double_quantization: bool = hyperparameter(True, "quantise the scales of the blocks too")
-    blocksize: int = hyperparameter(64, "weights that share one scale")
-    quant_type: str = hyperparameter("nf4", "the 4-bit code of the base weights")
-    loftq_iterations: int = hyperparameter(0, "start A and B from what quantising lost, in so many rounds (LoftQ)")
+    double_quantization: bool = hyperparameter(True, "also quantise the scales of the blocks (double quantisation)")
+    blocksize: int = hyperparameter(64, "number of weights per block, which share one scale")
+    quant_type: str = hyperparameter("nf4", f"4-bit data type of the base weights: {', '.join(CODEBOOKS)}")
+    loftq_iterations: int = hyperparameter(
+        0, "LoftQ iterations that fit the initial A and B to the quantisation error; 0: LoRA's initialisation"
+    )
     keep_base: bool = True
 
     name: ClassVar[str] = "qlora"

@@ -19,21 +19,21 @@ from lora_from_scratch.methods.placement import find_targets
 
 
 def stratify(n_layer: int, frozen_layers: int, bias_layers: int) -> tuple[range, range, range]:
-    """Divide the layers 0 ... n_layer - 1 into three groups: frozen, biases only, LoRA and biases.
+    """Divide the layers from 0 to n_layer - 1 into three groups: frozen, biases only, LoRA and biases.
 
     Layers near the input hold knowledge that is useful for every task, layers near the output knowledge specific to the
     task (Arora and Wang 2024). Therefore the further a layer is from the input, the more of it is trained.
 
     Args:
         n_layer: the number of layers.
-        frozen_layers: the number of layers, from the input, that stay frozen (the paper's N1); 0 is allowed.
-        bias_layers: the number of layers after these in which only the biases are trained (N2 - N1); 0 is allowed.
+        frozen_layers: the number of layers, from the input, that stay frozen (the paper's N1), at least 0.
+        bias_layers: the number of layers after these in which only the biases are trained (N2 - N1), at least 0.
 
     Returns:
         The indices of the layers of each group, from 0, in this order. The third group has all remaining layers.
 
     Raises:
-        ValueError: a number is negative or not an integer, or no layer is left for the third group.
+        ValueError: a number is negative, or no layer is left for the third group.
     """
     for name, count in (("frozen_layers", frozen_layers), ("bias_layers", bias_layers)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
@@ -57,15 +57,13 @@ class SPAFIT(Method):
         ValueError: a hyperparameter is out of range, or, in `adapt`, one does not fit the model.
     """
 
-    frozen_layers: int = hyperparameter(
-        1, "number of blocks at the bottom that stay frozen"
-    )  # of the bundled model's 6
-    bias_layers: int = hyperparameter(1, "number of blocks above those in which only the biases are trained")
-    rank: int = hyperparameter(8, "r, the rank of the product of A and B")
-    alpha: float = hyperparameter(16, "strength: the change is scaled by alpha / rank")
+    frozen_layers: int = hyperparameter(1, "number of blocks at the bottom that stay entirely frozen")
+    bias_layers: int = hyperparameter(1, "number of blocks above the frozen ones in which only the biases are trained")
+    rank: int = hyperparameter(8, "rank r of the update B A")
+    alpha: float = hyperparameter(16, "the update is multiplied by alpha / rank")
     targets: Sequence[str] | str = hyperparameter(  # the paper: the attention's matrices
         ("c_attn", "attn.c_proj"),
-        "the layers to adapt, by name (c_attn, mlp.c_proj), part (c_attn.q) or one regular expression",
+        "names of the layers to adapt (c_attn, mlp.c_proj), parts of them (c_attn.q), or one regular expression",
     )
     seed: int = 0  # of A's initial values
 
@@ -74,7 +72,6 @@ class SPAFIT(Method):
     learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 2e-4, "as LoRA")
     position: ClassVar[float] = 80
     needs_gpt2: ClassVar[bool] = True
-    trains_of_base: ClassVar[str] = "biases"
     can_merge: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -119,6 +116,9 @@ class SPAFIT(Method):
         biased = rng.randint(0, config.n_layer - 1)
         frozen = rng.randint(0, config.n_layer - 1 - biased)
         return cls(frozen_layers=frozen, bias_layers=biased, rank=rng.randint(1, 2))
+
+    def trains_of_base(self) -> str:
+        return "biases"
 
     def starts_as_base(self) -> bool | None:
         return True

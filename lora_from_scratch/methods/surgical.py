@@ -91,7 +91,7 @@ def surgical_parameter_groups(
 
     Returns:
         One dictionary for each of the weights, in order, with the keys "name" (the full name), "params" (a list with
-        the parameter itself), "lr" and "weight_decay".
+            the parameter itself), "lr" and "weight_decay".
 
     Raises:
         ValueError: a name is not that of a parameter of the model.

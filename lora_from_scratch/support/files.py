@@ -133,11 +133,14 @@ def _finish(file: Path) -> None:
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Convert the errors with which torch and safetensors report a full disk into an `OSError`."""
+    """Convert the errors with which torch and safetensors report a full disk into an `OSError` in plain words."""
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+        free = shutil.disk_usage(next(place for place in path.absolute().parents if place.is_dir())).free
+        raise OSError(
+            f"could not write {path}: the disk or your quota may be full ({free / 1e6:,.0f} MB are free on the disk)"
+        ) from error
 
 
 def _finite(document: Any) -> Any:

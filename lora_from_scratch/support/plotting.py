@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Colours that also differ in lightness (a subset of Okabe and Ito 2008), each with its own line style.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+# Colours that also differ in lightness, each with its own line style: hues of Okabe and Ito (2008), darkened until text
+# in them has a contrast of 4.5 on white, which the Web Content Accessibility Guidelines ask for (2.1, criterion 1.4.3).
+COLOURS = ("#0072B2", "#C25500", "#006B4C", "#8A3A68", "#7A6A00", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 
 # Possible positions of a name relative to its point, in order of preference: offset in points, alignments.
@@ -80,7 +81,7 @@ def curve(axes: Axes, values: Sequence[float], *, label: str, style: int, above:
     """Draw a line over 1, 2, 3, ... with its name at its end, above or below the line."""
     steps = range(1, len(values) + 1)
     colour = COLOURS[style % len(COLOURS)]
-    axes.plot(steps, values, LINES[style % len(LINES)], color=colour, linewidth=1.8)
+    axes.plot(steps, values, linestyle=LINES[style % len(LINES)], color=colour, linewidth=1.8)
     axes.annotate(
         label,
         (steps[-1], values[-1]),

@@ -39,7 +39,7 @@ FP32 = 4  # bytes
 
 
 @dataclass(eq=False)
-class Shadow:
+class TensorSize:
     """A tensor of the forward pass without its values: its size, and whether it will receive a gradient."""
 
     rows: int  # usually B T, the number of tokens
@@ -58,9 +58,9 @@ class Step:
     """One operation of the forward pass, as the backward pass sees it."""
 
     where: str  # a label such as "block 3"
-    inputs: list[Shadow]
-    output: Shadow
-    saved: list[Shadow]
+    inputs: list[TensorSize]
+    output: TensorSize
+    saved: list[TensorSize]
     trained: int = 0  # bytes of the parameter gradients that its backward step creates
     scratch: int = 0  # bytes that its backward step needs temporarily
     passes: bool = False  # the inputs share the gradient of the output, without a copy (a sum)
@@ -78,9 +78,9 @@ class Tape:
     cuda: bool = False
     training: bool = True  # whether dropout is active
     where: str = ""
-    prefix: Shadow | None = None  # (P, 2 L d), the keys and values that prefix tuning prepends
+    prefix: TensorSize | None = None  # (P, 2 L d), the keys and values that prefix tuning prepends
     steps: list[Step] = field(default_factory=list)
-    kept: dict[Shadow, None] = field(default_factory=dict)  # kept for the backward pass so far; an ordered set
+    kept: dict[TensorSize, None] = field(default_factory=dict)  # kept for the backward pass so far; an ordered set
     forward_peak: int = 0  # peak bytes so far: what is kept, plus what one operation reads and writes
 
     @property
@@ -93,13 +93,13 @@ class Tape:
 
     def add(
         self,
-        inputs: Sequence[Shadow],
-        output: Shadow,
-        saved: Sequence[Shadow] = (),
+        inputs: Sequence[TensorSize],
+        output: TensorSize,
+        saved: Sequence[TensorSize] = (),
         trained: Sequence[Tensor | None] = (),
         scratch: int = 0,
         passes: bool = False,
-    ) -> Shadow:
+    ) -> TensorSize:
         """Record an operation, if a gradient flows through it, and return its output."""
         learned = [p for p in trained if p is not None and p.requires_grad]
         output.grad = any(x.grad for x in inputs) or bool(learned)
@@ -111,7 +111,7 @@ class Tape:
         self.forward_peak = max(self.forward_peak, self.kept_bytes() + sum(beside.values()))
         return output
 
-    def _keep(self, saved: Sequence[Shadow]) -> None:
+    def _keep(self, saved: Sequence[TensorSize]) -> None:
         self.kept.update(dict.fromkeys(tensor for tensor in saved if not tensor.weight))
 
     def kept_bytes(self) -> int:
@@ -120,48 +120,48 @@ class Tape:
 
     # --- Operations ---
 
-    def parameter(self, p: Tensor) -> Shadow:
+    def parameter(self, p: Tensor) -> TensorSize:
         """A trained matrix that is used like an activation."""
-        return self.add([], Shadow(p.shape[-2], p.shape[-1], p.element_size(), weight=True), trained=[p])
+        return self.add([], TensorSize(p.shape[-2], p.shape[-1], p.element_size(), weight=True), trained=[p])
 
-    def like(self, x: Shadow, saved: Sequence[Shadow] = ()) -> Shadow:
+    def like(self, x: TensorSize, saved: Sequence[TensorSize] = ()) -> TensorSize:
         """An operation whose output has the size of x."""
-        return self.add([x], Shadow(x.rows, x.columns, x.width), saved)
+        return self.add([x], TensorSize(x.rows, x.columns, x.width), saved)
 
-    def bends(self, x: Shadow) -> Shadow:
+    def nonlinearity(self, x: TensorSize) -> TensorSize:
         """relu, tanh or softmax, whose derivative is computed from the result."""
-        y = Shadow(x.rows, x.columns, x.width)
+        y = TensorSize(x.rows, x.columns, x.width)
         return self.add([x], y, [y])
 
-    def sum(self, x: Shadow, y: Shadow) -> Shadow:
+    def sum(self, x: TensorSize, y: TensorSize) -> TensorSize:
         width = max(x.width, y.width)
-        return self.add([self.cast(x, width), self.cast(y, width)], Shadow(x.rows, x.columns, width), passes=True)
+        return self.add([self.cast(x, width), self.cast(y, width)], TensorSize(x.rows, x.columns, width), passes=True)
 
-    def cast(self, x: Shadow, width: int) -> Shadow:
-        return x if x.width == width else self.add([x], Shadow(x.rows, x.columns, width))
+    def cast(self, x: TensorSize, width: int) -> TensorSize:
+        return x if x.width == width else self.add([x], TensorSize(x.rows, x.columns, width))
 
-    def linear(self, x: Shadow, weight: Tensor, columns: int, bias: Tensor | None = None) -> Shadow:
+    def linear(self, x: TensorSize, weight: Tensor, columns: int, bias: Tensor | None = None) -> TensorSize:
         """x W + b with this many columns; in bf16 under autocast."""
         if self.autocast:
             x = self.cast(x, 2)
         saved = [x] if weight.requires_grad else []
-        if x.grad and x.width != weight.element_size():
-            saved.append(Shadow(1, weight.numel(), x.width))  # the copy of W
+        if x.grad and (x.width != weight.element_size() or weight.grad_fn is not None):
+            saved.append(TensorSize(1, weight.numel(), x.width))  # the copy of W, or W if it was computed
         scratch = x.width * weight.numel() if weight.requires_grad and x.width != weight.element_size() else 0
-        return self.add([x], Shadow(x.rows, columns, x.width), saved, [weight, bias], scratch)
+        return self.add([x], TensorSize(x.rows, columns, x.width), saved, [weight, bias], scratch)
 
-    def norm(self, x: Shadow, norm: nn.LayerNorm, stored: Shadow | None = None) -> Shadow:
+    def norm(self, x: TensorSize, norm: nn.LayerNorm, stored: TensorSize | None = None) -> TensorSize:
         """LayerNorm. If x is a view of a larger tensor, `stored` is that tensor, which is kept as a whole."""
-        output = Shadow(x.rows, x.columns, x.width)
-        return self.add([x], output, [stored or x, Shadow(x.rows, 2)], [norm.weight, norm.bias])
+        output = TensorSize(x.rows, x.columns, x.width)
+        return self.add([x], output, [stored or x, TensorSize(x.rows, 2)], [norm.weight, norm.bias])
 
-    def dropout(self, x: Shadow, p: float, noise_width: int | None = None) -> Shadow:
+    def dropout(self, x: TensorSize, p: float, noise_width: int | None = None) -> TensorSize:
         if not (self.training and p > 0):
             return x
-        noise = Shadow(x.rows, x.columns, noise_width or (1 if self.cuda else x.width))
+        noise = TensorSize(x.rows, x.columns, noise_width or (1 if self.cuda else x.width))
         return self.like(x, [noise])
 
-    def checkpoint(self, x: Shadow, others: list[Shadow], inner: Tape, output: Shadow) -> Shadow:
+    def checkpoint(self, x: TensorSize, others: list[TensorSize], inner: Tape, output: TensorSize) -> TensorSize:
         """Keep only the arguments instead of what `inner` keeps, and recompute the rest in the backward pass."""
         self.forward_peak = max(self.forward_peak, self.kept_bytes() + inner.forward_peak - inner.kept_bytes())
         if output.grad:
@@ -171,7 +171,7 @@ class Tape:
 
     # --- What is kept, and the backward pass ---
 
-    def savers(self) -> Counter[Shadow]:
+    def savers(self) -> Counter[TensorSize]:
         """The number of operations that keep each tensor."""
         return Counter(tensor for step in self.steps for tensor in dict.fromkeys(step.saved) if not tensor.weight)
 
@@ -186,9 +186,9 @@ class Tape:
 class Backward:
     """The state of a backward pass: the tensors still kept, and the gradients of activations and parameters."""
 
-    def __init__(self, savers: Counter[Shadow]) -> None:
+    def __init__(self, savers: Counter[TensorSize]) -> None:
         self.savers = savers
-        self.pending: dict[Shadow, Shadow] = {}  # gradients of activations that are still needed, by tensor
+        self.pending: dict[TensorSize, TensorSize] = {}  # gradients of activations that are still needed, by tensor
         self.parameter_gradients = 0  # bytes
 
     def through(self, steps: Sequence[Step]) -> Iterator[tuple[str, int]]:
@@ -205,7 +205,7 @@ class Backward:
         before = self._live()
         inputs = [x for x in dict.fromkeys(step.inputs) if x.grad]
         incoming = self.pending.pop(step.output, step.output)
-        made = {x: incoming if step.passes else Shadow(x.rows, x.columns, x.width) for x in inputs}
+        made = {x: incoming if step.passes else TensorSize(x.rows, x.columns, x.width) for x in inputs}
         new = 0 if step.passes else sum(gradient.nbytes for gradient in made.values())
         most = before + new + step.trained + step.scratch
         self._release(step)

@@ -257,7 +257,7 @@ def children_only(model):
     return sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own)
 
 
-@wrong("count_parameters", caught_by="number of results")
+@wrong("count_parameters", caught_by="length")
 def only_one_number(model):
     return [sum(p.numel() for p in model.parameters() if p.requires_grad)]
 

@@ -404,28 +404,43 @@ PREDICTIONS = [
             '"roughly 10,000x" (Hu et al. 2021, section 4.2). A hundred such changes fit beside one copy of the model '
             "in 354 GB; a hundred fine-tuned copies of the model would take 35 TB."
         ),
+        replies={
+            "below": (
+                "Beside a matrix of 12,288 x 12,288 stand two of rank 4: 4 · (12,288 + 12,288) numbers, for two "
+                "matrices in each of 96 layers."
+            ),
+            "above": (
+                "No matrix of the model is saved, only the pairs. A pair has 4 · (12,288 + 12,288) numbers, one "
+                "for every 1,536 of the matrix that it stands beside, and most matrices have no pair."
+            ),
+        },
         idea="cost",
     ),
     Prediction(
         name="what_stays",
         question=(
             "You train the bundled GPT-2 twice on the same batch: once every weight, once with LoRA, which freezes the "
-            "model and trains a small number of new parameters beside it. Memory goes to weights, gradients, the "
-            "optimiser's states and activations. Which of these does LoRA make small?"
+            "model and trains a small number of new parameters beside it. The weights stay, and nearly all of the "
+            "gradients and of the optimiser's states are gone. What about the activations?"
         ),
         choices={
-            "all": "all four, because it trains so few parameters",
-            "three": "gradients, optimiser and activations; the weights stay",
-            "two": "gradients and optimiser; the weights stay, and so do most of the activations",
-            "one": "the optimiser; everything else stays",
+            "gone": "nearly all of them are gone as well: a frozen model needs no backward pass",
+            "half": "about half of them are gone: those of the frozen matrices",
+            "most": "most of them stay",
         },
-        answer="two",
+        answer="most",
         explanation=(
-            "Gradients and Adam's m and v exist for trained parameters only, so almost nothing of them is left. The "
-            "weights are needed for the forward pass, trained or not. And to reach a matrix in the first block, the "
-            "gradient has to flow back through every block above it, frozen or not, so most of what the forward pass "
-            "keeps is still needed."
+            "To reach a matrix in the first block, the gradient has to flow back through every block above it, frozen "
+            "or not: through its attention, its softmax, its activation function. What is kept for those is still "
+            "needed."
         ),
+        replies={
+            "gone": (
+                "A frozen matrix gets no gradient of its own, but the gradient of everything below it passes through."
+            ),
+            "half": "Of a frozen matrix only its input can be freed, and only if nothing trained beside it needs it.",
+        },
+        measured="the bundled GPT-2, 4 texts of 64 tokens",
         idea="cost",
     ),
 ]

@@ -60,7 +60,7 @@ def goes_up_the_rows(matrix: Tensor, tolerance: float | None = None) -> int:
 
 @right("rank")
 def by_the_rank_of_the_transpose(matrix: Tensor, tolerance: float | None = None) -> int:
-    return (row_echelon(two_axes(matrix, tolerance).T, tolerance)[0].abs().amax(dim=1) > 0).sum().item()
+    return int((row_echelon(two_axes(matrix, tolerance).T, tolerance)[0].abs().amax(dim=1) > 0).sum())
 
 
 @wrong("rank", "That is the number of axes. Tensor libraries sometimes call it rank too, but it is something else.")

@@ -438,6 +438,15 @@ PREDICTIONS = [
             "The middle row is the mean of the other two, so only two rows are independent. Rows can be dependent "
             "although no two of them are multiples of each other."
         ),
+        replies={
+            "one": (
+                "For rank 1 every row would have to be a multiple of one row, and (4, 5, 6) is no multiple of "
+                "(1, 2, 3)."
+            ),
+            "three": (
+                "That no row is a multiple of another is not enough: (1, 2, 3) - 2 · (4, 5, 6) + (7, 8, 9) = (0, 0, 0)."
+            ),
+        },
         idea="rank",
     ),
     Prediction(
@@ -457,6 +466,14 @@ PREDICTIONS = [
             "asks whether anything at all is left, however small, and in a trained matrix something always is. What "
             "has low rank in LoRA is not the weight."
         ),
+        replies={
+            "low": "A few directions may matter most, but the rank also counts those that matter little.",
+            "middle": (
+                "For that, some rows would have to be combinations of others to within rounding, which neither a "
+                "random start nor training brings about."
+            ),
+        },
+        measured="the bundled GPT-2",
         idea="low rank",
     ),
 ]

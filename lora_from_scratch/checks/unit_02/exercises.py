@@ -623,6 +623,14 @@ PREDICTIONS = [
             'directions hold 90 %" is not a sign of structure. Whatever you measure on a weight, measure it on noise '
             "of the same shape as well."
         ),
+        replies={
+            "a": "Half of the directions would hold half of the energy if all singular values were equal.",
+            "b": (
+                "The singular values differ more than that: the middle one is less than half of the largest, and "
+                "its square less than a fifth."
+            ),
+            "d": "The smaller half is small, but not that small: together it still holds about a tenth.",
+        },
         idea="low-rank approximation",
     ),
     Prediction(
@@ -640,6 +648,11 @@ PREDICTIONS = [
             "4.1). The rank of the update in the strict sense of unit 01 is nearly full all the same; it is its energy "
             "that lies in few directions."
         ),
+        replies={
+            "weight": "The weight holds everything that the model knows; the update holds one small task.",
+            "noise": "Noise prefers no direction, so it needs the most of all three.",
+        },
+        measured="60 steps of 8 cards on the bundled GPT-2, seed 0",
         idea="low-rank approximation",
     ),
 ]

@@ -318,6 +318,12 @@ PREDICTIONS = [
             "layout it has: only the model's output does. To adapt only the queries and values of this model you have "
             "to split at columns 256 and 512."
         ),
+        replies={
+            "a": "That would be one head after the other. Read in this way, the same weights give other logits.",
+            "c": (
+                "The numbers of a head lie side by side. Read as every 24th column, the same weights give other logits."
+            ),
+        },
         idea="attention",
     ),
     Prediction(
@@ -334,6 +340,15 @@ PREDICTIONS = [
             "never read) = 79. That is a factor of 38.5, and it grows with the length: the former grows quadratically, "
             "the latter linearly."
         ),
+        replies={
+            "below": (
+                "Each of the 64 new tokens costs a reading of the whole text so far: 16 tokens at first, 79 at the end."
+            ),
+            "above": (
+                "The texts that are read again have 16 to 79 tokens, 47.5 on average, and even with a cache 79 "
+                "tokens are read in all."
+            ),
+        },
         idea="generation",
     ),
 ]

@@ -274,6 +274,15 @@ PREDICTIONS = [
             "sign of g: every weight moves by the learning rate, whether its gradient is large or small. That is why "
             "Adam's learning rate is a step length, and why the first steps are the dangerous ones."
         ),
+        replies={
+            "below": (
+                "A larger gradient does not make the step shorter: m_hat and sqrt(v_hat) grow by the same factor."
+            ),
+            "above": (
+                "With SGD it would move 1,000 times as far. Adam divides by sqrt(v_hat), which grows with the "
+                "gradient just as m_hat does."
+            ),
+        },
         idea="optimisers",
     ),
     Prediction(
@@ -294,6 +303,14 @@ PREDICTIONS = [
             "and every weight can change. The cards share the tales' subject, but they use only a few patterns, and "
             "the model now expects these everywhere."
         ),
+        replies={
+            "better": "The cards have the tales' subject but not their language, so the practice is in something else.",
+            "same": (
+                "Few steps are enough: with Adam each moves every weight by about the learning rate, and nothing "
+                "holds the weights where they were."
+            ),
+        },
+        measured="64 steps of 8 cards on the bundled GPT-2, seed 0",
         idea="forgetting",
     ),
 ]

@@ -378,6 +378,10 @@ PREDICTIONS = [
             "prompt is one point in the space of soft prompts. Training can start at that point and leave it in any "
             "direction."
         ),
+        replies={
+            "b": "Positions are added to the vectors after the look-up, to prepended rows as well as to tokens.",
+            "c": "Attention works on vectors, not on ids; an id only serves to look a vector up.",
+        },
         idea="soft prompts",
     ),
     Prediction(
@@ -399,6 +403,11 @@ PREDICTIONS = [
             "full fine-tuning is wide for small models and closes at about 10 billion parameters. In addition, every "
             "gradient has to pass through all the layers to reach the only parameters that are trained."
         ),
+        replies={
+            "a": "With so few numbers it hardly overfits, but it cannot learn much either.",
+            "b": "That is so for large models, which know the task and only have to be told which one is meant.",
+        },
+        measured="24 steps on the bundled GPT-2, three seeds for each prompt",
         idea="soft prompts",
     ),
 ]

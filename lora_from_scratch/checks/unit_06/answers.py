@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,6 +45,69 @@ def one_token_after_the_other(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor,
         scores = torch.einsum("bhd,bhsd->bhs", q[:, :, t], keys[:, :, :seen]) * q.shape[-1] ** -0.5
         rows.append(torch.einsum("bhs,bhsd->bhd", scores.softmax(-1), values[:, :, :seen]))
     return torch.stack(rows, dim=2)
+
+
+@right("prefix_attention")
+def with_scores_in_two_blocks(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    scale, tokens = q.shape[-1] ** -0.5, q.shape[2]
+    to_prefix = torch.einsum("bhtd,bhpd->bhtp", q, prefix_k.expand(len(q), -1, -1, -1)) * scale
+    to_text = torch.einsum("bhtd,bhsd->bhts", q, k) * scale + torch.full((tokens, tokens), -math.inf).triu(1)
+    total = torch.logaddexp(to_prefix.logsumexp(-1, keepdim=True), to_text.logsumexp(-1, keepdim=True))
+    return (to_prefix - total).exp() @ prefix_v + (to_text - total).exp() @ v
+
+
+@wrong(
+    "prefix_attention",
+    "Your tokens do not see themselves: the last key that a token sees is its own.",
+)
+def does_not_see_itself(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    keys, values, length = in_front(prefix_k, k), in_front(prefix_v, v), prefix_k.shape[2]
+    allowed = torch.ones(q.shape[2], keys.shape[2]).tril(length - 1).bool()
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed)
+
+
+@wrong("prefix_attention", "Keys and values are swapped, those of the prefix and those of the text.")
+def keys_for_values(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    return prefix_attention(q, v, k, prefix_v, prefix_k)
+
+
+@wrong(
+    "prefix_attention",
+    "Keys and values have different orders in your answer: the prefix has to precede the text in both.",
+)
+def two_orders(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    return causal_attention(q, in_front(prefix_k, k), torch.cat([v, prefix_v.expand(len(v), -1, -1, -1)], dim=2))
+
+
+@wrong("prefix_attention", "You use keys as values: the weights are applied to the values, of prefix and text.")
+def keys_as_values(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    return prefix_attention(q, k, k, prefix_k, prefix_k)
+
+
+@wrong(
+    "prefix_attention",
+    "You also send queries of the prefix through the attention, and return their outputs. It has keys and values only.",
+)
+def an_output_for_the_prefix(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    return causal_attention(in_front(prefix_k, q), in_front(prefix_k, k), in_front(prefix_v, v))
+
+
+@wrong("prefix_attention", "The gradient reaches the values of the prefix, but not its keys.")
+def keys_out_of_the_graph(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    return prefix_attention(q, k, v, prefix_k.detach(), prefix_v)
+
+
+@wrong("prefix_attention", caught_by="raises")
+def for_contiguous_tensors_only(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    batch, heads, tokens, width = q.shape
+    queries = q.view(batch * heads, 1, tokens, width)
+    keys, values = (x.reshape(batch * heads, 1, -1, width) for x in (in_front(prefix_k, k), in_front(prefix_v, v)))
+    return causal_attention(queries, keys, values).reshape(q.shape)
+
+
+@wrong("prefix_attention", caught_by="dtype")
+def computed_in_float32(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    return prefix_attention(q.float(), k.float(), v.float(), prefix_k.float(), prefix_v.float())
 
 
 @wrong(
@@ -148,7 +212,7 @@ def what_attention_says_of_ones(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tenso
 @right("prefix_share")
 def what_is_left_of_one_in_float64(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
     weights = all_scores(q.double(), k.double(), prefix_k.double()).softmax(-1)
-    return 1 - weights[..., prefix_k.shape[2] :].sum(-1)
+    return (1 - weights[..., prefix_k.shape[2] :].sum(-1)).to(q.dtype)
 
 
 @wrong(
@@ -219,106 +283,67 @@ def averaged_over_the_heads(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
     return prefix_share(q, k, prefix_k).mean(dim=1)
 
 
-# --- gated_prefix_attention --------------------------------------------------------------------------
+@right("prefix_share")
+def with_exponentials_after_the_largest(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
+    scores, length = all_scores(q, k, prefix_k), prefix_k.shape[2]
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    return weights[..., :length].sum(-1) / weights.sum(-1)
 
 
-@right("gated_prefix_attention")
-def with_a_softmax_written_out(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor
-) -> Tensor:
-    weights = torch.softmax(
-        torch.einsum("bhtd,bhpd->bhtp", q, prompt_k.expand(len(q), -1, -1, -1)) / q.shape[-1] ** 0.5, -1
-    )
-    return causal_attention(q, k, v) + gate.tanh() * weights @ prompt_v
-
-
-@right("gated_prefix_attention")
-def with_two_kernels(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    text = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    prompt_k, prompt_v = (p.expand(len(q), -1, -1, -1) for p in (prompt_k, prompt_v))
-    return text + F.scaled_dot_product_attention(q, prompt_k, gate.tanh() * prompt_v)
-
-
-@right("gated_prefix_attention")
-def one_head_after_the_other(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor
-) -> Tensor:
-    opened = torch.tanh(gate).flatten()
-    heads = []
-    for head in range(q.shape[1]):
-        own = slice(head, head + 1)
-        heads.append(opened[head] * prompt_attention(q[:, own], prompt_k[:, own], prompt_v[:, own]))
-    return torch.cat(heads, dim=1) + causal_attention(q, k, v)
+@right("prefix_share")
+def token_by_token_in_numpy(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
+    texts, keys = q.numpy(), in_front(prefix_k, k).numpy()
+    length, share = prefix_k.shape[2], np.zeros(q.shape[:3], dtype=q.numpy().dtype)
+    for b, h, t in np.ndindex(*share.shape):
+        scores = keys[b, h, : length + t + 1] @ texts[b, h, t] / math.sqrt(q.shape[3])
+        weights = np.exp(scores - scores.max())
+        share[b, h, t] = weights[:length].sum() / weights.sum()
+    return torch.from_numpy(share)
 
 
 @wrong(
-    "gated_prefix_attention",
-    "You use the gate as it is, without bounds. It goes through a tanh first, so that its size is at most 1.",
+    "prefix_share",
+    "Your tokens do not see themselves: the text that a token may see includes the token itself.",
 )
-def without_the_tanh(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    return causal_attention(q, k, v) + gate * prompt_attention(q, prompt_k, prompt_v)
+def without_itself(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
+    tokens, length = q.shape[2], prefix_k.shape[2]
+    scores = q @ in_front(prefix_k, k).mT / q.shape[-1] ** 0.5
+    hidden = torch.cat([torch.zeros(tokens, length), torch.ones(tokens, tokens).triu(0)], dim=1).bool()
+    return scores.masked_fill(hidden, -math.inf).softmax(-1)[..., :length].sum(-1)
 
 
 @wrong(
-    "gated_prefix_attention",
-    "Your gate is a sigmoid: at zero it is half open, so the model does not start out unchanged.",
+    "prefix_share",
+    "Hidden scores are set to 0 in your answer. A score of 0 has the exponential 1, so it still gets a weight.",
 )
-def with_a_sigmoid(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    return causal_attention(q, k, v) + torch.sigmoid(gate) * prompt_attention(q, prompt_k, prompt_v)
+def hidden_scores_of_zero(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
+    scores = all_scores(q, k, prefix_k)
+    return scores.masked_fill(scores.isinf(), 0.0).softmax(-1)[..., : prefix_k.shape[2]].sum(-1)
+
+
+@wrong("prefix_share", "Your softmax runs over the tokens (the queries). For each query it runs over the keys.")
+def softmax_over_the_queries(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
+    scores = all_scores(q, k, prefix_k)
+    return scores.softmax(-2)[..., : prefix_k.shape[2]].sum(-1)
 
 
 @wrong(
-    "gated_prefix_attention",
-    "You form a weighted mean: what the prompt gains, the text loses. Here the text's part stays as it is, and the "
-    "prompt's is added to it.",
+    "prefix_share",
+    "Your softmax runs over the prefix alone, so its weights always sum to 1. The text competes in the same softmax.",
 )
-def a_mixture(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    share = torch.tanh(gate)
-    return (1 - share) * causal_attention(q, k, v) + share * prompt_attention(q, prompt_k, prompt_v)
+def over_the_prefix_alone(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
+    return torch.softmax(q @ prefix_k.mT / q.shape[-1] ** 0.5, dim=-1).sum(-1)
 
 
 @wrong(
-    "gated_prefix_attention",
-    "Prompt and text share one softmax in your answer, so the prompt takes attention from the text even while its "
-    "gate is zero. Each needs a softmax of its own.",
+    "prefix_share",
+    "Every text of the batch gets the share of the first one's prefix. If there are as many prefixes as texts, each "
+    "text has its own.",
 )
-def one_softmax(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    return prefix_attention(q, k, v, prompt_k, torch.tanh(gate) * prompt_v)
+def share_of_the_first_prefix(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
+    return prefix_share(q, k, prefix_k[:1])
 
 
-@wrong(
-    "gated_prefix_attention",
-    "Your gate multiplies everything. While it is zero the result is zero, including the text's part.",
-)
-def gate_around_both(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    return torch.tanh(gate) * (causal_attention(q, k, v) + prompt_attention(q, prompt_k, prompt_v))
-
-
-@wrong(
-    "gated_prefix_attention",
-    "Your gate multiplies the scores, before the softmax. A gate of zero then makes all of the prompt's weights "
-    "equal, not zero.",
-)
-def gate_on_the_scores(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    return causal_attention(q, k, v) + prompt_attention(torch.tanh(gate) * q, prompt_k, prompt_v)
-
-
-@wrong(
-    "gated_prefix_attention",
-    "You use one gate for all heads. Each head has its own, so the gate has to be aligned with the axis of the heads.",
-)
-def one_gate_for_all(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    return causal_attention(q, k, v) + torch.tanh(gate[:, :1]) * prompt_attention(q, prompt_k, prompt_v)
-
-
-@wrong("gated_prefix_attention", "The gate has no effect: the prompt's part is always added in full.")
-def always_open(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    return causal_attention(q, k, v) + prompt_attention(q, prompt_k, prompt_v)
-
-
-@wrong(
-    "gated_prefix_attention",
-    "You do not divide the scores of the prompt by sqrt(hd), as you do those of the text.",
-)
-def prompt_not_scaled(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    return causal_attention(q, k, v) + torch.tanh(gate) * prompt_attention(q * q.shape[-1] ** 0.5, prompt_k, prompt_v)
+@wrong("prefix_share", caught_by="dtype")
+def share_in_float32(q: Tensor, k: Tensor, prefix_k: Tensor) -> Tensor:
+    return prefix_share(q.float(), k.float(), prefix_k.float())

@@ -1,4 +1,4 @@
-"""Unit 06, the stored prefix and its encoder: common mistakes, and alternative right answers."""
+"""Unit 06, the encoder of a prefix: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -12,160 +12,9 @@ from torch import Tensor, nn
 
 from lora_from_scratch.checks.bank import right, wrong
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.methods.prefix_tuning import PrefixEncoder, prefix_parameter_count, seeded_linear, split_prefix
+from lora_from_scratch.methods.prefix_tuning import PrefixEncoder, seeded_linear, split_prefix
 
 Layers = list[tuple[Tensor, Tensor]]
-
-# --- split_prefix ------------------------------------------------------------------------------------
-
-
-@right("split_prefix")
-def by_slices(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    d = prefix.shape[1] // (2 * n_layer)
-    width = d // n_head
-    layers = []
-    for layer in range(n_layer):
-        pair = []
-        for kind in range(2):
-            start = (2 * layer + kind) * d
-            heads = [prefix[:, start + h * width : start + (h + 1) * width] for h in range(n_head)]
-            pair.append(torch.stack(heads)[None])
-        layers.append(tuple(pair))
-    return layers
-
-
-@right("split_prefix")
-def by_chunks(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    parts = [part.unflatten(1, (n_head, -1)).transpose(0, 1).unsqueeze(0) for part in prefix.chunk(2 * n_layer, dim=1)]
-    return list(zip(parts[::2], parts[1::2], strict=True))
-
-
-@wrong(
-    "split_prefix",
-    "You assume all keys first and then all values. In a row, each layer's K is followed by the same layer's V.",
-)
-def keys_first(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    keys, values = prefix.unflatten(1, (2, n_layer, n_head, -1)).permute(1, 2, 3, 0, 4)
-    return [(k[None], v[None]) for k, v in zip(keys, values, strict=True)]
-
-
-@wrong("split_prefix", "You have swapped keys and values: K comes first.")
-def values_first(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    return [(v, k) for k, v in split_prefix(prefix, n_layer, n_head)]
-
-
-@wrong(
-    "split_prefix",
-    "The shapes are right but the numbers are mixed up: `view` and `reshape` never move an axis, they split the "
-    "numbers in their existing order. Which operation moves an axis?",
-)
-def viewed_into_shape(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    parts = prefix.reshape(2 * n_layer, 1, n_head, len(prefix), -1)
-    return [(parts[2 * layer], parts[2 * layer + 1]) for layer in range(n_layer)]
-
-
-@wrong(
-    "split_prefix",
-    "You split each key and value so that a head gets every H-th column. The columns of a head are adjacent.",
-)
-def every_hth_column(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    parts = prefix.unflatten(1, (2 * n_layer, -1, n_head)).permute(1, 3, 0, 2)
-    return [(parts[2 * layer][None], parts[2 * layer + 1][None]) for layer in range(n_layer)]
-
-
-@wrong(
-    "split_prefix",
-    "The axis of the batch is missing: each tensor is (1, H, P, hd), so that it expands to a batch of any size.",
-)
-def without_a_batch(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    return [(k[0], v[0]) for k, v in split_prefix(prefix, n_layer, n_head)]
-
-
-@wrong("split_prefix", "You have swapped tokens and heads: the axis of the heads comes before that of the tokens.")
-def tokens_before_heads(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    return [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in split_prefix(prefix, n_layer, n_head)]
-
-
-@wrong("split_prefix", "Your layers come in the wrong order: the first columns belong to layer 0.")
-def last_layer_first(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    return split_prefix(prefix, n_layer, n_head)[::-1]
-
-
-@wrong("split_prefix", "Every layer gets the keys and values of layer 0. Each has its own.")
-def one_pair_for_all(prefix: Tensor, n_layer: int, n_head: int) -> Layers:
-    return [split_prefix(prefix, n_layer, n_head)[0]] * n_layer
-
-
-# --- prefix_parameter_count --------------------------------------------------------------------------
-
-
-@right("prefix_parameter_count")
-def from_a_list_of_shapes(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    out = n_layer * n_embd + n_layer * n_embd
-    shapes = [(length, out)]
-    if hidden is not None:
-        shapes = [(length, n_embd), (hidden, n_embd), (hidden,), (out, hidden), (out,)]
-    return sum(math.prod(shape) for shape in shapes)
-
-
-@right("prefix_parameter_count")
-def layer_by_layer(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    total = 0 if hidden is None else length * n_embd + n_embd * hidden + hidden
-    for _ in range(n_layer):
-        for _ in ("K", "V"):
-            total += length * n_embd if hidden is None else hidden * n_embd + n_embd
-    return total
-
-
-@wrong("prefix_parameter_count", "You count either the keys or the values, but every layer has both.")
-def keys_alone(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    width = n_layer * n_embd
-    return length * width if hidden is None else length * n_embd + hidden * (n_embd + 1) + width * (hidden + 1)
-
-
-@wrong("prefix_parameter_count", "You count one layer's keys and values. Every layer has its own.")
-def a_single_layer(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    return prefix_parameter_count(1, n_embd, length, hidden)
-
-
-@wrong("prefix_parameter_count", "The biases of the two linear layers are missing. They are trained as well.")
-def no_biases_of_the_mlp(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    if hidden is None:
-        return length * 2 * n_layer * n_embd
-    return length * n_embd + n_embd * hidden + hidden * 2 * n_layer * n_embd
-
-
-@wrong("prefix_parameter_count", "The P embeddings that go into the MLP are missing. They are trained as well.")
-def no_embeddings(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    whole = prefix_parameter_count(n_layer, n_embd, length, hidden)
-    return whole if hidden is None else whole - length * n_embd
-
-
-@wrong(
-    "prefix_parameter_count",
-    "With an MLP you also count the prefix itself. That is computed by the MLP and not trained.",
-)
-def made_and_maker(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    whole = prefix_parameter_count(n_layer, n_embd, length, hidden)
-    return whole if hidden is None else whole + length * 2 * n_layer * n_embd
-
-
-@wrong(
-    "prefix_parameter_count",
-    "You count only the prefix, with or without an MLP. That is what is kept; count what is trained.",
-)
-def what_is_kept(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    return length * 2 * n_layer * n_embd
-
-
-@wrong(
-    "prefix_parameter_count",
-    "You count an MLP for each virtual token. There is one, and all P embeddings go through it.",
-)
-def an_mlp_for_each_token(n_layer: int, n_embd: int, length: int, hidden: int | None = None) -> int:
-    whole = prefix_parameter_count(n_layer, n_embd, 1, hidden)
-    return length * whole
-
 
 # --- PrefixEncoder -----------------------------------------------------------------------------------
 
@@ -320,6 +169,116 @@ class embeddings_of_zero(Encoder):
     scale = 0.0
 
 
+@right("PrefixEncoder")
+class drawn_into_empty_tensors(Encoder):
+    def __init__(
+        self, config: GPT2Config, length: int, hidden: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, length, hidden, generator)
+        self.embedding = nn.Parameter(torch.empty_like(self.embedding).normal_(generator=generator))
+
+    def prefix(self) -> Tensor:
+        return self.transform(self.embedding)
+
+
+@right("PrefixEncoder")
+class row_by_row(Encoder):
+    def __init__(
+        self, config: GPT2Config, length: int, hidden: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, length, hidden, generator)
+        rows = [torch.randn(self.embedding.shape[1], generator=generator) for _ in range(length)]
+        self.embedding = nn.Parameter(torch.stack(rows))
+
+    def prefix(self) -> Tensor:
+        return torch.stack([self.transform(row) for row in self.embedding])
+
+
+@wrong(
+    "PrefixEncoder",
+    "You go back to the generator's seed instead of drawing on: everything that is made with one generator gets the "
+    "same numbers.",
+)
+class goes_back_to_the_seed(Encoder):
+    def __init__(
+        self, config: GPT2Config, length: int, hidden: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        if generator is not None:
+            generator = torch.Generator().manual_seed(generator.initial_seed())
+        super().__init__(config, length, hidden, generator)
+
+
+@wrong(
+    "PrefixEncoder",
+    "All rows of your embedding start with the same numbers. Then they get gradients alike, and P virtual tokens do no "
+    "more than one.",
+)
+class one_row_for_all(Encoder):
+    def __init__(
+        self, config: GPT2Config, length: int, hidden: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, length, hidden, generator)
+        row = torch.randn(self.embedding.shape[1], generator=generator)
+        self.embedding = nn.Parameter(row.repeat(length, 1))
+
+
+@wrong(
+    "PrefixEncoder",
+    "Without a generator yours starts with the same numbers every time: None means PyTorch's own generator, whose seed "
+    "the caller sets.",
+)
+class a_seed_of_its_own(Encoder):
+    def __init__(
+        self, config: GPT2Config, length: int, hidden: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, length, hidden, generator or torch.Generator().manual_seed(0))
+
+
+@wrong("PrefixEncoder", "Your embedding is uniform. It starts as N(0, 1), with negative numbers.")
+class uniform_embeddings(Encoder):
+    def __init__(
+        self, config: GPT2Config, length: int, hidden: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, length, hidden, generator)
+        self.embedding = nn.Parameter(torch.rand(self.embedding.shape, generator=generator))
+
+
+@wrong("PrefixEncoder", "Your embedding is a plain tensor. Only an `nn.Parameter` is found and trained.")
+class no_parameter(Encoder):
+    def __init__(
+        self, config: GPT2Config, length: int, hidden: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, length, hidden, generator)
+        made = self.embedding.detach()
+        del self.embedding
+        self.embedding = made
+
+
+@wrong("PrefixEncoder", caught_by="raises")
+class without_the_numbers_of_layers_and_heads(Encoder):
+    def __init__(
+        self, config: GPT2Config, length: int, hidden: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, length, hidden, generator)
+        del self.n_layer, self.n_head
+
+
+@wrong(
+    "PrefixEncoder",
+    "With an MLP your embedding is as long as a row of the prefix. There the MLP makes the rows, and an embedding has "
+    "only d numbers.",
+)
+class long_embeddings_before_the_mlp(Encoder):
+    def __init__(
+        self, config: GPT2Config, length: int, hidden: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config, length, hidden, generator)
+        if hidden is not None:
+            d, out = config.n_embd, 2 * config.n_layer * config.n_embd
+            self.embedding = nn.Parameter(torch.randn(length, out, generator=generator))
+            self.transform = self.mlp(out, hidden, out, generator)
+
+
 # --- fold_prefix -------------------------------------------------------------------------------------
 
 
@@ -397,3 +356,36 @@ def cut_into_layers(encoder: PrefixEncoder) -> Layers:
 @wrong("fold_prefix", "You divide the prefix by sqrt(P). Folding neither averages nor scales anything.")
 def scaled_down(encoder: PrefixEncoder) -> Tensor:
     return encoder.prefix().detach().clone() / math.sqrt(encoder.length)
+
+
+@right("fold_prefix")
+def by_the_data(encoder: PrefixEncoder) -> Tensor:
+    return torch.empty_like(encoder.prefix()).copy_(encoder.prefix().data).data
+
+
+@right("fold_prefix")
+def as_a_new_tensor_row_by_row(encoder: PrefixEncoder) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.stack([encoder.transform(row) for row in encoder.embedding])
+
+
+@wrong("fold_prefix", caught_by="dtype")
+def in_float32(encoder: PrefixEncoder) -> Tensor:
+    return torch.tensor(encoder.prefix().detach().tolist())
+
+
+@wrong(
+    "fold_prefix",
+    "Folding deletes the encoder's gradients. It only reads the encoder, which may be in the middle of a training run.",
+)
+def forgets_the_gradients(encoder: PrefixEncoder) -> Tensor:
+    encoder.zero_grad()
+    return encoder.prefix().detach().clone()
+
+
+@wrong(
+    "fold_prefix",
+    "You return the mean over the virtual tokens. All P rows are needed.",
+)
+def averaged_over_the_tokens(encoder: PrefixEncoder) -> Tensor:
+    return encoder.prefix().detach().mean(dim=0)

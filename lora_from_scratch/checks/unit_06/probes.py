@@ -16,10 +16,11 @@ from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.prefix_tuning import PrefixEncoder
 
 START, FORWARD = "the start", "what it computes"
-TINY = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
+TINY = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=3, n_head=2)
 WIDE = GPT2Config(
     vocab_size=11, n_positions=200, n_embd=32, n_layer=2, n_head=2
 )  # large enough to estimate their spread
+DISTINCT = 0.98  # of many random numbers in float32, a few may be equal by chance
 
 
 def gradients(value: Any, inputs: list[Tensor]) -> list[Tensor | None]:
@@ -32,37 +33,56 @@ def gradients(value: Any, inputs: list[Tensor]) -> list[Tensor | None]:
 def in_one(gained: list[Tensor | None], inputs: list[Tensor]) -> Tensor:
     """All gradients in one vector, zero where there is none, so that nearly cancelling ones are compared in context."""
     pairs = zip(gained, inputs, strict=True)
-    return torch.cat([torch.zeros(x.numel()) if g is None else g.flatten() for g, x in pairs])
+    return torch.cat([x.new_zeros(x.numel()) if g is None else g.flatten() for g, x in pairs])
 
 
 # --- Attention ---------------------------------------------------------------------------------------
 
 
-def run_prefix_attention(answer: Callable[..., Any], **given: Tensor) -> Any:
-    """The result, and the gradients of the prefix's keys and values, which are all that is trained."""
-    learned = [given[name].requires_grad_() for name in ("prefix_k", "prefix_v")]
+def run_attention(answer: Callable[..., Any], strided: bool = False, **given: Tensor) -> Any:
+    """The result, and the gradients of what is trained: the prefix or the prompt, and the gate.
+
+    Args:
+        strided: give q, k and v as they come from splitting the heads, which is not contiguous.
+    """
+    learned = [tensor.requires_grad_() for name, tensor in given.items() if name not in ("q", "k", "v")]
+    if strided:
+        given |= {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "k", "v")}
     y = answer(**given)
     return {"y": y, "gradients": in_one(gradients(y, learned), learned)}
 
 
 def run_share(answer: Callable[..., Any], **given: Tensor) -> Any:
-    return answer(**given)
+    return {"share": answer(**given)}
 
 
-def run_gated(answer: Callable[..., Any], **given: Tensor) -> Any:
-    """The result, and the gradients of the prompt and of the gate."""
-    learned = [given[name].requires_grad_() for name in ("prompt_k", "prompt_v", "gate")]
-    y = answer(**given)
-    return {"y": y, "gradients": in_one(gradients(y, learned), learned)}
+def run_split(answer: Callable[..., Any], prefix: Tensor, n_layer: int, n_head: int, seed: int) -> Any:
+    """The pairs, and the gradient of a random weighted sum of all their numbers."""
+    prefix.requires_grad_()
+    pairs = answer(prefix, n_layer, n_head)
+    gradient = None
+    if isinstance(pairs, list | tuple):
+        tensors = [t for pair in pairs if isinstance(pair, list | tuple) for t in pair if isinstance(t, Tensor)]
+        generator = torch.Generator().manual_seed(seed)
+        total = sum((t * torch.randn(t.shape, generator=generator)).sum() for t in tensors)
+        if isinstance(total, Tensor) and total.requires_grad:
+            gradient = torch.autograd.grad(total, prefix, allow_unused=True)[0]
+    return {"pairs": pairs, "gradient": gradient}
 
 
 # --- The encoder -------------------------------------------------------------------------------------
 
 
-def run_encoder(answer: Callable[..., Any], what: str, length: int, hidden: int | None, seed: int, ids: Tensor) -> Any:
-    """A new encoder for a seed; or the prefix of an encoder with given numbers, and the logits of a model with it."""
+def run_encoder(
+    answer: Callable[..., Any], what: str, length: int, hidden: int | None, seed: int, ids: Tensor, own: bool = False
+) -> Any:
+    """A new encoder for a seed; or the prefix of an encoder with given numbers, and the logits of a model with it.
+
+    Args:
+        own: the seed is that of PyTorch's own generator.
+    """
     if what == START:
-        return seen_of_start(lambda s: answer(WIDE, length, hidden, torch.Generator().manual_seed(s)), seed)
+        return seen_of_start(lambda generator: answer(WIDE, length, hidden, generator), seed, own)
     encoder = answer(TINY, length, hidden)
     fill(encoder, seed)
     made = encoder.prefix()
@@ -73,18 +93,37 @@ def run_encoder(answer: Callable[..., Any], what: str, length: int, hidden: int 
     encoder.put_into(model)
     with torch.no_grad():
         logits = model(ids)
-    return {"prefix": made, "gradients": dict(zip(names, gained, strict=True)), "logits": logits}
-
-
-def seen_of_start(make: Callable[[int], Any], seed: int) -> Any:
-    """The initialisation for one seed, for the same seed again, and for another one."""
-    first, again, other = make(seed), make(seed), make(seed + 1)
-    values, repeated, others = ([p.detach() for p in encoder.parameters()] for encoder in (first, again, other))
     return {
+        "parameters": names,
+        "modules": [type(module).__name__ for module in encoder.transform.modules()],
+        "prefix": made,
+        "gradients": dict(zip(names, gained, strict=True)),
+        "logits": logits,
+    }
+
+
+def seen_of_start(make: Callable[[Any], Any], seed: int, own: bool) -> Any:
+    """The initialisation for one seed, for the same seed again, for another one, and the next one of a generator."""
+
+    def at(s: int) -> Any:
+        if own:
+            torch.manual_seed(s)
+        return None if own else torch.Generator().manual_seed(s)
+
+    first, again, other = make(at(seed)), make(at(seed)), make(at(seed + 1))
+    generator = at(seed)
+    make(generator)
+    following = make(generator)
+    values, repeated, others, next_ones = (
+        [p.detach() for p in encoder.parameters()] for encoder in (first, again, other, following)
+    )
+    return {
+        "parameters": {name: p.requires_grad for name, p in first.named_parameters()},
+        "distinct": all(len(p.unique()) > DISTINCT * p.numel() for p in values),
+        "repeated": all(map(torch.equal, values, repeated)),
+        "other seed": not any(map(torch.equal, values, others)),
+        "following": not any(map(torch.equal, values, next_ones)),
         "values": {name: p.detach() for name, p in first.named_parameters()},
-        "trained": {name: p.requires_grad for name, p in first.named_parameters()},
-        "the same again": all(map(torch.equal, values, repeated)),
-        "another seed differs": not any(map(torch.equal, values, others)),
     }
 
 
@@ -129,19 +168,24 @@ def _same_spread(one: Any, other: Any) -> bool:
 # --- Folding -----------------------------------------------------------------------------------------
 
 
-def run_fold(answer: Callable[..., Any], length: int, hidden: int | None, seed: int) -> Any:
-    """The folded prefix, before and after further training of the encoder; whether the encoder can still be trained."""
+def run_fold(answer: Callable[..., Any], length: int, hidden: int | None, seed: int, double: bool = False) -> Any:
+    """The folded prefix, before and after further training of the encoder, and what has become of the encoder."""
     encoder = PrefixEncoder(TINY, length, hidden)
     fill(encoder, seed)
+    if double:
+        encoder.double()
+    encoder.prefix().sum().backward()  # as in the middle of a training run
+    gained = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
     folded = answer(encoder)
     if not isinstance(folded, Tensor):
-        return folded
-    first = folded.detach().clone()
-    seen = {"folded": first, "in the graph": folded.requires_grad}
+        return {"folded": folded}
+    seen = {"folded": folded.detach().clone(), "graph": folded.requires_grad}
+    after = dict(encoder.named_parameters())
+    seen["encoder"] = {name: p.detach() for name, p in after.items()}
+    seen["trained"] = [p.requires_grad for p in after.values()]
+    seen["gradients"] = [p.grad is not None and torch.equal(p.grad, gained.get(n, p)) for n, p in after.items()]
     with torch.no_grad():
-        encoder.embedding.add_(1)
-    seen["folded, when the encoder has moved on"] = folded.detach()
-    made = encoder.prefix()
-    names = sorted(name for name, _ in encoder.named_parameters())
-    gained = gradients(made, [encoder.get_parameter(name) for name in names])
-    return seen | {"the encoder's": made, "its gradients": dict(zip(names, gained, strict=True))}
+        for parameter in encoder.parameters():
+            parameter.add_(1)
+    seen["later"] = folded.detach()
+    return seen

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
-from lora_from_scratch.checks.observation import Data, Seen
-from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.unit_07.explanations import (
+    explain_adapter,
+    explain_beside,
+    explain_count,
+    explain_inserted,
+    explain_removed,
+)
+from lora_from_scratch.checks.unit_07.probes import (
+    FORWARD,
+    START,
+    TINY,
+    run_adapter,
+    run_beside,
+    run_insert,
+    run_remove,
+    same_adapter,
+)
 from lora_from_scratch.methods.adapters import (
     AdapterBeside,
     BottleneckAdapter,
@@ -28,280 +41,152 @@ TITLE = "Adapters"
 
 
 def count_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, n_embd: int, width: int, **more: Data) -> Case:
-        return Case(name, {"n_embd": n_embd, "width": width} | more)
+    def case(name: str, n_embd: int, width: int, *sentences: str, **more: Data) -> Case:
+        return Case(name, {"n_embd": n_embd, "width": width} | more, sentences=sentences)
 
-    yield case("1024 -> 24 -> 1024, only the two matrices", 1024, 24, bias=False)
-    yield case("the same with its biases", 1024, 24)
-    yield case("two in each of 24 blocks", 1024, draw.integer(8, 200), adapters=48)
-    yield case("one in each of 24 blocks, each with a LayerNorm", 1024, draw.integer(3, 9), adapters=24, norms=24)
-    d, width, adapters = draw.integer(10, 60), draw.integer(2, 9), draw.integer(2, 9)
-    yield case("LayerNorms in half of the places, no biases", d, width, adapters=2 * adapters, bias=False, norms=5)
+    matrices, bias = "An adapter has a down projection", "whether both projections have a bias"
+    number = "the number of adapters"
+    yield case("5 -> 2 -> 5, only the two matrices", 5, 2, matrices, bias=False)
+    yield case("5 -> 2 -> 5 with biases", 5, 2, bias, matrices)
+    yield case("1024 -> 24 -> 1024, only the two matrices", 1024, 24, matrices, bias=False)
+    yield case("two in each of 24 blocks", 1024, draw.integer(8, 200), number, "The number of trained", adapters=48)
+    norms = "each with a gain and a shift"
+    yield case("one in each of 24 blocks, with a LayerNorm", 1024, draw.integer(3, 9), norms, adapters=24, norms=24)
+    d, width, adapters = draw.integer(10, 60), draw.integer(2, 9), draw.integer(3, 9)
+    options: dict[str, Data] = {"adapters": 2 * adapters, "bias": False, "norms": 5}
+    yield case("LayerNorms in half of the places, no biases", d, width, norms, number, **options)
+    yield case("no LayerNorms", d, width, "may be 0", adapters=adapters, norms=0)
 
 
 # --- BottleneckAdapter, ParallelAdapter --------------------------------------------------------------
 
-START, FORWARD = "the start", "what it computes"
+DRAWN = "all random numbers are drawn from it"
+OWN = "None: PyTorch's own generator"
+LAYERS = "It has two `nn.Linear`"
 
 
 def bottleneck_cases(draw: Draw) -> Iterator[Case]:
     # At this x the two kinds of gelu differ most, and only a single number passes through one.
     one: dict[str, Data] = {"down": [1.0], "up": [1.0], "biases": [0.0, 0.0], "x": torch.tensor([-2.2])}
-    yield Case("d = 1, width 1, both weights 1: x = -2.2", one | {"n_embd": 1, "width": 1, "what": FORWARD}, FORWARD)
-    for n_embd, width, shape in ((4, 2, ()), (3, 5, (2, 3))):
+    first, gelu = "x + W_up gelu(W_down x + b) + b'", "The gelu is GPT-2's"
+    one |= {"n_embd": 1, "width": 1, "what": FORWARD}
+    yield Case("d = 1, width 1, both weights 1: x = -2.2", one, FORWARD, (gelu, first))
+    for n_embd, width, shape, *sentences in (
+        (4, 2, (), first, LAYERS),
+        (3, 5, (2, 3), first, "(..., d) to (..., d)", LAYERS),
+    ):
         given: dict[str, Data] = {"n_embd": n_embd, "width": width, "what": FORWARD}
         given |= {"down": draw.normal(width, n_embd), "up": draw.normal(n_embd, width)}
         given |= {"biases": draw.normal(width + n_embd), "x": draw.normal(*shape, n_embd)}
-        yield Case(f"d = {n_embd}, width {width}, x of shape {(*shape, n_embd)}", given, FORWARD)
-    yield from start_cases(draw)
+        name = f"d = {n_embd}, width {width}, x of shape {(*shape, n_embd)}"
+        yield Case(name, given, FORWARD, tuple(sentences))
+    sentences = ["Both weights are initialised from a normal", "Both biases start at 0"]
+    yield from start_cases(draw, *sentences)
 
 
-def start_cases(draw: Draw) -> Iterator[Case]:
-    for n_embd, width in ((128, 24), (48, 60)):
+def start_cases(draw: Draw, *sentences: str) -> Iterator[Case]:
+    for n_embd, width, own in ((128, 24, False), (48, 60, False), (128, 24, True)):
         given: dict[str, Data] = {"n_embd": n_embd, "width": width, "what": START, "seed": draw.integer(0, 10**6)}
-        yield Case(f"a new adapter, d = {n_embd}, width {width}", given, START)
+        name = "generator=None" if own else f"a new adapter, d = {n_embd}, width {width}"
+        yield Case(name, given | {"own": own}, START, (OWN,) if own else (*sentences, DRAWN))
 
 
 def parallel_cases(draw: Draw) -> Iterator[Case]:
-    for n_embd, width, scaling, shape in ((2, 2, 1.0, ()), (4, 3, 4.0, (3,)), (3, 5, 0.5, (2, 3))):
+    first, reads = "`s W_up relu(W_down x)`", "`forward` reads it from the attribute"
+    number = "a positive number that is not trained"
+    for n_embd, width, scaling, shape, later, *sentences in (
+        (2, 2, 1.0, (), None, first, LAYERS, "without adding x"),
+        (4, 3, 4.0, (3,), None, first, reads, number),
+        (3, 5, 0.5, (2, 3), None, "without adding x", first, LAYERS),
+        (3, 4, 1.0, (2,), 0.25, reads),
+    ):
         given: dict[str, Data] = {"n_embd": n_embd, "width": width, "scaling": scaling, "what": FORWARD}
-        given |= {"down": draw.normal(width, n_embd), "up": draw.normal(n_embd, width)}
+        given |= {"down": draw.normal(width, n_embd), "up": draw.normal(n_embd, width), "later": later}
         # Both signs before the relu, whatever was drawn.
         x = draw.normal(*shape, n_embd)
-        yield Case(f"d = {n_embd}, width {width}, s = {scaling:g}", given | {"x": torch.stack([x, -x])}, FORWARD)
-    for case in start_cases(draw):
-        yield Case(case.name, {**case.inputs, "scaling": draw.choice((1.0, 4.0))}, START)
-
-
-def run_adapter(
-    answer: Callable[..., Any],
-    n_embd: int,
-    width: int,
-    what: str,
-    down: Any = None,
-    up: Any = None,
-    biases: Any = None,
-    x: Any = None,
-    seed: int = 0,
-    **options: float,
-) -> Any:
-    """A new adapter for a seed, or what one computes with given weights."""
-    if what == START:
-        return seen_of_start(lambda g: answer(n_embd, width, **options, generator=g), n_embd, seed)
-    adapter = answer(n_embd, width, **options)
-    parameters = dict(adapter.named_parameters())
-    given = {"down.weight": down, "up.weight": up}
-    if biases is not None:
-        biases = torch.as_tensor(biases)
-        given |= {"down.bias": biases[:width], "up.bias": biases[width:]}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if name in given:
-                parameter.copy_(torch.as_tensor(given[name]).reshape(parameter.shape))
-    y = adapter(x)
-    names = sorted(parameters)
-    gradients = torch.autograd.grad(y.square().sum() / 2, [parameters[n] for n in names], allow_unused=True)
-    gained = dict(zip(names, gradients, strict=True))
-    return {"y": y, "y - x": y.detach() - x, "gradients": gained}
-
-
-def seen_of_start(make: Callable[[torch.Generator | None], Any], n_embd: int, seed: int) -> Any:
-    """The initial values for one seed, for the same seed again and for another one; which ones get a gradient."""
-    first, again, other = (make(torch.Generator().manual_seed(s)) for s in (seed, seed, seed + 1))
-    values, repeated, others = ([p.detach() for p in a.parameters()] for a in (first, again, other))
-    y = first(torch.randn(4, n_embd, generator=torch.Generator().manual_seed(seed)))
-    y.sum().backward()
-    return {
-        "values": {name: p.detach() for name, p in first.named_parameters()},
-        "the same again": all(map(torch.equal, values, repeated)),
-        "another seed differs": not all(map(torch.equal, values, others)),
-        "gets a gradient": {n: p.grad is not None and bool(p.grad.any()) for n, p in first.named_parameters()},
-    }
-
-
-def same_adapter(case: Case, seen: Seen, expected: Seen) -> bool:
-    """At initialisation the numbers may differ, but not their shapes or their distribution."""
-    one, other = seen.value, expected.value
-    if case.inputs["what"] == FORWARD:
-        return same(one, other)
-    assert isinstance(one, dict)
-    assert isinstance(other, dict)
-    if any(one[key] != other[key] for key in other if key != "values"):
-        return False
-    values, wanted = one["values"], other["values"]
-    assert isinstance(values, dict)
-    assert isinstance(wanted, dict)
-    return values.keys() == wanted.keys() and all(_same_spread(values[name], wanted[name]) for name in wanted)
-
-
-def _same_spread(one: Any, other: Any) -> bool:
-    if one.shape != other.shape or one.dtype not in (torch.float32, torch.float64):
-        return False
-    one, other = one.double(), other.double()
-    largest, deviation = float(other.abs().max()), float(other.std())
-    if largest == 0 or float(one.abs().max()) == 0:
-        return largest == float(one.abs().max())
-    return (
-        abs(float(one.abs().max()) / largest - 1) < 0.04
-        and abs(float(one.std()) / deviation - 1) < 0.09
-        and abs(float(one.mean() - other.mean())) < 0.2 * deviation
-    )
+        name = f"d = {n_embd}, width {width}, s = {scaling:g}" + (f", then set to {later:g}" if later else "")
+        yield Case(name, given | {"x": torch.stack([x, -x])}, FORWARD, tuple(map(str, sentences)))
+    for case in start_cases(draw, "`up` starts at zero", "initialised uniformly"):
+        yield Case(case.name, {**case.inputs, "scaling": draw.choice((1.0, 4.0))}, START, case.sentences)
 
 
 # --- AdapterBeside -----------------------------------------------------------------------------------
 
 
-class Masked(nn.Module):
-    """Called like an attention: x, and optionally a mask and a second argument, which change the result."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        y = torch.tanh(x @ self.weight)
-        y = y if mask is None else y * mask
-        return y if shift is None else y + shift
-
-
-class Bend(nn.Module):
-    """Called like an adapter: x and nothing else."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.weight).clamp(min=0)
-
-
 def beside_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, *shape: int, others: Sequence[Tensor] = ()) -> Case:
+    def case(name: str, *shape: int, sentences: tuple[str, ...], others: Sequence[Tensor | None] = ()) -> Case:
         d = shape[-1]
         given: dict[str, Data] = {"base": draw.normal(d, d), "adapter": draw.normal(d, d), "x": draw.normal(*shape)}
-        return Case(name, given | {"others": list(others)})
+        return Case(name, given | {"others": list(others)}, sentences=sentences)
 
-    yield case("one token, only x", 3)
-    yield case("a batch", 2, 4, 3)
-    yield case("with a mask", 2, 3, others=[torch.tensor([1.0, 0.0, 0.0])])
-    yield case("with a mask and another argument", 2, 3, others=[torch.tensor([0.0, 1.0, 1.0]), draw.normal(3)])
-
-
-def run_beside(answer: Callable[..., Any], base: Tensor, adapter: Tensor, x: Tensor, others: list[Tensor]) -> Any:
-    """The result, and the gradients of both modules."""
-    both = answer(Masked(base), Bend(adapter))
-    y = both(x, *others)
-    weights = [both.base.weight, both.adapter.weight]
-    return {"y": y, "gradients": list(torch.autograd.grad(y.square().sum(), weights, allow_unused=True))}
+    total, others = "returns the sum of their outputs", "are passed on to the base as they are"
+    alone = "the adapter gets only x"
+    yield case("one token, only x", 3, sentences=(total, "with the same input"))
+    yield case("a batch", 2, 4, 3, sentences=(total, "Gradients flow through both"))
+    mask, other = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 1.0])
+    yield case("with a mask", 2, 3, others=[mask], sentences=(others, alone))
+    yield case("with a mask and another argument", 2, 3, others=[other, draw.normal(3)], sentences=(others, alone))
+    yield case("with None for the mask, and another argument", 2, 3, others=[None, draw.normal(3)], sentences=(others,))
 
 
 # --- insert_adapters, remove_adapters ----------------------------------------------------------------
 
-TINY = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2)
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-def tiny_gpt2(seed: int, dtype: str = "float32") -> GPT2:
-    """A model of a few hundred numbers, all of them random."""
-    generator = torch.Generator().manual_seed(seed)  # does not touch PyTorch's global generator
-    model = GPT2(TINY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.4, generator=generator)
-    return model.to(DTYPES[dtype]).eval()
-
-
-def liven(model: nn.Module, before: set[str]) -> None:
-    """Give every adapter parameter a value large enough to matter, the same one for the same name."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if name.replace(".base.", ".") not in before:
-                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
-
 
 def insert_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, part: str, variant: str, **more: Data) -> Case:
+    def case(name: str, part: str, variant: str, *sentences: str, **more: Data) -> Case:
         given: dict[str, Data] = {"variant": variant, "width": draw.integer(3, 7), "seed": draw.integer(0, 10**6)}
         given |= {"ids": draw.integers(0, 10, 2, 4), "options": {}}
-        return Case(name, given | more, part)
+        return Case(name, given | more, part, sentences)
 
-    yield case("pfeiffer, in all blocks", "the places", "pfeiffer")
-    yield case("houlsby, in all blocks", "the places", "houlsby")
-    yield case("parallel, s = 4", "the places", "parallel", options={"scaling": 4.0})
-    yield case("houlsby in block 1 only, a model that is half frozen", "the layers", "houlsby", frozen=True, layers=[1])
-    yield case("pfeiffer in a float64 model", "the layers", "pfeiffer", dtype="float64")
-    yield case("a bottleneck wider than the model", "what is refused", "pfeiffer", width=9)
-    yield case("a variant that does not exist", "what is refused", "serial")
-
-
-def run_insert(
-    answer: Callable[..., Any],
-    variant: str,
-    width: int,
-    seed: int,
-    ids: Tensor,
-    options: dict[str, float],
-    layers: Sequence[int] = (),
-    dtype: str = "float32",
-    frozen: bool = False,
-) -> Any:
-    """What the model computes with adapters that do something, where they are, and what is trained."""
-
-    def inserted() -> tuple[GPT2, Any]:
-        model = tiny_gpt2(seed, dtype)
-        if frozen:
-            model.transformer.h[0].requires_grad_(False)
-        generator = torch.Generator().manual_seed(seed)
-        return model, answer(model, width, variant, layers=tuple(layers), generator=generator, **options)
-
-    plain = tiny_gpt2(seed, dtype)
-    model, adapters = inserted()
-    first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    again = inserted()[0]
-    liven(model, {name for name, _ in plain.named_parameters()})
-    there = {id(module) for module in model.modules()}
-    found = adapters if isinstance(adapters, dict) else {}
-    with torch.no_grad():
-        return {
-            "y": model(ids),
-            "found under": sorted(map(str, found)),
-            "in the model": {str(name): id(adapter) in there for name, adapter in found.items()},
-            "number of them": len({id(adapter) for adapter in found.values()}),
-            "shapes": {str(n): {m: list(p.shape) for m, p in a.named_parameters()} for n, a in found.items()},
-            "trained": {name: p.requires_grad for name, p in model.named_parameters()},
-            "the same again": all(torch.equal(p, first[name]) for name, p in again.named_parameters()),
-        }
+    places, layers, refused = "the places", "the layers", "invalid input"
+    wrappers, own = 'an `AdapterBeside` for the variant "parallel"', "an adapter of its own"
+    returned, draws = "The adapters, by the names", "draw from it one after the other"
+    yield case(
+        "pfeiffer, in all blocks",
+        places,
+        "pfeiffer",
+        "Insert adapters into a GPT-2",
+        wrappers,
+        returned,
+        "if empty, all of them",
+    )
+    yield case("houlsby, in all blocks", places, "houlsby", own, "the same object", draws, "for the initial values")
+    yield case("parallel, s = 4", places, "parallel", wrappers, 's of the variant "parallel"', options={"scaling": 4.0})
+    yield case("lin, around each block", places, "lin", "one of `PLACES`", wrappers)
+    given: dict[str, Data] = {"frozen": True, "layers": [1]}
+    half = "houlsby in block 1 only, a model that is half frozen"
+    yield case(half, layers, "houlsby", "What was frozen stays frozen", "the blocks that get adapters", **given)
+    yield case("parallel in blocks 0 and 2", layers, "parallel", "the blocks that get adapters", layers=[0, 2])
+    kind = "have the dtype of the model and are on its device"
+    yield case("pfeiffer in a float64 model", layers, "pfeiffer", kind, dtype="float64")
+    yield case("pfeiffer in a model on the device meta", layers, "pfeiffer", kind, meta=True)
+    limit = "both included"
+    yield case("a bottleneck as wide as the model", layers, "pfeiffer", limit, width=TINY.n_embd)
+    yield case("a bottleneck of width 1", layers, "pfeiffer", limit, width=1)
+    error, unchanged = "the width is out of range", "The model is then unchanged"
+    wide = case("a bottleneck wider than the model", refused, "pfeiffer", error, unchanged, width=TINY.n_embd + 1)
+    yield wide
+    yield case("a width of 0", refused, "pfeiffer", error, unchanged, width=0)
+    yield case("a variant that does not exist", refused, "serial", error, unchanged)
+    yield case("a layer that does not exist", refused, "houlsby", error, unchanged, layers=[0, TINY.n_layer])
 
 
 def remove_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, part: str, *variants: str, layers: Sequence[int] = ()) -> Case:
+    def case(name: str, part: str, *variants: str, sentences: tuple[str, ...], layers: Sequence[int] = ()) -> Case:
         given: dict[str, Data] = {"variants": list(variants), "layers": list(layers), "seed": draw.integer(0, 10**6)}
-        return Case(name, given | {"ids": draw.integers(0, 10, 2, 4)}, part)
+        return Case(name, given | {"ids": draw.integers(0, 10, 2, 4)}, part, sentences)
 
-    yield case("pfeiffer in block 1", "one kind", "pfeiffer", layers=[1])
-    yield case("houlsby in all blocks", "one kind", "houlsby")
-    yield case("parallel", "one kind", "parallel")
-    yield case("no adapters at all", "one kind")
-    yield case("two adapters in a row", "more than once", "pfeiffer", "pfeiffer")
-    yield case("houlsby, and then one around each whole block", "more than once", "houlsby", "lin")
-
-
-def run_remove(answer: Callable[..., Any], variants: list[str], layers: list[int], seed: int, ids: Tensor) -> Any:
-    """Whether the model computes the same as before, and consists of the same objects under the same names."""
-    model = tiny_gpt2(seed)
-    before = dict(model.named_modules())
-    for variant in variants:
-        insert_adapters(model, 3, variant, layers=tuple(layers))
-    liven(model, {name for name, _ in tiny_gpt2(seed).named_parameters()})
-    answer(model)
-    after = dict(model.named_modules())
-    with torch.no_grad():
-        return {
-            "y": model(ids),
-            "names": sorted(after),
-            "the same object": {name: after.get(name) is module for name, module in before.items()},
-        }
+    one, more = "one kind", "more than once"
+    replaced, several = "is replaced by its `base`", "may have been inserted several times"
+    yield case("pfeiffer in block 1", one, "pfeiffer", layers=[1], sentences=("Remove, in place", replaced))
+    yield case("houlsby in all blocks", one, "houlsby", sentences=(replaced,))
+    yield case("parallel", one, "parallel", sentences=(replaced,))
+    yield case("one around each whole block", one, "lin", sentences=(replaced,))
+    yield case("no adapters at all", one, sentences=("A model without adapters",))
+    both = (several, "all are removed")
+    yield case("two adapters in a row", more, "pfeiffer", "pfeiffer", sentences=both)
+    yield case("houlsby, and then one around each whole block", more, "houlsby", "lin", sentences=both)
+    yield case("pfeiffer, parallel, two around each block", more, "pfeiffer", "parallel", "lin", "lin", sentences=both)
 
 
 # --- The lists ---------------------------------------------------------------------------------------
@@ -320,6 +205,9 @@ EXERCISES = [
             "own count: each has a gain and a shift for each of the d numbers.",
         ),
         cases=count_cases,
+        tolerance=0,
+        explain=explain_count,
+        background=("n_embd: d", "width: w", "have a formula"),
     ),
     Exercise(
         BottleneckAdapter,
@@ -338,6 +226,8 @@ EXERCISES = [
         cases=bottleneck_cases,
         probe=run_adapter,
         agree=same_adapter,
+        explain=explain_adapter,
+        background=("n_embd: d, the width of input", "width: the width of the bottleneck"),
     ),
     Exercise(
         ParallelAdapter,
@@ -356,6 +246,8 @@ EXERCISES = [
         cases=parallel_cases,
         probe=run_adapter,
         agree=same_adapter,
+        explain=explain_adapter,
+        background=("n_embd: d, the width of input", "width: the width of the bottleneck"),
     ),
     Exercise(
         AdapterBeside,
@@ -372,6 +264,7 @@ EXERCISES = [
         ),
         cases=beside_cases,
         probe=run_beside,
+        explain=explain_beside,
     ),
     Exercise(
         insert_adapters,
@@ -389,6 +282,8 @@ EXERCISES = [
         ),
         cases=insert_cases,
         probe=run_insert,
+        explain=explain_inserted,
+        background=("`adapter_places(n_layer, variant, layers)` lists",),
     ),
     Exercise(
         remove_adapters,
@@ -406,6 +301,8 @@ EXERCISES = [
         ),
         cases=remove_cases,
         probe=run_remove,
+        explain=explain_removed,
+        background=("`replace_module(model, name, module)` puts",),
     ),
 ]
 
@@ -430,6 +327,11 @@ PREDICTIONS = [
             "adapter is one constant vector per place. The loss falls all the same, which is a warning: a falling loss "
             "does not show that your code works."
         ),
+        replies={
+            "a": "All gradients but one are zero.",
+            "c": "Adam makes up for gradients that are small, not for gradients that are exactly zero.",
+        },
+        measured="32 steps of 8 cards on the bundled GPT-2, seed 0",
         idea="the bottleneck",
     ),
     Prediction(
@@ -451,6 +353,13 @@ PREDICTIONS = [
             "takes as long to start as a large one. For 32 texts of 512 tokens the same table has 3.0 %: there the "
             "operations themselves take the time."
         ),
+        replies={
+            "a": "The time follows the operations only when the GPU is kept busy, as by a large batch.",
+            "c": (
+                "They find no idle time: an adapter waits for the part before it, and the part after it waits "
+                "for the adapter."
+            ),
+        },
         idea="what adapters cost",
     ),
 ]

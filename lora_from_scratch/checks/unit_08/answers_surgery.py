@@ -43,6 +43,15 @@ def averaged(model, batches, quotient) -> dict:
 
 
 @right("relative_gradient_norms")
+def with_lists_of_quotients(model, batches) -> dict:
+    return averaged(model, batches, lambda g, p: (g.square().sum() / p.square().sum()).sqrt())
+
+
+@wrong(
+    "relative_gradient_norms",
+    "Your code overwrites the gradients (`.grad`) that the parameters had before. It only measures: whoever is in the "
+    "middle of a training step still needs them.",
+)
 def by_backward_and_zero_grad(model, batches) -> dict:
     found, total, count = measured(model), None, 0
     for ids, labels, mask in batches:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
-from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.explaining import Explanation, first_difference
+from lora_from_scratch.checks.observation import Data, Seen
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
 from lora_from_scratch.methods.bitfit import QueryBias, select_biases
@@ -28,6 +30,7 @@ class Biased(nn.Module):
         super().__init__()
         self.bias_free = nn.Linear(3, 2, bias=False)
         self.debias = nn.Parameter(torch.ones(3))
+        self.add = nn.Parameter(torch.ones(3, 2))  # before `bias` in the alphabet
         self.inner = nn.ModuleList([nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 3, bias=False)])
         self.bias_of = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Conv1D(4, 3))
         self.bias = nn.Parameter(torch.ones(2))
@@ -43,14 +46,15 @@ MAKES: dict[str, Callable[[], nn.Module]] = {
 
 
 def bias_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, made: str, trained: bool = True) -> Case:
-        return Case(name, {"made": made, "trained": trained})
+    def case(name: str, made: str, *sentences: str, trained: bool = True) -> Case:
+        return Case(name, {"made": made, "trained": trained}, sentences=sentences)
 
-    yield case("a linear layer by itself", "a linear layer")
-    yield case("a tiny GPT-2", "a GPT-2")
-    yield case("a tiny GPT-2 that is frozen", "a GPT-2", trained=False)
-    yield case("a module with similar names", "similar names")
-    yield case("a model without biases", "no biases")
+    called, every, itself = "that its module calls `bias`", "Every bias of a model", "the parameter itself"
+    yield case("a linear layer by itself", "a linear layer", called, itself)
+    yield case("a tiny GPT-2", "a GPT-2", every, itself, "in the order of")
+    yield case("a tiny GPT-2 that is frozen", "a GPT-2", "Nothing about the parameters changes", every, trained=False)
+    yield case("a module with similar names", "similar names", called, "in the order of")
+    yield case("a model without biases", "no biases", called)
 
 
 def run_biases(answer: Callable[..., Any], made: str, trained: bool) -> Any:
@@ -73,18 +77,22 @@ FORWARD, MERGE, UNMERGE = "forward", "merge", "unmerge"
 
 
 def query_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, part: str, what: str, width: int, times: int = 1) -> Case:
+    def case(name: str, part: str, what: str, width: int, *sentences: str, times: int = 1) -> Case:
         given: dict[str, Data] = {"weight": draw.normal(width, 3 * width), "bias": draw.normal(3 * width)}
         given |= {"learned": draw.normal(width), "x": draw.normal(2, 3, width)}
-        return Case(name, given | {"what": what, "times": times}, part)
+        return Case(name, given | {"what": what, "times": times}, part, sentences)
 
-    yield case("a c_attn of width 2, after some learning", FORWARD, FORWARD, 2)
-    yield case("a c_attn of width 4, after some learning", FORWARD, FORWARD, 4)
-    yield case("merged", MERGE, MERGE, 3)
-    yield case("merged twice", MERGE, MERGE, 3, times=2)
-    yield case("merged and unmerged", UNMERGE, UNMERGE, 3)
-    yield case("merged twice, then unmerged", UNMERGE, UNMERGE, 2, times=2)
-    yield case("unmerged without a merge", UNMERGE, UNMERGE, 2, times=0)
+    computes = ("`forward(x)`: (..., d)", "`bias()`: the (3 d,)", "(3 d,), `[q | k | v]`.")
+    yield case("a c_attn of width 2, after some learning", FORWARD, FORWARD, 2, *computes)
+    yield case("a c_attn of width 4, after some learning", FORWARD, FORWARD, 4, *computes)
+    merges, kept, twice = "`merge()`: `base.bias` gets", "are kept in `_unmerged`", "Merging twice"
+    put, back = "Put what is learned into `base`", "Put back what was there"
+    restored = "`unmerge()`: every bit"
+    yield case("merged", MERGE, MERGE, 3, merges, kept, put)
+    yield case("merged twice", MERGE, MERGE, 3, twice, times=2)
+    yield case("merged and unmerged", UNMERGE, UNMERGE, 3, restored, back)
+    yield case("merged twice, then unmerged", UNMERGE, UNMERGE, 2, twice, restored, times=2)
+    yield case("unmerged without a merge", UNMERGE, UNMERGE, 2, "Without a merge before it", times=0)
 
 
 def run_query(
@@ -123,20 +131,24 @@ def run_query(
 
 
 def stratify_cases(draw: Draw) -> Iterator[Case]:
-    def case(layers: int, frozen: int, biases: int, part: str = "the groups") -> Case:
+    def case(layers: int, frozen: int, biases: int, *sentences: str, part: str = "the groups") -> Case:
         given: dict[str, Data] = {"n_layer": layers, "frozen_layers": frozen, "bias_layers": biases}
-        return Case(f"{layers} layers, {frozen} frozen, {biases} with biases only", given, part)
+        return Case(f"{layers} layers, {frozen} frozen, {biases} with biases only", given, part, sentences)
 
-    yield case(6, 1, 2)
-    yield case(24, 4, 5)
+    first = ("into three groups", "The indices of the layers of each group")
+    yield case(6, 1, 2, *first, "The third group has all remaining layers")
+    yield case(24, 4, 5, *first)
     frozen, biases = draw.integer(2, 4), draw.integer(5, 7)
-    yield case(frozen + biases + draw.integer(2, 5), frozen, biases)
-    yield case(5, 0, 3)
-    yield case(7, 4, 0)
-    yield case(4, 2, 1)
-    yield case(4, 2, 2, "what is refused")
-    yield case(5, -1, 2, "what is refused")
-    yield case(5, 3, -1, "what is refused")
+    yield case(frozen + biases + draw.integer(2, 5), frozen, biases, *first)
+    yield case(5, 0, 3, "that stay frozen (the paper's N1)")
+    yield case(7, 4, 0, "in which only the biases are trained")
+    yield case(3, 0, 0, "that stay frozen (the paper's N1)", "in which only the biases are trained")
+    yield case(4, 2, 1, "The third group has all remaining layers")
+    refused = "a number is negative, or no layer is left"
+    yield case(4, 2, 2, refused, part="invalid input")
+    yield case(4, 3, 2, refused, part="invalid input")
+    yield case(5, -1, 2, refused, part="invalid input")
+    yield case(5, 3, -1, refused, part="invalid input")
 
 
 # --- relative_gradient_norms -------------------------------------------------------------------------
@@ -161,26 +173,47 @@ class TinyModel(nn.Module):
 
 
 def rgn_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, batches: int, *frozen: str, part: str = "the norms", mask: bool = False, **more: Data) -> Case:
+    def case(
+        name: str,
+        batches: int,
+        *frozen: str,
+        sentences: tuple[str, ...],
+        part: str = "the norms",
+        mask: bool = False,
+        **more: Data,
+    ) -> Case:
         ids = [draw.integers(0, 6, 2, 5) for _ in range(batches)]
         labels = [draw.integers(0, 6, 2, 5) for _ in range(batches)]
         masks: list[Data] = [draw.integers(0, 1, 2, 5) if mask else None for _ in range(batches)]
         rows: list[Data] = [[i, j, m] for i, j, m in zip(ids, labels, masks, strict=True)]
         given: dict[str, Data] = {"batches": rows, "frozen": list(frozen), "seed": draw.integer(0, 10**6)}
-        return Case(name, given | more, part)
+        return Case(name, given | more, part, sentences)
 
-    yield case("one batch", 1)
-    yield case("three batches", 3)
-    yield case("two batches, with the table and a bias frozen", 2, "table.weight", "out.bias")
-    yield case("two batches with masks, from an iterator that can be consumed only once", 2, mask=True, once=True)
-    yield case("no batch", 0, part="what is refused")
-    yield case("a tensor of zeros", 1, part="what is refused", zeros="out.bias")
+    norm, each = "The norm of each tensor's gradient g", "each batch has its own quotient"
+    unused = "does not depend on has the gradient 0"
+    yield case("one batch", 1, sentences=(norm, "with Euclidean norms of whole tensors", unused))
+    yield case("three batches", 3, sentences=(each, norm))
+    measured = ("Only parameters with `requires_grad`", "name -> number")
+    yield case("two batches, with the table and a bias frozen", 2, "table.weight", "out.bias", sentences=measured)
+    once = "two batches with masks, from an iterator that can be consumed only once"
+    yield case(once, 2, mask=True, once=True, sentences=("only once", "attention_mask (B, T) or None"))
+    kept = ("no `.grad` and no weight is changed",)
+    yield case("gradients are left from a training step", 2, graded=True, sentences=kept)
+    error = ("there is no batch, nothing to train",)
+    yield case("no batch", 0, part="invalid input", sentences=error)
+    yield case("a tensor of zeros", 1, part="invalid input", zeros="out.bias", sentences=error)
     everything = ("table.weight", "norm.weight", "norm.bias", "out.weight", "out.bias", "unused")
-    yield case("nothing to train", 1, *everything, part="what is refused")
+    yield case("nothing to train", 1, *everything, part="invalid input", sentences=error)
 
 
 def run_rgn(
-    answer: Callable[..., Any], batches: list[Any], frozen: list[str], seed: int, once: bool = False, zeros: str = ""
+    answer: Callable[..., Any],
+    batches: list[Any],
+    frozen: list[str],
+    seed: int,
+    once: bool = False,
+    zeros: str = "",
+    graded: bool = False,
 ) -> Any:
     """The norms, and whether the model is unchanged."""
     torch.manual_seed(seed)
@@ -189,13 +222,16 @@ def run_rgn(
         for name, p in model.named_parameters():
             p.normal_(0, 0 if name == zeros else 1)
             p.requires_grad_(name not in frozen)
+            p.grad = torch.ones_like(p) if graded else None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     flags = [p.requires_grad for p in model.parameters()]
     rows: Iterable[Any] = (tuple(row) for row in batches) if once else [tuple(row) for row in batches]
     norms = answer(model, rows)
     return {
         "norms": norms,
-        "no gradient left behind": all(p.grad is None for p in model.parameters()),
+        "every `.grad` unchanged": all(
+            p.grad is not None and bool((p.grad == 1).all()) if graded else p.grad is None for p in model.parameters()
+        ),
         "weights unchanged": all(torch.equal(p, before[name]) for name, p in model.named_parameters()),
         "requires_grad flags unchanged": flags == [p.requires_grad for p in model.parameters()],
     }
@@ -208,17 +244,22 @@ NAMES = ("wte.weight", "h.0.c_attn.weight", "h.0.c_attn.bias", "h.1.mlp.weight",
 
 def weight_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, *numbers: float, part: str = "the shares") -> Case:
-        return Case(name, {"norms": dict(zip(NAMES, numbers, strict=False))}, part)
+        refused = ("no norm is above zero, or a norm is negative",)
+        divided = ("The norms divided by the largest", "for the same names", "not modified", "norms: name -> relative")
+        sentences = divided if part == "the shares" else refused
+        return Case(name, {"norms": dict(zip(NAMES, numbers, strict=False))}, part, sentences)
 
     yield case("two tensors", 0.5, 2.0)
     drawn = [draw.number(0.01, 0.4) for _ in NAMES]
     yield case("five tensors", *drawn)
     yield case("one tensor without a gradient", 0.0, *drawn[:3])
     yield case("one tensor", draw.number(2, 9))
-    yield case("no tensor", part="what is refused")
-    yield case("no gradient anywhere", 0.0, 0.0, 0.0, part="what is refused")
-    yield case("a norm that is not a number", 0.5, float("nan"), 0.1, part="what is refused")
-    yield case("a negative norm", 0.5, -0.2, part="what is refused")
+    yield case("the largest twice", 0.3, 0.3, 0.1)
+    yield case("no tensor", part="invalid input")
+    yield case("no gradient anywhere", 0.0, 0.0, 0.0, part="invalid input")
+    yield case("a norm that is not a number", 0.5, float("nan"), 0.1, part="invalid input")
+    yield case("a negative norm", 0.5, -0.2, part="invalid input")
+    yield case("an infinite norm", 0.5, float("inf"), part="invalid input")
 
 
 # --- surgical_parameter_groups -----------------------------------------------------------------------
@@ -234,19 +275,24 @@ class Shaped(nn.Module):
 
 
 def group_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, *names: str, part: str = "the groups", **more: Data) -> Case:
+    def case(name: str, *names: str, sentences: tuple[str, ...], part: str = "the groups", **more: Data) -> Case:
         weights: dict[str, Data] = {each: draw.number(0.1, 0.9) for each in names}
         if names:
             weights[names[0]] = 1.0
-        return Case(name, {"weights": weights, "learning_rate": draw.choice((0.01, 0.003)), **more}, part)
+        return Case(name, {"weights": weights, "learning_rate": draw.choice((0.01, 0.003)), **more}, part, sentences)
 
-    yield case("a matrix and a table, no decay", "matrix", "table")
-    yield case("a vector without a weight", "table", "bias", "matrix")
-    yield case("weight decay 0.1", "bias", "table", "gate", "matrix", weight_decay=0.1)
-    yield case("all five, weight decay 0.05", *SHAPES, weight_decay=0.05)
-    zero = case("a weight of 0", "scale", "table")
-    yield Case(zero.name, {**zero.inputs, "weights": {"scale": 1.0, "table": 0.0}}, zero.part)
-    yield case("an unknown parameter name", "matrix", "head", part="what is refused")
+    rate, order = "with the learning rate `w * learning_rate`", "One dictionary for each of the weights"
+    first = (rate, order, "learning_rate: of a tensor with weight 1", "full name of the parameter")
+    yield case("a matrix and a table, no decay", "matrix", "table", sentences=first)
+    without = ("a tensor without a weight is not trained", order)
+    yield case("a vector without a weight", "table", "bias", "matrix", sentences=without)
+    decay = ("whatever their weight w", "fewer than two axes get 0")
+    yield case("weight decay 0.1", "bias", "table", "gate", "matrix", weight_decay=0.1, sentences=decay)
+    yield case("all five, weight decay 0.05", *SHAPES, weight_decay=0.05, sentences=decay)
+    zero = case("a weight of 0", "scale", "table", sentences=(rate, order))
+    yield Case(zero.name, {**zero.inputs, "weights": {"scale": 1.0, "table": 0.0}}, zero.part, zero.sentences)
+    unknown = ("a name is not that of a parameter",)
+    yield case("an unknown parameter name", "matrix", "head", part="invalid input", sentences=unknown)
 
 
 def run_groups(answer: Callable[..., Any], weights: dict[str, float], **settings: float) -> Any:
@@ -259,6 +305,36 @@ def run_groups(answer: Callable[..., Any], weights: dict[str, float], **settings
         return [names.get(id(p), "another tensor") for p in ([params] if isinstance(params, Tensor) else params)]
 
     return [{**group, "params": inside(group["params"])} for group in groups]
+
+
+def explain_groups(case: Case, seen: Seen, expected: Seen) -> Explanation:
+    """Which entry of the groups is wrong."""
+    one, other = seen.value, expected.value
+    if not isinstance(one, list) or not isinstance(other, list) or not all(isinstance(group, dict) for group in one):
+        return None
+    if len(one) != len(other):
+        return "number of groups", f"There should be a group per weight, {len(other)}, but you return {len(one)}."
+    for group, wanted in zip(one, other, strict=True):
+        assert isinstance(group, dict)
+        assert isinstance(wanted, dict)
+        for key, value in wanted.items():
+            if not same(group.get(key), value):
+                return f"another {key}", f'The entry "{key}" of the group for {wanted["name"]} is missing or not right.'
+    return None
+
+
+def explain_strata(case: Case, seen: Seen, expected: Seen) -> Explanation:
+    """Which of the three groups is wrong."""
+    one, other = seen.value, expected.value
+    if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
+        return None
+    for name, group, wanted in zip(("first", "second", "third"), one, other, strict=True):
+        if not same(group, wanted):
+            return (
+                f"another {name} group",
+                f"The {name} group is not right: where does it begin and end?",
+            )
+    return None
 
 
 # --- The lists ---------------------------------------------------------------------------------------
@@ -277,6 +353,14 @@ EXERCISES = [
             "an `if` does the rest.",
         ),
         cases=bias_cases,
+        explain=first_difference(
+            {
+                "names": "The names are not those of the model's biases, or come in another order. Print them beside "
+                "those of `named_parameters()`: which are missing, and which are too many?",
+                "the parameters themselves": "The names are right, but some values are not the parameters themselves.",
+                "still trained": "Your function changes which parameters are trained. It only selects.",
+            }
+        ),
         probe=run_biases,
         tolerance=0,
     ),
@@ -297,6 +381,29 @@ EXERCISES = [
         ),
         cases=query_cases,
         probe=run_query,
+        explain=first_difference(
+            {
+                "every bit restored": "After `unmerge`, the base's bias is not what it was, to the last bit.",
+                "bias": "The bias of this layer, or of the merged base, does not have the right numbers. Which third "
+                "is `bias_q`, and where do the others come from?",
+                "y of the base alone": "The merged base alone computes something else than the layer.",
+                "y": "The biases are right, but the layer's output is not. Which layout does the weight have?",
+                "gradient": "The output is right, but the gradient that reaches `bias_q` is not.",
+                "the base's bias is unchanged": "Your `forward` or `bias` changes the base. Only `merge` does.",
+                "kept": "`_unmerged` does not hold what it should: the numbers as they were while merged, else None.",
+                "the learned part is unchanged": "`bias_q` itself has changed. Merging and unmerging leave it.",
+                "the same parameter": "`base.bias` is another parameter object than before.",
+            }
+        ),
+        background=(
+            "GPT-2's `c_attn` with the queries' part",
+            "The bias of `c_attn` is",
+            "So the first third is copied out",
+            "the tensor itself, with the parts",
+            "The weight of `base`, a `Conv1D`",
+            "base: the `c_attn`",
+            "frozen by whoever",
+        ),
     ),
     Exercise(
         stratify,
@@ -310,6 +417,8 @@ EXERCISES = [
             "Check the arguments first: negative numbers, and numbers that leave nothing for the last group.",
         ),
         cases=stratify_cases,
+        explain=explain_strata,
+        background=("n_layer: the number", "Layers near the input hold", "Therefore the further a layer"),
         tolerance=0,
     ),
     Exercise(
@@ -327,6 +436,7 @@ EXERCISES = [
         ),
         cases=rgn_cases,
         probe=run_rgn,
+        background=("their code uses five batches", "model: any module"),
     ),
     Exercise(
         auto_rgn_weights,
@@ -357,6 +467,8 @@ EXERCISES = [
         ),
         cases=group_cases,
         probe=run_groups,
+        explain=explain_groups,
+        background=("Lee et al. repeat the measurement",),
     ),
 ]
 
@@ -376,6 +488,12 @@ PREDICTIONS = [
             "with d squared and the biases with d, so the share halves whenever the width doubles. It is larger in the "
             "bundled model, which has a third of the width."
         ),
+        replies={
+            "below": "Did you enter a share instead of per cent? 0.01 of the whole is 1 %.",
+            "above": (
+                "In a matrix there are at least d = 768 weights for each bias, so the share is far below one per cent."
+            ),
+        },
         idea="BitFit",
     ),
     Prediction(
@@ -393,6 +511,15 @@ PREDICTIONS = [
             "the keys' bias has no effect at all, and its gradient is zero up to rounding. The queries' bias adds b . "
             "k_j, which differs from key to key."
         ),
+        replies={
+            "q": (
+                "With another query, the scores of the keys change by different amounts, and the softmax notices that."
+            ),
+            "v": (
+                "Whatever the softmax says, its weights add up to 1, so the values' bias is added to the output "
+                "as it is."
+            ),
+        },
         idea="BitFit",
     ),
 ]

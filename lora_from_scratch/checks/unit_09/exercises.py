@@ -585,6 +585,13 @@ PREDICTIONS = [
             "leads away from. One zero factor is enough to change nothing at the start, and the random one gives the "
             "other its first gradient."
         ),
+        replies={
+            "a": (
+                "Adam makes small gradients count as much as large ones, but a gradient of exactly zero gives a "
+                "step of zero."
+            ),
+            "b": "They never leave zero: the gradient of each contains the other as a factor.",
+        },
         idea="how LoRA starts",
     ),
     Prediction(
@@ -606,6 +613,16 @@ PREDICTIONS = [
             "rank 8 and does not. 'r = 4 on attention, 147,456 parameters' of GPT-2 small does not tell you which it "
             "is."
         ),
+        replies={
+            "a": (
+                "Its B is larger for covering k, 12 d numbers instead of 8 d, but it has one A of 4 d numbers "
+                "instead of two."
+            ),
+            "b": (
+                "There are two A with 8 d numbers instead of one with 4 d, but the two B have only 8 d together, "
+                "not 12 d."
+            ),
+        },
         idea="fused matrices",
     ),
 ]

@@ -317,9 +317,16 @@ PREDICTIONS = [
         explanation=(
             "Rank 1 is enough if the model nearly knows the task and only has to learn which of its skills to use. The "
             "bundled model has 6 million parameters and has been trained on 19 MB of tales; it has never seen a card. "
-            "It has to learn to read one, and that takes more than one direction per matrix. As for (c): to overfit, a "
-            "run would have to be long enough to see the same cards many times."
+            "It has to learn to read one, and that takes more than one direction per matrix."
         ),
+        replies={
+            "a": (
+                "That is what Hu et al. find for GPT-3, which nearly knows its tasks. This model does not know "
+                "its task."
+            ),
+            "c": "To overfit, a run would have to be long enough to see the same cards many times.",
+        },
+        measured="24 steps on the bundled GPT-2, three seeds each for ranks 1 and 64",
         idea="which rank",
     ),
     Prediction(
@@ -341,6 +348,17 @@ PREDICTIONS = [
             "a higher rank. They tried only the attention; the MLP holds two thirds of a block's weights, and there is "
             "no reason to leave it out."
         ),
+        replies={
+            "a": (
+                "A higher rank on one matrix adds directions there; the attention's other parts and the MLP stay "
+                "as they were."
+            ),
+            "b": (
+                "Two matrices are better than one, but the paper compared places in the attention only; the MLP "
+                "was left out."
+            ),
+        },
+        measured="24 steps on the bundled GPT-2, seed 0",
         idea="where LoRA goes",
     ),
 ]

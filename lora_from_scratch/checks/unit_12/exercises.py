@@ -343,6 +343,10 @@ PREDICTIONS = [
             "weight, so even that weight rounds to 0. The outlier is restored exactly, and the rest of the matrix is "
             "lost."
         ),
+        replies={
+            "nothing": "The 255 levels are evenly spaced up to the largest weight, which is now the outlier.",
+            "coarser": "The step is 300 times as wide as before.",
+        },
         idea="blocks and scales",
     ),
     Prediction(
@@ -364,6 +368,15 @@ PREDICTIONS = [
             "a sixth of the absmax, where a third of the weights are, and a gap of a third at the top: together that "
             "costs more than INT4's equal steps."
         ),
+        replies={
+            "a": "NF4 is the best, but the gaps of FP4 cost more than the equal steps of INT4.",
+            "c": "FP4 is the worst of the three. Its steps grow with the number, but too fast.",
+            "d": (
+                "Equal steps suit numbers that are spread evenly. Weights are roughly normal: most of them are "
+                "near zero."
+            ),
+        },
+        measured="all matrices of the bundled GPT-2",
         idea="codebooks",
     ),
 ]

@@ -277,6 +277,16 @@ PREDICTIONS = [
             "smaller by a factor of about 29. For a large number of customers the factor approaches the inverse of the "
             "share that is trained."
         ),
+        replies={
+            "below": (
+                "The base is stored once and hardly counts among a thousand; for each customer 196,608 "
+                "parameters replace 5,853,184."
+            ),
+            "above": (
+                "A LoRA has a thirtieth of the model's parameters, so even without the base the factor is no "
+                "larger than 30."
+            ),
+        },
         idea="choosing a method",
         points=1,
     ),
@@ -296,6 +306,16 @@ PREDICTIONS = [
             "Two points can come from two cards or from all hundred. The bootstrap draws the cards again, with "
             "replacement, and counts how often the order stays the same."
         ),
+        replies={
+            "a": (
+                "A hundred cards are enough if the difference is about the same on each, and not if it varies by "
+                "fifty points from card to card."
+            ),
+            "c": (
+                "Not always: if the first is two points better on every single card, another hundred cards will "
+                "hardly turn the order round."
+            ),
+        },
         idea="fair comparisons",
         points=1,
     ),

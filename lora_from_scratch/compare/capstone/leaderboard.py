@@ -24,6 +24,12 @@ from lora_from_scratch.support.plain_text import one_line
 
 LARGEST = 2_000_000  # the size limit of an entry, in bytes
 LONGEST_NAME = 60
+LEGEND = """\
+BLEU: agreement with the references of the hidden cards, 0 to 100; higher is better.
+slot errors: slots that are missing or invented, per cent of all slots; lower is better.
+trained: parameters. memory: the peak of a training step. saved: bytes stored for one task.
+added work: multiply-adds per token, in addition to the base model's.
+(!): over the brief's budget, so the entry has no place."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Placed:
+class LeaderboardRow:
     """A line of the board. `place` is None if the budget is exceeded; `over` names the exceeded limits."""
 
     name: str
@@ -78,31 +84,33 @@ def read_entry(path: str | Path) -> Entry:
     return Entry(**_check(data, str(file)))
 
 
-def judge_entry(entry: Entry, budget: Mapping[str, float], seed: int = HOME_SEED, house: bool = False) -> Placed:
+def judge_entry(
+    entry: Entry, budget: Mapping[str, float], seed: int = HOME_SEED, house: bool = False
+) -> LeaderboardRow:
     """Score an entry's texts, and compare its costs with the budget.
 
     Raises:
         ValueError: a card has no text, a text has no card, or a cost that the budget limits is missing.
     """
     scores = score(entry.texts, hidden_cards(seed), seed)
-    return Placed(
+    return LeaderboardRow(
         entry.name, entry.brief, entry.cost, *scores, over=tuple(over_budget(entry.cost, budget)), house=house
     )
 
 
-def placed(entries: Iterable[Placed]) -> list[Placed]:
+def placed(entries: Iterable[LeaderboardRow]) -> list[LeaderboardRow]:
     """The board of one brief: the best BLEU first, equal scores in the same place, entries over budget at the end."""
     lines = sorted(entries, key=lambda entry: (bool(entry.over), -entry.bleu, entry.slot_errors, entry.name))
     scores = [entry.bleu for entry in lines if not entry.over]
-    return [Placed(**{**asdict(e), "place": None if e.over else scores.index(e.bleu) + 1}) for e in lines]
+    return [LeaderboardRow(**{**asdict(e), "place": None if e.over else scores.index(e.bleu) + 1}) for e in lines]
 
 
-def house_entries(brief: str, budget: Mapping[str, float]) -> list[Placed]:
+def house_entries(brief: str, budget: Mapping[str, float]) -> list[LeaderboardRow]:
     """The course's own entries (`benchmarks/capstone_house.py`): all methods, tuned, 500 steps."""
     path = resources.files("lora_from_scratch").joinpath("assets", "capstone_house.json")
     document = json.loads(path.read_text(encoding="utf-8"))
     return [
-        Placed(
+        LeaderboardRow(
             line["name"], brief, line["cost"], line["bleu"], line["slot_errors"],
             over=tuple(over_budget(line["cost"], budget)), house=True,
         )
@@ -115,7 +123,9 @@ def own_folder() -> Path:
     return learner_folder.folder() / "leaderboard"
 
 
-def submit(entry: Entry, config: GPT2Config, path: str | Path = "capstone.json", seed: int = HOME_SEED) -> list[Placed]:
+def submit(
+    entry: Entry, config: GPT2Config, path: str | Path = "capstone.json", seed: int = HOME_SEED
+) -> list[LeaderboardRow]:
     """Score an entry, write it to `path`, keep a copy on this computer, and return its brief's board.
 
     An earlier entry with the same name and brief is replaced.
@@ -137,7 +147,7 @@ def submit(entry: Entry, config: GPT2Config, path: str | Path = "capstone.json",
 
 def board_of(
     brief: str, config: GPT2Config, files: Iterable[Path], seed: int = HOME_SEED
-) -> tuple[list[Placed], list[str]]:
+) -> tuple[list[LeaderboardRow], list[str]]:
     """The board of a brief from these entries and the course's own, and a message for each entry that is left out."""
     budget = budget_of(brief, config)
     lines, complaints = house_entries(brief, budget), []
@@ -151,7 +161,7 @@ def board_of(
     return placed(lines), complaints
 
 
-def board(lines: Sequence[Placed]) -> str:
+def board(lines: Sequence[LeaderboardRow]) -> str:
     """The board as a Markdown table."""
     head = ("place", "name", "BLEU", "slot errors", "trained", "memory", "added work", "saved")
     rows = [head, *(_cells(line) for line in lines)]
@@ -161,7 +171,7 @@ def board(lines: Sequence[Placed]) -> str:
     return "\n".join([f"| {texts[0]} |", f"|{rule}|", *(f"| {text} |" for text in texts[1:])])
 
 
-def _cells(line: Placed) -> tuple[str, ...]:
+def _cells(line: LeaderboardRow) -> tuple[str, ...]:
     cost = line.cost
     return (
         str(line.place or "over"),
@@ -175,7 +185,7 @@ def _cells(line: Placed) -> tuple[str, ...]:
     )
 
 
-def _mark(line: Placed, name: str) -> str:
+def _mark(line: LeaderboardRow, name: str) -> str:
     return " (!)" if name in line.over else ""
 
 

@@ -22,7 +22,7 @@ from lora_from_scratch.grading.building.solution import (
 from lora_from_scratch.grading.building.source import SourceCell
 
 SCHEMA = 3  # of nbgrader's metadata
-RUBRIC = "**Rubric.**"  # what comes after it in an open question's cell says what earns which points
+RUBRIC = "**Rubric.**"  # in an open question's cell, it separates the question from the rubric
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
@@ -33,8 +33,9 @@ class Cell:
     Attributes:
         place: the source's file and cell, for messages.
         role: "exercise", "prediction", "check", "answer" (to an open question); "" for the others.
-        figure: the file that its picture goes to.
-        volatile: its output differs from run to run.
+        figure: the file to which its picture is written.
+        volatile: whether its output differs from run to run.
+        above: the number of lines that the build puts above the source's.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Cell:
     points: float = 0
     figure: str = ""
     volatile: bool = False
+    above: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def as_node(self, cell_id: str) -> Any:
@@ -59,7 +61,7 @@ def assemble(unit: Unit, source: Iterable[SourceCell]) -> list[Cell]:
 
     Raises:
         Refused: a directive names an exercise or prediction that the unit does not have, or an exercise's object
-            cannot be taken apart.
+            has nothing to implement.
     """
     cells: list[Cell] = []
     problems: list[str] = []
@@ -92,7 +94,7 @@ def as_notebook(cells: Iterable[Cell]) -> Any:
 
 
 def _written(unit: Unit, cell: SourceCell) -> list[Cell]:
-    """What the build writes for a cell of the source."""
+    """The notebook cells for a cell of the source."""
     if cell.get("exercise"):
         return _exercise(unit, cell)
     if cell.get("prediction"):
@@ -112,7 +114,7 @@ def _named(items: Iterable[Any], cell: SourceCell, directive: str) -> Any:
         if item.name == cell.get(directive):
             return item
     there = ", ".join(item.name for item in items) or "none"
-    raise ValueError(f"{directive}={cell.get(directive)!r} is not in the unit's list; there are: {there}")
+    raise ValueError(f"{directive}={cell.get(directive)!r} is not in the unit's list, which has: {there}")
 
 
 def _exercise(unit: Unit, cell: SourceCell) -> list[Cell]:
@@ -129,11 +131,11 @@ def _exercise(unit: Unit, cell: SourceCell) -> list[Cell]:
     solution = Cell("code", solved_source(exercise.object, exercise.blank), cell.place, "exercise", name)
     solution.metadata = _nbgrader(name, solution=True)
     advice = {
-        f'# hint("{name}")': "# opens the next hint",
-        f'# {name} = library("{name}")': "# goes on with the library's version, which earns no points",
+        f'# hint("{name}")': "# shows the next hint",
+        f'# {name} = library("{name}")': "# uses the library's version, which earns no points",
     }
     width = max(map(len, advice))
-    stuck = "# Stuck? Take away the # before one of these and run the cell.\n"
+    stuck = "# Stuck? Uncomment one of these lines and run the cell.\n"
     stuck += "\n".join(f"{line:{width}}  {what}" for line, what in advice.items())
     return [
         Cell("markdown", heading, cell.place),
@@ -150,8 +152,8 @@ def _prediction(prediction: Prediction, cell: SourceCell) -> list[Cell]:
     if choices:
         question += f"\n{choices}"
     question += (
-        f"\n\nWrite {'your choice' if choices else 'a number'} into the cell below before you go on. "
-        "The experiment gives the answer."
+        f"\n\nEnter {'your choice' if choices else 'a number'} in the cell below and run it before you continue. The "
+        "first prediction that you run counts; the experiment will give the answer."
     )
     text = f"{prediction.name} = None  # {allowed}\n{BEGIN}\n{prediction.name} = {_literal(prediction.answer)}\n{END}"
     answer = Cell("code", text, cell.place, "prediction", prediction.name)
@@ -170,11 +172,11 @@ def _check(item: Exercise | Prediction, cell: SourceCell) -> Cell:
 
 
 def _open_question(cell: SourceCell) -> list[Cell]:
-    """The question, and the cell for the answer. The rubric tells what the answer is: a learner's notebook has not got
-    it, since in the solved one it stands where the answer will be."""
+    """The question, and the cell for the answer. The rubric gives the answer away; in the solved notebook it takes
+    the place of the answer, so the learner's notebook does not contain it."""
     name, points = cell.get("open_question"), cell.get("points") or 0
     text, _, rubric = cell.text.partition(RUBRIC)
-    worth = f"*{points} {'point' if points == 1 else 'points'}; graded by a person.*"
+    worth = f"*{points} {'point' if points == 1 else 'points'}, graded by hand.*"
     question = Cell("markdown", f"{text.rstrip()}\n\n{worth}", cell.place)
     answer = Cell("markdown", f"{RUBRIC}\n\n{rubric.strip()}", cell.place, "answer", name, points=points)
     answer.metadata = _nbgrader(name, grade=True, solution=True, points=points)
@@ -191,7 +193,7 @@ def _nbgrader(
 
 
 def _add_imports(unit: Unit, cells: list[Cell]) -> None:
-    """After the first code cell: what the solutions use of the library, except this unit's exercises."""
+    """Append to the first code cell the imports that the solutions need, except this unit's exercises."""
     first = next((index for index, cell in enumerate(cells) if cell.kind == "code"), None)
     if first is None:
         return
@@ -204,10 +206,12 @@ def _add_imports(unit: Unit, cells: list[Cell]) -> None:
     needed = needed_imports(objects, own | exercises)
     for item in needed:
         if item.attribute in exercises:
-            raise ValueError(f"{item.attribute} is used as {item.name}: call an exercise of this unit by its own name")
+            raise ValueError(
+                f"{item.attribute} is imported as {item.name}; use the exercises of this unit under their own names"
+            )
     imports = write_imports(needed)
     future = any(refers_to_itself(target) for target in objects)
-    parts = ["from __future__ import annotations"] * future + [imports] * bool(imports)
-    if parts:
-        comment = "# Ready-made parts that your code can use."
-        cells.insert(first + 1, Cell("code", "\n\n".join([comment, *parts]), cells[first].place))
+    ready_made = f"# Library functions and classes that your code can use.\n{imports}"
+    parts = ["from __future__ import annotations"] * future + [cells[first].text] + [ready_made] * bool(imports)
+    cells[first].text = "\n\n".join(parts)
+    cells[first].above = 2 * future

@@ -53,7 +53,7 @@ def course_root(start: Path | None = None) -> Path:
     for place in (start, *start.parents, Path(__file__).resolve().parents[3]):
         if (place / SOURCES).is_dir():
             return place
-    raise FileNotFoundError(f"there is no {SOURCES} here or above; go to the project's folder, or name it with --root")
+    raise FileNotFoundError(f"there is no {SOURCES} here or above; go to the project's folder, or pass it with --root")
 
 
 def sources(root: Path) -> list[str]:
@@ -159,8 +159,8 @@ def reasons(
         return ["there is no solved notebook yet"]
     changed = dependencies.changed(recorded, now)
     if not changed and _code(before) != _code(made.solved):
-        changed = ["the solved notebook has other code cells than those that were executed"]
-    return changed or ["you asked for it"] * again
+        changed = ["the code cells of the solved notebook are not those that were executed"]
+    return changed or ["it was requested"] * again
 
 
 def _code(notebook: Any) -> list[str]:
@@ -220,7 +220,7 @@ def look_over(made: Draft, root: Path) -> dict[str, bytes]:
             shown = [output.data["image/png"] for output in node.outputs if "image/png" in output.get("data", {})]
             if len(shown) != 1:
                 problems.append(
-                    f"{cell.place}: figure={cell.figure!r}: the cell must show one figure, got {len(shown)}"
+                    f"{cell.place}: figure={cell.figure!r}: the cell must show exactly one figure, got {len(shown)}"
                 )
             pictures[cell.figure] = base64.b64decode(shown[0]) if shown else b""
     if problems:
@@ -248,6 +248,6 @@ def find_units(numbers: Iterable[str], root: Path) -> list[Unit]:
         number = Path(number).stem.removeprefix("unit_").zfill(2)
         if number not in known:
             there = ", ".join(known) or "none"
-            raise ValueError(f"there is no unit {number} (checks/unit_{number}/exercises.py); there are: {there}")
+            raise ValueError(f"there is no unit {number} (checks/unit_{number}/exercises.py); the units are: {there}")
         found.append(known[number])
     return found

@@ -34,7 +34,7 @@ PACKAGE = Path(lora_from_scratch.__file__).resolve().parent
 REGISTRY = "lora_from_scratch.methods.registry"
 PACKAGES = ("ipython", "matplotlib", "numpy", "pillow", "sacrebleu", "safetensors", "tokenizers", "torch")
 RUNS_IT = "import lora_from_scratch.grading.building.execution"
-READ_AS_TEXT = {"getdoc", "getsource", "getsourcelines", "help", "__doc__"}  # with one of them, text is output
+READ_AS_TEXT = {"getdoc", "getsource", "getsourcelines", "help", "__doc__"}  # with these, source text is output
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 Hashes = dict[str, str]
@@ -144,10 +144,10 @@ def _strings(tree: ast.AST | None) -> Iterator[str]:
 
 
 def closure(sources: Iterable[str]) -> set[Path]:
-    """The library's files that run when these pieces of code are run, as far as their text tells.
+    """The library's files that run when these pieces of code are run, as far as their source shows.
 
-    The registry imports every method. Of those it counts the ones that a source names ("lora"), and all of them as
-    soon as anything asks it for all (`method_classes`).
+    The registry imports every method. Only those that a source names ("lora") count, or all of them if anything asks
+    for all (`method_classes`).
     """
     trees = [_parsed(text) for text in sources]
     named = {string for tree in trees for string in _strings(tree)}

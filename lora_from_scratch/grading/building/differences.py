@@ -14,17 +14,17 @@ from lora_from_scratch.grading.building.assemble import Cell
 PICTURE = "image/png"
 INSIDE = re.compile(r"data:image/png;base64,[^\"]*")  # the same picture again, in HTML
 NUMBER = re.compile(r"[-+−]?\d+([,.]\d+)*(e[-+]?\d+)?")
-LEVELS = 16  # of 255: by so much a pixel may differ,
-PIXELS = 0.002  # and by more this share of all pixels
-OTHER_LINES = 0.1  # of all lines: written by a model whose training ended elsewhere
+LEVELS = 16  # of 255: the difference that every pixel may have
+PIXELS = 0.002  # the share of the pixels that may differ by more
+OTHER_LINES = 0.1  # the share of the lines that may differ, because training ended differently
 
 
 def differences(cells: Iterable[Cell], before: Any, now: Any, same_processor: bool = True) -> list[str]:
-    """The cells that put out something else than before, one message each; volatile cells are not compared.
+    """The cells whose output has changed, one message each; volatile cells are not compared.
 
-    Text has to be the same to the letter; pictures up to `LEVELS` in every channel but for `PIXELS` of the pixels.
-    Another processor rounds differently, and what is trained or drawn there ends elsewhere: then pictures have to be
-    there, and text has to be the same without its numbers in all but `OTHER_LINES` of the lines.
+    Text must be identical; pictures may differ by `LEVELS` in every channel, and by more in `PIXELS` of the pixels.
+    Another processor rounds differently, so training and drawing have different results there: then pictures only have
+    to exist, and text without its numbers must be the same in all but `OTHER_LINES` of the lines.
     """
     found: list[str] = []
     lines = 0
@@ -32,7 +32,7 @@ def differences(cells: Iterable[Cell], before: Any, now: Any, same_processor: bo
         if cell.kind != "code" or cell.volatile:
             continue
         if [kind_of(output) for output in old.outputs] != [kind_of(output) for output in new.outputs]:
-            return [f"{cell.place}: there are {len(new.outputs)} outputs, not the {len(old.outputs)} that there were"]
+            return [f"{cell.place}: it has other outputs: {len(old.outputs)} before, {len(new.outputs)} now"]
         for one, other in zip(old.outputs, new.outputs, strict=True):
             lines += len(_lines(one, same_processor))
             found += [f"{cell.place}: {what}" for what in _differs(one, other, same_processor)]
@@ -49,7 +49,7 @@ def _differs(before: Any, now: Any, same_processor: bool) -> Iterable[str]:
             yield f"before: {old and old[:150]!r}; now: {new and new[:150]!r}"
     pictures = [output.data[PICTURE] for output in (before, now) if PICTURE in output.get("data", {})]
     if same_processor and pictures and not same_picture(*pictures):
-        yield "the picture is another one"
+        yield "the picture has changed"
 
 
 def _lines(output: Any, same_processor: bool) -> list[str]:

@@ -20,22 +20,22 @@ from lora_from_scratch.support import allocator
 from lora_from_scratch.support.figures import BUILDING
 
 SECONDS_A_CELL = 300
-WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar or a slider: nothing once the kernel has ended
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar or a slider: useless without a kernel
 MODEL, STEPS = "LORA_FROM_SCRATCH_MODEL", "LORA_FROM_SCRATCH_STEPS"
-SETTINGS = (MODEL, STEPS)  # what a unit's experiments run on, and how long
-# How to start a process that has no network (Linux, where users may make namespaces).
+SETTINGS = (MODEL, STEPS)  # the model of a unit's experiments, and their number of steps
+# Starts a process without a network (on Linux, where users may create namespaces).
 WITHOUT_NETWORK = ("unshare", "--map-root-user", "--net", "--")
-# The same where there is no such thing: for Python code only.
+# The substitute where that is not possible; it covers Python code only.
 OFFLINE = """\
 import socket as _socket
 
 def _refuse(*arguments, **keywords):
-    raise OSError("the network is off while a notebook is built")
+    raise OSError("there is no network while a notebook is built")
 
 _socket.getaddrinfo = _socket.create_connection = _refuse
 del _refuse, _socket
 """
-# Asked of the kernel at its end. Its own count of memory, not getrusage's: a child inherits that from its parent.
+# Run in the kernel at the end. It reads the kernel's own memory count; getrusage's is inherited from the parent.
 MEASURE = """\
 import time as _time
 from lora_from_scratch.finetune.peak_memory import peak_resident_bytes as _peak
@@ -54,12 +54,12 @@ class Cost:
 def execute(
     notebook: Any, *, building: bool = True, allow_errors: bool = False, settings: Mapping[str, str] | None = None
 ) -> Cost:
-    """Run a notebook in place; its cells have their outputs then.
+    """Run a notebook in place, which fills in the outputs of its cells.
 
     Args:
         building: with the fixed seeds and quiet progress bars of a build; otherwise as a learner runs it.
-        allow_errors: go on after a cell that ends in an error. Otherwise stop there; the cell's outputs say why.
-        settings: environment variables that a unit reads, of `SETTINGS`; those of this process are not passed on.
+        allow_errors: continue after a cell that raises an error. Otherwise stop there; its outputs contain the error.
+        settings: environment variables that a unit reads (see `SETTINGS`); those of this process are not passed on.
 
     Raises:
         ValueError: the kernel died, or a cell took longer than `SECONDS_A_CELL`.
@@ -69,13 +69,13 @@ def execute(
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     import_quietly()
-    work = Path(tempfile.mkdtemp(prefix="build-"))  # a short path: sockets live in it
+    work = Path(tempfile.mkdtemp(prefix="build-"))  # a short path, because it contains sockets
     notebook.cells.append(nbformat.v4.new_code_cell(MEASURE))
     try:
         manager = AsyncKernelManager(
             kernel_spec_manager=_specs(), transport="ipc", connection_file=str(work / "kernel.json")
         )
-        client = _client_that_looks_again()(
+        client = _polling_client()(
             notebook,
             km=manager,
             timeout=SECONDS_A_CELL,
@@ -87,7 +87,7 @@ def execute(
         )
         client.execute(env=_environment(work, building) | dict(settings or {}), cleanup_kc=True)
     except CellExecutionError:
-        pass  # the outputs of the cell say it
+        pass  # the outputs of the cell contain the error
     except (DeadKernelError, CellTimeoutError) as error:
         raise ValueError("the notebook could not be run: " + " ".join(str(error).split())[:300].lower()) from None
     finally:
@@ -100,15 +100,15 @@ def execute(
 
 
 @functools.cache
-def _client_that_looks_again() -> Any:
-    """nbclient's client, which looks every second whether a cell's reply is there.
+def _polling_client() -> Any:
+    """nbclient's client, polling every second for a cell's reply.
 
-    Now and then nothing wakes the waiting client, and it sleeps until the cell's time is over (3 of 15 unsolved
-    notebooks in one run of the tests). The cause, below nbclient, is not known.
+    Occasionally nothing wakes the waiting client, and it sleeps until the cell's timeout (3 of 15 unsolved notebooks in
+    one run of the tests). The cause is below nbclient and unknown.
     """
     from nbclient import NotebookClient
 
-    class Client(NotebookClient):
+    class PollingClient(NotebookClient):
         async def async_start_new_kernel_client(self) -> Any:
             kernel = await super().async_start_new_kernel_client()
             wait = kernel.shell_channel.get_msg
@@ -125,7 +125,7 @@ def _client_that_looks_again() -> Any:
             kernel.shell_channel.get_msg = get_msg
             return kernel
 
-    return Client
+    return PollingClient
 
 
 @functools.cache
@@ -138,12 +138,12 @@ def network_can_be_cut() -> bool:
 
 @functools.cache
 def import_quietly() -> None:
-    """Import matplotlib once here, because its first import on a machine writes to stderr that it builds fonts."""
+    """Import matplotlib here first: its first import on a machine prints to stderr that it builds a font cache."""
     import matplotlib.font_manager  # noqa: F401
 
 
 def _specs() -> Any:
-    """A manager that knows one kernel: this interpreter's, whatever else is installed under the name python3."""
+    """A manager that knows only the kernel of this interpreter, whatever is installed under the name python3."""
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
     start = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -157,7 +157,7 @@ def _specs() -> Any:
 
 
 def _environment(work: Path, building: bool) -> dict[str, str]:
-    """The kernel's environment: nothing of the person's own settings, one thread, fixed seeds."""
+    """The kernel's environment: none of the user's own settings, one thread, fixed seeds."""
     import matplotlib
 
     startup = _folder(work / "ipython" / "profile_default" / "startup")

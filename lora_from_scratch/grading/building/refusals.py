@@ -1,4 +1,4 @@
-"""Find what makes a unit unfit for release: in its list, its cells, the learner's notebook, and the outputs.
+"""Find what makes a unit unfit for release: in its exercises, its cells, the learner's notebook, and the outputs.
 
 Every function returns messages; none of them raises or writes.
 """
@@ -19,7 +19,7 @@ from lora_from_scratch.grading.building.source import SourceCell
 WRONG, RIGHT = 5, 2  # minimum number of answers in the bank per exercise
 FROM_CHECKS = ("check", "hint", "library", "progress", "working")  # what every unit's first code cell imports
 SECTIONS = ("What goes wrong in practice", "Summary", "Go further")
-TELLING = 24  # minimum length, without spaces, of a solution line that gives something away
+TELLING = 24  # minimum length, without spaces, of a solution line that counts as giving something away
 SCREENFUL = 45  # lines
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]*)[^)]*\)")
@@ -41,20 +41,20 @@ def in_the_list(unit: Unit) -> list[str]:
 
 def _lacks(exercise: Exercise) -> Iterable[str]:
     if exercise.difficulty not in range(1, 6):
-        yield "difficulty must be 1 to 5"
+        yield "difficulty must be from 1 to 5"
     if exercise.minutes < 1 or exercise.points < 1:
         yield "minutes and points must be at least 1"
     if len(exercise.hints) != 3 or not all(hint.strip() for hint in exercise.hints):
-        yield "there must be three hints"
+        yield "there must be exactly three hints"
     if exercise.lines < 1:
-        yield "the library's object has no line of code"
+        yield "the library's object contains no code"
     if not list(exercise.cases(Draw(0))):
-        yield "it has no check: there is no case to try"
+        yield "it has no check: `cases` yields no case"
     wrong, right = len(wrong_answers(exercise.name)), len(right_answers(exercise.name))
     if wrong < WRONG:
-        yield f"its bank has {wrong} wrong answers, at least {WRONG} are needed"
+        yield f"its bank has {wrong} wrong answers; at least {WRONG} are needed"
     if right < RIGHT:
-        yield f"its bank has {right} other right answers, at least {RIGHT} are needed"
+        yield f"its bank has {right} alternative right answers; at least {RIGHT} are needed"
 
 
 # --- The source --------------------------------------------------------------------------------------
@@ -76,13 +76,13 @@ def _first_screen(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[s
     title = f"# Unit {unit.number}: {unit.title}"
     picture = f"unit_{unit.number}.png"
     if not source or source[0].kind != "markdown" or source[0].text.splitlines()[0].strip() != title:
-        yield f"{file}, cell 1: the first line of the first cell must be {title!r}"
+        yield f"{file}, cell 1: the first cell must be Markdown, and its first line {title!r}"
         return
     before_code = "\n".join(
         cell.text for cell in source[: next((i for i, cell in enumerate(source) if cell.kind == "code"), len(source))]
     )
     if picture not in [target for _, target in IMAGE.findall(before_code)]:
-        yield f"{source[0].place}: the first screen must show the picture: ![what it shows]({picture})"
+        yield f"{source[0].place}: the picture must come before the first code cell: ![what it shows]({picture})"
     figures = [cell for cell in source if cell.get("figure") == picture]
     if len(figures) != 1:
         yield f'{file}: exactly one cell must have figure="{picture}", got {len(figures)}'
@@ -95,9 +95,9 @@ def _cells_of(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
     for directive, name in wanted:
         places = [cell.place for cell in source if cell.get(directive) == name]
         if not places:
-            yield f'{file}: there is no cell with {directive}="{name}", which is in the unit\'s list'
+            yield f'{file}: there is no cell with {directive}="{name}", although it is in the unit\'s list'
         for place in places[1:]:
-            yield f'{place}: there is another cell with {directive}="{name}" before'
+            yield f'{place}: an earlier cell already has {directive}="{name}"'
     if not unit.exercises:
         yield f"checks/unit_{unit.number}/exercises.py: the unit has no exercise"
     if not unit.predictions:
@@ -110,7 +110,7 @@ def _order(unit: Unit, source: list[SourceCell]) -> Iterable[str]:
     found = [cell for cell in source if cell.get("exercise") in listed]
     for cell, name in zip(found, listed, strict=False):
         if cell.get("exercise") != name:
-            yield f'{cell.place}: exercise="{name}" must come here, as in the unit\'s list, which numbers it'
+            yield f'{cell.place}: exercise="{name}" must come here: the exercises follow the order of the unit\'s list'
             break
     for item in unit.predictions:
         asked = [index for index, cell in enumerate(source) if cell.get("prediction") == item.name]
@@ -118,7 +118,7 @@ def _order(unit: Unit, source: list[SourceCell]) -> Iterable[str]:
         if asked and checked:
             between = source[asked[0] + 1 : checked[0]]
             if not any(cell.kind == "code" and cell.text for cell in between):
-                yield f'{source[checked[0]].place}: check="{item.name}" must come after an experiment that shows it'
+                yield f'{source[checked[0]].place}: check="{item.name}" must come after code that shows the answer'
 
 
 def _sections(file: str, source: list[SourceCell]) -> Iterable[str]:
@@ -135,23 +135,23 @@ def _open_questions(file: str, source: list[SourceCell]) -> Iterable[str]:
     for cell in questions:
         points = cell.get("points")
         if not isinstance(points, int) or points < 1:
-            yield f"{cell.place}: an open question needs points=..., a whole number of at least 1"
+            yield f"{cell.place}: an open question needs points=..., an integer of at least 1"
             continue
         _, found, rubric = cell.text.partition(RUBRIC)
         items = re.findall(r"^\s*[-*] (.*)$", rubric, re.MULTILINE)
         if not found or not items:
-            yield f"{cell.place}: an open question needs a line {RUBRIC} and a list of what earns which points"
+            yield f"{cell.place}: an open question needs a line {RUBRIC} followed by a list of what earns points"
             continue
         said = [re.search(r"(\d+) points?\b", item) for item in items]
         total = sum(int(match[1]) for match in said if match)
         if not all(said) or total != points:
             yield (
-                f"{cell.place}: every item of the rubric must say its points (`1 point`, `2 points`), {points} in "
-                f"all; found {total}"
+                f"{cell.place}: every item of the rubric must state its points (`1 point`, `2 points`), with a "
+                f"total of {points}; found {total}"
             )
     for cell in source:
         if "points" in cell.directives and not cell.get("open_question"):
-            yield f"{cell.place}: points=... belongs to an open question"
+            yield f"{cell.place}: points=... is only allowed on an open question"
 
 
 def _imports(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
@@ -167,7 +167,7 @@ def _imports(unit: Unit, file: str, source: list[SourceCell]) -> Iterable[str]:
         missing = [name for name in FROM_CHECKS if name not in bound]
         if index == 0 and missing:
             line = f"from lora_from_scratch.checks import {', '.join(FROM_CHECKS)}"
-            yield f"{cell.place}: the first code cell must have: {line}"
+            yield f"{cell.place}: the first code cell must contain: {line}"
         for name in sorted(exercises & bound):
             yield f'{cell.place}: {name} is an exercise of this unit; use working("{name}") instead of importing it'
     if not code:
@@ -181,16 +181,17 @@ def in_the_cells(cells: list[Cell]) -> list[str]:
     """Headings that skip a level, pictures without alternative text, duplicate names of graded cells."""
     graded = [(cell.metadata["nbgrader"]["grade_id"], cell.place) for cell in cells if "nbgrader" in cell.metadata]
     names = [name for name, _ in graded]
-    problems = [f"{place}: {name!r} is a name twice" for n, (name, place) in enumerate(graded) if name in names[:n]]
+    twice = [(name, place) for n, (name, place) in enumerate(graded) if name in names[:n]]
+    problems = [f"{place}: the name {name!r} is used twice" for name, place in twice]
     before = 0
     for cell in cells:
         if cell.kind != "markdown":
             continue
         for level, text in headings(cell.text):
             if level > before + 1:
-                problems.append(f"{cell.place}: the heading {text!r} is of level {level} after one of level {before}")
+                problems.append(f"{cell.place}: the heading {text!r} of level {level} follows one of level {before}")
             if level == 1 and before:
-                problems.append(f"{cell.place}: there must be one heading of level 1 only, {text!r} is another")
+                problems.append(f"{cell.place}: only one heading of level 1 is allowed; {text!r} is another")
             before = level
         for alternative, target in IMAGE.findall(cell.text):
             if not alternative.strip():
@@ -208,12 +209,12 @@ def leaks(unit: Unit, learners: Any, cells: list[Cell]) -> list[str]:
         shown = squeeze(node.source + "\n" + "\n".join(text_of(output) for output in node.get("outputs", [])))
         for line, name in lines.items():
             if squeeze(line) in shown:
-                problems.append(f"{cell.place}: a learner would see a line of the solution of {name}: {line}")
+                problems.append(f"{cell.place}: learners would see a line of the solution of {name}: {line}")
         for item in unit.predictions:
             if re.search(rf"\b{re.escape(item.name)}=[\"']?{re.escape(str(item.answer))}", shown):
-                problems.append(f"{cell.place}: a learner would see the answer to the prediction {item.name}")
+                problems.append(f"{cell.place}: learners would see the answer to the prediction {item.name}")
         if cell.role == "exercise" and "raise NotImplementedError" not in node.source:
-            problems.append(f"{cell.place}: the solution of {cell.name} has not been taken out")
+            problems.append(f"{cell.place}: the solution of {cell.name} has not been removed")
     return problems
 
 
@@ -224,24 +225,24 @@ def _telling_lines(exercise: Exercise) -> list[str]:
     return [line for line in lines if len(squeeze(line)) >= TELLING and not line.startswith(plain)]
 
 
-# --- What cells put out ------------------------------------------------------------------------------
+# --- Outputs ------------------------------------------------------------------------------
 
 
 def in_the_outputs(node: Any, cell: Cell, folders: Iterable[str] = ()) -> list[str]:
-    """Errors, warnings, pictures without alternative text, too much text, what is never twice the same.
+    """Errors, warnings, pictures without alternative text, too much text, and output that is not reproducible.
 
     Args:
-        folders: paths that must not show.
+        folders: paths that must not appear.
     """
     problems = []
     for output in node.get("outputs", []):
         text = text_of(output)
         if output.output_type == "error":
-            problems.append(f"{cell.place}: {output.ename}: {output.evalue}{_line_of(output.traceback)}")
+            problems.append(f"{cell.place}: {output.ename}: {output.evalue}{_line_of(output.traceback, cell.above)}")
             continue
         if output.output_type == "stream" and output.name == "stderr":
             first = next((line for line in text.splitlines() if line.strip()), "")
-            problems.append(f"{cell.place}: the cell writes to stderr (a warning?): {first.strip()}")
+            problems.append(f"{cell.place}: the cell writes to stderr, perhaps a warning: {first.strip()}")
             continue
         found = ADDRESS.search(text) or ABSOLUTE.search(text)
         shown = found[0] if found else next((folder for folder in folders if folder in text), "")
@@ -258,7 +259,7 @@ def in_the_outputs(node: Any, cell: Cell, folders: Iterable[str] = ()) -> list[s
 def _pictures(output: Any) -> Iterable[str]:
     for kind in output.data:
         if kind.startswith("image/") and not output.metadata.get(kind, {}).get("alt", "").strip():
-            yield "a figure has no alternative text; show it by lora_from_scratch.support.figures.show(figure, alt)"
+            yield "a figure has no alternative text; show it with lora_from_scratch.support.figures.show(figure, alt)"
     if HTML_IMAGE.search(output.data.get("text/html", "")):
         yield "a picture (<img>) has no alternative text"
 
@@ -279,10 +280,10 @@ def in_an_unsolved_run(notebook: Any) -> list[str]:
     for node in notebook.cells:
         outputs = node.get("outputs", [])
         first = node.source.partition("\n")[0]
-        problems += [f"unsolved, {first}: {o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"]
-        problems += [f"unsolved, {first}: on stderr: {o.text}" for o in outputs if o.get("name") == "stderr"]
+        problems += [f"unsolved notebook, {first}: {o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"]
+        problems += [f"unsolved notebook, {first}: on stderr: {o.text}" for o in outputs if o.get("name") == "stderr"]
         if node.id.startswith("check-") and not _not_started(outputs):
-            problems.append(f"unsolved, {first}: it does not say that nothing is started, or gives points")
+            problems.append(f'unsolved notebook, {first}: the verdict must be "not started", with no points')
     return problems
 
 
@@ -320,8 +321,8 @@ def squeeze(text: str) -> str:
     return re.sub(r"[ \t]+", "", text).replace("'", '"')
 
 
-def _line_of(traceback: list[str]) -> str:
+def _line_of(traceback: list[str], above: int) -> str:
     """Where in the cell an error happened."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
     match = re.search(r"Cell In\[\d+\], line (\d+)", plain)
-    return f" (line {match[1]} of the cell)" if match else ""
+    return f" (line {int(match[1]) - above} of the cell)" if match else ""

@@ -1,6 +1,6 @@
 """Statement, stub and solution of an exercise, from the source of the library's own object.
 
-The solved cell is the object's source with marks around what a learner has to write; nbgrader puts the stub there.
+The solved cell is the object's source, with markers around the code that learners write; nbgrader puts a stub there.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ END = "### END SOLUTION"
 def solved_source(target: Any, blank: tuple[str, ...] = ()) -> str:
     """The object's source with `BEGIN` and `END` around its body, or around its methods' bodies.
 
-    Signatures and docstrings stay outside: they are the statement.
+    Signatures and docstrings stay outside the markers: they are the problem statement.
 
     Args:
         target: a function or class.
-        blank: of a class, the methods to mark; empty: all of them.
+        blank: for a class, the methods to mark; empty means all of them.
 
     Raises:
-        ValueError: there is nothing to mark, or `blank` names a method that is not there.
+        ValueError: there is nothing to mark, or `blank` names a method that does not exist.
     """
     lines = source_of(target).splitlines()
     for function in reversed(_to_write(target, blank)):
@@ -43,7 +43,7 @@ def solved_source(target: Any, blank: tuple[str, ...] = ()) -> str:
 
 
 def solution_lines(target: Any, blank: tuple[str, ...] = ()) -> list[str]:
-    """The lines that must not be seen by a learner: those between the marks, stripped, without comments."""
+    """The lines that learners must not see: those between the markers, stripped, without comments."""
     lines: list[str] = []
     inside = False
     for line in solved_source(target, blank).splitlines():
@@ -69,28 +69,30 @@ def _to_write(target: Any, blank: tuple[str, ...]) -> list[ast.FunctionDef]:
     methods = [item for item in tree.body if isinstance(item, ast.FunctionDef)]
     unknown = [name for name in blank if name not in {method.name for method in methods}]
     if unknown:
-        raise ValueError(f"{target.__name__} has no method {', '.join(unknown)}, which its `blank` names")
+        raise ValueError(f"`blank` of {target.__name__} names {', '.join(unknown)}, which is not one of its methods")
     chosen = [method for method in methods if not blank or method.name in blank]
     if not chosen:
-        raise ValueError(f"{target.__name__} has no methods, so there is nothing to write")
+        raise ValueError(f"{target.__name__} has no methods, so there is nothing to implement")
     return chosen
 
 
 def _body(function: ast.FunctionDef, lines: list[str]) -> tuple[int, int]:
-    """First and last line of a body, from 1, without the docstring and with the comments above its first line."""
+    """The first and last line of a body, from 1: without the docstring, with the comments above its first line."""
     statements = function.body[1:] if ast.get_docstring(function) is not None else function.body
     if not statements:
-        raise ValueError(f"{function.name} has no body but its docstring, so there is nothing to write")
+        raise ValueError(f"{function.name} has only a docstring, so there is nothing to implement")
     decorators = getattr(statements[0], "decorator_list", [])
     first = min([statements[0].lineno, *(decorator.lineno for decorator in decorators)])
     if first == function.lineno:
-        raise ValueError(f"{function.name} stands on one line; put its body on a line of its own")
+        raise ValueError(
+            f"the body of {function.name} is on the same line as its signature; put it on a line of its own"
+        )
     while lines[first - 2].lstrip().startswith("#"):
         first -= 1
     return first, statements[-1].end_lineno or statements[-1].lineno
 
 
-# --- What the solutions need from elsewhere ----------------------------------------------------------
+# --- Imports that the solutions need ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,13 @@ class Import:
 
 
 def needed_imports(targets: Iterable[Any], defined: Iterable[str] = ()) -> list[Import]:
-    """What has to be imported so that the objects' sources run in a notebook, as their own modules have it.
+    """The imports with which the objects' sources run in a notebook, as their own modules write them.
 
     Args:
-        defined: names that the notebook has: its own imports, and the unit's exercises, which must not be imported.
+        defined: names that the notebook defines: its own imports, and the unit's exercises, which must not be imported.
 
     Raises:
-        ValueError: a name cannot be found in the object's module.
+        ValueError: a name is not found in the object's module.
     """
     found: dict[str, Import] = {}
     known = set(defined) | set(dir(builtins))
@@ -127,7 +129,7 @@ def needed_imports(targets: Iterable[Any], defined: Iterable[str] = ()) -> list[
 
 
 def free_names(source: str) -> set[str]:
-    """The global names that a piece of source refers to and does not define: annotations included."""
+    """The global names that a piece of source uses but does not define, including those in annotations."""
     top = symtable.symtable(source, "<exercise>", "exec")
     defined = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     used: set[str] = set()
@@ -142,7 +144,7 @@ def free_names(source: str) -> set[str]:
 
 
 def refers_to_itself(target: Any) -> bool:
-    """Does an annotation of a class name the class? It can be read only when annotations are not evaluated."""
+    """Whether an annotation in a class names the class itself, which works only if annotations are not evaluated."""
     if not inspect.isclass(target):
         return False
     tree = ast.parse(source_of(target))
@@ -160,7 +162,7 @@ def refers_to_itself(target: Any) -> bool:
 
 
 def write_imports(imports: Iterable[Import], width: int = 100) -> str:
-    """The imports as Python, one line a module: standard library, others, this library."""
+    """The imports as Python code, one line per module: standard library, third-party packages, this library."""
     plain = sorted({item for item in imports if not item.attribute}, key=lambda item: item.module)
     by_module: dict[str, list[Import]] = {}
     for item in sorted(imports, key=lambda item: (item.module, item.attribute)):
@@ -180,7 +182,7 @@ def write_imports(imports: Iterable[Import], width: int = 100) -> str:
 
 
 def bound_names(code: str) -> set[str]:
-    """The names that the imports of a cell bind. Lines with magics (%, !) are passed over."""
+    """The names that the imports of a cell bind. Lines with magics (%, !) are ignored."""
     lines = ["" if line.startswith(("%", "!")) else line for line in code.splitlines()]
     return {item.name for item in _imports_in(ast.parse("\n".join(lines)), "")}
 
@@ -191,7 +193,7 @@ def _origin(module: str) -> int:
 
 
 def _imports_of(module: ModuleType) -> dict[str, Import]:
-    """What a module imports, by the name it has there; under `if TYPE_CHECKING` too, but not inside functions."""
+    """The imports of a module by the name that they bind, also under `if TYPE_CHECKING`, but not inside functions."""
     return {item.name: item for item in _imports_in(ast.parse(inspect.getsource(module)), module.__package__ or "")}
 
 

@@ -59,7 +59,7 @@ def read_source(path: Path, name: str | None = None) -> list[SourceCell]:
 
     name = name or str(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {name}: a unit's source is a text file of that name")
+        raise FileNotFoundError(f"the source of the unit, {name}, does not exist")
     text = path.read_text(encoding="utf-8")
     notebook = jupytext.reads(text, fmt="py:percent")
     lines = [number for number, line in enumerate(text.splitlines(), 1) if re.match(r"# %%", line)]
@@ -79,11 +79,13 @@ def _wrong_directives(cell: SourceCell) -> list[str]:
     problems = []
     for key in cell.directives:
         if key not in DIRECTIVES:
-            problems.append(f"{cell.place}: there is no directive {key!r}; there are: {', '.join(DIRECTIVES)}")
+            problems.append(f"{cell.place}: unknown directive {key!r}; the directives are: {', '.join(DIRECTIVES)}")
         elif cell.kind != DIRECTIVES[key]:
-            problems.append(f"{cell.place}: {key} belongs on a {DIRECTIVES[key]} cell, this is a {cell.kind} cell")
+            problems.append(
+                f"{cell.place}: {key} is only allowed on a {DIRECTIVES[key]} cell, and this is a {cell.kind} cell"
+            )
         elif key in EMPTY and cell.text.strip():
-            problems.append(f"{cell.place}: a cell with {key}=... must be empty: the build writes it")
+            problems.append(f"{cell.place}: a cell with {key}=... must be empty, because the build writes it")
     if not cell.text.strip() and not any(key in EMPTY for key in cell.directives):
         problems.append(f"{cell.place}: the cell is empty")
     return problems

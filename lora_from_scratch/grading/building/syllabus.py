@@ -48,7 +48,9 @@ def renewed(text: str, root: Path) -> str:
     """
     found = re.search(rf"({re.escape(BEGIN)}[^\n]*\n).*?({re.escape(END)})", text, re.DOTALL)
     if not found:
-        raise ValueError(f"the syllabus has no place for the table: a line {BEGIN} ... and a line {END}")
+        raise ValueError(
+            f"the syllabus has no markers for the table: it needs a line that begins with {BEGIN} and a line {END}"
+        )
     return text[: found.end(1)] + table(root) + text[found.start(2) :]
 
 

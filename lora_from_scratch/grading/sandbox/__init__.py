@@ -7,33 +7,33 @@ outside the sandbox. No learner's code runs in this process.
 """
 
 from lora_from_scratch.grading.sandbox.job import (
-    Ending,
+    EarlyExit,
     Guess,
     Isolation,
     Job,
     Limits,
-    Observed,
+    Observations,
     Output,
     Probe,
+    ProbeResult,
     Run,
     Step,
-    Tried,
 )
 from lora_from_scratch.grading.sandbox.observing import SandboxError, observe_notebook, unavailable
 
 __all__ = [
-    "Ending",
+    "EarlyExit",
     "Guess",
     "Isolation",
     "Job",
     "Limits",
-    "Observed",
+    "Observations",
     "Output",
     "Probe",
+    "ProbeResult",
     "Run",
     "SandboxError",
     "Step",
-    "Tried",
     "observe_notebook",
     "unavailable",
 ]

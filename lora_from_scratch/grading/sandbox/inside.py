@@ -1,7 +1,7 @@
 """The runner inside the sandbox: runs a notebook's cells, tries its answers, and sends its observations step by step.
 
 The entry point is `main(folder, frames)`. The folder contains `job` (the steps, packed by `wire`) and `files` (the
-learner's own); `frames` is the file descriptor of the pipe for the frames. The key of their seals comes through
+learner's own); `frames` is the file descriptor of the pipe for the frames. The key of their MACs comes through
 standard input. This module is copied into the sandbox's library, where `checks.notebook` is a stand-in.
 """
 
@@ -75,7 +75,7 @@ class TruncatedOutput(io.TextIOBase):
 
 
 class Shell(InteractiveShell):
-    """IPython without a kernel, terminal or history. The error that ends a cell is kept instead of being printed.
+    """IPython without a kernel, terminal or history. The error that ends a cell is kept, not printed.
 
     A notebook's kernel continues after `%matplotlib inline`, `!pip install` and the like, and so does this shell:
     whatever needs a screen, another program or the network does nothing and says so.
@@ -142,7 +142,7 @@ class Runner:
     """Runs the steps of a job.
 
     Args:
-        job: see `observing._Observing._describe`.
+        job: see `observing._NotebookObserver._describe`.
         send: sends a frame.
         inputs: waits for the inputs of the exercise that is being tried.
     """
@@ -182,7 +182,7 @@ class Runner:
         stopped = False
         sys.stdout, sys.stderr = out, err
         try:
-            with time_limit(step["seconds"]):
+            with time_limit(step["seconds"], patience=1):
                 self.shell.run_cell(step["source"], store_history=True)
         except OutOfTime:
             stopped = True
@@ -203,7 +203,10 @@ class Runner:
         }
 
     def try_answer(self, step: dict[str, Any]) -> dict[str, Any]:
-        exercise, given = self.exercises[step["name"]], self.inputs()  # whether they are needed or not
+        exercise, given = (
+            self.exercises[step["name"]],
+            self.inputs(),
+        )  # read them even if they turn out not to be needed
         changed = self.pristine.restore()
         frame: dict[str, Any] = {"kind": "tried", "changed": changed, "called": [], "seen": [], "message": ""}
         gc.enable()
@@ -215,18 +218,18 @@ class Runner:
         try:
             with without_modes():
                 tried = try_on(exercise.probe, answer, cases, step["seconds"], given["seed"])
-        except KeyboardInterrupt:  # which is left to the learner at the keyboard
+        except KeyboardInterrupt:  # `try_on` leaves it to the learner at the keyboard
             tried = [(Seen(errors=("KeyboardInterrupt",)), case) for case in cases]
-        room = wire.Room(bytes=self.job["observation"])
+        budget = wire.FrameBudget(bytes=self.job["observation"])
         with without_modes():
-            seen = [wire.from_tried(one, after, room) for one, after in tried]
+            seen = [wire.observation_to_data(one, after, budget) for one, after in tried]
         return frame | {"status": "seen", "seen": seen, "called": sorted(self.called)}
 
     def read_guess(self, step: dict[str, Any]) -> dict[str, Any]:
         try:
-            with time_limit(GUESS_SECONDS):
-                value = wire.Room(bytes=self.job["observation"]).fitting(plain(self.names.get(step["name"])))
-        except BaseException as error:  # lists in lists without a floor, for example
+            with time_limit(GUESS_SECONDS, patience=1):
+                value = wire.FrameBudget(bytes=self.job["observation"]).fit(plain(self.names.get(step["name"])))
+        except BaseException as error:  # infinitely nested lists, for example
             value = Opaque(f"value that could not be read ({type(error).__name__})")
         return {"kind": "guess", "value": value}
 
@@ -265,7 +268,7 @@ def copy_files(source: Path, target: Path, room: int) -> None:
 
 
 def main(folder: str, frames: int) -> None:
-    key, told = os.read(0, wire.KEY), os.dup(0)
+    key, told = os.read(0, wire.KEY_SIZE), os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     writer = wire.Writer(key)
     os.set_inheritable(frames, False)

@@ -14,7 +14,7 @@ MIB = 2**20
 Isolation = Literal["bubblewrap", "none"]
 
 FINISHED = "finished"
-Why = Literal[
+ExitReason = Literal[
     "exited",  # it ended itself: exit(), os._exit(), or a signal to itself that is not a crash
     "crashed",  # killed by a signal: a segmentation fault, an abort
     "memory",
@@ -62,7 +62,7 @@ class Limits:
         memory: memory of the process, beyond what Python and PyTorch use at the start.
         seconds: wall time of the whole submission, including all restarts but not start-up.
         cell_seconds: wall time of one cell.
-        patience: factor on the exercise's own `seconds` for a probe, because graders are busy machines.
+        patience: factor on the exercise's own `seconds` for a probe, because a grader's processor may be slower.
         processor_seconds: processor time of one process, summed over its threads.
         file: size of the largest single file.
         folder: total size of /tmp, which contains the home and working folders.
@@ -77,7 +77,7 @@ class Limits:
     memory: int = 2048 * MIB
     seconds: float = 300.0
     cell_seconds: float = 60.0
-    patience: float = 5.0
+    patience: float = 2.0
     processor_seconds: int = 600
     file: int = 64 * MIB
     folder: int = 256 * MIB
@@ -114,13 +114,13 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Tried:
+class ProbeResult:
     """The result of a `Probe`.
 
     Attributes:
         status: "seen" (there is one `Seen` per case, to be judged), "missing" (the name is not defined or its value
             cannot be tried; see `message`), "library" (it is the library's own), "lost" (the process ended before or
-            during the probe; `Observed.endings` says why).
+            during the probe; `Observations.early_exits` says why).
         message: for "missing", "library" and "lost", an explanation for the learner.
         changed: functions of PyTorch, NumPy, Python or the library that the notebook had replaced ("torch.equal") and
             that were restored before the answer was tried. A reason for a person to look, not to deduct points.
@@ -153,39 +153,39 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Ending:
+class EarlyExit:
     """The end of a process that did not finish.
 
     Attributes:
-        why: see `Why`.
+        why: see `ExitReason`.
         cell_id: the cell or check in which it ended; "" before the first and after the last.
         message: one or two sentences to the learner, in the second person.
     """
 
-    why: Why
+    why: ExitReason
     cell_id: str
     message: str
 
 
 @dataclass(frozen=True)
-class Observed:
+class Observations:
     """All observations of one submission.
 
     Attributes:
-        tried: by the `cell_id` of each `Probe`.
+        probes: by the `cell_id` of each `Probe`, its result.
         guesses: by the `cell_id` of each `Guess`, the value as plain data; a lost value is missing.
         outputs: by the `cell_id` of each `Run`.
-        endings: each process that ended early, in order; empty if the notebook ran to its end.
+        early_exits: each process that ended early, in order; empty if the notebook ran to its end.
         isolation: the isolation in which it ran.
     """
 
-    tried: Mapping[str, Tried]
+    probes: Mapping[str, ProbeResult]
     guesses: Mapping[str, Data]
     outputs: Mapping[str, Output]
-    endings: tuple[Ending, ...]
+    early_exits: tuple[EarlyExit, ...]
     isolation: Isolation
 
     @property
     def ended(self) -> str:
         """Either "finished", or why the first unfinished process ended, such as "memory"."""
-        return self.endings[0].why if self.endings else FINISHED
+        return self.early_exits[0].why if self.early_exits else FINISHED

@@ -9,7 +9,7 @@ TIME_IS_UP = "The time for the whole notebook was up before everything had run."
 AGAIN = " The rest of the notebook was run without this."
 
 
-def ending_message(why: str, detail: str, limits: Limits) -> str:
+def early_exit_message(why: str, detail: str, limits: Limits) -> str:
     """One or two sentences in the second person.
 
     Args:

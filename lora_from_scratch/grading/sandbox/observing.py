@@ -15,12 +15,22 @@ from typing import Any
 
 import lora_from_scratch
 from lora_from_scratch.checks.exercise import Exercise
-from lora_from_scratch.checks.observation import Data, Seen
+from lora_from_scratch.checks.observation import PATIENCE, Data, Seen
 from lora_from_scratch.checks.units import Unit
 from lora_from_scratch.grading.sandbox import bubblewrap, supervisor, wire
-from lora_from_scratch.grading.sandbox.job import Ending, Guess, Job, Observed, Output, Probe, Run, Step, Tried
-from lora_from_scratch.grading.sandbox.messages import NOT_RUN, TIME_IS_UP, ending_message, stopped_message
-from lora_from_scratch.grading.sandbox.stripped import ASSETS, TAKEN_OUT, Stripped, find_unit, stripped
+from lora_from_scratch.grading.sandbox.job import (
+    EarlyExit,
+    Guess,
+    Job,
+    Observations,
+    Output,
+    Probe,
+    ProbeResult,
+    Run,
+    Step,
+)
+from lora_from_scratch.grading.sandbox.messages import NOT_RUN, TIME_IS_UP, early_exit_message, stopped_message
+from lora_from_scratch.grading.sandbox.stripped import ASSETS, TAKEN_OUT, StrippedLibrary, find_unit, stripped
 from lora_from_scratch.support.figures import BUILDING
 
 MOST_STARTS = 8  # of one submission's notebook, including the restarts after crashes
@@ -40,7 +50,7 @@ def unavailable() -> str | None:
     return bubblewrap.unavailable()
 
 
-def observe_notebook(job: Job) -> Observed:
+def observe_notebook(job: Job) -> Observations:
     """Run a notebook in the sandbox and return the observations. Nothing that a learner does raises an error here.
 
     Call it from the main thread, or from one that lives longer than the call: bubblewrap ends with its thread.
@@ -57,25 +67,25 @@ def observe_notebook(job: Job) -> Observed:
         raise ValueError(f"unknown exercises: {unknown}" if unknown else "two steps have the same cell_id")
     if job.isolation == "bubblewrap" and (why := unavailable()) is not None:
         raise SandboxError(why)
-    observing = _Observing(job, unit, exercises)
-    observing.look(frozenset(exercises) if job.without is None else job.without)
+    observing = _NotebookObserver(job, unit, exercises)
+    observing.run(frozenset(exercises) if job.without is None else job.without)
     if job.without is None:
-        observing.look_again()
+        observing.rerun()
     return observing.observed()
 
 
 @dataclass
-class _Found:
+class _Partial:
     """The observations of one run of a notebook so far."""
 
-    tried: dict[str, Tried] = field(default_factory=dict)
+    probes: dict[str, ProbeResult] = field(default_factory=dict)
     guesses: dict[str, Data] = field(default_factory=dict)
     outputs: dict[str, Output] = field(default_factory=dict)
-    endings: list[Ending] = field(default_factory=list)
+    early_exits: list[EarlyExit] = field(default_factory=list)
     called: dict[str, set[str]] = field(default_factory=dict)  # by step: the exercises whose removed bodies it called
 
 
-class _Observing:
+class _NotebookObserver:
     """Observes one submission.
 
     In the first run, the bodies of all of the unit's exercises are removed from the library. An answer that calls the
@@ -86,34 +96,34 @@ class _Observing:
     def __init__(self, job: Job, unit: Unit, exercises: Mapping[str, Exercise]) -> None:
         self.job, self.unit, self.exercises = job, unit, exercises
         self.left = job.limits.seconds
-        self.found = _Found()
+        self.found = _Partial()
 
-    def observed(self) -> Observed:
+    def observed(self) -> Observations:
         found, job = self.found, self.job
         for step in job.steps:
             if isinstance(step, Run):
                 found.outputs.setdefault(step.cell_id, Output("not run", error=NOT_RUN))
             elif isinstance(step, Probe):
-                found.tried.setdefault(step.cell_id, Tried(step.name, "lost", NOT_RUN))
-        return Observed(found.tried, found.guesses, found.outputs, tuple(found.endings), job.isolation)
+                found.probes.setdefault(step.cell_id, ProbeResult(step.name, "lost", NOT_RUN))
+        return Observations(found.probes, found.guesses, found.outputs, tuple(found.early_exits), job.isolation)
 
     # --- Runs
 
-    def look_again(self) -> None:
+    def rerun(self) -> None:
         """Run again the answers that need other bodies: together, then separately if they need each other's."""
         probes = {step.cell_id: step for step in self.job.steps if isinstance(step, Probe)}
         again = {cell for cell in probes if self._needs_more(cell)}
         if not again:
             return
         names = frozenset(probes[cell].name for cell in again)
-        called = self._look_at(again, names)
+        called = self._rerun_only(again, names)
         if len(names) > 1:
             for name in sorted({probes[cell].name for cell in again if called.get(cell, set()) - {probes[cell].name}}):
-                self._look_at({cell for cell in again if probes[cell].name == name}, frozenset({name}))
+                self._rerun_only({cell for cell in again if probes[cell].name == name}, frozenset({name}))
 
     def _needs_more(self, cell: str) -> bool:
         """Whether the removed body of another exercise kept this answer from being observed."""
-        tried = self.found.tried.get(cell)
+        tried = self.found.probes.get(cell)
         if tried is None or tried.status in ("library", "lost"):
             return False
         if self.found.called.get(cell, set()) - {tried.name}:
@@ -126,26 +136,26 @@ class _Observing:
             failed = failed or (output is not None and TAKEN_OUT in output.error)
         return failed and (tried.status == "missing" or any(seen.raised for seen in tried.seen))
 
-    def _look_at(self, cells: set[str], without: frozenset[str]) -> dict[str, set[str]]:
+    def _rerun_only(self, cells: set[str], without: frozenset[str]) -> dict[str, set[str]]:
         """Run for these answers only; the new observations replace the previous ones."""
         first, died = self.found, {cell for cell, output in self.found.outputs.items() if output.status == "died"}
         steps = [s for s in self.job.steps if s.cell_id in cells or (isinstance(s, Run) and s.cell_id not in died)]
         while steps and isinstance(steps[-1], Run):
             steps.pop()
-        self.found = _Found()
-        self.look(without, steps)
+        self.found = _Partial()
+        self.run(without, steps)
         second, self.found = self.found, first
-        first.tried |= {cell: tried for cell, tried in second.tried.items() if tried.status == "seen"}
+        first.probes |= {cell: tried for cell, tried in second.probes.items() if tried.status == "seen"}
         return second.called
 
-    def look(self, without: frozenset[str], steps: Iterable[Step] | None = None) -> None:
+    def run(self, without: frozenset[str], steps: Iterable[Step] | None = None) -> None:
         """Run the steps, restarting after each crash, up to `MOST_STARTS` times."""
         waiting = list(self.job.steps if steps is None else steps)
         library = stripped(self.unit, without, self.job.cache, assets=self.job.isolation == "none")
-        left_out: list[tuple[Step, Ending]] = []
+        left_out: list[tuple[Step, EarlyExit]] = []
         for _ in range(MOST_STARTS):
             if self.left <= 0:
-                self.found.endings.append(Ending("wall time", "", TIME_IS_UP))
+                self.found.early_exits.append(EarlyExit("wall time", "", TIME_IS_UP))
                 return
             reader = FrameReader(self, [step for step in waiting if not self._is_known(step)], left_out)
             end = self._start(reader, library)
@@ -153,43 +163,44 @@ class _Observing:
             if end.why == "finished":
                 return
             if end.why == "not started":
-                raise SandboxError(f"the sandbox did not start ({end.detail}): {end.said[-500:]}")
+                raise SandboxError(f"the sandbox did not start ({end.detail}): {end.output[-500:]}")
             at = reader.current
-            ending = Ending(end.why, at.cell_id if at else "", ending_message(end.why, end.detail, self.job.limits))  # type: ignore[arg-type]
-            self.found.endings.append(ending)
+            message = early_exit_message(end.why, end.detail, self.job.limits)
+            early_exit = EarlyExit(end.why, at.cell_id if at else "", message)  # type: ignore[arg-type]
+            self.found.early_exits.append(early_exit)
             if at is None:
                 return
-            self._leave_out(at, ending)
-            left_out.append((at, ending))
+            self._leave_out(at, early_exit)
+            left_out.append((at, early_exit))
             waiting.remove(at)
 
     def _is_known(self, step: Step) -> bool:
         """Whether a step was observed before a crash, and is skipped after it. Cells always run again."""
-        return step.cell_id in self.found.tried or step.cell_id in self.found.guesses
+        return step.cell_id in self.found.probes or step.cell_id in self.found.guesses
 
-    def _leave_out(self, step: Step, ending: Ending) -> None:
+    def _leave_out(self, step: Step, early_exit: EarlyExit) -> None:
         if isinstance(step, Run):
-            self.found.outputs[step.cell_id] = Output("died", error=ending.message)
+            self.found.outputs[step.cell_id] = Output("died", error=early_exit.message)
         elif isinstance(step, Probe):
-            self.found.tried[step.cell_id] = Tried(step.name, "lost", ending.message)
+            self.found.probes[step.cell_id] = ProbeResult(step.name, "lost", early_exit.message)
 
     # --- One process
 
-    def _start(self, reader: FrameReader, library: Stripped) -> supervisor.End:
+    def _start(self, reader: FrameReader, library: StrippedLibrary) -> supervisor.ProcessExit:
         with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as made:
             folder = reader.folder = Path(made)
             (folder / "job").write_bytes(wire.pack(self._describe(reader.steps)))
             (folder / "files").mkdir()
             shutil.copytree(fonts(self.job.cache), folder / "matplotlib")
-            key = os.urandom(wire.KEY)
-            begin = self._in_walls if self.job.isolation == "bubblewrap" else self._without_walls
+            key = os.urandom(wire.KEY_SIZE)
+            begin = self._start_in_bubblewrap if self.job.isolation == "bubblewrap" else self._start_plain
             try:
                 started = begin(folder, library, key)
             except OSError as error:
                 raise SandboxError(f"the sandbox cannot be started: {error}") from None
-            return supervisor.Watch(started, key, self.job.limits, reader).run()
+            return supervisor.Supervisor(started, key, self.job.limits, reader).run()
 
-    def _in_walls(self, folder: Path, library: Stripped, key: bytes) -> supervisor.Started:
+    def _start_in_bubblewrap(self, folder: Path, library: StrippedLibrary, key: bytes) -> supervisor.SandboxProcess:
         package = os.path.dirname(os.path.abspath(lora_from_scratch.__file__))
         own = Path(lora_from_scratch.__file__).resolve().parent
         bound = [(library.package, package), (own / ASSETS, f"{package}/{ASSETS}"), (library.extra, LIBRARY)]
@@ -198,12 +209,12 @@ class _Observing:
         environment = environment_of(bubblewrap.HOME, os.pathsep.join((LIBRARY, os.path.dirname(package))))
         limits = self.job.limits
 
-        def walls(filtered: int, info: int) -> list[str]:
+        def outer(filtered: int, info: int) -> list[str]:
             return bubblewrap.command(limits.folder, limits.shared, bound, environment, filtered, info)
 
-        return supervisor.start(walls, lambda frames: python(JOB, frames), key)
+        return supervisor.start(outer, lambda frames: python(JOB, frames), key)
 
-    def _without_walls(self, folder: Path, library: Stripped, key: bytes) -> supervisor.Started:
+    def _start_plain(self, folder: Path, library: StrippedLibrary, key: bytes) -> supervisor.SandboxProcess:
         work, home = folder / "notebook", folder / "home"
         work.mkdir()
         home.mkdir()
@@ -249,7 +260,7 @@ class FrameReader:
         left_out: steps that an earlier process ended in, and how.
     """
 
-    def __init__(self, observing: _Observing, steps: list[Step], left_out: list[tuple[Step, Ending]]) -> None:
+    def __init__(self, observing: _NotebookObserver, steps: list[Step], left_out: list[tuple[Step, EarlyExit]]) -> None:
         self.observing, self.steps, self.left_out = observing, steps, left_out
         self.folder = Path()  # what the process sees as its job
         self.current: Step | None = None
@@ -269,7 +280,7 @@ class FrameReader:
 
     def take(self, frame: Data) -> bool:
         if not isinstance(frame, dict) or type(frame.get("kind")) is not str or type(frame.get("step", 0)) is not int:
-            raise ValueError("a frame is not what the runner sends")
+            raise ValueError("a frame is malformed")
         kind = str(frame["kind"])
         if self.state == "starting" and kind == "ready":
             self.state, self.all_until = "between", time.monotonic() + self.observing.left
@@ -289,29 +300,29 @@ class FrameReader:
             self.state, self.place = "between", self.place + 1
             self.step_until = time.monotonic() + GRACE
         else:
-            raise ValueError(f"a frame of kind {kind[:30]!r} came while the process was {self.state}")
+            raise ValueError(f"a frame of kind {kind[:30]!r} arrived while the process was {self.state}")
         return False
 
     def _seconds(self, step: Step) -> float:
         limits = self.observing.job.limits
         if isinstance(step, Probe):
-            return self.observing.exercises[step.name].seconds * limits.patience
+            return self.observing.exercises[step.name].seconds * limits.patience * PATIENCE  # on the clock
         return limits.cell_seconds if isinstance(step, Run) else 0.0
 
     def _keep(self, step: Step, frame: dict[str, Data]) -> None:
         found = self.observing.found
         if frame["kind"] == "broken":
-            raise ValueError(f"the runner was disturbed: {_text(frame, 'message', 400)}")
+            raise ValueError(f"the runner failed: {_text(frame, 'message', 400)}")
         if isinstance(step, Run) and frame["kind"] == "output":
             found.called[step.cell_id] = self._called(frame)
             found.outputs.setdefault(step.cell_id, self._output(frame))
         elif isinstance(step, Probe) and frame["kind"] == "tried":
             found.called[step.cell_id] = self._called(frame)
-            found.tried[step.cell_id] = self._tried(step, frame)
+            found.probes[step.cell_id] = self._tried(step, frame)
         elif isinstance(step, Guess) and frame["kind"] == "guess":
             found.guesses[step.cell_id] = frame.get("value")
         else:
-            raise ValueError("a frame is not of the kind that its step has")
+            raise ValueError("a frame is of the wrong kind for its step")
 
     def _called(self, frame: dict[str, Data]) -> set[str]:
         return {name for name in _texts(frame, "called") if name in self.observing.exercises}
@@ -319,7 +330,7 @@ class FrameReader:
     def _output(self, frame: dict[str, Data]) -> Output:
         limits, status = self.observing.job.limits, _text(frame, "status", 20)
         if status not in ("ran", "error", "stopped"):
-            raise ValueError("an output has a status that there is not")
+            raise ValueError("an output has an unknown status")
         error = stopped_message(limits) if status == "stopped" else _text(frame, "error", 1_000)
         printed = limits.printed + 100
         return Output(
@@ -330,34 +341,36 @@ class FrameReader:
             _text(frame, "traceback", 10_000),
         )
 
-    def _tried(self, step: Probe, frame: dict[str, Data]) -> Tried:
+    def _tried(self, step: Probe, frame: dict[str, Data]) -> ProbeResult:
         status, message, changed = _text(frame, "status", 20), _text(frame, "message", 1_000), _texts(frame, "changed")
         if status == "seen":
             seen = frame.get("seen")
             given = self.observing.inputs(step)
             if not isinstance(seen, list) or len(seen) != len(given):
-                raise ValueError(f"there are not {len(given)} observations")
-            read: list[Seen] = [wire.to_seen(one, inputs) for one, inputs in zip(seen, given, strict=True)]
-            return Tried(step.name, "seen", "", tuple(read), changed)
+                raise ValueError(f"{len(given)} observations were expected")
+            read: list[Seen] = [
+                wire.observation_from_data(one, inputs) for one, inputs in zip(seen, given, strict=True)
+            ]
+            return ProbeResult(step.name, "seen", "", tuple(read), changed)
         if status not in ("missing", "library"):
-            raise ValueError("an answer has a status that there is not")
-        for other, ending in self.left_out if status == "missing" else ():
+            raise ValueError("an answer has an unknown status")
+        for other, early_exit in self.left_out if status == "missing" else ():
             if isinstance(other, Run) and step.name in other.source:
-                return Tried(step.name, "lost", ending.message, (), changed)
-        return Tried(step.name, status, message, (), changed)  # type: ignore[arg-type]
+                return ProbeResult(step.name, "lost", early_exit.message, (), changed)
+        return ProbeResult(step.name, status, message, (), changed)  # type: ignore[arg-type]
 
 
 def _text(frame: dict[str, Data], name: str, most: int) -> str:
     text = frame.get(name)
     if type(text) is not str or len(text) > most:
-        raise ValueError(f"a frame's {name} is not a text of at most {most:,} characters")
+        raise ValueError(f"the field {name} of a frame is not a text of at most {most:,} characters")
     return text
 
 
 def _texts(frame: dict[str, Data], name: str) -> tuple[str, ...]:
     texts: Any = frame.get(name)
     if not isinstance(texts, list) or len(texts) > 100 or any(type(t) is not str or len(t) > 300 for t in texts):
-        raise ValueError(f"a frame's {name} is not a short list of short texts")
+        raise ValueError(f"the field {name} of a frame is not a short list of short texts")
     return tuple(texts)
 
 
@@ -383,7 +396,7 @@ def python(folder: str, frames: int) -> list[str]:
 def environment_of(home: str, path: str) -> dict[str, str]:
     """The runner's whole environment."""
     return {
-        BUILDING: "1",  # nobody is there to move a slider
+        BUILDING: "1",  # nobody can move a slider
         "HF_HUB_OFFLINE": "1",
         "HOME": home,
         "IPYTHONDIR": f"{home}/ipython",

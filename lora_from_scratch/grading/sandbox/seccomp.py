@@ -1,7 +1,7 @@
-"""A filter of system calls: no new processes, no other memory, no mounts, no namespaces, no odd sockets.
+"""The system call filter: no new processes, no access to other processes' memory, no mounts, namespaces or odd sockets.
 
-Limits on the number of processes do not bind the superuser, as whom a grader in a container often runs; so forking is
-taken away altogether once the runner has started. Threads stay possible (`clone` with CLONE_THREAD).
+Limits on the number of processes do not apply to root, and a grader in a container often runs as root. Forking is
+therefore forbidden altogether once the runner has started. Threads are still allowed (`clone` with CLONE_THREAD).
 
 The filter is a classic BPF program (Linux, `Documentation/userspace-api/seccomp_filter.rst`). System call numbers:
 `arch/x86/entry/syscalls/syscall_64.tbl` and `include/uapi/asm-generic/unistd.h`.
@@ -15,11 +15,11 @@ import os
 import platform
 import struct
 
-# What is refused, with the number on x86_64 and on aarch64; -1: the architecture has no such call.
-CALLS = {
+# The forbidden system calls, with their numbers on x86_64 and aarch64; -1: the architecture has no such call.
+FORBIDDEN = {
     "fork": (57, -1),
     "vfork": (58, -1),
-    # Other processes' memory and files, tracing.
+    # Tracing, and the memory and files of other processes.
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -30,7 +30,7 @@ CALLS = {
     "process_madvise": (440, 440),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
-    # Mounts, namespaces, files by handle.
+    # Mounts, namespaces, opening files by handle.
     "mount": (165, 40),
     "umount2": (166, 39),
     "pivot_root": (155, 41),
@@ -51,7 +51,7 @@ CALLS = {
     "swapon": (167, 224),
     "swapoff": (168, 225),
     "acct": (163, 89),
-    # Memory that no limit of a process counts.
+    # Memory that is not counted by any per-process limit.
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -85,8 +85,8 @@ CALLS = {
     "ioperm": (173, -1),
     "modify_ldt": (154, -1),
     "vhangup": (153, 58),
-    "sched_setaffinity": (203, 122),  # the processors are shared out by the grader
-    # Attributes of files: a superuser's sandbox owns the devices that it sees.
+    "sched_setaffinity": (203, 122),  # the grader assigns the processors
+    # File attributes: a sandbox that runs as root owns the devices that it sees.
     "setxattr": (188, 5),
     "lsetxattr": (189, 6),
     "fsetxattr": (190, 7),
@@ -97,8 +97,9 @@ CALLS = {
     "removexattrat": (466, 466),
     "file_setattr": (469, 469),
 }
-# Owners and modes stay as they are for the same reason; but copying a file sets its mode, so it is not an error.
-WITHOUT_EFFECT = {
+# Owners and modes must not change for the same reason. Copying a file sets its mode, so these calls do nothing
+# instead of failing.
+IGNORED = {
     "chmod": (90, -1),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
@@ -112,18 +113,18 @@ WITHOUT_EFFECT = {
     "futimesat": (261, -1),
     "utimensat": (280, 88),
 }
-# What is refused with these arguments only: the place of the argument (from 0), its value.
-WITH_ARGUMENT = {
-    "prctl": ((157, 167), 0, (1,)),  # PR_SET_PDEATHSIG: everything inside ends with the grader
+# Calls that are forbidden only with these arguments: numbers, position of the argument (from 0), values.
+WITH_ARGUMENTS = {
+    "prctl": ((157, 167), 0, (1,)),  # PR_SET_PDEATHSIG: everything inside must end with the grader
     # FS_IOC_SETFLAGS, its 32-bit form, FS_IOC_FSSETXATTR, FS_IOC_SETVERSION: attributes of the devices.
     "ioctl": ((16, 29), 1, (0x40086602, 0x40046602, 0x401C5820, 0x40087602)),
 }
 STARTING = {"execve": (59, 221), "execveat": (322, 281)}
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-X32 = 0x40000000  # numbers from here on are those of x86's 32-bit pointers
+X32 = 0x40000000  # call numbers from here on belong to the x32 ABI
 CLONE_THREAD = 0x00010000
-FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6; not AF_VSOCK, which reaches out of a network namespace
+FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6; not AF_VSOCK, which can leave a network namespace
 
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data (both are little-endian)
@@ -137,14 +138,14 @@ def program(machine: str | None = None, starting: bool = False) -> bytes:
     """The filter, as an array of `struct sock_filter`.
 
     Args:
-        machine: "x86_64" or "aarch64"; None: this one.
-        starting: is a program still to be started (`execve`)?
+        machine: "x86_64" or "aarch64"; None means this machine.
+        starting: whether a program has yet to be started, so that `execve` is allowed.
 
     Raises:
         ValueError: there is no filter for this architecture.
     """
     column, architecture = _architecture(machine)
-    refused = [numbers[column] for numbers in CALLS.values()]
+    refused = [numbers[column] for numbers in FORBIDDEN.values()]
     if not starting:
         refused += [numbers[column] for numbers in STARTING.values()]
     lines = [
@@ -158,16 +159,16 @@ def program(machine: str | None = None, starting: bool = False) -> bytes:
     for number in refused:
         if number >= 0:
             lines += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE | errno.EPERM)]
-    for numbers in WITHOUT_EFFECT.values():
+    for numbers in IGNORED.values():
         if numbers[column] >= 0:
             lines += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, REFUSE)]
-    for numbers, place, values in WITH_ARGUMENT.values():
+    for numbers, place, values in WITH_ARGUMENTS.values():
         length = 2 * len(values) + 1
         lines += [(EQUAL, 0, length + 1, numbers[column]), (LOAD, 0, 0, FIRST_ARGUMENT + 8 * place)]
         for value in values:
             lines += [(EQUAL, 0, 1, value), (RETURN, 0, 0, REFUSE | errno.EPERM)]
         lines += [(LOAD, 0, 0, NUMBER)]
-    # clone3 hides its flags behind a pointer: the C library takes clone when there is none.
+    # The flags of clone3 are behind a pointer, so they cannot be filtered; without clone3 the C library uses clone.
     lines += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, REFUSE | errno.ENOSYS)]
     lines += [(EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 1, 0, CLONE_THREAD)]
     lines += [(RETURN, 0, 0, REFUSE | errno.EPERM), (RETURN, 0, 0, ALLOW)]
@@ -178,10 +179,10 @@ def program(machine: str | None = None, starting: bool = False) -> bytes:
 
 
 def install(starting: bool = False) -> None:
-    """Put this process and all its threads under the filter, for good.
+    """Apply the filter to this process and all its threads, irrevocably.
 
     Raises:
-        OSError: the kernel does not take it.
+        OSError: the kernel rejects it.
         ValueError: there is no filter for this architecture.
     """
     column, _ = _architecture(None)
@@ -190,13 +191,15 @@ def install(starting: bool = False) -> None:
     array = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(array))
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "the kernel does not take PR_SET_NO_NEW_PRIVS")
+        raise OSError(ctypes.get_errno(), "the kernel rejects PR_SET_NO_NEW_PRIVS")
     if libc.syscall(ctypes.c_long(SECCOMP[column]), SET_MODE_FILTER, TSYNC, header) != 0:
-        raise OSError(ctypes.get_errno(), f"the kernel takes no filter: {os.strerror(ctypes.get_errno())}")
+        raise OSError(
+            ctypes.get_errno(), f"the kernel rejects the system call filter: {os.strerror(ctypes.get_errno())}"
+        )
 
 
 def _architecture(machine: str | None) -> tuple[int, int]:
     machine = machine or platform.machine()
     if machine not in ARCHITECTURES:
-        raise ValueError(f"there is no filter of system calls for {machine}; there is one for x86_64 and aarch64")
+        raise ValueError(f"there is no system call filter for {machine}, only for x86_64 and aarch64")
     return ARCHITECTURES[machine]

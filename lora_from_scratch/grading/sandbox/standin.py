@@ -31,15 +31,15 @@ def check(name: str, seed: int | None = None, namespace: Mapping[str, Any] | Non
 
 
 def hint(name: str) -> None:
-    """Nobody is here to read it."""
+    """Does nothing: there is nobody to read it."""
 
 
 def progress(unit: str | int | None = None) -> None:
-    """Nobody is here to read it."""
+    """Does nothing: there is nobody to read it."""
 
 
 def library(name: str) -> Any:
-    """The library's own version, if the sandbox has it."""
+    """The library's own version, if it is in the sandbox."""
     if name not in OBJECTS:
         raise UnknownExerciseError(f"there is no exercise {name!r}")
     return getattr(importlib.import_module(OBJECTS[name]), name)

@@ -29,14 +29,14 @@ NAME = PACKAGE.name
 ASSETS = "assets"
 EXTRA = "extra"  # the folder for modules outside the library, such as an instructor's own exercises
 LEFT_OUT = frozenset({"cli", "grading", ASSETS, "__main__.py"})
-OF_CHECKS = frozenset({"__init__", "exercise", "observation", "verdict"})  # and what the unit's own checks import
+OF_CHECKS = frozenset({"__init__", "exercise", "observation", "verdict"})  # besides what the unit's own checks import
 NEVER = frozenset({"bank", "diagnosis", "judge"})
 RUNNER = ("inside.py", "lockdown.py", "pristine.py", "seccomp.py", "wire.py")
 
 # The message of the error that a removed body raises, by which calls of it are recognised.
-TAKEN_OUT = "which is taken out of the library while a notebook is graded"
+TAKEN_OUT = "which is removed from the library while a notebook is graded"
 MODULE = "taken_out"
-SOURCE = f'''"""Where bodies were taken out."""
+SOURCE = f'''"""What the removed bodies raise."""
 
 called = set()
 
@@ -48,7 +48,7 @@ def taken_out(name):
 
 
 @dataclass(frozen=True)
-class Stripped:
+class StrippedLibrary:
     """A copy of the library.
 
     Attributes:
@@ -77,10 +77,10 @@ def find_unit(number: str) -> Unit:
     for unit in units():
         if unit.number == number:
             return unit
-    raise ValueError(f"there is no unit {number!r} to grade; there are: {', '.join(u.number for u in units())}")
+    raise ValueError(f"there is no unit {number!r}; the units are: {', '.join(u.number for u in units())}")
 
 
-def stripped(unit: Unit, without: Iterable[str], cache: Path, assets: bool = False) -> Stripped:
+def stripped(unit: Unit, without: Iterable[str], cache: Path, assets: bool = False) -> StrippedLibrary:
     """The library without the bodies of these exercises, from the cache or newly made.
 
     Args:
@@ -99,7 +99,7 @@ def stripped(unit: Unit, without: Iterable[str], cache: Path, assets: bool = Fal
     folder = cache / f"library-{unit.number}-{state}"
     if not folder.is_dir():
         _write(files, folder, assets)
-    return Stripped(folder, tuple(_hidden(unit, folder)))
+    return StrippedLibrary(folder, tuple(_hidden(unit, folder)))
 
 
 def _write(files: dict[str, str], folder: Path, assets: bool) -> None:
@@ -155,7 +155,7 @@ def _files(unit: Unit, blanked: list[Exercise]) -> Iterator[tuple[str, str]]:
 
 
 def _library(unit: Unit) -> list[Path]:
-    """The library's own files that go in as they are, or without bodies."""
+    """The library's own files that are copied, unchanged or without bodies."""
     of_checks = {PACKAGE / "checks" / f"{name}.py" for name in OF_CHECKS | _checks_imported(unit)}
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -166,10 +166,10 @@ def _library(unit: Unit) -> list[Path]:
 
 
 def _checks_imported(unit: Unit) -> set[str]:
-    """The modules of `checks` that the unit's checks import, and those that these import.
+    """The modules of `checks` that the unit's checks import, directly or indirectly.
 
     Raises:
-        ValueError: the judge is among them, or what the judge knows.
+        ValueError: the judge is among them, or something that only the judge may know.
     """
     found: set[str] = set()
     waiting = [_checks_of(unit)]
@@ -199,12 +199,12 @@ def _checks_of(unit: Unit) -> Path:
     """The file with the unit's checks: the package's or the instructor's."""
     files = unit_files("exercises.py", f"unit_{unit.number}")
     if not files:
-        raise ValueError(f"there is no unit_{unit.number}/exercises.py, in which the checks of the unit should be")
+        raise ValueError(f"there is no unit_{unit.number}/exercises.py, which should contain the checks of the unit")
     return files[-1]
 
 
 def _standin() -> str:
-    """The stand-in with the exercises' modules, and with what decides whether an answer can be tried at all."""
+    """The source of the stand-in, with the exercises' modules and `unusable` (why an answer cannot be tried)."""
     objects = {e.name: e.object.__module__ for unit in units() for e in unit.exercises}
     text = inspect.getsource(standin)
     empty = "OBJECTS: dict[str, str] = {}"
@@ -214,19 +214,19 @@ def _standin() -> str:
     return "\n\n".join(parts)
 
 
-# --- Modules of an instructor's own ------------------------------------------------------------------
+# --- An instructor's own modules ------------------------------------------------------------------
 
 
 def file_of(target: Any) -> Path:
     """Where an object is defined."""
     file = inspect.getsourcefile(inspect.unwrap(target))
     if file is None:
-        raise ValueError(f"{target.__name__} has no source, so its body cannot be taken out")
+        raise ValueError(f"{target.__name__} has no source, so its body cannot be removed")
     return Path(file).resolve()
 
 
 def _tops(unit: Unit) -> dict[Path, Path]:
-    """The files of the exercises' modules that are not the library's, each with the folder that is on the path."""
+    """The files of exercises' modules outside the library, each with its folder on the module search path."""
     tops: dict[Path, Path] = {}
     for exercise in unit.exercises:
         path = file_of(exercise.object)
@@ -242,7 +242,7 @@ def _tops(unit: Unit) -> dict[Path, Path]:
 
 
 def _imported(path: Path) -> set[Path]:
-    """A module and those that it imports of the same folder."""
+    """A module, and the modules of the same folder that it imports, directly or indirectly."""
     found: set[Path] = set()
     waiting = [path]
     while waiting:
@@ -258,14 +258,14 @@ def _imported(path: Path) -> set[Path]:
 
 
 def _hidden(unit: Unit, folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Where an instructor's modules are installed, and what to put over them; compiled files are hidden as well."""
+    """The installed files of an instructor's modules, each with what to mount over it; compiled files too."""
     for path, top in _tops(unit).items():
         yield path, folder / EXTRA / path.relative_to(top)
         if (path.parent / "__pycache__").is_dir():
             yield path.parent / "__pycache__", folder / NAME / ASSETS
 
 
-# --- Taking out --------------------------------------------------------------------------------------
+# --- Removing answers --------------------------------------------------------------------------------------
 
 
 def without_body(text: str, exercise: Exercise) -> str:
@@ -276,7 +276,7 @@ def without_body(text: str, exercise: Exercise) -> str:
     """
     whole = inspect.getsource(inspect.unwrap(exercise.object)).rstrip("\n")
     if text.count(whole) != 1:
-        raise ValueError(f"the source of {exercise.name} has changed since it was imported; start again")
+        raise ValueError(f"the source of {exercise.name} has changed since it was imported; run the command again")
     kept: list[str] = []
     inside = False
     for line in solved_source(exercise.object, exercise.blank).splitlines():
@@ -296,7 +296,7 @@ def without_body(text: str, exercise: Exercise) -> str:
 
 
 def without_predictions(text: str) -> str:
-    """A unit's checks without its predictions, whose answers they would give away; other modules as they are."""
+    """A module's source without `PREDICTIONS`, which contains the answers; other modules are unchanged."""
     tree = ast.parse(text)
     lines = text.splitlines(keepends=True)
     for statement in reversed(tree.body):

@@ -1,7 +1,7 @@
 """Supervise one process in the sandbox: receive its frames, enforce its limits, and report what ended it.
 
 Nothing here blocks on the process: pipes are read as they fill, up to a limit, and exceeding any limit kills the whole
-sandbox. When `Watch.run` returns, none of it is running any more.
+sandbox. When `Supervisor.run` returns, none of its processes is running any more.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ from lora_from_scratch.grading.sandbox import lockdown, seccomp, wire
 from lora_from_scratch.grading.sandbox.job import Limits
 
 POLL = 0.1  # seconds between two checks of threads and files
-SAID = 4_000  # bytes kept from the end of the process's own stdout and stderr
+OUTPUT_KEPT = 4_000  # bytes kept from the end of the process's own stdout and stderr
 STARTING = 180.0  # seconds allowed for the start
-PIECE = 1 << 16
+CHUNK = 1 << 16
 
 
 class Listener(Protocol):
     """The receiver of the frames."""
 
     def take(self, frame: Data) -> bool:
-        """Receive a frame; returns whether the process may continue. Raises ValueError if it is not valid now."""
+        """Receive a frame; return whether the process may continue. Raises ValueError if it is not valid here."""
 
     def until(self) -> float | None:
-        """When to end the process if no frame comes before, on the clock `time.monotonic`."""
+        """When to end the process if no frame arrives before then, on the clock `time.monotonic`."""
 
     def ready(self) -> bool:
         """Whether the process has started up."""
 
     def done(self) -> bool:
-        """Whether all frames have come."""
+        """Whether all frames have arrived."""
 
 
 @dataclass(frozen=True)
-class End:
+class ProcessExit:
     """How a process ended.
 
     Attributes:
-        why: "finished", one of `job.Why`, or "not started" if it ended before it was ready.
+        why: "finished", one of `job.ExitReason`, or "not started" if it ended before it was ready.
         detail: the limit that was exceeded, or the exit status.
         seconds: time from ready to the end.
-        said: the end of what the process wrote to its own stdout and stderr.
+        output: the end of what the process wrote to its own stdout and stderr.
     """
 
     why: str
     detail: str
     seconds: float
-    said: str
+    output: str
 
 
 @dataclass(frozen=True)
-class Started:
+class SandboxProcess:
     """A started process, with the reading ends of its pipes.
 
     Attributes:
@@ -75,18 +75,18 @@ class Started:
 
 
 def start(
-    walls: Callable[[int, int], Sequence[str]] | None,
+    outer: Callable[[int, int], Sequence[str]] | None,
     inside: Callable[[int], Sequence[str]],
     key: bytes,
     folder: str = "/",
     environment: Mapping[str, str] | None = None,
-) -> Started:
+) -> SandboxProcess:
     """Start a process that sends frames.
 
     Args:
-        walls: returns bubblewrap's command, given the file descriptors of the filter and of the information; or None.
+        outer: returns bubblewrap's command, given the file descriptors of the filter and of the information; or None.
         inside: returns the command to run in it, given the file descriptor of the frames.
-        key: the key of the seals; the process reads it from standard input, and then one byte whenever it may continue.
+        key: the key of the MACs; the process reads it from standard input, and then one byte whenever it may continue.
         folder, environment: those of the started process; with bubblewrap, the command inside gets them by its options.
     """
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -99,12 +99,12 @@ def start(
 
         frames, to_frames = pipe()
         info, passed, command = None, [to_frames], []
-        if walls is not None:
+        if outer is not None:
             info, to_info = pipe()
             filtered = _readable(seccomp.program(starting=True))
             theirs.callback(os.close, filtered)
             passed += [to_info, filtered]
-            command = [*walls(filtered, to_info), "--"]
+            command = [*outer(filtered, to_info), "--"]
         process = subprocess.Popen(
             [*command, *inside(to_frames)],
             stdin=subprocess.PIPE,
@@ -120,7 +120,7 @@ def start(
             process.stdin.write(key)
             process.stdin.flush()
         ours.pop_all()
-        return Started(process, frames, info)
+        return SandboxProcess(process, frames, info)
 
 
 def _readable(content: bytes) -> int:
@@ -131,22 +131,22 @@ def _readable(content: bytes) -> int:
     return reader
 
 
-class Watch:
-    """One process under watch."""
+class Supervisor:
+    """Watches one process."""
 
-    def __init__(self, started: Started, key: bytes, limits: Limits, listener: Listener) -> None:
+    def __init__(self, started: SandboxProcess, key: bytes, limits: Limits, listener: Listener) -> None:
         self.started, self.limits, self.listener = started, limits, listener
-        largest = limits.observation + wire.LARGEST_JSON + 1024
+        largest = limits.observation + wire.MAX_JSON + 1024
         self.reader = wire.Reader(key, largest, limits.sent)
-        self.said, self.told = bytearray(), b""
+        self.output, self.info = bytearray(), b""
         self.first: int | None = None  # the process inside
         self.handle: int | None = None  # its pidfd
-        self.data = 0.0  # its private memory when last looked at
-        self.most = 0  # what it may have
-        self.begun = time.monotonic()
+        self.data = 0.0  # its private memory at the last measurement
+        self.most = 0  # its limit
+        self.started_at = time.monotonic()
         self.at_ready: float | None = None
 
-    def run(self) -> End:
+    def run(self) -> ProcessExit:
         """Watch the process until it ends, for whatever reason."""
         try:
             why, detail = self._watch()
@@ -158,8 +158,8 @@ class Watch:
             why, detail = self._why(code)
         if self.at_ready is None and why != "finished":
             why = "not started"
-        said = " ".join(self.said.decode("utf-8", "replace").split())
-        return End(why, detail, time.monotonic() - (self.at_ready or time.monotonic()), said)
+        output = " ".join(self.output.decode("utf-8", "replace").split())
+        return ProcessExit(why, detail, time.monotonic() - (self.at_ready or time.monotonic()), output)
 
     def _watch(self) -> tuple[str, str]:
         process = self.started.process
@@ -176,7 +176,7 @@ class Watch:
                     try:
                         if not ready.data():
                             selector.unregister(ready.fileobj)
-                    except Exception as error:  # whatever it was that came
+                    except Exception as error:  # the frame is malformed, in whatever way
                         return "frames", " ".join(str(error).split())[:300]
                 now = time.monotonic()
                 if self.listener.ready() and self.at_ready is None:
@@ -184,7 +184,7 @@ class Watch:
                 if self.listener.done():
                     return "finished", ""
                 if (until := self._until()) is not None and now > until:
-                    return "wall time", "the time was up"
+                    return "wall time", "the time limit was reached"
                 if now - looked >= POLL:
                     looked = now
                     if (found := self._look()) is not None:
@@ -200,15 +200,15 @@ class Watch:
 
     def _take_output(self, output: int) -> Callable[[], bool]:
         def take() -> bool:
-            content = os.read(output, PIECE)
-            self.said = (self.said + content)[-SAID:]
+            content = os.read(output, CHUNK)
+            self.output = (self.output + content)[-OUTPUT_KEPT:]
             return bool(content)
 
         return take
 
     def _take_frames(self) -> bool:
         assert self.started.process.stdin is not None
-        content = os.read(self.started.frames, PIECE)
+        content = os.read(self.started.frames, CHUNK)
         for frame in self.reader.feed(content):
             if self.listener.take(frame):
                 with contextlib.suppress(OSError):
@@ -219,9 +219,9 @@ class Watch:
 
     def _take_info(self) -> bool:
         assert self.started.info is not None
-        content = os.read(self.started.info, PIECE)
-        self.told += content
-        found = re.search(rb'"child-pid": (\d+)\D', self.told)  # JSON, which comes in pieces
+        content = os.read(self.started.info, CHUNK)
+        self.info += content
+        found = re.search(rb'"child-pid": (\d+)\D', self.info)  # JSON, which arrives in pieces
         if self.first is None and found is not None:
             self.first = int(found[1])
             with contextlib.suppress(OSError):
@@ -229,9 +229,9 @@ class Watch:
         return bool(content)
 
     def _until(self) -> float | None:
-        return self.listener.until() if self.at_ready is not None else self.begun + STARTING
+        return self.listener.until() if self.at_ready is not None else self.started_at + STARTING
 
-    # --- What no limit of the process itself covers
+    # --- Limits that the process cannot set for itself
 
     def _look(self) -> tuple[str, str] | None:
         if self.at_ready is None:
@@ -256,7 +256,7 @@ class Watch:
     # --- The end
 
     def _kill(self) -> None:
-        """The process inside, with which everything inside ends, or bubblewrap, which takes it along; then wait."""
+        """Kill the process inside, with which everything inside ends, or bubblewrap, which ends it too; then wait."""
         process = self.started.process
         if self.handle is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -301,4 +301,4 @@ class Watch:
             return "memory", f"{name} with {self.data:,.0f} bytes in use"
         if name:
             return "crashed", name
-        return "exited", f"it ended with {code}"
+        return "exited", f"exit status {code}"

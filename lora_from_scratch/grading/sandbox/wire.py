@@ -2,13 +2,13 @@
 
 A frame is
 
-    length (4 bytes) | seal (16 bytes) | length of the JSON (4 bytes) | JSON | safetensors, or nothing
+    length (4 bytes) | MAC (16 bytes) | length of the JSON (4 bytes) | JSON | safetensors, or nothing
 
-The seal is BLAKE2b of the frame's position and content under a key that the grader draws for each process. It rejects
-anything else that writes to the pipe by accident or by a simple trick. It is not a proof of origin, since the key is in
-the process that runs the learner's code.
+The MAC (message authentication code) is keyed BLAKE2b of the frame's position and content; the grader draws the key for
+each process. It rejects whatever else is written to the pipe, by accident or by a simple trick. It does not prove where
+a frame comes from: the key is in the process that runs the learner's code.
 
-Everything that is read is bounded and checked; any violation is a `ValueError` with a message of one line.
+Everything that is read is bounded and checked; any violation raises a `ValueError` with a one-line message.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from torch import Tensor
 
 from lora_from_scratch.checks.observation import Data, Opaque, Seen, changed
 
-SEAL = 16
-KEY = 32
+MAC_SIZE = 16
+KEY_SIZE = 32
 PREFIX = struct.Struct(">I")
-LARGEST_JSON = 4 * 2**20
-DEEPEST = 60
-MOST_ITEMS = 200_000
-LONGEST_TEXT = 500_000
-MOST_TENSORS = 10_000
-MOST_AXES = 32
+MAX_JSON = 4 * 2**20
+MAX_DEPTH = 60
+MAX_ITEMS = 200_000
+MAX_TEXT = 500_000
+MAX_TENSORS = 10_000
+MAX_DIMS = 32
 
-VALUES_DEEPEST = DEEPEST - 8  # a value lies in an observation, that in a list, that in a frame
-LONGEST_NUMBER = 13_000  # bits; Python itself refuses to read whole numbers of more than 4,300 digits
+MAX_VALUE_DEPTH = MAX_DEPTH - 8  # a value is nested in an observation, in a list, in a frame
+MAX_INT_BITS = 13_000  # Python itself refuses to parse integers of more than 4,300 digits
 
-# The dtypes that safetensors has. Complex numbers cross as pairs of real ones.
+# The dtypes of safetensors. Complex numbers are sent as pairs of real numbers.
 DTYPES = frozenset(
     getattr(torch, name)
     for name in (
@@ -49,43 +49,43 @@ DTYPES = frozenset(
 )
 PAIRS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
-# The fields of `Seen` that are text, with the most characters.
+# The text fields of `Seen`, with their maximum lengths in characters.
 TEXTS = {"message": 1_000, "where": 1_000, "printed": 10_000}
-MOST_NAMES, LONGEST_NAME = 100, 500
+MAX_NAMES, MAX_NAME = 100, 500
 
 
 # --- Plain data as bytes -----------------------------------------------------------------------------
 
 
 def pack(data: Data) -> bytes:
-    """Plain data as bytes. `unpack` gives the same data back, to the bit and to the order in memory of tensors.
+    """Serialise plain data. `unpack` restores it exactly, including every bit and the memory layout of tensors.
 
     Raises:
-        ValueError: it is too deep, too long, or not plain data.
+        ValueError: it is nested too deeply, too large, or not plain data.
     """
     tensors: dict[str, Tensor] = {}
     try:
         text = json.dumps(_to_json(data, tensors, 0), separators=(",", ":")).encode()
     except (TypeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"this is not plain data: {error}") from None
-    if len(text) > LARGEST_JSON or len(tensors) > MOST_TENSORS:
-        raise ValueError(f"this is too much to send: {len(text):,} bytes of text, {len(tensors):,} tensors")
+        raise ValueError(f"the value is not plain data: {error}") from None
+    if len(text) > MAX_JSON or len(tensors) > MAX_TENSORS:
+        raise ValueError(f"the value is too large to send: {len(text):,} bytes of text, {len(tensors):,} tensors")
     import safetensors.torch
 
     return PREFIX.pack(len(text)) + text + (safetensors.torch.save(tensors) if tensors else b"")
 
 
 def unpack(content: bytes) -> Data:
-    """What `pack` made bytes of.
+    """The inverse of `pack`.
 
     Raises:
-        ValueError: it is something else, or over one of the bounds.
+        ValueError: the bytes are malformed, or exceed one of the bounds.
     """
     if len(content) < PREFIX.size:
         raise ValueError("the frame is too short")
     (length,) = PREFIX.unpack_from(content)
-    if length > LARGEST_JSON or PREFIX.size + length > len(content):
-        raise ValueError(f"the frame says that its text has {length:,} bytes")
+    if length > MAX_JSON or PREFIX.size + length > len(content):
+        raise ValueError(f"the frame claims {length:,} bytes of text")
     try:
         tree = json.loads(content[PREFIX.size : PREFIX.size + length], parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -95,8 +95,8 @@ def unpack(content: bytes) -> Data:
 
 
 def _to_json(data: Data, tensors: dict[str, Tensor], depth: int) -> Any:
-    if depth > DEEPEST:
-        raise ValueError(f"this is nested more than {DEEPEST} times")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"the value is nested more than {MAX_DEPTH} levels deep")
     if isinstance(data, Tensor):
         return _tensor_to_json(data, tensors)
     if type(data) is Opaque:
@@ -113,7 +113,7 @@ def _to_json(data: Data, tensors: dict[str, Tensor], depth: int) -> Any:
 
 
 def _tensor_to_json(tensor: Tensor, tensors: dict[str, Tensor]) -> dict[str, Data]:
-    """The tensor goes to `tensors`; what stays says which one, whether it is complex, and the order of its axes."""
+    """Put the tensor into `tensors`; return its name there, whether it is complex, and the order of its axes."""
     if tensor.dtype not in DTYPES and tensor.dtype not in PAIRS:
         return {"opaque": f"tensor of {str(tensor.dtype).removeprefix('torch.')}"}
     tensor = tensor.detach().resolve_conj().resolve_neg()
@@ -132,10 +132,10 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
 
     try:
         tensors = safetensors.torch.load(content)
-    except Exception as error:  # SafetensorError, and what PyTorch makes of odd headers
+    except Exception as error:  # SafetensorError, and whatever PyTorch raises for malformed headers
         raise ValueError(f"the frame's tensors cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if len(tensors) > MOST_TENSORS or any(t.ndim > MOST_AXES or t.dtype not in DTYPES for t in tensors.values()):
-        raise ValueError("the frame has too many tensors, or some of an unknown kind")
+    if len(tensors) > MAX_TENSORS or any(t.ndim > MAX_DIMS or t.dtype not in DTYPES for t in tensors.values()):
+        raise ValueError("the frame has too many tensors, or tensors of an unsupported kind")
     return tensors
 
 
@@ -152,8 +152,8 @@ class _Reader:
 
     def read(self, tree: Any, depth: int) -> Data:
         self.items += 1
-        if self.items > MOST_ITEMS or depth > DEEPEST:
-            raise ValueError("the frame holds too many items, or they are nested too deeply")
+        if self.items > MAX_ITEMS or depth > MAX_DEPTH:
+            raise ValueError("the frame has too many items, or they are nested too deeply")
         if isinstance(tree, list):
             return [self.read(item, depth + 1) for item in tree]
         if isinstance(tree, dict):
@@ -161,7 +161,7 @@ class _Reader:
         if isinstance(tree, str):
             return _short(tree)
         if isinstance(tree, float) and not math.isfinite(tree):  # 1e999
-            raise ValueError("the frame has a number that is too large")
+            raise ValueError("the frame has a number that is out of range")
         return tree
 
     def tagged(self, tree: dict[str, Any], depth: int) -> Data:
@@ -174,29 +174,29 @@ class _Reader:
             return float(tree["float"])
         if keys == {"tensor", "complex", "order"} and str(tree["tensor"]) in self.tensors:
             return self.tensor(self.tensors.pop(str(tree["tensor"])), tree["complex"], tree["order"])
-        raise ValueError(f"the frame has an object with the keys {', '.join(sorted(keys))[:200]}")
+        raise ValueError(f"the frame has an invalid object with the keys {', '.join(sorted(keys))[:200]}")
 
     def mapping(self, pairs: list[Any], depth: int) -> Data:
         read: dict[str, Data] = {}
         for pair in pairs:
             if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)) or pair[0] in read:
-                raise ValueError("the frame has a mapping that is none")
+                raise ValueError("the frame has a malformed mapping")
             read[_short(pair[0])] = self.read(pair[1], depth + 1)
         return read
 
     def tensor(self, dense: Tensor, is_complex: Any, order: Any) -> Tensor:
         if is_complex is True:
             if dense.dtype not in PAIRS.values() or dense.ndim < 1 or dense.shape[-1] != 2:
-                raise ValueError("the frame has complex numbers that are none")
+                raise ValueError("the frame has malformed complex numbers")
             dense = torch.view_as_complex(dense)
         if not isinstance(order, list) or sorted(map(str, order)) != sorted(map(str, range(dense.ndim))):
-            raise ValueError("the frame has a tensor with another number of axes than it says")
+            raise ValueError("the frame has a tensor whose axes do not match its description")
         return dense.permute([order.index(axis) for axis in range(dense.ndim)])
 
 
 def _short(text: str) -> str:
-    if len(text) > LONGEST_TEXT:
-        raise ValueError(f"the frame has a text of {len(text):,} characters; at most {LONGEST_TEXT:,} are taken")
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"the frame has a text of {len(text):,} characters; at most {MAX_TEXT:,} are allowed")
     return text
 
 
@@ -204,30 +204,30 @@ def _short(text: str) -> str:
 
 
 @dataclasses.dataclass
-class Room:
-    """What may still be sent in one frame; less than what `unpack` takes, so that nothing harmless is refused there."""
+class FrameBudget:
+    """What may still be sent in one frame: less than `unpack` accepts, so that it never refuses anything harmless."""
 
-    items: int = MOST_ITEMS - 20_000
-    text: int = LARGEST_JSON - 2**19
-    tensors: int = MOST_TENSORS - 1_000
+    items: int = MAX_ITEMS - 20_000
+    text: int = MAX_JSON - 2**19
+    tensors: int = MAX_TENSORS - 1_000
     bytes: int = 2**60
 
-    def fitting(self, value: Data) -> Data:
-        """The value, if there is room for it; `Opaque` otherwise."""
-        tried = dataclasses.replace(self)
+    def fit(self, value: Data) -> Data:
+        """The value if it fits into the budget, which it then reduces; otherwise `Opaque`."""
+        left = dataclasses.replace(self)
         try:
-            tried.take(value, 0)
+            left.spend(value, 0)
         except ValueError:
             return Opaque("value that is too large to be looked at")
         for item in dataclasses.fields(self):
-            setattr(self, item.name, getattr(tried, item.name))
+            setattr(self, item.name, getattr(left, item.name))
         return value
 
-    def take(self, value: Data, depth: int) -> None:
-        """Make the room less by what a value takes.
+    def spend(self, value: Data, depth: int) -> None:
+        """Reduce the budget by the size of a value.
 
         Raises:
-            ValueError: there is not enough.
+            ValueError: the value does not fit.
         """
         self.items -= 1
         self.text -= 30
@@ -239,129 +239,129 @@ class Room:
             self.text -= self._length(value)
         elif isinstance(value, int):
             self.text -= value.bit_length() // 3
-        if min(self.items, self.text, self.tensors, self.bytes) < 0 or depth > VALUES_DEEPEST:
-            raise ValueError("there is no room for this")
-        if isinstance(value, Tensor) and value.ndim > MOST_AXES:
-            raise ValueError("this has too many axes")
-        if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
-            raise ValueError("this number is too long")
+        if min(self.items, self.text, self.tensors, self.bytes) < 0 or depth > MAX_VALUE_DEPTH:
+            raise ValueError("the value does not fit into the frame")
+        if isinstance(value, Tensor) and value.ndim > MAX_DIMS:
+            raise ValueError("the tensor has too many axes")
+        if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+            raise ValueError("the integer is too large")
         inner: Iterable[Data] = value if isinstance(value, list) else ()
         if isinstance(value, dict):
             self.text -= sum(map(self._length, value))
             inner = value.values()
         for item in inner:
-            self.take(item, depth + 1)
+            self.spend(item, depth + 1)
 
     @staticmethod
     def _length(text: str) -> int:
-        if len(text) > LONGEST_TEXT:
-            raise ValueError("this text is too long")
+        if len(text) > MAX_TEXT:
+            raise ValueError("the text is too long")
         return len(json.dumps(text))
 
 
-def from_tried(seen: Seen, after: Mapping[str, Data], room: Room) -> dict[str, Data]:
-    """An observation and what its inputs are afterwards as plain data; a value that is too much becomes `Opaque`."""
+def observation_to_data(seen: Seen, after: Mapping[str, Data], budget: FrameBudget) -> dict[str, Data]:
+    """An observation, and its inputs after the call, as plain data; values that do not fit become `Opaque`."""
     data = {item.name: getattr(seen, item.name) for item in dataclasses.fields(seen) if item.name != "changed"}
-    data["errors"] = [name[:LONGEST_NAME] for name in data["errors"][:MOST_NAMES]]
+    data["errors"] = [name[:MAX_NAME] for name in data["errors"][:MAX_NAMES]]
     data |= {name: data[name][:most] for name, most in TEXTS.items()}
-    data["value"] = room.fitting(data["value"])
-    data["after"] = {name: room.fitting(value) for name, value in after.items()}
+    data["value"] = budget.fit(data["value"])
+    data["after"] = {name: budget.fit(value) for name, value in after.items()}
     return data
 
 
-def to_seen(data: Data, given: Mapping[str, Data]) -> Seen:
-    """What `from_tried` made data of. Whether an input was changed is found out here, outside the sandbox.
+def observation_from_data(data: Data, given: Mapping[str, Data]) -> Seen:
+    """The inverse of `observation_to_data`. Whether an input was changed is determined here, outside the sandbox.
 
     Args:
-        given: the inputs as they were.
+        given: the inputs before the call.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the data are malformed.
     """
     names = {item.name for item in dataclasses.fields(Seen)} - {"changed"} | {"after"}
     if not isinstance(data, dict) or data.keys() != names:
-        raise ValueError("an observation has other fields than it should")
+        raise ValueError("an observation has the wrong fields")
     fields: dict[str, Any] = dict(data)
     for name, most in TEXTS.items():
         if type(fields[name]) is not str or len(fields[name]) > most:
-            raise ValueError(f"an observation's {name} is not a text of at most {most:,} characters")
+            raise ValueError(f"the field {name} of an observation is not a text of at most {most:,} characters")
     errors, after = fields["errors"], fields.pop("after")
-    if not isinstance(errors, list) or len(errors) > MOST_NAMES or not all(map(_is_name, errors)):
-        raise ValueError("an observation's errors is not a short list of short texts")
+    if not isinstance(errors, list) or len(errors) > MAX_NAMES or not all(map(_is_name, errors)):
+        raise ValueError("the field errors of an observation is not a short list of short texts")
     if type(fields["stopped"]) is not bool:
-        raise ValueError("an observation's stopped is neither true nor false")
+        raise ValueError("the field stopped of an observation is not a boolean")
     if not isinstance(after, dict) or after.keys() != (set() if fields["stopped"] else given.keys()):
-        raise ValueError("an observation has other inputs than were given")
+        raise ValueError("the inputs of an observation are not those that were given")
     fields["errors"] = tuple(errors)
     return Seen(**fields, changed=changed(given, after))
 
 
 def _is_name(text: Data) -> bool:
-    return type(text) is str and len(text) <= LONGEST_NAME
+    return type(text) is str and len(text) <= MAX_NAME
 
 
 # --- Frames ------------------------------------------------------------------------------------------
 
 
-class Seals:
-    """Seals of one process's frames, one after the other."""
+class MACGenerator:
+    """Computes the MACs of one process's frames, in order."""
 
     def __init__(self, key: bytes) -> None:
-        self._start = hashlib.blake2b(key=key, digest_size=SEAL)
-        self._place = 0
+        self._start = hashlib.blake2b(key=key, digest_size=MAC_SIZE)
+        self._position = 0
 
     def next(self, content: bytes) -> bytes:
-        seal = self._start.copy()
-        seal.update(PREFIX.pack(self._place))
-        seal.update(content)
-        self._place += 1
-        return seal.digest()
+        mac = self._start.copy()
+        mac.update(PREFIX.pack(self._position))
+        mac.update(content)
+        self._position += 1
+        return mac.digest()
 
 
 class Writer:
-    """Makes frames."""
+    """Writes frames."""
 
     def __init__(self, key: bytes) -> None:
-        self._seals = Seals(key)
+        self._macs = MACGenerator(key)
 
     def frame(self, data: Data) -> bytes:
         content = pack(data)
-        return PREFIX.pack(len(content)) + self._seals.next(content) + content
+        return PREFIX.pack(len(content)) + self._macs.next(content) + content
 
 
 class Reader:
-    """Takes bytes as they come, and gives the frames that are complete.
+    """Reads frames from bytes that arrive in pieces.
 
     Args:
-        largest: the most bytes of one frame.
-        most: the most bytes altogether.
+        largest: maximum size of a frame in bytes.
+        most: maximum total size in bytes.
     """
 
     def __init__(self, key: bytes, largest: int, most: int) -> None:
-        self._seals = Seals(key)
-        self._waiting = bytearray()
-        self.largest, self.most, self.taken = largest, most, 0
+        self._macs = MACGenerator(key)
+        self._buffer = bytearray()
+        self.largest, self.most, self.received = largest, most, 0
 
     def feed(self, content: bytes) -> Iterator[Data]:
-        """The frames that these bytes complete, one after the other: those before a bad one are given.
+        """Yield the frames that these bytes complete, in order; those before a malformed frame are yielded too.
 
         Raises:
-            ValueError: a frame is too large, has a wrong seal or cannot be read.
+            ValueError: a frame is too large, has a wrong MAC or cannot be read.
         """
-        self.taken += len(content)
-        if self.taken > self.most:
+        self.received += len(content)
+        if self.received > self.most:
             raise ValueError(f"more than {self.most:,} bytes were sent")
-        self._waiting += content
-        while len(self._waiting) >= PREFIX.size:
-            (length,) = PREFIX.unpack_from(self._waiting)
+        self._buffer += content
+        while len(self._buffer) >= PREFIX.size:
+            (length,) = PREFIX.unpack_from(self._buffer)
             if length > self.largest:
-                raise ValueError(f"a frame says that it has {length:,} bytes; at most {self.largest:,} are taken")
-            end = PREFIX.size + SEAL + length
-            if len(self._waiting) < end:
+                raise ValueError(f"a frame claims {length:,} bytes; at most {self.largest:,} are allowed")
+            end = PREFIX.size + MAC_SIZE + length
+            if len(self._buffer) < end:
                 break
-            seal = bytes(self._waiting[PREFIX.size : PREFIX.size + SEAL])
-            body = bytes(self._waiting[PREFIX.size + SEAL : end])
-            del self._waiting[:end]
-            if seal != self._seals.next(body):
+            mac = bytes(self._buffer[PREFIX.size : PREFIX.size + MAC_SIZE])
+            body = bytes(self._buffer[PREFIX.size + MAC_SIZE : end])
+            del self._buffer[:end]
+            if mac != self._macs.next(body):
                 raise ValueError("a frame does not come from the runner")
             yield unpack(body)

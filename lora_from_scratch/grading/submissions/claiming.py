@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_from_scratch.grading.submissions.definitions import checks, is_python, pieces
-from lora_from_scratch.grading.submissions.released import Place, Release
+from lora_from_scratch.grading.submissions.definitions import checks, is_python, statements
+from lora_from_scratch.grading.submissions.released import Release, ReleasedCell
 
 ALIKE = 0.6  # difflib's ratio above which two texts count as versions of each other
 COMPARED = 1_000  # number of characters compared per text
@@ -31,7 +31,7 @@ class Cell:
     cell_id: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
     attachments: dict[str, Any] | None = None
-    place: Place | None = None
+    place: ReleasedCell | None = None
     restored: bool = False
     dropped: bool = False
 
@@ -63,7 +63,7 @@ def claim(cells: list[Cell], release: Release) -> None:
         _by_position(cells, release, answer)
 
 
-def _unclaimed(cells: Iterable[Cell], places: Iterable[Place]) -> list[Place]:
+def _unclaimed(cells: Iterable[Cell], places: Iterable[ReleasedCell]) -> list[ReleasedCell]:
     taken = {cell.place.index for cell in cells if cell.place is not None}
     return [place for place in places if place.index not in taken]
 
@@ -100,7 +100,7 @@ def _by_other_definition(cells: list[Cell], release: Release) -> None:
 
 
 def _by_same_text(cells: list[Cell], release: Release) -> None:
-    waiting: dict[tuple[str, str], list[Place]] = {}
+    waiting: dict[tuple[str, str], list[ReleasedCell]] = {}
     for place in _unclaimed(cells, release.places):
         waiting.setdefault((place.kind, place.source.strip()), []).append(place)
     for cell in _free(cells):
@@ -109,7 +109,7 @@ def _by_same_text(cells: list[Cell], release: Release) -> None:
             cell.place = places.pop(0)
 
 
-def _by_definition(cells: list[Cell], release: Release, solution: Place) -> None:
+def _by_definition(cells: list[Cell], release: Release, solution: ReleasedCell) -> None:
     """Match the last cell that defines the name, preferring cells before the check.
 
     Another exercise's cell keeps its place: `ordering.find_definitions` moves the answer out of it.
@@ -130,17 +130,17 @@ def _by_definition(cells: list[Cell], release: Release, solution: Place) -> None
             return
 
 
-def _is_check_of(cell: Cell, solution: Place) -> bool:
+def _is_check_of(cell: Cell, solution: ReleasedCell) -> bool:
     if cell.place is not None and cell.place.role == "check" and cell.place.name == solution.name:
         return True
     return cell.kind == "code" and solution.name in checks(cell.source)
 
 
-def _by_call(cells: list[Cell], check: Place) -> None:
+def _by_call(cells: list[Cell], check: ReleasedCell) -> None:
     """Match a cell that only calls `check`, including for this name."""
     for cell in _free(cells, "code"):
         called = checks(cell.source)
-        if check.name in called and len(called) == len(pieces(cell.source) or ()):
+        if check.name in called and len(called) == len(statements(cell.source) or ()):
             cell.place = check
             return
 
@@ -175,7 +175,7 @@ def _parts_of_a_split(cells: list[Cell]) -> None:
             cell.place = above.place
 
 
-def _by_position(cells: list[Cell], release: Release, answer: Place) -> None:
+def _by_position(cells: list[Cell], release: Release, answer: ReleasedCell) -> None:
     """Match the text that follows the question."""
     earlier = [number for number, cell in enumerate(cells) if cell.place and cell.place.index < answer.index]
     question = [number for number in earlier if cells[number].place is release.places[answer.index - 1]]

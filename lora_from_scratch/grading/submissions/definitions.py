@@ -30,7 +30,7 @@ UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
-class Piece:
+class Statement:
     """A top-level statement of a cell, with the comments above it.
 
     Attributes:
@@ -48,59 +48,59 @@ class Piece:
 
 
 @functools.lru_cache(maxsize=4096)
-def pieces(source: str) -> tuple[Piece, ...] | None:
+def statements(source: str) -> tuple[Statement, ...] | None:
     """The top-level statements of a cell, in order; None if it is not Python. Joined, they give the cell's text."""
     if _ANOTHER_LANGUAGE.match(source):
-        return (Piece(source, {}, frozenset()),)
+        return (Statement(source, {}, frozenset()),)
     tree = _parsed(source)
     if tree is None:
         return None
     lines = source.split("\n")
-    made: list[Piece] = []
+    made: list[Statement] = []
     begin = 0
     for place, node in enumerate(tree.body):
         end = len(lines) if place == len(tree.body) - 1 else _last_line(node)
-        if end <= begin:  # two statements on one line: one piece
-            made[-1] = _joined(made[-1], _piece(node, ""))
+        if end <= begin:  # two statements on one line: merge them
+            made[-1] = _joined(made[-1], _statement(node, ""))
             continue
-        made.append(_piece(node, "\n".join(lines[begin:end])))
+        made.append(_statement(node, "\n".join(lines[begin:end])))
         begin = end
     return tuple(made)
 
 
 def binds(source: str) -> dict[str, str]:
-    """The names that a cell binds, as in `Piece.binds`. If it is not Python, whatever looks like a definition."""
-    found = pieces(source)
+    """The names that a cell binds, as in `Statement.binds`. If it is not Python, whatever looks like a definition."""
+    found = statements(source)
     if found is None:
         return dict.fromkeys(_look_like_definitions(source), "real")
     bound: dict[str, str] = {}
-    for piece in found:
-        bound.update(piece.binds)
+    for statement in found:
+        bound.update(statement.binds)
     return bound
 
 
 def needs(source: str) -> frozenset[str]:
     """The global names that a cell uses before it binds them itself, without builtins."""
-    found = pieces(source)
+    found = statements(source)
     if found is None:
         return frozenset(re.findall(r"\b[A-Za-z_]\w*\b", source[:LONGEST])) - BUILTINS
     everything = set(binds(source))
     bound: set[str] = set()
     needed: set[str] = set()
-    for piece in found:
-        late = "def " in piece.text or "class " in piece.text or "lambda" in piece.text  # looked up when called
-        needed |= piece.needs - (everything if late else bound)
-        bound |= piece.binds.keys()
+    for statement in found:
+        late = any(word in statement.text for word in ("def ", "class ", "lambda"))  # looked up when called
+        needed |= statement.needs - (everything if late else bound)
+        bound |= statement.binds.keys()
     return frozenset(needed) - BUILTINS
 
 
 def checks(source: str) -> tuple[str, ...]:
     """The names in top-level calls of `check("name")`."""
-    return tuple(piece.checks for piece in pieces(source) or () if piece.checks)
+    return tuple(statement.checks for statement in statements(source) or () if statement.checks)
 
 
 def is_python(source: str) -> bool:
-    return pieces(source) is not None
+    return statements(source) is not None
 
 
 def imports_only(source: str) -> bool:
@@ -130,14 +130,14 @@ def same_code(one: str, other: str) -> bool:
 
 def cut(source: str, name: str) -> tuple[str, str] | None:
     """Split a cell into the text that binds a name and the rest; None if they cannot be separated."""
-    found = pieces(source)
+    found = statements(source)
     if found is None:
         return _cut_by_lines(source, name)
-    taken = [piece for piece in found if name in piece.binds]
-    if not taken or any(set(piece.binds) != {name} for piece in taken):
+    taken = [statement for statement in found if name in statement.binds]
+    if not taken or any(set(statement.binds) != {name} for statement in taken):
         return None
-    rest = [piece.text for piece in found if name not in piece.binds]
-    return "\n".join(piece.text for piece in taken).strip("\n"), "\n".join(rest).strip("\n")
+    rest = [statement.text for statement in found if name not in statement.binds]
+    return "\n".join(statement.text for statement in taken).strip("\n"), "\n".join(rest).strip("\n")
 
 
 def helpers(source: str, text: str, values: bool, besides: Iterable[str] = ()) -> str:
@@ -147,14 +147,14 @@ def helpers(source: str, text: str, values: bool, besides: Iterable[str] = ()) -
         values: whether to include statements that compute a value; otherwise only functions, classes and imports.
         besides: names to ignore.
     """
-    found = pieces(source) or ()
+    found = statements(source) or ()
     wanted = set(needs(text)) - set(besides)
     chosen: set[int] = set()
     while True:
         more = {
             place
-            for place, piece in enumerate(found)
-            if piece.binds.keys() & wanted and (values or "value" not in piece.binds.values())
+            for place, statement in enumerate(found)
+            if statement.binds.keys() & wanted and (values or "value" not in statement.binds.values())
         }
         if more <= chosen:
             return "\n".join(found[place].text for place in sorted(chosen)).strip("\n")
@@ -215,7 +215,7 @@ def _last_line(node: ast.stmt) -> int:
     return node.end_lineno or node.lineno
 
 
-def _piece(node: ast.stmt, text: str) -> Piece:
+def _statement(node: ast.stmt, text: str) -> Statement:
     bound, used = _names(node)
     if isinstance(node, DEFINITIONS):
         kinds = {node.name: "stub" if _is_stub(node) else "real"}
@@ -228,16 +228,16 @@ def _piece(node: ast.stmt, text: str) -> Piece:
     else:
         kinds = dict.fromkeys(bound, "value")
     loop_variables = bound if isinstance(node, (*COMPOUND, *DEFINITIONS)) else set()
-    return Piece(text, kinds, frozenset(used - loop_variables), _checked(node))
+    return Statement(text, kinds, frozenset(used - loop_variables), _checked(node))
 
 
 def _is_librarys(module: str | None) -> bool:
     return (module or "").partition(".")[0] == PACKAGE
 
 
-def _joined(one: Piece, other: Piece) -> Piece:
+def _joined(one: Statement, other: Statement) -> Statement:
     needed = one.needs | (other.needs - one.binds.keys())
-    return Piece(one.text, one.binds | other.binds, needed, one.checks or other.checks)
+    return Statement(one.text, one.binds | other.binds, needed, one.checks or other.checks)
 
 
 def _names(node: ast.stmt) -> tuple[set[str], set[str]]:

@@ -9,12 +9,12 @@ from typing import Any
 from lora_from_scratch.grading.graded import Finding
 from lora_from_scratch.grading.submissions.definitions import imports_everything, is_python
 from lora_from_scratch.grading.submissions.matching import match
-from lora_from_scratch.grading.submissions.released import Place, Release
+from lora_from_scratch.grading.submissions.released import Release, ReleasedCell
 from lora_from_scratch.grading.submissions.submission import read
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Preview:
     """What can be told about a notebook without running it.
 
     Attributes:
@@ -32,7 +32,7 @@ class Outlook:
     all: int = 0
 
 
-def look_at(path: Path, released: Any) -> Outlook:
+def look_at(path: Path, released: Any) -> Preview:
     """Read and match a notebook as grading will.
 
     Args:
@@ -40,15 +40,15 @@ def look_at(path: Path, released: Any) -> Outlook:
     """
     submission = read(path)
     if submission.notebook is None:
-        return Outlook(False, submission.findings)
+        return Preview(False, submission.findings)
     matched = match(submission.notebook, released)
     release = Release.of(released)
     places = [*release.solutions, *release.answers]
     to_do = [sentence for place in places if (sentence := _to_do(release, place, matched.notebook))]
-    return Outlook(True, submission.findings + matched.findings, tuple(to_do), len(places) - len(to_do), len(places))
+    return Preview(True, submission.findings + matched.findings, tuple(to_do), len(places) - len(to_do), len(places))
 
 
-def _to_do(release: Release, place: Place, notebook: Any) -> str:
+def _to_do(release: Release, place: ReleasedCell, notebook: Any) -> str:
     """What is missing in one cell of the release; "" if something is written there."""
     own = next(cell for cell in notebook.cells if cell.id == place.cell_id)
     if place.role == "answer":

@@ -18,7 +18,7 @@ from lora_from_scratch.grading.submissions.released import Release
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchResult:
     """A repaired submission.
 
     Attributes:
@@ -31,7 +31,7 @@ class Matched:
     findings: tuple[Finding, ...]
 
 
-def match(submitted: Any, released: Any) -> Matched:
+def match(submitted: Any, released: Any) -> MatchResult:
     """Arrange the cells of a submitted notebook as in the released one. Neither argument is modified.
 
     Matching is idempotent. A submission whose structure is undamaged is returned with its sources unchanged and without
@@ -42,17 +42,17 @@ def match(submitted: Any, released: Any) -> Matched:
         released: the notebook of notebooks/unit_NN/, read by nbformat.
     """
     release = Release.of(released)
-    work = repairs.Work(release, [_cell(node) for node in submitted.cells])
-    repairs.take_prose_out_of_code(work)
-    claim(work.cells, release)
-    repairs.report_metadata(work)
-    repairs.keep_one_of_each(work)
-    repairs.complete_answers(work)
-    ordering.arrange(work)
-    ordering.find_definitions(work)
-    ordering.bring_helpers_forward(work)
-    repairs.report_kernel(work, submitted, released)
-    return Matched(_notebook(work.cells, released), tuple(work.findings))
+    state = repairs.RepairState(release, [_cell(node) for node in submitted.cells])
+    repairs.take_prose_out_of_code(state)
+    claim(state.cells, release)
+    repairs.report_metadata(state)
+    repairs.keep_one_of_each(state)
+    repairs.complete_answers(state)
+    ordering.arrange(state)
+    ordering.find_definitions(state)
+    ordering.bring_helpers_forward(state)
+    repairs.report_kernel(state, submitted, released)
+    return MatchResult(_notebook(state.cells, released), tuple(state.findings))
 
 
 def _cell(node: Any) -> Cell:

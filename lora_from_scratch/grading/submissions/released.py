@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_from_scratch.grading.submissions.definitions import binds, checks, imports_only, pieces, same_code
+from lora_from_scratch.grading.submissions.definitions import binds, checks, imports_only, same_code, statements
 
 FLAGS = ("grade", "solution", "locked", "task", "points")  # the fields of nbgrader's metadata that must not change
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class ReleasedCell:
     """A cell of the release.
 
     Attributes:
@@ -42,29 +42,29 @@ class Place:
 
 @dataclass(frozen=True)
 class Release:
-    places: tuple[Place, ...]
+    places: tuple[ReleasedCell, ...]
 
     @classmethod
     def of(cls, notebook: Any) -> Release:
         return cls(tuple(_place(index, cell) for index, cell in enumerate(notebook.cells)))
 
     @property
-    def solutions(self) -> list[Place]:
+    def solutions(self) -> list[ReleasedCell]:
         return [place for place in self.places if place.role == "solution"]
 
     @property
-    def checks(self) -> list[Place]:
+    def checks(self) -> list[ReleasedCell]:
         return [place for place in self.places if place.role == "check"]
 
     @property
-    def answers(self) -> list[Place]:
+    def answers(self) -> list[ReleasedCell]:
         return [place for place in self.places if place.role == "answer"]
 
-    def check_of(self, solution: Place) -> Place | None:
+    def check_of(self, solution: ReleasedCell) -> ReleasedCell | None:
         return next((place for place in self.checks if place.name == solution.name), None)
 
     def kind_of(self, name: str, source: str) -> str:
-        """The kind of object that a source binds a name to, as in `Piece.binds`; "" if it does not bind it."""
+        """The kind of object that a source binds a name to, as in `Statement.binds`; "" if it does not bind it."""
         kind = binds(source).get(name, "")
         solution = next((place for place in self.solutions if place.name == name), None)
         if solution is None or kind not in ("real", "value"):
@@ -73,17 +73,17 @@ class Release:
             return "real"
         return "stub" if kind == "real" and _binding(source, name) == _binding(solution.source, name) else kind
 
-    def is_guess(self, solution: Place) -> bool:
+    def is_guess(self, solution: ReleasedCell) -> bool:
         """Whether a value is to be written there (a prediction) rather than a function or class."""
-        found = pieces(solution.source) or ()
-        return not any(piece.text.lstrip().startswith(("def ", "class ", "@", "async ")) for piece in found)
+        found = statements(solution.source) or ()
+        return not any(statement.text.lstrip().startswith(("def ", "class ", "@", "async ")) for statement in found)
 
-    def is_stub(self, solution: Place, source: str) -> bool:
+    def is_stub(self, solution: ReleasedCell, source: str) -> bool:
         """Whether nothing is written there yet."""
         return not source.strip() or same_code(source, solution.source)
 
 
-def _place(index: int, cell: Any) -> Place:
+def _place(index: int, cell: Any) -> ReleasedCell:
     said = cell.metadata.get("nbgrader", {})
     role = _role(said, cell)
     name = ""
@@ -92,7 +92,7 @@ def _place(index: int, cell: Any) -> Place:
         name = said["grade_id"] if said["grade_id"] in bound or not bound else bound[0]
     elif role == "check":
         name = next(iter(checks(cell.source)), said["grade_id"].removeprefix("check-"))
-    return Place(
+    return ReleasedCell(
         index, role, said.get("grade_id", ""), name, cell.cell_type, cell.source, cell.get("id", ""), cell.metadata
     )
 
@@ -112,7 +112,7 @@ def _role(said: Mapping[str, Any], cell: Any) -> str:
 @functools.lru_cache(maxsize=4096)
 def _binding(source: str, name: str) -> str:
     """The code that binds a name, normalised for whitespace and comments."""
-    found = [piece.text for piece in pieces(source) or () if name in piece.binds]
+    found = [s.text for s in statements(source) or () if name in s.binds]
     try:
         return "\n".join(ast.dump(ast.parse(text)) for text in found)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -121,5 +121,5 @@ def _binding(source: str, name: str) -> str:
 
 def forget() -> None:
     """Clear the caches of parsed cells; a worker reads thousands of notebooks."""
-    pieces.cache_clear()
+    statements.cache_clear()
     _binding.cache_clear()

@@ -1,14 +1,14 @@
 """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): LoRA in which B learns faster than A.
 
 With one learning rate for both, A and B of a wide layer cannot both learn efficiently (theorem 1). LoRA+ multiplies the
-rate of B by a ratio lambda > 1; everything else is LoRA, and what is saved is a LoRA's directory.
-
-This file stands outside the package. It is the example of docs/architecture.md, and a test adds it to the methods.
+rate of B by a ratio lambda > 1; everything else is LoRA, and what is saved is a LoRA's directory. The ratio multiplies
+the rate of A, so that a larger ratio wants a smaller learning rate.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from lora_from_scratch.methods.method import LearningRates, hyperparameter
 
 @dataclass(frozen=True)
 class LoRAPlus(LoRA):
-    """LoRA with the learning rate of B multiplied by `ratio`.
+    """LoRA with the learning rate of B multiplied by `ratio`; what else is trained learns as A does.
 
     Raises:
         ValueError: the ratio is not a positive number, or as `LoRA`.
@@ -29,7 +29,11 @@ class LoRAPlus(LoRA):
     ratio: float = hyperparameter(16.0, "learning rate of B divided by that of A")  # the paper's code
 
     name: ClassVar[str] = "lora-plus"
-    learning_rates: ClassVar[LearningRates] = LearningRates(1e-3, 1e-4, "not tuned: an example")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        1e-3, 2e-4, "GPT-2 script in nikhil-ghosh-berkeley/loraplus"
+    )
+    position: ClassVar[float] = 11
+    only_on_request: ClassVar[frozenset[str]] = frozenset({"lora-plus"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +42,13 @@ class LoRAPlus(LoRA):
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         trained = self.trainable(model)
+        fast = {name: p for name, p in trained.items() if name.endswith(".lora_B")}
         return [
-            {"params": [p for name, p in trained.items() if name.endswith(".lora_A")]},
-            {"params": [p for name, p in trained.items() if name.endswith(".lora_B")], "lr_scale": self.ratio},
+            {"params": [p for name, p in trained.items() if name not in fast]},
+            {"params": list(fast.values()), "lr_scale": self.ratio},
         ]
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Never: what it saves is a LoRA."""
+        return False

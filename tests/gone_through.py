@@ -1,0 +1,15 @@
+"""The units whose exercises were gone through sentence by sentence; the stricter tests of checks hold for these.
+
+For the others they are expected to fail. A unit that passes all of them is added here.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+UNITS = ("00", "01", "06", "07", "08")
+
+
+def expected_to_fail(unit: str) -> list[pytest.MarkDecorator]:
+    """The mark of a test that a unit which was not gone through may still fail."""
+    return [] if unit in UNITS else [pytest.mark.xfail(reason=f"unit {unit} was not gone through yet")]
