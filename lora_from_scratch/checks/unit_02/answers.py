@@ -196,8 +196,8 @@ def stops_after_five_hundred_steps(G: Tensor, generator: torch.Generator | None 
 
 @wrong(
     "dominant_eigenvector",
-    "Your start is drawn from PyTorch's global generator: the same matrix gives another answer each time. Draw from the "
-    "generator that is given, or from a new one with seed 0.",
+    "Your start is drawn from PyTorch's global generator: the same matrix gives another answer each time. Draw from "
+    "the generator that is given, or from a new one with seed 0.",
 )
 def draws_from_the_global_generator(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return reference.dominant_eigenvector(square(G), torch.Generator().manual_seed(int(torch.randint(10**6, ()))))
@@ -377,8 +377,8 @@ def in_float64(matrix: Tensor, generator: torch.Generator | None = None) -> list
 
 @wrong(
     "dominant_singular_triplet",
-    "The squares of very large entries overflow: in float32, (1e30)^2 is infinite. Scale the matrix before you multiply "
-    "it by itself.",
+    "The squares of very large entries overflow: in float32, (1e30)^2 is infinite. Scale the matrix before you "
+    "multiply it by itself.",
 )
 def squares_huge_entries(matrix: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
     matrix = require_matrix(matrix)
@@ -554,8 +554,8 @@ def ignores_the_rank(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, T
 
 @wrong(
     "svd_by_deflation",
-    "You project the old directions out on one side only: the columns of U are orthogonal, the rows of Vh are not (or the "
-    "other way round). R has to lose both.",
+    "You project the old directions out on one side only: the columns of U are orthogonal, the rows of Vh are not (or "
+    "the other way round). R has to lose both.",
 )
 def projects_on_the_left_only(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     return project(matrix, rank, left=True, right=False)
@@ -563,8 +563,8 @@ def projects_on_the_left_only(matrix: Tensor, rank: int | None = None) -> tuple[
 
 @wrong(
     "svd_by_deflation",
-    "You project the old right directions out, but not the old left ones: the rows of Vh are orthogonal, the columns of U "
-    "are not.",
+    "You project the old right directions out, but not the old left ones: the rows of Vh are orthogonal, the columns "
+    "of U are not.",
 )
 def projects_on_the_right_only(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     return project(matrix, rank, left=False, right=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_from_scratch.checks.bank import right, wrong
 from lora_from_scratch.linear_algebra import svd as reference
+from lora_from_scratch.linear_algebra.rank import require_matrix
 
 # --- truncate ----------------------------------------------------------------------------------------
 
@@ -24,7 +25,7 @@ def need(rank: int, matrix: Tensor) -> None:
 @right("truncate")
 def with_the_tail_of_s_set_to_zero(matrix: Tensor, rank: int) -> np.ndarray:
     need(rank, matrix)
-    U, S, Vh = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    U, S, Vh = np.linalg.svd(require_matrix(matrix).numpy(), full_matrices=False)
     S[rank:] = 0
     return U @ np.diag(S) @ Vh
 
@@ -32,14 +33,15 @@ def with_the_tail_of_s_set_to_zero(matrix: Tensor, rank: int) -> np.ndarray:
 @right("truncate")
 def as_a_projection(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
-    M = matrix.double()
-    V = torch.linalg.eigh(M.T @ M)[1].flip(1)[:, :rank]
+    M = require_matrix(matrix)
+    V = torch.linalg.eigh(M.double().T @ M.double())[1].flip(1)[:, :rank].to(M.dtype)
     return M @ V @ V.T
 
 
 @right("truncate")
 def as_a_sum_of_triplets(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
+    matrix = require_matrix(matrix)
     total = torch.zeros_like(matrix)
     for u, sigma, v in zip(*(part.T if place == 0 else part for place, part in enumerate(_svd(matrix))), strict=True):
         if rank == 0:
@@ -131,6 +133,7 @@ def as_the_norm_of_the_difference(matrix: Tensor, rank: int, norm: str = "froben
 @right("approximation_error")
 def in_numpy_number_by_number(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
     need_norm(norm)
+    need(rank, matrix)
     tail = np.linalg.svd(matrix.numpy(), compute_uv=False)[rank:]
     if norm == "spectral":
         return max([0.0, *(float(value) for value in tail)])
@@ -315,12 +318,15 @@ def by_the_covariance_matrix_in_numpy(data: Tensor, count: int) -> tuple[np.ndar
     need_samples(data)
     X = data.numpy().astype(np.float64)
     values, vectors = np.linalg.eigh(np.cov(X, rowvar=False))
-    return X.mean(axis=0), -vectors[:, ::-1][:, :count].T, values[::-1][:count].copy()
+    kind = np.float32 if require_matrix(data).dtype == torch.float32 else np.float64
+    found = X.mean(axis=0), -vectors[:, ::-1][:, :count].T, values[::-1][:count]
+    return tuple(part.astype(kind) for part in found)
 
 
 @right("pca")
 def by_deflation(data: Tensor, count: int) -> list[Tensor]:
     need_samples(data)
+    data = require_matrix(data)
     mean = data.sum(0) / len(data)
     X = (data - mean) / math.sqrt(len(data) - 1)
     _, S, Vh = reference.svd_by_deflation(X, count)
