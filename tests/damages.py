@@ -216,7 +216,7 @@ def helper_below_the_test(notebook: Notebook) -> None:
 
 @damage()
 def imports_moved_to_the_end(notebook: Notebook) -> None:
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:2]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
     for cell in cells:
         notebook.cells.remove(cell)
         notebook.cells.append(cell)
@@ -339,13 +339,13 @@ def all_tests_deleted(notebook: Notebook) -> None:
 
 @damage("deleted imports")
 def imports_deleted(notebook: Notebook) -> None:
-    for cell in [cell for cell in notebook.cells if cell.cell_type == "code"][:2]:
+    for cell in [cell for cell in notebook.cells if cell.cell_type == "code"][:1]:
         notebook.cells.remove(cell)
 
 
 @damage()
 def everything_deleted_that_is_not_graded(notebook: Notebook) -> None:
-    first = [cell for cell in notebook.cells if cell.cell_type == "code"][:2]
+    first = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
     notebook.cells = [cell for cell in notebook.cells if "nbgrader" in cell.metadata or cell in first]
 
 

@@ -9,17 +9,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_from_scratch.methods.adalora import AdaLoRA
 from lora_from_scratch.methods.adapters import Adapter
 from lora_from_scratch.methods.bitfit import BitFit
+from lora_from_scratch.methods.dora import DoRA
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.glora import GLoRA
+from lora_from_scratch.methods.ia3 import IA3
+from lora_from_scratch.methods.layernorm_tuning import LayerNormTuning
 from lora_from_scratch.methods.llama_adapter import LlamaAdapter
 from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.lora_fa import LoRAFA
+from lora_from_scratch.methods.lora_plus import LoRAPlus
 from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.mora import MoRA
+from lora_from_scratch.methods.multilora import MultiLoRA
+from lora_from_scratch.methods.nola import NOLA
+from lora_from_scratch.methods.pissa import PiSSA
 from lora_from_scratch.methods.prefix_tuning import PrefixTuning
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import method_classes
 from lora_from_scratch.methods.spafit import SPAFIT
+from lora_from_scratch.methods.tied_lora import TiedLoRA
+from lora_from_scratch.methods.vera import VeRA
 from lora_from_scratch.quantization.nf4_linear import nf4_layers
 from lora_from_scratch.support.linear_layers import weight_of
 from tests.any_models import logits_of, model_of
@@ -32,6 +45,20 @@ METHODS: dict[str, Method] = {
     "lora on parts": LoRA(rank=2, targets=("c_attn.q", "c_attn.v")),
     "qlora": QLoRA(rank=2, targets=("c_attn",)),
     "qlora, doubly, of everything": QLoRA(rank=2, targets="all-linear", blocksize=32),
+    "lora with parts": LoRA(rank=2, bias="all", modules_to_save=("ln_f",), trainable_token_indices=(1, 3)),
+    "dora": DoRA(rank=2, targets="all-linear"),
+    "lora-plus": LoRAPlus(rank=2),
+    "lora-fa": LoRAFA(rank=2),
+    "pissa": PiSSA(rank=2),
+    "vera": VeRA(rank=3),
+    "tied-lora": TiedLoRA(rank=2),
+    "nola": NOLA(rank=2, basis=5),
+    "adalora": AdaLoRA(rank=3, target_rank=2),
+    "multilora": MultiLoRA(rank=2),
+    "mora": MoRA(rank=2),
+    "glora": GLoRA(rank=2),
+    "ia3": IA3(),
+    "layernorm": LayerNormTuning(),
     "adapter": Adapter(width=4),
     "bitfit": BitFit(),
     "two biases": BitFit(variant="two"),
