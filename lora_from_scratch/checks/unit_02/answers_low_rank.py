@@ -22,6 +22,11 @@ def need(rank: int, matrix: Tensor) -> None:
         raise ValueError(f"rank must be between 0 and {min(matrix.shape)}, got {rank}")
 
 
+def need_count(count: int, data: Tensor) -> None:
+    if not 1 <= count <= min(data.shape):
+        raise ValueError(f"count must be between 1 and {min(data.shape)}, got {count}")
+
+
 @right("truncate")
 def with_the_tail_of_s_set_to_zero(matrix: Tensor, rank: int) -> np.ndarray:
     need(rank, matrix)
@@ -316,6 +321,7 @@ def need_samples(data: Tensor) -> None:
 @right("pca")
 def by_the_covariance_matrix_in_numpy(data: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     need_samples(data)
+    need_count(count, data)
     X = data.numpy().astype(np.float64)
     values, vectors = np.linalg.eigh(np.cov(X, rowvar=False))
     kind = np.float32 if require_matrix(data).dtype == torch.float32 else np.float64
@@ -326,6 +332,7 @@ def by_the_covariance_matrix_in_numpy(data: Tensor, count: int) -> tuple[np.ndar
 @right("pca")
 def by_deflation(data: Tensor, count: int) -> list[Tensor]:
     need_samples(data)
+    need_count(count, data)
     data = require_matrix(data)
     mean = data.sum(0) / len(data)
     X = (data - mean) / math.sqrt(len(data) - 1)
