@@ -1,7 +1,7 @@
 # make demo        fine-tune the bundled GPT-2 with full fine-tuning and with LoRA, and compare the two
 # make lab         open JupyterLab on the first unit of the course
 # make build       build notebooks/ and solutions/ from course/units and the library
-# make test        run the tests; under 15 minutes on two cores
+# make test        run the tests; 18 minutes on two cores
 # make test-all    run the slower tests as well; the last line says how long it took
 # make test-gpt2   run the fine-tuning units on a random GPT-2 small (slow)
 # Each target first creates a virtual environment in .venv with the pinned packages. Needs Python 3.11 or newer.

@@ -167,7 +167,8 @@ class VeRA(WrapsLayers):
             dropout=config.get("vera_dropout", 0.0),
             projection_seed=config.get("projection_prng_key") or 0,
             save_projection=saved,
-            projections=(tensors[PEFT_A], tensors[PEFT_B]) if saved else None,
+            # Cloned, because a product with a tensor that is aligned differently may round its last bit differently.
+            projections=(tensors[PEFT_A].clone(), tensors[PEFT_B].clone()) if saved else None,
         )
         state = {key.removeprefix(adapter_files.PREFIX): t for key, t in tensors.items() if key not in (PEFT_A, PEFT_B)}
         return method, state
