@@ -215,7 +215,7 @@ def run_insert(
         return answer(model, width, variant, layers=tuple(layers), generator=generator, **options)
 
     model = model_before()
-    modules = dict(model.named_modules())
+    modules, plain = dict(model.named_modules()), {name for name, _ in model.named_parameters()}
     try:
         adapters = insert(model)
     except ValueError:
@@ -242,7 +242,6 @@ def run_insert(
     seen["the same again"] = all(torch.equal(p, first[name]) for name, p in again.named_parameters())
     starts = [torch.cat([p.detach().flatten() for p in a.parameters()]) for a in found.values()]
     seen["different starts"] = not any(torch.equal(starts[0], other) for other in starts[1:])
-    plain = {name for name, _ in tiny_gpt2(seed, dtype).named_parameters()}
     liven(model, plain)
     with torch.no_grad():
         return seen | {"y": model(ids)}
@@ -251,10 +250,10 @@ def run_insert(
 def run_remove(answer: Callable[..., Any], variants: list[str], layers: list[int], seed: int, ids: Tensor) -> Any:
     """Whether the model computes the same as before, and consists of the same objects under the same names."""
     model = tiny_gpt2(seed)
-    before = dict(model.named_modules())
+    before, plain = dict(model.named_modules()), {name for name, _ in model.named_parameters()}
     for variant in variants:
         insert_adapters(model, 3, variant, layers=tuple(layers))
-    liven(model, {name for name, _ in tiny_gpt2(seed).named_parameters()})
+    liven(model, plain)
     answer(model)
     after = dict(model.named_modules())
     with torch.no_grad():
