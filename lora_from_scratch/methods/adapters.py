@@ -1,22 +1,24 @@
 """Bottleneck adapters: small new layers inside a frozen model.
 
-Houlsby et al. 2019 (arXiv:1902.00751), figure 2: squeeze the d numbers of a token to a few, bend them,
-stretch them to d again, and add what came in:
+Houlsby et al. 2019 (arXiv:1902.00751), figure 2: project the d features of a token down to `width` features, apply a
+nonlinearity, project back to d, and add the input:
 
     x + W_up gelu(W_down x + b) + b',      W_down: (width, d),  W_up: (d, width)
 
-All start so near zero that the adapter is nearly the identity. There are four places for one in a block:
+The weights start so close to zero that the adapter is nearly the identity. The variants differ in where adapters are
+inserted in a block:
 
     houlsby    after the attention and after the MLP, each before it is added to the residual stream
     pfeiffer   after the MLP only (Pfeiffer et al. 2021, arXiv:2005.00247)
-    lin        on the output of the whole block, reading it through a LayerNorm of its own (Lin et al. 2020,
-               arXiv:2004.03829; "Adapter-L" in the LoRA paper), with relu for gelu
-    parallel   beside the MLP, not behind it (He et al. 2022, arXiv:2110.04366): MLP(x) + s W_up relu(W_down x)
+    lin        after the whole block, with its own LayerNorm on the adapter's input and relu instead of gelu
+               (Lin et al. 2020, arXiv:2004.03829; "Adapter-L" in the LoRA paper)
+    parallel   in parallel with the MLP (He et al. 2022, arXiv:2110.04366): MLP(x) + s W_up relu(W_down x)
 
-In a model whose blocks are not known (`blocks.py`), or in other places, the modules are named: `Adapter(places=...)`.
+For an architecture that `blocks.py` does not list, or to insert adapters elsewhere, name the modules:
+`Adapter(places=...)`.
 
-None is a change of the model's weights, because something bends in between: adapters cannot be merged, and an
-adapted model stays slower than its base.
+Because of the nonlinearity, an adapter is not a change of the model's weights: it cannot be merged, and an adapted
+model stays slower than its base.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class BottleneckAdapter(nn.Module):
 
 
 class NormedAdapter(BottleneckAdapter):
-    """`x + W_up relu(W_down norm(x) + b) + b'`, with a LayerNorm that is learned too (Lin et al. 2020)."""
+    """`x + W_up relu(W_down norm(x) + b) + b'`, with a trained LayerNorm (Lin et al. 2020)."""
 
     def __init__(self, n_embd: int, width: int, generator: torch.Generator | None = None) -> None:
         super().__init__(n_embd, width, generator)
@@ -141,7 +143,7 @@ def adapter_parameter_count(n_embd: int, width: int, adapters: int = 1, bias: bo
 
 
 class AdapterAfter(nn.Module):
-    """A module, kept unchanged as `base`, and an adapter that its output goes through."""
+    """A module, kept unchanged as `base`, followed by an adapter."""
 
     def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
         super().__init__()
@@ -217,10 +219,17 @@ def insert_adapters(
 def insert_at(
     model: nn.Module, places: Sequence[str], width: int, variant: str, scaling: float, generator: torch.Generator
 ) -> None:
-    """As `insert_adapters`, at modules of any model, which are named in full. d is what linear layers in them say.
+    """Insert adapters at the named modules of any model, in place.
+
+    The width d of a module's output is taken from the linear layers in it (`blocks.widths`).
+
+    Args:
+        places: the full names of the modules.
+        width, variant, scaling, generator: as for `insert_adapters`.
 
     Raises:
-        ValueError: the width, or a module whose input or output has no width that fits. The model is then as it was.
+        ValueError: the width is out of range, or a module's input or output width does not fit. The model is then
+            unchanged.
     """
     wrapper = AdapterBeside if variant == "parallel" else AdapterAfter
     wrapped = {}
@@ -235,7 +244,7 @@ def insert_at(
             raise ValueError(f"{name}: width must be between 1 and {d}, the number of its outputs, got {width}")
         adapter = new_adapter(variant, d, width, scaling, generator).to(next(base.parameters()))
         wrapped[name] = wrapper(base, adapter).train(base.training)
-    for name in reversed(wrapped):  # the inner ones first: their names hold as long as the outer ones stand
+    for name in reversed(wrapped):  # inner modules first, while their names are valid
         replace_module(model, name, wrapped[name])
 
 
@@ -248,12 +257,12 @@ def remove_adapters(model: nn.Module) -> None:
     place of another.
     """
     wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, AdapterAfter)]
-    for name, wrapper in reversed(wrapped):  # the inner ones first: their names hold as long as the outer ones stand
+    for name, wrapper in reversed(wrapped):  # inner modules first, while their names are valid
         replace_module(model, name, wrapper.base)
 
 
 def adapter_places(n_layer: int, variant: str, layers: Sequence[int] = ()) -> list[str]:
-    """The full names of the modules of a GPT-2 that an adapter is put behind or beside, in the order of the blocks.
+    """The full names of the modules of a GPT-2 that get an adapter, in the order of the blocks.
 
     Raises:
         ValueError: there is no such variant, or no such layer.
@@ -267,14 +276,14 @@ def adapter_places(n_layer: int, variant: str, layers: Sequence[int] = ()) -> li
 def new_adapter(
     variant: str, n_embd: int, width: int, scaling: float = 1.0, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """An adapter of the kind that the variant has."""
+    """A new adapter of this variant."""
     if variant == "parallel":
         return ParallelAdapter(n_embd, width, scaling, generator)
     return (NormedAdapter if variant == "lin" else BottleneckAdapter)(n_embd, width, generator)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where another one stands, by its full name: "transformer.h.0.mlp"."""
+    """Replace the module with this full name, such as "transformer.h.0.mlp"."""
     model.set_submodule(name, module)
 
 
@@ -290,12 +299,14 @@ def _check_variant(variant: str) -> None:
 class Adapter(Method):
     """Adapters in any model; the docstring of this module describes the variants.
 
-    The variant says where they go in the blocks of known architectures (`blocks.py`), ours among them. `places` names
-    the modules instead, each in full or by the end of its name at a dot. Such a module returns (..., d), or a tuple
-    that begins with it; for "parallel" it returns a tensor and is called with x first.
+    In the architectures that `blocks.py` lists, which include our GPT-2, the variant determines where adapters are
+    inserted. `places` names the modules instead, each by its full name or by the last components of it ("mlp"). Such a
+    module returns (..., d), or a tuple whose first element is (..., d); for "parallel" it must return a tensor, and its
+    first argument is x.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+        ValueError: a hyperparameter is out of range (raised by the constructor), or does not fit the model (raised by
+            `adapt`).
     """
 
     width: int = hyperparameter(24, "width of the bottleneck")
@@ -306,8 +317,8 @@ class Adapter(Method):
     layers: Sequence[int] = hyperparameter(  # to leave some out is AdapterDrop, Rücklé et al. 2021
         (), "blocks that get adapters, counted from 0; all of them if none is given"
     )
-    places: Sequence[str] = ()  # the modules that get adapters; none named: those of the variant
-    seed: int = 0  # of the first values
+    places: Sequence[str] = ()  # the modules that get adapters; empty: those of the variant
+    seed: int = 0  # of the initial values
 
     name: ClassVar[str] = "adapter"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_ADAPTER"  # PEFT has no such method

@@ -1,6 +1,6 @@
 """BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): freeze every matrix and train the biases, 0.08 % of GPT-2 small.
 
-Half of them do nearly as well: those of the queries and of the middle of the MLP.
+Training only the biases of the queries and of the MLP's first layer is nearly as good (section 4).
 """
 
 from __future__ import annotations
@@ -86,15 +86,16 @@ class QueryBias(nn.Module):
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """Train biases and nothing else.
+    """Train only biases.
 
-    variant "all": every bias of any model. "two": in each block b_q, the bias of the queries (a third of that of a
-    GPT-2's `c_attn`), and b_m2, the bias of the MLP's first layer: the two that move most (Ben Zaken et al., section 4;
-    m2 is the second matrix after the attention, m1 being the attention's own output). `blocks.py` has the
-    architectures.
+    The variant "all" trains every bias of any model. "two" trains two in each block: b_q, the bias of the queries (a
+    third of the bias of GPT-2's `c_attn`), and b_m2, the bias of the MLP's first layer. They are the two that change
+    most (Ben Zaken et al., section 4, where m1 is the attention's output projection and m2 the matrix after it). It
+    needs an architecture that `blocks.py` lists.
 
     Raises:
-        ValueError: there is no such variant, when it is made; or the model lacks these biases, in `adapt`.
+        ValueError: there is no such variant (raised by the constructor), or the model lacks these biases (raised by
+            `adapt`).
     """
 
     variant: str = hyperparameter(
@@ -105,7 +106,7 @@ class BitFit(Method):
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_BITFIT"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(6e-2, 1e-3, "run_glue.py in benzakenelad/BitFit")
     position: ClassVar[float] = 70
-    can_merge: ClassVar[bool] = True  # a bias is trained where it is; only `bias_q` has to be put there
+    can_merge: ClassVar[bool] = True  # biases are trained in place; only `bias_q` is copied back
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -155,7 +156,7 @@ class BitFit(Method):
 
 
 def _layers_of_two(model: nn.Module) -> dict[str, Any]:
-    """In each block the layer that makes the queries, and the first of the MLP, by their full names."""
+    """In each block the layer that computes the queries and the MLP's first layers, by their full names."""
     try:
         blocks = blocks_of(model)
     except LookupError as error:

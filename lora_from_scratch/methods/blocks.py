@@ -1,4 +1,4 @@
-"""The blocks of known architectures, and what they call their parts. Declared, because nothing in a model says it."""
+"""The names of the attention and MLP modules in the blocks of known architectures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class BlockParts:
     """Names of modules inside a block.
 
     Attributes:
-        attn, mlp: what comes out of them is added to the residual stream.
-        query: the linear layer that makes the queries, or queries, keys and values, if those lie side by side.
-        middle: the first layers of the MLP: one, or two that are multiplied.
+        attn, mlp: the modules whose outputs are added to the residual stream.
+        query: the linear layer that computes the queries, or queries, keys and values side by side; None if there is
+            no such layer.
+        middle: the first layers of the MLP: one, or two whose outputs are multiplied.
     """
 
     attn: str
@@ -37,7 +38,7 @@ BLOCKS = {  # by the class of the block
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
     "SmolLM3DecoderLayer": _LLAMA,
-    "GPTNeoXLayer": BlockParts("attention", "mlp", None, ("mlp.dense_h_to_4h",)),  # q, k and v head by head
+    "GPTNeoXLayer": BlockParts("attention", "mlp", None, ("mlp.dense_h_to_4h",)),  # q, k and v are interleaved by head
     "PhiDecoderLayer": BlockParts("self_attn", "mlp", "self_attn.q_proj", ("mlp.fc1",)),
     "OPTDecoderLayer": BlockParts("self_attn", "fc2", "self_attn.q_proj", ("fc1",)),
     "BertLayer": _BERT,
@@ -50,7 +51,7 @@ def blocks_of(model: nn.Module) -> dict[str, BlockParts]:
     """The blocks of a model by name, in its order, with the names of their parts.
 
     Raises:
-        LookupError: none of its modules is a block that is known here.
+        LookupError: none of its modules is a block listed in `BLOCKS`.
     """
     found = {}
     for name, module in model.named_modules():
@@ -68,10 +69,10 @@ def parts_of_blocks(model: nn.Module, parts: Sequence[str], layers: Sequence[int
 
     Args:
         parts: attributes of `BlockParts`, "attn" or "mlp"; "" is the block itself.
-        layers: the blocks, counted from 0; none named: all.
+        layers: the blocks, counted from 0; empty: all.
 
     Raises:
-        LookupError: the model has no blocks that are known here.
+        LookupError: the model has no blocks listed in `BLOCKS`.
         ValueError: it has no such layer.
     """
     blocks = list(blocks_of(model).items())
@@ -88,10 +89,10 @@ def check_layers(layers: Sequence[int], n_layer: int) -> None:
 
 
 def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The modules whose name is, or at a dot ends in, one of these, in the model's order.
+    """The modules whose full name is one of these or ends with a dot and one of these, in the model's order.
 
     Raises:
-        ValueError: there is none for one of the names.
+        ValueError: one of the names matches no module.
     """
     every = [name for name, _ in model.named_modules()]
     for wanted in names:
@@ -101,7 +102,7 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def widths(module: nn.Module, name: str) -> tuple[int, int]:
-    """How many features a module takes and how many it returns: those of the first and the last linear layer in it.
+    """The number of input and output features of a module, taken from the first and the last linear layer in it.
 
     Raises:
         ValueError: there is no linear layer in it.

@@ -1,19 +1,19 @@
-"""What every method of fine-tuning can do, and in the same way.
+"""The interface that all fine-tuning methods share.
 
-A method is a small frozen dataclass of hyperparameters. It changes a model in place and remembers on the model whatever
-it needs to take the change back:
+A method is a small frozen dataclass of hyperparameters. It adapts a model in place, and stores on the model what it
+needs to undo that:
 
     method = LoRA(rank=4)
-    method.adapt(model)                 # freeze the model, put in what will be learned
-    method.trainable(model)             # the parameters that the optimiser gets, by name
-    method.save(model, "my-adapter")    # only what was learned
+    method.adapt(model)                 # freeze the model and insert the trained parameters
+    method.trainable(model)             # the parameters for the optimiser, by name
+    method.save(model, "my-adapter")    # only the trained parameters
     method.undo(model)                  # the base model again, bit for bit
 
-The training loop, the memory accounting, saving and the comparison of methods use nothing else. The logits of an
-adapted language model are always aligned with its `input_ids`, whatever the method puts in front of them.
+The training loop, memory accounting, saving and the comparison of methods use only this interface. The logits of an
+adapted language model are always aligned with its `input_ids`, even if the method prepends something to them.
 
-A model that is compiled or wrapped (`torch.compile`, `DataParallel`, `DistributedDataParallel`), before or after it is
-adapted, stands for the model inside.
+A model may be compiled or wrapped (`torch.compile`, `DataParallel`, `DistributedDataParallel`) before or after it is
+adapted; every function here works on the model inside.
 
 A new method is a new file with a subclass of `Method`; `registry` finds it.
 """
@@ -43,16 +43,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def hyperparameter(default: T, help: str) -> T:
-    """A field of a method that a person may set: its default, and what the command line says of it.
+    """A field of a method with its default and the help text of its command-line option.
 
-    A field without a help text, such as `seed`, gets no flag of its own.
+    A field without a help text, such as `seed`, gets no option.
     """
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """What a method is trained with unless somebody says otherwise, and where the numbers come from.
+    """A method's default learning rates, and their source.
 
     Attributes:
         bundled: for the bundled model (width 256), from the sweep in `benchmarks/learning_rates.md`.
@@ -65,36 +65,36 @@ class LearningRates:
     source: str
 
     def for_width(self, width: int) -> float:
-        """The rate for a model whose hidden states are so wide."""
+        """The rate for a model with hidden states of this width."""
         return self.large if width >= LARGE else self.bundled
 
 
-LARGE = 512  # the width from which on a model is treated like GPT-2 small and not like the bundled one
+LARGE = 512  # from this width on, models get the rate for GPT-2 small
 
 
 @dataclass
 class Adaptation:
-    """What an adapted model remembers: by what it was adapted, and how it was before."""
+    """Stored on an adapted model: the method, and what `undo` needs."""
 
     method: Method
     base: dict[str, nn.Parameter]  # the base model's own parameters, under their own names
     required_grad: dict[str, bool]  # of each of them, before
-    learned: tuple[str, ...] = ()  # the names, in the adapted model, of what is trained
+    learned: tuple[str, ...] = ()  # the names of the trained parameters in the adapted model
     kept: dict[str, Tensor] = field(default_factory=dict)  # copies of the base parameters that are trained
     merged: bool = False
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to adapt a model. A subclass says what goes into the model and how it comes out again."""
+    """A way to adapt a model. A subclass defines how its parameters are inserted and removed."""
 
-    name: ClassVar[str]  # what a person types
-    peft_type: ClassVar[str]  # what `adapter_config.json` calls it; "": it writes a whole model
+    name: ClassVar[str]  # on the command line
+    peft_type: ClassVar[str]  # in `adapter_config.json`; "": it writes a whole model
     learning_rates: ClassVar[LearningRates]
     position: ClassVar[float] = 1000  # among the methods, in tables; a variant inherits it and comes next
-    can_merge: ClassVar[bool] = False  # whether the change can be put into the weights themselves
+    can_merge: ClassVar[bool] = False  # whether what is trained can be added to the weights
     saves_model: ClassVar[bool] = False  # whether `save` writes a whole model instead of an adapter
-    needs_gpt2: ClassVar[bool] = False  # whether it reaches into our own GPT-2, so that no other model will do
+    needs_gpt2: ClassVar[bool] = False  # whether it works on our own GPT-2 only
     only_on_request: ClassVar[frozenset[str]] = frozenset()  # contestants that the shootout leaves out by default
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -108,96 +108,95 @@ class Method(ABC):
         own = [f"{f.name}={value!r}" for f, value in values.items() if value != default[f]]
         return f"{type(self).__name__}({', '.join(own)})"
 
-    # --- What a subclass supplies ---
+    # --- Implemented by a subclass ---
 
     @abstractmethod
     def _install(self, model: Any) -> None:
-        """Put in what is learned. Everything is frozen at this point: new parameters are trained, and so
-        are those of the base on which this sets `requires_grad` (they are copied, so that `undo` can put
-        them back). Whatever is wrong must be found before the model is touched."""
+        """Insert the trained parameters. Everything is frozen at this point. New parameters are trained, and so are
+        those of the base on which this sets `requires_grad` (`adapt` copies them for `undo`). Errors must be raised
+        before the model is changed."""
 
     @abstractmethod
     def _uninstall(self, model: Any) -> None:
-        """Take out what `_install` put in: the same module and parameter objects as before."""
+        """Remove what `_install` inserted, leaving the same module and parameter objects as before."""
 
     def _merge(self, model: Any) -> None:
-        """Put the change into the weights; wherever `can_merge`."""
+        """Add what is trained to the weights; required if `can_merge`."""
         raise NotImplementedError
 
     def _unmerge(self, model: Any) -> None:
-        """Put the weights back, bit for bit; wherever `can_merge`."""
+        """Restore the weights, bit for bit; required if `can_merge`."""
         raise NotImplementedError
 
     def _keeps_base(self) -> bool:
         """Whether the base parameters that are trained are copied for `undo`."""
         return True
 
-    # --- During training: what the loop asks for beside the loss. Most methods leave these as they are. ---
+    # --- Hooks of the training loop; most methods keep these defaults ---
 
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
-        """What the optimiser gets: dictionaries with "params", and with "lr_scale" where a group learns faster or
-        slower than the learning rate says. Together they hold every trained parameter once."""
+        """The optimiser's parameter groups: dictionaries with "params" and, optionally, "lr_scale", a factor on the
+        learning rate. Each trained parameter is in exactly one group."""
         return [{"params": list(self.trainable(model).values())}]
 
     def before_training(self, model: Any, batches: Iterable[Any], steps: int) -> None:  # noqa: B027
-        """Called once the model is adapted, before the optimiser is made; again when a run is resumed, before the
-        checkpoint is read. So it must be a function of the model and the batches.
+        """Called after `adapt` and before the optimiser is created. It is called again when a run is resumed, before
+        the checkpoint is loaded, so its effect must depend only on the model and the batches.
 
         Args:
-            batches: those of the training, in order, each with `input_ids`, `labels` and `attention_mask`; drawn as
-                they are asked for.
-            steps: of the whole run.
+            batches: the training batches in order, each with `input_ids`, `labels` and `attention_mask`; generated
+                lazily.
+            steps: the number of steps of the whole run.
         """
 
     def extra_loss(self, model: Any) -> Tensor | None:
-        """A scalar that is added to the loss of every step, or None."""
+        """A scalar to add to the loss of each step, or None."""
         return None
 
     def after_step(self, model: Any, step: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
-        """Called when the weights have been updated and the gradients are still there.
+        """Called after the weights are updated and before the gradients are cleared.
 
         Args:
-            step: how many steps have been taken, this one included.
+            step: the number of steps taken so far, including this one.
         """
 
     def training_state(self, model: Any) -> dict[str, Tensor]:
-        """What `after_step` changes beside the trained parameters, by name. Checkpoints keep it, and a resumed run
-        copies it back into these tensors."""
+        """The tensors that `after_step` changes in addition to the trained parameters, by name. They are saved in
+        checkpoints, and a resumed run copies the saved values into them."""
         return {}
 
     # --- For comparing and testing methods ---
 
     def learning_rate(self, width: int) -> float:
-        """What it is trained with on a model of this width unless somebody says otherwise."""
+        """The default learning rate for a model of this width."""
         return self.learning_rates.for_width(width)
 
     @classmethod
     def contestants(cls) -> dict[str, dict[str, Any]]:
-        """What can take part in the shootout: by its name in the table, the hyperparameters that differ from the
-        defaults."""
+        """The shootout's contestants: by the name in the table, the hyperparameters that differ from the defaults."""
         return {cls.name: {}}
 
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> Method:
-        """Random hyperparameters that fit a GPT-2 of this shape, a tiny one included. Tests try their laws on these."""
+        """Random hyperparameters that fit a GPT-2 of this shape, however small, for property tests."""
         return cls()
 
     def starts_as_base(self) -> bool | None:
-        """Whether an adapted model computes what the base computes, bit for bit, before the first step.
+        """Whether an adapted model's output equals the base's, bit for bit, before the first step.
 
-        None: nearly, with logits within 0.001 on a model whose weights are of the usual size.
+        None: nearly, with logits within 0.001 for weights of the usual magnitude.
         """
         return False
 
     def blank_model(self, config: GPT2Config) -> GPT2:
-        """A GPT-2 of this shape, adapted, on the meta device: shapes without memory."""
+        """An adapted GPT-2 of this shape on the meta device, which allocates no memory."""
         with torch.device("meta"):
             model = GPT2(config)
         self.adapt(model)
         return model
 
     def bytes_for_undo(self, config: GPT2Config) -> int:
-        """What is kept of the base for `undo`, beside the copies in `Adaptation.kept`."""
+        """The number of bytes kept of the base for `undo`, beside the copies in `Adaptation.kept`."""
         return 0
 
     def on_full_base(self) -> Method:
@@ -211,25 +210,25 @@ class Method(ABC):
     # --- Before adapting ---
 
     def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
-        """`load_gpt2`, in the form that costs this method the least memory. `adapt` takes the full one as well."""
+        """Like `load_gpt2`, in the form that takes this method the least memory; `adapt` accepts the full model too."""
         return load_gpt2(source)
 
     def for_tokenizer(self, tokenizer: Tokenizer) -> Method:
-        """This method with its texts, if it has any, as a tokenizer's ids.
+        """This method with its texts, if it has any, encoded by a tokenizer.
 
         Raises:
-            ValueError: such a text does not fit.
+            ValueError: a text does not fit.
         """
         return self
 
     # --- Adapting and undoing ---
 
     def adapt(self, model: nn.Module) -> None:
-        """Freeze `model`, put in what this method learns, in place.
+        """Freeze `model` and insert the trained parameters, in place.
 
         Raises:
-            ValueError: the model is adapted already, or the hyperparameters do not fit it. The model is
-                then as it was.
+            ValueError: the model is already adapted, or the hyperparameters do not fit it. The model is then
+                unchanged.
         """
         model = unwrapped(model)
         before = adaptation_of(model)
@@ -252,10 +251,10 @@ class Method(ABC):
         record.learned = tuple(name for name, p in model.named_parameters() if p.requires_grad)
         if self._keeps_base():
             record.kept = {name: p.detach().clone() for name, p in base.items() if p.requires_grad}
-        model.__dict__["adaptation"] = record  # past nn.Module's own bookkeeping: this is no part of its state
+        model.__dict__["adaptation"] = record  # nn.Module does not register it
 
     def undo(self, model: nn.Module) -> None:
-        """Give the base model back, bit for bit: the same parameter objects, with `requires_grad` as it was."""
+        """Restore the base model, bit for bit: the same parameter objects, with their previous `requires_grad`."""
         model = unwrapped(model)
         self.unmerge(model)
         record = self._adaptation(model)
@@ -271,7 +270,7 @@ class Method(ABC):
             parameter.grad = None
         del model.__dict__["adaptation"]
 
-    # --- What was learned ---
+    # --- Trained parameters ---
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that this method trains, by their names in the adapted model."""
@@ -280,13 +279,14 @@ class Method(ABC):
         return {name: p for name, p in named if name in learned}
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Copies of what was learned, and of nothing else."""
+        """Copies of the trained parameters only."""
         return {name: p.detach().clone() for name, p in self.trainable(model).items()}
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Put in what was learned before: this task's, or another's (that is how tasks are switched).
+        """Load trained parameters, for example to switch to another task.
 
-        A merged model stays merged, with the new state. Optimisers keep working: the parameters are the same objects.
+        A merged model stays merged, with the new state. Optimisers keep working, since the parameters remain the same
+        objects.
 
         Raises:
             ValueError: a tensor is missing, unexpected or of another shape. Nothing is loaded then.
@@ -304,10 +304,10 @@ class Method(ABC):
     # --- Merging ---
 
     def merge(self, model: nn.Module) -> None:
-        """Put the change into the weights, so that the model costs what the base costs. Merging is idempotent.
+        """Add what is trained to the weights, so that the model computes as fast as the base. Merging is idempotent.
 
         Raises:
-            ValueError: what this method does is not a change of the weights.
+            ValueError: this method does not change the weights.
         """
         record = self._adaptation(model)
         if not self.can_merge:
@@ -317,17 +317,17 @@ class Method(ABC):
             record.merged = True
 
     def unmerge(self, model: nn.Module) -> None:
-        """Undo `merge` bit for bit. A model that is not merged stays as it is."""
+        """Undo `merge`, bit for bit. A model that is not merged is left unchanged."""
         record = self._adaptation(model)
         if record.merged:
             self._unmerge(unwrapped(model))
             record.merged = False
 
     def merged_copy(self, model: M) -> M:
-        """A plain model with the change in its weights and no trace of the method; `model` stays as it is.
+        """A plain copy of the model, merged, without the method's modules; `model` is not changed.
 
         Raises:
-            ValueError: what this method does is not a change of the weights.
+            ValueError: this method does not change the weights.
         """
         plain = copy.deepcopy(unwrapped(model))
         self.merge(plain)
@@ -337,15 +337,15 @@ class Method(ABC):
     # --- Files ---
 
     def save(self, model: Any, directory: str | Path, *, base_model: str | None = None, tokenizer: Any = None) -> None:
-        """Write what was learned as an adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
+        """Write an adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
 
         Args:
-            directory: made if need be; written whole or not at all.
-            base_model: the name or the place of the model that was adapted, if it is known.
-            tokenizer: for methods that write a whole checkpoint; an adapter has none of its own.
+            directory: created if necessary; written completely or not at all.
+            base_model: the name or path of the base model, if known.
+            tokenizer: for methods that write a whole checkpoint; adapter directories do not contain one.
 
         Raises:
-            OSError: the place cannot be written.
+            OSError: the directory cannot be written.
         """
         config, tensors = self.to_adapter(unwrapped(model))
         if base_model:
@@ -353,23 +353,23 @@ class Method(ABC):
         adapter_files.write_adapter(directory, config, tensors)
 
     def to_adapter(self, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The content of the two files. A method that PEFT knows overrides this with PEFT's own fields and keys."""
+        """The contents of the two files. A method that PEFT has overrides this with PEFT's fields and keys."""
         return {"peft_type": self.peft_type, **asdict(self)}, self.state_dict(model)
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Whether this method understands an `adapter_config.json`. A subclass is asked before its base class; one that
-        trains in another way and saves the same (LoRA+) leaves it to the base class to read."""
+        """Whether this method reads adapters with this `adapter_config.json`. Subclasses are asked before their base
+        class. One that only trains differently (LoRA+) saves what its base class saves, which then reads it."""
         return "peft_type" in vars(cls) and config.get("peft_type") == cls.peft_type
 
     @classmethod
     def from_adapter(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Any
     ) -> tuple[Method, dict[str, Tensor]]:
-        """The inverse of `to_adapter`: the method, and the state to load once it has adapted `model`.
+        """The inverse of `to_adapter`: the method, and the state to load after it has adapted `model`.
 
         Raises:
-            ValueError: a field that this method does not have, or a value that it does not allow.
+            ValueError: the configuration has a field or a value that this method does not support.
         """
         own = [f.name for f in fields(cls)]
         adapter_files.refuse_unknown_fields(config, understood=own)
@@ -380,7 +380,7 @@ class Method(ABC):
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> tuple[Method, dict[str, Tensor]]:
-        """The method and the weights of a whole model that `save` wrote; wherever `saves_model`."""
+        """The method and the weights of a whole model that `save` wrote; required if `saves_model`."""
         raise NotImplementedError
 
     def _adaptation(self, model: nn.Module) -> Adaptation:
@@ -393,7 +393,7 @@ class Method(ABC):
 
 
 def adaptation_of(model: nn.Module) -> Adaptation | None:
-    """What an adapted model remembers; None for a plain one."""
+    """The `Adaptation` of a model, or None if it is not adapted."""
     return unwrapped(model).__dict__.get("adaptation")
 
 

@@ -1,11 +1,10 @@
-"""Where a LoRA goes: which matrices of a model are meant by a name, and what they cost.
+"""Which matrices of a model LoRA adapts, and how many parameters that takes.
 
-LoRA's cost is decided by two choices, which matrices and which rank. Hu et al. (2021, arXiv:2106.09685, sections 7.1
-and 7.2) ask for the best of both under a fixed number of trained parameters.
+Two choices determine the cost of LoRA: which matrices, and which rank. Hu et al. (2021, arXiv:2106.09685, sections 7.1
+and 7.2) compare both under a fixed number of trained parameters.
 
-The model may be any `nn.Module`: our GPT-2, a model of transformers, a plain MLP. Nothing is asked of it but linear
-layers (`support/linear_layers.py`) that are called as modules. What cannot be seen from outside is declared here and
-not guessed: which matrices are fused, and which layer is the output head.
+The model may be any `nn.Module` with linear layers (`support/linear_layers.py`): our GPT-2, a transformers model, a
+plain MLP. What a module does not reveal is declared here: which matrices are fused, and which is the output head.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from lora_from_scratch.support.linear_layers import in_and_out, is_linear
 
 T = TypeVar("T")
 
-# Fused matrices, by the class of the module that holds one and its name there: equal parts, side by side on the output.
+# Fused matrices, by the class of the parent module and the name in it: equal parts, side by side in the output.
 FUSED_PARTS = {
     ("Attention", "c_attn"): ("q", "k", "v"),  # our GPT-2
     ("GPT2Attention", "c_attn"): ("q", "k", "v"),  # transformers'
@@ -40,12 +39,12 @@ MOST_NAMES = 25  # that an error message lists
 
 
 def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
-    """The linear layers that are meant, in the model's order, each with its parts (none: the whole layer).
+    """The targeted linear layers, in the model's order, each with its targeted parts (empty: the whole layer).
 
     Args:
-        targets: names, each the end of a module's name at a dot, as in PEFT: "c_attn", "mlp.c_proj". A part
-            of a fused layer is written behind its name: "c_attn.q". One string is a regular expression
-            for the whole name; "all-linear" means every linear layer but the output head, as in PEFT.
+        targets: names, each the last component or components of a module's name, as in PEFT: "c_attn", "mlp.c_proj".
+            A part of a fused layer is appended to its name: "c_attn.q". A single string is a regular expression for
+            the whole name; "all-linear" means every linear layer except the output head, as in PEFT.
 
     Raises:
         ValueError: a name or the expression matches nothing.
@@ -81,7 +80,7 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tu
 
 
 def ends_with(name: str, end: str) -> bool:
-    """Whether a module's name is `end`, or ends with it at a dot."""
+    """Whether a module's name is `end`, or ends with `.end`."""
     return name == end or name.endswith(f".{end}")
 
 
@@ -91,7 +90,7 @@ def random_targets(rng: Random, with_parts: bool) -> Any:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer of a model but its output head, by name: what "all-linear" means here and in PEFT."""
+    """Every linear layer of a model except its output head, by name: what "all-linear" means here and in PEFT."""
     head = output_head(model)
     return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
 
@@ -99,9 +98,9 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that "all-linear" leaves out, if there is one.
 
-    A language model of transformers names the layer that makes its logits. Of a model for the classification of
-    sequences PEFT (with the task type SEQ_CLS) takes the first of `CLASSIFIERS` that is there. Any other model,
-    one that classifies images included, has no head that PEFT leaves out.
+    In a transformers language model it is the layer that computes the logits (`get_output_embeddings`). In a model for
+    sequence classification it is the first of `CLASSIFIERS` that exists, as in PEFT with the task type SEQ_CLS. Other
+    models, image classifiers among them, have no head that PEFT leaves out.
     """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
@@ -111,20 +110,20 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def classifier(model: nn.Module) -> nn.Module | None:
-    """The layer that makes classes of hidden states, under one of transformers' names for it."""
+    """The layer that maps hidden states to classes, under one of transformers' names for it."""
     found = (getattr(model, name, None) for name in CLASSIFIERS)
     return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
 def fused_parts(model: nn.Module, name: str) -> tuple[str, ...]:
-    """The parts of the fused matrix of that name, in the order of the output axis; none if it is not one."""
+    """The parts of the fused matrix of that name, in the order of the output axis; empty if it is not fused."""
     parent, _, child = name.rpartition(".")
     parts = FUSED_PARTS.get((type(model.get_submodule(parent)).__name__, child), ())
     return parts if parts and in_and_out(model.get_submodule(name))[1] % len(parts) == 0 else ()
 
 
 def by_pattern(values: Mapping[str, T], name: str, otherwise: T) -> T:
-    """The value of the first pattern that is the name or its end at a dot, as PEFT reads `rank_pattern`."""
+    """The value of the first pattern that matches the end of the name, as PEFT reads `rank_pattern`."""
     return next((value for pattern, value in values.items() if matches_end(pattern, name)), otherwise)
 
 
@@ -136,7 +135,7 @@ def check_patterns(patterns: Sequence[str], names: Sequence[str] | Mapping[str, 
 
 
 def matches_end(pattern: str, name: str) -> bool:
-    """Whether a regular expression matches a module's name, or its end at a dot."""
+    """Whether a regular expression matches a module's whole name, or everything after one of its dots."""
     return compile_pattern(rf"(.*\.)?({pattern})").fullmatch(name) is not None
 
 
@@ -162,7 +161,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def describe_names(names: Sequence[str] | Mapping[str, Any]) -> str:
-    """The names that exist, those of all blocks together."""
+    """The names that exist, with the indices of the blocks written as (n)."""
     kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?=\.)", "(n)", name) for name in names))
     more = f" and {len(kinds) - MOST_NAMES} more" if len(kinds) > MOST_NAMES else ""
     return f"the model has {', '.join(kinds[:MOST_NAMES])}{more}" if kinds else "the model has no linear layers"

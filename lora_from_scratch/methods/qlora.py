@@ -1,10 +1,10 @@
-"""QLoRA (Dettmers et al. 2023, arXiv:2305.14314): a LoRA on a model that is stored in four bits a weight.
+"""QLoRA (Dettmers et al. 2023, arXiv:2305.14314): LoRA on a base model stored with four bits per weight.
 
     y = x dequant(W_4bit)^T + b + s B A x          (eq. 5)
 
-The frozen weight is made anew whenever it is needed, forward and backward, and thrown away at once. What is
-left is a quarter of the memory of 16-bit weights, an eighth of that of 32-bit weights, for some more time a step.
-A, B, the biases, the embeddings and the normalisation stay as they are.
+The frozen weight is dequantised each time it is needed, in the forward and in the backward pass, and never stored. The
+weights take a quarter of the memory of 16-bit weights and an eighth of that of 32-bit weights, and each step takes
+somewhat longer. A, B, the biases, the embeddings and the normalisation layers are not quantised.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def load_quantized(
     blocksize: int = 64,
     double_quantization: bool = True,
 ) -> GPT2:
-    """A checkpoint in four bits, in eval mode: `load_model`, then `quantize_model`, a layer at a time.
+    """Load a checkpoint in four bits, in eval mode: like `load_model` and `quantize_model`, but one layer at a time.
 
-    The whole model is never in memory in full. (It is where the weights are not in one `model.safetensors`.)
+    The full-precision model is never in memory as a whole, unless the weights are not in a single `model.safetensors`.
 
     Raises:
         ValueError, OSError: as `load_model` and `quantize_model`.
@@ -82,9 +82,9 @@ def load_quantized(
 
 
 def _names_in_file(model: GPT2, directory: Path) -> dict[str, str]:
-    """Under which name the file has each tensor of the model, after a check that they fit.
+    """The name in the file of each tensor of the model, after checking that they fit.
 
-    The file is mapped into memory, and of a mapped tensor nothing is read before its values are used.
+    The file is memory-mapped, so the values of a tensor are read only when they are used.
     """
     tensors = read_weights(directory)
     check_fit(model.state_dict(), model_tensors(tensors, directory), directory)
@@ -92,7 +92,7 @@ def _names_in_file(model: GPT2, directory: Path) -> dict[str, str]:
 
 
 def _read_tensor(file: Path, name: str) -> Tensor:
-    """A copy in float32. The file is opened for this one tensor, so that what was read leaves the memory again."""
+    """A copy in float32. The file is opened for this tensor only, so that the pages read are released afterwards."""
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name).to(torch.float32, copy=True)
 
@@ -138,9 +138,9 @@ def quantize_model(
 
 # --- The method ----------------------------------------------------------------------------------------
 
-# What an adapted model remembers beside its `Adaptation`, past nn.Module's own bookkeeping. So a layer that goes back
-# is brought to the device and the dtype of the one that stands in its place.
-_DENSE = "dense_layers"  # the layers that `adapt` replaced, by name; None: thrown away (keep_base=False)
+# Attributes of an adapted model beside its `Adaptation`. They are not registered as submodules and `model.to` does not
+# move them, so a layer that is put back is first moved to the device and dtype of the layer that it replaces.
+_DENSE = "dense_layers"  # the layers that `adapt` replaced, by name; None: discarded (keep_base=False)
 _QUANTIZED = "quantized_layers"  # while merged: the 4-bit layers
 
 
@@ -148,22 +148,24 @@ _QUANTIZED = "quantized_layers"  # while merged: the 4-bit layers
 class QLoRA(LoRA):
     """LoRA on a 4-bit base model: `adapt` quantises every linear layer except the head, then inserts LoRA.
 
-    A model that is quantised already (`load_quantized`) stays as it is, and never needs room for the full weights.
+    A model that is already quantised (`load_quantized`) is left as it is, so the full weights are never in memory.
 
-    Merging: s B A does not fit into four bits, where a change smaller than half a step would be rounded away. So
-    `merge` dequantises: the merged model computes what the adapted one does, and is as large as the base was.
+    Merging: in four bits, any change smaller than half a quantisation step would be lost in rounding. So `merge`
+    dequantises: the merged model computes what the adapted one does and is as large as the full-precision base.
 
-    An adapter directory is a LoRA's, with the same keys. How the base was quantised is in its field `loftq_config`,
-    which PEFT ignores (and says so): there, quantising is up to who loads the base.
+    The adapter directory is that of LoRA, with the same keys. Its field `loftq_config` records how the base was
+    quantised. PEFT ignores that field, with a warning: with PEFT, whoever loads the base decides how to quantise it.
 
     Args:
         double_quantization, blocksize, quant_type: how the base is stored; see `NF4Linear.from_layer`.
-        loftq_iterations: 0 starts where the 4-bit base is; more start nearer to the full one (`loftq.py`).
-        keep_base: whether the full weights stay in memory for `undo`: as large as the model itself. `keep_base=False`
-            saves that; then there is no way back (unless the model was quantised before).
+        loftq_iterations: with 0, training starts from the 4-bit base; with more, closer to the full-precision base
+            (`loftq.py`).
+        keep_base: whether the full weights stay in memory for `undo`. They take as much memory as the model itself.
+            With False they are discarded, and `undo` is possible only if the model was quantised before `adapt`.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+        ValueError: a hyperparameter is out of range (raised by the constructor), or does not fit the model (raised by
+            `adapt`).
     """
 
     double_quantization: bool = hyperparameter(True, "also quantise the scales of the blocks (double quantisation)")
@@ -189,7 +191,7 @@ class QLoRA(LoRA):
             raise ValueError(f"loftq_iterations must be a whole number of at least 0, got {self.loftq_iterations!r}")
 
     def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
-        """The model in four bits, a layer at a time; in full only for LoftQ, which needs the full weights."""
+        """Load the model in four bits, one layer at a time; in full only for LoftQ, which needs the full weights."""
         if self.loftq_iterations:
             return super().load_base(source)
         tokenizer = load_tokenizer(source)
@@ -208,10 +210,10 @@ class QLoRA(LoRA):
             record.base = {name: p for name, p in record.base.items() if id(p) in present}
 
     def undo(self, model: nn.Module) -> None:
-        """Give the base model back, bit for bit.
+        """Restore the base model, bit for bit.
 
         Raises:
-            ValueError: `keep_base` is False and `adapt` threw the full weights away.
+            ValueError: `keep_base` is False and `adapt` discarded the full weights.
         """
         self._adaptation(model)
         if None in unwrapped(model).__dict__[_DENSE].values():
@@ -232,7 +234,7 @@ class QLoRA(LoRA):
         model.__dict__[_DENSE] = dense if self.keep_base else dict.fromkeys(dense)
 
     def _refuse_another_base(self, model: nn.Module) -> None:
-        """Check that what is quantised already is quantised as this method says."""
+        """Check that layers which are already quantised have this method's settings."""
         wanted = (self.quant_type, self.blocksize, self.double_quantization)
         for name, layer in nf4_layers(model).items():
             q = layer.quantized
@@ -270,7 +272,7 @@ class QLoRA(LoRA):
         if model.__dict__.pop(_QUANTIZED, None) is None:
             in_place = nf4_layers(model)
             inject_lora(model, {name: layer.to(in_place[name].like) for name, layer in dense.items()})
-        else:  # merged, so wanted as it is: a plain model, to be trained like the base
+        else:  # merged: the dequantised layers stay, and are as trainable as the base's were
             flags = self._adaptation(model).required_grad
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags.get(name, True))
