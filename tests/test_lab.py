@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from lora_from_scratch.cli import lab
+from lora_from_scratch.support.course_files import RECORD, copy_unchanged
 from tests.cli_calls import complaint
 
 
@@ -25,14 +27,42 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_is_not_there_yet_is_copied_and_what_was_written_stays(course: Path) -> None:
+def test_what_is_missing_is_copied_and_what_was_written_stays(course: Path) -> None:
     mine = course / "work"
-    assert lab.copy_notebooks(course / "notebooks", mine) == 2
+    assert len(copy_unchanged(course / "notebooks", mine).new) == 4
     (mine / "unit_00/unit_00.ipynb").write_text("solved")
     (mine / "unit_01/unit_01.ipynb").unlink()
-    assert lab.copy_notebooks(course / "notebooks", mine) == 1
+    assert copy_unchanged(course / "notebooks", mine) == (["unit_01/unit_01.ipynb"], [], [])
     assert (mine / "unit_00/unit_00.ipynb").read_text() == "solved"
     assert (mine / "unit_01/unit_01.png").read_bytes() == b"picture"
+
+
+def test_a_new_release_updates_what_is_untouched_and_keeps_what_was_changed(course: Path) -> None:
+    release, mine = course / "notebooks", course / "work"
+    copy_unchanged(release, mine)
+    (mine / "unit_00/unit_00.ipynb").write_text("solved")
+    for unit in ("unit_00/unit_00", "unit_01/unit_01"):
+        (release / f"{unit}.ipynb").write_text('{"new": 1}')
+    for _ in range(2):  # the second time, nothing is left to update
+        copied = copy_unchanged(release, mine)
+        assert copied.kept == ["unit_00/unit_00.ipynb"]
+        assert (mine / "unit_00/unit_00.ipynb").read_text() == "solved"
+        assert (mine / "unit_01/unit_01.ipynb").read_text() == '{"new": 1}'
+    assert copied.updated == []
+    lines = lab.report(lab.Copied([], ["unit_01/unit_01.ipynb", "unit_01/unit_01.png"], copied.kept), mine)
+    assert "Brought up to date, as you had not changed them: unit_01." in lines
+    assert "newer version of unit_00; your own was kept" in lines[-1]
+
+
+def test_a_folder_from_before_releases_were_recorded_is_taken_over(course: Path) -> None:
+    release, mine = course / "notebooks", course / "work"
+    copy_unchanged(release, mine)
+    (mine / "unit_00/unit_00.ipynb").write_text("solved")
+    (mine / RECORD).write_text("[damaged")
+    assert copy_unchanged(release, mine) == ([], [], [])
+    (release / "unit_01/unit_01.ipynb").write_text('{"new": 1}')
+    assert copy_unchanged(release, mine) == ([], ["unit_01/unit_01.ipynb"], [])
+    assert (mine / "unit_00/unit_00.ipynb").read_text() == "solved"
 
 
 def test_the_command_becomes_jupyterlab_on_the_unit(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,12 +85,12 @@ def test_a_copy_that_was_cut_is_made_again_and_what_a_learner_wrote_is_not(cours
     release = course / "notebooks" / "unit_01/unit_01.ipynb"
     release.write_text('{"cells": []}')
     for cut in ("", '{"cells'):
-        lab.copy_notebooks(course / "notebooks", mine)
+        copy_unchanged(course / "notebooks", mine)
         (mine / "unit_01/unit_01.ipynb").write_text(cut)
-        assert lab.copy_notebooks(course / "notebooks", mine) == 1
+        assert copy_unchanged(course / "notebooks", mine).new == ["unit_01/unit_01.ipynb"]
         assert (mine / "unit_01/unit_01.ipynb").read_text() == '{"cells": []}'
     (mine / "unit_01/unit_01.ipynb").write_text('{"a": 1}')  # shorter, but something else
-    assert lab.copy_notebooks(course / "notebooks", mine) == 0
+    assert copy_unchanged(course / "notebooks", mine) == ([], [], [])
 
 
 def test_a_full_disk_leaves_no_cut_file(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,15 +98,15 @@ def test_a_full_disk_leaves_no_cut_file(course: Path, monkeypatch: pytest.Monkey
         Path(target).write_bytes(b"{")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lab.shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(OSError, match="No space left"):
-        lab.copy_notebooks(course / "notebooks", course / "work")
+        copy_unchanged(course / "notebooks", course / "work")
     assert not (course / "work").exists()
 
 
 def test_the_folder_says_the_titles_of_the_units(course: Path) -> None:
     (course / "notebooks/unit_01/unit_01.ipynb").write_text('{"cells": [{"source": ["# Unit 01: Rank\\n", "\\n"]}]}')
-    lab.copy_notebooks(course / "notebooks", course / "work")
+    copy_unchanged(course / "notebooks", course / "work")
     lab.write_contents(course / "work")
     lines = (course / "work" / lab.CONTENTS).read_text().splitlines()
     assert lines[2:] == ["- [unit_00](unit_00/unit_00.ipynb)", "- [Unit 01: Rank](unit_01/unit_01.ipynb)"]
@@ -92,6 +122,6 @@ def test_jupyterlab_finds_that_nbgrader_is_for_instructors(monkeypatch: pytest.M
 def test_bad_input_ends_in_one_line(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert complaint("lab", "--unit", "77") == "error: there is no unit 77 in work; there are 00, 01"
     monkeypatch.setattr(lab, "NOTEBOOKS", course / "nothing")
-    assert "there are no notebooks in" in complaint("lab")
+    assert "there are no course files in" in complaint("lab")
     monkeypatch.setattr(lab.importlib.util, "find_spec", lambda name: None)
     assert "JupyterLab is not installed; run: python -m pip install" in complaint("lab")

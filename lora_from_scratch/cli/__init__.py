@@ -24,6 +24,7 @@ COMMANDS = (
     "progress",
     "check-submission",
     "leaderboard",
+    "course",
     "build",
     "grade",
     "doctor",

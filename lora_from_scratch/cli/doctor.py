@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_from_scratch.support.course_files import install_command
+
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_DISK = 500e6  # bytes of free space for runs, with a margin
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "matplotlib", "sacrebleu")
 COURSE = ("jupyterlab", "ipykernel", "ipywidgets")
 GRADING = ("jupytext", "nbclient", "nbgrader", "nh3")
-INSTALL = "python -m pip install -e . -c constraints.txt"
-INSTALL_COURSE = "python -m pip install -e '.[course]' -c constraints.txt"
+INSTALL, INSTALL_COURSE = install_command(), install_command("[course]")
 WIDGETS = Path("labextensions/@jupyter-widgets/jupyterlab-manager/package.json")
 
 
@@ -76,7 +77,7 @@ def _bundled_model() -> str:
     try:
         model, tokenizer = load_gpt2("bundled")
     except (OSError, ValueError) as error:
-        raise RuntimeError(f"{error}; fetch it again: git checkout -- lora_from_scratch/assets") from None
+        raise RuntimeError(f"{error}; install the library again: {INSTALL} --force-reinstall --no-deps") from None
     size = sum(p.numel() for p in model.parameters())
     return f"{size:,} parameters, {tokenizer.vocab_size:,} tokens"
 

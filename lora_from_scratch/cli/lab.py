@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from urllib.parse import quote
 
 from lora_from_scratch.support.allocator import quick_allocator
+from lora_from_scratch.support.course_files import Copied, copy_unchanged, course_files, install_command
 from lora_from_scratch.support.files import write_atomically
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "assets" / "lab"  # JupyterLab without nbgrader's buttons
 CONTENTS = "Units.md"  # in the learner's folder: the units with their titles
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-NOT_INSTALLED = "JupyterLab is not installed; run: python -m pip install -e '.[course]' -c constraints.txt"
+NOTEBOOKS = course_files() / "notebooks"
+NOT_INSTALLED = f"JupyterLab is not installed; run: {install_command('[course]')}"
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "lab",
         help="open JupyterLab on the course's notebooks",
-        description="Copy the course's notebooks into your own folder and open JupyterLab on one of them. Only missing "
-        f"notebooks are copied; your work is never overwritten. {CONTENTS} in that folder lists the units.",
+        description="Copy the course's notebooks into your own folder and open JupyterLab on one of them. Missing "
+        "notebooks are added, and those that you have not changed are brought up to date; your work is never "
+        f"overwritten. {CONTENTS} in that folder lists the units.",
     )
     parser.add_argument("--unit", default="00", metavar="NN", help="the unit to open (default: %(default)s)")
     parser.add_argument(
@@ -47,12 +47,10 @@ def run(options: argparse.Namespace) -> int:
     """
     if importlib.util.find_spec("jupyterlab") is None:
         raise ImportError(NOT_INSTALLED)
-    new = copy_notebooks(NOTEBOOKS, options.folder)
+    copied = copy_unchanged(NOTEBOOKS, options.folder)
     notebook = find_notebook(options.folder, options.unit)
     write_contents(options.folder)
-    print(
-        f"{new} new notebooks in {options.folder}." if new else f"Your notebooks are in {options.folder}.", flush=True
-    )
+    print("\n".join(report(copied, options.folder)), flush=True)
     command = lab_command(options.folder, notebook, options.no_browser, options.port)
     found = os.environ.get("JUPYTER_CONFIG_PATH")
     os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([os.fspath(CONFIGURATION), *([found] if found else [])])
@@ -60,28 +58,18 @@ def run(options: argparse.Namespace) -> int:
         os.execv(command[0], command)
 
 
-def copy_notebooks(source: Path, folder: Path) -> int:
-    """Copy the files that `folder` does not have yet, or only the beginning of; return how many are notebooks.
-
-    Raises:
-        OSError: there is nothing to copy, or the folder cannot be written to.
-    """
-    files = [file for file in sorted(source.rglob("*")) if file.is_file() and ".ipynb_checkpoints" not in file.parts]
-    if not files:
-        raise FileNotFoundError(f"there are no notebooks in {source}; run this in a clone of the repository")
-    new = 0
-    for file in files:
-        copy = folder / file.relative_to(source)
-        if not copy.exists() or _is_cut(copy, file):
-            write_atomically(copy, functools.partial(shutil.copyfile, file))
-            new += file.suffix == ".ipynb"
-    return new
-
-
-def _is_cut(copy: Path, file: Path) -> bool:
-    """Whether a file is only the beginning of what it should be a copy of, as a full disk used to leave it."""
-    size = copy.stat().st_size if copy.is_file() else file.stat().st_size
-    return size < file.stat().st_size and file.read_bytes().startswith(copy.read_bytes())
+def report(copied: Copied, folder: Path) -> list[str]:
+    """What was copied, as lines for the learner."""
+    new, updated, kept = ([Path(name).stem for name in names if name.endswith(".ipynb")] for names in copied)
+    lines = [f"{len(new)} new notebooks in {folder}."] if new else [f"Your notebooks are in {folder}."]
+    if updated:
+        lines.append(f"Brought up to date, as you had not changed them: {', '.join(updated)}.")
+    if kept:
+        lines.append(
+            f"There is a newer version of {', '.join(kept)}; your own was kept. To get the new one, rename yours and "
+            "run this again."
+        )
+    return lines
 
 
 def write_contents(folder: Path) -> None:
