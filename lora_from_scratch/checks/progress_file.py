@@ -11,12 +11,13 @@ import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.support.files import write_json
@@ -227,27 +228,11 @@ def _write(progress: Progress) -> None:
     write_json(path(), {"version": VERSION, "exercises": exercises})
 
 
-@contextlib.contextmanager
-def _locked() -> Iterator[None]:
-    """Hold the lock on the file (on Windows there is no lock).
+def _locked() -> FileLock:
+    """The lock on the file, to be held in a `with` statement.
 
     Raises:
-        OSError: the folder is not writable, or another process has held the lock for too long.
+        OSError: (on entry) the folder is not writable, or another process has held the lock for too long.
     """
     folder().mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (folder() / "progress.lock").open("a") as lock:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.02)
-        yield  # closing the file releases the lock
+    return FileLock(folder() / "progress.lock", timeout=PATIENCE)

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import quote
@@ -38,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Replace this process by JupyterLab.
+    """Replace this process by JupyterLab (on Windows: run it and wait).
 
     Raises:
         ValueError: there is no such unit.
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
     found = os.environ.get("JUPYTER_CONFIG_PATH")
     os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([os.fspath(CONFIGURATION), *([found] if found else [])])
     with quick_allocator():  # for the notebooks' kernels, which train
+        if os.name == "nt":  # where `execv` returns to the shell at once
+            return subprocess.run(command).returncode
         os.execv(command[0], command)
 
 
@@ -117,7 +120,5 @@ def lab_command(folder: Path, notebook: Path, no_browser: bool = False, port: in
     command += [f"--LabApp.default_url=/lab/tree/{opened}"]  # also in the address that is printed
     command += ["--no-browser"] if no_browser else []
     command += [f"--port={port}"] if port else []
-    superuser = (
-        hasattr(os, "geteuid") and os.geteuid() == 0
-    )  # as in a container; without the flag Jupyter refuses to start
+    superuser = hasattr(os, "geteuid") and os.geteuid() == 0  # as in a container, where Jupyter needs the flag
     return command + (["--allow-root"] if superuser else [])

@@ -126,7 +126,7 @@ def _folder(directory: Path) -> Iterator[None]:
 
 def _finish(file: Path) -> None:
     """Flush the file to disk and give it the default permissions (`tempfile` creates files with 0600)."""
-    with file.open("rb") as written:
+    with file.open("r+b") as written:  # Windows flushes only files that are open for writing
         os.fsync(written.fileno())
     os.chmod(file, 0o666 & ~_umask())
 
