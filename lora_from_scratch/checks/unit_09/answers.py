@@ -1,6 +1,5 @@
 """Unit 09, LoRA's arithmetic and its start: mistakes that people make, and other right ways."""
 
-# mypy: ignore-errors
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
 from __future__ import annotations

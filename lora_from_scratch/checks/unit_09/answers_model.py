@@ -8,10 +8,9 @@ from __future__ import annotations
 import copy
 import re
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_from_scratch.checks.bank import right, wrong
-from lora_from_scratch.methods.lora import LoRALinear
 
 # --- inject_lora ----------------------------------------------------------------------------------
 
@@ -36,6 +35,23 @@ def looks_for_the_holder(model: nn.Module, layers: dict[str, nn.Module]) -> nn.M
     return model
 
 
+@right("inject_lora")
+def pytorchs_own_function(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    for name in layers:
+        model.set_submodule(name, layers[name])
+
+
+@right("inject_lora")
+def from_the_root_downwards(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    for child, module in list(model._modules.items()):
+        below = {
+            name.removeprefix(f"{child}."): layer for name, layer in layers.items() if name.startswith(f"{child}.")
+        }
+        from_the_root_downwards(module, below)
+        if child in layers:
+            model._modules[child] = layers[child]
+
+
 @wrong(
     "inject_lora",
     "You set an attribute of the model whose name contains dots. The layer is registered and counted, but never "
@@ -57,6 +73,38 @@ def everything_of_that_name(model: nn.Module, layers: dict[str, nn.Module]) -> N
         for parent in [module for module in model.modules() if module not in layers.values()]:
             if child in dict(parent.named_children()):
                 setattr(parent, child, layer)
+
+
+@wrong(
+    "inject_lora",
+    "You compare the ends of the names: a short name such as `attn` is also the end of `h.0.attn`. A full name "
+    "identifies one layer.",
+)
+def the_end_of_a_name(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    new = {id(layer) for layer in layers.values()}
+    for full, module in list(model.named_modules()):
+        for name, layer in layers.items():
+            if full.endswith(name) and id(module) not in new:
+                parent, _, child = full.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer)
+
+
+@wrong(
+    "inject_lora",
+    "You put a new layer around the given one, or build one of your own. Put in the very layer that is given.",
+)
+def wrapped_once_more(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    looks_for_the_holder(model, {name: nn.Sequential(layer) for name, layer in layers.items()})
+
+
+@wrong(
+    "inject_lora",
+    "Modules that are not named are replaced as well: you rebuild or copy the model around the new layers.",
+)
+def copies_of_all_others(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    for child, module in list(model.named_children()):
+        setattr(model, child, copy.deepcopy(module))
+    looks_for_the_holder(model, layers)
 
 
 @wrong(
@@ -141,6 +189,24 @@ def by_a_pattern(model: nn.Module) -> nn.Module:
     return model
 
 
+@right("mark_only_lora_as_trainable")
+def module_by_module_and_down(model: nn.Module) -> None:
+    for name, parameter in model._parameters.items():
+        if parameter is not None:
+            parameter.requires_grad = name in {"lora_A", "lora_B"}
+    for child in model.children():
+        module_by_module_and_down(child)
+
+
+@right("mark_only_lora_as_trainable")
+def two_groups_of_parameters(model: nn.Module) -> None:
+    ours, rest = nn.ParameterList(), nn.ParameterList()
+    for name, parameter in dict(model.named_parameters()).items():
+        (ours if ("." + name).endswith((".lora_A", ".lora_B")) else rest).append(parameter)
+    ours.requires_grad_(True)
+    rest.requires_grad_(False)
+
+
 @wrong(
     "mark_only_lora_as_trainable",
     "Everything is frozen now, including A and B: there is nothing left to train. If you look for layers of your own "
@@ -198,6 +264,35 @@ def b_only(model: nn.Module) -> None:
         parameter.requires_grad = last(name) == "lora_B"
 
 
+@wrong(
+    "mark_only_lora_as_trainable",
+    'You ask whether the name ends in "lora_A" or "lora_B". So does the name "no_lora_B": the whole last part, after '
+    "the last dot, has to be equal.",
+)
+def a_name_that_ends_so(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith(("lora_A", "lora_B"))
+
+
+@wrong(
+    "mark_only_lora_as_trainable",
+    'You look for a dot before "lora_A" or "lora_B". If the model is itself a LoRA layer, its parameters have names '
+    "without a dot.",
+)
+def with_a_dot_before_it(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith((".lora_A", ".lora_B"))
+
+
+@wrong(
+    "mark_only_lora_as_trainable",
+    "One of the parts of the name is lora_A or lora_B, but not the last: a module may have such a name too.",
+)
+def any_part_of_the_name(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not {"lora_A", "lora_B"}.isdisjoint(name.split("."))
+
+
 @wrong("mark_only_lora_as_trainable", "You train A only. Then B stays zero, and so does B A.")
 def a_only(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
@@ -227,95 +322,3 @@ def the_wrong_way_round(model: nn.Module) -> None:
 def on_the_state_dict(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         tensor.requires_grad = last(name) in ("lora_A", "lora_B")
-
-
-# --- lora_state_dict ------------------------------------------------------------------------------
-
-
-@right("lora_state_dict")
-def a_filtered_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items() if last(name) in {"lora_A", "lora_B"}}
-
-
-@right("lora_state_dict")
-def layer_by_layer(model: nn.Module) -> dict[str, object]:
-    found = {}
-    for prefix, module in model.named_modules():
-        if hasattr(module, "lora_B") and hasattr(module, "lora_A"):
-            found |= {f"{prefix}.lora_{x}".strip("."): getattr(module, f"lora_{x}").detach().numpy() for x in "BA"}
-    return found
-
-
-@wrong("lora_state_dict", "You save the whole model. Of 350 GB, only 35 MB are new: everyone has the base already.")
-def the_whole_model(model: nn.Module) -> dict[str, Tensor]:
-    return model.state_dict()
-
-
-@wrong(
-    "lora_state_dict",
-    "You go by `requires_grad`. That tells you what is trained at the moment, not what was learned: if it is frozen, "
-    "nothing would be saved, and if the base is trained, all of it would be.",
-)
-def whatever_is_trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@wrong(
-    "lora_state_dict",
-    "You use the last part of the name as the key. Every layer has a lora_A, so each one overwrites the one before.",
-)
-def short_names(model: nn.Module) -> dict[str, Tensor]:
-    return {last(n): p.detach() for n, p in model.named_parameters() if last(n) in ("lora_A", "lora_B")}
-
-
-@wrong(
-    "lora_state_dict",
-    "Only B is saved. It started from zero and was trained, but it is useless without its A.",
-)
-def the_bs_only(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach() for n, p in model.named_parameters() if last(n) == "lora_B"}
-
-
-@wrong(
-    "lora_state_dict",
-    'You look for "lora" anywhere in the name, which also matches modules whose names only contain it.',
-)
-def lora_anywhere_in_the_name(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach() for n, p in model.named_parameters() if "lora" in n}
-
-
-@wrong(
-    "lora_state_dict",
-    'You look for "lora_" anywhere in the name, which also matches a module or parameter whose name only begins that '
-    "way.",
-)
-def lora_underscore_anywhere_in_the_name(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
-
-
-@wrong(
-    "lora_state_dict",
-    "Your tensors are still attached to the autograd graph: detach them before they are saved.",
-)
-def still_parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p for n, p in model.named_parameters() if last(n) in ("lora_A", "lora_B")}
-
-
-@wrong("lora_state_dict", "The keys no longer contain the parameter's own name: is it A or B?")
-def names_of_the_layers(model: nn.Module) -> dict[str, Tensor]:
-    named = model.named_parameters()
-    return {n.rpartition(".")[0]: p.detach() for n, p in named if last(n) in ("lora_A", "lora_B")}
-
-
-@wrong(
-    "lora_state_dict",
-    "You save the product, which is as large as the weight itself. Save the two thin factors.",
-)
-def the_products(model: nn.Module) -> dict[str, Tensor]:
-    layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
-    return {n: (m.scaling * m.factors()[1] @ m.factors()[0]).detach() for n, m in layers}
-
-
-@wrong("lora_state_dict", caught_by="another type")
-def a_list_of_tensors(model: nn.Module) -> list[Tensor]:
-    return [p.detach() for n, p in model.named_parameters() if last(n) in ("lora_A", "lora_B")]
