@@ -52,7 +52,7 @@ def batched_lora(x: Tensor, A_stack: Tensor, B_stack: Tensor, scaling: float | T
         adapter_index: (n,) integers from 0 to K - 1; -1: nothing is added to this row.
 
     Returns:
-        (n, T, out), on the device of x.
+        (n, T, out).
     """
     adapters, rank, _ = A_stack.shape
     if isinstance(scaling, Tensor):

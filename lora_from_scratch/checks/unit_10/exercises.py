@@ -18,7 +18,7 @@ from lora_from_scratch.checks.unit_10.explanations import (
     explain_shrunk,
     explain_switched,
 )
-from lora_from_scratch.checks.unit_10.probes import SIZES, run_batched, run_on_sizes, run_peft, run_switch
+from lora_from_scratch.checks.unit_10.probes import SIZES, run_on_sizes, run_peft, run_switch
 from lora_from_scratch.methods.lora_peft import lora_state_from_peft
 from lora_from_scratch.methods.placement import lora_parameter_count, rank_for_budget
 from lora_from_scratch.serving.batched_lora import batched_lora, shrink, switch_task
@@ -221,7 +221,7 @@ def batch_cases(draw: Draw) -> Iterator[Case]:
     index, none, shape = (
         "adapter_index: (n,) integers",
         "-1: nothing is added to this row",
-        "(n, T, out), on the device",
+        "(n, T, out).",
     )
     stack_A, stack_B = "A_stack: (K, r, in)", "B_stack: (K, out, r)"
     yield case("one adapter, two rows, s = 2", (0, 0), 1, 2.0, output, added, s)
@@ -234,7 +234,6 @@ def batch_cases(draw: Draw) -> Iterator[Case]:
     yield case("no row has an adapter", (-1, -1), 2, 1.5, none)
     as_many = "as many rows as adapters, each adapter with its own scaling, one row without an adapter"
     yield case(as_many, (2, 0, -1), 3, each(3), none, s)
-    yield case("tensors on the device meta", (1, 0, 1), 2, 1.5, shape, meta=True)
 
 
 # --- The lists ---------------------------------------------------------------------------------------
@@ -349,7 +348,6 @@ EXERCISES = [
             "`scaling[:, None, None]` if it is a tensor.",
         ),
         cases=batch_cases,
-        probe=run_batched,
         explain=explain_batched,
         background=("x: (n, T, in)",),
     ),

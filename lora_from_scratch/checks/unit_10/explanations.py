@@ -16,7 +16,8 @@ from lora_from_scratch.checks.verdict import describe
 
 SWITCHED = {  # what the messages say of each entry of the record
     "dtypes": "A parameter of the model has another dtype than before: round the sum to the weight's own.",
-    "the same parameters": "The values are right, but a parameter was replaced by a new one. Change its values in place.",
+    "the same parameters": "The values are right, but a parameter was replaced by a new one. Change its values "
+    "in place.",
     "still trained": "The values are right, but a parameter is not trained any more, or belongs to a graph of "
     "gradients. The sums should not be recorded: `torch.no_grad()`.",
 }
@@ -136,9 +137,7 @@ def explain_shrunk(case: Case, seen: Seen, expected: Seen) -> Explanation:
 
 
 def explain_batched(case: Case, seen: Seen, expected: Seen) -> Explanation:
-    """Axes, the device, rows without an adapter, and the rows for which it is right."""
-    if case.inputs.get("meta"):
-        return "another device", "On the device meta the result is not on the device of x, or has another shape."
+    """Axes, rows without an adapter, and the rows for which it is right."""
     wanted: Any = expected.value
     given: Any = case.inputs
     if found := _axes(seen.value, wanted, ("n rows", "T tokens", "outputs")):

@@ -68,11 +68,3 @@ def run_switch(
         "the same parameters": {name: after.get(name) is parameter for name, parameter in parameters.items()},
         "still trained": all(p.requires_grad and p.grad_fn is None for p in after.values()),
     }
-
-
-def run_batched(answer: Callable[..., Any], meta: bool = False, **given: Any) -> Any:
-    """The result; of tensors on the device meta, which have no values, its shape and device."""
-    if not meta:
-        return answer(**given)
-    result = answer(**{name: one.to("meta") if isinstance(one, Tensor) else one for name, one in given.items()})
-    return [list(result.shape), str(result.device)] if isinstance(result, Tensor) else result
