@@ -36,7 +36,7 @@ def layer_by_layer(model: nn.Module) -> dict[str, object]:
 def by_a_pattern_without_gradients(model: nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
         pairs = list(model.named_parameters())
-        return dict((name, p.view(p.shape)) for name, p in pairs if re.search(r"(^|\.)lora_[AB]$", name))
+        return dict((name, p.clone()) for name, p in pairs if re.search(r"(^|\.)lora_[AB]$", name))
 
 
 @right("lora_state_dict")

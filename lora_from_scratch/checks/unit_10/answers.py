@@ -1,4 +1,4 @@
-"""Unit 10, fine-tuning with LoRA: mistakes that people make, and other right ways. The costs, and the files."""
+"""Unit 10, fine-tuning with LoRA: mistakes that people make, and other right ways. The costs."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
