@@ -174,9 +174,13 @@ def never_divides_the_powers(G: Tensor, generator: torch.Generator | None = None
 def starts_from_the_first_basis_vector(G: Tensor, generator: torch.Generator | None = None) -> Tensor:
     G = square(G)
     x = torch.eye(len(G), dtype=G.dtype)[0]
-    for _ in range(20_000 if G.any() else 0):
-        x = G @ x
+    for _ in range(64 if G.any() else 0):
+        G = G / G.norm()
+        previous, x = x, G @ x
         x = x / x.norm()
+        if (x - previous).norm() <= 8 * torch.finfo(G.dtype).eps:
+            break
+        G = G @ G
     return x
 
 
