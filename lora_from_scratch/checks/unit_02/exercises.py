@@ -511,6 +511,7 @@ EXERCISES = [
         background=("G: (k, k), symmetric",),
         agree=agree_on(eigenvector_laws),
         explain=explain_eigenvector,
+        seconds=15.0,  # without squaring it takes 14,000 steps a matrix, which is slow on a busy machine
     ),
     Exercise(
         dominant_singular_triplet,
