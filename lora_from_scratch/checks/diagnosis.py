@@ -244,7 +244,9 @@ def _tensors(seen: Seen, expected: Seen) -> list[tuple[str, Tensor, Tensor]]:
 @functools.lru_cache(maxsize=2048)
 def observations_of(answer: Answer, exercise: Exercise, seed: int) -> tuple[Seen, ...]:
     """What is observed when an answer of the bank is tried on the exercise's cases."""
-    return tuple(observe(exercise.probe, answer.object, [c.inputs for c in exercise.inputs(seed)], 4, seed))
+    return tuple(
+        observe(exercise.probe, answer.object, [c.inputs for c in exercise.inputs(seed)], exercise.seconds, seed)
+    )
 
 
 def kind_of(value: Data) -> str:

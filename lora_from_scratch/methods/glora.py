@@ -30,8 +30,8 @@ from lora_from_scratch.methods import adapter_files
 from lora_from_scratch.methods.lora_peft import targets_in_peft
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS
-from lora_from_scratch.methods.wrapped_layers import WrapsLayers, dense, like
-from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, weight_of
+from lora_from_scratch.methods.wrapped_layers import WrapsLayers, like
+from lora_from_scratch.support.linear_layers import dense, in_and_out, is_conv1d, weight_of
 from lora_from_scratch.support.tape import Tape, TensorSize
 
 LORA, VECTOR, CONSTANT, NONE = "lora", "vector", "constant", "none"

@@ -25,8 +25,8 @@ from lora_from_scratch.methods import adapter_files
 from lora_from_scratch.methods.lora_peft import targets_in_peft
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import ends_with
-from lora_from_scratch.methods.wrapped_layers import WrapsLayers, dense, like
-from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d
+from lora_from_scratch.methods.wrapped_layers import WrapsLayers, like
+from lora_from_scratch.support.linear_layers import dense, in_and_out, is_conv1d
 from lora_from_scratch.support.tape import Tape, TensorSize
 
 

@@ -43,7 +43,7 @@ from lora_from_scratch.methods.lora_peft import lora_from_peft, lora_to_peft
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import block_diagonal_B, by_pattern, check_patterns, find_targets, fused_parts
 from lora_from_scratch.methods.trained_parts import TrainsParts
-from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d, keep_called, refuse_tied, weight_of
+from lora_from_scratch.support.linear_layers import dense, in_and_out, is_conv1d, keep_called, refuse_tied, weight_of
 from lora_from_scratch.support.tape import Tape, TensorSize
 from lora_from_scratch.support.wrapped import plain_name
 
@@ -104,7 +104,7 @@ class LoRALinear(nn.Module):
     - `forward(x)`, (..., in) to (..., out): y = base(x) + s B A x' (Hu et al., eq. 3). x' is x after `dropout`, which
       only the way through A and B sees. While merged, the weight has the change in it: then it is base(x) alone.
     - `merge()` puts W0 + s B A into `base.weight` and keeps W0. The weight of a `Conv1D` is (in, out). The sum
-      is formed in float32 and rounded to the weight's dtype. Merging is idempotent.
+      is formed in at least float32 and rounded once, to the weight's dtype. What is merged is not merged again.
     - `unmerge()` puts W0 back, bit for bit: subtracting s B A again would not. If nothing is merged it does nothing.
 
     Both leave `base.weight` the same parameter object and change its `.data`.
@@ -190,9 +190,7 @@ class LoRALinear(nn.Module):
         """W = W0 + s B A. W0 is kept in `_unmerged`, which follows the module to another device or dtype."""
         if self._unmerged is not None:
             return
-        weight = self.base.weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise ValueError(f"cannot merge into {self.base}: its weight is not made of floating-point numbers")
+        weight = dense(self.base)
         change = self.change(weight_of(self.base).float())  # (out, in)
         if is_conv1d(self.base):
             change = change.T  # (in, out)
@@ -280,8 +278,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What has to be saved: every A and B of the model, and nothing else, whether it is trained at the moment or not.
 
     Returns:
-        The tensors as they are, outside the graph of gradients, by their full names in the model
-        ("transformer.h.0.attn.c_attn.lora_A"), in the model's order.
+        The tensors by their full names in the model ("transformer.h.0.attn.c_attn.lora_A"), in the model's order.
+        Each is outside the graph of gradients and has the dtype that it has in the model.
     """
     return {name: p.detach() for name, p in model.named_parameters() if name.rpartition(".")[2] in LORA_PARAMETERS}
 

@@ -218,7 +218,7 @@ def _means(model: nn.Module, targets: Sequence[str] | str, names: Sequence[str])
 def lora_state_from_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a PEFT adapter file under the names that they have in the model.
 
-    PEFT writes "base_model.model." (`PREFIX`) in front of a module's name, and ".weight" behind lora_A and lora_B:
+    PEFT puts a prefix (`base_model.model.`) before a module's name, and a suffix (`.weight`) after lora_A and lora_B:
 
         base_model.model.transformer.h.0.attn.c_attn.lora_A.weight   ->   transformer.h.0.attn.c_attn.lora_A
 

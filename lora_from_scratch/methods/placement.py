@@ -189,7 +189,7 @@ def block_diagonal_B(B: Tensor, parts: Sequence[str], all_parts: Sequence[str]) 
         all_parts: the names of all the parts of the fused matrix, in the order of the output axis.
 
     Returns:
-        (len(all_parts) * width, n * r).
+        (len(all_parts) * width, n * r), in the dtype of B and on its device.
     """
     blocks = dict(zip(parts, B.chunk(len(parts)), strict=True))  # each (width, r)
     nothing = B.new_zeros(len(B) // len(parts), 0)  # the rows of a part that is not adapted, and no column

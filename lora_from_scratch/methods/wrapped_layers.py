@@ -93,18 +93,6 @@ class WrapsLayers(Method):
         return {f"{PREFIX}{name}": tensor for name, tensor in self.state_dict(model).items()}
 
 
-def dense(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer, to be changed.
-
-    Raises:
-        ValueError: it is not made of floating-point numbers.
-    """
-    weight = layer.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise ValueError(f"cannot merge into {layer}: its weight is not made of floating-point numbers")
-    return weight
-
-
 def like(values: Tensor, layer: nn.Module) -> nn.Parameter:
     """These first values as a parameter, on the device and in the dtype of a layer's weight."""
     weight = layer.weight

@@ -152,7 +152,8 @@ def switch_task(model: nn.Module, old: Factors, new: Factors) -> None:
     B'A'" (Hu et al. 2021, section 4.1). This recovers W0 up to rounding; to recover it exactly, keep a copy of W0.
 
     The old and the new LoRA may have different ranks and be on different layers. Only the weights of these layers
-    change, and they remain the same parameters. The sums are computed in float32 and rounded to the weight's dtype.
+    change, and they remain the same parameters. The sum is formed in at least float32 and rounded once, to the weight's
+    dtype.
 
     Args:
         model: its layers are `nn.Linear`, or `Conv1D` with a weight (in, out).
@@ -166,12 +167,16 @@ def switch_task(model: nn.Module, old: Factors, new: Factors) -> None:
     modules = dict(model.named_modules())
     check_fit("old", old, modules)
     check_fit("new", new, modules)
-    for sign, factors in ((-1, old), (1, new)):
-        for name, (A, B) in factors.items():
-            change = delta_weight(A.float(), B.float(), sign)  # (out, in); B includes s
-            layer = modules[name]
-            weight = layer.get_parameter("weight")
-            weight.copy_(weight.float() + (change.T if isinstance(layer, Conv1D) else change))
+    for name in {**old, **new}:
+        layer = modules[name]
+        weight = layer.get_parameter("weight")
+        total = weight.float()
+        for sign, factors in ((-1, old), (1, new)):
+            if name in factors:
+                A, B = factors[name]  # B includes s
+                change = delta_weight(A.float(), B.float(), sign)  # (out, in)
+                total = total + (change.T if isinstance(layer, Conv1D) else change)
+        weight.copy_(total)
 
 
 class ServedAdapters:

@@ -48,6 +48,18 @@ def weight_of(layer: nn.Module) -> Tensor:
     return layer.weight.T if is_conv1d(layer) else layer.weight
 
 
+def dense(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as it is stored, to be changed.
+
+    Raises:
+        ValueError: it is not made of floating-point numbers.
+    """
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ValueError(f"cannot merge into {layer}: its weight is not made of floating-point numbers")
+    return weight
+
+
 def linear_layer(kind: type[nn.Module], weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
     """A layer of this class, `nn.Linear` or a Conv1D, with this weight (out, in), frozen, and this very bias."""
     outputs, inputs = weight.shape

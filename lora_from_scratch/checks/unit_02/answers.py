@@ -176,10 +176,12 @@ def starts_from_the_first_basis_vector(G: Tensor, generator: torch.Generator | N
     G = square(G)
     x = torch.eye(len(G), dtype=G.dtype)[0]
     for _ in range(64 if G.any() else 0):
-        x = G @ x
-        x = x / x.norm()
-        G = G @ G
         G = G / G.norm()
+        previous, x = x, G @ x
+        x = x / x.norm()
+        if (x - previous).norm() <= 8 * torch.finfo(G.dtype).eps:
+            break
+        G = G @ G
     return x
 
 

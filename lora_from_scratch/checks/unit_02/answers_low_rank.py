@@ -59,6 +59,15 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.linalg.svd(matrix, full_matrices=False)
 
 
+@right("truncate")
+def by_subtracting_the_last_terms(matrix: Tensor, rank: int) -> Tensor:
+    need(rank, matrix)
+    M = require_matrix(matrix)
+    U, S, Vh = torch.linalg.svd(M)
+    k = len(S)
+    return M - torch.einsum("ik,k,kj->ij", U[:, rank:k], S[rank:], Vh[rank:k])
+
+
 @wrong("truncate", "You leave out the singular values: without them every direction has the same weight.")
 def leaves_out_s(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
@@ -143,6 +152,41 @@ def in_numpy_number_by_number(matrix: Tensor, rank: int, norm: str = "frobenius"
     if norm == "spectral":
         return max([0.0, *(float(value) for value in tail)])
     return math.sqrt(sum(float(value) ** 2 for value in tail))
+
+
+@right("approximation_error")
+def from_what_is_kept(matrix: Tensor, rank: int, norm: str = "frobenius") -> Tensor:
+    need_norm(norm)
+    need(rank, require_matrix(matrix))
+    S = torch.linalg.svdvals(matrix.double())
+    if norm == "spectral":
+        return torch.cat([S, S.new_zeros(1)])[rank]
+    return S.square().flip(0)[: len(S) - rank].cumsum(0)[-1].sqrt() if rank < len(S) else S.new_zeros(())
+
+
+@right("approximation_error")
+def by_the_eigenvalues_of_the_gram_matrix(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    need_norm(norm)
+    need(rank, require_matrix(matrix))
+    M = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
+    left_out = torch.linalg.eigvalsh(M.T @ M).clamp(min=0)[: M.shape[1] - rank]
+    if not len(left_out):
+        return 0.0
+    return math.sqrt(left_out.sum()) if norm == "frobenius" else math.sqrt(left_out.max())
+
+
+@wrong("approximation_error", "An unknown norm goes unnoticed: for any name but one you return the other norm.")
+def takes_any_norm(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    return reference.approximation_error(matrix, rank, "frobenius" if norm == "frobenius" else "spectral")
+
+
+@wrong(
+    "approximation_error",
+    "You never check whether the rank is possible: a slice beyond the end raises no error, so a mistake of the caller "
+    "goes unnoticed.",
+)
+def of_any_rank(matrix: Tensor, rank: int, norm: str = "frobenius") -> float:
+    return error_by(require_matrix(matrix), rank, norm, lambda S: S.norm(), lambda S: S[0])
 
 
 def tail_of(matrix: Tensor, rank: int) -> Tensor:
@@ -247,6 +291,27 @@ def by_the_error_of_eckart_and_young(matrix: Tensor, energy: float) -> int:
     return next(r for r in range(min(matrix.shape) + 1) if reference.approximation_error(matrix, r) <= allowed)
 
 
+@right("rank_for_energy")
+def by_what_is_left_out_from_the_end(matrix: Tensor, energy: float) -> int:
+    need_energy(energy)
+    squares = (torch.linalg.svdvals(require_matrix(matrix).double()) ** 2).tolist()
+    whole, left, rank = sum(squares), 0.0, len(squares)
+    while rank and left + squares[rank - 1] <= (1 - energy + 1e-9) * whole:
+        rank, left = rank - 1, left + squares[rank - 1]
+    return rank
+
+
+@right("rank_for_energy")
+def by_searching_the_running_sum(matrix: Tensor, energy: float) -> int:
+    need_energy(energy)
+    M = require_matrix(matrix).double()
+    squares = torch.linalg.eigvalsh(M @ M.T if len(M) < len(M.T) else M.T @ M).clamp(min=0).flip(0)
+    if not M.any():
+        return 0
+    kept = (squares / squares.sum()).cumsum(0)
+    return int(torch.searchsorted(kept, energy - 1e-9)) + 1
+
+
 def first_to_reach(values: Tensor, energy: float) -> int:
     """How many of the values have to be added up to reach this share of their sum."""
     total = float(values.sum())
@@ -338,6 +403,40 @@ def by_deflation(data: Tensor, count: int) -> list[Tensor]:
     X = (data - mean) / math.sqrt(len(data) - 1)
     _, S, Vh = reference.svd_by_deflation(X, count)
     return [mean, Vh, S.square()]
+
+
+@right("pca")
+def through_the_gram_matrix_of_the_samples(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    need_samples(data)
+    need_count(count, data)
+    data = require_matrix(data)
+    mean = data.double().mean(0)
+    X = data.double() - mean
+    values, coordinates = torch.linalg.eigh(X @ X.T)
+    directions = X.T @ coordinates.flip(1)[:, :count] / values.flip(0)[:count].sqrt()
+    return tuple(part.to(data.dtype) for part in (mean, directions.T, values.flip(0)[:count] / (len(X) - 1)))
+
+
+@right("pca")
+def by_loops_and_torchs_variance(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    need_samples(data)
+    need_count(count, data)
+    data = require_matrix(data)
+    mean = torch.stack([column.sum() / len(column) for column in data.T])
+    X = data - mean
+    covariance = sum(torch.outer(row, row) for row in X)
+    values, vectors = torch.linalg.eigh(covariance)
+    order = values.argsort(descending=True)[:count]
+    directions = vectors[:, order].T
+    return mean, directions, torch.stack([(data @ direction).var() for direction in directions])
+
+
+@wrong("pca", "A single sample has no variance, but you return a result for it: raise a ValueError.")
+def of_a_single_sample(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    if len(data) > 1:
+        return reference.pca(data, count)
+    need_count(count, data)
+    return data[0], torch.eye(data.shape[1], dtype=data.dtype)[:count], data.new_zeros(count)
 
 
 def components(X: Tensor, mean: Tensor, count: int, divisor: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -157,6 +157,7 @@ def deflation_cases(draw: Draw) -> Iterator[Case]:
     yield case("rank 4 of a 6 x 3 matrix", bad, torch.ones(6, 3), *refused[:1], rank=4)
     yield case("rank -1", bad, five, *refused[:1], rank=-1)
     yield case("a vector", bad, torch.ones(3), *refused[1:])
+    yield case("a single row", part, draw.normal(1, 4, dtype=torch.float64), *shapes, product)
 
 
 STEEP = (1, 2)
@@ -230,6 +231,9 @@ def energy_cases(draw: Draw) -> Iterator[Case]:
     eps = torch.finfo(torch.float64).eps
     rounding, one = "A sum that falls short", "So `energy` = 1 does not"
     yield case("diag(1, 1), and 4 eps more than rank 1 keeps", part, torch.eye(2).double(), 0.5 + 4 * eps, rounding)
+    yield case("diag(1, 1), and 8 eps more than rank 1 keeps", part, torch.eye(2).double(), 0.5 + 8 * eps, rounding)
+    two = torch.diag(torch.tensor([2.0, 2, 0]))
+    yield case("diag(2, 2, 0), 90 %", part, two, 0.9)
     yield case("diag(1, 1e-4), all of it", ends, torch.diag(torch.tensor([1, 1e-4]).double()), 1.0, rounding)
     yield case("the tall one, all of it", ends, tall, 1.0, "energy: the share")
     three = with_spectrum(draw, 8, 6, [3, 2, 1])
@@ -504,9 +508,10 @@ EXERCISES = [
         cases=eigenvector_cases,
         probe=try_eigenvector,
         dtypes=True,
-        background=("To save most of them", "G: (k, k), symmetric"),
+        background=("G: (k, k), symmetric",),
         agree=agree_on(eigenvector_laws),
         explain=explain_eigenvector,
+        seconds=15.0,  # without squaring it takes 14,000 steps a matrix, which is slow on a busy machine
     ),
     Exercise(
         dominant_singular_triplet,

@@ -1,19 +1,34 @@
-"""Unit 09, LoRA: what is checked."""
+"""Unit 09, LoRA: its exercises, their cases and hints, and its predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
-from lora_from_scratch.checks.observation import Data, Seen
-from lora_from_scratch.gpt2.model import Conv1D
+from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.unit_09.explanations import (
+    explain_blocks,
+    explain_delta,
+    explain_injected,
+    explain_layer,
+    explain_marked,
+    explain_start,
+    explain_state,
+)
+from lora_from_scratch.checks.unit_09.probes import (
+    CONV1D,
+    LINEAR,
+    run_blocks,
+    run_delta,
+    run_layer,
+    run_start,
+    same_start,
+)
+from lora_from_scratch.checks.unit_09.probes_model import QKV, run_inject, run_mark, run_state
 from lora_from_scratch.methods.lora import (
-    FusedLoRALinear,
     LoRALinear,
     delta_weight,
     initial_factors,
@@ -29,417 +44,189 @@ TITLE = "LoRA"
 
 
 def delta_cases(draw: Draw) -> Iterator[Case]:
+    product, s, shape = "The learned change of the weight", "scaling: s, which is alpha / r", "(out, in), the shape"
     A, B = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0], [100.0]])
-    yield Case("r = 1: 3 columns, 2 rows, s = 0.5", {"A": A, "B": B, "scaling": 0.5})
-    for out, inputs, rank, scaling in ((4, 6, 2, 2.0), (3, 3, 3, 0.25), (7, 4, 3, 8.0)):
+    small: dict[str, Data] = {"A": A, "B": B, "scaling": 0.5}
+    yield Case("r = 1: 3 columns, 2 rows, s = 0.5", small, sentences=(product, "A: (r, in)", "B: (out, r)"))
+    for out, inputs, rank, scaling, *sentences in (
+        (4, 6, 2, 2.0, shape, product, "A: (r, in)", "B: (out, r)"),
+        (3, 3, 3, 0.25, s, product),
+        (7, 4, 3, 8.0, "Gradients flow", s, shape),
+        (5, 2, 2, 0.0, s, product),
+    ):
         factors: dict[str, Data] = {"A": draw.normal(rank, inputs), "B": draw.normal(out, rank), "scaling": scaling}
-        yield Case(f"W is {out} x {inputs}, r = {rank}, s = {scaling:g}", factors)
-    yield Case("s = 0", factors | {"scaling": 0.0})
-
-
-def run_delta(answer: Callable[..., Any], A: Tensor, B: Tensor, scaling: float) -> Any:
-    """The change, and the gradients that A and B would get (None: no gradient can flow)."""
-    A.requires_grad_(True)
-    B.requires_grad_(True)
-    change = answer(A, B, scaling)
-    return {"change": change, "gradients": gradients(change, [A, B])}
-
-
-def gradients(y: Any, of: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of sum(y^2) / 2 + sum(y), a number that depends on every entry."""
-    if not isinstance(y, Tensor) or not y.requires_grad:
-        return [None for _ in of]
-    return list(torch.autograd.grad(y.square().sum() / 2 + y.sum(), list(of), allow_unused=True))
+        yield Case(f"W is {out} x {inputs}, r = {rank}, s = {scaling:g}", factors, sentences=tuple(map(str, sentences)))
 
 
 # --- initial_factors ---------------------------------------------------------------------------------
 
 
 def start_cases(draw: Draw) -> Iterator[Case]:
-    def case(inputs: int, outputs: int, rank: int, part: str) -> Case:
+    def case(inputs: int, outputs: int, rank: int, part: str, *sentences: str) -> Case:
         sizes = {"in_features": inputs, "out_features": outputs, "rank": rank, "seed": draw.integer(0, 10**6)}
-        return Case(f"{inputs} to {outputs} features, r = {rank}", sizes, part)
+        return Case(f"{inputs} to {outputs} features, r = {rank}", sizes, part, sentences)
 
-    yield case(128, 96, 16, "the start")
-    yield case(100, 300, 50, "the start")
-    yield case(400, 60, 8, "the start")
-    yield case(8, 5, 0, "what is refused")
-    yield case(8, 5, 6, "what is refused")
-
-
-def run_start(answer: Callable[..., Any], in_features: int, out_features: int, rank: int, seed: int) -> Any:
-    """The factors of one seed, of the same seed again, of another seed and of PyTorch's global generator."""
-
-    def start(seed: int | None) -> list[Tensor]:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return list(answer(in_features, out_features, rank, generator))
-
-    first, again, other, own = start(seed), start(seed), start(seed + 1), start(None)
-    return {
-        "A": first[0],
-        "B": first[1],
-        "the same again": all(map(torch.equal, first, again)),
-        "another seed differs": not all(map(torch.equal, first, other)),
-        "differs without a generator": not all(map(torch.equal, first, own)),
-    }
-
-
-def same_start(case: Case, seen: Seen, expected: Seen) -> bool:
-    """The values may differ, but not their shapes and their distribution. A has at least 2,000 values."""
-    one, other = seen.value, expected.value
-    assert isinstance(one, dict)
-    assert isinstance(other, dict)
-    if any(one[key] != other[key] for key in other if key not in ("A", "B")):
-        return False
-    return all(_same_spread(one[key], other[key]) for key in ("A", "B"))
-
-
-def explain_start(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | None:
-    """A message about random values, which cannot be checked by hand."""
-    assert isinstance(seen.value, dict)
-    A, inputs = seen.value["A"], case.inputs["in_features"]
-    assert isinstance(A, Tensor)
-    assert isinstance(inputs, int)
-    bound = inputs**-0.5
-    if A.isfinite().all() and float(A.abs().max()) > 1.02 * bound:
-        return "beyond the bound", (
-            f"A has entries beyond 1/sqrt(in) = {bound:.3g}. It should contain uniform random numbers between "
-            "-1/sqrt(in) and 1/sqrt(in), not Gaussian ones."
-        )
-    return None
-
-
-def _same_spread(one: Any, other: Any) -> bool:
-    if one.shape != other.shape or one.dtype not in (torch.float32, torch.float64):
-        return False
-    one, other = one.double(), other.double()
-    largest, deviation = float(other.abs().max()), float(other.std())
-    if largest == 0 or float(one.abs().max()) == 0:
-        return largest == float(one.abs().max())
-    return (
-        abs(float(one.abs().max()) / largest - 1) < 0.02
-        and abs(float(one.std()) / deviation - 1) < 0.08
-        and abs(float(one.mean() - other.mean())) < 0.2 * deviation
-    )
+    start, refused, fits = "the start", "what is refused", "rank: r, from 1 to the smaller side"
+    zero, bound, shapes = "A random, B zero", "Each entry of A is uniform", "A (r, in) and B (out, r), in float32"
+    generator, own = "generator: where the random numbers come from", "None: PyTorch's own"
+    yield case(128, 96, 16, start, zero, bound, shapes, generator, own)
+    yield case(100, 300, 50, start, shapes, bound, "So B A is zero", generator, own)
+    yield case(400, 60, 8, start, bound, "So B A is zero", zero, generator, own)
+    yield case(60, 200, 60, start, fits, shapes, zero)
+    yield case(200, 50, 50, start, fits, shapes, zero)
+    yield case(2500, 20, 1, start, fits, shapes, zero)
+    error = "the rank does not fit the layer"
+    for inputs, outputs, rank in ((8, 5, 0), (8, 5, 6), (5, 8, 6), (8, 5, -1)):
+        yield case(inputs, outputs, rank, refused, error, fits)
 
 
 # --- LoRALinear --------------------------------------------------------------------------------------
 
-LINEAR, CONV1D = "Linear", "Conv1D"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def layer_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, part: str, kind: str, inputs: int, outputs: int, rank: int, what: str, **more: Any) -> Case:
-        alpha = draw.choice((6.0, 10.0))
-        given: dict[str, Data] = {"kind": kind, "weight": draw.normal(outputs, inputs), "bias": draw.normal(outputs)}
-        given |= {"A": draw.normal(rank, inputs), "B": draw.normal(outputs, rank), "alpha": alpha}
-        return Case(name, given | {"x": draw.normal(*more.pop("batch", (2, 3)), inputs), "what": what} | more, part)
+    def case(name: str, part: str, sizes: tuple[int, int, int], what: str, *sentences: str, **more: Any) -> Case:
+        inputs, outputs, rank = sizes
+        given: dict[str, Data] = {"kind": LINEAR, "weight": draw.normal(outputs, inputs), "bias": draw.normal(outputs)}
+        given |= {"A": draw.normal(rank, inputs), "B": draw.normal(outputs, rank), "alpha": draw.choice((6.0, 10.0))}
+        given |= {"x": draw.normal(*more.pop("batch", (2, 3)), inputs), "what": what} | more
+        return Case(name, given, part, sentences)
 
-    yield case("a Linear at initialisation, B = 0", "forward", LINEAR, 4, 3, 2, "start")
-    yield case("a Linear with trained A and B", "forward", LINEAR, 4, 3, 2, "forward")
-    yield case("a Conv1D, one token", "forward", CONV1D, 3, 6, 3, "forward", batch=())
-    yield case("dropout on the input of A", "forward", LINEAR, 15, 2, 1, "dropout")
-    yield case("merging a square Conv1D", "merge", CONV1D, 4, 4, 2, "merge")
-    yield case("merging a Linear with 5 inputs and 3 outputs", "merge", LINEAR, 5, 3, 2, "merge")
-    yield case("merging a Linear twice", "merge", LINEAR, 3, 5, 3, "merge", times=2)
+    forward, merge, unmerge, conv = "forward", "merge", "unmerge", {"kind": CONV1D}
+    sum_, beside, scaling = (
+        "`forward(x)`, (..., in) to (..., out)",
+        "A linear layer with a LoRA",
+        "the scaling is alpha / r",
+    )
+    kept, dropped, alone = (
+        "The layer itself is kept",
+        "x' is x after `dropout`",
+        "While merged, the weight has the change",
+    )
+    yield case("a Linear at initialisation, B = 0", forward, (4, 3, 2), "start", sum_, beside)
+    yield case("a Linear with trained A and B", forward, (4, 3, 2), "forward", sum_, beside, scaling, kept)
+    yield case("a Conv1D, one token", forward, (3, 6, 3), "forward", sum_, scaling, kept, batch=(), **conv)
+    rslora = "rslora: scale by alpha / sqrt(r)"
+    yield case("rslora: a Linear with r = 3", forward, (4, 5, 3), "forward", rslora, rslora=True)
+    dropout = "dropout: of the elements of A's input, in training"
+    yield case("dropout on the input of A", forward, (15, 2, 1), "dropout", dropped, dropout)
+    puts, w, stored = "`merge()` puts W0 + s B A", "W = W0 + s B A", "The weight of a `Conv1D` is (in, out)"
+    rounded, once, same = (
+        "The sum is formed in at least float32",
+        "What is merged is not merged",
+        "Both leave `base.weight`",
+    )
+    yield case("merging a square Conv1D", merge, (4, 4, 2), "merge", stored, puts, alone, **conv)
+    yield case("merging a Linear with 5 inputs and 3 outputs", merge, (5, 3, 2), "merge", puts, w, alone, same)
+    yield case("merging a Linear twice", merge, (3, 5, 3), "merge", once, times=2)
+    yield case("merging a Linear three times", merge, (3, 5, 3), "merge", once, times=3)
+    yield case("rslora: merging a Conv1D with r = 3", merge, (6, 4, 3), "merge", rslora, rslora=True, **conv)
     # Sums and products of these numbers are exact in float32, so the only rounding is the one to bfloat16.
     exact: dict[str, Any] = {"weight": draw.integers(-200, 200, 16, 16) / 64, "dtype": "bfloat16"}
     exact |= {"A": draw.integers(1, 63, 2, 16) / 32, "B": draw.integers(1, 63, 16, 2) / 32}
-    yield case("merging a bfloat16 Linear", "merge", LINEAR, 16, 16, 2, "merge", **exact)
-    yield case("a bfloat16 Linear, merged and unmerged", "unmerge", LINEAR, 16, 16, 2, "back", dtype="bfloat16")
-    yield case("a Conv1D, merged and unmerged five times", "unmerge", CONV1D, 8, 12, 2, "back", times=5)
-    yield case("unmerge without merge", "unmerge", LINEAR, 4, 3, 2, "back", times=0)
-
-
-def run_layer(
-    answer: Callable[..., Any],
-    kind: str,
-    weight: Tensor,
-    bias: Tensor,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    x: Tensor,
-    what: str,
-    times: int = 1,
-    dtype: str = "float32",
-) -> Any:
-    """Make a layer from plain data, and observe one of the things that it has to do."""
-    base = plain_layer(kind, weight, bias).to(dtype=DTYPES[dtype])
-    layer = answer(base, len(A), alpha, dropout=0.5 if what == "dropout" else 0.0)
-    if what == "start":
-        y = layer(x)
-        return {"y": y, "gradients": gradients(y, [layer.lora_A, layer.lora_B])}
-    with torch.no_grad():
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
-    if what == "forward":
-        y = layer(x)
-        return {"y": y, "gradients": gradients(y, [layer.lora_A, layer.lora_B]), "W": base.weight}
-    if what == "dropout":
-        return seen_of_dropout(layer)
-    return seen_of_merging(layer, x.to(DTYPES[dtype]), times) if what == "merge" else seen_of_return(layer, times)
-
-
-def plain_layer(kind: str, weight: Tensor, bias: Tensor) -> nn.Module:
-    """A Linear or a Conv1D with that weight (out, in) and that bias."""
-    outputs, inputs = weight.shape
-    layer = nn.Linear(inputs, outputs) if kind == LINEAR else Conv1D(inputs, outputs)
-    with torch.no_grad():
-        layer.weight.copy_(weight if kind == LINEAR else weight.T)
-        layer.bias.copy_(bias)
-    return layer
-
-
-@torch.no_grad()
-def seen_of_dropout(layer: Any) -> Any:
-    """With A = B = x = 1 each row's change is s times how many of its 15 inputs are kept, doubled."""
-    layer.lora_A.fill_(1)
-    layer.lora_B.fill_(1)
-    x = torch.ones(64, 15)
-    layer.train()
-    halved = (layer(x) - layer.base(x)) / layer.scaling / 2
-    counts = halved.round().clamp(0, 15)
-    layer.eval()
-    return {
-        "in training": {
-            "each counts twice or not at all": bool((halved - counts).abs().max() < 1e-2),
-            "nothing is dropped": bool((halved - 7.5).abs().max() < 1e-2),
-            "rows that differ": min(3, len(counts[:, 0].unique())),
-        },
-        "in evaluation": layer(x),
-    }
-
-
-def seen_of_merging(layer: Any, x: Tensor, times: int) -> Any:
-    parameter = layer.base.weight
-    for _ in range(times):
-        layer.merge()
-    return {
-        "y": layer(x),
-        "W": layer.base.weight.clone(),
-        "bias": layer.base.bias,
-        "merged": bool(layer.merged),
-        "the same parameter": layer.base.weight is parameter,
-    }
-
-
-def seen_of_return(layer: Any, times: int) -> Any:
-    parameter = layer.base.weight
-    before = parameter.detach().clone()
-    moved = []
-    for _ in range(times):
-        layer.merge()
-        moved.append(not torch.equal(layer.base.weight, before))
-        layer.unmerge()
-    layer.unmerge()
-    with torch.no_grad():
-        return {
-            "merging changes W": all(moved),
-            "every bit of W is back": torch.equal(layer.base.weight, before),
-            "W is back but for rounding": bool((layer.base.weight - before).abs().max() < 0.3),
-            "the same parameter": layer.base.weight is parameter,
-            "merged": bool(layer.merged),
-        }
+    yield case("merging a bfloat16 Linear", merge, (16, 16, 2), "merge", rounded, **exact)
+    back, bits, nothing = (
+        "`unmerge()` puts W0 back, bit for bit",
+        "W0 again, bit for bit",
+        "If nothing is merged it does",
+    )
+    yield case(
+        "a bfloat16 Linear, merged and unmerged", unmerge, (16, 16, 2), "back", back, bits, same, dtype="bfloat16"
+    )
+    yield case(
+        "a Conv1D, merged and unmerged five times", unmerge, (8, 12, 2), "back", back, bits, same, times=5, **conv
+    )
+    yield case("unmerge without merge", unmerge, (4, 3, 2), "back", nothing, times=0)
+    moved = "W0 is kept in `_unmerged`, which follows"
+    yield case("merged, moved to float64, and unmerged", unmerge, (5, 4, 2), "move", moved)
+    yield case("merged and unmerged, trained on, and again", unmerge, (5, 4, 2), "twice", bits, back, w)
 
 
 # --- block_diagonal_B --------------------------------------------------------------------------------
 
-QKV = ("q", "k", "v")
-
 
 def block_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, parts: Sequence[str], all_parts: Sequence[str], width: int, rank: int) -> Case:
+    def case(name: str, parts: Sequence[str], all_parts: Sequence[str], width: int, rank: int, *sentences: str) -> Case:
         B = draw.normal(len(parts) * width, rank)
-        return Case(name, {"B": B, "parts": list(parts), "all_parts": list(all_parts)})
+        return Case(name, {"B": B, "parts": list(parts), "all_parts": list(all_parts)}, sentences=sentences)
 
+    own, drawn, whole = (
+        "part i may read its own r of them only",
+        "for q and v of q, k, v",
+        "(len(all_parts) * width, n * r)",
+    )
+    below, order, all_ = (
+        "B: (n * width, r)",
+        "parts: the names of those n parts",
+        "all_parts: the names of all the parts",
+    )
     counting = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     given: dict[str, Data] = {"B": counting, "parts": ["q", "v"], "all_parts": list(QKV)}
-    yield Case("r = 1 on q and v, each 2 wide: 1, 2 for q and 3, 4 for v", given)
-    yield case("r = 2 on q and v, each 3 wide", ("q", "v"), QKV, 3, 2)
-    yield case("r = 2 on k alone", ("k",), QKV, 4, 2)
-    yield case("r = 3 on k and v", ("k", "v"), QKV, 4, 3)
-    yield case("r = 2 on all three", QKV, QKV, 3, 2)
-    yield case("another fused layer: gate and up, r = 2 on up", ("up",), ("gate", "up"), 5, 2)
-
-
-def run_blocks(answer: Callable[..., Any], B: Tensor, parts: list[str], all_parts: list[str]) -> Any:
-    """The whole B, and the gradient that each part's B would get (None: no gradient can flow)."""
-    B.requires_grad_(True)
-    whole = answer(B, tuple(parts), tuple(all_parts))
-    return {"whole": whole, "gradient": gradients(whole, [B])[0]}
+    yield Case(
+        "r = 1 on q and v, each 2 wide: 1, 2 for q and 3, 4 for v", given, sentences=(drawn, own, "The B of one LoRA")
+    )
+    yield case("r = 2 on q and v, each 3 wide", ("q", "v"), QKV, 3, 2, own, drawn, below)
+    yield case("r = 2 on k alone", ("k",), QKV, 4, 2, all_, order, whole)
+    yield case("r = 3 on k and v", ("k", "v"), QKV, 4, 3, order, below, "Gradients flow to B", whole)
+    yield case("r = 2 on all three", QKV, QKV, 3, 2, own, below)
+    yield case("another fused layer: gate and up, r = 2 on up", ("up",), ("gate", "up"), 5, 2, all_, order)
+    double = case("float64: r = 1 on q and k", ("q", "k"), QKV, 2, 1, whole)
+    yield Case(double.name, {**double.inputs, "B": draw.normal(4, 1, dtype=torch.float64)}, sentences=double.sentences)
+    meta = case("a B on the device meta: r = 1 on q and v", ("q", "v"), QKV, 2, 1, whole)
+    yield Case(meta.name, {**meta.inputs, "meta": True}, sentences=meta.sentences)
 
 
 # --- inject_lora -------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attn = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x)
-        return x + self.mlp(x)
-
-
-class Small(nn.Module):
-    """Two blocks and a head: names with dots, numbers in names, and a name without a dot."""
-
-    def __init__(self, width: int = 3) -> None:
-        super().__init__()
-        self.h = nn.ModuleList(Block(width) for _ in range(2))
-        self.head = nn.Linear(width, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.h:
-            x = block(x)
-        return self.head(x)
-
-
-def small_model(seed: int) -> Small:
-    torch.manual_seed(seed)
-    return Small()
-
-
 def inject_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, names: Sequence[str], wrapped: bool = False) -> Case:
-        given: dict[str, Data] = {
-            "names": list(names),
-            "wrapped": wrapped,
-            "seed": draw.integer(0, 10**6),
-            "x": draw.normal(2, 3),
-        }
-        return Case(name, given)
+    def case(name: str, names: Sequence[str], *sentences: str, wrapped: bool = False) -> Case:
+        given: dict[str, Data] = {"names": list(names), "wrapped": wrapped, "seed": draw.integer(0, 10**6)}
+        return Case(name, given | {"x": draw.normal(2, 3)}, sentences=sentences)
 
-    yield case("h.1.attn", ["h.1.attn"])
-    yield case("head, an attribute of the model itself", ["head"])
-    yield case("h.0.mlp.2, in a Sequential", ["h.0.mlp.2"])
-    yield case("three at once", ["h.0.attn", "h.1.mlp.0", "head"])
-    yield case("LoRA layers that wrap the existing ones", ["h.0.mlp.0", "h.1.attn"], wrapped=True)
-    yield case("none", [])
-
-
-def run_inject(answer: Callable[..., Any], names: list[str], wrapped: bool, seed: int, x: Tensor) -> Any:
-    """What the model computes afterwards, and which of its modules are new and which are old."""
-    model = small_model(seed)
-    before = dict(model.named_modules())
-    layers: dict[str, nn.Module] = {}
-    for name in names:
-        old = before[name]
-        assert isinstance(old, nn.Linear)
-        layers[name] = lively_lora(old) if wrapped else nn.Linear(old.in_features, old.out_features)
-    answer(model, dict(layers))
-    there = dict(model.named_modules())
-    return {
-        "y": model(x),
-        "names": sorted(there),
-        "in its place": {name: there.get(name) is layer for name, layer in layers.items()},
-        "as before": {name: there.get(name) is module for name, module in before.items() if name not in layers},
-    }
-
-
-def lively_lora(base: nn.Linear) -> LoRALinear:
-    """A LoRA layer whose B is not zero."""
-    layer = LoRALinear(base, 1)
-    nn.init.normal_(layer.lora_B)
-    return layer
+    put, in_place, holder = (
+        "Put these layers into the model",
+        "The model is changed in place",
+        "Whatever held the old layer",
+    )
+    others, full = "All other modules stay", "layers: by the full name of the place"
+    yield case("h.1.attn", ["h.1.attn"], put, in_place, holder, others)
+    yield case("head, an attribute of the model itself", ["head"], full, put)
+    yield case("attn, whose name also ends other names", ["attn"], full, others)
+    yield case("h.0.mlp.2, in a Sequential", ["h.0.mlp.2"], holder, full)
+    yield case("three at once", ["h.0.attn", "h.1.mlp.0", "head"], put, full, others)
+    wraps = "A layer may hold the one"
+    yield case("LoRA layers that wrap the existing ones", ["h.0.mlp.0", "h.1.attn"], wraps, others, wrapped=True)
+    yield case("none", [], others)
 
 
 # --- mark_only_lora_as_trainable, lora_state_dict ----------------------------------------------------
 
 
-class Adapted(nn.Module):
-    """LoRA layers among other layers, some of which only have similar names."""
-
-    def __init__(self, fused: bool = False) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4)
-        self.h = nn.ModuleList([LoRALinear(nn.Linear(4, 4), 2), nn.Linear(4, 4)])
-        self.exploration = nn.Linear(4, 3)
-        self.lora_notes = nn.Linear(4, 2, bias=False)
-        self.lora_A_scale = nn.Parameter(torch.ones(2))
-        if fused:
-            self.c_attn = FusedLoRALinear(Conv1D(4, 12), ("q", "v"), QKV, rank=1)
-        self.out = LoRALinear(Conv1D(4, 6), 1)
+def mark_cases(draw: Draw) -> Iterator[Case]:
+    only, before, names = "Train every A and B, and nothing else", "whatever `requires_grad`", "whose last part is"
+    yield from model_cases(draw, only, before, names)
 
 
-MAKES: dict[str, Callable[[], nn.Module]] = {
-    "one layer": lambda: LoRALinear(nn.Linear(3, 4), 2),
-    "a list": lambda: nn.ModuleList([LoRALinear(nn.Linear(3, 3), 1), nn.LayerNorm(3), LoRALinear(Conv1D(3, 2), 1)]),
-    "a model": lambda: Adapted(),
-    "a model with a fused layer": lambda: Adapted(fused=True),
-    "no LoRA": lambda: nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)),
-}
+def state_cases(draw: Draw) -> Iterator[Case]:
+    only, graph = "What has to be saved: every A and B", "Each is outside the graph of gradients"
+    names = "The tensors by their full names"
+    yield from model_cases(draw, only, only, names, graph)
+    given: dict[str, Data] = {"made": "a model", "trained": "some", "seed": draw.integer(0, 10**6), "dtype": "bfloat16"}
+    yield Case("a model in bfloat16", given, sentences=(graph,))
 
 
-def model_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, made: str, trained: str) -> Case:
-        return Case(name, {"made": made, "trained": trained, "seed": draw.integer(0, 10**6)})
+def model_cases(draw: Draw, only: str, before: str, names: str, *more: str) -> Iterator[Case]:
+    def case(name: str, made: str, trained: str, *sentences: str) -> Case:
+        given: dict[str, Data] = {"made": made, "trained": trained, "seed": draw.integer(0, 10**6)}
+        return Case(name, given, sentences=tuple(dict.fromkeys(sentences)))
 
-    yield case("two LoRA layers and a LayerNorm, everything trained before", "a list", "all")
-    yield case("a LoRA layer by itself", "one layer", "all")
-    yield case("a model with other layers, everything trained before", "a model", "all")
-    yield case("the same model, everything frozen before", "a model", "none")
-    yield case("a model with a fused layer, some of it frozen before", "a model with a fused layer", "some")
-    yield case("a model without LoRA", "no LoRA", "all")
-
-
-def made_model(made: str, trained: str, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model = MAKES[made]()
-    with torch.no_grad():
-        for place, parameter in enumerate(model.parameters()):
-            parameter.normal_()
-            parameter.requires_grad_(trained == "all" or (trained == "some" and place % 3 == 0))
-    return model
-
-
-def run_mark(answer: Callable[..., Any], made: str, trained: str, seed: int) -> Any:
-    """Which parameters are trained afterwards, and whether their values are unchanged."""
-    model = made_model(made, trained, seed)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    answer(model)
-    return {
-        "trained": {name: p.requires_grad for name, p in model.named_parameters()},
-        "values as before": {name: torch.equal(p, before[name]) for name, p in model.named_parameters()},
-    }
-
-
-def run_state(answer: Callable[..., Any], made: str, trained: str, seed: int) -> Any:
-    """The tensors by name, which of them are attached to the graph, and whether the model is unchanged."""
-    model = made_model(made, trained, seed)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    tensors = answer(model)
-    if not isinstance(tensors, dict):
-        return tensors
-    return {
-        "state": tensors,
-        "in the graph": sorted(str(name) for name, t in tensors.items() if getattr(t, "requires_grad", False)),
-        "the model as before": flags == {name: p.requires_grad for name, p in model.named_parameters()},
-    }
-
-
-def explain_state(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | None:
-    """Which names are superfluous and which are missing: more helpful than "another dictionary"."""
-    assert isinstance(seen.value, dict)
-    assert isinstance(expected.value, dict)
-    one, other = seen.value["state"], expected.value["state"]
-    assert isinstance(one, dict)
-    assert isinstance(other, dict)
-    extra, missing = [n for n in one if n not in other], [n for n in other if n not in one]
-    if extra:
-        return "too much", f"Your result contains {extra[0]!r}, which is neither an A nor a B of a LoRA layer."
-    if missing:
-        return "too little", f"{missing[0]!r} is missing: every A and every B has to be saved under its full name."
-    different = [name for name in other if not same(one[name], other[name])]
-    return (
-        ("other values", f"{different[0]!r} is not the tensor that the model has under this name.")
-        if different
-        else None
-    )
+    yield case("two LoRA layers and a LayerNorm, everything trained before", "a list", "all", only, names, *more)
+    yield case("a LoRA layer by itself", "one layer", "all", only, names)
+    yield case("a model with other layers, everything trained before", "a model", "all", names, only)
+    yield case("the same model, everything frozen before", "a model", "none", before, only)
+    fused = "a model with a fused layer"
+    yield case(f"{fused}, some of it frozen before", fused, "some", before, names)
+    yield case("a model without LoRA", "no LoRA", "all", only)
 
 
 # --- The lists ---------------------------------------------------------------------------------------
@@ -459,6 +246,7 @@ EXERCISES = [
         ),
         cases=delta_cases,
         probe=run_delta,
+        explain=explain_delta,
     ),
     Exercise(
         initial_factors,
@@ -477,7 +265,9 @@ EXERCISES = [
         cases=start_cases,
         probe=run_start,
         agree=same_start,
+        dtypes=True,
         explain=explain_start,
+        background=('(Hu et al., section 4.1, say "a random Gaussian"', "in_features, out_features: of the layer"),
     ),
     Exercise(
         LoRALinear,
@@ -498,6 +288,16 @@ EXERCISES = [
         ),
         cases=layer_cases,
         probe=run_layer,
+        explain=explain_layer,
+        background=(
+            "A variant of LoRA overrides one of four methods",
+            "base: `nn.Linear`, or the `Conv1D` of a GPT-2",
+            "rank: r, from 1 to the smaller side of the weight",
+            "alpha: the strength",
+            "generator: where A's random numbers come from",
+            "None: PyTorch's own",
+            "ValueError: the rank does not fit the layer",
+        ),
     ),
     Exercise(
         inject_lora,
@@ -514,6 +314,8 @@ EXERCISES = [
         ),
         cases=inject_cases,
         probe=run_inject,
+        explain=explain_injected,
+        background=("model: any module",),
     ),
     Exercise(
         mark_only_lora_as_trainable,
@@ -527,8 +329,9 @@ EXERCISES = [
             "counts.",
             "`parameter.requires_grad_(...)` takes a bool; `name.rpartition('.')[2]` is the last part.",
         ),
-        cases=model_cases,
+        cases=mark_cases,
         probe=run_mark,
+        explain=explain_marked,
     ),
     Exercise(
         lora_state_dict,
@@ -543,7 +346,7 @@ EXERCISES = [
             "Use a dictionary comprehension over `model.named_parameters()` with an `if`; `.detach()` detaches a "
             "tensor from the graph.",
         ),
-        cases=model_cases,
+        cases=state_cases,
         probe=run_state,
         explain=explain_state,
     ),
@@ -563,6 +366,12 @@ EXERCISES = [
         ),
         cases=block_cases,
         probe=run_blocks,
+        explain=explain_blocks,
+        background=(
+            "A fused matrix makes several outputs",
+            "n of them are adapted, each by an A",
+            "This is what loralib's `MergedLinear` computes",
+        ),
     ),
 ]
 

@@ -1,12 +1,13 @@
-"""Unit 10, fine-tuning with LoRA: mistakes that people make, and other right ways. The costs, and the files."""
+"""Unit 10, fine-tuning with LoRA: mistakes that people make, and other right ways. The costs."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
 from __future__ import annotations
 
+import bisect
 import math
-import re
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +26,29 @@ def counted_on_tensors(sizes: list, rank: int) -> int:
 @right("lora_parameter_count")
 def rank_times_all_sides(sizes: list, rank: int) -> int:
     return rank * sum(map(sum, sizes))
+
+
+@right("lora_parameter_count")
+def one_row_after_the_other(sizes: list, rank: int) -> int:
+    total = 0
+    for inputs, outputs in sizes:
+        for _ in range(rank):
+            total += inputs  # a row of A
+        for _ in range(outputs):
+            total += rank  # a row of B
+    return total
+
+
+@right("lora_parameter_count")
+def numpy_product_of_a_table(sizes: list, rank: int) -> int:
+    return int((np.array(sizes).reshape(-1, 2) @ np.full(2, rank)).sum())
+
+
+@wrong(
+    "lora_parameter_count", "You count the rank only once for all matrices. Each has r rows in A and r columns in B."
+)
+def the_rank_is_left_out(sizes: list, rank: int) -> int:
+    return sum(i + o for i, o in sizes)
 
 
 @wrong(
@@ -110,6 +134,56 @@ def the_best_of_all_that_fit(sizes: list, budget: int) -> int:
     return fitting[-1]
 
 
+@right("rank_for_budget")
+def by_bisection(sizes: list, budget: int) -> int:
+    ranks = range(1, min(map(min, sizes)) + 1)
+    rank = bisect.bisect_right(ranks, budget, key=lambda r: cost(sizes, r))
+    if not rank:
+        raise ValueError("not even one")
+    return rank
+
+
+@right("rank_for_budget")
+def pays_one_rank_at_a_time(sizes: list, budget: int) -> int:
+    rank, left = 0, np.int64(budget)
+    while left >= cost(sizes) and rank < np.min(sizes):
+        rank, left = rank + 1, left - cost(sizes)
+    if rank == 0:
+        raise ValueError
+    return rank
+
+
+@wrong(
+    "rank_for_budget",
+    "You compare with the inputs of each matrix only. The smaller side may be the number of outputs.",
+)
+def limited_by_the_inputs(sizes: list, budget: int) -> int:
+    payable(sizes, budget)
+    return min(budget // cost(sizes), *(i for i, _ in sizes), 10**9)
+
+
+@wrong(
+    "rank_for_budget",
+    "You compare with the outputs of each matrix only. The smaller side may be the number of inputs.",
+)
+def limited_by_the_outputs(sizes: list, budget: int) -> int:
+    payable(sizes, budget)
+    return min(budget // cost(sizes), *(o for _, o in sizes), 10**9)
+
+
+@wrong("rank_for_budget", "The highest rank of a matrix is its smaller side itself, not one less.")
+def one_below_the_side(sizes: list, budget: int) -> int:
+    payable(sizes, budget)
+    return min(budget // cost(sizes), smallest_side(sizes) - 1)
+
+
+@wrong("rank_for_budget", "A budget that is exactly enough for r = 1 is refused. It may be used up.")
+def refuses_a_budget_for_one(sizes: list, budget: int) -> int:
+    if budget <= cost(sizes):
+        raise ValueError
+    return min(budget // cost(sizes), smallest_side(sizes))
+
+
 @wrong(
     "rank_for_budget",
     "Your rank exceeds the budget when the division has a remainder: round down.",
@@ -190,140 +264,3 @@ def zero_is_a_rank(sizes: list, budget: int) -> int:
 @wrong("rank_for_budget", "You return at least rank 1, whatever the budget. Raise a ValueError if it is too small.")
 def at_least_one(sizes: list, budget: int) -> int:
     return max(1, min(budget // cost(sizes), smallest_side(sizes)))
-
-
-# --- lora_state_from_peft ----------------------------------------------------------------------------
-
-PREFIX = "base_model.model."
-
-
-def refuse(key: str) -> None:
-    if not re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", key):
-        raise ValueError(f"{key} is not the name of a LoRA's tensor")
-
-
-@right("lora_state_from_peft")
-def by_regular_expression(tensors: dict) -> dict:
-    state = {}
-    for key, tensor in tensors.items():
-        found = re.fullmatch(r"base_model\.model\.(.+\.lora_[AB])\.weight", key)
-        if found is None:
-            raise ValueError(key)
-        state[found[1]] = tensor
-    return state
-
-
-@right("lora_state_from_peft")
-def by_counting_characters(tensors: dict) -> dict:
-    for key in tensors:
-        refuse(key)
-    return {key[len(PREFIX) : -len(".weight")]: tensor.clone() for key, tensor in tensors.items()}
-
-
-@right("lora_state_from_peft")
-def by_splitting_at_the_dots(tensors: dict) -> dict:
-    state = {}
-    for key, tensor in tensors.items():
-        first, second, *name, last = key.split(".")
-        if (first, second, last) != ("base_model", "model", "weight") or name[-1] not in ("lora_A", "lora_B"):
-            raise ValueError(key)
-        state[".".join(name)] = tensor
-    return state
-
-
-@wrong("lora_state_from_peft", "The names still end in .weight: no parameter of the model has such a name.")
-def keeps_the_ending(tensors: dict) -> dict:
-    for key in tensors:
-        refuse(key)
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-
-
-@wrong("lora_state_from_peft", "You remove base_model. but leave model. in front. Both are PEFT's prefixes.")
-def half_of_the_prefix(tensors: dict) -> dict:
-    for key in tensors:
-        refuse(key)
-    return {key.removeprefix("base_model.").removesuffix(".weight"): tensor for key, tensor in tensors.items()}
-
-
-@wrong(
-    "lora_state_from_peft",
-    "`lstrip` removes any of these *characters* from the left, and continues into a module's name that begins with "
-    "some of them. Remove a prefix instead.",
-)
-def stripped_by_characters(tensors: dict) -> dict:
-    for key in tensors:
-        refuse(key)
-    return {key.lstrip(PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
-
-
-@wrong("lora_state_from_peft", "You replace .weight everywhere, also in the middle of a module's name.")
-def replaced_everywhere(tensors: dict) -> dict:
-    for key in tensors:
-        refuse(key)
-    return {key.removeprefix(PREFIX).replace(".weight", ""): tensor for key, tensor in tensors.items()}
-
-
-@wrong(
-    "lora_state_from_peft",
-    "You keep what comes after the last model. in the name. Some models have a part of that name themselves.",
-)
-def behind_the_last_model(tensors: dict) -> dict:
-    for key in tensors:
-        refuse(key)
-    return {key.split("model.")[-1].removesuffix(".weight"): tensor for key, tensor in tensors.items()}
-
-
-@wrong(
-    "lora_state_from_peft",
-    "You transpose the tensors. GPT-2 stores its own weights transposed, but A and B are (r, in) and (out, r) in the "
-    "file as well.",
-)
-def turned_round(tensors: dict) -> dict:
-    for key in tensors:
-        refuse(key)
-    return {key.removeprefix(PREFIX).removesuffix(".weight"): tensor.T for key, tensor in tensors.items()}
-
-
-@wrong(
-    "lora_state_from_peft",
-    "You skip names that you do not know. The rest loads without an error but is a different adapter from the one that "
-    "was saved: raise a ValueError.",
-)
-def leaves_out_what_it_does_not_know(tensors: dict) -> dict:
-    state = {}
-    for key, tensor in tensors.items():
-        try:
-            refuse(key)
-        except ValueError:
-            continue
-        state[key.removeprefix(PREFIX).removesuffix(".weight")] = tensor
-    return state
-
-
-@wrong(
-    "lora_state_from_peft",
-    "You accept every name. A name that a plain LoRA does not have belongs to something else: raise a ValueError.",
-)
-def takes_everything(tensors: dict) -> dict:
-    return {key.removeprefix(PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
-
-
-@wrong(
-    "lora_state_from_peft",
-    "The names in your result are not full names: if two layers have an A each, one of them is lost.",
-)
-def the_last_part_only(tensors: dict) -> dict:
-    for key in tensors:
-        refuse(key)
-    return {key.removesuffix(".weight").split(".")[-1]: tensor for key, tensor in tensors.items()}
-
-
-@wrong(
-    "lora_state_from_peft",
-    "You insert the adapter's name, default, into the names. PEFT does that in memory; the files and this model do not "
-    "contain it.",
-)
-def with_the_adapters_name(tensors: dict) -> dict:
-    for key in tensors:
-        refuse(key)
-    return {key.removeprefix(PREFIX).replace(".weight", ".default"): tensor for key, tensor in tensors.items()}

@@ -1,16 +1,24 @@
-"""Unit 10, fine-tuning with LoRA: what is checked."""
+"""Unit 10, fine-tuning with LoRA: its exercises, their cases and hints, and its predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
 from lora_from_scratch.checks.observation import Data
-from lora_from_scratch.gpt2.model import Conv1D
+from lora_from_scratch.checks.unit_10.explanations import (
+    explain_batched,
+    explain_budget,
+    explain_count,
+    explain_peft,
+    explain_shrunk,
+    explain_switched,
+)
+from lora_from_scratch.checks.unit_10.probes import SIZES, run_on_sizes, run_peft, run_switch
 from lora_from_scratch.methods.lora_peft import lora_state_from_peft
 from lora_from_scratch.methods.placement import lora_parameter_count, rank_for_budget
 from lora_from_scratch.serving.batched_lora import batched_lora, shrink, switch_task
@@ -21,40 +29,45 @@ TITLE = "Fine-tuning with LoRA"
 
 
 def count_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, sizes: Sequence[Sequence[int]], rank: int) -> Case:
-        return Case(name, {"sizes": [list(size) for size in sizes], "rank": rank})
+    def case(name: str, sizes: Sequence[Sequence[int]], rank: int, *sentences: str) -> Case:
+        return Case(name, {"sizes": [list(size) for size in sizes], "rank": rank}, sentences=sentences)
 
-    yield case("one matrix, 5 inputs, 3 outputs, r = 2", [(5, 3)], 2)
-    yield case("r = 1 on a square matrix and on one three times as tall", [(8, 8), (8, 24)], 1)
-    yield case("r = 4 on the q and v of GPT-2 small", [(768, 768)] * 24, 4)
+    count, differ, r = "How many numbers LoRA trains", "they may differ", "rank: r, the same for all"
+    pair = "sizes: of each adapted matrix, one pair (in, out)"
+    yield case("one matrix, 5 inputs, 3 outputs, r = 2", [(5, 3)], 2, count, pair, r)
+    yield case("r = 1 on a square matrix and on one three times as tall", [(8, 8), (8, 24)], 1, differ, count)
+    yield case("r = 4 on the q and v of GPT-2 small", [(768, 768)] * 24, 4, "`sizes` has 24 pairs", r)
     many = [(draw.integer(10, 40), draw.integer(41, 90)) for _ in range(4)]
-    yield case("four matrices of different sizes, r = 3", many, 3)
-    yield case("wide matrices, r = 7", [(inputs + 1, outputs) for outputs, inputs in many], 7)
-
-
-def run_on_sizes(answer: Callable[..., Any], sizes: list[list[int]], **given: Any) -> Any:
-    return answer([(inputs, outputs) for inputs, outputs in sizes], **given)
+    yield case("four matrices of different sizes, r = 3", many, 3, differ, pair, r)
+    yield case("wide matrices, r = 7", [(inputs + 1, outputs) for outputs, inputs in many], 7, differ, pair, r)
 
 
 def budget_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, sizes: Sequence[Sequence[int]], budget: int, part: str = "the rank") -> Case:
-        return Case(name, {"sizes": [list(size) for size in sizes], "budget": budget}, part)
+    def case(name: str, sizes: Sequence[Sequence[int]], budget: int, *sentences: str, part: str = "the rank") -> Case:
+        return Case(name, {"sizes": [list(size) for size in sizes], "budget": budget}, part, sentences)
 
-    rank = draw.integer(3, 6)
-    yield case("one matrix, 10 inputs, 20 outputs; the budget is exactly the cost of a rank", [(10, 20)], 30 * rank)
-    yield case("the same with a budget smaller by one", [(10, 20)], 30 * rank - 1)
-    yield case(
-        "one matrix, 10 inputs, 20 outputs, and a budget above its highest rank",
-        [(10, 20)],
-        30 * 25 + draw.integer(0, 29),
+    largest, limit, most = "The largest rank, the same for all", "However large the budget", "budget: the most numbers"
+    pair, least, refused = (
+        "sizes: of each adapted matrix, one pair",
+        "the budget is too small for r = 1",
+        "what is refused",
     )
-    mixed = [(16, 16), (16, 48), (64, 16)]  # 32 + 64 + 80 = 176
-    yield case("three matrices of different sizes", mixed, 176 * rank + draw.integer(90, 170))
-    yield case("two matrices, the second one smaller", [(30, 40), (5, 90)], 165 * 20 + draw.integer(0, 99))
-    yield case("q and v of GPT-2 small, a budget of 150,000", [(768, 768)] * 24, 150_000)
-    yield case("budget exactly enough for r = 1", mixed, 176)
-    yield case("budget one too small for r = 1", mixed, 175, "what is refused")
-    yield case("no budget", [(10, 20)], 0, "what is refused")
+    one, rank, mixed = [(10, 20)], draw.integer(3, 6), [(16, 16), (16, 48), (64, 16)]  # 32 + 64 + 80 = 176
+    yield case(
+        "one matrix, 10 inputs, 20 outputs; the budget is exactly the cost of a rank", one, 30 * rank, most, largest
+    )
+    yield case("the same with a budget smaller by one", one, 30 * rank - 1, most, largest)
+    above = 30 * 25 + draw.integer(0, 29)
+    yield case("one matrix, 10 inputs, 20 outputs, and a budget above its highest rank", one, above, limit)
+    yield case("three matrices of different sizes", mixed, 176 * rank + draw.integer(90, 170), largest, pair)
+    second = 165 * 20 + draw.integer(0, 99)
+    yield case("two matrices, the second one smaller", [(30, 40), (5, 90)], second, limit, largest)
+    yield case("two matrices, the second one with few outputs", [(30, 40), (90, 5)], second, limit, largest)
+    yield case("exactly the highest rank of a square matrix", [(12, 12)], 24 * 12, limit, most)
+    yield case("q and v of GPT-2 small, a budget of 150,000", [(768, 768)] * 24, 150_000, largest, pair)
+    yield case("budget exactly enough for r = 1", mixed, 176, most, least)
+    yield case("budget one too small for r = 1", mixed, 175, least, part=refused)
+    yield case("no budget", one, 0, least, part=refused)
 
 
 # --- lora_state_from_peft ----------------------------------------------------------------------------
@@ -63,137 +76,164 @@ BEFORE = "base_model.model."
 
 
 def peft_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, modules: Sequence[str], part: str = "the names", more: Sequence[str] = ()) -> Case:
+    def case(name: str, modules: Sequence[str], *sentences: str, part: str = "the names", **more: Any) -> Case:
         tensors: dict[str, Data] = {}
         for module in modules:
-            tensors[f"{BEFORE}{module}.lora_A.weight"] = draw.normal(2, 4)
-            tensors[f"{BEFORE}{module}.lora_B.weight"] = draw.normal(4, 2)  # square, transposed or not
-        tensors |= {key: draw.normal(4) for key in more}
-        return Case(name, {"tensors": tensors}, part)
+            factors = {"B": draw.normal(4, 2), "A": draw.normal(2, 4)}  # B first, as it is not in the alphabet
+            for letter in more.get("order", "AB"):
+                kind = factors[letter].to(more.get("dtype", torch.float32))
+                tensors[f"{BEFORE}{module}.lora_{letter}.weight"] = kind
+        tensors |= {key: draw.normal(4) for key in more.get("others", ())}
+        return Case(name, {"tensors": tensors}, part, sentences)
 
-    yield case("one layer of GPT-2", ["transformer.h.0.attn.c_attn"])
-    yield case("two layers of GPT-2", ["transformer.h.0.attn.c_attn", "transformer.h.11.mlp.c_proj"])
-    yield case("a Llama, whose own names begin with model.", ["model.layers.0.self_attn.q_proj"])
-    yield case("a model with a layer named decoder and one named embed", ["decoder.out", "embed.linear"])
-    yield case("a layer with .weight in the middle of its name", ["net.weight_maker.weight.fc"])
-    name = "transformer.h.0.attn.c_attn"
-    yield case("DoRA's magnitude", [name], "what is refused", [f"{BEFORE}{name}.lora_magnitude_vector"])
-    yield case("a whole layer, saved together with the LoRA", [name], "what is refused", [f"{BEFORE}score.weight"])
-    yield case("no prefix", [], "what is refused", [f"{name}.lora_A.weight"])
-    yield case("an adapter's name in the key", [], "what is refused", [f"{BEFORE}{name}.lora_A.default.weight"])
-
-
-def run_peft(answer: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
-    """The tensors by name, and the order of the names."""
-    state = answer(tensors)
-    return {"state": state, "order": list(state)} if isinstance(state, dict) else state
+    under, puts, shape = (
+        "The tensors of a PEFT adapter file",
+        "PEFT puts a prefix",
+        "A is (r, in) and B is (out, r) in both",
+    )
+    any_name, same, example = "The name of a module may be anything", "The same tensors, in the same order", "   ->   "
+    c_attn = "transformer.h.0.attn.c_attn"
+    yield case("one layer of GPT-2", [c_attn], example.strip(), under, puts, shape)
+    yield case("two layers of GPT-2", [c_attn, "transformer.h.11.mlp.c_proj"], under, shape)
+    yield case("a Llama, whose own names begin with model.", ["model.layers.0.self_attn.q_proj"], any_name, puts)
+    yield case("a model with a layer named decoder and one named embed", ["decoder.out", "embed.linear"], any_name)
+    yield case("a layer with .weight in the middle of its name", ["net.weight_maker.weight.fc"], any_name)
+    yield case("a layer within one named base_model.model", ["base_model.model.fc"], any_name, puts)
+    yield case("the layers of a file in another order", ["h.1.fc", "h.0.fc"], same, order="BA")
+    yield case("tensors in bfloat16", ["h.1.fc"], same, dtype=torch.bfloat16)
+    error, refused = "a name that is not made like this", "what is refused"
+    for name, modules, other in (
+        ("DoRA's magnitude", [c_attn], f"{BEFORE}{c_attn}.lora_magnitude_vector"),
+        ("a whole layer, saved together with the LoRA", [c_attn], f"{BEFORE}score.weight"),
+        ("no prefix", [], f"{c_attn}.lora_A.weight"),
+        ("no prefix, another name", [], "attn.lora_A.weight"),
+        ("no suffix", [], f"{BEFORE}{c_attn}.lora_B"),
+        ("an adapter's name in the key", [], f"{BEFORE}{c_attn}.lora_A.default.weight"),
+        ("a parameter whose name only ends in lora_A", [], f"{BEFORE}h.0.no_lora_A.weight"),
+        ("a parameter whose name only ends in lora_B", [], f"{BEFORE}h.0.no_lora_B.weight"),
+    ):
+        yield case(name, modules, error, part=refused, others=[other])
 
 
 # --- switch_task -------------------------------------------------------------------------------------
-
-
-class Small(nn.Module):
-    """Two kinds of layers, one of them square, and a layer without LoRA."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.h = nn.ModuleList([nn.ModuleDict({"fc": Conv1D(4, 6), "proj": Conv1D(4, 4)}) for _ in range(2)])
-        self.head = nn.Linear(4, 3)
-
-
-SIZES = {"h.0.fc": (4, 6), "h.0.proj": (4, 4), "h.1.fc": (4, 6), "h.1.proj": (4, 4), "head": (4, 3)}
 
 
 def switch_cases(draw: Draw) -> Iterator[Case]:
     def lora(layers: Sequence[str], rank: int) -> dict[str, Data]:
         return {name: [draw.normal(rank, SIZES[name][0]), draw.normal(SIZES[name][1], rank)] for name in layers}
 
-    def case(name: str, old: Sequence[str], new: Sequence[str], part: str = "the switch", ranks: Any = (2, 2)) -> Case:
+    def case(name: str, old: Sequence[str], new: Sequence[str], *sentences: str, ranks: Any = (2, 2)) -> Case:
         given: dict[str, Data] = {"old": lora(old, ranks[0]), "new": lora(new, ranks[1])}
-        return Case(name, given | {"seed": draw.integer(0, 10**6), "steps": "switch"}, part)
+        return Case(name, given | {"seed": draw.integer(0, 10**6), "steps": "switch"}, "the switch", sentences)
 
-    yield case("from the base to a LoRA on a Linear", [], ["head"])
-    yield case("from the base to a LoRA on a Conv1D with 4 inputs and 6 outputs", [], ["h.0.fc"])
-    yield case("from the base to a LoRA on a square Conv1D", [], ["h.1.proj"])
-    yield case("from a LoRA to the base", ["h.0.proj", "head"], [])
-    yield case("from one LoRA to another on the same layers", ["h.0.fc", "head"], ["h.0.fc", "head"])
-    yield case("different ranks on the same layers", ["h.0.fc", "h.1.fc"], ["h.0.fc", "h.1.fc"], ranks=(1, 3))
-    yield case("different layers", ["h.0.fc", "h.0.proj"], ["h.0.proj", "head"], ranks=(3, 1))
-    given = case("from one LoRA to another and back", ["h.0.fc", "h.1.proj"], ["h.0.proj", "head"]).inputs
-    yield Case("from one LoRA to another and back", dict(given) | {"steps": "there and back"}, "the switch")
-    missing: dict[str, Data] = {"h.7.fc": [draw.normal(1, 4), draw.normal(6, 1)]}
-    given = {"old": lora(["head"], 1), "new": lora(["h.0.fc"], 1) | missing, "seed": 1, "steps": "refuse"}
-    yield Case("the new LoRA has a layer that the model does not have", given, "what is refused")
-    turned: dict[str, Data] = {"h.1.fc": [draw.normal(1, 6), draw.normal(4, 1)]}
-    given = {"old": lora(["head"], 1), "new": lora(["h.0.fc"], 1) | turned, "seed": 1, "steps": "refuse"}
-    yield Case("the new LoRA is for 6 inputs and 4 outputs, the layer has 4 and 6", given, "what is refused")
+    def refuse(name: str, old: dict[str, Data], new: dict[str, Data]) -> Case:
+        given: dict[str, Data] = {"old": old, "new": new, "seed": draw.integer(0, 10**6), "steps": "refuse"}
+        sentences = "the model does not have one of the layers", "Nothing is changed in this case"
+        return Case(name, given, "what is refused", sentences)
+
+    replace, layers, base = (
+        "Replace the LoRA that is merged",
+        "model: its layers are `nn.Linear`",
+        "{}: nothing, the base",
+    )
+    now, instead, nothing = "old: what is merged now", "new: what to merge instead", "{}: nothing."
+    others, ranks = "Only the weights of these layers change", "may have different ranks"
+    yield case("from the base to a LoRA on a Linear", [], ["head"], base, instead, replace, others)
+    yield case("from the base to a LoRA on a Conv1D with 4 inputs and 6 outputs", [], ["h.0.fc"], layers, instead)
+    yield case("from the base to a LoRA on a square Conv1D", [], ["h.1.proj"], layers, instead)
+    yield case("from a LoRA to the base", ["h.0.proj", "head"], [], nothing, now, others)
+    both = "from one LoRA to another on the same layers"
+    yield case(both, ["h.0.fc", "head"], ["h.0.fc", "head"], replace, now, instead)
+    fc = ["h.0.fc", "h.1.fc"]
+    yield case("different ranks on the same layers", fc, fc, ranks, replace, ranks=(1, 3))
+    mixed = ["h.0.fc", "h.0.proj"], ["h.0.proj", "head"]
+    yield case("different layers", *mixed, ranks, others, ranks=(3, 1))
+    back = case("from one LoRA to another and back", ["h.0.fc", "h.1.proj"], ["h.0.proj", "head"])
+    again = "This recovers W0 up to rounding"
+    yield Case(back.name, {**back.inputs, "steps": "there and back"}, back.part, (again, replace))
+    yield rounded_switch(draw)
+    for kind, layer, sizes in (
+        ("a layer that the model does not have", "h.7.fc", (4, 6)),
+        ("6 inputs and 4 outputs, and the model's layer has 4 and 6", "h.1.fc", (6, 4)),
+    ):
+        wrong: dict[str, Data] = {layer: [draw.normal(1, sizes[0]), draw.normal(sizes[1], 1)]}
+        yield refuse(f"the new LoRA has {kind}", lora(["head"], 1), lora(["h.0.fc"], 1) | wrong)
+        yield refuse(f"the old LoRA has {kind}", lora(["head"], 1) | wrong, lora(["h.0.fc"], 1))
 
 
-def run_switch(
-    answer: Callable[..., Any], old: dict[str, Any], new: dict[str, Any], seed: int, steps: str
-) -> dict[str, Any]:
-    """All the values of the model afterwards, and whether invalid input raised."""
-    torch.manual_seed(seed)
-    model = Small()
-    parameters = dict(model.named_parameters())
-    for parameter in parameters.values():
-        nn.init.normal_(parameter)
-    theirs = [{name: (A, B) for name, (A, B) in factors.items()} for factors in (old, new)]
-    error = ""
-    try:
-        answer(model, *theirs)
-        if steps == "there and back":
-            answer(model, *reversed(theirs))
-    except ValueError:
-        if steps != "refuse":
-            raise
-        error = "ValueError"
-    after = dict(model.named_parameters())
-    return {
-        "weights": after,
-        "the same parameters": {name: after.get(name) is parameter for name, parameter in parameters.items()},
-        "still trained": all(p.requires_grad and p.grad_fn is None for p in after.values()),
-        "refused": error,
-    }
+def rounded_switch(draw: Draw) -> Case:
+    """All numbers are exact in float32, so the only rounding is that of the sum to bfloat16."""
+
+    def factors(layers: Sequence[str]) -> dict[str, Data]:
+        pairs = {
+            name: [draw.integers(1, 63, 2, SIZES[name][0]), draw.integers(1, 63, SIZES[name][1], 2)] for name in layers
+        }
+        return {name: [(one / 16).to(torch.bfloat16) for one in pair] for name, pair in pairs.items()}
+
+    given: dict[str, Data] = {"old": factors(["h.0.fc", "head"]), "new": factors(["h.0.fc", "head"])}
+    given |= {"seed": draw.integer(0, 10**6), "steps": "switch", "whole": True}
+    return Case("a model in bfloat16", given, "the switch", ("The sum is formed in at least float32",))
 
 
 # --- shrink, batched_lora ----------------------------------------------------------------------------
 
 
 def shrink_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, ranks: Sequence[int], index: Sequence[int], tokens: int = 2) -> Case:
+    def case(name: str, ranks: Sequence[int], index: Sequence[int], *sentences: str, tokens: int = 2) -> Case:
         owner = [number for number, rank in enumerate(ranks) for _ in range(rank)]
         given: dict[str, Data] = {"x": draw.normal(len(index), tokens, 5), "A_T": draw.normal(5, len(owner))}
-        return Case(name, given | {"owner": torch.tensor(owner), "adapter_index": torch.tensor(index)})
+        given |= {"owner": torch.tensor(owner), "adapter_index": torch.tensor(index)}
+        return Case(name, given, sentences=sentences)
 
-    yield case("two adapters of rank 1, one row each", (1, 1), (0, 1))
-    yield case("the same two in reverse order", (1, 1), (1, 0))
-    yield case("three rows, all with the first of two adapters", (2, 2), (1, 1, 1))
-    yield case("ranks 1, 3 and 2", (1, 3, 2), (2, 0, 1, 1))
-    yield case("two rows without an adapter", (2, 1), (-1, 1, -1), 3)
-    yield case("an adapter without this layer", (2, 0, 1), (1, 0, 2), 1)
+    keeps, row, none = (
+        "Multiply every row of the batch by every A",
+        "In a row whose adapter is 1",
+        "-1: no adapter, and",
+    )
+    index, column, ranks = "adapter_index: (n,), the index", "owner: (R,), the index", "R is the sum of their ranks"
+    shape = "(n, T, R)."
+    yield case("two adapters of rank 1, one row each", (1, 1), (0, 1), keeps, index)
+    yield case("the same two in reverse order", (1, 1), (1, 0), index, keeps)
+    yield case("ranks 1 and 2, as in the example", (1, 2), (1, 0), row, ranks, tokens=3)
+    yield case("three rows, all with the second of two adapters", (2, 2), (1, 1, 1), index, column)
+    yield case("ranks 1, 3 and 2", (1, 3, 2), (2, 0, 1, 1), ranks, column, shape)
+    yield case("two rows without an adapter", (2, 1), (-1, 1, -1), none, shape, tokens=3)
+    yield case("an adapter without this layer", (2, 0, 1), (1, 0, 2), column, ranks, tokens=1)
+    mixed = case("columns of three adapters in mixed order", (1, 1, 2), (2, 0, 1), column)
+    yield Case(mixed.name, {**mixed.inputs, "owner": torch.tensor([2, 0, 2, 1])}, sentences=mixed.sentences)
 
 
 def batch_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, index: Sequence[int], K: int, scaling: Data, rank: int = 2, tokens: int = 2) -> Case:
-        stacks: dict[str, Data] = {"A_stack": draw.normal(K, rank, 5), "B_stack": draw.normal(K, 4, rank)}
-        given = {"x": draw.normal(len(index), tokens, 5)} | stacks
-        return Case(name, given | {"scaling": scaling, "adapter_index": torch.tensor(index)})
+    def case(name: str, index: Sequence[int], K: int, scaling: Data, *sentences: str, **more: Any) -> Case:
+        rank, tokens = more.pop("rank", 2), more.pop("tokens", 2)
+        given: dict[str, Data] = {"x": draw.normal(len(index), tokens, 5), "A_stack": draw.normal(K, rank, 5)}
+        given |= {"B_stack": draw.normal(K, 4, rank), "scaling": scaling, "adapter_index": torch.tensor(index)}
+        return Case(name, given | more, sentences=sentences)
 
     def each(K: int) -> Tensor:
         return 0.5 + torch.arange(K) + 0.3 * draw.normal(K).abs()
 
-    yield case("one adapter, two rows, s = 2", (0, 0), 1, 2.0)
-    yield case("two adapters, two rows, swapped, s = 0.5", (1, 0), 2, 0.5)
-    yield case("three adapters of rank 3, five rows, s = 4", (2, 0, 0, 1, 2), 3, 4.0, 3, 3)
-    yield case("a scaling for each adapter", (2, 2, 0, 1), 3, each(3))
-    yield case("rows without an adapter", (-1, 1, 0, -1), 2, 1.5, 1)
-    yield case(
-        "as many rows as adapters, each adapter with its own scaling, one row without an adapter",
-        (2, 0, -1),
-        3,
-        each(3),
+    output, added, s = (
+        "The adapters' output: row i of the batch",
+        "It is to be added to the base",
+        "scaling: one number",
     )
+    index, none, shape = (
+        "adapter_index: (n,) integers",
+        "-1: nothing is added to this row",
+        "(n, T, out).",
+    )
+    stack_A, stack_B = "A_stack: (K, r, in)", "B_stack: (K, out, r)"
+    yield case("one adapter, two rows, s = 2", (0, 0), 1, 2.0, output, added, s)
+    yield case("two adapters, two rows, swapped, s = 0.5", (1, 0), 2, 0.5, output, index, s)
+    five = "three adapters of rank 3, five rows, s = 4"
+    yield case(five, (2, 0, 0, 1, 2), 3, 4.0, index, stack_A, stack_B, shape, rank=3, tokens=3)
+    yield case("a scaling for each adapter", (2, 2, 0, 1), 3, each(3), s, index)
+    yield case("s = 0", (1, 0), 2, 0.0, s)
+    yield case("rows without an adapter", (-1, 1, 0, -1), 2, 1.5, none, index, tokens=1)
+    yield case("no row has an adapter", (-1, -1), 2, 1.5, none)
+    as_many = "as many rows as adapters, each adapter with its own scaling, one row without an adapter"
+    yield case(as_many, (2, 0, -1), 3, each(3), none, s)
 
 
 # --- The lists ---------------------------------------------------------------------------------------
@@ -214,6 +254,8 @@ EXERCISES = [
         ),
         cases=count_cases,
         probe=run_on_sizes,
+        explain=explain_count,
+        background=("Example: r = 4 on the q and v",),
     ),
     Exercise(
         rank_for_budget,
@@ -230,6 +272,8 @@ EXERCISES = [
         ),
         cases=budget_cases,
         probe=run_on_sizes,
+        explain=explain_budget,
+        background=("at least one",),
     ),
     Exercise(
         lora_state_from_peft,
@@ -247,6 +291,9 @@ EXERCISES = [
         ),
         cases=peft_cases,
         probe=run_peft,
+        dtypes=True,
+        explain=explain_peft,
+        background=("tensors: by PEFT's names", "It belongs to something that a plain LoRA"),
     ),
     Exercise(
         switch_task,
@@ -264,6 +311,8 @@ EXERCISES = [
         ),
         cases=switch_cases,
         probe=run_switch,
+        explain=explain_switched,
+        background=("When we need to switch to another", "to recover it exactly, keep a copy"),
     ),
     Exercise(
         shrink,
@@ -280,6 +329,8 @@ EXERCISES = [
             "no token axis yet; `[:, None, :]` adds one.",
         ),
         cases=shrink_cases,
+        explain=explain_shrunk,
+        background=("Example: adapter 0 has rank 1", "x: (n, T, in): n rows", "A_T: (in, R), the A of all"),
     ),
     Exercise(
         batched_lora,
@@ -297,6 +348,8 @@ EXERCISES = [
             "`scaling[:, None, None]` if it is a tensor.",
         ),
         cases=batch_cases,
+        explain=explain_batched,
+        background=("x: (n, T, in)",),
     ),
 ]
 
