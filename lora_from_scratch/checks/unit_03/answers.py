@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_from_scratch.checks.bank import changed, right, wrong
-from lora_from_scratch.gpt2.model import causal_mask
+from lora_from_scratch.checks.bank import right, wrong
 
 # --- split_heads -------------------------------------------------------------------------------------
 
@@ -135,19 +134,6 @@ def lists_of_booleans(tokens: int, keys: int, device: torch.device | None = None
 def cached_keys_beside_a_square(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     cached = torch.ones(tokens, keys - tokens, device=device)
     return torch.cat([cached, torch.ones(tokens, tokens, device=device).tril()], dim=1) > 0
-
-
-@wrong(
-    "causal_mask",
-    "The values are right, but the mask is always on the CPU. Create it on `device`: with a model on a GPU a mask on "
-    "the CPU is an error.",
-)
-@changed(
-    causal_mask,
-    ("keys, device=device)\n    key_", "keys)\n    key_"),
-    ("torch.arange(keys, device=device)", "torch.arange(keys)"),
-)
-def always_on_the_cpu() -> None: ...
 
 
 @wrong(

@@ -58,20 +58,19 @@ def heads_cases(draw: Draw) -> Iterator[Case]:
 
 
 def mask_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, tokens: int, keys: int, *sentences: str, **more: Data) -> Case:
+    def case(name: str, tokens: int, keys: int, *sentences: str) -> Case:
         part = "without a cache" if tokens == keys else "with a cache"
-        return Case(name, {"tokens": tokens, "keys": keys} | more, part, sentences)
+        return Case(name, {"tokens": tokens, "keys": keys}, part, sentences)
 
     sees, aligned = "its own position and the ones before it", "with S > T the first S - T keys"
     kind, last = "(T, S) of booleans", "The last row is all True"
-    yield case("3 tokens, no cache", 3, 3, sees, kind, "None: the CPU")
+    yield case("3 tokens, no cache", 3, 3, sees, kind)
     tokens = draw.integer(4, 7)
     yield case(f"{tokens} tokens, no cache", tokens, tokens, sees, kind, last)
     yield case("a single token, no cache", 1, 1, sees, last)
     yield case("2 tokens after 3 cached ones", 2, 5, aligned, sees, kind, last)
     cached = draw.integer(2, 5)
     yield case(f"1 token after {cached} cached ones", 1, 1 + cached, last, aligned)
-    yield case("2 tokens after 1 cached one, on the device meta", 2, 3, "the device of the mask", device="meta")
 
 
 def attention_cases(draw: Draw) -> Iterator[Case]:
@@ -255,7 +254,7 @@ EXERCISES = [
         cases=mask_cases,
         dtypes=True,
         explain=explain_mask,
-        background=("tokens: T", "keys: S"),
+        background=("tokens: T", "keys: S", "the device of the mask", "None: the CPU"),
     ),
     Exercise(
         causal_attention,

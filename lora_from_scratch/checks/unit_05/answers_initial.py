@@ -46,7 +46,8 @@ def by_stacking_rows(table, num_virtual_tokens, init="vocabulary", init_ids=(), 
         return torch.normal(0.0, 1.0, (P, d), generator=generator)
     if init != "vocabulary":
         raise ValueError("init is random, vocabulary, or text with ids")
-    order = [i for _ in range(P) for i in torch.randperm(min(len(table), 5000), generator=generator).tolist()]
+    common = min(len(table), 5000)
+    order = [i for _ in range(0, P, common) for i in torch.randperm(common, generator=generator).tolist()]
     return torch.stack([table[i] for i in order[:P]]).detach()
 
 
