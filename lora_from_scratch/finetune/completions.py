@@ -23,15 +23,16 @@ def prompt_text(mr: str) -> str:
 
 
 def completion_labels(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Concatenate prompt and completion; label only the completion.
+    """Concatenate prompt and completion, and label only the completion.
+
+    The labels are -100 on the prompt. They are not shifted: `next_token_loss` does that.
 
     Args:
-        prompt_ids: P token ids.
+        prompt_ids: P token ids; there may be none.
         completion_ids: C token ids; the last should be the end-of-text token, or the model never learns to stop.
 
     Returns:
-        input ids and labels, both of length P + C. The labels are -100 on the prompt. They are not
-        shifted: `next_token_loss` does that.
+        input ids and labels, both of length P + C.
     """
     return [*prompt_ids, *completion_ids], [IGNORE_INDEX] * len(prompt_ids) + list(completion_ids)
 

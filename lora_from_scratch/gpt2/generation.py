@@ -46,7 +46,8 @@ def filter_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the smallest set of most likely tokens whose probabilities sum to at least p (Holtzman et al. 2020, eq. 2).
 
     In order of decreasing probability, a token is kept if the tokens before it sum to less than p. The token that
-    crosses p is therefore kept, and at least one token always is.
+    crosses p is therefore kept, and at least one token always is. Which of several equally likely tokens are kept is
+    left open.
 
     Args:
         logits: (..., V).
@@ -82,8 +83,9 @@ def sample_next_token(
         logits: (V,).
         temperature: 0 takes the most likely token (the filters then have no effect); below 1 makes likely tokens more
             likely, above 1 less likely.
-        top_k: see `filter_top_k`; None: no filter.
-        top_p: see `filter_top_p`; None: no filter. It uses the probabilities after temperature and top-k.
+        top_k: see `filter_top_k`, or None to leave out this filter.
+        top_p: see `filter_top_p`, or None to leave out this filter; it uses the probabilities after temperature and
+            top-k.
         generator: the random number generator, on the CPU; the same state gives the same token. None: PyTorch's own.
 
     Returns:

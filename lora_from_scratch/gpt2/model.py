@@ -28,11 +28,11 @@ def split_heads(x: Tensor, n_head: int) -> Tensor:
     """Split the last axis into heads and move the heads in front of the tokens.
 
     Args:
-        x: (B, T, d).
-        n_head: H; must divide d.
+        x: (B, T, d); it need not be contiguous (queries, keys and values are slices of one wider tensor).
+        n_head: the number of heads H, which divides d.
 
     Returns:
-        (B, H, T, hd) with hd = d / H; head h has the columns h * hd to (h + 1) * hd of `x`.
+        (B, H, T, hd) with hd = d / H; head h has the columns h * hd to (h + 1) * hd - 1 of `x`.
     """
     batch, tokens, width = x.shape
     return x.view(batch, tokens, n_head, width // n_head).transpose(1, 2)
@@ -49,7 +49,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     `softmax(q k^T / sqrt(hd) + mask) v`, with the softmax over the keys, and a mask that is 0 where `causal_mask`
     lets a query see a key and minus infinity elsewhere. The last query is aligned with the last key, so with a cache
-    (S > T) every query also sees the S - T cached keys.
+    (S > T) every query also sees the S - T cached keys. None of the inputs needs to be contiguous.
 
     Args:
         q: (B, H, T, hd), the queries.

@@ -59,7 +59,7 @@ def few_shot_prompt(examples: Sequence[tuple[str, str]], mr: str, instruction: s
 
 
 def prepend_prompt(embeddings: Tensor, inputs: Tensor) -> Tensor:
-    """[E; X]: prepend the same soft prompt to every row of the batch.
+    """`[E; X]`: prepend the same soft prompt to every row of the batch.
 
     Args:
         embeddings: (P, d), the soft prompt E; gradients must flow to it.
@@ -234,7 +234,7 @@ class SoftPrompt(VirtualTokens):
     - `enter`, which the model calls at the beginning of a text. At that point `attention_mask` already has P more
       columns, `position_ids` are already shifted by P, and the cache is empty or None. It returns the four in the order
       of its arguments: `inputs_embeds` (B, P + T, d), with the prompt before every row; the mask, unchanged;
-      `position_ids` (B, P + T), whose first P are 0 ... P - 1 in every row, or None if it was None; and the cache,
+      `position_ids` (B, P + T), whose first P are 0 to P - 1 in every row, or None if it was None; and the cache,
       unchanged.
 
     Args:

@@ -1,11 +1,10 @@
-"""Unit 03, GPT-2, the model: common mistakes, and alternative right answers."""
+"""Unit 03, GPT-2, attention: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_from_scratch.checks.bank import right, wrong
-
-Part = Callable[[Tensor], Tensor]
 
 # --- split_heads -------------------------------------------------------------------------------------
 
@@ -32,6 +29,27 @@ def numbers_copied_one_by_one_in_numpy(x: Tensor, n_head: int) -> np.ndarray:
     for h in range(n_head):
         heads[:, h] = x.numpy()[:, :, h * hd : (h + 1) * hd]
     return heads
+
+
+@right("split_heads")
+def unflattened_and_moved(x: Tensor, n_head: int) -> Tensor:
+    return x.unflatten(-1, (n_head, -1)).movedim(2, 1)
+
+
+@right("split_heads")
+def columns_picked_by_index(x: Tensor, n_head: int) -> Tensor:
+    columns = torch.arange(x.shape[-1]).view(n_head, -1)
+    return torch.einsum("bthc->bhtc", x[:, :, columns])
+
+
+@wrong(
+    "split_heads",
+    "For a contiguous x your result is right. With another order in memory `view` cannot merge the texts and the "
+    "tokens into one axis: leave these axes as they are, or use `reshape`.",
+)
+def for_a_contiguous_x_only(x: Tensor, n_head: int) -> Tensor:
+    B, T, d = x.shape
+    return x.view(B * T, n_head, d // n_head).view(B, T, n_head, -1).transpose(1, 2)
 
 
 @wrong(
@@ -95,19 +113,39 @@ def columns_before_tokens(x: Tensor, n_head: int) -> Tensor:
 
 @right("causal_mask")
 def a_triangle_of_ones(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    return torch.ones(tokens, keys, dtype=torch.bool).tril(diagonal=keys - tokens)
+    return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril(diagonal=keys - tokens)
 
 
 @right("causal_mask")
-def cell_by_cell(tokens: int, keys: int, device: torch.device | None = None) -> np.ndarray:
+def row_by_row_in_numpy(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     mask = np.zeros((tokens, keys), dtype=bool)
     for t in range(tokens):
         mask[t, : keys - tokens + t + 1] = True
-    return mask
+    return torch.from_numpy(mask).to(device)
 
 
-def _places(tokens: int, keys: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(keys - tokens, keys)[:, None], torch.arange(keys)[None, :]
+@right("causal_mask")
+def lists_of_booleans(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
+    cached = keys - tokens
+    return torch.tensor([[s <= cached + t for s in range(keys)] for t in range(tokens)], device=device)
+
+
+@right("causal_mask")
+def cached_keys_beside_a_square(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
+    cached = torch.ones(tokens, keys - tokens, device=device)
+    return torch.cat([cached, torch.ones(tokens, tokens, device=device).tril()], dim=1) > 0
+
+
+@wrong(
+    "causal_mask",
+    "The zeros and ones are right, but as numbers. Return booleans: `masked_fill` and `~` need them.",
+)
+def numbers_for_booleans(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
+    return torch.ones(tokens, keys, device=device).tril(diagonal=keys - tokens)
+
+
+def _places(tokens: int, keys: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    return torch.arange(keys - tokens, keys, device=device)[:, None], torch.arange(keys, device=device)[None, :]
 
 
 @wrong(
@@ -116,7 +154,7 @@ def _places(tokens: int, keys: int) -> tuple[Tensor, Tensor]:
     "otherwise the first token would see nothing, and a softmax over nothing is NaN.",
 )
 def no_token_sees_itself(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    query, key = _places(tokens, keys)
+    query, key = _places(tokens, keys, device)
     return key < query
 
 
@@ -126,13 +164,13 @@ def no_token_sees_itself(tokens: int, keys: int, device: torch.device | None = N
     "a very low loss, because it learns to copy.",
 )
 def the_next_token_is_seen(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    query, key = _places(tokens, keys)
+    query, key = _places(tokens, keys, device)
     return key <= query + 1
 
 
 @wrong("causal_mask", "True has to mean that a key may be seen. Your mask marks what is forbidden.")
 def true_where_forbidden(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    query, key = _places(tokens, keys)
+    query, key = _places(tokens, keys, device)
     return key > query
 
 
@@ -141,7 +179,7 @@ def true_where_forbidden(tokens: int, keys: int, device: torch.device | None = N
     "The mask is the wrong way round: your tokens see what comes after them. Rows are queries and columns are keys.",
 )
 def the_future_is_seen(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    query, key = _places(tokens, keys)
+    query, key = _places(tokens, keys, device)
     return key >= query
 
 
@@ -151,12 +189,12 @@ def the_future_is_seen(tokens: int, keys: int, device: torch.device | None = Non
     "come before all of the queries, and it is the last query that aligns with the last key.",
 )
 def aligned_with_the_first_key(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    return torch.ones(tokens, keys, dtype=torch.bool).tril()
+    return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril()
 
 
 @wrong("causal_mask", "Your mask allows everything: every token sees the whole text, including the future.")
 def everything_is_seen(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    return torch.ones(tokens, keys, dtype=torch.bool)
+    return torch.ones(tokens, keys, dtype=torch.bool, device=device)
 
 
 @wrong(
@@ -165,8 +203,8 @@ def everything_is_seen(tokens: int, keys: int, device: torch.device | None = Non
     "and can be combined with other masks.",
 )
 def zeros_and_minus_infinity(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    query, key = _places(tokens, keys)
-    return torch.zeros(tokens, keys).masked_fill(key > query, -math.inf)
+    query, key = _places(tokens, keys, device)
+    return torch.zeros(tokens, keys, device=device).masked_fill(key > query, -math.inf)
 
 
 @wrong(
@@ -174,7 +212,7 @@ def zeros_and_minus_infinity(tokens: int, keys: int, device: torch.device | None
     "Your mask is square. It needs a row for each query and a column for each key, including cached ones.",
 )
 def square_whatever_the_cache(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    return torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
 
 
 # --- causal_attention --------------------------------------------------------------------------------
@@ -213,6 +251,57 @@ def query_by_query_in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def a_large_negative_number_for_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT / math.sqrt(q.shape[-1]) + torch.where(_seen(q, k), 0.0, -1e9)
     return torch.softmax(scores, dim=-1) @ v
+
+
+@right("causal_attention")
+def cached_and_new_keys_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    T, cached = q.shape[2], k.shape[2] - q.shape[2]
+    old = torch.einsum("bhtd,bhsd->bhts", q, k[:, :, :cached]) * q.shape[-1] ** -0.5
+    new = torch.einsum("bhtd,bhsd->bhts", q, k[:, :, cached:]) * q.shape[-1] ** -0.5
+    new = new + torch.full((T, T), -math.inf).triu(1)
+    total = torch.logaddexp(old.logsumexp(-1, keepdim=True), new.logsumexp(-1, keepdim=True))
+    return (old - total).exp() @ v[:, :, :cached] + (new - total).exp() @ v[:, :, cached:]
+
+
+@right("causal_attention")
+def head_by_head_in_numpy(q: Tensor, k: Tensor, v: Tensor) -> np.ndarray:
+    T, S, hd = q.shape[2], k.shape[2], q.shape[3]
+    Q, K, V = (one.double().numpy() for one in (q, k, v))
+    out = np.zeros(Q.shape)
+    for place in np.ndindex(*Q.shape[:2]):
+        weights = np.exp(Q[place] @ K[place].T / np.sqrt(hd)) * np.tri(T, S, S - T)
+        out[place] = weights / weights.sum(axis=1, keepdims=True) @ V[place]
+    return out
+
+
+@wrong(
+    "causal_attention",
+    "Your result is right if q, k and v are contiguous. As `split_heads` returns them they are not, and `view` cannot "
+    "merge their axes: multiply them with all four axes (PyTorch treats the first two as a batch), or use `reshape`.",
+)
+def for_contiguous_inputs_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, width = k.shape[-2], q.shape[-1]
+    flat = (q.view(-1, q.shape[-2], width), k.view(-1, keys, width), v.view(-1, keys, width))
+    return _attend(*flat, width**-0.5, _seen(q, k)).view(q.shape)
+
+
+@wrong(
+    "causal_attention",
+    "Keys and queries are exchanged: your scores have a row for each key. A row belongs to a query, and its softmax "
+    "runs over the keys.",
+)
+def queries_and_keys_swapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attend(k, q, v, q.shape[-1] ** -0.5, _seen(q, k))
+
+
+@wrong("causal_attention", "You average the keys. The keys decide the weights; what is averaged are the values.")
+def keys_for_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attend(q, k, k, q.shape[-1] ** -0.5, _seen(q, k))
+
+
+@wrong("causal_attention", "Those are the weights. They still have to be applied to the values.")
+def only_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~_seen(q, k), -math.inf), dim=-1)
 
 
 @wrong(
@@ -292,176 +381,3 @@ def mask_aligned_with_the_first_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 )
 def mask_turned_round(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, q.shape[-1] ** -0.5, ~_seen(q, k))
-
-
-# --- gelu --------------------------------------------------------------------------------------------
-
-ROOT = math.sqrt(2 / math.pi)
-
-
-@right("gelu")
-def pytorchs_tanh_approximation(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-@right("gelu")
-def numpy_in_float64(x: Tensor) -> np.ndarray:
-    x64 = x.numpy().astype(np.float64)
-    return 0.5 * x64 * (1 + np.tanh(ROOT * (x64 + 0.044715 * np.power(x64, 3))))
-
-
-@right("gelu")
-def a_sigmoid_of_twice_the_argument(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(2 * ROOT * (x + 0.044715 * x**3))
-
-
-@wrong(
-    "gelu",
-    "This is the exact GELU, defined by the normal distribution. GPT-2 was trained with its tanh approximation, and "
-    "the two differ in the fourth decimal: enough to change the logits.",
-)
-def the_exact_one(x: Tensor) -> Tensor:
-    return F.gelu(x)
-
-
-@wrong("gelu", "This is the sigmoid approximation, which is coarser. GPT-2 uses the one with the tanh.")
-def the_sigmoid_approximation(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-@wrong(
-    "gelu", "The factor in front is missing: for a large x the result should be x, but yours is about twice as large."
-)
-def no_half(x: Tensor) -> Tensor:
-    return x * (1 + torch.tanh(ROOT * (x + 0.044715 * x**3)))
-
-
-@wrong("gelu", "The cubic term is missing, or it is outside the tanh: check the parentheses.")
-def no_cube(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(ROOT * x))
-
-
-@wrong("gelu", "The cubic term has to be inside the parentheses that are multiplied by the square root.")
-def cube_outside_the_bracket(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(ROOT * x + 0.044715 * x**3))
-
-
-@wrong("gelu", "The constant is a square root; yours is 2 / pi itself.")
-def no_root(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(2 / math.pi * (x + 0.044715 * x**3)))
-
-
-@wrong("gelu", "That is the fraction of x that passes. It still has to be multiplied by x.")
-def only_the_gate(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.tanh(ROOT * (x + 0.044715 * x**3)))
-
-
-@wrong(
-    "gelu", "You set negative numbers to zero, like a ReLU. A GELU lets a little of them through: its curve is smooth."
-)
-def a_relu(x: Tensor) -> Tensor:
-    return torch.relu(x)
-
-
-@wrong(
-    "gelu",
-    "For large numbers the exponential of your tanh overflows, and infinity divided by infinity is NaN. PyTorch's own "
-    "tanh handles this.",
-)
-def a_tanh_that_overflows(x: Tensor) -> Tensor:
-    z = ROOT * (x + 0.044715 * x**3)
-    return 0.5 * x * (1 + (z.exp() - (-z).exp()) / (z.exp() + (-z).exp()))
-
-
-# --- transformer_block -------------------------------------------------------------------------------
-
-
-@right("transformer_block")
-def on_a_copy_in_place(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    stream = x.clone()
-    stream += attention(norm_1(stream))
-    stream += mlp(norm_2(stream))
-    return stream
-
-
-@right("transformer_block")
-def as_a_loop_in_float64(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    stream = x.double()
-    for norm, part in ((norm_1, attention), (norm_2, mlp)):
-        stream = stream + part(norm(stream.float())).double()
-    return stream
-
-
-@wrong(
-    "transformer_block",
-    "You normalise the sum, after each part: that is the original Transformer (post-norm). In GPT-2 the normalisation "
-    "comes first, and the stream itself is never normalised.",
-)
-def normalised_afterwards(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    x = norm_1(x + attention(x))
-    return norm_2(x + mlp(x))
-
-
-@wrong(
-    "transformer_block",
-    "The residual connections are missing: the stream itself does not pass through the block.",
-)
-def no_residual(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    return mlp(norm_2(attention(norm_1(x))))
-
-
-@wrong("transformer_block", "The attention replaces the stream; it should be added to it.")
-def no_residual_around_the_attention(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    x = attention(norm_1(x))
-    return x + mlp(norm_2(x))
-
-
-@wrong("transformer_block", "The MLP replaces the stream; it should be added to it.")
-def no_residual_around_the_mlp(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    return mlp(norm_2(x + attention(norm_1(x))))
-
-
-@wrong(
-    "transformer_block",
-    "Your MLP reads what the attention read. It should read the stream after the attention has added to it; only some "
-    "other models (such as GPT-J) run the two in parallel.",
-)
-def side_by_side(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    return x + attention(norm_1(x)) + mlp(norm_2(x))
-
-
-@wrong(
-    "transformer_block",
-    "You add to the normalised stream. Each part reads the normalised stream, but its result is added to the stream "
-    "itself.",
-)
-def added_to_the_normalised(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    x = norm_1(x)
-    x = x + attention(x)
-    x = norm_2(x)
-    return x + mlp(x)
-
-
-@wrong("transformer_block", "Both parts get the same normalisation. Each has its own, with its own weights.")
-def one_norm_for_both(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    x = x + attention(norm_1(x))
-    return x + mlp(norm_1(x))
-
-
-@wrong("transformer_block", "The MLP comes first in your block. The attention has to come before it.")
-def mlp_first(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    x = x + mlp(norm_2(x))
-    return x + attention(norm_1(x))
-
-
-@wrong("transformer_block", "Nothing is normalised before the MLP reads it.")
-def second_norm_forgotten(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    x = x + attention(norm_1(x))
-    return x + mlp(x)
-
-
-@wrong("transformer_block", caught_by="changes its input")
-def added_in_the_callers_tensor(x: Tensor, norm_1: Part, attention: Part, norm_2: Part, mlp: Part) -> Tensor:
-    x += attention(norm_1(x))
-    x += mlp(norm_2(x))
-    return x

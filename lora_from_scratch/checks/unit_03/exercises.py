@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
+from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.unit_03.explanations import (
+    explain_attention,
+    explain_block,
+    explain_draws,
+    explain_gelu,
+    explain_heads,
+    explain_loss,
+    explain_mask,
+    explain_top_p,
+)
+from lora_from_scratch.checks.unit_03.probes import (
+    draw_often,
+    run_block,
+    run_loss,
+    run_top_p,
+    same_nucleus,
+    same_stream,
+)
 from lora_from_scratch.gpt2.generation import filter_top_p, sample_next_token
 from lora_from_scratch.gpt2.model import (
     IGNORE_INDEX,
@@ -22,160 +39,185 @@ from lora_from_scratch.gpt2.model import (
 )
 
 TITLE = "GPT-2"
-DRAWS = 24  # how often a token is drawn: enough to see every token whose probability is near one half
 
 # --- Attention ---------------------------------------------------------------------------------------
 
 
 def heads_cases(draw: Draw) -> Iterator[Case]:
+    def case(name: str, x: Tensor, n_head: int, *sentences: str) -> Case:
+        return Case(name, {"x": x, "n_head": n_head}, sentences=sentences)
+
+    split, columns, shape = "Split the last axis into heads", "head h has the columns", "with hd = d / H"
     counting = torch.arange(12.0).view(1, 2, 6)  # two tokens: 0 to 5, and 6 to 11
-    yield Case("the numbers 0 to 11: 2 tokens of width 6, 3 heads", {"x": counting, "n_head": 3})
-    yield Case("3 tokens of width 8, 2 heads", {"x": draw.normal(1, 3, 8), "n_head": 2})
-    yield Case("a batch of 2", {"x": draw.normal(2, 5, 6), "n_head": 3})
-    yield Case("a single token", {"x": draw.normal(2, 1, 8), "n_head": 4})
-    yield Case("a single head", {"x": draw.normal(2, 3, 4), "n_head": 1})
+    yield case("the numbers 0 to 11: 2 tokens of width 6, 3 heads", counting, 3, columns, split, shape)
+    yield case("3 tokens of width 8, 2 heads", draw.normal(1, 3, 8), 2, split, shape)
+    yield case("a batch of 2", draw.normal(2, 5, 6), 3, split, columns)
+    yield case("a single token", draw.normal(2, 1, 8), 4, columns)
+    yield case("a single head", draw.normal(2, 3, 4), 1, shape)
+    yield case("an x that is not contiguous", draw.normal(2, 6, 3).transpose(1, 2), 3, "need not be contiguous")
 
 
 def mask_cases(draw: Draw) -> Iterator[Case]:
-    yield Case("3 tokens, no cache", {"tokens": 3, "keys": 3}, "without a cache")
+    def case(name: str, tokens: int, keys: int, *sentences: str) -> Case:
+        part = "without a cache" if tokens == keys else "with a cache"
+        return Case(name, {"tokens": tokens, "keys": keys}, part, sentences)
+
+    sees, aligned = "its own position and the ones before it", "with S > T the first S - T keys"
+    kind, last = "(T, S) of booleans", "The last row is all True"
+    yield case("3 tokens, no cache", 3, 3, sees, kind)
     tokens = draw.integer(4, 7)
-    yield Case(f"{tokens} tokens, no cache", {"tokens": tokens, "keys": tokens}, "without a cache")
-    yield Case("a single token, no cache", {"tokens": 1, "keys": 1}, "without a cache")
-    yield Case("2 tokens after 3 cached ones", {"tokens": 2, "keys": 5}, "with a cache")
+    yield case(f"{tokens} tokens, no cache", tokens, tokens, sees, kind, last)
+    yield case("a single token, no cache", 1, 1, sees, last)
+    yield case("2 tokens after 3 cached ones", 2, 5, aligned, sees, kind, last)
     cached = draw.integer(2, 5)
-    yield Case(f"1 token after {cached} cached ones", {"tokens": 1, "keys": 1 + cached}, "with a cache")
+    yield case(f"1 token after {cached} cached ones", 1, 1 + cached, last, aligned)
 
 
 def attention_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, part: str, batch: int, heads: int, tokens: int, keys: int, width: int) -> Case:
+    def case(name: str, sizes: tuple[int, int, int, int, int], *sentences: str, split: bool = False) -> Case:
+        batch, heads, tokens, keys, width = sizes
         q = 2 * draw.normal(batch, heads, tokens, width)
         k, v = 2 * draw.normal(batch, heads, keys, width), draw.normal(batch, heads, keys, width)
-        return Case(name, {"q": q, "k": k, "v": v}, part)
+        if split:  # the heads behind the tokens in memory, as `split_heads` leaves them
+            q, k, v = (one.transpose(1, 2).contiguous().transpose(1, 2) for one in (q, k, v))
+        part = "without a cache" if tokens == keys else "with a cache"
+        return Case(name, {"q": q, "k": k, "v": v}, part, sentences)
 
-    yield case("one head, 3 tokens, head width 2", "without a cache", 1, 1, 3, 3, 2)
-    yield case("2 texts, 3 heads, 5 tokens, head width 6", "without a cache", 2, 3, 5, 5, 6)
-    yield case("a single token", "without a cache", 1, 2, 1, 1, 3)
-    yield case("2 tokens after 3 cached ones", "with a cache", 1, 2, 2, 5, 3)
-    yield case("1 token after 4 cached ones", "with a cache", 2, 2, 1, 5, 3)
+    causal, formula = "in which no token sees a later one", "with the softmax over the keys"
+    aligned, shape = "also sees the S - T cached keys", "(B, H, T, hd)."
+    yield case("one head, 3 tokens, head width 2", (1, 1, 3, 3, 2), formula, causal, shape)
+    yield case("2 texts, 3 heads, 5 tokens, head width 6", (2, 3, 5, 5, 6), formula, causal, shape)
+    yield case("a single token", (1, 2, 1, 1, 3), causal)
+    name = "q, k and v as they come from splitting the heads"
+    yield case(name, (2, 2, 3, 3, 4), "needs to be contiguous", split=True)
+    yield case("2 tokens after 3 cached ones", (1, 2, 2, 5, 3), aligned, causal, shape)
+    yield case("1 token after 4 cached ones", (2, 2, 1, 5, 3), aligned, shape)
 
 
 # --- The block ---------------------------------------------------------------------------------------
 
 
 def gelu_cases(draw: Draw) -> Iterator[Case]:
-    yield Case("-2, -1, 0, 1 and 2", {"x": torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])})
-    yield Case("negative numbers", {"x": -0.5 - 3 * torch.rand(2, 8, generator=draw.generator)})
-    yield Case("random numbers, three axes", {"x": draw.normal(2, 3, 4)})
-    yield Case("large numbers", {"x": torch.tensor([[-1e4, -50.0], [50.0, 1e4]])})
+    formula, shape = "0.5 x (1 + tanh", "for any shape"
+    yield Case("-2, -1, 0, 1 and 2", {"x": torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])}, sentences=(formula, shape))
+    negative = {"x": -0.5 - 3 * torch.rand(2, 8, generator=draw.generator)}
+    yield Case("negative numbers", negative, sentences=(formula,))
+    yield Case("random numbers, three axes", {"x": draw.normal(2, 3, 4)}, sentences=(shape, formula))
+    yield Case("a single number, without axes", {"x": torch.tensor(draw.number(0.5, 1.5))}, sentences=(shape,))
+    yield Case("large numbers", {"x": torch.tensor([[-1e4, -50.0], [50.0, 1e4]])}, sentences=(formula,))
 
 
 def block_cases(draw: Draw) -> Iterator[Case]:
+    order, own, pre = "One block of GPT-2", "The first normalisation belongs", "Each of the two takes the normalised"
+    includes, kept, after = "includes what the attention has added", "it is not modified", "after the block"
     for name, batch, tokens, width in (("1 text of 2 tokens", 1, 2, 4), ("2 texts of 3 tokens", 2, 3, 6)):
         inputs = {"x": 3 * draw.normal(batch, tokens, width) + 1}
         inputs |= {norm: draw.normal(2, width) for norm in ("norm_1", "norm_2")}
         inputs |= {"attention": 0.5 * draw.normal(width, width), "mlp": 0.5 * draw.normal(width, width)}
-        yield Case(name, dict(inputs))
+        yield Case(name, dict(inputs), sentences=(order, pre, includes, own, kept, after))
     silent = dict(inputs) | {"attention": torch.zeros(width, width), "mlp": torch.zeros(width, width)}
-    yield Case("an attention and an MLP that return zeros", dict(silent))
-    yield Case("only the MLP returns zeros", dict(inputs) | {"mlp": torch.zeros(width, width)})
-
-
-def run_block(
-    answer: Callable[..., Any], x: Tensor, norm_1: Tensor, attention: Tensor, norm_2: Tensor, mlp: Tensor
-) -> Any:
-    """Run the block on parts built from plain data: norms with a weight and a bias, attention as a causal mean."""
-
-    def norm(values: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda h: F.layer_norm(h, h.shape[-1:], values[0], values[1])
-
-    def mean_of_the_past(h: Tensor) -> Tensor:
-        return h.cumsum(dim=1) / torch.arange(1, h.shape[1] + 1)[:, None] @ attention
-
-    return answer(x, norm(norm_1), mean_of_the_past, norm(norm_2), lambda h: torch.tanh(h @ mlp))
+    yield Case("an attention and an MLP that return zeros", dict(silent), sentences=(pre, after))
+    yield Case(
+        "only the MLP returns zeros", dict(inputs) | {"mlp": torch.zeros(width, width)}, sentences=(pre, own, after)
+    )
 
 
 # --- The loss ----------------------------------------------------------------------------------------
 
 
 def loss_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, part: str, labels: Tensor) -> Case:
-        return Case(name, {"logits": 2 * draw.normal(*labels.shape, 7), "labels": labels}, part)
+    def case(name: str, part: str, labels: Tensor, *sentences: str, size: float = 2) -> Case:
+        return Case(name, {"logits": size * draw.normal(*labels.shape, 7), "labels": labels}, part, sentences)
 
-    yield case("1 text of 4 tokens", "the shift", draw.integers(0, 6, 1, 4))
-    yield case("2 texts of 5 tokens", "the shift", draw.integers(0, 6, 2, 5))
+    shift, some = "the shift", "labels that do not count"
+    mean, at, ignored = "The mean cross-entropy", "are compared with the label at t + 1", "are ignored, both in the sum"
+    weight, scalar = "have equal weight", "A differentiable scalar"
+    first = draw.permutation(6)[None, :4] + 1  # four different tokens, none of them 0
+    yield case("1 text of 4 tokens", shift, first, at, mean, scalar)
+    second = draw.integers(0, 6, 2, 5)
+    second[0, 2] = second[1, 4] = 0
+    yield case("2 texts of 5 tokens, with token 0 among them", shift, second, mean, at)
+    yield case("logits of several hundred", shift, draw.integers(0, 6, 1, 5), mean, size=300)
     uneven = draw.integers(0, 6, 2, 6)
     uneven[0, 2:] = IGNORE_INDEX
-    yield case("2 texts, one padded at its end", "labels that do not count", uneven)
+    yield case("2 texts, one padded at its end", some, uneven, ignored, weight)
     prompts = draw.integers(0, 6, 3, 6)
     for row, length in enumerate((1, 3, 4)):
         prompts[row, :length] = IGNORE_INDEX
-    yield case("3 texts whose prompts do not count", "labels that do not count", prompts)
-    yield case("no label counts", "labels that do not count", torch.full((2, 3), IGNORE_INDEX))
-
-
-def run_loss(answer: Callable[..., Any], logits: Tensor, labels: Tensor) -> Any:
-    """The loss, and the gradient that training would use (None if no gradient can flow)."""
-    logits.requires_grad_(True)
-    loss = answer(logits, labels)
-    flows = isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1
-    gradient = torch.autograd.grad(loss, logits)[0] if flows else None
-    return {"loss": loss, "gradient": gradient}
+    yield case("3 texts whose prompts do not count", some, prompts, ignored, weight)
+    one = torch.full((2, 4), IGNORE_INDEX)
+    one[1, 2] = draw.integer(0, 6)
+    yield case("a single label counts", some, one, ignored)
+    yield case("no label counts", some, torch.full((2, 3), IGNORE_INDEX), "0 if all labels are ignored", scalar)
 
 
 # --- Drawing a token ---------------------------------------------------------------------------------
 
 
 def top_p_cases(draw: Draw) -> Iterator[Case]:
+    one, several, refused = "one row", "several rows", "what is refused"
+    smallest, before = "Keep the smallest set", "if the tokens before it sum to less than p"
+    everything, kept, error = "1 keeps everything", "the logits of the kept tokens unchanged", "ValueError: p is not"
+
+    def case(name: str, part: str, logits: Tensor, p: float, *sentences: str) -> Case:
+        return Case(name, {"logits": logits, "p": p}, part, sentences)
+
     order = draw.permutation(5)
     likely = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])[order].log()
-    yield Case(
-        "probabilities 0.4, 0.3, 0.15, 0.1, 0.05 in some order, p = 0.6", {"logits": likely, "p": 0.6}, "one row"
-    )
+    name = "probabilities 0.4, 0.3, 0.15, 0.1, 0.05 in some order, p = 0.6"
+    yield case(name, one, likely, 0.6, before, smallest, kept)
     sure = torch.tensor([6.0, 1.0, 0.5, 0.0, -1.0])[order]
-    yield Case("one token with a probability above p", {"logits": sure, "p": 0.5}, "one row")
-    yield Case("random logits, p = 0.9", {"logits": 2 * draw.normal(12), "p": 0.9}, "one row")
-    yield Case("p = 1 keeps everything", {"logits": draw.normal(6), "p": 1.0}, "one row")
-    yield Case("several rows", {"logits": 2 * draw.normal(2, 3, 8), "p": draw.number(0.5, 0.8)}, "several rows")
-    for p in (0.0, 1.5):
-        yield Case(f"p = {p:g}, out of range", {"logits": draw.normal(4), "p": p}, "what is refused")
+    yield case("one token with a probability above p", one, sure, 0.5, before, smallest)
+    # Equal logits: their probabilities and sums are exact in every precision.
+    count = draw.choice((1, 2, 3))
+    alike = torch.full((4,), draw.number(-2, 2))
+    exact = "Which of several equally likely tokens"
+    name = f"four equally likely tokens, p = {count / 4:g}, which {count} of them reach exactly"
+    yield case(name, one, alike, count / 4, before, smallest, exact)
+    yield case("random logits, p = 0.9", one, 2 * draw.normal(12), 0.9, smallest, kept)
+    yield case("p = 1 keeps everything", one, draw.normal(6), 1.0, everything, kept)
+    certain = torch.tensor([20.0, 1.0, 0.0])[draw.permutation(3)]
+    yield case("p = 1, and a token whose probability is rounded to 1", one, certain, 1.0, everything)
+    yield case("several rows", several, 2 * draw.normal(2, 3, 8), draw.number(0.5, 0.8), "logits: (..., V)", smallest)
+    for p in (0.0, 1.5, -0.5):
+        yield case(f"p = {p:g}, out of range", refused, draw.normal(4), p, error, "above 0 and at most 1;")
 
 
 def sampling_cases(draw: Draw) -> Iterator[Case]:
     order = draw.permutation(6)
+    temperature, filters, refused = "temperature", "the filters", "what is refused"
 
-    def case(name: str, part: str, logits: list[float], **options: float) -> Case:
-        return Case(name, {"logits": torch.tensor(logits)[order], "seed": draw.integer(0, 10**6), **options}, part)
+    def case(name: str, part: str, logits: list[float], *sentences: str, **options: Data) -> Case:
+        given: dict[str, Data] = {"logits": torch.tensor(logits)[order], "seed": draw.integer(0, 10**6)}
+        return Case(name, given | options, part, sentences)
 
     def logs(*probabilities: float) -> list[float]:
         return torch.tensor(probabilities).log().tolist()
 
-    yield case(
-        "two equally likely tokens, the others negligible", "temperature", [9.0, 9.0, -20.0, -20.0, -21.0, -22.0]
-    )
-    yield case("temperature 0.02", "temperature", [1.0, 0.5, -20.0, -20.5, -21.0, -21.5], temperature=0.02)
-    yield case("temperature 100", "temperature", [0.0, -30.0, -1e4, -1e4, -1e4, -1e4], temperature=100)
-    yield case("temperature 0", "temperature", [1.0, 0.9, 0.8, 0.0, 0.0, 0.0], temperature=0)
+    sample, same, own = "Sample a token from", "the same state gives the same token", "None: PyTorch's own"
+    zero, below, token = "0 takes the most likely token", "below 1 makes likely tokens", "The token's id"
+    k, p, after = "top_k: see", "top_p: see", "it uses the probabilities after"
+    even = [9.0, 9.0, -20.0, -20.0, -21.0, -22.0]
+    yield case("two equally likely tokens, the others negligible", temperature, even, sample, same, token)
+    yield case("the same, without a generator", temperature, even, own, token, own=True)
+    low = [1.0, 0.5, -20.0, -20.5, -21.0, -21.5]
+    yield case("temperature 0.02", temperature, low, below, sample, temperature=0.02)
+    high = [0.0, -30.0, -1e4, -1e4, -1e4, -1e4]
+    yield case("temperature 100", temperature, high, below, sample, temperature=100)
+    yield case("temperature 0", temperature, [1.0, 0.9, 0.8, 0.0, 0.0, 0.0], zero, temperature=0)
     falling = [1.0, 0.9, 0.7, 0.6, 0.5, 0.4]
-    yield case("the 2 most likely", "the filters", falling, top_k=2)
-    yield case("p = 0.6", "the filters", logs(0.4, 0.35, 0.1, 0.05, 0.05, 0.05), top_p=0.6)
-    yield case(
-        "the 3 most likely, then p = 0.45", "the filters", logs(0.4, 0.21, 0.19, 0.1, 0.06, 0.04), top_k=3, top_p=0.45
-    )
+    yield case("the 2 most likely", filters, falling, k, sample, top_k=2)
+    yield case("p = 0.6", filters, logs(0.4, 0.35, 0.1, 0.05, 0.05, 0.05), p, sample, top_p=0.6)
+    name, both = "the 3 most likely, then p = 0.45", logs(0.4, 0.21, 0.19, 0.1, 0.06, 0.04)
+    yield case(name, filters, both, after, sample, top_k=3, top_p=0.45)
     hot = [0.0, -5.0, -10.0, -1e4, -1e4, -1e4]
-    yield case("temperature 50 and p = 0.5", "the filters", hot, temperature=50, top_p=0.5)
-    yield case("a temperature below 0", "what is refused", falling, temperature=-1)
-
-
-def draw_often(answer: Callable[..., Any], logits: Tensor, seed: int, **options: Any) -> Any:
-    """Which tokens are drawn at all, and whether the same seed gives the same tokens again."""
-
-    def drawn() -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return [int(answer(logits, generator=generator, **options)) for _ in range(DRAWS)]
-
-    tokens = drawn()
-    again = drawn() if not options else tokens
-    return {"tokens that come": sorted(set(tokens)), "the same again": tokens == again}
+    yield case("temperature 50 and p = 0.5", filters, hot, after, temperature=50, top_p=0.5)
+    name = "temperature 0, with both filters"
+    yield case(name, filters, [1.0, 0.9, 0.8, 0.0, 0.0, 0.0], zero, temperature=0, top_k=2, top_p=0.9)
+    error = "ValueError: the temperature is below 0"
+    yield case("a temperature below 0", refused, falling, error, temperature=-1)
+    yield case("the 0 most likely", refused, falling, error, top_k=0)
+    yield case("p = 0", refused, falling, error, top_p=0.0)
 
 
 # --- The lists ---------------------------------------------------------------------------------------
@@ -194,6 +236,8 @@ EXERCISES = [
             "`view` to four axes with the tokens still in second place, and `transpose` to swap tokens and heads.",
         ),
         cases=heads_cases,
+        explain=explain_heads,
+        background=("x: (B, T, d);", "n_head: the number of heads"),
     ),
     Exercise(
         causal_mask,
@@ -208,6 +252,9 @@ EXERCISES = [
             "gives the matrix.",
         ),
         cases=mask_cases,
+        dtypes=True,
+        explain=explain_mask,
+        background=("tokens: T", "keys: S", "the device of the mask", "None: the CPU"),
     ),
     Exercise(
         causal_attention,
@@ -224,6 +271,8 @@ EXERCISES = [
             "over the keys, which are the last axis of the scores.",
         ),
         cases=attention_cases,
+        explain=explain_attention,
+        background=("q: (B, H, T, hd)", "k: (B, H, S, hd)", "v: (B, H, S, hd)"),
     ),
     Exercise(
         gelu,
@@ -238,6 +287,7 @@ EXERCISES = [
         ),
         cases=gelu_cases,
         tolerance=2e-5,
+        explain=explain_gelu,
     ),
     Exercise(
         transformer_block,
@@ -252,6 +302,9 @@ EXERCISES = [
         ),
         cases=block_cases,
         probe=run_block,
+        agree=same_stream,
+        explain=explain_block,
+        background=("x: (B, T, d), the residual stream;", "functions from a (B, T, d)"),
     ),
     Exercise(
         next_token_loss,
@@ -268,6 +321,8 @@ EXERCISES = [
         ),
         cases=loss_cases,
         probe=run_loss,
+        explain=explain_loss,
+        background=("logits: (B, T, V)", "labels: (B, T)"),
     ),
     Exercise(
         filter_top_p,
@@ -282,6 +337,9 @@ EXERCISES = [
             "probability is the sum before it; `scatter(-1, where_from, ...)` maps the decision back.",
         ),
         cases=top_p_cases,
+        probe=run_top_p,
+        agree=same_nucleus,
+        explain=explain_top_p,
     ),
     Exercise(
         sample_next_token,
@@ -296,6 +354,8 @@ EXERCISES = [
         ),
         cases=sampling_cases,
         probe=draw_often,
+        explain=explain_draws,
+        background=("logits: (V,)", "generator: the random number generator"),
     ),
 ]
 

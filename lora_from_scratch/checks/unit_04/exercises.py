@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
 from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.unit_04.explanations import (
+    explain_adamw,
+    explain_freezing,
+    explain_labels,
+    explain_memory,
+    explain_schedule,
+)
+from lora_from_scratch.checks.unit_04.probes import try_freezing, try_labels, try_memory, try_schedule
 from lora_from_scratch.finetune.accounting import trainable_memory
 from lora_from_scratch.finetune.adamw import adamw_step
 from lora_from_scratch.finetune.completions import completion_labels
 from lora_from_scratch.finetune.training import warmup_cosine
-from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.full_finetuning import freeze_all_but_last
 
 TITLE = "Full fine-tuning"
@@ -25,38 +30,28 @@ END = 0  # the end-of-text token of the drawn texts
 # --- Labels ------------------------------------------------------------------------------------------
 
 
-def try_labels(answer: Callable[..., Any], **texts: Any) -> Any:
-    """The two rows of token ids, each given as a list of whole numbers or as a tensor."""
-    result = answer(**texts)
-    return [as_row(row) for row in result] if isinstance(result, list | tuple) else result
-
-
-def as_row(row: Any) -> Any:
-    whole = isinstance(row, list | tuple) and all(isinstance(number, int) for number in row)
-    return torch.tensor(row, dtype=torch.int64) if whole else row
-
-
 def label_cases(draw: Draw) -> Iterator[Case]:
-    def texts(prompt: int, completion: int) -> dict[str, Data]:
+    def case(name: str, prompt: list[int], completion: list[int], *sentences: str) -> Case:
+        return Case(
+            name, {"prompt_ids": list[Data](prompt), "completion_ids": list[Data](completion)}, sentences=sentences
+        )
+
+    def texts(prompt: int, completion: int) -> tuple[list[int], list[int]]:
         """No token twice; the completion ends with the end-of-text token."""
         ids = [int(i) + 1 for i in draw.permutation(60)[: prompt + completion - 1]]
-        return {"prompt_ids": as_list(ids[:prompt]), "completion_ids": as_list([*ids[prompt:], END])}
+        return ids[:prompt], [*ids[prompt:], END]
 
+    both, masked, unshifted = "Concatenate prompt and completion", "The labels are -100 on the prompt", "not shifted"
+    lengths, stop, none = "both of length P + C", "the last should be the end-of-text token", "there may be none"
     long, short = draw.integer(5, 7), draw.integer(2, 3)
-    yield Case("a prompt of two tokens, a completion of three", texts(2, 3))
-    yield Case("a long prompt and a short completion", texts(long, short))
-    yield Case("a short prompt and a long completion", texts(short, long))
+    yield case("a prompt of two tokens, a completion of three", *texts(2, 3), both, masked, unshifted, lengths)
+    yield case("a long prompt and a short completion", *texts(long, short), masked, lengths, unshifted)
+    yield case("a short prompt and a long completion", *texts(short, long), both, stop)
     same = [int(i) + 1 for i in draw.permutation(60)[:3]]
-    yield Case(
-        "a completion that repeats tokens of the prompt",
-        {"prompt_ids": as_list([*same, END]), "completion_ids": as_list([same[2], same[0], END])},
-    )
-    yield Case("no prompt", texts(0, 4))
-    yield Case("a completion with nothing but the end-of-text token", texts(3, 1))
-
-
-def as_list(ids: list[int]) -> list[Data]:
-    return list(ids)
+    repeated = "a completion that repeats tokens of the prompt"
+    yield case(repeated, [*same, END], [same[2], same[0], END], both, masked)
+    yield case("no prompt", *texts(0, 4), none, unshifted)
+    yield case("a completion with nothing but the end-of-text token", *texts(3, 1), stop)
 
 
 # --- AdamW -------------------------------------------------------------------------------------------
@@ -76,110 +71,102 @@ def adamw_cases(draw: Draw) -> Iterator[Case]:
         drawn = draw.normal(*shape, dtype=torch.float64)
         return drawn + 0.3 * drawn.sign()
 
-    update, decay = "the update", "weight decay"
-    yield Case("the first step: m and v are zeros, no weight decay", inputs(1, 4), update)
-    yield Case("the third step", inputs(3, 5), update)
-    yield Case("step 200 of a matrix, betas 0.8 and 0.995", inputs(200, 2, 3, betas=[0.8, 0.995]), update)
+    update, decay, refused = "the update", "weight decay", "what is refused"
+    of_m, of_v = "a running mean of the gradient", "a running mean of its square"
+    m_hat, v_hat, theta = "m and v start at 0 and are too small", "this corrects the bias", "theta <-"
+    one, shape, kept = "One update of AdamW", "theta, any shape", "the next three tensors are not modified"
+    raw, three, decoupled = (
+        "without bias correction",
+        "the new theta, m and v;",
+        "The decay uses theta as it was before",
+    )
+    first = (m_hat, v_hat, theta, three, raw)
+    yield Case("the first step: m and v are zeros, no weight decay", inputs(1, 4), update, first)
+    yield Case("the third step", inputs(3, 5), update, (of_m, of_v, raw, one, kept))
+    matrix = inputs(200, 2, 3, betas=[0.8, 0.995])
+    yield Case("step 200 of a matrix, betas 0.8 and 0.995", matrix, update, (of_m, of_v, shape))
+    yield Case("step 4 of a single number, without axes", inputs(4), update, (shape, m_hat, v_hat))
     still = inputs(2, 4, weight_decay=0.5) | {"gradient": torch.zeros(4), "m": torch.zeros(4)}
-    yield Case("weight decay 0.5, and no gradient so far", still, decay)
-    yield Case("weight decay 0.8 together with a gradient", inputs(3, 4, weight_decay=0.8, learning_rate=0.3), decay)
+    yield Case("weight decay 0.5, and no gradient so far", still, decay, (theta, decoupled))
+    together = inputs(3, 4, weight_decay=0.8, learning_rate=0.3)
+    yield Case("weight decay 0.8 together with a gradient", together, decay, (decoupled, theta))
     small = inputs(2, 4, eps=0.05)
     small["gradient"], small["m"], small["v"] = 0.1 * numbers(4), 0.1 * numbers(4), 0.01 * numbers(4) ** 2
-    yield Case("eps 0.05 with gradients of similar size", small, "eps")
-    yield Case("step 0", inputs(1, 3) | {"step": 0}, "what is refused")
+    yield Case("eps 0.05 with gradients of similar size", small, "eps", (theta,))
+    nothing = inputs(1, 4, weight_decay=0.1)
+    nothing["gradient"] = numbers(4) * torch.tensor([1, 0, 1, 0])
+    yield Case("the first step, with a gradient of 0 in places", nothing, "eps", ("avoids division by zero",))
+    for step in (0, -1):
+        invalid = inputs(1, 3) | {"step": step}
+        yield Case(f"step {step}", invalid, refused, ("ValueError: the step is below 1", "step: t, from 1"))
 
 
 # --- The schedule ------------------------------------------------------------------------------------
 
 
-def try_schedule(answer: Callable[..., Any], at: list[int], steps: int, warmup_steps: int) -> Any:
-    return [answer(step, steps, warmup_steps) for step in at]
-
-
 def schedule_cases(draw: Draw) -> Iterator[Case]:
-    def run(at: range, steps: int, warmup_steps: int) -> dict[str, Data]:
-        return {"at": list(at), "steps": steps, "warmup_steps": warmup_steps}
+    def case(name: str, part: str, at: range, steps: int, warmup: int, *sentences: str) -> Case:
+        return Case(name, {"at": list(at), "steps": steps, "warmup_steps": warmup}, part, sentences)
 
+    rising, falling, refused = "warm-up", "the fall", "what is refused"
+    rise, fall, count = "over the first W steps it rises", "from step W on it falls", "Steps are counted from 0"
+    whole, none, upto, error = "The learning rate of one step", "With W = 0", "warmup_steps: W, 0 to T", "ValueError:"
     steps, warmup = draw.integer(14, 20), draw.integer(3, 6)
-    yield Case("the warm-up: 4 of 12 steps", run(range(4), 12, 4), "warm-up")
-    yield Case("the warm-up of another run", run(range(warmup), steps, warmup), "warm-up")
-    yield Case("nothing but warm-up", run(range(warmup), warmup, warmup), "warm-up")
-    yield Case("after the warm-up, to the last step", run(range(4, 12), 12, 4), "the fall")
-    yield Case("after the warm-up of another run", run(range(warmup, steps), steps, warmup), "the fall")
-    yield Case("no warm-up", run(range(steps), steps, 0), "the fall")
-    yield Case("a step after the last", run(range(steps, steps + 1), steps, warmup), "what is refused")
-    yield Case("more warm-up than steps", run(range(1), steps, steps + 1), "what is refused")
+    yield case("the warm-up: 4 of 12 steps", rising, range(4), 12, 4, rise, count, whole)
+    yield case("the warm-up of another run", rising, range(warmup), steps, warmup, rise, count)
+    yield case("nothing but warm-up", rising, range(warmup), warmup, warmup, upto)
+    yield case("after the warm-up, to the last step", falling, range(4, 12), 12, 4, fall, whole)
+    yield case("after the warm-up of another run", falling, range(warmup, steps), steps, warmup, fall)
+    yield case("no warm-up", falling, range(steps), steps, 0, none, fall)
+    yield case("a run of one step, without a warm-up", falling, range(1), 1, 0, none)
+    yield case("a step after the last", refused, range(steps, steps + 1), steps, warmup, error, "step: 0 to T - 1")
+    yield case("step -1", refused, range(-1, 0), steps, warmup, error, "step: 0 to T - 1")
+    yield case("more warm-up than steps", refused, range(1), steps, steps + 1, error, upto)
+    yield case("a warm-up of -1 steps", refused, range(1), steps, -1, error, upto)
 
 
 # --- Freezing ----------------------------------------------------------------------------------------
 
 
-def try_freezing(answer: Callable[..., Any], blocks: int, layers: int, frozen_before: bool = False) -> Any:
-    """Which parts of a tiny GPT-2 are trained after the call."""
-    model = GPT2(GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=blocks, n_head=1))
-    model.requires_grad_(not frozen_before)
-    answer(model, layers)
-    body = model.transformer
-    parts: dict[str, nn.Module] = {"token embedding": body.wte, "position embedding": body.wpe}
-    parts |= {f"block {number}": block for number, block in enumerate(body.h)}
-    parts["last LayerNorm"] = body.ln_f
-    return {name: trained(part) for name, part in parts.items()}
-
-
-def trained(part: nn.Module) -> str:
-    flags = {p.requires_grad for p in part.parameters()}
-    return "partly" if len(flags) > 1 else "trained" if flags == {True} else "frozen"
-
-
 def freezing_cases(draw: Draw) -> Iterator[Case]:
-    def model(blocks: int, layers: int, **more: bool) -> dict[str, Data]:
-        return {"blocks": blocks, "layers": layers, **more}
+    def case(name: str, blocks: int, layers: int, *sentences: str, **more: bool) -> Case:
+        part = "what is trained" if 0 <= layers <= blocks else "what is refused"
+        return Case(name, {"blocks": blocks, "layers": layers, **more}, part, sentences)
 
-    yield Case("the last of three blocks", model(3, 1), "what is trained")
-    yield Case("the last two of four blocks", model(4, 2), "what is trained")
-    yield Case("the last of eleven blocks", model(11, 1), "what is trained")
-    yield Case("all of two blocks", model(2, 2), "what is trained")
-    yield Case("none of two blocks", model(2, 0), "what is trained")
-    yield Case("a model that was frozen before", model(2, 1, frozen_before=True), "what is trained")
-    yield Case("more blocks than there are", model(2, 3), "what is refused")
-    yield Case("a negative number of blocks", model(2, -1), "what is refused")
+    sets, embeddings, before = "Train the last blocks and the final", "The embeddings come before", "whatever it was"
+    limits, error = "layers: from 0", "ValueError: `layers` is negative"
+    yield case("the last of three blocks", 3, 1, sets, embeddings, before)
+    yield case("the last two of four blocks", 4, 2, sets, embeddings)
+    yield case("the last of eleven blocks", 11, 1, sets)
+    yield case("all of two blocks", 2, 2, limits, sets, embeddings)
+    yield case("none of two blocks", 2, 0, limits, sets)
+    yield case("a model that was frozen before", 2, 1, before, frozen_before=True)
+    yield case("more blocks than there are", 2, 3, error)
+    yield case("a negative number of blocks", 2, -1, error)
 
 
 # --- Memory ------------------------------------------------------------------------------------------
 
 
-def try_memory(
-    answer: Callable[..., Any], rows: int, width: int, dtype: str, frozen: list[str], tied: bool = False
-) -> Any:
-    """Bytes for an embedding, a linear layer with a bias, and on request an output layer tied to the embedding."""
-    model = nn.Module()
-    embedding = nn.Embedding(rows, width)
-    model.add_module("embedding", embedding)
-    model.add_module("middle", nn.Linear(width, 2 * width))
-    if tied:
-        head = nn.Linear(width, rows, bias=False)
-        head.weight = embedding.weight
-        model.add_module("head", head)
-    model.to(getattr(torch, dtype))
-    for name in frozen:
-        model.get_parameter(name).requires_grad_(False)
-    return answer(model)
-
-
 def memory_cases(draw: Draw) -> Iterator[Case]:
-    def model(*frozen: str, dtype: str = "float32", tied: bool = False) -> dict[str, Data]:
+    def case(name: str, part: str, *frozen: str, sentences: tuple[str, ...], **more: Data) -> Case:
         width = draw.integer(3, 6)
-        sizes: dict[str, Data] = {"rows": width + draw.integer(5, 12), "width": width}
-        return {**sizes, "dtype": dtype, "frozen": list(frozen), "tied": tied}
+        given: dict[str, Data] = {"rows": width + draw.integer(5, 12), "width": width, "dtype": "float32"}
+        return Case(name, given | {"frozen": list(frozen)} | more, part, sentences)
 
+    trained, dtypes, shared = "what is trained", "dtypes", "shared tensors"
     embedding, weight, bias = "embedding.weight", "middle.weight", "middle.bias"
-    yield Case("all trained, in float32", model(), "what is trained")
-    yield Case("the embedding frozen", model(embedding), "what is trained")
-    yield Case("only a bias trained", model(embedding, weight), "what is trained")
-    yield Case("nothing trained", model(embedding, weight, bias), "what is trained")
-    yield Case("a model in bfloat16", model(embedding, dtype="bfloat16"), "dtypes")
-    yield Case("a model in float64", model(weight, dtype="float64"), "dtypes")
-    yield Case("an output layer that is the token embedding", model(tied=True), "shared tensors")
+    first, none, two = "The bytes of gradients", "Frozen parameters need none", 'the bytes of "gradients"'
+    own, counter, no_more = "a gradient of its own shape and dtype", "counts the steps of each *tensor*", "Weights and"
+    once = "A parameter shared by several modules"
+    yield case("all trained, in float32", trained, sentences=(first, two, counter, no_more, own))
+    yield case("the embedding frozen", trained, embedding, sentences=(none, own))
+    yield case("only a bias trained", trained, embedding, weight, sentences=(counter, none, own))
+    yield case("nothing trained", trained, embedding, weight, bias, sentences=(none,))
+    yield case("a model in bfloat16", dtypes, embedding, dtype="bfloat16", sentences=(own, counter))
+    yield case("a model in float64", dtypes, weight, dtype="float64", sentences=(own, counter))
+    yield case("a model with its embedding in bfloat16", dtypes, half=[embedding], sentences=(own,))
+    yield case("an output layer that is the token embedding", shared, tied=True, sentences=(once,))
 
 
 EXERCISES = [
@@ -198,6 +185,8 @@ EXERCISES = [
         cases=label_cases,
         probe=try_labels,
         tolerance=0,
+        explain=explain_labels,
+        background=("prompt_ids: P token ids;", "completion_ids: C token ids;"),
     ),
     Exercise(
         adamw_step,
@@ -212,6 +201,17 @@ EXERCISES = [
         ),
         cases=adamw_cases,
         tolerance=1e-5,
+        explain=explain_adamw,
+        background=(
+            "each operation being elementwise",
+            "The paper's lambda",
+            "gradient: g",
+            "m, v: of the same shape",
+            "zeros before the first",
+            "learning_rate: eta",
+            "betas: beta1",
+            "weight_decay: lambda.",
+        ),
     ),
     Exercise(
         warmup_cosine,
@@ -227,6 +227,8 @@ EXERCISES = [
         ),
         cases=schedule_cases,
         probe=try_schedule,
+        explain=explain_schedule,
+        background=("With W warm-up steps out of T:", "steps: T."),
     ),
     Exercise(
         freeze_all_but_last,
@@ -242,6 +244,8 @@ EXERCISES = [
         cases=freezing_cases,
         probe=try_freezing,
         tolerance=0,
+        explain=explain_freezing,
+        background=("FT-Top2",),
     ),
     Exercise(
         trainable_memory,
@@ -257,6 +261,7 @@ EXERCISES = [
         cases=memory_cases,
         probe=try_memory,
         tolerance=0,
+        explain=explain_memory,
     ),
 ]
 

@@ -1,10 +1,12 @@
-"""Unit 05, prompts: common mistakes, and alternative right answers."""
+"""Unit 05, prompts, hard and soft ones: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
 from __future__ import annotations
 
-import numpy as np
+import functools
+import io
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +30,34 @@ def grown_piece_by_piece(examples, mr, instruction="") -> str:
 def joined_and_empty_pieces_taken_out(examples, mr, instruction="") -> str:
     pieces = [instruction] + ["\n".join(example) for example in examples] + [mr]
     return "\n\n".join(filter(None, pieces)) + "\n"
+
+
+@right("few_shot_prompt")
+def written_into_a_file(examples, mr, instruction="") -> str:
+    out = io.StringIO()
+    if len(instruction) > 0:
+        print(instruction, file=out, end="\n\n")
+    for example in examples:
+        print(*example, sep="\n", end="\n\n", file=out)
+    print(mr, file=out)
+    return out.getvalue()
+
+
+@right("few_shot_prompt")
+def from_the_end_to_the_beginning(examples, mr, instruction="") -> str:
+    shots = functools.reduce(lambda rest, shot: "\n".join(shot) + "\n\n" + rest, reversed(examples), f"{mr}\n")
+    return f"{instruction}\n\n{shots}" if instruction else shots
+
+
+@wrong("few_shot_prompt", "Only the first example is in your prompt. All of them belong in it.")
+def only_one_example(examples, mr, instruction="") -> str:
+    pieces = [instruction] + ["\n".join(example) for example in examples[:1]] + [mr]
+    return "\n\n".join(filter(None, pieces)) + "\n"
+
+
+@wrong("few_shot_prompt", "The card to be solved is missing: there is nothing left that the model could write about.")
+def without_the_card(examples, mr, instruction="") -> str:
+    return "\n\n".join(filter(None, [instruction] + ["\n".join(example) for example in examples])) + "\n"
 
 
 @wrong(
@@ -106,6 +136,38 @@ def repeated_in_float64(embeddings: Tensor, inputs: Tensor) -> Tensor:
     return torch.cat([embeddings.double().repeat(inputs.shape[0], 1, 1), inputs.double()], dim=-2)
 
 
+@right("prepend_prompt")
+def written_into_an_empty_tensor(embeddings: Tensor, inputs: Tensor) -> Tensor:
+    length = embeddings.shape[0]
+    whole = inputs.new_zeros(inputs.shape[0], length + inputs.shape[1], inputs.shape[2])
+    whole[:, :length] = embeddings
+    whole[:, length:] = inputs
+    return whole
+
+
+@right("prepend_prompt")
+def both_padded_and_added(embeddings: Tensor, inputs: Tensor) -> Tensor:
+    length, tokens = len(embeddings), inputs.shape[1]
+    return F.pad(embeddings, (0, 0, 0, tokens)) + F.pad(inputs, (0, 0, length, 0))
+
+
+@right("prepend_prompt")
+def looked_up_in_one_table(embeddings: Tensor, inputs: Tensor) -> Tensor:
+    rows, tokens, width = inputs.shape
+    table = torch.cat([embeddings, inputs.reshape(-1, width)])
+    own = torch.arange(len(embeddings)).repeat(rows, 1)
+    return table[torch.cat([own, len(embeddings) + torch.arange(rows * tokens).view(rows, tokens)], dim=1)]
+
+
+@wrong(
+    "prepend_prompt",
+    "The values are right, but no gradient reaches the token embeddings: the whole result is cut off from the graph "
+    "(`detach`, `.data`, `torch.tensor`), and so is the prompt.",
+)
+def everything_outside_the_graph(embeddings: Tensor, inputs: Tensor) -> Tensor:
+    return torch.cat([embeddings.expand(len(inputs), -1, -1), inputs], dim=1).detach()
+
+
 @wrong("prepend_prompt", "The prompt comes after the text. A causal model reads from the left: no token would see it.")
 def behind_the_text(embeddings: Tensor, inputs: Tensor) -> Tensor:
     return torch.cat([inputs, embeddings.expand(len(inputs), -1, -1)], dim=1)
@@ -164,174 +226,3 @@ def one_long_row(embeddings: Tensor, inputs: Tensor) -> Tensor:
 def zeros_in_the_other_rows(embeddings: Tensor, inputs: Tensor) -> Tensor:
     first = embeddings[None] * (torch.arange(len(inputs)) == 0)[:, None, None]
     return torch.cat([first, inputs], dim=1) if len(inputs) > 1 else torch.cat([embeddings[None], inputs], dim=1)
-
-
-# --- prompt_labels -----------------------------------------------------------------------------------
-
-
-@right("prompt_labels")
-def by_putting_together(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    return torch.hstack([labels.new_full((len(labels), num_virtual_tokens), -100), labels])
-
-
-@right("prompt_labels")
-def in_numpy(labels: Tensor, num_virtual_tokens: int) -> np.ndarray:
-    return np.pad(labels.numpy(), ((0, 0), (num_virtual_tokens, 0)), constant_values=-100)
-
-
-@right("prompt_labels")
-def written_into_a_larger_one(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    rows, tokens = labels.shape
-    longer = torch.full((rows, num_virtual_tokens + tokens), -100)
-    longer[:, num_virtual_tokens:] = labels
-    return longer
-
-
-@wrong(
-    "prompt_labels",
-    "Your virtual positions count in the loss: 0 is a token like any other, and the prompt would be trained to predict "
-    "it.",
-)
-def padded_with_zero(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    return F.pad(labels, (num_virtual_tokens, 0))
-
-
-@wrong(
-    "prompt_labels",
-    "Labels are token ids: whole numbers (int64). A single -100.0 with a decimal point makes the whole tensor "
-    "floating-point, and the loss does not accept that.",
-)
-def floating_point(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    return torch.cat([torch.full((len(labels), num_virtual_tokens), -100.0), labels], dim=1)
-
-
-@wrong(
-    "prompt_labels", "The new labels come after the text's own. They have to come first, because the virtual tokens do."
-)
-def padded_behind(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    return F.pad(labels, (0, num_virtual_tokens), value=-100)
-
-
-@wrong(
-    "prompt_labels",
-    "One label too few: you allowed for the shift. The loss does the shifting; here every position has a label.",
-)
-def one_too_few(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    return F.pad(labels, (num_virtual_tokens - 1, 0), value=-100)
-
-
-@wrong("prompt_labels", "You shift the text's labels by one. The loss already shifts them.")
-def shifted_as_well(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    return F.pad(labels[:, 1:], (num_virtual_tokens, 1), value=-100)
-
-
-@wrong(
-    "prompt_labels",
-    "You prepend whole rows. Every text has P more positions; the number of texts stays the same.",
-)
-def rows_instead_of_columns(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    return F.pad(labels, (0, 0, num_virtual_tokens, 0), value=-100)
-
-
-@wrong(
-    "prompt_labels",
-    "All of your labels are -100, so there is nothing left to learn from. The text's own labels stay as they are.",
-)
-def nothing_counts(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    return torch.full((len(labels), num_virtual_tokens + labels.shape[1]), -100)
-
-
-@wrong(
-    "prompt_labels",
-    "The labels are as long as before: you overwrite the first of them. There are now P more positions than before.",
-)
-def overwritten(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    covered = labels.clone()
-    covered[:, :num_virtual_tokens] = -100
-    return covered
-
-
-@wrong(
-    "prompt_labels", "You repeat the first label of each text at the virtual positions, where it counts in the loss."
-)
-def the_first_label_repeated(labels: Tensor, num_virtual_tokens: int) -> Tensor:
-    return torch.cat([labels[:, :1].expand(-1, num_virtual_tokens), labels], dim=1)
-
-
-# --- nearest_tokens ----------------------------------------------------------------------------------
-
-
-@right("nearest_tokens")
-def in_numpy_by_einsum(prompt: Tensor, table: Tensor) -> np.ndarray:
-    rows, tokens = prompt.double().numpy(), table.double().numpy()
-    products = np.einsum("pd,vd->pv", rows, tokens)
-    lengths = np.sqrt((rows**2).sum(1))[:, None] * np.sqrt((tokens**2).sum(1))[None]
-    return (products / lengths).argmax(axis=1)
-
-
-@right("nearest_tokens")
-def row_after_row(prompt: Tensor, table: Tensor) -> Tensor:
-    return torch.stack([F.cosine_similarity(row[None], table, dim=1).argmax() for row in prompt])
-
-
-@right("nearest_tokens")
-def by_the_distance_on_the_sphere(prompt: Tensor, table: Tensor) -> Tensor:
-    rows = prompt.double() / prompt.double().norm(dim=1, keepdim=True)
-    tokens = table.double() / table.double().norm(dim=1, keepdim=True)
-    return (rows[:, None] - tokens[None]).square().sum(-1).argmin(1)
-
-
-@wrong(
-    "nearest_tokens",
-    "You take the largest product. A long embedding has large products with everything, whatever its direction.",
-)
-def by_the_product(prompt: Tensor, table: Tensor) -> Tensor:
-    return (prompt @ table.T).argmax(dim=-1)
-
-
-@wrong(
-    "nearest_tokens",
-    "You take the smallest distance. Then a row that is longer than the embeddings is close to the longest ones, "
-    "whatever their direction.",
-)
-def by_the_distance(prompt: Tensor, table: Tensor) -> Tensor:
-    return torch.cdist(prompt, table).argmin(dim=-1)
-
-
-@wrong("nearest_tokens", "You find the most distant token, the one with the smallest cosine.")
-def the_furthest(prompt: Tensor, table: Tensor) -> Tensor:
-    return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).argmin(dim=-1)
-
-
-@wrong(
-    "nearest_tokens",
-    "You find the nearest row of the prompt for each token. The question is the other way round.",
-)
-def along_the_other_axis(prompt: Tensor, table: Tensor) -> Tensor:
-    return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=0)
-
-
-@wrong(
-    "nearest_tokens",
-    "You normalise the columns, that is, one feature over all tokens. Normalise each token's vector instead.",
-)
-def columns_of_length_one(prompt: Tensor, table: Tensor) -> Tensor:
-    return (F.normalize(prompt, dim=0) @ F.normalize(table, dim=0).T).argmax(dim=-1)
-
-
-@wrong(
-    "nearest_tokens",
-    "You ignore the sign of the cosine: a token that points in the opposite direction is not close.",
-)
-def without_the_sign(prompt: Tensor, table: Tensor) -> Tensor:
-    return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).abs().argmax(dim=-1)
-
-
-@wrong("nearest_tokens", "You return the largest cosines. Which tokens are they?")
-def the_cosines_themselves(prompt: Tensor, table: Tensor) -> Tensor:
-    return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).amax(dim=-1)
-
-
-@wrong("nearest_tokens", "You return the embeddings of the nearest tokens. Return their ids.")
-def the_embeddings_themselves(prompt: Tensor, table: Tensor) -> Tensor:
-    return table[(F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=-1)]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
-from lora_from_scratch.checks.observation import Data, Seen, dtype_of
-from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2, KVCache, next_token_loss
+from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.unit_05.explanations import (
+    explain_initial,
+    explain_labels,
+    explain_nearest,
+    explain_prepend,
+    explain_soft,
+)
+from lora_from_scratch.checks.unit_05.probes import CONFIG, run_initial, run_prepend, run_soft, try_labels
 from lora_from_scratch.methods.prompt_tuning import (
-    COMMON_TOKENS,
     SoftPrompt,
     few_shot_prompt,
     initial_prompt,
@@ -31,69 +35,57 @@ PLACES = ("on an island", "in a mill", "by the sea", "in the forest")
 
 
 def few_shot_cases(draw: Draw) -> Iterator[Case]:
-    def card() -> str:
-        return f"hero[{draw.choice(HEROES)}], place[{draw.choice(PLACES)}], number[{draw.integer(1, 99)}]"
+    def card(number: int) -> str:
+        return f"hero[{draw.choice(HEROES)}], place[{draw.choice(PLACES)}], number[{number}]"
 
-    def shots(count: int) -> list[Data]:
-        return [[card(), f"Once there lived {draw.integer(2, 99)} of them."] for _ in range(count)]
+    def case(name: str, count: int, instruction: str, *sentences: str) -> Case:
+        numbers = [int(number) + 2 for number in draw.permutation(90)]  # no card twice, and no text
+        shots: list[Data] = [[card(n), f"Once there lived {n} of them."] for n in numbers[:count]]
+        given: dict[str, Data] = {"examples": shots, "mr": card(numbers[count]), "instruction": instruction}
+        return Case(name, given, sentences=sentences)
 
-    def case(name: str, count: int, instruction: str) -> Case:
-        return Case(name, {"examples": shots(count), "mr": card(), "instruction": instruction})
-
-    yield case("one example, no instruction", 1, "")
-    yield case("two examples and an instruction", 2, "Tell the tale of the card.")
-    yield case("three examples, no instruction", 3, "")
-    yield case("no example and an instruction", 0, "Write the tale that is on the card.")
-    yield case("neither examples nor an instruction", 0, "")
+    parts, example, ends = "A hard prompt:", "A solved example is its card", "the prompt ends with the line break"
+    order, shots, first = "in the order in which they appear", "without any", "which comes first"
+    yield case(
+        "one example, no instruction", 1, "", example, ends, parts, "no empty line for it", "the card whose text"
+    )
+    yield case("two examples and an instruction", 2, "Tell the tale of the card.", parts, order, first, ends)
+    yield case("three examples, no instruction", 3, "", order, parts, example)
+    yield case("no example and an instruction", 0, "Write the tale that is on the card.", shots, first, parts)
+    yield case("neither examples nor an instruction", 0, "", shots, "no empty line for it", ends)
 
 
 # --- prepend_prompt ----------------------------------------------------------------------------------
 
 
 def prepend_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, prompt: int, rows: int, tokens: int, width: int) -> Case:
-        return Case(name, {"embeddings": draw.normal(prompt, width), "inputs": draw.normal(rows, tokens, width)})
+    def case(name: str, prompt: int, rows: int, tokens: int, width: int, *sentences: str) -> Case:
+        given: dict[str, Data] = {"embeddings": draw.normal(prompt, width), "inputs": draw.normal(rows, tokens, width)}
+        return Case(name, given, sentences=sentences)
 
-    yield case("2 virtual tokens, one row of 3 tokens", 2, 1, 3, 4)
-    yield case("3 virtual tokens, two rows of 5 tokens", 3, 2, 5, 4)
-    yield case("1 virtual token, four rows", 1, 4, 3, 2)
-    yield case("as many virtual tokens as rows and as tokens", 3, 3, 3, 3)
-
-
-def run_prepend(answer: Callable[..., Any], embeddings: Tensor, inputs: Tensor) -> Any:
-    """[E; X], and the gradients that reach E and X (None: no gradient can flow)."""
-    embeddings.requires_grad_(True)
-    inputs.requires_grad_(True)
-    whole = answer(embeddings, inputs)
-    if not isinstance(whole, Tensor) or not whole.requires_grad:
-        return {"whole": whole, "gradients": [None, None]}
-    weighting = torch.arange(1.0, whole.numel() + 1).view(whole.shape)
-    flowed = torch.autograd.grad((weighting * whole).sum(), [embeddings, inputs], allow_unused=True)
-    return {"whole": whole, "gradients": list(flowed)}
+    prepend, flow, shape = "prepend the same soft prompt", "gradients must flow to it", "(B, P + T, d)."
+    yield case("2 virtual tokens, one row of 3 tokens", 2, 1, 3, 4, prepend, shape, flow)
+    yield case("3 virtual tokens, two rows of 5 tokens", 3, 2, 5, 4, prepend, shape, flow)
+    yield case("1 virtual token, four rows", 1, 4, 3, 2, prepend, shape)
+    yield case("as many virtual tokens as rows and as tokens", 3, 3, 3, 3, prepend)
 
 
 # --- prompt_labels -----------------------------------------------------------------------------------
 
 
-def try_labels(answer: Callable[..., Any], labels: Tensor, num_virtual_tokens: int) -> Any:
-    """The labels and their dtype: the loss accepts only whole numbers."""
-    result = answer(labels, num_virtual_tokens)
-    return [result, dtype_of(result)]
-
-
 def labels_cases(draw: Draw) -> Iterator[Case]:
-    def labels(rows: int, tokens: int, ignored: int) -> Tensor:
-        drawn = draw.integers(1, 60, rows, tokens)
-        drawn[:, :ignored] = -100
-        return drawn
+    def case(name: str, length: int, rows: int, tokens: int, *sentences: str, ignored: int = 0) -> Case:
+        labels = 1 + torch.stack([draw.permutation(60)[:tokens] for _ in range(rows)])  # no token twice in a row
+        labels[:, :ignored] = -100
+        return Case(name, {"labels": labels, "num_virtual_tokens": length}, sentences=sentences)
 
-    def case(name: str, length: int, rows: int, tokens: int, ignored: int = 0) -> Case:
-        return Case(name, {"labels": labels(rows, tokens, ignored), "num_virtual_tokens": length})
-
-    yield case("2 virtual tokens before one row of 4", 2, 1, 4)
-    yield case("3 virtual tokens, two rows whose first two labels are -100", 3, 2, 5, 2)
-    yield case("1 virtual token, three rows", 1, 3, 4)
-    yield case("as many virtual tokens as rows and as labels", 4, 4, 4, 1)
+    prepended, ignore, own = "P labels are prepended", "its label is -100", "own labels are unchanged"
+    shifts, shape, kept = "the loss shifts them", "(B, P + T) of int64", "not modified"
+    yield case("2 virtual tokens before one row of 4", 2, 1, 4, prepended, ignore, own, shape, shifts, kept)
+    name = "3 virtual tokens, two rows whose first two labels are -100"
+    yield case(name, 3, 2, 5, own, shifts, prepended, ignored=2)
+    yield case("1 virtual token, three rows", 1, 3, 4, ignore, prepended, shape)
+    yield case("as many virtual tokens as rows and as labels", 4, 4, 4, prepended, own, ignored=1)
 
 
 # --- initial_prompt ----------------------------------------------------------------------------------
@@ -102,160 +94,83 @@ TEXT, VOCABULARY, RANDOM, REFUSED = "from a text", "from the vocabulary", "at ra
 
 
 def initial_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, part: str, rows: int, width: int, length: int, init: str, ids: int = 0) -> Case:
+    def case(
+        name: str, part: str, rows: int, width: int, length: int, init: str, *sentences: str, ids: int = 0
+    ) -> Case:
         given: dict[str, Data] = {"table": 0.1 * draw.normal(rows, width), "num_virtual_tokens": length, "init": init}
         chosen: list[Data] = [int(i) for i in draw.permutation(rows)[:ids]]
-        return Case(name, given | {"init_ids": chosen, "seed": draw.integer(0, 10**6)}, part)
+        return Case(name, given | {"init_ids": chosen, "seed": draw.integer(0, 10**6)}, part, sentences)
 
-    yield case("4 rows from a text of 4 tokens", TEXT, 12, 3, 4, "text", 4)
-    yield case("7 rows from a text of 3 tokens", TEXT, 12, 3, 7, "text", 3)
-    yield case("2 rows from a text of 5 tokens", TEXT, 12, 3, 2, "text", 5)
-    yield case("30 rows of a vocabulary of 40", VOCABULARY, 40, 3, 30, "vocabulary")
-    yield case("80 rows of a vocabulary of 6,000", VOCABULARY, 6000, 2, 80, "vocabulary")
-    yield case("50 rows of a vocabulary of 30", VOCABULARY, 30, 3, 50, "vocabulary")
-    yield case("120 random rows of width 30", RANDOM, 40, 30, 120, "random")
-    yield case("init is 'zeros'", REFUSED, 12, 3, 4, "zeros")
-    yield case("init is 'text', and there are no ids", REFUSED, 12, 3, 4, "text")
-
-
-def run_initial(
-    answer: Callable[..., Any], table: Tensor, num_virtual_tokens: int, init: str, init_ids: list[int], seed: int
-) -> Any:
-    """The initial prompt for one seed, what depends on the seed, and whether it is attached to the table's graph."""
-
-    def start(seed: int | None) -> Tensor:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        drawn: Tensor = answer(table, num_virtual_tokens, init, tuple(init_ids), generator)
-        return drawn
-
-    table.requires_grad_(True)
-    first = start(seed)
-    seen: dict[str, Any] = {
-        "shape": list(first.shape),
-        "in the graph": first.requires_grad,
-        "shares memory with the table": shares_memory(first, table),
-        "the same again": torch.equal(first, start(seed)),
-        "another seed differs": not torch.equal(first, start(seed + 1)),
-        "differs without a generator": not torch.equal(first, start(None)),
-    }
-    table.requires_grad_(False)
-    first = first.detach()
-    return seen | ({"E": first} if init == "text" else of_random(first) if init == "random" else of_rows(first, table))
-
-
-def explain_initial(case: Case, seen: Seen, expected: Seen) -> tuple[str, str] | None:
-    """Explain failures that cannot be reproduced by hand, because the prompt is drawn at random."""
-    if not isinstance(seen.value, dict) or not isinstance(expected.value, dict):
-        return None
-    rows, asked = (value["shape"][0] for value in (seen.value, expected.value))  # type: ignore[index]
-    if rows != asked:
-        return "number of rows", (
-            f"{asked} rows were asked for and {rows} came back: if P is larger than the number of available tokens, "
-            "they have to be repeated."
-        )
-    most = "the most often that one token comes"
-    if most in seen.value and seen.value[most] > expected.value[most]:  # type: ignore[operator]
-        return "drawn twice", "Some tokens occur twice although there are enough others: draw without replacement."
-    return None
-
-
-def shares_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
-def of_random(first: Tensor) -> dict[str, Any]:
-    """Mean and standard deviation of at least 3,600 numbers, rounded to a multiple of 1/2 and of 1/4."""
-    return {
-        "mean": round(2 * float(first.mean())) / 2,
-        "standard deviation": round(4 * float(first.std())) / 4,
-        "some beyond two": bool((first.abs() > 2.2).any()),
-    }
-
-
-def of_rows(first: Tensor, table: Tensor) -> dict[str, Any]:
-    """Which rows of the table they are."""
-    equal = (first[:, None] == table[None]).all(dim=-1)  # (P, V)
-    ids = equal.float().argmax(dim=1)
-    uses = torch.bincount(ids, minlength=len(table))
-    return {
-        "rows of the table": bool(equal.any(dim=1).all()),
-        "among the common tokens": bool((ids < COMMON_TOKENS).all()),
-        "the most often that one token comes": int(uses.max()),
-        "in order": bool((ids[1:] > ids[:-1]).all()),
-    }
+    text, new, values = (
+        "truncated to P rows or repeated",
+        "a new tensor, detached",
+        "The initial values of a soft prompt",
+    )
+    common, twice, normal = "`COMMON_TOKENS` = 5,000 lowest ids", "No token is used twice", "samples from N(0, 1)"
+    generator, own, error = "generator: the random number", "None: PyTorch's own", "`init` is none of the three"
+    yield case("4 rows from a text of 4 tokens", TEXT, 12, 3, 4, "text", text, new, values, ids=4)
+    yield case("7 rows from a text of 3 tokens", TEXT, 12, 3, 7, "text", text, ids=3)
+    yield case("2 rows from a text of 5 tokens", TEXT, 12, 3, 2, "text", text, ids=5)
+    yield case("3 rows from a text of a single token", TEXT, 12, 3, 3, "text", new, text, ids=1)
+    name = "30 rows of a vocabulary of 40"
+    yield case(name, VOCABULARY, 40, 3, 30, "vocabulary", common, twice, generator, own, values, ids=2)
+    yield case("80 rows of a vocabulary of 6,000", VOCABULARY, 6000, 2, 80, "vocabulary", common)
+    yield case("30 rows of a vocabulary of 30", VOCABULARY, 30, 3, 30, "vocabulary", twice)
+    yield case("50 rows of a vocabulary of 30", VOCABULARY, 30, 3, 50, "vocabulary", twice, common)
+    yield case("120 random rows of width 30", RANDOM, 40, 30, 120, "random", normal, generator, own, new)
+    yield case("init is 'zeros'", REFUSED, 12, 3, 4, "zeros", error)
+    yield case("init is 'text', and there are no ids", REFUSED, 12, 3, 4, "text", error)
 
 
 # --- SoftPrompt --------------------------------------------------------------------------------------
 
-CONFIG = GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2)
-
 
 def soft_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, part: str, what: str, length: int, rows: int, tokens: int, **more: Data) -> Case:
+    def case(
+        name: str, part: str, what: str, length: int, rows: int, tokens: int, *sentences: str, **more: Data
+    ) -> Case:
         given: dict[str, Data] = {"E": draw.normal(length, CONFIG.n_embd), "what": what}
         ids = draw.integers(0, CONFIG.vocab_size - 1, rows, tokens)
-        return Case(name, given | {"ids": ids, "seed": draw.integer(0, 10**6)} | more, part)
+        return Case(name, given | {"ids": ids, "seed": draw.integer(0, 10**6)} | more, part, sentences)
 
+    prepended, four, mask = "prepended to the embeddings of every text", "It returns the four", "the mask, unchanged"
+    positions, cache = "whose first P are 0 to P - 1", "and the cache, unchanged"
+    parameter, length = "`self.embeddings` (P, d), a parameter", "takes P"
     padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    yield case("enter: 2 virtual tokens, a row of 3 tokens", "enter", "enter", 2, 1, 3)
-    yield case("enter, with a mask and positions", "enter", "enter", 3, 2, 5, positions=True)
-    yield case("in a model: two rows of 5 tokens", "in a model", "logits", 3, 2, 5)
-    yield case("in a model: padding before one row", "in a model", "logits", 3, 2, 5, mask=padding)
-    yield case("in a model, with positions", "in a model", "logits", 2, 2, 5, positions=True)
-    yield case("in a model, read in two pieces with a cache", "in a model", "pieces", 3, 2, 6)
-    yield case("what is trained", "what is learned", "training", 3, 2, 5)
-
-
-def run_soft(
-    answer: Callable[..., Any],
-    E: Tensor,
-    what: str,
-    ids: Tensor,
-    seed: int,
-    positions: bool = False,
-    mask: Tensor | None = None,
-) -> Any:
-    """What `enter` returns, or what a tiny GPT-2 with such a soft prompt computes."""
-    torch.manual_seed(seed)
-    soft, model = answer(E), GPT2(CONFIG).requires_grad_(False)
-    where = torch.arange(ids.shape[1]).expand(len(ids), -1) if positions else None  # (B, T)
-    if what == "enter":
-        wider = torch.ones(len(ids), len(E) + ids.shape[1], dtype=torch.long) if positions else None
-        moved = None if where is None else where + len(E)
-        return soft.enter(model.transformer.wte(ids), wider, moved, None)
-    soft.put_into(model)
-    if what == "pieces":
-        cache = KVCache()
-        return [model(piece, cache=cache) for piece in ids.split([4, 2], dim=1)]
-    logits = model(ids, attention_mask=mask, position_ids=where)
-    if what == "logits":  # the logits at padding do not count
-        return logits if mask is None else logits[mask.bool()]
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if trained:
-        next_token_loss(logits, ids).backward()
-    return {
-        "trained": {name: list(p.shape) for name, p in trained.items()},
-        "values": [p.detach() for p in trained.values()],
-        "gradients": [p.grad for p in trained.values()],
-        "length": soft.length,
-        "a parameter": isinstance(soft.embeddings, nn.Parameter),
-    }
+    yield case("enter: 2 virtual tokens, a row of 3 tokens", "enter", "enter", 2, 1, 3, four, prepended, positions)
+    name = "enter, with a mask and positions"
+    yield case(name, "enter", "enter", 3, 2, 5, four, mask, positions, positions=True)
+    model = "in a model"
+    yield case("in a model: two rows of 5 tokens", model, "logits", 3, 2, 5, prepended)
+    yield case("in a model: padding before one row", model, "logits", 3, 2, 5, mask, positions, mask=padding)
+    yield case("in a model, with positions", model, "logits", 2, 2, 5, positions, positions=True)
+    yield case("in a model, read in two pieces with a cache", model, "pieces", 3, 2, 6, cache)
+    yield case("what is trained", "what is learned", "training", 3, 2, 5, parameter, length)
 
 
 # --- nearest_tokens ----------------------------------------------------------------------------------
 
 
 def nearest_cases(draw: Draw) -> Iterator[Case]:
+    def case(name: str, prompt: Tensor, table: Tensor, *sentences: str) -> Case:
+        return Case(name, {"prompt": prompt, "table": table}, sentences=sentences)
+
+    each, cosine, ids = "For each row of a soft prompt", "the largest cosine similarity", "(P,) token ids"
     table = draw.normal(9, 4)
     places = [int(i) for i in draw.permutation(9)[:3]]
-    yield Case("three embeddings, scaled up", {"prompt": 3.0 * table[places], "table": table})
-    yield Case("one embedding, scaled down", {"prompt": 0.1 * table[places[:1]], "table": table})
-    yield Case("5 random rows, 12 tokens", {"prompt": draw.normal(5, 4), "table": draw.normal(12, 4)})
+    yield case("three embeddings, scaled up", 3.0 * table[places], table, each, ids, cosine)
+    yield case("one embedding, scaled down", 0.1 * table[places[:1]], table, each, cosine)
+    yield case("5 random rows, 12 tokens", draw.normal(5, 4), draw.normal(12, 4), ids, each)
+    long = torch.tensor([[0.0, 1.0, 0.0], [8.0, 6.0, 0.0], [1.0, 0.0, 0.0]])[draw.permutation(3)]
+    rows = torch.tensor([[3.0, 0.3, 0.0], [0.2, 2.0, 0.1]])
+    yield case("two rows whose nearest embeddings are short, beside a long one", rows, long, cosine)
     uneven = draw.normal(15, 3) * torch.linspace(0.2, 4, 15)[:, None]
-    yield Case("6 random rows, embeddings of very different length", {"prompt": draw.normal(6, 3), "table": uneven})
+    yield case("6 random rows, embeddings of very different length", draw.normal(6, 3), uneven, cosine)
     skewed = torch.tensor([9.0, 1.0, 0.1])
-    inputs: dict[str, Data] = {"prompt": skewed * draw.normal(6, 3), "table": skewed * draw.normal(14, 3)}
-    yield Case("6 random rows, one feature much larger than the others", inputs)
+    features = (skewed * draw.normal(6, 3), skewed * draw.normal(14, 3))
+    yield case("6 random rows, one feature much larger than the others", *features, cosine)
+    away = torch.tensor([[1.0, 4.0], [1.0, -4.0], [4.0, 1.0]])[[1, 0, 2] if draw.integer(0, 1) else [2, 1, 0]]
+    yield case("a row that points away from all embeddings", torch.tensor([[-1.0, 0.1]]), away, cosine)
 
 
 # --- The lists ---------------------------------------------------------------------------------------
@@ -275,6 +190,7 @@ EXERCISES = [
         ),
         cases=few_shot_cases,
         tolerance=0,
+        background=("The text of the prompt.",),
     ),
     Exercise(
         prepend_prompt,
@@ -290,6 +206,8 @@ EXERCISES = [
         ),
         cases=prepend_cases,
         probe=run_prepend,
+        explain=explain_prepend,
+        background=("the soft prompt E;", "inputs: (B, T, d)"),
     ),
     Exercise(
         initial_prompt,
@@ -308,6 +226,13 @@ EXERCISES = [
         cases=initial_cases,
         probe=run_initial,
         explain=explain_initial,
+        background=(
+            "table: (V, d)",
+            "num_virtual_tokens: P.",
+            "much larger than the embeddings",
+            "init_ids: the token ids of that text;",
+            "see `text_ids`",
+        ),
     ),
     Exercise(
         SoftPrompt,
@@ -325,6 +250,14 @@ EXERCISES = [
         ),
         cases=soft_cases,
         probe=run_soft,
+        explain=explain_soft,
+        background=(
+            "`VirtualTokens` does what",
+            "The soft prompt itself has:",
+            "which the model calls",
+            "At that point",
+            "embeddings: (P, d), the initial values",
+        ),
     ),
     Exercise(
         prompt_labels,
@@ -341,6 +274,8 @@ EXERCISES = [
         cases=labels_cases,
         probe=try_labels,
         tolerance=0,
+        explain=explain_labels,
+        background=("labels: (B, T) of int64", "num_virtual_tokens: P."),
     ),
     Exercise(
         nearest_tokens,
@@ -355,6 +290,8 @@ EXERCISES = [
         ),
         cases=nearest_cases,
         tolerance=0,
+        explain=explain_nearest,
+        background=("prompt: (P, d)", "table: (V, d)"),
     ),
 ]
 

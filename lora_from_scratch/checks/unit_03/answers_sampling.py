@@ -1,4 +1,4 @@
-"""Unit 03, GPT-2, loss and sampling: common mistakes, and alternative right answers."""
+"""Unit 03, GPT-2, sampling: common mistakes, and alternative right answers."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -12,137 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.checks.bank import changed, right, wrong
 from lora_from_scratch.gpt2.generation import filter_top_k, filter_top_p, sample_next_token
-from lora_from_scratch.gpt2.model import next_token_loss
-
-# --- next_token_loss ---------------------------------------------------------------------------------
-
-
-@right("next_token_loss")
-def logarithms_gathered(logits: Tensor, labels: Tensor) -> Tensor:
-    logp = logits.double().log_softmax(-1)[:, :-1]
-    targets = labels[:, 1:]
-    counts = (targets >= 0).double()
-    picked = logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return -(picked * counts).sum() / max(float(counts.sum()), 1.0)
-
-
-@right("next_token_loss")
-def flattened_with_pytorchs_ignore_index(logits: Tensor, labels: Tensor) -> Tensor:
-    targets = labels[:, 1:].reshape(-1)
-    if (targets == -100).all():
-        return logits.sum() * 0
-    return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), targets)
-
-
-@right("next_token_loss")
-def text_by_text(logits: Tensor, labels: Tensor) -> Tensor:
-    total, number = 0 * logits.sum(), 0
-    for text, label in zip(logits, labels, strict=True):
-        for t in range(1, len(label)):
-            if label[t] != -100:
-                total = total + text[t - 1].logsumexp(0) - text[t - 1, label[t]]
-                number += 1
-    return total / max(number, 1)
-
-
-def _mean(logits: Tensor, targets: Tensor) -> Tensor:
-    """The correct mean over positions that are already aligned."""
-    padded = torch.cat([torch.zeros_like(targets[:, :1]), targets], dim=1)
-    return next_token_loss(torch.cat([logits, logits[:, :1]], dim=1), padded)
-
-
-@wrong(
-    "next_token_loss",
-    "Nothing is shifted: your loss asks every position for the token that it has just read. A model that repeats its "
-    "input would be perfect.",
-)
-def not_shifted(logits: Tensor, labels: Tensor) -> Tensor:
-    return _mean(logits, labels)
-
-
-@wrong(
-    "next_token_loss",
-    "The labels are shifted twice: your loss asks for the token after the next. One shift is enough, in one place.",
-)
-def shifted_twice(logits: Tensor, labels: Tensor) -> Tensor:
-    return _mean(logits[:, :-2], labels[:, 2:])
-
-
-@wrong(
-    "next_token_loss",
-    "The labels are shifted the wrong way: your loss asks every position for the token *before* it, which the model "
-    "has already seen.",
-)
-def shifted_backwards(logits: Tensor, labels: Tensor) -> Tensor:
-    return _mean(logits[:, 1:], labels[:, :-1])
-
-
-@wrong(
-    "next_token_loss",
-    "Labels of -100 count in your loss, as if they were a token. Padding and prompts must not be learned.",
-)
-def padding_counts_as_token_0(logits: Tensor, labels: Tensor) -> Tensor:
-    return _mean(logits[:, :-1], labels[:, 1:].clamp(min=0))
-
-
-@wrong(
-    "next_token_loss",
-    "Labels of -100 are left out of the sum, but still counted in the denominator: a text with much padding gets a "
-    "loss that is too small.",
-)
-def divided_by_every_position(logits: Tensor, labels: Tensor) -> Tensor:
-    targets = labels[:, 1:]
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum") / targets.numel()
-
-
-@wrong(
-    "next_token_loss",
-    "You divide by the number of all labels that count, including the first of each text. But nothing predicts the "
-    "first token: it is not in the sum.",
-)
-def the_first_label_is_counted(logits: Tensor, labels: Tensor) -> Tensor:
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    return total / (labels != -100).sum().clamp(min=1)
-
-
-@wrong("next_token_loss", "If no label counts, your loss is 0 divided by 0. It should be 0, with a gradient of zero.")
-def nan_where_nothing_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
-@wrong("next_token_loss", "This is the sum. The mean does not grow with the number of tokens in the batch.")
-def the_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-
-
-@wrong(
-    "next_token_loss",
-    "You take the mean for each text, and then the mean of those: a label in a short text counts more than one in a "
-    "long text. All labels that count must have the same weight.",
-)
-def a_mean_of_means(logits: Tensor, labels: Tensor) -> Tensor:
-    rows = [next_token_loss(logits[row : row + 1], labels[row : row + 1]) for row in range(len(labels))]
-    return torch.stack(rows).mean()
-
-
-@wrong(
-    "next_token_loss",
-    "`F.cross_entropy` expects logits and applies the softmax itself. You apply it twice.",
-)
-def softmax_twice(logits: Tensor, labels: Tensor) -> Tensor:
-    return next_token_loss(logits.softmax(dim=-1), labels)
-
-
-@wrong(
-    "next_token_loss",
-    "The number is right, but no gradient flows through it, so nothing could be trained: the loss has to stay a "
-    "tensor (no `.item()`, `float()` or `.detach()`).",
-)
-def no_gradient(logits: Tensor, labels: Tensor) -> float:
-    return next_token_loss(logits, labels).item()
-
 
 # --- filter_top_p ------------------------------------------------------------------------------------
 
@@ -183,6 +54,70 @@ def token_by_token_in_numpy(logits: Tensor, p: float) -> np.ndarray:
             kept[token] = row[token]
             total += probability[token]
     return out.reshape(logits.shape)
+
+
+@right("filter_top_p")
+def each_token_against_all_others(logits: Tensor, p: float) -> Tensor:
+    _check_p(p)
+    if p == 1:
+        return logits + 0
+    probability, place = logits.softmax(-1), torch.arange(logits.shape[-1])
+    larger = logits[..., None, :] > logits[..., :, None]  # (..., V, V): column s before row t
+    tied = (logits[..., None, :] == logits[..., :, None]) & (place[None, :] < place[:, None])
+    before = ((larger | tied) * probability[..., None, :]).sum(-1)
+    return torch.where(before < p, logits, -math.inf)
+
+
+@right("filter_top_p")
+def the_length_of_the_shortest_sum(logits: Tensor, p: float) -> Tensor:
+    _check_p(p)
+    if p == 1:
+        return logits.clone()
+    out = torch.full_like(logits, -math.inf)
+    for row, kept in zip(logits.flatten(0, -2) if logits.ndim > 1 else [logits], out.view(-1, out.shape[-1])):
+        ordered = row.softmax(-1).sort(descending=True)
+        count = int(torch.searchsorted(ordered.values.cumsum(-1), p)) + 1
+        kept[ordered.indices[:count]] = row[ordered.indices[:count]]
+    return out
+
+
+@wrong(
+    "filter_top_p",
+    "Among equally likely tokens you keep too many: you compare logits with that of the last token that is kept, and "
+    "all equal ones pass. The set should be as small as possible: decide by the place in the sorted order.",
+)
+def all_of_equal_logits(logits: Tensor, p: float) -> Tensor:
+    return logits.masked_fill(
+        logits
+        < filter_top_p(logits, p).masked_fill(filter_top_p(logits, p) == -math.inf, math.inf).amin(-1, keepdim=True),
+        -math.inf,
+    )
+
+
+@wrong(
+    "filter_top_p",
+    "At p = 1 you return the caller's own tensor. Whoever writes into the result changes the logits as well: return a "
+    "copy.",
+)
+@changed(filter_top_p, ("return logits.clone()", "return logits"))
+def the_callers_tensor_at_p_1() -> None: ...
+
+
+@wrong(
+    "filter_top_p",
+    "p = 1 should keep everything, but in floating point the probabilities before an unlikely token can already sum "
+    "to 1, and you drop it. Handle p = 1 by itself.",
+)
+@changed(filter_top_p, ("    if p == 1:\n        return logits.clone()\n", ""))
+def tokens_lost_to_rounding_at_p_1() -> None: ...
+
+
+@wrong(
+    "filter_top_p",
+    "With several rows you treat all of their logits as one row. Each row has its own softmax and its own set.",
+)
+def all_rows_as_one(logits: Tensor, p: float) -> Tensor:
+    return filter_top_p(logits.flatten(), p).view(logits.shape)
 
 
 @wrong(
@@ -323,6 +258,65 @@ def the_largest_after_gumbel_noise(logits, temperature=1.0, top_k=None, top_p=No
         return logits.argmax()
     noise = -(-torch.rand(len(logits), generator=generator).clamp(min=1e-30).log()).log()
     return (_filtered(logits / temperature, top_k, top_p) + noise).argmax()
+
+
+@right("sample_next_token")
+def a_race_of_exponential_times(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    _checked(temperature)
+    if temperature == 0:
+        return int(logits.sort(descending=True).indices[0])
+    probability = _filtered(logits / temperature, top_k, top_p).softmax(-1)
+    times = torch.empty_like(probability).exponential_(generator=generator)
+    return int((probability / times).argmax())
+
+
+@right("sample_next_token")
+def numpys_choice_with_a_seed_from_the_generator(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    if temperature < 0:
+        raise ValueError("the temperature is negative")
+    if not temperature:
+        return np.argmax(logits.numpy())
+    left = _filtered(logits.div(temperature), top_k, top_p).double()
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return np.random.default_rng(seed).choice(len(logits), p=F.softmax(left, dim=0).numpy())
+
+
+@wrong(
+    "sample_next_token",
+    "A filter is left out when its argument is 0 in your code, because `if top_k:` treats 0 like None. Only None means "
+    "no filter; 0 has to be refused, which the filters do.",
+)
+@changed(sample_next_token, ("if top_k is not None:", "if top_k:"), ("if top_p is not None:", "if top_p:"))
+def zero_means_no_filter() -> None: ...
+
+
+@wrong(
+    "sample_next_token",
+    "Without a generator you make a new one for each token. All new generators start in the same state, so the same "
+    "number is drawn each time: pass None on to PyTorch.",
+)
+@changed(sample_next_token, ("1, generator=generator", "1, generator=generator or torch.Generator()"))
+def a_new_generator_for_each_token() -> None: ...
+
+
+@wrong(
+    "sample_next_token",
+    "You set the generator back to its seed before you draw, so each token is drawn with the same random number. "
+    "Draw from the generator as it is.",
+)
+def the_generator_set_back(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    if generator is not None:
+        generator.manual_seed(generator.initial_seed())
+    return sample_next_token(logits, temperature, top_k, top_p, generator)
+
+
+@wrong(
+    "sample_next_token",
+    "You return the probability of the token that was drawn. What is asked for is its id.",
+)
+def the_probability_of_the_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    token = sample_next_token(logits, temperature, top_k, top_p, generator)
+    return float(logits.softmax(-1)[token])
 
 
 @wrong(
