@@ -100,7 +100,8 @@ def similarity_cases(draw: Draw) -> Iterator[Case]:
     name = "a 6 x 5 update of rank 3 and a 3 x 5 matrix, i = j = 2"
     yield case(name, flat, draw.normal(3, 5), 2, 2, "or as a whole update", phi)
     whole = draw.integers(1, 9, 2, 5) + torch.tensor([[20, 0, 0, 0, 0], [0, 10, 0, 0, 0]])
-    yield case("whole numbers and float32", whole, flat, 2, 1, "A: (r_A, n), of any real", "its dtype may be another")
+    near = whole + draw.normal(2, 5)
+    yield case("whole numbers and float32", whole, near, 2, 1, "A: (r_A, n), of any real", "its dtype may be another")
     bad, wide, columns = "bad input", "i or j is out of range", "same number of columns"
     yield case("8 and 7 columns", A, B[:, :7], 1, 1, columns, "B: (r_B, n), the same n", part=bad)
     yield case("A is a vector", A[0], B, 1, 1, "see `require_matrix`", part=bad)
