@@ -205,7 +205,8 @@ def _put_back_and_dropped(
     weights = [weakref.ref(layer.weight) for layer in returned.values() if not isinstance(layer, NF4Linear)]
     for dropped in (returned, *others):
         dropped.clear()
-    gc.collect()
+    if any(weight() is not None for weight in weights):
+        gc.collect()  # perhaps they are part of a cycle; collecting takes long
     return {"logits when put back": logits, "weights left": sum(weight() is not None for weight in weights)}
 
 
