@@ -26,13 +26,13 @@ def exchange_alpha(
 
     Args:
         A: (r, in).
-        B: (out, r), zero before the first step.
+        B: (out, r), which is usually zero before the first step, but need not be.
         alpha: of the first LoRA, positive.
         learning_rate: of the first LoRA.
         new_alpha: of the second LoRA, positive; its rank is the same.
 
     Returns:
-        A (r, in), B (out, r) and the learning rate of the second LoRA.
+        A (r, in), B (out, r) and the learning rate of the second LoRA; the given A and B are not modified.
     """
     c = math.sqrt(alpha / new_alpha)
     return c * A, c * B, c * learning_rate

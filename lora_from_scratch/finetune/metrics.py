@@ -184,13 +184,14 @@ def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
     """How far the predictions moved from the base model's, at each position: `KL(p || q) = sum_v p_v ln(p_v / q_v)`.
 
     p is the base model's prediction, `softmax(base_logits)`, and q the other model's; v runs over the vocabulary. It
-    measures how many nats worse than p itself q predicts a token drawn from p. It is 0 where p = q and positive
-    elsewhere, and it is not symmetric (Kullback and Leibler 1951). It stays finite where a probability is too small
-    for a float, since no logarithm of a probability is taken.
+    measures how much worse, in nats, q predicts a token drawn from p than p itself does. It is 0 where p = q and
+    positive elsewhere, and it is not symmetric (Kullback and Leibler 1951). Logits in half precision are converted to
+    float32 first. The result is finite even where a probability is too small for a float, since no logarithm of a
+    probability is taken.
 
     Args:
-        base_logits: (..., V).
-        logits: (..., V).
+        base_logits: (..., V), with any number of axes before the last, even none.
+        logits: (..., V), the same shape.
 
     Returns:
         (...), in nats.

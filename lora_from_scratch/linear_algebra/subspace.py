@@ -18,10 +18,11 @@ def effective_rank(matrix: Tensor) -> float:
 
     `exp(-sum_k p_k ln p_k)` with `p_k = S_k / (S_1 + S_2 + ...)` and `0 ln 0 = 0` (Roy and Vetterli 2007,
     definition 1; other papers call other things "effective rank"). It is r for r equal singular values,
-    and never more than the rank. No tolerance is needed: a tiny singular value adds almost nothing.
+    and never more than the rank. It does not change when M is multiplied by a number. No tolerance is needed: a tiny
+    singular value adds almost nothing.
 
     Args:
-        matrix: M, (m, n).
+        matrix: M, (m, n), of any real dtype.
 
     Returns:
         A number from 1 to min(m, n); 0 for the zero matrix.
@@ -49,8 +50,8 @@ def subspace_similarity(A: Tensor, B: Tensor, i: int, j: int) -> float:
     of `lora_B` (out, r), pass its transpose.
 
     Args:
-        A: (r_A, n).
-        B: (r_B, n), the same n.
+        A: (r_A, n), of any real dtype.
+        B: (r_B, n), the same n; its dtype may be another.
         i: number of directions of A, between 1 and its numerical rank.
         j: number of directions of B, between 1 and its numerical rank.
 
@@ -76,8 +77,8 @@ def similarity_grid(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     A and leaves the other singular vectors unchanged.
 
     Args:
-        A: (r_A, n).
-        B: (r_B, n), the same n.
+        A: (r_A, n), of any real dtype.
+        B: (r_B, n), the same n; its dtype may be another.
         rows: the largest i, between 1 and the numerical rank of A.
         columns: the largest j, between 1 and the numerical rank of B.
 
@@ -107,7 +108,7 @@ def amplification_factor(W: Tensor, delta_W: Tensor, rank: int) -> float:
 
     Args:
         W: (m, n), the original weight.
-        delta_W: (m, n), the update; for LoRA, `s B A`.
+        delta_W: (m, n), the update, for LoRA `s B A`; its dtype may differ from W's.
         rank: r, between 1 and the numerical rank of `delta_W`.
 
     Returns:

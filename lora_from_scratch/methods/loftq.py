@@ -27,14 +27,16 @@ def loftq_init(
     represent. In practice the error falls at every iteration, most of all at the first.
 
     Args:
-        W: (out, in), floating-point, on any device; the computation runs on that device and needs no GPU.
+        W: (out, in), floating-point, perhaps a parameter, on any device; the computation runs on that device and needs
+            no GPU.
         rank: r, from 1 to the smaller side of W.
         iterations: T, at least 1.
         quantize: maps a matrix to Q; `Q.dequantize()` is a matrix again. It is called once per iteration.
 
     Returns:
-        Q of the last iteration, A (r, in) and B (out, r), both float32: the layer is `Q x + B A x`, without a factor
-        alpha / r. How the product is factored into A and B is not specified.
+        Q of the last iteration, A (r, in) and B (out, r), both float32 and not part of a graph.
+        The layer is `Q x + B A x`, without a factor alpha / r.
+        How the product is factored into A and B is not specified.
 
     Raises:
         ValueError: W is not a matrix, rank or iterations are out of range, or `quantize` rejects W (not finite).

@@ -103,17 +103,20 @@ def _read_tensor(file: Path, name: str) -> Tensor:
 def quantize_model(
     model: nn.Module, quant_type: str = "nf4", blocksize: int = 64, double_quantization: bool = True
 ) -> dict[str, nn.Module]:
-    """Put an `NF4Linear` in the place of every linear layer of a model but its output head, in place. Of a GPT-2 these
-    are the Conv1D. All else stays the object that it is: embeddings, the head (also one that makes classes, under
-    transformers' names), normalisation, and the biases, which the new layers share with the old ones.
+    """Put an `NF4Linear` in the place of every linear layer of a model but its output head, in place.
+
+    `linear_layers(model)` finds these layers; of a GPT-2 they are the Conv1D. All else stays the object that it is:
+    embeddings, the head (also one that makes classes: `classifier(model)`, and what is in it), normalisation, and the
+    biases, which the new layers share with the old ones.
 
     Args:
         model: not adapted by a method. It may be in four bits already; then there is nothing to do.
         quant_type, blocksize, double_quantization: as `NF4Linear.from_layer`.
 
     Returns:
-        The layers that were there, by name ("transformer.h.0.attn.c_attn"). Drop them and their weights leave the
-        memory; keep them, and `inject_lora(model, layers)` puts them back. Empty if the model was in four bits already.
+        The layers that were there, by name ("transformer.h.0.attn.c_attn").
+        Drop them and their weights leave the memory; keep them, and `inject_lora(model, layers)` puts them back.
+        Empty if the model was in four bits already.
 
     Raises:
         ValueError: the type or block size is unknown, a weight is not finite (the message names the layer), or

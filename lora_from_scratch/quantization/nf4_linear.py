@@ -36,9 +36,9 @@ class FourBitProduct(torch.autograd.Function):
 
     - `forward`: x (..., in), bias (out,) or None, and a `QuantizedTensor` of shape (out, in), whose
       `dequantize(dtype)` makes W. Returns y (..., out). W is made in the dtype of x, which is that of y.
-    - `backward`: grad_y = dL/dy (..., out). Returns dL/dx (..., in), dL/dbias (out,) and None for the weight, in this
-      order. A gradient that nobody needs, as `ctx.needs_input_grad` says (one truth value for each argument of
-      `apply`), is None and costs nothing; without that of x nothing is dequantised.
+    - `backward`: grad_y = dL/dy (..., out), which need not be contiguous. Returns dL/dx (..., in), dL/dbias (out,) and
+      None for the weight, in this order. A gradient that nobody needs, as `ctx.needs_input_grad` says (one truth value
+      for each argument of `apply`), is None and costs nothing; without that of x nothing is dequantised.
 
     Between the two, `ctx` may hold the `QuantizedTensor`, but nothing that `forward` has made, and not x either: no
     gradient depends on x.

@@ -1,4 +1,4 @@
-"""Unit 11, what an update is made of: mistakes that people make, and other right ways."""
+"""Unit 11, what is forgotten, and what an update is made of: mistakes that people make, and other right ways."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -18,7 +18,7 @@ from lora_from_scratch.linear_algebra.rank import require_matrix
 
 
 def logs(base_logits: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    return F.log_softmax(base_logits, dim=-1), F.log_softmax(logits, dim=-1)
+    return F.log_softmax(base_logits.float(), dim=-1), F.log_softmax(logits.float(), dim=-1)
 
 
 @right("kl_divergence")
@@ -41,6 +41,63 @@ def with_logsumexp_in_numpy(base_logits: Tensor, logits: Tensor) -> np.ndarray:
 def cross_entropy_minus_entropy(base_logits: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = logs(base_logits.double(), logits.double())
     return -(log_p.exp() * log_q).sum(-1) + (log_p.exp() * log_p).sum(-1)
+
+
+@right("kl_divergence")
+def by_torch_distributions(base_logits: Tensor, logits: Tensor) -> Tensor:
+    p, q = (torch.distributions.Categorical(logits=one.double()) for one in (base_logits, logits))
+    return torch.distributions.kl_divergence(p, q)
+
+
+@right("kl_divergence")
+def position_by_position(base_logits: Tensor, logits: Tensor) -> Tensor:
+    result = torch.zeros(base_logits.shape[:-1])
+    for place in np.ndindex(*result.shape):
+        one, other = base_logits[place].double().tolist(), logits[place].double().tolist()
+        ln_p, ln_q = (
+            [x - max(row) - math.log(sum(math.exp(y - max(row)) for y in row)) for x in row] for row in (one, other)
+        )
+        result[place] = sum(math.exp(a) * (a - b) for a, b in zip(ln_p, ln_q, strict=True))
+    return result
+
+
+@wrong(
+    "kl_divergence",
+    "You compute in the dtype of the logits: in half precision the result is off by far more than rounding in float32 "
+    "would be. Convert the logits first.",
+)
+def in_half_precision(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(base_logits, dim=-1), F.log_softmax(logits, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@wrong(
+    "kl_divergence", "You do not weight the terms. A token counts as much as the base model expects it: multiply by p."
+)
+def without_weights(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return (log_p - log_q).sum(-1)
+
+
+@wrong("kl_divergence", "You add up over the positions too. Return one divergence for each position.")
+def sum_over_the_positions(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+@wrong("kl_divergence", "You return the terms of the sum. Add them up over the vocabulary.")
+def terms_not_summed(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, log_q = logs(base_logits, logits)
+    return log_p.exp() * (log_p - log_q)
+
+
+@wrong(
+    "kl_divergence",
+    "That is the entropy of p with the opposite sign. The logarithm of q, by which the two models differ, is missing.",
+)
+def only_p(base_logits: Tensor, logits: Tensor) -> Tensor:
+    log_p, _ = logs(base_logits, logits)
+    return (log_p.exp() * log_p).sum(-1)
 
 
 @wrong(
@@ -114,7 +171,9 @@ def both_directions(base_logits: Tensor, logits: Tensor) -> Tensor:
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
-@wrong("kl_divergence", caught_by="sign")
+@wrong(
+    "kl_divergence", "You have ln(q / p) in the sum: the sign of your result is wrong. A divergence is never negative."
+)
 def q_over_p(base_logits: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = logs(base_logits, logits)
     return (log_p.exp() * (log_q - log_p)).sum(-1)
@@ -147,6 +206,49 @@ def a_product_of_powers(matrix: Tensor) -> float:
     for one in S:
         result *= (one / total) ** -(one / total) if one > 0 else 1.0
     return result
+
+
+@right("effective_rank")
+def by_torch_distributions_entropy(matrix: Tensor) -> Tensor:
+    S = values_of(matrix)
+    return torch.distributions.Categorical(probs=S).entropy().exp() if S.any() else torch.tensor(0.0)
+
+
+@right("effective_rank")
+def with_the_logarithm_of_the_sum(matrix: Tensor) -> float:
+    matrix = require_matrix(matrix).double()
+    gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+    S = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # eigenvalues of the smaller Gram matrix
+    if not S.any():
+        return 0.0
+    total = S.sum()
+    return float((total.log() - torch.special.xlogy(S, S).sum() / total).exp())
+
+
+@wrong(
+    "effective_rank",
+    "You raise no error for a vector or another tensor that is not a matrix. `require_matrix` does that for you.",
+)
+def of_anything(matrix: Tensor) -> float:
+    S = torch.linalg.svdvals(torch.atleast_2d(matrix).double())
+    return float(entropy(S / S.sum()).exp()) if S[0] > 0 else 0.0
+
+
+@wrong(
+    "effective_rank",
+    "You leave out singular values that are small beside the largest. A small one has a small share; no tolerance is "
+    "needed.",
+)
+def with_a_tolerance(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    S = S[S > 0.05 * S[0]]
+    return float(entropy(S / S.sum()).exp()) if len(S) else 0.0
+
+
+@wrong("effective_rank", "You divide by the number of singular values: take the sum of -p ln p, not its mean.")
+def mean_of_the_terms(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    return float(torch.special.entr(S / S.sum()).mean().exp()) if S[0] > 0 else 0.0
 
 
 @wrong(
@@ -216,92 +318,3 @@ def one_for_the_zero_matrix(matrix: Tensor) -> float:
 def without_shares(matrix: Tensor) -> float:
     S = values_of(matrix)
     return float(entropy(S).exp()) if S[0] > 0 else 0.0
-
-
-# --- exchange_alpha ----------------------------------------------------------------------------------
-
-Lora = tuple[Tensor, Tensor, float]
-
-
-@right("exchange_alpha")
-def by_a_power(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
-    c = (new_alpha / alpha) ** -0.5
-    return A.double() * c, B.double() * c, learning_rate * c
-
-
-@right("exchange_alpha")
-def in_numpy_by_division(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> list:
-    d = np.sqrt(new_alpha / alpha)
-    return [A.numpy() / d, B.numpy() / d, np.float64(learning_rate / d)]
-
-
-@wrong(
-    "exchange_alpha",
-    "Your c is the whole ratio of the alphas. c occurs twice in the product, once in A and once in B.",
-)
-def the_whole_ratio(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
-    c = alpha / new_alpha
-    return c * A, c * B, c * learning_rate
-
-
-@wrong(
-    "exchange_alpha",
-    "Your factor is inverted: with a larger alpha, A and B have to become smaller to keep the product.",
-)
-def the_wrong_way_round(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
-    c = math.sqrt(new_alpha / alpha)
-    return c * A, c * B, c * learning_rate
-
-
-@wrong(
-    "exchange_alpha",
-    "A and B are right, but the learning rate is the old one. Adam would move the smaller A by as much as the larger "
-    "one: after the first step the two runs differ.",
-)
-def the_same_learning_rate(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
-    c = math.sqrt(alpha / new_alpha)
-    return c * A, c * B, learning_rate
-
-
-@wrong(
-    "exchange_alpha",
-    "A and B are right, but your learning rate would only be right for plain gradient descent, where the size of the "
-    "gradient matters. Adam normalises it away.",
-)
-def for_gradient_descent(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
-    c = math.sqrt(alpha / new_alpha)
-    return c * A, c * B, c * c * learning_rate
-
-
-@wrong(
-    "exchange_alpha",
-    "You change only the learning rate. With another s, the same A and B give another change at once: they have to be "
-    "scaled too.",
-)
-def the_learning_rate_alone(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
-    return A.clone(), B.clone(), alpha / new_alpha * learning_rate
-
-
-@wrong(
-    "exchange_alpha",
-    "You scale A and not B. At the start that gives the same change, since B is zero; in the middle of training it "
-    "does not. Multiply both by c.",
-)
-def only_A(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
-    c = math.sqrt(alpha / new_alpha)
-    return c * A, B.clone(), c * learning_rate
-
-
-@wrong(
-    "exchange_alpha",
-    "You put the whole ratio into A and none of it into B. The product stays the same, but A and B would then need "
-    "different learning rates: return one that is right for both.",
-)
-def everything_into_A(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
-    return alpha / new_alpha * A, B.clone(), alpha / new_alpha * learning_rate
-
-
-@wrong("exchange_alpha", caught_by="changes its input")
-def in_place(A: Tensor, B: Tensor, alpha: float, learning_rate: float, new_alpha: float) -> Lora:
-    c = math.sqrt(alpha / new_alpha)
-    return A.mul_(c), B.mul_(c), c * learning_rate

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_from_scratch.checks.bank import right, wrong
+from lora_from_scratch.linear_algebra.rank import require_matrix
 from lora_from_scratch.linear_algebra.subspace import require_same_columns, subspace_similarity, top_directions
 
 
@@ -47,6 +48,66 @@ def by_eigenvectors_in_numpy(A: Tensor, B: Tensor, i: int, j: int) -> float:
         return np.linalg.eigh(M.double().numpy().T @ M.double().numpy())[1][:, ::-1][:, :count]
 
     return np.linalg.norm(top(A, i).T @ top(B, j)) ** 2 / min(i, j)
+
+
+@right("subspace_similarity")
+def by_the_distance_of_the_projections(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    P_A, P_B = (V.T @ V for V in directions(A, B, i, j))
+    return (i + j - float((P_A - P_B).square().sum())) / (2 * min(i, j))
+
+
+@right("subspace_similarity")
+def pair_by_pair_of_directions(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    V_A, V_B = directions(A, B, i, j)
+    total = 0.0
+    for a in V_A:
+        for b in V_B:
+            total += float(torch.dot(a, b)) ** 2
+    return total / min(i, j)
+
+
+@wrong(
+    "subspace_similarity",
+    "You cut both matrices to the same number of columns. With different numbers of columns they cannot be compared: "
+    "raise a ValueError.",
+)
+def common_columns_only(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    n = min(A.shape[-1], B.shape[-1])
+    return float(cosines(A[..., :n], B[..., :n], i, j).square().sum()) / min(i, j)
+
+
+@wrong("subspace_similarity", "You take a vector for a matrix with one row. `require_matrix` refuses it.")
+def vectors_as_matrices(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return float(cosines(torch.atleast_2d(A), torch.atleast_2d(B), i, j).square().sum()) / min(i, j)
+
+
+@wrong(
+    "subspace_similarity",
+    "You use the *left* singular vectors. The directions that are compared have n entries, one for each column: "
+    "they are the right ones.",
+)
+def left_singular_vectors(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    directions(A, B, i, j)
+    U_A, U_B = (torch.linalg.svd(require_matrix(M).double())[0] for M in (A, B))
+    rows = min(len(U_A), len(U_B))
+    return float((U_A[:rows, :i].T @ U_B[:rows, :j]).square().sum()) / min(i, j)
+
+
+@wrong("subspace_similarity", "You add up the cosines, which have signs and cancel. Square each of them first.")
+def cosines_not_squared(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return float(cosines(A, B, i, j).sum()) / min(i, j)
+
+
+@wrong("subspace_similarity", "You do not divide: the result grows with the number of directions. Divide by min(i, j).")
+def without_a_division(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    return float(cosines(A, B, i, j).square().sum())
+
+
+@wrong("subspace_similarity", "You take as many directions of B as of A. There are i of A, but j of B.")
+def i_of_both(A: Tensor, B: Tensor, i: int, j: int) -> float:
+    directions(A, B, i, j)
+    V_A, V_B = (torch.linalg.svd(require_matrix(M).double(), full_matrices=False)[2][:i] for M in (A, B))
+    return float((V_A @ V_B.T).square().sum()) / min(i, j)
 
 
 @wrong(
@@ -146,7 +207,7 @@ def sizes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 def one_similarity_at_a_time(A: Tensor, B: Tensor, rows: int, columns: int) -> list:
     cosines(A, B, rows, columns)
     grid = [[subspace_similarity(A, B, i, j) for j in range(1, columns + 1)] for i in range(1, rows + 1)]
-    return torch.tensor(grid)
+    return torch.tensor(grid, dtype=torch.float64)
 
 
 @right("similarity_grid")
@@ -157,6 +218,58 @@ def corners_in_numpy(A: Tensor, B: Tensor, rows: int, columns: int) -> np.ndarra
         for j in range(columns):
             grid[i, j] = squares[: i + 1, : j + 1].sum() / (min(i, j) + 1)
     return grid
+
+
+@right("similarity_grid")
+def with_triangles_of_ones(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    squares = cosines(A, B, rows, columns).square()
+    left, right = torch.ones(rows, rows).tril().double(), torch.ones(columns, columns).triu().double()
+    smaller = torch.tensor([[min(i, j) for j in range(columns)] for i in range(rows)]) + 1
+    return left @ squares @ right / smaller
+
+
+@right("similarity_grid")
+def from_the_neighbours(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    squares = cosines(A, B, rows, columns).square()
+    sums = squares.new_zeros(rows + 1, columns + 1)
+    for i in range(1, rows + 1):
+        for j in range(1, columns + 1):
+            sums[i, j] = sums[i - 1, j] + sums[i, j - 1] - sums[i - 1, j - 1] + squares[i - 1, j - 1]
+    return sums[1:, 1:] / torch.minimum(*sizes(rows, columns))
+
+
+@wrong("similarity_grid", caught_by="dtype")
+def in_float32(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    squares = cosines(A, B, rows, columns).square().float()
+    return squares.cumsum(0).cumsum(1) / torch.minimum(*sizes(rows, columns))
+
+
+@wrong(
+    "similarity_grid",
+    "You cut both matrices to the same number of columns. With different numbers of columns they cannot be compared: "
+    "raise a ValueError.",
+)
+def grid_of_common_columns(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    n = min(A.shape[-1], B.shape[-1])
+    squares = cosines(A[..., :n], B[..., :n], rows, columns).square()
+    return squares.cumsum(0).cumsum(1) / torch.minimum(*sizes(rows, columns))
+
+
+@wrong("similarity_grid", "You do not divide the sums. Divide each by the smaller of its i and j.")
+def grid_of_sums(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    return cosines(A, B, rows, columns).square().cumsum(0).cumsum(1)
+
+
+@wrong(
+    "similarity_grid",
+    "You accept more rows or columns than the matrix has directions. Beyond its rank, singular vectors are determined "
+    "by rounding errors: raise a ValueError.",
+)
+def grid_without_limits(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
+    A, B = require_same_columns(A, B)
+    V_A, V_B = (torch.linalg.svd(M.double())[2] for M in (A, B))
+    squares = (V_A[:rows] @ V_B[:columns].T).square()
+    return squares.cumsum(0).cumsum(1) / torch.minimum(*sizes(rows, columns))
 
 
 @wrong(
@@ -217,133 +330,3 @@ def divided_too_early(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
 def columns_by_rows(A: Tensor, B: Tensor, rows: int, columns: int) -> Tensor:
     grid = cosines(A, B, rows, columns).square().cumsum(0).cumsum(1) / torch.minimum(*sizes(rows, columns))
     return grid.T
-
-
-# --- amplification_factor ----------------------------------------------------------------------------
-
-
-def same_shapes(W: Tensor, delta_W: Tensor) -> None:
-    if W.shape != delta_W.shape:
-        raise ValueError("the weight and its update have to have one shape")
-
-
-def ratio(update: Tensor, before: Tensor) -> float:
-    return float(update) / float(before) if float(before) > 0 else math.inf
-
-
-@right("amplification_factor")
-def both_projected(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    U, _, Vh = top_directions(delta_W, rank)
-    return ratio((U.T @ delta_W @ Vh.T).norm(), (U.T @ W @ Vh.T).norm())
-
-
-@right("amplification_factor")
-def in_numpy_with_errors_off(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    top_directions(delta_W, rank)
-    U, S, Vh = np.linalg.svd(delta_W.double().numpy())
-    before = np.linalg.norm(U[:, :rank].T @ W.double().numpy() @ Vh[:rank].T)
-    with np.errstate(divide="ignore"):
-        return np.sqrt((S[:rank] ** 2).sum()) / np.float64(before)
-
-
-@wrong("amplification_factor", "Your ratio is inverted: return the update divided by the weight.")
-def upside_down(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    U, S, Vh = top_directions(delta_W, rank)
-    return float((U.T @ W @ Vh.T).norm()) / float(S.norm())
-
-
-@wrong(
-    "amplification_factor",
-    "You compare the norms of the whole matrices. Most of W lies in directions that the update does not touch, and "
-    "must not be counted.",
-)
-def of_the_whole_matrices(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    top_directions(delta_W, rank)
-    return ratio(delta_W.norm(), W.norm())
-
-
-@wrong(
-    "amplification_factor",
-    "You use the strongest directions of W. The question is about those of the update.",
-)
-def in_the_directions_of_W(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    top_directions(delta_W, rank)
-    U, S, Vh = torch.linalg.svd(W)
-    return ratio((U[:, :rank].T @ delta_W @ Vh[:rank].T).norm(), S[:rank].norm())
-
-
-@wrong(
-    "amplification_factor",
-    "Your denominator uses the largest directions of W. It has to be W in the update's own directions.",
-)
-def over_the_largest_of_W(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    _, S, _ = top_directions(delta_W, rank)
-    return ratio(S.norm(), torch.linalg.svdvals(W)[:rank].norm())
-
-
-@wrong(
-    "amplification_factor",
-    "Your numerator uses the whole update, your denominator only the first r directions: both have to use the same "
-    "ones.",
-)
-def the_whole_update_above(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    U, _, Vh = top_directions(delta_W, rank)
-    return ratio(delta_W.norm(), (U.T @ W @ Vh.T).norm())
-
-
-@wrong("amplification_factor", "You project W from the left only. W has an input side too: use V.")
-def from_the_left_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    U, S, _ = top_directions(delta_W, rank)
-    return ratio(S.norm(), (U.T @ W).norm())
-
-
-@wrong("amplification_factor", "You project W from the right only. W has an output side too: use U.")
-def from_the_right_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    _, S, Vh = top_directions(delta_W, rank)
-    return ratio(S.norm(), (W @ Vh.T).norm())
-
-
-@wrong(
-    "amplification_factor",
-    "You keep only the diagonal of U^T W V. That is enough for the update, but W is not diagonal in these directions.",
-)
-def the_diagonal_only(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    U, S, Vh = top_directions(delta_W, rank)
-    return ratio(S.norm(), (U.T @ W @ Vh.T).diagonal().norm())
-
-
-@wrong("amplification_factor", "Your result is the square of the factor: the norms lack their square roots.")
-def without_the_roots(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    U, S, Vh = top_directions(delta_W, rank)
-    return ratio(S.square().sum(), (U.T @ W @ Vh.T).square().sum())
-
-
-@wrong(
-    "amplification_factor",
-    "If the weight has no component in these directions, your code divides by zero. The docstring says what to return.",
-)
-def divides_by_zero(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    U, S, Vh = top_directions(delta_W, rank)
-    return float(S.norm()) / float((U.T @ W @ Vh.T).norm())
-
-
-@wrong(
-    "amplification_factor",
-    "Your numerator uses the weight after the update. The factor is about the update alone.",
-)
-def the_weight_after(W: Tensor, delta_W: Tensor, rank: int) -> float:
-    same_shapes(W, delta_W)
-    U, _, Vh = top_directions(delta_W, rank)
-    return ratio((U.T @ (W + delta_W) @ Vh.T).norm(), (U.T @ W @ Vh.T).norm())

@@ -17,8 +17,9 @@ from lora_from_scratch.checks.bank import changed, right, wrong
 from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.methods.lora import inject_lora
 from lora_from_scratch.methods.method import adaptation_of
+from lora_from_scratch.methods.placement import classifier, linear_layers, output_head
 from lora_from_scratch.quantization.nf4 import dequantize_nf4
-from lora_from_scratch.quantization.nf4_linear import FourBitProduct, NF4Linear
+from lora_from_scratch.quantization.nf4_linear import FourBitProduct, NF4Linear, check_quantization, nf4_layers
 from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
 
 # --- FourBitProduct ----------------------------------------------------------------------------------
@@ -68,6 +69,28 @@ class ALinearLayerOfTheTransposedWeight(torch.autograd.Function):
         x, b, _ = ctx.needs_input_grad
         rows = grad_y.flatten(0, -2) if grad_y.ndim > 1 else grad_y[None]
         return F.linear(grad_y, ctx.q.dequantize(ctx.dtype).T) if x else None, rows.sum(0) if b else None, None
+
+
+@right("FourBitProduct")
+class AsksAutogradForThePullback(torch.autograd.Function):
+    """A linear layer is linear in x: its gradient does not depend on where it is taken, so it is taken at zero."""
+
+    @staticmethod
+    def forward(ctx, x, bias, quantized):
+        ctx.quantized, ctx.shape = quantized, x.shape
+        return torch.matmul(x, quantized.dequantize(x.dtype).mT) + (0 if bias is None else bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            with torch.enable_grad():
+                zero = grad_y.new_zeros(ctx.shape, requires_grad=True)
+                y = F.linear(zero, ctx.quantized.dequantize(grad_y.dtype))
+            (grad_x,) = torch.autograd.grad(y, zero, grad_y)
+        axes = tuple(range(grad_y.ndim - 1))
+        grad_bias = (grad_y.sum(axes) if axes else grad_y) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
 
 
 @right("FourBitProduct")
@@ -167,6 +190,47 @@ class AlwaysInFloat32(torch.autograd.Function):
 class WithoutAsking: ...
 
 
+@wrong("FourBitProduct", "You return a gradient for the bias even if nobody needs it. Ask `ctx.needs_input_grad`.")
+@changed(FourBitProduct, ("if ctx.needs_input_grad[1]:", "if True:"))
+class AlwaysAGradientForTheBias: ...
+
+
+@wrong("FourBitProduct", "You return no gradient for the bias: a trained bias would never change.")
+@changed(FourBitProduct, ("if ctx.needs_input_grad[1]:", "if False:"))
+class NoGradientForTheBias: ...
+
+
+@wrong(
+    "FourBitProduct",
+    "You `view` dL/dy, which only works if it is contiguous. `reshape` copies where it has to.",
+)
+@changed(FourBitProduct, ("grad_y.reshape", "grad_y.view"))
+class OnlyContiguous: ...
+
+
+@wrong(
+    "FourBitProduct",
+    "You exchange the two questions: `ctx.needs_input_grad[0]` is about x, and `[1]` is about the bias.",
+)
+@changed(
+    FourBitProduct,
+    ("ctx.needs_input_grad[0]", "ctx.needs_input_grad[-2]"),
+    ("ctx.needs_input_grad[1]", "ctx.needs_input_grad[0]"),
+)
+class QuestionsExchanged: ...
+
+
+@wrong("FourBitProduct", "You sum the gradient of the bias over the wrong axis: one number for each output remains.")
+@changed(
+    FourBitProduct,
+    (
+        ".reshape(-1, grad_y.shape[-1]).sum(dim=0)",
+        ".sum(dim=-1).sum() * torch.ones_like(grad_y[..., 0, :] if grad_y.ndim > 1 else grad_y)",
+    ),
+)
+class TheSumOfAll: ...
+
+
 # --- quantize_model ----------------------------------------------------------------------------------
 
 
@@ -176,7 +240,10 @@ def check_not_adapted(model: Any) -> None:
 
 
 def matrices(model: Any) -> dict:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    head = classifier(model)
+    kept = [] if head is None else list(head.modules())
+    found = linear_layers(model).items()
+    return {name: layer for name, layer in found if layer not in kept and not isinstance(layer, NF4Linear)}
 
 
 def in_four_bits(name: str, layer: Any, *options: Any) -> NF4Linear:
@@ -190,9 +257,10 @@ def in_four_bits(name: str, layer: Any, *options: Any) -> NF4Linear:
 def parent_by_parent(model, quant_type="nf4", blocksize=64, double_quantization=True):
     check_not_adapted(model)
     plan = []
+    dense = list(matrices(model).values())
     for path, parent in model.named_modules():
         for child, layer in parent.named_children():
-            if type(layer).__name__ == "Conv1D":
+            if any(layer is one for one in dense):
                 name = f"{path}.{child}" if path else child
                 new = in_four_bits(name, layer, quant_type, blocksize, double_quantization)
                 plan.append((name, parent, child, layer, new))
@@ -213,6 +281,86 @@ def puts_them_back_when_one_fails(model, quant_type="nf4", blocksize=64, double_
         inject_lora(model, done)
         raise
     return done
+
+
+@right("quantize_model")
+def checks_first_and_converts_one_by_one(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    check_quantization(quant_type, blocksize)
+    dense = matrices(model)
+    for name, layer in dense.items():
+        if not layer.weight.isfinite().all():
+            raise ValueError(f"the weight of {name} has entries that are not finite")
+    for name, layer in dense.items():
+        path, _, child = name.rpartition(".")
+        new = NF4Linear.from_layer(layer, quant_type, blocksize, double_quantization)
+        model.get_submodule(path)._modules[child] = new
+    return dense
+
+
+@right("quantize_model")
+def by_walking_down_the_tree(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    head, out, new = classifier(model), output_head(model), {}
+
+    def walk(module, path):
+        for child, part in module.named_children():
+            name = ".".join([*path, child])
+            if part is head or part is out or isinstance(part, NF4Linear):
+                continue
+            if isinstance(part, nn.Linear | Conv1D):
+                new[name] = in_four_bits(name, part, quant_type, blocksize, double_quantization)
+            walk(part, [*path, child])
+
+    walk(model, [])
+    old = {name: model.get_submodule(name) for name in new}
+    inject_lora(model, new)
+    return old
+
+
+@wrong("quantize_model", "You quantise the Conv1D alone. A model may have `nn.Linear` too: `linear_layers` finds both.")
+def conv1d_alone(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = {name: layer for name, layer in model.named_modules() if isinstance(layer, Conv1D)}
+    options = quant_type, blocksize, double_quantization
+    inject_lora(model, {name: in_four_bits(name, layer, *options) for name, layer in dense.items()})
+    return dense
+
+
+@wrong("quantize_model", "You quantise the head that makes classes too. It stays as it is, with everything in it.")
+def the_head_too(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = {name: layer for name, layer in linear_layers(model).items() if not isinstance(layer, NF4Linear)}
+    options = quant_type, blocksize, double_quantization
+    inject_lora(model, {name: in_four_bits(name, layer, *options) for name, layer in dense.items()})
+    return dense
+
+
+@wrong(
+    "quantize_model",
+    "For a model that is in four bits already you return its layers. None of them was replaced: return nothing for it.",
+)
+def returns_layers_in_four_bits(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = matrices(model)
+    options = quant_type, blocksize, double_quantization
+    inject_lora(model, {name: in_four_bits(name, layer, *options) for name, layer in dense.items()})
+    return dense or nf4_layers(model)
+
+
+@wrong(
+    "quantize_model",
+    "The old weights stay in memory even when the layers that you return are dropped: something in the model, or a new "
+    "layer, still holds them.",
+)
+def holds_the_old_ones(model, quant_type="nf4", blocksize=64, double_quantization=True):
+    check_not_adapted(model)
+    dense = matrices(model)
+    new = {name: in_four_bits(name, layer, quant_type, blocksize, double_quantization) for name, layer in dense.items()}
+    for name, layer in new.items():
+        layer.__dict__["before"] = dense[name]
+    inject_lora(model, new)
+    return dense
 
 
 @wrong(

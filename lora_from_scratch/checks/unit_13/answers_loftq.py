@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.checks.bank import changed, right, wrong
-from lora_from_scratch.methods.loftq import best_factors, loftq_init
+from lora_from_scratch.methods.loftq import begin_with_loftq, best_factors, loftq_init
 from lora_from_scratch.quantization.quantized_tensor import quantize_4bit
 
 # --- loftq_init --------------------------------------------------------------------------------------
@@ -57,6 +57,48 @@ def with_numpys_svd(W, rank, iterations=1, quantize=quantize_4bit):
         A, B = torch.from_numpy(S[:rank, None] * Vh[:rank]).float(), torch.from_numpy(U[:, :rank]).float()
         change = B @ A
     return Q, A, B
+
+
+@right("loftq_init")
+def by_recursion_in_float64(W, rank, iterations=1, quantize=quantize_4bit):
+    W = ready(W, rank, iterations).double()
+
+    def after(count):
+        if count == 0:
+            return None, W.new_zeros(rank, W.shape[1]), W.new_zeros(W.shape[0], rank)
+        _, A, B = after(count - 1)
+        Q = quantize((W - B @ A).float())
+        U, S, Vh = torch.linalg.svd(W - Q.dequantize())
+        return Q, S[:rank, None] ** 0.25 * Vh[:rank], U[:, :rank] * S[:rank] ** 0.75
+
+    Q, A, B = after(iterations)
+    return Q, A.float(), B.float()
+
+
+@wrong("loftq_init", "A and B belong to the graph of W, because W requires gradients. Detach it first.")
+@changed(loftq_init, ("W = W.detach().float()", "W = W.float()"))
+def in_a_graph(): ...
+
+
+@wrong("loftq_init", "A and B have the dtype of W. They should be float32, whatever it is.")
+def in_the_dtype_of_w(W, rank, iterations=1, quantize=quantize_4bit):
+    Q, A, B = loftq_init(W, rank, iterations, quantize)
+    return Q, A.to(W.dtype), B.to(W.dtype)
+
+
+@wrong("loftq_init", "You quantise once more before the loop. `quantize` is called once for each iteration.")
+@changed(loftq_init, ("    low_rank = torch.zeros_like(W)", "    quantize(W)\n    low_rank = torch.zeros_like(W)"))
+def a_first_q(): ...
+
+
+@wrong("loftq_init", "You do not refuse a W that is not a matrix. Raise a ValueError for any other number of axes.")
+@changed(loftq_init, ("if W.ndim != 2:", "W = W.reshape(W.shape[0], -1)\n    if W.ndim != 2:"))
+def any_number_of_axes(): ...
+
+
+@wrong("loftq_init", "You do as many iterations as the rank. Their number is `iterations`.")
+@changed(loftq_init, ("in range(iterations)", "in range(rank)"))
+def as_many_as_the_rank(): ...
 
 
 @wrong("loftq_init", "You stop after one iteration, whatever number is given.")
@@ -203,8 +245,75 @@ def the_scaling_in_a(layer, W, iterations=1, quantize=quantize_4bit):
 def its_root_in_both(layer, W, iterations=1, quantize=quantize_4bit):
     refuse(layer, W)
     layer.base.quantized, A, B = loftq_init(W, layer.rank, iterations, quantize)
-    layer.lora_A.data = A / layer.scaling**0.5
-    layer.lora_B.data = B / layer.scaling**0.5
+    for parameter, new in ((layer.lora_A, A), (layer.lora_B, B)):
+        parameter.data = (new / layer.scaling**0.5).to(parameter.dtype)
+
+
+@right("begin_with_loftq")
+def with_orthonormal_columns_in_b(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    Q, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    columns, R = torch.linalg.qr(B)
+    write(layer, Q, R @ A / layer.scaling, columns)
+
+
+@right("begin_with_loftq")
+def with_an_alternation_of_its_own(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    if iterations < 1:
+        raise ValueError("at least one iteration")
+    s, r = layer.scaling, layer.rank
+    A, B = torch.zeros(r, W.shape[1]), torch.zeros(W.shape[0], r)  # s B A is LoftQ's
+    for _ in range(iterations):
+        Q = quantize(W - s * B @ A)
+        U, S, Vh = np.linalg.svd(((W - Q.dequantize()) / s).numpy(), full_matrices=False)
+        A, B = torch.from_numpy(Vh[:r]), torch.from_numpy(U[:, :r] * S[:r])
+    layer.base.quantized = Q
+    for parameter, new in ((layer.lora_A, A), (layer.lora_B, B)):
+        parameter.detach().copy_(new)
+
+
+@wrong(
+    "begin_with_loftq",
+    "You compute alpha / r yourself. With rsLoRA the scaling is alpha / sqrt(r): use the one that the layer stores.",
+)
+@changed(begin_with_loftq, ("B / layer.scaling", "B / (layer.alpha / layer.rank)"))
+def alpha_over_r(): ...
+
+
+@wrong("begin_with_loftq", "You write into the layer before you have checked everything: after an error it is changed.")
+def changes_before_it_checks(layer, W, iterations=1, quantize=quantize_4bit):
+    with torch.no_grad():
+        layer.lora_A.zero_()
+        layer.lora_B.zero_()
+    begin_with_loftq(layer, W, iterations, quantize)
+
+
+@wrong(
+    "begin_with_loftq",
+    "A or B has become float32. The parameters keep their dtype: copy the new values into them.",
+)
+def in_float32(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    layer.base.quantized, A, B = loftq_init(W, layer.rank, iterations, quantize)
+    layer.lora_A.data, layer.lora_B.data = A, B / layer.scaling
+
+
+@wrong("begin_with_loftq", "You quantise with the usual function and not with the one that is given.")
+def with_the_usual_quantize(layer, W, iterations=1, quantize=quantize_4bit):
+    refuse(layer, W)
+    Q, A, B = loftq_init(W, layer.rank, iterations)
+    write(layer, Q, A, B / layer.scaling)
+
+
+@wrong("begin_with_loftq", "`lora_A` has its old values: you write only `lora_B`.")
+@changed(begin_with_loftq, ("    layer.lora_A.copy_(A)\n", ""))
+def only_b(): ...
+
+
+@wrong("begin_with_loftq", "`lora_B` is still zero or has its old values: you write only `lora_A`.")
+@changed(begin_with_loftq, ("    layer.lora_B.copy_(B / layer.scaling)", "    B"))
+def only_a(): ...
 
 
 @wrong(

@@ -55,6 +55,58 @@ class StateByHand(torch.autograd.Function):
         return None, copy.grad
 
 
+@right("CheckpointFunction")
+class PyTorchsNewerForm:
+    @staticmethod
+    def apply(function, x):
+        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+
+
+@right("CheckpointFunction")
+class ALeafMadeFirst(torch.autograd.Function):
+    """Makes the leaf in the forward pass, and asks for the gradients of several tensors at once."""
+
+    @staticmethod
+    def forward(ctx, function, x):
+        ctx.leaf, ctx.run = x.detach().requires_grad_(), function
+        ctx.generator = torch.Generator()
+        ctx.generator.set_state(torch.default_generator.get_state())
+        with torch.no_grad():
+            return ctx.run(x)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        before = torch.default_generator.get_state()
+        torch.default_generator.set_state(ctx.generator.get_state())
+        torch.set_grad_enabled(True)
+        y = ctx.run(ctx.leaf)
+        torch.autograd.backward((y,), (grad_y,), inputs=None)
+        torch.set_grad_enabled(False)
+        torch.default_generator.set_state(before)
+        return None, ctx.leaf.grad
+
+
+@wrong("CheckpointFunction", "You keep y as well. The backward pass computes it again; keep only x.")
+@changed(CheckpointFunction, ("return function(x)", "ctx.y = function(x)\n        return ctx.y.clone()"))
+class KeepsTheOutput: ...
+
+
+@wrong("CheckpointFunction", "You compute the function twice in the backward pass. Once is enough.")
+@changed(
+    CheckpointFunction,
+    ("y = ctx.function(x)", "y = (ctx.function(x), torch.set_rng_state(ctx.random_state), ctx.function(x))[2]"),
+)
+class ThreeTimes: ...
+
+
+@wrong(
+    "CheckpointFunction",
+    "You return no gradient for x. What comes before this function would never be trained.",
+)
+@changed(CheckpointFunction, ("return None, x.grad", "return None, None"))
+class NoGradientOfX: ...
+
+
 @wrong(
     "CheckpointFunction",
     "You record the first computation and go back through that graph. All its activations are kept, and no memory is "
@@ -122,8 +174,8 @@ class OtherRandomNumbers: ...
 
 @wrong(
     "CheckpointFunction",
-    "The gradients are right, but after your backward pass the random state is the one from the forward pass: leave it "
-    "as you found it.",
+    "The gradients are right, but after your backward pass the state of the random number generator is another than "
+    "before it: leave it as you found it.",
 )
 class LeavesTheOldState(torch.autograd.Function):
     forward = staticmethod(remember)
@@ -190,6 +242,44 @@ class ByNumpy(Released):
             mapping, dtype=str(like.dtype).removeprefix("torch."), count=2 * like.numel(), offset=start
         )
         self.m, self.v = torch.from_numpy(numbers).reshape(2, *like.shape)
+
+
+@right("Pages")
+class SlicesOfTheBytes(Released):
+    def __init__(self, mapping, start, like):
+        self.mapping, self.start, self.length = mapping, start, page_aligned(2 * like.nbytes)
+        size = like.nbytes
+        all_bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+        self.m, self.v = (
+            all_bytes[place : place + size].view(like.dtype).reshape(like.shape) for place in (start, start + size)
+        )
+
+
+@right("Pages")
+class AMemoryviewOfTheFile(Released):
+    def __init__(self, mapping, start, like):
+        window = memoryview(mapping)[start : start + 2 * like.nbytes]
+        numbers = torch.frombuffer(window, dtype=like.dtype).unflatten(0, (2, like.numel()))
+        self.m, self.v = (numbers[i].view(like.size()) for i in range(2))
+        self.length = -(-len(window) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.mapping, self.start = mapping, start
+
+
+@wrong("Pages", "Where the module `mmap` has no MADV_DONTNEED, `release` must do nothing; yours raises an error.")
+@changed(Pages, ('if hasattr(mmap, "MADV_DONTNEED"):', "if True:"))
+class OnEverySystem: ...
+
+
+@wrong("Pages", "Your length is counted in numbers. It is in bytes: multiply by the size of one number.")
+@changed(Pages, ("page_aligned(2 * like.nbytes)", "page_aligned(2 * like.numel())"))
+class CountsNumbers: ...
+
+
+@wrong(
+    "Pages", "You always take one page more than is needed: where m and v fill pages exactly, nothing is to be added."
+)
+@changed(Pages, ("page_aligned(2 * like.nbytes)", "page_aligned(2 * like.nbytes + 1)"))
+class OnePageTooMany: ...
 
 
 @wrong(

@@ -1,23 +1,28 @@
-"""Unit 13, QLoRA: what is checked. The inputs and the probes are in `probes.py`."""
+"""Unit 13, QLoRA: what is checked. The inputs and the probes are in `probes*.py`."""
 
 from __future__ import annotations
 
 from lora_from_scratch.checks.exercise import Exercise, Prediction
+from lora_from_scratch.checks.unit_13.explanations import (
+    explain_begin,
+    explain_checkpoint,
+    explain_loftq,
+    explain_model,
+    explain_pages,
+    explain_product,
+)
 from lora_from_scratch.checks.unit_13.probes import (
     begin_cases,
-    checkpoint_cases,
     loftq_cases,
     model_cases,
     nearly_the_same_start,
-    pages_cases,
     product_cases,
     run_begin,
-    run_checkpoint,
     run_loftq,
-    run_pages,
     run_product,
     run_quantize_model,
 )
+from lora_from_scratch.checks.unit_13.probes_memory import checkpoint_cases, pages_cases, run_checkpoint, run_pages
 from lora_from_scratch.finetune.gradient_checkpointing import CheckpointFunction
 from lora_from_scratch.finetune.paged_optimizer import Pages
 from lora_from_scratch.methods.loftq import begin_with_loftq, loftq_init
@@ -43,6 +48,8 @@ EXERCISES = [
         ),
         cases=product_cases,
         probe=run_product,
+        background=("`F.linear` would keep", "`FourBitProduct.apply(x, bias, quantized)` calls"),
+        explain=explain_product,
         tolerance=2e-3,
     ),
     Exercise(
@@ -54,13 +61,15 @@ EXERCISES = [
         hints=(
             "Use two dictionaries by name: the existing layers, and the new ones. Change the model only when all the "
             "new layers have been created.",
-            "`model.named_modules()` yields every module with its full name, `isinstance(module, Conv1D)` selects the "
-            "matrices, `NF4Linear.from_layer` creates the new layer, and `inject_lora` inserts layers by name.",
+            "`linear_layers(model)` returns the layers by name, without the output head; leave out what is in "
+            "`classifier(model)`, and what is an `NF4Linear` already. `NF4Linear.from_layer` creates the new layer, "
+            "and `inject_lora` inserts layers by name.",
             "Put `try: ... except ValueError as error:` around `from_layer`, and raise your own ValueError that begins "
             "with the name. Call `adaptation_of(model)` before anything else.",
         ),
         cases=model_cases,
         probe=run_quantize_model,
+        explain=explain_model,
     ),
     Exercise(
         CheckpointFunction,
@@ -78,6 +87,8 @@ EXERCISES = [
         ),
         cases=checkpoint_cases,
         probe=run_checkpoint,
+        background=("`CheckpointFunction.apply(function, x)` calls",),
+        explain=explain_checkpoint,
         seconds=15.0,  # the first `backward(gradient)` of a process imports half of PyTorch
     ),
     Exercise(
@@ -96,6 +107,7 @@ EXERCISES = [
         ),
         cases=pages_cases,
         probe=run_pages,
+        explain=explain_pages,
         blank=("__init__", "release"),
     ),
     Exercise(
@@ -113,6 +125,16 @@ EXERCISES = [
         ),
         cases=loftq_cases,
         probe=run_loftq,
+        background=(
+            "The second step is optimal",
+            "the first is not optimal",
+            "In practice the error falls",
+            "the computation runs on that device",
+            "`Q.dequantize()` is a matrix again",
+            "without a factor alpha / r",
+            "How the product is factored",
+        ),
+        explain=explain_loftq,
         agree=nearly_the_same_start,
     ),
     Exercise(
@@ -129,6 +151,7 @@ EXERCISES = [
         ),
         cases=begin_cases,
         probe=run_begin,
+        explain=explain_begin,
         agree=nearly_the_same_start,
     ),
 ]
