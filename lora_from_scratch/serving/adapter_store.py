@@ -18,7 +18,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -182,9 +182,11 @@ class AdapterStore:
                 del self.staged[finished]  # its request has gone
             self.staged[version] = self._thread.submit(self._stage, version)
 
-    def is_ready(self, version: AdapterVersion) -> bool:
-        """Whether `pages_for` and `acquire` return without waiting for the disk."""
-        return version in self.resident or (version in self.staged and self.staged[version].done())
+    def is_ready(self, version: AdapterVersion, patience: float = 0.0) -> bool:
+        """Whether `pages_for` and `acquire` return without waiting for the disk, after at most so many seconds."""
+        if version in self.resident:
+            return True
+        return version in self.staged and bool(wait([self.staged[version]], patience).done)
 
     def pages_for(self, version: AdapterVersion) -> int:
         """The pages of an adapter.

@@ -29,6 +29,9 @@ from lora_from_scratch.serving.paged_model import PagedModel, Text, order
 from lora_from_scratch.serving.sampling import Sampling, choose_tokens
 
 
+PATIENCE = 0.02  # seconds that a pass waits for the adapter of the next request; most are read in less
+
+
 @dataclass(eq=False)
 class Request:
     """A text to be continued.
@@ -154,13 +157,15 @@ class Scheduler:
 
     def _admit(self) -> Iterator[Event]:
         self.store.read_ahead(r.adapter for r in islice(self.waiting, 2 * READ_AHEAD) if r.adapter is not None)
-        joined = 0  # tokens of prompts
+        joined, patience = 0, PATIENCE  # tokens of prompts; for the first adapter only
         while self.waiting and len(self.running) < self.max_rows:
             request = self.waiting[0]
             if joined and joined + len(request.prompt) > self.max_prompt_tokens:
                 return
-            if request.adapter is not None and self.running and not self.store.is_ready(request.adapter):
-                return
+            if request.adapter is not None and self.running:
+                if not self.store.is_ready(request.adapter, patience):
+                    return
+                patience = 0.0
             try:
                 if not self._fits(request):
                     return
