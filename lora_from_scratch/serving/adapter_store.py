@@ -170,17 +170,13 @@ class AdapterStore:
 
     def read_ahead(self, versions: Iterable[AdapterVersion]) -> None:
         """Begin to stage the first of these adapters that are not resident, at most `READ_AHEAD`."""
-        for version in versions:
-            if version in self.resident or version in self.staged:
-                continue
-            if len(self.staged) >= READ_AHEAD:
-                finished = next(
-                    (v for v, future in self.staged.items() if future.done() and v not in set(versions)), None
-                )
-                if finished is None:
-                    return
-                del self.staged[finished]  # its request has gone
-            self.staged[version] = self._thread.submit(self._stage, version)
+        wanted = list(dict.fromkeys(version for version in versions if version not in self.resident))[:READ_AHEAD]
+        for version, staged in list(self.staged.items()):
+            if version not in wanted and staged.done():
+                del self.staged[version]  # its request has gone
+        for version in wanted:
+            if version not in self.staged and len(self.staged) < READ_AHEAD:
+                self.staged[version] = self._thread.submit(self._stage, version)
 
     def is_ready(self, version: AdapterVersion, patience: float = 0.0) -> bool:
         """Whether `pages_for` and `acquire` return without waiting for the disk, after at most so many seconds."""

@@ -28,7 +28,6 @@ from lora_from_scratch.serving.page_pool import PageLayout
 from lora_from_scratch.serving.paged_model import PagedModel, Text, order
 from lora_from_scratch.serving.sampling import Sampling, choose_tokens
 
-
 PATIENCE = 0.02  # seconds that a pass waits for the adapter of the next request; most are read in less
 
 
