@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +28,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def write_adapters(folder: Path) -> dict[str, GPT2]:
-    """Write each adapter as a directory in `folder`, with random numbers; return the model merged with each of them."""
-    merged, base = {}, tiny_model()
+def write_adapters(folder: Path, **changes: Any) -> dict[str, GPT2]:
+    """Write each adapter as a directory in `folder`, with random numbers; return the model merged with each of them.
+
+    Args:
+        changes: of the model's configuration.
+    """
+    merged, base = {}, tiny_model(**changes)
     for seed, (name, method) in enumerate(METHODS.items()):
         method.adapt(base)
         generator = torch.Generator().manual_seed(seed)
@@ -38,7 +43,7 @@ def write_adapters(folder: Path) -> dict[str, GPT2]:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         method.save(base, folder / name)
         method.merge(base)
-        merged[name] = tiny_model()
+        merged[name] = tiny_model(**changes)
         for place, layer in lora_layers(base).items():
             merged[name].get_submodule(place).load_state_dict(layer.base.state_dict())
         method.undo(base)

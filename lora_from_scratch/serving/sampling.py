@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+
+    def for_prompt(self, number: int) -> Sampling:
+        """The settings of one of several prompts that came with them: each has its own random numbers."""
+        return replace(self, seed=(self.seed + number) % 2**63)
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)

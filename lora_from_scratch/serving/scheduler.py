@@ -57,8 +57,8 @@ class Event:
 
     Attributes:
         token: None: no new one.
-        finished: "stop", "length" or "error"; None: it runs on.
-        error: what is wrong.
+        finished: "stop", "length", "error" (it cannot be run) or "failure" (the program's own); None: it runs on.
+        error: what is wrong with the request.
     """
 
     request: Request
