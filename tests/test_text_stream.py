@@ -1,4 +1,4 @@
-"""Text in pieces: together they are the text, up to the first of the strings that end it, and no piece is taken back."""
+"""Text in pieces: together they are the text, up to the first string that ends it, and no piece is taken back."""
 
 from __future__ import annotations
 

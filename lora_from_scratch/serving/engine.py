@@ -103,9 +103,7 @@ class Engine:
         failed = list(self.scheduler.running)
         for request in failed:
             self.scheduler.cancel(request)
-        return [
-            Event(request, finished="error", error="the server has failed; this is its fault") for request in failed
-        ]
+        return [Event(request, finished="failure") for request in failed]
 
     def _deliver(self, events: Sequence[Event]) -> None:
         for event in events:
