@@ -54,7 +54,7 @@ def test_each_row_gets_the_product_of_its_own_adapter(
     owner.append(None)  # a row at the end that nobody plans for
     x, y, bias = torch.randn(len(owner), INPUTS), torch.randn(len(owner), OUTPUTS), torch.randn(OUTPUTS)
     gathered = [adapters[number] if number is not None else None for number in owner[: len(rows)]]
-    plan = plan_layer(gathered, slices, "layer", pool, INPUTS)
+    plan = plan_layer(gathered, slices, "layer")
     expected = y.double()
     for row, number in enumerate(owner):
         if number is not None and "layer" in adapters[number]:

@@ -108,10 +108,7 @@ class PagePool:
         return self.data.view(-1, width)
 
     def allocate(self, owner: Hashable, pages: int) -> list[int]:
-        """Give an owner more pages, behind those that it has.
-
-        They are filled with zeros: what a former owner left there, which may not even be finite, is multiplied by zero
-        in the attention, and zero times infinity is not zero.
+        """Give an owner more pages, behind those that it has. What a former owner left there is still in them.
 
         Returns:
             All its pages.
@@ -122,8 +119,6 @@ class PagePool:
         if pages > len(self.free):
             raise OutOfPages(f"{pages} pages are needed, but only {len(self.free)} of {len(self)} are free")
         new = [self.free.pop() for _ in range(pages)]
-        for page in new:
-            self.data[page].zero_()
         self.tables.setdefault(owner, []).extend(new)
         return self.tables[owner]
 

@@ -2,11 +2,10 @@
 
 The tokens of all requests lie behind each other, without padding: one new token of each text that is being continued
 (decoding), then the prompts of the requests that have just joined. Everything but the attention treats each token by
-itself, so it runs on all of them at once. In the attention a decoding token gathers the keys and values of its text
-from the pages of the pool; the tokens of a prompt see each other.
+itself, so it runs on all of them at once. In the attention a decoding token meets the keys and values of its text where
+they are in the pool (`pool_rows.py`); the tokens of a prompt see each other.
 
-Shapes: N tokens in the pass, n of them decoding, P pages of the longest text, S = P times the tokens of a page, H heads
-of width hd, d = H hd.
+Shapes: N tokens in the pass, n of them decoding, S tokens of the longest text, H heads of width hd, d = H hd.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from lora_from_scratch.gpt2.model import GPT2, Attention
 from lora_from_scratch.serving.mixed_product import SEGMENT_FROM, LayerPlan, LayerRows, add_lora_, plan_layer
 from lora_from_scratch.serving.page_pool import PagePool
+from lora_from_scratch.serving.pool_rows import dot_products, weighted_sums
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,22 @@ class PagedModel:
     def __init__(self, model: GPT2, pool: PagePool) -> None:
         self.model, self.pool = model.eval(), pool
         self.device = pool.data.device
-        self.layers = [(name, *module.weight.shape) for name, module in model.named_modules() if name.endswith(LINEAR)]
+        self.layers = [name for name, _ in model.named_modules() if name.endswith(LINEAR)]
         self._plans: dict[str, LayerPlan] = {}  # of the last pass
-        self._planned_for: tuple[list[object], list[LayerRows | None]] = ([], [])
+        self._planned_for: tuple[list[slice], list[LayerRows | None]] = ([], [])
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[Text]) -> Tensor:
         """Read the tokens, store their keys and values, and return the logits of each text's next token.
 
         Args:
-            texts: those with one token and something before it first, as `order` has them.
+            texts: first those that are continued by one token, in the `order` of their adapters, then prompts.
 
         Returns:
             (texts, V), in float32.
         """
         transformer = self.model.transformer
-        batch = _Batch(texts, self.pool)
+        batch = _Batch(texts, self.pool, self.model.config.n_head)
         plans = self._plan(texts, batch)
         x = transformer.wte(batch.tokens) + transformer.wpe(batch.positions)  # (N, d)
         for number, block in enumerate(transformer.h):
@@ -96,18 +96,9 @@ class PagedModel:
         cells.index_copy_(0, batch.cells + first, k)
         cells.index_copy_(0, batch.cells + first + layout.tokens, v)
         mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if batch.decoding:
-            blocks = self.pool.rows(
-                layout.tokens * layout.width
-            )  # (pages 2 layers, tokens d): the keys of a layer, ...
-            n = batch.decoding
-            keys, values = (
-                blocks.index_select(0, batch.blocks + 2 * layer + offset).view(n, -1, heads, layout.width // heads)
-                for offset in (0, 1)
-            )  # each (n, S, H, hd)
-            own = q[:n].view(n, 1, heads, -1).transpose(1, 2)  # (n, H, 1, hd)
-            result = F.scaled_dot_product_attention(own, keys.transpose(1, 2), values.transpose(1, 2), batch.mask)
-            mixed[:n] = result.flatten(1)
+        if batch.decoding is not None:
+            n = batch.decoding.texts
+            mixed[:n] = batch.decoding.attend(q[:n], self.pool, layer)
         for place in batch.prompts:
             parts = (part[place].unflatten(1, (heads, -1)).transpose(0, 1)[None] for part in (q, k, v))
             result = F.scaled_dot_product_attention(*parts, is_causal=True)  # (1, H, T, hd)
@@ -116,11 +107,11 @@ class PagedModel:
 
     def _plan(self, texts: Sequence[Text], batch: _Batch) -> dict[str, LayerPlan]:
         """What the adapters do in each layer. Unchanged while the same texts are continued."""
-        places, adapters = [batch.decoding, *batch.prompts], [text.adapter for text in texts]
+        places, adapters = batch.prompts, [text.adapter for text in texts]
         same = len(adapters) == len(self._planned_for[1]) and all(map(operator.is_, adapters, self._planned_for[1]))
         if not same or places != self._planned_for[0]:
             gathered, segments = _split(texts, batch)
-            made = {n: plan_layer(gathered, segments, n, self.pool.data, width) for n, width, _ in self.layers}
+            made = {name: plan_layer(gathered, segments, name) for name in self.layers}
             self._plans = {name: plan for name, plan in made.items() if plan is not None}
             self._planned_for = places, adapters  # which keeps the adapters, so that no other has their identity
         return self._plans
@@ -140,8 +131,8 @@ def order(adapters: Sequence[LayerRows | None]) -> list[int]:
 
 def _split(texts: Sequence[Text], batch: _Batch) -> tuple[list[LayerRows | None], list[tuple[slice, LayerRows]]]:
     """The adapters of the tokens that are gathered, and the segments: runs of the same adapter, and prompts."""
-    adapters = [text.adapter for text in texts[: batch.decoding]]
-    gathered = len(adapters)
+    gathered = len(texts) - len(batch.prompts)
+    adapters = [text.adapter for text in texts[:gathered]]
     segments = []
     while gathered and adapters[gathered - 1] is not None:
         end = gathered
@@ -151,7 +142,7 @@ def _split(texts: Sequence[Text], batch: _Batch) -> tuple[list[LayerRows | None]
             gathered = end
             break
         segments.append((slice(gathered, end), adapters[end - 1]))
-    prompts = zip(batch.prompts, texts[batch.decoding :], strict=True)
+    prompts = zip(batch.prompts, texts[len(adapters) :], strict=True)
     segments += [(place, text.adapter) for place, text in prompts]
     return adapters[:gathered], [(place, adapter) for place, adapter in segments if adapter is not None]
 
@@ -159,9 +150,9 @@ def _split(texts: Sequence[Text], batch: _Batch) -> tuple[list[LayerRows | None]
 class _Batch:
     """The numbers of a forward pass that do not depend on the layer."""
 
-    def __init__(self, texts: Sequence[Text], pool: PagePool) -> None:
+    def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int) -> None:
         layout, device = pool.layout, pool.data.device
-        self.decoding = sum(len(text.tokens) == 1 and text.before > 0 for text in texts)
+        n = sum(text.before > 0 for text in texts)
         tokens, positions, cells, last, self.prompts = [], [], [], [], []
         for text in texts:
             start = len(tokens)
@@ -171,19 +162,41 @@ class _Batch:
                 page, inside = divmod(position, layout.tokens)
                 positions.append(position)
                 cells.append(text.pages[page] * 2 * layout.layers * layout.tokens + inside)
-            if len(last) > self.decoding:
+            if len(last) > n:
                 self.prompts.append(slice(start, len(tokens)))
         integers = torch.tensor([tokens, positions, cells], device=device)
         self.tokens, self.positions, self.cells = integers  # each (N,); a cell is a row of the pool of width d
         self.last = torch.tensor(last, device=device)  # (texts,)
-        if self.decoding:
-            continued = texts[: self.decoding]
-            used = [layout.pages_for_tokens(text.before + 1) for text in continued]
-            longest = max(used)
-            table = [
-                [*text.pages[:count], *[0] * (longest - count)] for text, count in zip(continued, used, strict=True)
-            ]
-            self.blocks = (torch.tensor(table, device=device) * 2 * layout.layers).flatten()  # (n P,)
-            lengths = torch.tensor([text.before + 1 for text in continued], device=device)
-            hidden = torch.arange(longest * layout.tokens, device=device) >= lengths[:, None]  # (n, S)
-            self.mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -math.inf)[:, None, None]
+        self.decoding = _Decoding(texts[:n], pool, heads) if n else None
+
+
+class _Decoding:
+    """The attention of the texts that are continued: one query for each head, and the keys and values of its text.
+
+    In the pool the key of a head is a row of width hd, and so is its value.
+    """
+
+    def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int) -> None:
+        layout, device = pool.layout, pool.data.device
+        self.texts, self.heads = len(texts), heads
+        lengths = torch.tensor([text.before + 1 for text in texts], device=device)
+        position = torch.arange(int(lengths.max()), device=device)  # (S,)
+        used = layout.pages_for_tokens(len(position))
+        table = torch.tensor([[*text.pages[:used], *[0] * (used - len(text.pages))] for text in texts], device=device)
+        cells = table[:, position // layout.tokens] * 2 * layout.layers * layout.tokens + position % layout.tokens
+        own = (position < lengths[:, None])[:, None].expand(-1, heads, -1)  # (n, H, S)
+        head = torch.arange(heads, device=device)[:, None]
+        self.keys = (cells[:, None] * heads + head)[own]  # (entries,) rows of the pool, for the first layer
+        self.ends = F.pad(lengths.repeat_interleave(heads).cumsum(0), (1, 0))  # (n H + 1,)
+        self.places = own.flatten().nonzero().flatten()  # (entries,) where each score is among the padded ones
+        self.scores = torch.full((len(texts) * heads, len(position)), -math.inf, device=device)
+
+    def attend(self, q: Tensor, pool: PagePool, layer: int) -> Tensor:
+        """softmax(q k^T / sqrt(hd)) v: (n, d) to (n, d)."""
+        width = pool.layout.width // self.heads  # hd
+        rows, side = pool.rows(width), pool.layout.tokens * self.heads  # of the keys of a layer, or of its values
+        keys = self.keys + 2 * layer * side
+        q = q.reshape(-1, width) / math.sqrt(width)  # (n H, hd)
+        self.scores.view(-1)[self.places] = dot_products(q, rows, self.ends, keys)
+        weights = self.scores.softmax(dim=-1).view(-1)[self.places]
+        return weighted_sums(weights, rows, self.ends, keys + side).view(self.texts, -1)
