@@ -58,15 +58,19 @@ class Ours:
         self.with_adapters = with_adapters
 
     def __call__(self, asked: Sequence[Asked]) -> list[list[int]]:
+        requests = self.submit(asked)
+        while self.scheduler.waiting or self.scheduler.running:
+            for event in self.scheduler.step():
+                assert event.error is None, event.error
+        return [request.tokens for request in requests]
+
+    def submit(self, asked: Sequence[Asked]) -> list[Request]:
         requests = []
         for one in asked:
             version = self.store.find(one.adapter) if self.with_adapters else None
             requests.append(Request(one.prompt, one.new, version))
             self.scheduler.submit(requests[-1])
-        while self.scheduler.waiting or self.scheduler.running:
-            for event in self.scheduler.step():
-                assert event.error is None, event.error
-        return [request.tokens for request in requests]
+        return requests
 
 
 def windows(asked: Sequence[Asked]) -> Iterator[list[int]]:
@@ -83,7 +87,7 @@ def by_adapter(asked: Sequence[Asked], window: Sequence[int]) -> dict[str, list[
 
 
 def merge_and_switch(model: GPT2, folder: Path) -> Side:
-    """(a) For each adapter of a batch: merge it into the weights in the place of the last one, then answer its requests."""
+    """(a) For each adapter of a batch: merge it into the weights instead of the last one, then answer its requests."""
     reader = AdapterReader(model)
 
     def run(asked: Sequence[Asked]) -> list[list[int]]:
