@@ -19,6 +19,7 @@ COMMANDS = (
     "finetune",
     "generate",
     "evaluate",
+    "serve",
     "pretrain",
     "lab",
     "progress",

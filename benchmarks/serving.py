@@ -1,0 +1,223 @@
+"""Serving many adapters: this library against other ways, in one run; writes serving.md.
+
+    python -m benchmarks.serving product                         # the batched product alone, against peft's
+    python -m benchmarks.serving traffic --model bundled --adapters 8 64 1000 4000
+    python -m benchmarks.serving traffic --model small --adapters 8 1000 --requests 32 --new 16
+    python -m benchmarks.serving cliff                           # the working set against the pool
+    python -m benchmarks.serving start                           # time and memory of starting
+    python -m benchmarks.serving_load                            # the HTTP server under a thousand clients
+
+Each measurement is added to serving.json as it is made, and is not made again: an interrupted run continues. All sides
+answer the same requests in every round, one after the other, in an order that turns. `benchmarks.make_adapters` writes
+the adapters, to `--folder`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import serving_table
+from benchmarks.lora_vs_peft import base_model
+from benchmarks.make_adapters import make_adapters, name_of
+from benchmarks.serving_sides import Asked, Ours, Peft, Side, merge_and_switch, one_after_another, zipf_traffic
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.serving.adapter_store import AdapterStore
+from lora_from_scratch.serving.page_pool import PageLayout, PagePool
+from lora_from_scratch.support.files import write_json
+
+RESULTS = Path(__file__).with_suffix(".json")
+POOL_MIB = {"bundled": 256, "small": 1024}
+DISTINCT = {"bundled": 64, "small": 24}  # weight files; the other adapters are links to them
+MiB = 2**20
+
+
+class Results:
+    """The measurements so far, by their names."""
+
+    def __init__(self, path: Path = RESULTS) -> None:
+        self.path = path
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        """A measurement, made now if it has not been."""
+        if name not in self.values:
+            self.values[name] = measure()
+            write_json(self.path, self.values)
+            print(f"{name}: {self.values[name]}", flush=True)
+        return self.values[name]
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, list[float]]:
+    """The result, and the seconds that it took: of the clock, and of the processor in this process."""
+    clock, processor = time.perf_counter(), time.process_time()
+    result = work()
+    return result, [time.perf_counter() - clock, time.process_time() - processor]
+
+
+def pages_of(model: GPT2, mib: int) -> int:
+    return mib * MiB // (4 * PageLayout.for_model(model.config).size)
+
+
+# --- The batched product alone -----------------------------------------------------------------------------
+
+
+def product(arguments: argparse.Namespace, results: Results) -> None:
+    """One decoding step of 16 rows with 8 adapters of rank 8, the ends of texts of one token, in pairs with peft's."""
+    model = base_model(arguments.model).eval()
+    folder = arguments.folder / f"{arguments.model}-rank-8"
+    make_adapters(folder, 8, model.config, (8, 8), 8)
+    asked = [Asked(name_of(row % 8), (7 + row,), 100) for row in range(16)]
+    peft = Peft(model, folder)
+    peft.prepare(asked)
+    side = Ours(model, folder, pages_of(model, 256))
+    side.submit(asked)
+    for _ in range(3):
+        side.scheduler.step()
+    ids = torch.tensor([one.prompt for one in asked])
+    names = [one.adapter for one in asked]
+
+    @torch.no_grad()
+    def theirs() -> None:
+        peft.model(ids, adapter_names=names, use_cache=False)
+
+    for pair in range(arguments.pairs):
+        works = {"ours": side.scheduler.step, "peft": theirs}
+        for name in sorted(works, reverse=bool(pair % 2)):
+            results.get(f"product/{arguments.model}/{pair}/{name}", lambda name=name: timed(works[name])[1])
+
+
+# --- Traffic -----------------------------------------------------------------------------------------------
+
+
+def traffic(arguments: argparse.Namespace, results: Results) -> None:
+    name = arguments.model
+    model = base_model(name).eval()
+    folder = arguments.folder / name
+    make_adapters(folder, max(arguments.adapters), model.config, (4, 32), DISTINCT[name])
+    pages = pages_of(model, POOL_MIB[name])
+    peft = Peft(model, folder)
+    sides: dict[str, Side] = {
+        "ours": Ours(model, folder, pages),
+        "base": Ours(model, folder, pages, with_adapters=False),
+        "merge": merge_and_switch(model, folder),
+        "loop": one_after_another(model, folder),
+        "peft": peft,
+    }
+    sizes = arguments.requests, arguments.prompt, arguments.new, model.config.vocab_size
+    for side in ("ours", "base"):  # a server that has been running for a while
+        sides[side](zipf_traffic(max(arguments.adapters), *sizes, seed=99))
+    for turn in range(arguments.rounds):
+        for count in arguments.adapters:
+            asked = zipf_traffic(count, *sizes, seed=turn)
+            one_round(results, f"traffic/{name}/{count}/{turn}", asked, sides, turn)
+
+
+def one_round(results: Results, prefix: str, asked: Sequence[Asked], sides: dict[str, Side], turn: int) -> None:
+    answers: dict[str, Any] = {}
+
+    def measure(side: str) -> dict[str, Any]:
+        run: Any = sides[side]
+        if side == "peft":
+            run.prepare(asked)
+        loads = run.store.loads if side == "ours" else 0
+        answers[side], seconds = timed(lambda: run(asked))
+        tokens = sum(map(len, answers[side]))
+        found = {"seconds": seconds, "tokens": tokens, "distinct": len({one.adapter for one in asked})}
+        if side == "ours":
+            found["loads"] = run.store.loads - loads
+        return found
+
+    order = [*sides][turn % len(sides) :] + [*sides][: turn % len(sides)]
+    for side in order:
+        results.get(f"{prefix}/{side}", lambda side=side: measure(side))
+    for side in answers:
+        if side != "base" and "ours" in answers:
+            same = sum(a == b for a, b in zip(answers[side], answers["ours"], strict=True))
+            results.get(f"{prefix}/same/{side}", lambda same=same: [same, len(asked)])
+
+
+# --- The cliff ---------------------------------------------------------------------------------------------
+
+
+def cliff(arguments: argparse.Namespace, results: Results) -> None:
+    """64 adapters of rank 16, all equally popular, and pools that hold fewer and fewer of them."""
+    model = base_model("bundled").eval()
+    folder = arguments.folder / "bundled-rank-16"
+    make_adapters(folder, 64, model.config, (16, 16), 64)
+    text = PageLayout.for_model(model.config).pages_for_tokens(arguments.prompt + arguments.new)
+    sides = {}
+    for held in (64, 56, 48, 40, 32, 16, 8):
+        side = Ours(model, folder, 1)
+        each = side.store.pages_for(side.store.find(name_of(0)))
+        sides[held] = Ours(model, folder, 32 * text + held * each)
+        sides[held](even_traffic(64, 64, arguments, model, 99))
+    for turn in range(arguments.rounds):
+        asked = even_traffic(64, 192, arguments, model, turn)
+        for held, side in sides.items():
+            results.get(f"cliff/{turn}/{held}", lambda side=side: measure_cliff(side, asked))
+
+
+def even_traffic(adapters: int, requests: int, arguments: argparse.Namespace, model: GPT2, seed: int) -> list[Asked]:
+    drawn = zipf_traffic(1, requests, arguments.prompt, arguments.new, model.config.vocab_size, seed)
+    order = torch.randperm(requests, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [Asked(name_of(order[n] % adapters), one.prompt, one.new) for n, one in enumerate(drawn)]
+
+
+def measure_cliff(side: Ours, asked: Sequence[Asked]) -> dict[str, Any]:
+    loads = side.store.loads
+    answers, seconds = timed(lambda: side(asked))
+    return {"seconds": seconds, "tokens": sum(map(len, answers)), "loads": side.store.loads - loads}
+
+
+# --- Starting ----------------------------------------------------------------------------------------------
+
+
+def start(arguments: argparse.Namespace, results: Results) -> None:
+    """A store of 1, 1,000 and 4,000 adapters that nobody has asked for: seconds, and memory."""
+    model = base_model("bundled").eval()
+    make_adapters(arguments.folder / "one", 1, model.config, (4, 32), 1)
+    make_adapters(arguments.folder / "bundled", 4000, model.config, (4, 32), DISTINCT["bundled"])
+    make_adapters(arguments.folder / "thousand", 1000, model.config, (4, 32), DISTINCT["bundled"])
+    pool = PagePool(PageLayout.for_model(model.config), 8)
+    folders = {1: "one", 1000: "thousand", 4000: "bundled"}
+    for count, name in folders.items():
+
+        def measure(name: str = name) -> dict[str, Any]:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            stores, seconds = timed(lambda: [AdapterStore(model, pool, arguments.folder / name) for _ in range(20)])
+            names, listing = timed(stores[0].names)
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            return {"seconds": [s / 20 for s in seconds], "listing": listing, "names": len(names), "KiB": grown}
+
+        results.get(f"start/{count}", measure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["product", "traffic", "cliff", "start", "table"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/adapters"), help="where the adapters are")
+    parser.add_argument("--model", default="small", choices=["bundled", "small"])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[8, 64, 1000, 4000])
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=21)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Results()
+    if arguments.what != "table":
+        {"product": product, "traffic": traffic, "cliff": cliff, "start": start}[arguments.what](arguments, results)
+    serving_table.write(results.values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The tables of serving.md, from the measurements in serving.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+OUTPUT = Path(__file__).with_name("serving.md")
+OTHERS = {"merge": "(a) merge and switch", "loop": "(b) one after another", "peft": "(c) peft", "base": "(d) base"}
+
+HEAD = """\
+# Serving many adapters
+
+`python -m benchmarks.serving` writes this file; its first lines say how. torch on a CPU, one thread, float32.
+
+The machine had two cores and was shared with other programs that used all of them, so times of the clock say little. The
+ratios are of **processor time** of the process, in which a program that has to wait is not charged; the sides of a round
+answer the same requests one after the other, in an order that turns. A cell has the median (smallest to largest) of the
+rounds. "Times the throughput" above 1 is better for ours.
+"""
+
+
+def write(values: Mapping[str, Any]) -> None:
+    """Write serving.md."""
+    parts = [HEAD, *product(values), *traffic(values), *cliff(values), *start(values), *load(values)]
+    OUTPUT.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+
+
+def spread(numbers: Sequence[float], digits: int = 2) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{statistics.median(numbers):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def product(values: Mapping[str, Any]) -> Iterator[str]:
+    for model in ("small", "bundled"):
+        found = under(values, f"product/{model}/")
+        pairs = sorted({name.split("/")[0] for name in found if f"{name.split('/')[0]}/peft" in found}, key=int)
+        pairs = [pair for pair in pairs if f"{pair}/ours" in found]
+        if pairs:
+            if model == "small":
+                yield "## One decoding step: 16 rows, 8 adapters of rank 8\n"
+                yield "The whole step of the model, ours divided by peft's `adapter_names`, measured in pairs. Goal: 0.5.\n"
+                yield row(["model", "processor time", "clock", "pairs"])
+                yield row(["---", "---", "---", "---:"])
+            ratios = [[found[f"{p}/ours"][n] / found[f"{p}/peft"][n] for p in pairs] for n in (1, 0)]
+            yield row([model, *map(spread, ratios), len(pairs)])
+    yield ""
+
+
+def traffic(values: Mapping[str, Any]) -> Iterator[str]:
+    for model in ("bundled", "small"):
+        found = under(values, f"traffic/{model}/")
+        counts = sorted({int(name.split("/")[0]) for name in found})
+        if not counts:
+            continue
+        yield f"## Zipf traffic, {model}, ranks 4 to 32, 32 rows\n"
+        yield "Times the throughput of each other way: ours divided by theirs, in processor time.\n"
+        yield row(["adapters", "distinct", "loads", *OTHERS.values(), "best of (a) to (c)", "rounds"])
+        yield row(["---:", "---:", "---:", *["---"] * (len(OTHERS) + 1), "---:"])
+        for count in counts:
+            rounds = under(found, f"{count}/")
+            turns = [
+                t
+                for t in sorted({n.split("/")[0] for n in rounds})
+                if all(f"{t}/{s}" in rounds for s in ("ours", *OTHERS))
+            ]
+            if not turns:
+                continue
+
+            def speedup(turn: str, side: str, rounds: Mapping[str, Any] = rounds) -> float:
+                ratio: float = rounds[f"{turn}/{side}"]["seconds"][1] / rounds[f"{turn}/ours"]["seconds"][1]
+                return ratio
+
+            best = [min(speedup(turn, side) for side in OTHERS if side != "base") for turn in turns]
+            distinct = statistics.median(rounds[f"{turn}/ours"]["distinct"] for turn in turns)
+            loads = statistics.median(rounds[f"{turn}/ours"]["loads"] for turn in turns)
+            cells = [spread([speedup(turn, side) for turn in turns]) for side in OTHERS]
+            yield row([f"{count:,}", f"{distinct:g}", f"{loads:g}", *cells, spread(best), len(turns)])
+        yield ""
+        same = [value for name, value in found.items() if "/same/" in name]
+        if same:
+            yield (
+                f"The texts of (a) to (c) are the same as ours, token for token, in {sum(s[0] for s in same):,} of "
+                f"{sum(s[1] for s in same):,} cases.\n"
+            )
+
+
+def cliff(values: Mapping[str, Any]) -> Iterator[str]:
+    found = under(values, "cliff/")
+    turns = sorted({name.split("/")[0] for name in found})
+    sizes = sorted({int(name.split("/")[1]) for name in found}, reverse=True)
+    turns = [turn for turn in turns if all(f"{turn}/{size}" in found for size in sizes)]
+    if not turns:
+        return
+    yield "## The cliff: 64 adapters of rank 16, all equally popular, 192 requests, bundled model\n"
+    yield "The pool has room for the texts of 32 rows and for so many adapters; throughput relative to the first line.\n"
+    yield row(["adapters in the pool", "loads", "throughput", "rounds"])
+    yield row(["---:", "---:", "---", "---:"])
+    for size in sizes:
+        here = [found[f"{turn}/{size}"] for turn in turns]
+        first = [found[f"{turn}/{sizes[0]}"] for turn in turns]
+        relative = [a["seconds"][1] / b["seconds"][1] for a, b in zip(first, here, strict=True)]
+        yield row([size, f"{statistics.median(h['loads'] for h in here):g}", spread(relative), len(turns)])
+    yield ""
+
+
+def start(values: Mapping[str, Any]) -> Iterator[str]:
+    found = under(values, "start/")
+    if not found:
+        return
+    yield "## Starting, and adapters that nobody has asked for\n"
+    yield row(["adapters", "opening the store, ms", "listing their names, ms", "memory, MiB"])
+    yield row(["---:", "---:", "---:", "---:"])
+    for count, value in found.items():
+        times = (1e3 * value["seconds"][1], 1e3 * value["listing"][1])
+        yield row([f"{int(count):,}", *(f"{ms:.2f}" for ms in times), f"{value['KiB'] / 1024:.2f}"])
+    yield ""
+
+
+def load(values: Mapping[str, Any]) -> Iterator[str]:
+    found = under(values, "load/")
+    if not found:
+        return
+    yield "## A thousand clients at once, over HTTP\n"
+    yield "One request each, on the loopback device, against `lora-from-scratch serve` with 1,000 adapters.\n"
+    yield row(["run", "requests", "answered", "refused with 429", "other errors", "texts that differ"])
+    yield row(["---", *["---:"] * 5])
+    order: Callable[[str], int] = list(found).index
+    for name in sorted(found, key=order):
+        value = found[name]
+        keys = ("requests", "answered", "refused", "errors", "different")
+        yield row([name, *(f"{value[key]:,}" for key in keys)])
+    yield ""

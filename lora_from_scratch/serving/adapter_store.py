@@ -1,0 +1,267 @@
+"""Thousands of adapters in a directory, of which the pool holds those that are needed.
+
+An adapter is in up to three places:
+
+- **on disk**, an adapter directory, ours or PEFT's. Nothing is read before a request asks for it, so starting takes as
+  long for ten thousand as for one, and an adapter that nobody uses costs no memory.
+- **staged** in host memory, as the pages that it will be in the pool, by a thread that reads ahead for the requests
+  that wait. The files are mapped into memory: the operating system keeps what was read lately.
+- **resident** in the pool. It stays after its last request has left, until another needs its pages; the one that was
+  used longest ago goes first.
+
+A directory whose files change is another version: requests that run keep theirs, new ones get the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.methods.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lora_from_scratch.serving.adapter_reading import AdapterFactors, AdapterReader
+from lora_from_scratch.serving.mixed_product import LayerRows, PoolRows
+from lora_from_scratch.serving.page_pool import PageLayout, PagePool
+from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d
+
+NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # of an adapter: its directory's path, without dots in front
+READ_AHEAD = 8  # adapters that may be staged at a time
+
+
+class UnknownAdapter(ValueError):  # noqa: N818
+    """There is no adapter of this name."""
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """An adapter as it was found on disk."""
+
+    name: str
+    directory: Path
+    stamp: tuple[int, ...]  # of its files
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An adapter in host memory, as pages."""
+
+    pages: Tensor  # (pages, page size)
+    first: dict[str, tuple[int, ...]]  # layer -> the first row of A, of B and of g, in rows of their widths
+    ranks: dict[str, int]
+
+
+@dataclass
+class Resident:
+    """An adapter in the pool."""
+
+    version: AdapterVersion
+    pages: int
+    rows: LayerRows
+    users: int = field(default=0)  # requests that run with it
+
+
+def stage(factors: AdapterFactors, layout: PageLayout) -> Staged:
+    """Lay an adapter out as pages.
+
+    Raises:
+        ValueError: its numbers are not all finite.
+    """
+    parts = {name: [part for part in layer if part is not None] for name, layer in factors.items()}
+    parts = {name: [part if part.ndim == 2 else part[None] for part in layer] for name, layer in parts.items()}
+    matrices = [(len(part), part.shape[1]) for layer in parts.values() for part in layer]
+    places, count = layout.place(matrices)
+    pages = torch.zeros(count, layout.size)
+    numbers, first = iter(places), {}
+    for name, layer in parts.items():
+        first[name] = tuple(next(numbers) for _ in layer)
+        for start, part in zip(first[name], layer, strict=True):
+            pages.view(-1, part.shape[1])[start : start + len(part)] = part
+    if count and not all(bound.isfinite() for bound in pages.aminmax()):
+        raise ValueError("the adapter's numbers are not all finite: its training diverged")
+    return Staged(pages, first, {name: len(layer[0]) for name, layer in parts.items()})
+
+
+class AdapterStore:
+    """The adapters of a directory, for one model and one pool. `find`, `names`, `add` and `remove` may be called from
+    other threads than the rest.
+
+    Args:
+        model: the base, not adapted.
+        pool: where adapters are put; the model's keys and values share it.
+        directory: each adapter is a directory in it, found by its name; None: only those that are added.
+    """
+
+    def __init__(self, model: GPT2, pool: PagePool, directory: str | Path | None = None) -> None:
+        self.pool, self.reader = pool, AdapterReader(model)
+        self.directory = None if directory is None else Path(directory)
+        if self.directory is not None and not self.directory.is_dir():
+            raise FileNotFoundError(f"there is no directory of adapters {self.directory}")
+        self.widths = {name: in_and_out(module) for name, module in model.named_modules() if is_conv1d(module)}
+        self.added: dict[str, Path] = {}
+        self.removed: set[str] = set()
+        self.staged: dict[AdapterVersion, Future[Staged]] = {}
+        self.resident: OrderedDict[AdapterVersion, Resident] = OrderedDict()  # the one used longest ago first
+        self.loads = self.evictions = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+
+    # --- Names ---
+
+    def find(self, name: str) -> AdapterVersion:
+        """The adapter of this name as it is on disk now. Only the dates of its files are read.
+
+        Raises:
+            UnknownAdapter: there is none.
+        """
+        place = self.added.get(name)
+        if place is None and self.directory is not None and name not in self.removed and NAME.fullmatch(name):
+            place = self.directory / name
+        if place is None:
+            raise UnknownAdapter(f"there is no adapter {name!r}")
+        try:
+            files = [os.stat(place / file) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+        except OSError:
+            raise UnknownAdapter(f"there is no adapter {name!r}") from None
+        return AdapterVersion(
+            name, place, tuple(n for file in files for n in (file.st_mtime_ns, file.st_size, file.st_ino))
+        )
+
+    def names(self) -> list[str]:
+        """The names of all adapters, sorted. Reads the directory; adapters in folders of it are not listed."""
+        found = set(self.added)
+        if self.directory is not None:
+            with os.scandir(self.directory) as entries:
+                places = [entry.name for entry in entries if NAME.fullmatch(entry.name)]
+            found |= {name for name in places if os.path.exists(self.directory / name / CONFIG_FILE)}
+            found -= self.removed
+        return sorted(found)
+
+    def add(self, name: str, directory: str | Path) -> None:
+        """Serve the adapter in this directory under this name, or a removed one again.
+
+        Raises:
+            FileNotFoundError, ValueError: it cannot be served, as `AdapterReader.read` and `stage` report, or the name
+                cannot be one. The adapters are then as they were.
+        """
+        if not NAME.fullmatch(name):
+            raise ValueError(f"an adapter's name consists of letters, digits and the signs _ . - /, got {name!r}")
+        stage(self.reader.read(directory), self.pool.layout)
+        self.added[name] = Path(directory)
+        self.removed.discard(name)
+
+    def remove(self, name: str) -> None:
+        """Do not serve this adapter any more. Requests that run with it are completed.
+
+        Raises:
+            UnknownAdapter: there is none of this name.
+        """
+        self.find(name)
+        self.added.pop(name, None)
+        self.removed.add(name)
+
+    # --- Places ---
+
+    def read_ahead(self, versions: Iterable[AdapterVersion]) -> None:
+        """Begin to stage the first of these adapters that are not resident, at most `READ_AHEAD`."""
+        wanted = list(dict.fromkeys(version for version in versions if version not in self.resident))[:READ_AHEAD]
+        for version, staged in list(self.staged.items()):
+            if version not in wanted and staged.done():
+                del self.staged[version]  # its request has gone
+        for version in wanted:
+            if version not in self.staged and len(self.staged) < READ_AHEAD:
+                self.staged[version] = self._thread.submit(self._stage, version)
+
+    def is_ready(self, version: AdapterVersion, patience: float = 0.0) -> bool:
+        """Whether `pages_for` and `acquire` return without waiting for the disk, after at most so many seconds."""
+        if version in self.resident:
+            return True
+        return version in self.staged and bool(wait([self.staged[version]], patience).done)
+
+    def pages_for(self, version: AdapterVersion) -> int:
+        """The pages of an adapter.
+
+        Raises:
+            ValueError, OSError: it cannot be served, as `AdapterReader.read` and `stage` report.
+        """
+        resident = self.resident.get(version)
+        return resident.pages if resident is not None else len(self._staged(version).pages)
+
+    def acquire(self, version: AdapterVersion) -> Resident:
+        """Have the adapter in the pool, until `release`. Others are evicted if their pages are needed.
+
+        Raises:
+            OutOfPages: all pages are in use.
+            ValueError, OSError: as for `pages_for`.
+        """
+        resident = self.resident.get(version)
+        if resident is None:
+            resident = self.resident[version] = self._load(version)
+        self.resident.move_to_end(version)
+        resident.users += 1
+        return resident
+
+    def release(self, resident: Resident) -> None:
+        """One request less runs with this adapter."""
+        resident.users -= 1
+
+    def pages_to_evict(self) -> int:
+        """The pages of resident adapters that no request runs with."""
+        return sum(resident.pages for resident in self.resident.values() if not resident.users)
+
+    def make_room(self, pages: int) -> None:
+        """Evict adapters that no request runs with until so many pages are free, or there are no more of them."""
+        while len(self.pool.free) < pages:
+            unused = next((version for version, resident in self.resident.items() if not resident.users), None)
+            if unused is None:
+                return
+            del self.resident[unused]
+            self.pool.release(unused)
+            self.evictions += 1
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _stage(self, version: AdapterVersion) -> Staged:
+        return stage(self.reader.read(version.directory), self.pool.layout)
+
+    def _staged(self, version: AdapterVersion) -> Staged:
+        if version not in self.staged:
+            self.staged[version] = self._thread.submit(self._stage, version)
+        try:
+            return self.staged[version].result()
+        except Exception:
+            del self.staged[version]
+            raise
+
+    def _load(self, version: AdapterVersion) -> Resident:
+        staged = self._staged(version)
+        self.make_room(len(staged.pages))
+        pages = self.pool.allocate(version, len(staged.pages))
+        del self.staged[version]
+        self.loads += 1
+        for page, numbers in zip(pages, staged.pages, strict=True):
+            self.pool.data[page] = numbers
+        return Resident(version, len(pages), self._rows(staged, pages))
+
+    def _rows(self, staged: Staged, pages: list[int]) -> LayerRows:
+        """The numbers of the pool's rows that the adapter's matrices are."""
+        layout, table = self.pool.layout, torch.tensor(pages, device=self.pool.data.device)[:, None]
+        by_width = {}  # width -> the rows of these pages, in order
+        for width in layout.widths:
+            inside = torch.arange(layout.size // width, device=table.device)
+            by_width[width] = (table * len(inside) + inside).flatten()
+        rows = {}
+        for name, (A, B, *gain) in staged.first.items():
+            inputs, outputs = self.widths[name]
+            rank, wide = staged.ranks[name], by_width[outputs]
+            g = wide[gain[0] : gain[0] + 1] if gain else wide[:0]
+            rows[name] = PoolRows(by_width[inputs][A : A + rank], wide[B : B + rank], g)
+        return rows

@@ -1,0 +1,111 @@
+"""A scheduler in a thread of its own, for an asyncio program that waits for its results."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from lora_from_scratch.serving.scheduler import Event, Request, Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class QueueFull(Exception):  # noqa: N818
+    """As many requests wait as may."""
+
+
+class Engine:
+    """Runs requests for coroutines of one event loop.
+
+    Args:
+        scheduler: which nobody else uses from now on.
+        max_waiting: the most requests that may wait beside those that run.
+    """
+
+    def __init__(self, scheduler: Scheduler, max_waiting: int) -> None:
+        self.scheduler, self.max_waiting = scheduler, max_waiting
+        self.active: dict[Request, asyncio.Queue[Event]] = {}  # touched by the event loop only
+        self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; call it in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the present pass; requests that still run are dropped."""
+        self._inbox.put(None)
+        self._thread.join()
+        self.scheduler.store.close()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def run(self, requests: Sequence[Request]) -> AsyncIterator[Event]:
+        """Run requests and yield what happens to them, until all are finished.
+
+        If the caller stops listening, they are cancelled.
+
+        Raises:
+            QueueFull: too many requests are waiting; none of these has been started.
+            ValueError: one of them cannot be run; none has been started.
+        """
+        if len(self.active) + len(requests) > self.scheduler.max_rows + self.max_waiting:
+            raise QueueFull
+        for request in requests:
+            self.scheduler.check(request)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self.active |= dict.fromkeys(requests, events)
+        for request in requests:
+            self._inbox.put(lambda request=request: self.scheduler.submit(request))
+        try:
+            left = len(requests)
+            while left:
+                event = await events.get()
+                left -= event.finished is not None
+                yield event
+        finally:
+            for request in requests:
+                if self.active.pop(request, None) is not None:
+                    self._inbox.put(lambda request=request: self.scheduler.cancel(request))
+
+    # --- The thread ---
+
+    def _work(self) -> None:
+        while self._take_orders():
+            try:
+                events = self.scheduler.step()
+            except Exception:
+                logger.exception("a forward pass has failed")
+                events = self._give_up()
+            if events and self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _take_orders(self) -> bool:
+        """Carry out what has been asked for; wait for it if there is nothing else to do. False: it is over."""
+        idle = not self.scheduler.running and not self.scheduler.waiting
+        while idle or not self._inbox.empty():
+            order = self._inbox.get()
+            if order is None:
+                return False
+            order()
+            idle = False
+        return True
+
+    def _give_up(self) -> list[Event]:
+        """Let all that run fail; what waits may do better."""
+        failed = list(self.scheduler.running)
+        for request in failed:
+            self.scheduler.cancel(request)
+        return [Event(request, finished="failure") for request in failed]
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if event.request in self.active:
+                self.active[event.request].put_nowait(event)

@@ -1,0 +1,202 @@
+"""One forward pass for many requests: GPT-2 on a packed batch, with keys, values and adapters in the pool.
+
+The tokens of all requests lie behind each other, without padding: one new token of each text that is being continued
+(decoding), then the prompts of the requests that have just joined. Everything but the attention treats each token by
+itself, so it runs on all of them at once. In the attention a decoding token meets the keys and values of its text where
+they are in the pool (`pool_rows.py`); the tokens of a prompt see each other.
+
+Shapes: N tokens in the pass, n of them decoding, S tokens of the longest text, H heads of width hd, d = H hd.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_from_scratch.gpt2.model import GPT2, Attention
+from lora_from_scratch.serving.mixed_product import SEGMENT_FROM, LayerPlan, LayerRows, add_lora_, plan_layer
+from lora_from_scratch.serving.page_pool import PagePool
+from lora_from_scratch.serving.pool_rows import dot_products, weighted_sums
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one request brings to a forward pass.
+
+    Attributes:
+        tokens: that the model has not read yet: a whole prompt, or one token.
+        before: how many it has read.
+        pages: of the text, with room for `tokens`.
+        adapter: its rows in the pool; None: the base.
+    """
+
+    tokens: Sequence[int]
+    before: int
+    pages: Sequence[int]
+    adapter: LayerRows | None
+
+
+class PagedModel:
+    """A GPT-2 that reads texts with their adapters.
+
+    Args:
+        model: not adapted; it is put into eval mode and otherwise stays as it is.
+        pool: laid out for this model.
+    """
+
+    def __init__(self, model: GPT2, pool: PagePool) -> None:
+        self.model, self.pool = model.eval(), pool
+        self.device = pool.data.device
+        self.layers = [name for name, _ in model.named_modules() if name.endswith(LINEAR)]
+        self._plans: dict[str, LayerPlan] = {}  # of the last pass
+        self._planned_for: tuple[list[slice], list[LayerRows | None]] = ([], [])
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[Text]) -> Tensor:
+        """Read the tokens, store their keys and values, and return the logits of each text's next token.
+
+        Args:
+            texts: first those that are continued by one token, in the `order` of their adapters, then prompts.
+
+        Returns:
+            (texts, V), in float32.
+        """
+        transformer = self.model.transformer
+        batch = _Batch(texts, self.pool, self.model.config.n_head)
+        plans = self._plan(texts, batch)
+        x = transformer.wte(batch.tokens) + transformer.wpe(batch.positions)  # (N, d)
+        for number, block in enumerate(transformer.h):
+            name = f"transformer.h.{number}"
+            qkv = self._linear(f"{name}.attn.c_attn", block.attn.c_attn, block.ln_1(x), plans)  # (N, 3 d)
+            mixed = self._attend(block.attn, number, qkv, batch)
+            x = x + self._linear(f"{name}.attn.c_proj", block.attn.c_proj, mixed, plans)
+            hidden = self._linear(f"{name}.mlp.c_fc", block.mlp.c_fc, block.ln_2(x), plans)
+            hidden = F.gelu(hidden, approximate="tanh")
+            x = x + self._linear(f"{name}.mlp.c_proj", block.mlp.c_proj, hidden, plans)
+        return F.linear(transformer.ln_f(x[batch.last]), transformer.wte.weight).float()
+
+    def _linear(self, name: str, layer: nn.Module, x: Tensor, plans: dict[str, LayerPlan]) -> Tensor:
+        y: Tensor = layer(x)
+        if name in plans:
+            add_lora_(y, x, self.pool.data, plans[name], layer.bias)
+        return y
+
+    def _attend(self, attention: Attention, layer: int, qkv: Tensor, batch: _Batch) -> Tensor:
+        """Store keys and values, and mix the values: (N, 3 d) to (N, d)."""
+        layout, heads = self.pool.layout, attention.n_head
+        q, k, v = qkv.chunk(3, dim=-1)
+        first = 2 * layer * layout.tokens  # the row, in a page, of the layer's first key
+        cells = self.pool.rows(layout.width)
+        cells.index_copy_(0, batch.cells + first, k)
+        cells.index_copy_(0, batch.cells + first + layout.tokens, v)
+        mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if batch.decoding is not None:
+            n = batch.decoding.texts
+            mixed[:n] = batch.decoding.attend(q[:n], self.pool, layer)
+        for place in batch.prompts:
+            parts = (part[place].unflatten(1, (heads, -1)).transpose(0, 1)[None] for part in (q, k, v))
+            result = F.scaled_dot_product_attention(*parts, is_causal=True)  # (1, H, T, hd)
+            mixed[place] = result[0].transpose(0, 1).flatten(1)
+        return mixed
+
+    def _plan(self, texts: Sequence[Text], batch: _Batch) -> dict[str, LayerPlan]:
+        """What the adapters do in each layer. Unchanged while the same texts are continued."""
+        places, adapters = batch.prompts, [text.adapter for text in texts]
+        same = len(adapters) == len(self._planned_for[1]) and all(map(operator.is_, adapters, self._planned_for[1]))
+        if not same or places != self._planned_for[0]:
+            gathered, segments = _split(texts, batch)
+            made = {name: plan_layer(gathered, segments, name) for name in self.layers}
+            self._plans = {name: plan for name, plan in made.items() if plan is not None}
+            self._planned_for = places, adapters  # which keeps the adapters, so that no other has their identity
+        return self._plans
+
+
+LINEAR = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")  # the linear layers of a block
+
+
+def order(adapters: Sequence[LayerRows | None]) -> list[int]:
+    """The best order of texts of one token: first those whose adapters are gathered, then those that form segments."""
+    together: dict[int, list[int]] = {}
+    for number, adapter in enumerate(adapters):
+        together.setdefault(id(adapter), []).append(number)
+    groups = sorted(together.values(), key=lambda group: len(group) >= SEGMENT_FROM and adapters[group[0]] is not None)
+    return [number for group in groups for number in group]
+
+
+def _split(texts: Sequence[Text], batch: _Batch) -> tuple[list[LayerRows | None], list[tuple[slice, LayerRows]]]:
+    """The adapters of the tokens that are gathered, and the segments: runs of the same adapter, and prompts."""
+    gathered = len(texts) - len(batch.prompts)
+    adapters = [text.adapter for text in texts[:gathered]]
+    segments = []
+    while gathered and adapters[gathered - 1] is not None:
+        end = gathered
+        while gathered and adapters[gathered - 1] is adapters[end - 1]:
+            gathered -= 1
+        if end - gathered < SEGMENT_FROM:
+            gathered = end
+            break
+        segments.append((slice(gathered, end), adapters[end - 1]))
+    prompts = zip(batch.prompts, texts[len(adapters) :], strict=True)
+    segments += [(place, text.adapter) for place, text in prompts]
+    return adapters[:gathered], [(place, adapter) for place, adapter in segments if adapter is not None]
+
+
+class _Batch:
+    """The numbers of a forward pass that do not depend on the layer."""
+
+    def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int) -> None:
+        layout, device = pool.layout, pool.data.device
+        n = sum(text.before > 0 for text in texts)
+        tokens, positions, cells, last, self.prompts = [], [], [], [], []
+        for text in texts:
+            start = len(tokens)
+            tokens += text.tokens
+            last.append(len(tokens) - 1)
+            for position in range(text.before, text.before + len(text.tokens)):
+                page, inside = divmod(position, layout.tokens)
+                positions.append(position)
+                cells.append(text.pages[page] * 2 * layout.layers * layout.tokens + inside)
+            if len(last) > n:
+                self.prompts.append(slice(start, len(tokens)))
+        integers = torch.tensor([tokens, positions, cells], device=device)
+        self.tokens, self.positions, self.cells = integers  # each (N,); a cell is a row of the pool of width d
+        self.last = torch.tensor(last, device=device)  # (texts,)
+        self.decoding = _Decoding(texts[:n], pool, heads) if n else None
+
+
+class _Decoding:
+    """The attention of the texts that are continued: one query for each head, and the keys and values of its text.
+
+    In the pool the key of a head is a row of width hd, and so is its value.
+    """
+
+    def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int) -> None:
+        layout, device = pool.layout, pool.data.device
+        self.texts, self.heads = len(texts), heads
+        lengths = torch.tensor([text.before + 1 for text in texts], device=device)
+        position = torch.arange(int(lengths.max()), device=device)  # (S,)
+        used = layout.pages_for_tokens(len(position))
+        table = torch.tensor([[*text.pages[:used], *[0] * (used - len(text.pages))] for text in texts], device=device)
+        cells = table[:, position // layout.tokens] * 2 * layout.layers * layout.tokens + position % layout.tokens
+        own = (position < lengths[:, None])[:, None].expand(-1, heads, -1)  # (n, H, S)
+        head = torch.arange(heads, device=device)[:, None]
+        self.keys = (cells[:, None] * heads + head)[own]  # (entries,) rows of the pool, for the first layer
+        self.ends = F.pad(lengths.repeat_interleave(heads).cumsum(0), (1, 0))  # (n H + 1,)
+        self.places = own.flatten().nonzero().flatten()  # (entries,) where each score is among the padded ones
+        self.scores = torch.full((len(texts) * heads, len(position)), -math.inf, device=device)
+
+    def attend(self, q: Tensor, pool: PagePool, layer: int) -> Tensor:
+        """softmax(q k^T / sqrt(hd)) v: (n, d) to (n, d)."""
+        width = pool.layout.width // self.heads  # hd
+        rows, side = pool.rows(width), pool.layout.tokens * self.heads  # of the keys of a layer, or of its values
+        keys = self.keys + 2 * layer * side
+        q = q.reshape(-1, width) / math.sqrt(width)  # (n H, hd)
+        self.scores.view(-1)[self.places] = dot_products(q, rows, self.ends, keys)
+        weights = self.scores.softmax(dim=-1).view(-1)[self.places]
+        return weighted_sums(weights, rows, self.ends, keys + side).view(self.texts, -1)
