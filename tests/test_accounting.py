@@ -55,6 +55,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("nola", {"basis": 20}),
     ("adalora", {"rank": 4, "target_rank": 2}),
     ("lora-fa", {}),
+    ("relora", {"dropout": 0.1}),
+    ("relora", {"keep_base": False}),
     ("layernorm", {}),
     ("qlora", {}),
     ("qlora", {"keep_base": False, "double_quantization": False}),

@@ -30,6 +30,7 @@ from lora_from_scratch.methods.prefix_tuning import PrefixTuning
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import method_classes
+from lora_from_scratch.methods.relora import ReLoRA
 from lora_from_scratch.methods.spafit import SPAFIT
 from lora_from_scratch.methods.tied_lora import TiedLoRA
 from lora_from_scratch.methods.vera import VeRA
@@ -55,6 +56,7 @@ METHODS: dict[str, Method] = {
     "nola": NOLA(rank=2, basis=5),
     "adalora": AdaLoRA(rank=3, target_rank=2),
     "multilora": MultiLoRA(rank=2),
+    "relora": ReLoRA(rank=2, targets="all-linear"),
     "mora": MoRA(rank=2),
     "glora": GLoRA(rank=2),
     "ia3": IA3(),

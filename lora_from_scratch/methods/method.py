@@ -153,6 +153,10 @@ class Method(ABC):
         """A scalar that is added to the loss of every step, or None."""
         return None
 
+    def rate_factor(self, model: Any, step: int) -> float:
+        """What the learning rate of the schedule is multiplied by in a step, counted from 0."""
+        return 1.0
+
     def after_step(self, model: Any, step: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Called when the weights have been updated and the gradients are still there.
 
@@ -279,9 +283,14 @@ class Method(ABC):
         named = ((plain_name(name), p) for name, p in unwrapped(model).named_parameters())
         return {name: p for name, p in named if name in learned}
 
+    def learned(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """What has to be saved, by name: what is trained, and whatever else `after_step` changes that the model needs
+        afterwards."""
+        return self.trainable(model)
+
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Copies of what was learned, and of nothing else."""
-        return {name: p.detach().clone() for name, p in self.trainable(model).items()}
+        return {name: tensor.detach().clone() for name, tensor in self.learned(model).items()}
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Put in what was learned before: this task's, or another's (that is how tasks are switched).
@@ -291,13 +300,12 @@ class Method(ABC):
         Raises:
             ValueError: a tensor is missing, unexpected or of another shape. Nothing is loaded then.
         """
-        parameters = self.trainable(model)
-        adapter_files.refuse_misfits({name: p.shape for name, p in parameters.items()}, state)
+        adapter_files.refuse_misfits({name: tensor.shape for name, tensor in self.learned(model).items()}, state)
         merged = self._adaptation(model).merged
         self.unmerge(model)
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[name])
+            for name, tensor in self.learned(model).items():
+                tensor.copy_(state[name])
         if merged:
             self.merge(model)
 
