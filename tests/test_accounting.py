@@ -57,6 +57,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora-fa", {}),
     ("relora", {"dropout": 0.1}),
     ("relora", {"keep_base": False}),
+    ("remora", {"dropout": 0.1}),
     ("layernorm", {}),
     ("qlora", {}),
     ("qlora", {"keep_base": False, "double_quantization": False}),

@@ -31,6 +31,7 @@ from lora_from_scratch.methods.prompt_tuning import PromptTuning
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import method_classes
 from lora_from_scratch.methods.relora import ReLoRA
+from lora_from_scratch.methods.remora import ReMoRA
 from lora_from_scratch.methods.spafit import SPAFIT
 from lora_from_scratch.methods.tied_lora import TiedLoRA
 from lora_from_scratch.methods.vera import VeRA
@@ -57,6 +58,7 @@ METHODS: dict[str, Method] = {
     "adalora": AdaLoRA(rank=3, target_rank=2),
     "multilora": MultiLoRA(rank=2),
     "relora": ReLoRA(rank=2, targets="all-linear"),
+    "remora": ReMoRA(rank=2),
     "mora": MoRA(rank=2),
     "glora": GLoRA(rank=2),
     "ia3": IA3(),

@@ -3,8 +3,8 @@
 Compared outside this repository with Guitaricet/relora (commit 176f376): the outputs of a layer of theirs and of ours
 with the same W, A and B (32 x 24, r 4), and the weights after their `merge_and_reinit` and our `absorb`, are equal bit
 for bit; `magnitude_pruning_` at 0.9 keeps the same entries of a first moment as `cut_moments` at 0.1. The jagged
-learning rate (20,000 steps, 4 cycles, 100 steps of warm-up) differs by at most 0.0101 of the peak, in the warm-ups only:
-theirs begins at 0 and ours at 1/100, as the schedules of this library do.
+learning rate (20,000 steps, 4 cycles, 100 steps of warm-up) differs by at most 0.0101 of the peak, in the warm-ups
+only: theirs begins at 0 and ours at 1/100, as the schedules of this library do.
 """
 
 from __future__ import annotations
