@@ -62,6 +62,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qlora", {}),
     ("qlora", {"keep_base": False, "double_quantization": False}),
     ("prompt", FEW_TOKENS),
+    ("pez", FEW_TOKENS),
     ("prefix", FEW_TOKENS | {"hidden": 16}),
     ("prefix", FEW_TOKENS | {"reparametrise": False}),
     ("llama-adapter", FEW_TOKENS),

@@ -25,6 +25,7 @@ from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.mora import MoRA
 from lora_from_scratch.methods.multilora import MultiLoRA
 from lora_from_scratch.methods.nola import NOLA
+from lora_from_scratch.methods.pez import PEZ
 from lora_from_scratch.methods.pissa import PiSSA
 from lora_from_scratch.methods.prefix_tuning import PrefixTuning
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
@@ -68,6 +69,7 @@ METHODS: dict[str, Method] = {
     "two biases": BitFit(variant="two"),
     "spafit": SPAFIT(frozen_layers=0, bias_layers=1, rank=2),
     "prompt": PromptTuning(2),
+    "pez": PEZ(2),
     "prefix": PrefixTuning(2),
     "llama-adapter": LlamaAdapter(2, 1),
 }

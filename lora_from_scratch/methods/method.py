@@ -309,6 +309,10 @@ class Method(ABC):
         if merged:
             self.merge(model)
 
+    def readable(self, model: nn.Module, tokenizer: Tokenizer) -> str:
+        """What was learned as a text, where it is one; "": it is numbers."""
+        return ""
+
     # --- Merging ---
 
     def merge(self, model: nn.Module) -> None:
