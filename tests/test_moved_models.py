@@ -21,6 +21,7 @@ from lora_from_scratch.methods.llama_adapter import LlamaAdapter
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.lora_fa import LoRAFA
 from lora_from_scratch.methods.lora_plus import LoRAPlus
+from lora_from_scratch.methods.loreft import LoReFT
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.mora import MoRA
 from lora_from_scratch.methods.multilora import MultiLoRA
@@ -65,6 +66,8 @@ METHODS: dict[str, Method] = {
     "ia3": IA3(),
     "layernorm": LayerNormTuning(),
     "adapter": Adapter(width=4),
+    "loreft": LoReFT(rank=2, share_weights=False),
+    "direft": LoReFT(rank=2, variant="direft", positions="all"),
     "bitfit": BitFit(),
     "two biases": BitFit(variant="two"),
     "spafit": SPAFIT(frozen_layers=0, bias_layers=1, rank=2),
