@@ -58,8 +58,8 @@ def first_and_last(positions: str) -> tuple[int, int]:
     Raises:
         ValueError: it is written in another way, or both are 0.
     """
-    found = re.fullmatch(r"(?:f(\d+))?(?:(?:^|\+)l(\d+))?", positions) if isinstance(positions, str) else None
-    first, last = (int(number or 0) for number in found.groups()) if found else (0, 0)
+    found = re.fullmatch(r"f(\d+)(?:\+l(\d+))?|l(\d+)", positions) if isinstance(positions, str) else None
+    first, last = (int(found[1] or 0), int(found[2] or found[3] or 0)) if found else (0, 0)
     if first + last == 0:
         raise ValueError(f'positions must be "all", or such as "f7+l7", "f7" or "l7", got {positions!r}')
     return first, last
