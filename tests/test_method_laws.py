@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.method import Method, adaptation_of
@@ -58,13 +59,29 @@ class Case:
         return tiny_model(self.seed, std=std, **self.shape)
 
     def trained(self) -> GPT2:
-        """Adapted, with whatever might have been learned: every learned number is moved at random."""
+        """Adapted, with whatever might have been learned: every learned number is moved at random, after a few steps
+        of training where the method does something of its own after each step."""
         model, generator = self.base(), self.generator()
         self.method.adapt(model)
+        if type(self.method).after_step is not Method.after_step:
+            self.trainer(model).run()
+            model.eval()
         with torch.no_grad():
             for parameter in self.method.trainable(model).values():
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         return model
+
+    def trainer(self, model: GPT2, stop: int = 0, **options: Any) -> Trainer:
+        """Of a run of five steps; it is interrupted after step `stop`, if that is given."""
+        batch = Batch(self.tokens, self.tokens)
+
+        def batch_at(step: int) -> Batch:
+            if stop and step == stop:
+                raise KeyboardInterrupt
+            return batch
+
+        run = TrainingSettings(steps=5, learning_rate=1e-2, precision="fp32")
+        return Trainer(model, batch_at, run, method=self.method, progress=False, **options)
 
     def logits(self, model: GPT2) -> Tensor:
         with torch.no_grad():
@@ -140,6 +157,32 @@ def test_merging_keeps_the_function_and_unmerging_gives_every_bit_back(case: Cas
         method.unmerge(model)
         assert_same(snapshot(model), before)
         assert torch.equal(case.logits(model), logits)
+
+
+@for_every_method(examples=8, where=lambda cls: cls.can_merge)
+def test_a_merged_copy_computes_the_same_and_the_model_stays_as_it_was(case: Case) -> None:
+    model = case.trained()
+    before, logits = snapshot(model), case.logits(model)
+    plain = case.method.merged_copy(model)
+    torch.testing.assert_close(case.logits(plain), logits, atol=1e-3, rtol=1e-3)
+    assert {name: type(m) for name, m in plain.named_modules()} == {n: type(m) for n, m in case.base().named_modules()}
+    assert_same(snapshot(model), before)
+    assert torch.equal(case.logits(model), logits)
+
+
+@for_every_method(examples=2)
+def test_a_run_that_is_interrupted_and_resumed_ends_the_same_bit_for_bit(case: Case) -> None:
+    quiet, troubled, resumed = case.base(), case.base(), case.base()
+    for model in (quiet, troubled, resumed):
+        case.method.adapt(model)
+    losses = case.trainer(quiet).run().losses
+    with tempfile.TemporaryDirectory() as directory:
+        options: dict[str, Any] = {"checkpoint": Path(directory) / "checkpoint.pt", "checkpoint_every": 1}
+        with pytest.raises(KeyboardInterrupt):
+            case.trainer(troubled, stop=1 + case.seed % 4, **options).run()
+        assert case.trainer(resumed, **options).run().losses == losses
+    assert_same(snapshot(resumed), snapshot(quiet))
+    assert_same(case.method.state_dict(resumed), case.method.state_dict(quiet))
 
 
 @for_every_method(examples=4)

@@ -21,15 +21,19 @@ from lora_from_scratch.methods.llama_adapter import LlamaAdapter
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.lora_fa import LoRAFA
 from lora_from_scratch.methods.lora_plus import LoRAPlus
+from lora_from_scratch.methods.loreft import LoReFT
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.mora import MoRA
 from lora_from_scratch.methods.multilora import MultiLoRA
 from lora_from_scratch.methods.nola import NOLA
+from lora_from_scratch.methods.pez import PEZ
 from lora_from_scratch.methods.pissa import PiSSA
 from lora_from_scratch.methods.prefix_tuning import PrefixTuning
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import method_classes
+from lora_from_scratch.methods.relora import ReLoRA
+from lora_from_scratch.methods.remora import ReMoRA
 from lora_from_scratch.methods.spafit import SPAFIT
 from lora_from_scratch.methods.tied_lora import TiedLoRA
 from lora_from_scratch.methods.vera import VeRA
@@ -55,15 +59,20 @@ METHODS: dict[str, Method] = {
     "nola": NOLA(rank=2, basis=5),
     "adalora": AdaLoRA(rank=3, target_rank=2),
     "multilora": MultiLoRA(rank=2),
+    "relora": ReLoRA(rank=2, targets="all-linear"),
+    "remora": ReMoRA(rank=2),
     "mora": MoRA(rank=2),
     "glora": GLoRA(rank=2),
     "ia3": IA3(),
     "layernorm": LayerNormTuning(),
     "adapter": Adapter(width=4),
+    "loreft": LoReFT(rank=2, share_weights=False),
+    "direft": LoReFT(rank=2, variant="direft", positions="all"),
     "bitfit": BitFit(),
     "two biases": BitFit(variant="two"),
     "spafit": SPAFIT(frozen_layers=0, bias_layers=1, rank=2),
     "prompt": PromptTuning(2),
+    "pez": PEZ(2),
     "prefix": PrefixTuning(2),
     "llama-adapter": LlamaAdapter(2, 1),
 }

@@ -87,7 +87,9 @@ def run(options: argparse.Namespace) -> int:
         )
     model, tokenizer = load_gpt2(options.model)
     if options.adapter:
-        load_adapter(model, options.adapter)
+        method = load_adapter(model, options.adapter)
+        if learned := method.readable(model, tokenizer):
+            print(f"the adapter's prompt: {learned}", file=sys.stderr)
     model.to(device)
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     room = model.config.n_positions - max(map(len, ids))

@@ -42,12 +42,13 @@ def table(reports: Sequence[Report], headings: Sequence[str] = HEADINGS) -> str:
 
 
 def describe(reports: Sequence[Report]) -> str:
-    """What the models generated for a few cards, before and after fine-tuning."""
+    """What the models generated for a few cards, before and after fine-tuning, and learned texts."""
     paragraphs = []
     for place, sample in enumerate(reports[0].samples):
         lines = [f"Card    {sample['mr']}", f"before  {_short(sample['before'])}"]
         lines += [f"{report.method:<7} {report.samples[place]['after']}" for report in reports]
         paragraphs.append("\n".join(lines))
+    paragraphs += [f"Learned by {report.method}: {report.learned_text}" for report in reports if report.learned_text]
     return "\n\n".join(paragraphs)
 
 

@@ -86,6 +86,7 @@ class Report:
     final_loss: float  # mean of the last 20 steps, nats per token
     output: str
     saved_parameters: int = 0  # number of saved parameters; for a prefix, without the MLP that was trained with it
+    learned_text: str = ""  # where what was learned can be read, such as a prompt of real tokens
     scores: Scores | None = None
     tale_perplexity_before: float = float("nan")
     samples: list[dict[str, str]] = field(default_factory=list)  # each with mr, before, after
@@ -138,6 +139,7 @@ def finetune(run: Run, progress: bool = True) -> Report:
         losses=history.losses,
     )
     model.gradient_checkpointing = False
+    report.learned_text = run.method.readable(model, tokenizer)
     if world.rank == 0:
         report.saved_bytes, report.saved_parameters = _save(run, model, tokenizer)
         if evaluated:

@@ -285,6 +285,8 @@ class Trainer:
         if self.settings.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.trainable.values(), self.settings.clip_norm, norm)
         fraction = learning_rate_at(step, self.settings)
+        if self.method is not None:
+            fraction *= self.method.rate_factor(self.model, step)
         for optimizer, peaks in zip(self.optimizers, self.peak_rates, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * fraction

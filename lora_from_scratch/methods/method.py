@@ -153,6 +153,10 @@ class Method(ABC):
         """A scalar to add to the loss of each step, or None."""
         return None
 
+    def rate_factor(self, model: Any, step: int) -> float:
+        """A factor on the scheduled learning rate of a step, counted from 0."""
+        return 1.0
+
     def after_step(self, model: Any, step: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Called after the weights are updated and before the gradients are cleared.
 
@@ -278,9 +282,14 @@ class Method(ABC):
         named = ((plain_name(name), p) for name, p in unwrapped(model).named_parameters())
         return {name: p for name, p in named if name in learned}
 
+    def learned(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The tensors to save, by name: the trained parameters, and anything else that `after_step` changes and the
+        model needs."""
+        return self.trainable(model)
+
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Copies of the trained parameters only."""
-        return {name: p.detach().clone() for name, p in self.trainable(model).items()}
+        """Copies of the tensors to save (see `learned`)."""
+        return {name: tensor.detach().clone() for name, tensor in self.learned(model).items()}
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Load trained parameters, for example to switch to another task.
@@ -291,15 +300,18 @@ class Method(ABC):
         Raises:
             ValueError: a tensor is missing, unexpected or of another shape. Nothing is loaded then.
         """
-        parameters = self.trainable(model)
-        adapter_files.refuse_misfits({name: p.shape for name, p in parameters.items()}, state)
+        adapter_files.refuse_misfits({name: tensor.shape for name, tensor in self.learned(model).items()}, state)
         merged = self._adaptation(model).merged
         self.unmerge(model)
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[name])
+            for name, tensor in self.learned(model).items():
+                tensor.copy_(state[name])
         if merged:
             self.merge(model)
+
+    def readable(self, model: nn.Module, tokenizer: Tokenizer) -> str:
+        """What was learned as a text, where it is one; "": it is numbers."""
+        return ""
 
     # --- Merging ---
 

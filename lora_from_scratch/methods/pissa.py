@@ -54,7 +54,7 @@ class PiSSALinear(LoRALinear):
 
     - `split(decomposition)` takes the part out of the base, whose weight is W_res from then on, and puts it into A and
       B. W is kept in `whole`, which follows the module to another device or dtype.
-    - `join()` puts W back into the base, bit for bit.
+    - `join()` puts W back into the base, bit for bit; not while merged, when the base has the learned weight.
     """
 
     whole: Tensor
@@ -71,7 +71,8 @@ class PiSSALinear(LoRALinear):
         weight.data = (weight.float() - (part.T if is_conv1d(self.base) else part)).to(weight.dtype)
 
     def join(self) -> None:
-        self.base.weight.data = self.whole
+        if not self.merged:
+            self.base.weight.data = self.whole
 
     def first_factors(self, decomposition: str) -> tuple[Tensor, Tensor]:
         """A0 and B0, with which the layer begins."""

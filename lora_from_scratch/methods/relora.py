@@ -1,0 +1,240 @@
+"""ReLoRA (Lialin et al. 2023, arXiv:2307.05695): the sum of several updates of low rank has a high rank.
+
+A LoRA changes W by s B A, whose rank is at most r. ReLoRA trains several of them, one after the other. The run has N
+cycles, and after each but the last (algorithm 1)
+
+    W = W + s B A,   then A random, B = 0        A: (r, in),  B: (out, r),  W: (out, in)
+
+so that W changes by a sum of N products of rank r, of rank up to N r, while gradients and the optimiser's moments are
+always those of one LoRA (section 3). The new factors must not simply go on where the old ones were led, so
+
+- the optimiser's moments are cut: of the entries of A and B only those with the largest moments keep them, for all
+  others they are zero again;
+- the learning rate begins at zero again and rises quickly to what the schedule says ("jagged" schedule).
+
+A has to be random. With A = 0 beside B = 0, as in the first cycle of the authors' code (Guitaricet/relora, issue 18),
+both gradients are zero and nothing is learned until the first restart.
+
+`Restarts` is what is common to methods that do so; ReMoRA is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_from_scratch.gpt2.config import GPT2Config
+from lora_from_scratch.methods.adapter_files import PREFIX
+from lora_from_scratch.methods.lora import LoRA, LoRALinear, lora_layers
+from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
+from lora_from_scratch.methods.wrapped_layers import dense
+from lora_from_scratch.support.linear_layers import refuse_tied
+from lora_from_scratch.support.wrapped import unwrapped
+
+STEPS = "steps_with_restarts"  # where an adapted model keeps the steps of the run, past nn.Module's bookkeeping
+OWN_FIELDS = ("cycles", "restart_warmup", "kept_moments")
+BASE_WEIGHT = ".base_layer.weight"  # the end of the key of a layer's W in an adapter directory, as PEFT would call it
+
+# --- One restart -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def absorb(layer: LoRALinear) -> None:
+    """W = W + s B A for good: merge, and forget what W was."""
+    layer.merge()
+    layer._unmerged = None
+
+
+def weight_without_change(layer: LoRALinear) -> Tensor:
+    """The layer's W with all earlier cycles in it, but not the present one, merged or not."""
+    weight: Tensor = layer.base.weight.data if layer._unmerged is None else layer._unmerged
+    return weight
+
+
+@torch.no_grad()
+def cut_moments(state: Mapping[str, Any], kept: float) -> None:
+    """Set an optimiser's moments of one parameter to zero, in place, but for a share of its entries.
+
+    The entries with the largest first moment keep all their moments, the others none. (The authors' code cuts each
+    moment by its own size. An entry that keeps m and loses v then moves by about m / eps in the next step.)
+
+    Args:
+        state: `optimizer.state[parameter]`; its tensors of the parameter's shape are the moments, the first one first.
+        kept: the share of the entries, from 0 to 1.
+    """
+    moments = [value for value in state.values() if isinstance(value, Tensor) and value.ndim > 0]
+    if moments:
+        order = moments[0].abs().flatten().argsort(descending=True, stable=True)
+        lost = order[round(kept * len(order)) :]
+        for moment in moments:
+            moment.view(-1)[lost] = 0
+
+
+# --- The cycles of a run ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restarts(Method):
+    """A method with layers of the kind of `LoRALinear` whose training consists of several cycles.
+
+    What a cycle has learned goes into the weights of the base. `undo` needs a copy of these weights;
+    `keep_base=False` saves it, but then `undo` is not possible. An adapter directory has the changed weights in it.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, when it is made; or a weight that is to be changed is tied to
+            another or is not made of floating-point numbers, in `adapt`.
+    """
+
+    cycles: int = hyperparameter(4, "cycles of the run; after each but the last what was learned goes into the weights")
+    restart_warmup: float = hyperparameter(0.1, "share of a later cycle in which the learning rate rises again")
+    kept_moments: float = hyperparameter(0.1, "share of the trained numbers that keep their moments at a restart")
+    keep_base: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if not isinstance(self.cycles, int) or isinstance(self.cycles, bool) or self.cycles < 1:
+            raise ValueError(f"cycles must be a whole number of at least 1, got {self.cycles!r}")
+        for name in ("restart_warmup", "kept_moments"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+
+    def start_cycle(self, layer: Any, generator: torch.Generator) -> None:
+        """Give a layer, whose change has just gone into its weight, its first values for the next cycle."""
+        raise NotImplementedError
+
+    def restarts(self, steps: int) -> list[int]:
+        """After how many steps of a run learning starts anew."""
+        places = {cycle * steps // self.cycles for cycle in range(1, self.cycles)}
+        return sorted(places - {0})
+
+    # --- During training ---
+
+    def before_training(self, model: nn.Module, batches: Iterable[Any], steps: int) -> None:
+        unwrapped(model).__dict__[STEPS] = steps
+
+    def rate_factor(self, model: nn.Module, step: int) -> float:
+        """From nearly 0 to 1 in the first steps of every cycle but the first, whose warm-up is the schedule's."""
+        steps = unwrapped(model).__dict__[STEPS]
+        ends = [*self.restarts(steps), steps]
+        begin = max((place for place in ends if place <= step), default=0)
+        rising = round(self.restart_warmup * (next(end for end in ends if end > step) - begin))
+        return min(1.0, (step - begin + 1) / rising) if begin and rising else 1.0
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
+        if step not in self.restarts(unwrapped(model).__dict__[STEPS]):
+            return
+        # A generator of its own, so that all processes of a distributed run draw the same.
+        generator = torch.Generator().manual_seed(step + 1_000_003 * getattr(self, "seed", 0))
+        for layer in lora_layers(model).values():
+            absorb(layer)
+            self.start_cycle(layer, generator)
+            for parameter in layer.parameters(recurse=False):
+                cut_moments(optimizer.state[parameter], self.kept_moments)
+
+    def training_state(self, model: nn.Module) -> dict[str, Tensor]:
+        return {f"{name}.base.weight": weight_without_change(layer) for name, layer in lora_layers(model).items()}
+
+    def learned(self, model: nn.Module) -> Mapping[str, Tensor]:
+        return {**self.trainable(model), **self.training_state(model)}
+
+    # --- Adapting and undoing ---
+
+    def _install(self, model: nn.Module) -> None:
+        super()._install(model)
+        layers = lora_layers(model)
+        try:
+            refuse_tied(model, layers)
+            weights = {name: dense(layer.base) for name, layer in layers.items()}
+        except ValueError:
+            super()._uninstall(model)
+            raise
+        if self.keep_base:
+            for name, layer in layers.items():
+                layer.register_buffer("pretrained", weights[name].data, persistent=False)
+                weights[name].data = weights[name].data.clone()
+
+    def _uninstall(self, model: nn.Module) -> None:
+        for layer in lora_layers(model).values():
+            if self.keep_base and not layer.merged:  # while merged, the base is wanted as it is
+                layer.base.weight.data = layer.pretrained
+        super()._uninstall(model)
+        model.__dict__.pop(STEPS, None)
+
+    def undo(self, model: nn.Module) -> None:
+        """Give the base model back, bit for bit.
+
+        Raises:
+            ValueError: `keep_base` is False, so that there is no base model to go back to.
+        """
+        self._adaptation(model)
+        if not self.keep_base:
+            raise ValueError("cannot undo: keep_base=False kept no copy of the base model; load the model again")
+        super().undo(model)
+
+    # --- Files and tests ---
+
+    def to_adapter(self, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the method below writes, the cycles, and W of every layer, which is a part of what was learned."""
+        config, tensors = super().to_adapter(model)
+        config = {name: value for name, value in config.items() if name != "keep_base"}
+        config |= {"peft_type": self.peft_type, **{name: getattr(self, name) for name in OWN_FIELDS}}
+        layers = lora_layers(model)
+        weights = {f"{PREFIX}{name}{BASE_WEIGHT}": weight_without_change(layer) for name, layer in layers.items()}
+        return config, {name: t for name, t in tensors.items() if not name.endswith(".base.weight")} | weights
+
+    @classmethod
+    def from_adapter(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Any
+    ) -> tuple[Method, dict[str, Tensor]]:
+        others = {name: value for name, value in config.items() if name not in OWN_FIELDS}
+        weights = {name: tensor for name, tensor in tensors.items() if name.endswith(BASE_WEIGHT)}
+        method, state = super().from_adapter(others, {n: t for n, t in tensors.items() if n not in weights}, model)
+        method = replace(method, **{name: config[name] for name in OWN_FIELDS if name in config})
+        for name, tensor in weights.items():
+            state[f"{name.removeprefix(PREFIX).removesuffix(BASE_WEIGHT)}.base.weight"] = tensor
+        return method, state
+
+    @classmethod
+    def random_cycles(cls, rng: Random) -> dict[str, Any]:
+        """Random hyperparameters of this class, for tests."""
+        return {
+            "cycles": rng.randint(1, 4),
+            "restart_warmup": rng.choice([0.0, 0.3]),
+            "kept_moments": rng.choice([0.0, 0.1, 1.0]),
+        }
+
+
+# --- The method ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReLoRA(Restarts, LoRA):
+    """LoRA that is trained in several cycles, whose updates add up; see the module for the equation.
+
+    All that a `LoRA` can do it can do as well: targets, parts of fused layers, patterns of ranks, trained biases.
+
+    Raises:
+        ValueError: as for `Restarts` and `LoRA`.
+    """
+
+    name: ClassVar[str] = "relora"
+    peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_RELORA"  # PEFT has no such method
+    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 2e-4, "as LoRA")
+    position: ClassVar[float] = 17
+    only_on_request: ClassVar[frozenset[str]] = frozenset({"relora"})
+
+    def start_cycle(self, layer: LoRALinear, generator: torch.Generator) -> None:
+        A, B = layer.initial_factors(generator)
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
+
+    @classmethod
+    def sample(cls, rng: Random, config: GPT2Config) -> LoRA:
+        return replace(super().sample(rng, config), **cls.random_cycles(rng))
