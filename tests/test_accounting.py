@@ -58,6 +58,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("layernorm", {}),
     ("qlora", {}),
     ("qlora", {"keep_base": False, "double_quantization": False}),
+    ("loftq", {}),
     ("prompt", FEW_TOKENS),
     ("prefix", FEW_TOKENS | {"hidden": 16}),
     ("prefix", FEW_TOKENS | {"reparametrise": False}),

@@ -18,6 +18,7 @@ from lora_from_scratch.methods.glora import GLoRA
 from lora_from_scratch.methods.ia3 import IA3
 from lora_from_scratch.methods.layernorm_tuning import LayerNormTuning
 from lora_from_scratch.methods.llama_adapter import LlamaAdapter
+from lora_from_scratch.methods.loftq import LoftQ
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.lora_fa import LoRAFA
 from lora_from_scratch.methods.lora_plus import LoRAPlus
@@ -45,6 +46,7 @@ METHODS: dict[str, Method] = {
     "lora on parts": LoRA(rank=2, targets=("c_attn.q", "c_attn.v")),
     "qlora": QLoRA(rank=2, targets=("c_attn",)),
     "qlora, doubly, of everything": QLoRA(rank=2, targets="all-linear", blocksize=32),
+    "loftq": LoftQ(rank=2),
     "lora with parts": LoRA(rank=2, bias="all", modules_to_save=("ln_f",), trainable_token_indices=(1, 3)),
     "dora": DoRA(rank=2, targets="all-linear"),
     "lora-plus": LoRAPlus(rank=2),

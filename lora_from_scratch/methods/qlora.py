@@ -10,7 +10,7 @@ A, B, the biases, the embeddings and the normalisation stay as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -32,15 +32,14 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
-from lora_from_scratch.methods.loftq import begin_with_loftq
 from lora_from_scratch.methods.lora import LoRA, inject_lora, lora_layers
 from lora_from_scratch.methods.method import LearningRates, adaptation_of, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS, classifier, linear_layers
+from lora_from_scratch.methods.quantized_lora import QuantizedLoRA
 from lora_from_scratch.quantization.nf4 import CODEBOOKS, NestedAbsmax
 from lora_from_scratch.quantization.nf4_linear import NF4Linear, check_quantization, nf4_layers
-from lora_from_scratch.quantization.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor, quantize_4bit
-from lora_from_scratch.support.linear_layers import CONV1D, keep_called, weight_of
-from lora_from_scratch.support.wrapped import unwrapped
+from lora_from_scratch.quantization.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor
+from lora_from_scratch.support.linear_layers import CONV1D, keep_called
 
 # --- Loading ---------------------------------------------------------------------------------------
 
@@ -138,14 +137,9 @@ def quantize_model(
 
 # --- The method ----------------------------------------------------------------------------------------
 
-# What an adapted model remembers beside its `Adaptation`, past nn.Module's own bookkeeping. So a layer that goes back
-# is brought to the device and the dtype of the one that stands in its place.
-_DENSE = "dense_layers"  # the layers that `adapt` replaced, by name; None: thrown away (keep_base=False)
-_QUANTIZED = "quantized_layers"  # while merged: the 4-bit layers
-
 
 @dataclass(frozen=True)
-class QLoRA(LoRA):
+class QLoRA(QuantizedLoRA):
     """LoRA on a 4-bit base model: `adapt` quantises every linear layer except the head, then inserts LoRA.
 
     A model that is quantised already (`load_quantized`) stays as it is, and never needs room for the full weights.
@@ -158,9 +152,7 @@ class QLoRA(LoRA):
 
     Args:
         double_quantization, blocksize, quant_type: how the base is stored; see `NF4Linear.from_layer`.
-        loftq_iterations: 0 starts where the 4-bit base is; more start nearer to the full one (`loftq.py`).
-        keep_base: whether the full weights stay in memory for `undo`: as large as the model itself. `keep_base=False`
-            saves that; then there is no way back (unless the model was quantised before).
+        keep_base: see `QuantizedLoRA`.
 
     Raises:
         ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
@@ -169,10 +161,6 @@ class QLoRA(LoRA):
     double_quantization: bool = hyperparameter(True, "also quantise the scales of the blocks (double quantisation)")
     blocksize: int = hyperparameter(64, "number of weights per block, which share one scale")
     quant_type: str = hyperparameter("nf4", f"4-bit data type of the base weights: {', '.join(CODEBOOKS)}")
-    loftq_iterations: int = hyperparameter(
-        0, "LoftQ iterations that fit the initial A and B to the quantisation error; 0: LoRA's initialisation"
-    )
-    keep_base: bool = True
 
     name: ClassVar[str] = "qlora"
     learning_rates: ClassVar[LearningRates] = LearningRates(
@@ -185,13 +173,9 @@ class QLoRA(LoRA):
         check_quantization(self.quant_type, self.blocksize)
         if not isinstance(self.double_quantization, bool):
             raise ValueError(f"double_quantization must be true or false, got {self.double_quantization!r}")
-        if not isinstance(self.loftq_iterations, int) or self.loftq_iterations < 0:
-            raise ValueError(f"loftq_iterations must be a whole number of at least 0, got {self.loftq_iterations!r}")
 
     def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
-        """The model in four bits, a layer at a time; in full only for LoftQ, which needs the full weights."""
-        if self.loftq_iterations:
-            return super().load_base(source)
+        """The model in four bits, a layer at a time."""
         tokenizer = load_tokenizer(source)
         model = load_quantized(source, self.quant_type, self.blocksize, self.double_quantization)
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -201,35 +185,9 @@ class QLoRA(LoRA):
             )
         return model, tokenizer
 
-    def adapt(self, model: nn.Module) -> None:
-        super().adapt(model)
-        if not self.keep_base:
-            record, present = self._adaptation(model), {id(p) for p in model.parameters()}
-            record.base = {name: p for name, p in record.base.items() if id(p) in present}
-
-    def undo(self, model: nn.Module) -> None:
-        """Give the base model back, bit for bit.
-
-        Raises:
-            ValueError: `keep_base` is False and `adapt` threw the full weights away.
-        """
-        self._adaptation(model)
-        if None in unwrapped(model).__dict__[_DENSE].values():
-            raise ValueError("nothing to go back to: keep_base=False kept no full weights; load the model anew")
-        super().undo(model)
-
-    def _install(self, model: nn.Module) -> None:
+    def quantize(self, model: nn.Module) -> dict[str, nn.Module]:
         self._refuse_another_base(model)
-        dense = quantize_model(model, self.quant_type, self.blocksize, self.double_quantization)
-        try:
-            super()._install(model)
-            if self.loftq_iterations:
-                self._begin_with_loftq(model, dense)
-        except BaseException:
-            super()._uninstall(model)
-            inject_lora(model, dense)
-            raise
-        model.__dict__[_DENSE] = dense if self.keep_base else dict.fromkeys(dense)
+        return quantize_model(model, self.quant_type, self.blocksize, self.double_quantization)
 
     def _refuse_another_base(self, model: nn.Module) -> None:
         """Check that what is quantised already is quantised as this method says."""
@@ -241,66 +199,15 @@ class QLoRA(LoRA):
                     f"{name} is quantised already, with quant_type={q.quant_type}, blocksize={q.blocksize}, "
                     f"double_quantization={q.nested}; the method has to have the same, got {self}"
                 )
-            if self.loftq_iterations:
-                raise ValueError(
-                    f"loftq_iterations={self.loftq_iterations} needs the weights before they are quantised, and {name} "
-                    f"is in four bits already; load the model in full, or set loftq_iterations to 0"
-                )
-
-    @torch.no_grad()
-    def _begin_with_loftq(self, model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-        """New Q, A and B for every layer with a LoRA."""
-
-        def quantize(W: Tensor) -> QuantizedTensor:
-            return quantize_4bit(W, self.quant_type, self.blocksize, self.double_quantization)
-
-        for name, layer in lora_layers(model).items():
-            if name not in dense:
-                continue  # the head, which is not quantised
-            if layer.parts:
-                raise ValueError(
-                    f"{name}: LoftQ adapts whole layers, and the targets name its parts {', '.join(layer.parts)}; "
-                    f"name the layer, or set loftq_iterations to 0"
-                )
-            begin_with_loftq(layer, weight_of(dense[name]), self.loftq_iterations, quantize)
-
-    def _uninstall(self, model: nn.Module) -> None:
-        super()._uninstall(model)
-        dense = model.__dict__.pop(_DENSE)
-        if model.__dict__.pop(_QUANTIZED, None) is None:
-            in_place = nf4_layers(model)
-            inject_lora(model, {name: layer.to(in_place[name].like) for name, layer in dense.items()})
-        else:  # merged, so wanted as it is: a plain model, to be trained like the base
-            flags = self._adaptation(model).required_grad
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags.get(name, True))
-
-    def _merge(self, model: nn.Module) -> None:
-        quantized = nf4_layers(model)
-        model.__dict__[_QUANTIZED] = quantized
-        inject_lora(model, {name: layer.dense() for name, layer in quantized.items()})
-        super()._merge(model)
-
-    def _unmerge(self, model: nn.Module) -> None:
-        super()._unmerge(model)
-        quantized = model.__dict__.pop(_QUANTIZED)
-        inject_lora(model, {name: q.to(model.get_submodule(name).weight) for name, q in quantized.items()})
 
     def to_adapter(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """A LoRA's, and how the base was quantised.
-
-        A LoRA that began with LoftQ belongs to LoftQ's Q, not to the quantised W: `init_lora_weights` says so, under
-        PEFT's name, and who cannot make that Q refuses it.
-        """
+        """A LoRA's, and how the base was quantised."""
         config, tensors = super().to_adapter(model)
         own = ("quant_type", "blocksize", "double_quantization")
-        config["loftq_config"] = {"loftq_bits": 4, "loftq_iter": self.loftq_iterations}
-        config["loftq_config"] |= {name: getattr(self, name) for name in own}
+        config["loftq_config"] = {"loftq_bits": 4, **{name: getattr(self, name) for name in own}}
         bases = [layer.base for layer in lora_layers(model).values()]
         if any(isinstance(base, NF4Linear) and base.kind.__name__ == CONV1D for base in bases):
             config["fan_in_fan_out"] = True  # in the model that PEFT will have
-        if self.loftq_iterations:
-            config["init_lora_weights"] = "loftq"
         return config, tensors
 
     @classmethod
@@ -322,36 +229,18 @@ class QLoRA(LoRA):
                 f"{CONFIG_FILE} has loftq_config={given!r}; it must have loftq_bits 4 and no other fields than "
                 f"{', '.join(known)}"
             )
-        began_with_loftq = config.get("init_lora_weights") == "loftq"
-        iterations = given.get("loftq_iter", 1) if began_with_loftq else 0
-        own = {name: given[name] for name in known[2:] if name in given}
-        others = {name: value for name, value in config.items() if name != "init_lora_weights" or not began_with_loftq}
-        method, state = super().from_adapter(others, tensors, model)
-        return replace(method, loftq_iterations=iterations, **own), state  # type: ignore[call-arg]
+        method, state = super().from_adapter(config, tensors, model)
+        return replace(method, **{name: given[name] for name in known[2:] if name in given}), state
 
     @classmethod
-    def sample(cls, rng: Random, config: GPT2Config) -> QLoRA:
-        lora = super().sample(rng, config)
-        assert isinstance(lora, QLoRA)
+    def sample(cls, rng: Random, config: GPT2Config) -> LoRA:
         return replace(
-            lora,
+            super().sample(rng, config),
             targets=rng.choice(WHOLE_LAYERS),
-            quant_type=rng.choice(["nf4", "fp4"]),
+            quant_type=rng.choice(["nf4", "fp4"]),  # type: ignore[call-arg]
             blocksize=rng.choice([32, 64]),
             double_quantization=rng.random() < 0.5,
-            loftq_iterations=rng.randint(0, 1),
         )
-
-    def starts_as_base(self) -> bool | None:
-        return False  # it starts as the quantised base
-
-    def on_full_base(self) -> LoRA:
-        return LoRA(**{f.name: getattr(self, f.name) for f in fields(LoRA)})
-
-    def bytes_for_undo(self, config: GPT2Config) -> int:
-        """The weights of the Conv1D of all blocks, in fp32."""
-        dense = 4 * config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.mlp_width)
-        return dense if self.keep_base else 0
 
     def blank_model(self, config: GPT2Config) -> GPT2:
         """A weight without values cannot be quantised, but its size in four bits is known."""
@@ -359,7 +248,7 @@ class QLoRA(LoRA):
             model = GPT2(config)
         dense = {name: m for name, m in model.named_modules() if isinstance(m, Conv1D)}
         inject_lora(model, {name: self._blank_layer(layer) for name, layer in dense.items()})
-        replace(self, loftq_iterations=0).adapt(model)
+        self.adapt(model)
         return model
 
     def _blank_layer(self, layer: Conv1D) -> NF4Linear:

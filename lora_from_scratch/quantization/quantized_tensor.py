@@ -52,8 +52,11 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """The bytes of the codes and of all the scales."""
-        scales = self.absmax if isinstance(self.absmax, NestedAbsmax) else (self.absmax,)
-        return self.packed.nbytes + sum(part.nbytes for part in scales)
+        return sum(part.nbytes for part in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """The codes and all the scales."""
+        return [self.packed, *(self.absmax if isinstance(self.absmax, NestedAbsmax) else (self.absmax,))]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in `shape`, in `dtype` (None: the one that it had)."""
