@@ -59,6 +59,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qlora", {}),
     ("qlora", {"keep_base": False, "double_quantization": False}),
     ("loftq", {}),
+    ("qa-lora", {"group_size": 3}),
+    ("qa-lora", {"group_size": 3, "bits": 3, "dropout": 0.1, "keep_base": False}),
     ("prompt", FEW_TOKENS),
     ("prefix", FEW_TOKENS | {"hidden": 16}),
     ("prefix", FEW_TOKENS | {"reparametrise": False}),

@@ -29,6 +29,7 @@ from lora_from_scratch.methods.nola import NOLA
 from lora_from_scratch.methods.pissa import PiSSA
 from lora_from_scratch.methods.prefix_tuning import PrefixTuning
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
+from lora_from_scratch.methods.qa_lora import QALoRA
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import method_classes
 from lora_from_scratch.methods.spafit import SPAFIT
@@ -47,6 +48,8 @@ METHODS: dict[str, Method] = {
     "qlora": QLoRA(rank=2, targets=("c_attn",)),
     "qlora, doubly, of everything": QLoRA(rank=2, targets="all-linear", blocksize=32),
     "loftq": LoftQ(rank=2),
+    "qa-lora": QALoRA(rank=2, group_size=5),
+    "qa-lora, everything in two bits": QALoRA(rank=2, targets="all-linear", bits=2, group_size=8),
     "lora with parts": LoRA(rank=2, bias="all", modules_to_save=("ln_f",), trainable_token_indices=(1, 3)),
     "dora": DoRA(rank=2, targets="all-linear"),
     "lora-plus": LoRAPlus(rank=2),

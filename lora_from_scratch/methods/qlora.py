@@ -242,6 +242,11 @@ class QLoRA(QuantizedLoRA):
             double_quantization=rng.random() < 0.5,
         )
 
+    def bytes_for_undo(self, config: GPT2Config) -> int:
+        """The weights of the Conv1D of all blocks, in fp32."""
+        dense = 4 * config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.mlp_width)
+        return dense if self.keep_base else 0
+
     def blank_model(self, config: GPT2Config) -> GPT2:
         """A weight without values cannot be quantised, but its size in four bits is known."""
         with torch.device("meta"):

@@ -6,15 +6,18 @@ A subclass says how the layers are quantised and, if A and B do not start as LoR
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.methods.lora import LoRA, inject_lora
-from lora_from_scratch.quantization.nf4_linear import quantized_layers
+from lora_from_scratch.methods.placement import classifier, linear_layers
+from lora_from_scratch.quantization.low_bit import LowBitTensor
+from lora_from_scratch.quantization.low_bit_linear import LowBitLinear
+from lora_from_scratch.quantization.nf4_linear import QuantizedLinear, quantized_layers
+from lora_from_scratch.support.linear_layers import keep_called, weight_of
 from lora_from_scratch.support.wrapped import unwrapped
 
 # What an adapted model remembers beside its `Adaptation`, past nn.Module's own bookkeeping. So a layer that goes back
@@ -81,10 +84,12 @@ class QuantizedLoRA(LoRA):
     def _uninstall(self, model: nn.Module) -> None:
         super()._uninstall(model)
         dense = model.__dict__.pop(DENSE)
-        if model.__dict__.pop(_QUANTIZED, None) is None:
+        model.__dict__.pop(_QUANTIZED, None)
+        if not self._adaptation(model).merged:
             in_place = quantized_layers(model)
             inject_lora(model, {name: layer.to(in_place[name].like) for name, layer in dense.items()})
         else:  # merged, so wanted as it is: a plain model, to be trained like the base
+            inject_lora(model, {name: layer.dense() for name, layer in quantized_layers(model).items()})
             flags = self._adaptation(model).required_grad
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags.get(name, True))
@@ -106,7 +111,28 @@ class QuantizedLoRA(LoRA):
     def on_full_base(self) -> LoRA:
         return LoRA(**{f.name: getattr(self, f.name) for f in fields(LoRA)})
 
-    def bytes_for_undo(self, config: GPT2Config) -> int:
-        """The weights of the Conv1D of all blocks, in fp32."""
-        dense = 4 * config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.mlp_width)
-        return dense if self.keep_base else 0
+
+def quantize_linear_layers(model: nn.Module, quantize: Callable[[str, Tensor], LowBitTensor]) -> dict[str, nn.Module]:
+    """Put a `LowBitLinear` in the place of every linear layer of a model but its output head.
+
+    Args:
+        quantize: makes a layer's name and its weight (out, in) a weight in few bits.
+
+    Returns:
+        The layers that were there, by name. Those that are quantised already stay, and are not among them.
+
+    Raises:
+        ValueError: a weight is not finite; the message names the layer. The model is then as it was.
+    """
+    kept = set() if (head := classifier(model)) is None else set(head.modules())
+    found = linear_layers(model).items()
+    dense = {name: layer for name, layer in found if layer not in kept and not isinstance(layer, QuantizedLinear)}
+    quantized: dict[str, nn.Module] = {}
+    for name, layer in dense.items():
+        try:
+            quantized[name] = LowBitLinear.in_place_of(layer, quantize(name, weight_of(layer)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    inject_lora(model, quantized)
+    keep_called(model, quantized)
+    return dense

@@ -123,11 +123,7 @@ class QuantizedLinear(nn.Module):
         own = {key: tensor for key, tensor in state_dict.items() if key.startswith(f"{prefix}weight")}
         errors: list[str] = rest[-1]
         try:
-            quantized = type(self.quantized).from_state_dict(own, f"{prefix}weight")
-            if quantized.shape != self.quantized.shape:
-                shapes = f"{tuple(quantized.shape)} instead of {tuple(self.quantized.shape)}"
-                raise ValueError(f"{prefix}weight has shape {shapes}")
-            self.quantized = quantized.to(self.weight.device)
+            self.quantized = self.quantized.with_state(own, f"{prefix}weight").to(self.weight.device)
         except ValueError as error:
             errors.append(str(error))
         others = {key: tensor for key, tensor in state_dict.items() if key not in own}

@@ -130,6 +130,17 @@ class QuantizedTensor:
         quantized._check_sizes(name)
         return quantized
 
+    def with_state(self, state: Mapping[str, Tensor], name: str = "weight") -> QuantizedTensor:
+        """`from_state_dict`, for a weight of this one's shape.
+
+        Raises:
+            ValueError: as `from_state_dict`, or the shape is another one.
+        """
+        quantized = self.from_state_dict(state, name)
+        if quantized.shape != self.shape:
+            raise ValueError(f"{name} has shape {tuple(quantized.shape)} instead of {tuple(self.shape)}")
+        return quantized
+
     def _check_sizes(self, name: str) -> None:
         n = math.prod(self.shape)
         blocks = -(-n // self.blocksize)
