@@ -175,7 +175,8 @@ def test_rows_and_columns_are_roots_of_means_of_squared_gradients_of_single_exam
         weight: Any = twin.get_submodule(name).weight
         total = torch.zeros_like(weight.T)
         for batch in some_batches():
-            for ids, labels, mask in zip(batch.input_ids, batch.labels, batch.attention_mask or [], strict=True):
+            assert batch.attention_mask is not None
+            for ids, labels, mask in zip(batch.input_ids, batch.labels, batch.attention_mask, strict=True):
                 logits = twin(ids[None], attention_mask=mask[None])
                 (gradient,) = torch.autograd.grad(next_token_loss(logits, labels[None]), weight)
                 total += gradient.T.square()
@@ -212,13 +213,16 @@ def test_with_fisher_batches_everything_is_fitted_anew_before_training(keep_base
 
 
 def test_a_model_is_within_its_budget_and_its_layers_have_different_bits() -> None:
-    model = load_model(real_checkpoint())
-    method = LQLoRA(targets=("c_attn",), budget=3.0, iterations=1)
+    model = tiny_model(n_embd=48, n_layer=4)
+    with torch.no_grad():
+        for block in model.transformer.h[2:]:
+            block.mlp.c_fc.weight.mul_(8)  # type: ignore[operator, union-attr]
+    method = LQLoRA(targets=("c_attn",), budget=3.2, iterations=1)
     method.adapt(model)
     layers = quantized_layers(model)
     numbers = sum(layer.in_features * layer.out_features for layer in layers.values())
     bits = 8 * sum(layer.quantized.nbytes for layer in layers.values()) / numbers
-    assert 2.95 < bits <= 3.0
+    assert 3.1 < bits <= 3.2
     assert len({layer.quantized.bits for layer in layers.values()}) > 1
     assert all(layer.base in layers.values() for layer in lora_layers(model).values())
 
