@@ -14,6 +14,7 @@ from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.adapters import Adapter, AdapterAfter
 from lora_from_scratch.methods.bitfit import BitFit
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.loftq import LoftQ
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method, adaptation_of
 from lora_from_scratch.methods.placement import linear_layers
@@ -28,6 +29,7 @@ from tests.test_method import assert_same, snapshot
 METHODS: dict[str, Method] = {
     "lora": LoRA(rank=2, alpha=4, targets="all-linear"),
     "qlora": QLoRA(rank=2, alpha=4, targets="all-linear"),
+    "loftq": LoftQ(rank=2, alpha=4, targets="all-linear"),
     "houlsby": Adapter(width=4),
     "pfeiffer": Adapter(width=4, variant="pfeiffer"),
     "lin": Adapter(width=4, variant="lin"),
@@ -162,10 +164,10 @@ def test_a_quantised_models_lora_is_a_lora_on_the_dequantised_one_in_peft(kind: 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "vit"])
 def test_a_start_by_loftq_is_nearer_to_the_full_model(kind: str) -> None:
     full, distances = logits_of(model_of(kind), kind), []
-    for iterations in (0, 3):
-        model = model_of(kind)
+    for method in (QLoRA, LoftQ):
+        model, more = model_of(kind), {"iterations": 3} if method is LoftQ else {}
         patterns = {"classifier": 2} if kind == "vit" else {}
-        QLoRA(8, 8, "all-linear", rank_pattern=patterns, loftq_iterations=iterations).adapt(model)
+        method(8, 8, "all-linear", rank_pattern=patterns, **more).adapt(model)
         distances.append((logits_of(model, kind) - full).norm().item())
     assert distances[1] < distances[0]
 

@@ -24,6 +24,7 @@ from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2.checkpoint import load_gpt2, save_gpt2
 from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.methods.adapter_files import WEIGHTS_FILE
+from lora_from_scratch.methods.loftq import LoftQ
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import load_adapter
@@ -116,7 +117,7 @@ def test_qlora_runs_from_the_command_line_twice_into_one_place_and_is_judged_aga
     assert scores["divergence"] > 1e-4  # with a base in four bits it would be smaller than quantising makes it
     model, _ = load_gpt2(here / "model")
     assert isinstance(load_adapter(model, tmp_path), QLoRA)
-    assert main(command(here, tmp_path / "loftq", "--method", "qlora", "--loftq-iterations", "1")) == 0
+    assert main(command(here, tmp_path / "loftq", "--method", "loftq", "--iterations", "2")) == 0
 
 
 def test_a_run_does_not_go_on_with_the_checkpoint_of_another_quantised_base(
@@ -148,7 +149,7 @@ def test_a_tokenizer_with_too_many_tokens_is_refused_for_a_quantised_base_too(he
     save_file({**weights, name: weights[name][:-1].clone()}, tmp_path / "model" / "model.safetensors")
     config |= {"vocab_size": config["vocab_size"] - 1}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    for method in (QLoRA(), QLoRA(loftq_iterations=1)):
+    for method in (QLoRA(), LoftQ()):
         with pytest.raises(
             ValueError,
             match=rf"has {len(vocabulary)} tokens, more than the model's vocabulary of {len(vocabulary) - 1}",
@@ -161,7 +162,7 @@ def test_a_tokenizer_with_too_many_tokens_is_refused_for_a_quantised_base_too(he
     [
         (["--quant-type", "int4"], "quant_type must be one of"),
         (["--blocksize", "63"], "blocksize must be one of"),
-        (["--loftq-iterations", "-1"], "loftq_iterations must be a whole number of at least 0"),
+        (["--iterations", "2"], "method qlora does not take --iterations; its flags are: "),
         (["--model", "no/such/model"], "no directory 'no/such/model'"),
     ],
 )

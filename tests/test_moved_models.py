@@ -18,10 +18,13 @@ from lora_from_scratch.methods.glora import GLoRA
 from lora_from_scratch.methods.ia3 import IA3
 from lora_from_scratch.methods.layernorm_tuning import LayerNormTuning
 from lora_from_scratch.methods.llama_adapter import LlamaAdapter
+from lora_from_scratch.methods.loftq import LoftQ
+from lora_from_scratch.methods.long_lora import LongLoRA
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.lora_fa import LoRAFA
 from lora_from_scratch.methods.lora_plus import LoRAPlus
 from lora_from_scratch.methods.loreft import LoReFT
+from lora_from_scratch.methods.lq_lora import LQLoRA
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.mora import MoRA
 from lora_from_scratch.methods.multilora import MultiLoRA
@@ -30,6 +33,7 @@ from lora_from_scratch.methods.pez import PEZ
 from lora_from_scratch.methods.pissa import PiSSA
 from lora_from_scratch.methods.prefix_tuning import PrefixTuning
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
+from lora_from_scratch.methods.qa_lora import QALoRA
 from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.registry import method_classes
 from lora_from_scratch.methods.relora import ReLoRA
@@ -49,6 +53,11 @@ METHODS: dict[str, Method] = {
     "lora on parts": LoRA(rank=2, targets=("c_attn.q", "c_attn.v")),
     "qlora": QLoRA(rank=2, targets=("c_attn",)),
     "qlora, doubly, of everything": QLoRA(rank=2, targets="all-linear", blocksize=32),
+    "loftq": LoftQ(rank=2),
+    "qa-lora": QALoRA(rank=2, group_size=5),
+    "qa-lora, everything in two bits": QALoRA(rank=2, targets="all-linear", bits=2, group_size=8),
+    "lq-lora": LQLoRA(rank=2, budget=5),
+    "long-lora": LongLoRA(rank=2),
     "lora with parts": LoRA(rank=2, bias="all", modules_to_save=("ln_f",), trainable_token_indices=(1, 3)),
     "dora": DoRA(rank=2, targets="all-linear"),
     "lora-plus": LoRAPlus(rank=2),

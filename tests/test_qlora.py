@@ -18,7 +18,7 @@ from lora_from_scratch.gpt2.checkpoint import load_model, save_gpt2
 from lora_from_scratch.gpt2.model import GPT2, Conv1D, next_token_loss
 from lora_from_scratch.methods import qlora
 from lora_from_scratch.methods.adapter_files import read_adapter
-from lora_from_scratch.methods.loftq import begin_with_loftq, best_factors, loftq_init
+from lora_from_scratch.methods.loftq import LoftQ, begin_with_loftq, best_factors, loftq_init
 from lora_from_scratch.methods.lora import LoRA, LoRALinear, inject_lora, lora_layers
 from lora_from_scratch.methods.method import adaptation_of
 from lora_from_scratch.methods.qlora import QLoRA, load_quantized, quantize_model
@@ -108,8 +108,8 @@ def test_loftq_starts_nearer_to_the_base_models_logits_than_plain_qlora() -> Non
     distances = []
     with torch.no_grad():
         base = model(tokens)
-        for iterations in (0, 1):
-            method = QLoRA(rank=16, alpha=4, targets="all-linear", loftq_iterations=iterations)
+        for cls in (QLoRA, LoftQ):
+            method = cls(rank=16, alpha=4, targets="all-linear")
             method.adapt(model)
             distances.append((model(tokens) - base).norm().item())
             method.undo(model)
@@ -121,7 +121,7 @@ def test_loftq_starts_nearer_to_the_base_models_logits_than_plain_qlora() -> Non
 METHODS_TRIED = [
     QLoRA(rank=3, dropout=0.1),
     QLoRA(rank=2, targets=("c_attn.q", "c_attn.v"), quant_type="fp4", blocksize=32, double_quantization=False),
-    QLoRA(rank=4, alpha=3, targets=("c_fc",), loftq_iterations=2),
+    LoftQ(rank=4, alpha=3, targets=("c_fc",), iterations=2),
 ]
 every_method = pytest.mark.parametrize("method", METHODS_TRIED, ids=["all", "q and v in fp4", "loftq"])
 
@@ -208,12 +208,9 @@ def test_what_was_learned_makes_another_copy_of_the_base_equal_bit_for_bit(metho
     assert torch.equal(by_state(tokens), model(tokens))
     method.save(model, tmp_path)
     loaded = load_adapter(by_file, tmp_path)
-    assert isinstance(loaded, QLoRA)
-    assert (loaded.quant_type, loaded.blocksize, loaded.loftq_iterations) == (
-        method.quant_type,
-        method.blocksize,
-        method.loftq_iterations,
-    )
+    assert type(loaded) is type(method)
+    for name in ("quant_type", "blocksize", "iterations"):
+        assert getattr(loaded, name, 0) == getattr(method, name, 0)
     torch.testing.assert_close(by_file(tokens), model(tokens), atol=1e-6, rtol=1e-6)  # parts are fused in the file
     if method is METHODS_TRIED[0]:
         assert torch.equal(by_file(tokens), model(tokens))
@@ -230,7 +227,7 @@ def test_the_directory_is_a_loras_that_fits_on_a_quantised_base_and_a_loftq_one_
     lora.load_state_dict(base, state)
     assert torch.equal(base(tokens), model(tokens))
     method.undo(model)
-    method = QLoRA(rank=3, loftq_iterations=1)
+    method = LoftQ(rank=3)
     method.adapt(model)
     method.save(model, tmp_path / "loftq")
     with pytest.raises(ValueError, match="init_lora_weights='loftq'"):
@@ -336,7 +333,6 @@ def test_a_quantised_model_can_be_put_back_and_is_not_quantised_twice() -> None:
     [
         ({"quant_type": "nf3"}, "quant_type must be one of nf4, fp4, got 'nf3'"),
         ({"blocksize": 48}, "blocksize must be one of 32, 64, .*, got 48"),
-        ({"loftq_iterations": -1}, "loftq_iterations must be a whole number of at least 0, got -1"),
         ({"double_quantization": "yes"}, "double_quantization must be true or false, got 'yes'"),
         ({"rank": 0}, "rank must be .* got 0"),
     ],
@@ -344,6 +340,12 @@ def test_a_quantised_model_can_be_put_back_and_is_not_quantised_twice() -> None:
 def test_a_bad_hyperparameter_is_refused_when_the_method_is_made(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QLoRA(**options)
+
+
+@pytest.mark.parametrize("iterations", [0, True, 1.5])
+def test_loftq_needs_at_least_one_iteration(iterations: Any) -> None:
+    with pytest.raises(ValueError, match="iterations must be a whole number of at least 1, got"):
+        LoftQ(iterations=iterations)
 
 
 def test_what_does_not_fit_the_model_is_refused_and_the_model_stays_as_it_was() -> None:
@@ -357,9 +359,9 @@ def test_what_does_not_fit_the_model_is_refused_and_the_model_stays_as_it_was() 
         (adapted, QLoRA(), "already adapted"),
         (tiny_gpt2(), QLoRA(rank=33), "c_attn: rank must be between 1 and 32 .* got 33"),
         (tiny_gpt2(), QLoRA(targets=("nothing",)), "'nothing' matches nothing"),
-        (tiny_gpt2(), QLoRA(targets=("c_attn.q",), loftq_iterations=1), "parts q; name the layer"),
+        (tiny_gpt2(), LoftQ(targets=("c_attn.q",)), r"LoftQ adapts whole layers, got a part of .*c_attn;"),
         (quantized_gpt2(), QLoRA(quant_type="fp4"), "quantised already, with quant_type=nf4"),
-        (quantized_gpt2(), QLoRA(loftq_iterations=2), "loftq_iterations=2 needs the weights before"),
+        (quantized_gpt2(), LoftQ(), "LoftQ needs the weights before .*h.0.attn.c_attn is in four bits already"),
     ]
     for model, method, message in cases:
         before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]

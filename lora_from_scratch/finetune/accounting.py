@@ -33,8 +33,7 @@ from lora_from_scratch.gpt2.activations import record, record_loss
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.methods.method import Method, adaptation_of
-from lora_from_scratch.quantization.nf4 import NestedAbsmax
-from lora_from_scratch.quantization.nf4_linear import nf4_layers
+from lora_from_scratch.quantization.nf4_linear import quantized_layers
 
 UPDATE = "update"  # the moment of the optimiser's step
 
@@ -150,11 +149,10 @@ def trainable_memory(model: nn.Module) -> dict[str, int]:
 
 
 def held_tensors(model: GPT2) -> list[Tensor]:
-    """All tensors that the model holds: its own, its 4-bit weights, and what the method keeps of the base model."""
+    """All tensors that the model holds: its own, its quantised weights, and what the method keeps of the base model."""
     tensors = [*model.parameters(), *model.buffers()]
-    for layer in nf4_layers(model).values():
-        absmax = layer.quantized.absmax
-        tensors += [layer.quantized.packed, *(absmax if isinstance(absmax, NestedAbsmax) else [absmax])]
+    for layer in quantized_layers(model).values():
+        tensors += layer.quantized.tensors()
     record = adaptation_of(model)
     if record is not None:
         tensors += [*record.base.values(), *record.kept.values()]

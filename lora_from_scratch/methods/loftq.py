@@ -1,20 +1,35 @@
 """LoftQ (Li et al. 2023, arXiv:2310.08659): initialise the LoRA with the quantisation error.
 
+    y = Q x + b + s B A x,      Q: (out, in) in four bits,  A: (r, in),  B: (out, r)
+
 Plain QLoRA starts at `Q = quant(W)`, which differs from W. A LoRA of rank r can represent the r largest directions of
 the error, so Q and B A are chosen together: minimise `||W - Q - B A||` (section 3.1), alternately over the two
-(algorithm 1).
+(algorithm 1). Afterwards Q is frozen, and A and B are trained as in QLoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_from_scratch.methods.lora import LoRALinear
-from lora_from_scratch.quantization.nf4_linear import NF4Linear
+from lora_from_scratch.gpt2.checkpoint import load_gpt2
+from lora_from_scratch.gpt2.config import GPT2Config
+from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.methods.lora import LoRA, LoRALinear, lora_layers
+from lora_from_scratch.methods.method import LearningRates, hyperparameter
+from lora_from_scratch.methods.qlora import QLoRA
+from lora_from_scratch.quantization.nf4_linear import NF4Linear, nf4_layers
 from lora_from_scratch.quantization.quantized_tensor import QuantizedTensor, quantize_4bit
+from lora_from_scratch.support.linear_layers import weight_of
+
+# --- One layer -----------------------------------------------------------------------------------------
 
 
 def loftq_init(
@@ -89,3 +104,83 @@ def begin_with_loftq(
     base.quantized = Q
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B / layer.scaling)
+
+
+# --- The method ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoftQ(QLoRA):
+    """QLoRA that starts near the full base: Q, A and B are fitted to each weight together.
+
+    It needs the full weights, so a model that is in four bits already is refused. Layers without a LoRA are quantised
+    as in QLoRA.
+
+    The adapter directory is a QLoRA's, and `init_lora_weights` says that the adapter belongs to LoftQ's Q, under PEFT's
+    name. Q itself is not saved: loading fits it again to the same base, which gives the same bits. PEFT 0.21 computes
+    this on a GPU only, transposes A and B of a Conv1D, and leaves out the scaling s, so that its start is LoftQ's only
+    with alpha = rank.
+
+    Raises:
+        ValueError: as for `QLoRA`; or the model is quantised already, or a target is a part of a fused layer, in
+            `adapt`.
+    """
+
+    iterations: int = hyperparameter(1, "how often Q, and then A and B, are fitted to what the other leaves")
+
+    name: ClassVar[str] = "loftq"
+    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 3e-4, "GSM8K with LLaMA-2 in yxli2123/LoftQ")
+    position: ClassVar[float] = 21
+    only_on_request: ClassVar[frozenset[str]] = frozenset({"loftq"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:
+            raise ValueError(f"iterations must be a whole number of at least 1, got {self.iterations!r}")
+
+    def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
+        """The model in full."""
+        return load_gpt2(source)
+
+    def quantize(self, model: nn.Module) -> dict[str, nn.Module]:
+        for name, layer in nf4_layers(model).items():
+            if not layer.weight.is_meta:  # on the meta device there are no values to fit
+                raise ValueError(
+                    f"LoftQ needs the weights before they are quantised, and {name} is in four bits already; load the "
+                    "model in full"
+                )
+        return super().quantize(model)
+
+    def begin(self, model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
+        """New Q, A and B for every layer with a LoRA."""
+
+        def quantize(W: Tensor) -> QuantizedTensor:
+            return quantize_4bit(W, self.quant_type, self.blocksize, self.double_quantization)
+
+        for name, layer in lora_layers(model).items():
+            if layer.parts:
+                raise ValueError(f"LoftQ adapts whole layers, got a part of {name}; give the layer as a target")
+            if name in dense:  # the head is not quantised
+                begin_with_loftq(layer, weight_of(dense[name]), self.iterations, quantize)
+
+    def to_adapter(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A QLoRA's, and how Q, A and B were fitted."""
+        config, tensors = super().to_adapter(model)
+        config["loftq_config"]["loftq_iter"] = self.iterations
+        return config | {"init_lora_weights": "loftq"}, tensors
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("init_lora_weights") == "loftq" and super().reads(config)
+
+    @classmethod
+    def from_adapter(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+    ) -> tuple[LoRA, dict[str, Tensor]]:
+        method, state = super().from_adapter({**config, "init_lora_weights": True}, tensors, model)
+        iterations = config["loftq_config"].get("loftq_iter", 1)
+        return replace(method, iterations=iterations), state  # type: ignore[call-arg]
+
+    @classmethod
+    def sample(cls, rng: Random, config: GPT2Config) -> LoRA:
+        return replace(super().sample(rng, config), iterations=rng.randint(1, 2))  # type: ignore[call-arg]

@@ -10,7 +10,7 @@ somewhat longer. A, B, the biases, the embeddings and the normalisation layers a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -32,15 +32,14 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
-from lora_from_scratch.methods.loftq import begin_with_loftq
 from lora_from_scratch.methods.lora import LoRA, inject_lora, lora_layers
 from lora_from_scratch.methods.method import LearningRates, adaptation_of, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS, classifier, linear_layers
+from lora_from_scratch.methods.quantized_lora import QuantizedLoRA
 from lora_from_scratch.quantization.nf4 import CODEBOOKS, NestedAbsmax
 from lora_from_scratch.quantization.nf4_linear import NF4Linear, check_quantization, nf4_layers
-from lora_from_scratch.quantization.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor, quantize_4bit
-from lora_from_scratch.support.linear_layers import CONV1D, keep_called, weight_of
-from lora_from_scratch.support.wrapped import unwrapped
+from lora_from_scratch.quantization.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor
+from lora_from_scratch.support.linear_layers import CONV1D, keep_called
 
 # --- Loading ---------------------------------------------------------------------------------------
 
@@ -141,14 +140,9 @@ def quantize_model(
 
 # --- The method ----------------------------------------------------------------------------------------
 
-# Attributes of an adapted model beside its `Adaptation`. They are not registered as submodules and `model.to` does not
-# move them, so a layer that is put back is first moved to the device and dtype of the layer that it replaces.
-_DENSE = "dense_layers"  # the layers that `adapt` replaced, by name; None: discarded (keep_base=False)
-_QUANTIZED = "quantized_layers"  # while merged: the 4-bit layers
-
 
 @dataclass(frozen=True)
-class QLoRA(LoRA):
+class QLoRA(QuantizedLoRA):
     """LoRA on a 4-bit base model: `adapt` quantises every linear layer except the head, then inserts LoRA.
 
     A model that is already quantised (`load_quantized`) is left as it is, so the full weights are never in memory.
@@ -161,10 +155,7 @@ class QLoRA(LoRA):
 
     Args:
         double_quantization, blocksize, quant_type: how the base is stored; see `NF4Linear.from_layer`.
-        loftq_iterations: with 0, training starts from the 4-bit base; with more, closer to the full-precision base
-            (`loftq.py`).
-        keep_base: whether the full weights stay in memory for `undo`. They take as much memory as the model itself.
-            With False they are discarded, and `undo` is possible only if the model was quantised before `adapt`.
+        keep_base: see `QuantizedLoRA`.
 
     Raises:
         ValueError: a hyperparameter is out of range (raised by the constructor), or does not fit the model (raised by
@@ -174,10 +165,6 @@ class QLoRA(LoRA):
     double_quantization: bool = hyperparameter(True, "also quantise the scales of the blocks (double quantisation)")
     blocksize: int = hyperparameter(64, "number of weights per block, which share one scale")
     quant_type: str = hyperparameter("nf4", f"4-bit data type of the base weights: {', '.join(CODEBOOKS)}")
-    loftq_iterations: int = hyperparameter(
-        0, "LoftQ iterations that fit the initial A and B to the quantisation error; 0: LoRA's initialisation"
-    )
-    keep_base: bool = True
 
     name: ClassVar[str] = "qlora"
     learning_rates: ClassVar[LearningRates] = LearningRates(
@@ -190,13 +177,9 @@ class QLoRA(LoRA):
         check_quantization(self.quant_type, self.blocksize)
         if not isinstance(self.double_quantization, bool):
             raise ValueError(f"double_quantization must be true or false, got {self.double_quantization!r}")
-        if not isinstance(self.loftq_iterations, int) or self.loftq_iterations < 0:
-            raise ValueError(f"loftq_iterations must be a whole number of at least 0, got {self.loftq_iterations!r}")
 
     def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
-        """Load the model in four bits, one layer at a time; in full only for LoftQ, which needs the full weights."""
-        if self.loftq_iterations:
-            return super().load_base(source)
+        """Load the model in four bits, one layer at a time."""
         tokenizer = load_tokenizer(source)
         model = load_quantized(source, self.quant_type, self.blocksize, self.double_quantization)
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -206,35 +189,9 @@ class QLoRA(LoRA):
             )
         return model, tokenizer
 
-    def adapt(self, model: nn.Module) -> None:
-        super().adapt(model)
-        if not self.keep_base:
-            record, present = self._adaptation(model), {id(p) for p in model.parameters()}
-            record.base = {name: p for name, p in record.base.items() if id(p) in present}
-
-    def undo(self, model: nn.Module) -> None:
-        """Restore the base model, bit for bit.
-
-        Raises:
-            ValueError: `keep_base` is False and `adapt` discarded the full weights.
-        """
-        self._adaptation(model)
-        if None in unwrapped(model).__dict__[_DENSE].values():
-            raise ValueError("nothing to go back to: keep_base=False kept no full weights; load the model anew")
-        super().undo(model)
-
-    def _install(self, model: nn.Module) -> None:
+    def quantize(self, model: nn.Module) -> dict[str, nn.Module]:
         self._refuse_another_base(model)
-        dense = quantize_model(model, self.quant_type, self.blocksize, self.double_quantization)
-        try:
-            super()._install(model)
-            if self.loftq_iterations:
-                self._begin_with_loftq(model, dense)
-        except BaseException:
-            super()._uninstall(model)
-            inject_lora(model, dense)
-            raise
-        model.__dict__[_DENSE] = dense if self.keep_base else dict.fromkeys(dense)
+        return quantize_model(model, self.quant_type, self.blocksize, self.double_quantization)
 
     def _refuse_another_base(self, model: nn.Module) -> None:
         """Check that layers which are already quantised have this method's settings."""
@@ -246,66 +203,15 @@ class QLoRA(LoRA):
                     f"{name} is quantised already, with quant_type={q.quant_type}, blocksize={q.blocksize}, "
                     f"double_quantization={q.nested}; the method has to have the same, got {self}"
                 )
-            if self.loftq_iterations:
-                raise ValueError(
-                    f"loftq_iterations={self.loftq_iterations} needs the weights before they are quantised, and {name} "
-                    f"is in four bits already; load the model in full, or set loftq_iterations to 0"
-                )
-
-    @torch.no_grad()
-    def _begin_with_loftq(self, model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-        """New Q, A and B for every layer with a LoRA."""
-
-        def quantize(W: Tensor) -> QuantizedTensor:
-            return quantize_4bit(W, self.quant_type, self.blocksize, self.double_quantization)
-
-        for name, layer in lora_layers(model).items():
-            if name not in dense:
-                continue  # the head, which is not quantised
-            if layer.parts:
-                raise ValueError(
-                    f"{name}: LoftQ adapts whole layers, and the targets name its parts {', '.join(layer.parts)}; "
-                    f"name the layer, or set loftq_iterations to 0"
-                )
-            begin_with_loftq(layer, weight_of(dense[name]), self.loftq_iterations, quantize)
-
-    def _uninstall(self, model: nn.Module) -> None:
-        super()._uninstall(model)
-        dense = model.__dict__.pop(_DENSE)
-        if model.__dict__.pop(_QUANTIZED, None) is None:
-            in_place = nf4_layers(model)
-            inject_lora(model, {name: layer.to(in_place[name].like) for name, layer in dense.items()})
-        else:  # merged: the dequantised layers stay, and are as trainable as the base's were
-            flags = self._adaptation(model).required_grad
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags.get(name, True))
-
-    def _merge(self, model: nn.Module) -> None:
-        quantized = nf4_layers(model)
-        model.__dict__[_QUANTIZED] = quantized
-        inject_lora(model, {name: layer.dense() for name, layer in quantized.items()})
-        super()._merge(model)
-
-    def _unmerge(self, model: nn.Module) -> None:
-        super()._unmerge(model)
-        quantized = model.__dict__.pop(_QUANTIZED)
-        inject_lora(model, {name: q.to(model.get_submodule(name).weight) for name, q in quantized.items()})
 
     def to_adapter(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """A LoRA's, and how the base was quantised.
-
-        A LoRA that began with LoftQ belongs to LoftQ's Q, not to the quantised W: `init_lora_weights` says so, under
-        PEFT's name, and who cannot make that Q refuses it.
-        """
+        """As LoRA's, with a field that records how the base was quantised."""
         config, tensors = super().to_adapter(model)
         own = ("quant_type", "blocksize", "double_quantization")
-        config["loftq_config"] = {"loftq_bits": 4, "loftq_iter": self.loftq_iterations}
-        config["loftq_config"] |= {name: getattr(self, name) for name in own}
+        config["loftq_config"] = {"loftq_bits": 4, **{name: getattr(self, name) for name in own}}
         bases = [layer.base for layer in lora_layers(model).values()]
         if any(isinstance(base, NF4Linear) and base.kind.__name__ == CONV1D for base in bases):
             config["fan_in_fan_out"] = True  # in the model that PEFT will have
-        if self.loftq_iterations:
-            config["init_lora_weights"] = "loftq"
         return config, tensors
 
     @classmethod
@@ -327,31 +233,18 @@ class QLoRA(LoRA):
                 f"{CONFIG_FILE} has loftq_config={given!r}; it must have loftq_bits 4 and no other fields than "
                 f"{', '.join(known)}"
             )
-        began_with_loftq = config.get("init_lora_weights") == "loftq"
-        iterations = given.get("loftq_iter", 1) if began_with_loftq else 0
-        own = {name: given[name] for name in known[2:] if name in given}
-        others = {name: value for name, value in config.items() if name != "init_lora_weights" or not began_with_loftq}
-        method, state = super().from_adapter(others, tensors, model)
-        return replace(method, loftq_iterations=iterations, **own), state  # type: ignore[call-arg]
+        method, state = super().from_adapter(config, tensors, model)
+        return replace(method, **{name: given[name] for name in known[2:] if name in given}), state
 
     @classmethod
-    def sample(cls, rng: Random, config: GPT2Config) -> QLoRA:
-        lora = super().sample(rng, config)
-        assert isinstance(lora, QLoRA)
+    def sample(cls, rng: Random, config: GPT2Config) -> LoRA:
         return replace(
-            lora,
+            super().sample(rng, config),
             targets=rng.choice(WHOLE_LAYERS),
-            quant_type=rng.choice(["nf4", "fp4"]),
+            quant_type=rng.choice(["nf4", "fp4"]),  # type: ignore[call-arg]
             blocksize=rng.choice([32, 64]),
             double_quantization=rng.random() < 0.5,
-            loftq_iterations=rng.randint(0, 1),
         )
-
-    def starts_as_base(self) -> bool | None:
-        return False  # it starts as the quantised base
-
-    def on_full_base(self) -> LoRA:
-        return LoRA(**{f.name: getattr(self, f.name) for f in fields(LoRA)})
 
     def bytes_for_undo(self, config: GPT2Config) -> int:
         """The weights of the Conv1D of all blocks, in fp32."""
@@ -364,7 +257,7 @@ class QLoRA(LoRA):
             model = GPT2(config)
         dense = {name: m for name, m in model.named_modules() if isinstance(m, Conv1D)}
         inject_lora(model, {name: self._blank_layer(layer) for name, layer in dense.items()})
-        replace(self, loftq_iterations=0).adapt(model)
+        self.adapt(model)
         return model
 
     def _blank_layer(self, layer: Conv1D) -> NF4Linear:

@@ -88,6 +88,8 @@ def check_numbers(x: Tensor) -> None:
         raise ValueError(f"can quantise float32, float16 or bfloat16, got {x.dtype}; convert first: tensor.float()")
     if x.numel() == 0:
         raise ValueError(f"cannot quantise an empty tensor, got shape {tuple(x.shape)}; at least 1 number is needed")
+    if x.is_meta:  # shapes without values
+        return
     if x.detach().sum(dtype=torch.float32).isfinite():  # quick: the sum with a NaN or an infinity is not finite
         return
     bad = (~torch.isfinite(x.detach().reshape(-1))).nonzero().flatten()

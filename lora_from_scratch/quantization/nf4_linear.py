@@ -61,11 +61,11 @@ class FourBitProduct(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-class NF4Linear(nn.Module):
-    """A linear layer with a frozen weight in four bits. It computes in the type of x, or in autocast's.
+class QuantizedLinear(nn.Module):
+    """A linear layer with a frozen weight in few bits. It computes in the type of x, or in autocast's.
 
     Args:
-        quantized: the weight, (out, in) as in `nn.Linear`; NF4 or FP4.
+        quantized: the weight, (out, in) as in `nn.Linear`.
         bias: (out,), kept as it is; None: no bias.
         kind: the class of the layer that it stands for, to which `dense` goes back: `nn.Linear` or a Conv1D.
 
@@ -75,9 +75,7 @@ class NF4Linear(nn.Module):
 
     like: Tensor  # nothing, in the dtype and on the device of the layer: its codes have no dtype that could follow it
 
-    def __init__(
-        self, quantized: QuantizedTensor, bias: nn.Parameter | None = None, kind: type[nn.Module] = nn.Linear
-    ) -> None:
+    def __init__(self, quantized: Any, bias: nn.Parameter | None = None, kind: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
         if len(quantized.shape) != 2:
             raise ValueError(f"the weight must be a matrix (out, in), got shape {tuple(quantized.shape)}")
@@ -87,6 +85,53 @@ class NF4Linear(nn.Module):
         self.kind = kind
         nothing = torch.empty(0, dtype=quantized.dtype, device=quantized.packed.device)
         self.register_buffer("like", nothing, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed codes, uint8."""
+        packed: Tensor = self.quantized.packed
+        return packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y: Tensor = FourBitProduct.apply(x.to(dtype), bias, self.quantized)
+        return y
+
+    def dense(self) -> nn.Module:
+        """The same layer of `kind`, with the weight dequantised and the same bias, in the dtype of this one."""
+        weight = self.quantized.dequantize(self.like.dtype)  # (out, in)
+        return linear_layer(self.kind, weight, self.bias).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    # The weight is no parameter, so moving it and saving it has to be said.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        """Another device moves the weight; another type concerns the bias and `like` alone, since codes have none."""
+        super()._apply(fn, recurse)
+        self.quantized = self.quantized.to(fn(self.quantized.packed).device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.quantized.state_dict().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(f"{prefix}weight")}
+        errors: list[str] = rest[-1]
+        try:
+            self.quantized = self.quantized.with_state(own, f"{prefix}weight").to(self.weight.device)
+        except ValueError as error:
+            errors.append(str(error))
+        others = {key: tensor for key, tensor in state_dict.items() if key not in own}
+        super()._load_from_state_dict(others, prefix, *rest)
+
+
+class NF4Linear(QuantizedLinear):
+    """A linear layer with a frozen weight in NF4 or FP4, a `QuantizedTensor`. Its state dict is bitsandbytes'."""
 
     @classmethod
     def from_layer(
@@ -105,55 +150,12 @@ class NF4Linear(nn.Module):
         assert bias is None or isinstance(bias, nn.Parameter)
         return cls(quantized, bias, type(layer) if is_conv1d(layer) else nn.Linear).train(layer.training)
 
-    @property
-    def weight(self) -> Tensor:
-        """The packed codes, (ceil(out * in / 2), 1) uint8."""
-        return self.quantized.packed
-
-    def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        y: Tensor = FourBitProduct.apply(x.to(dtype), bias, self.quantized)
-        return y
-
-    def dense(self) -> nn.Module:
-        """The same layer of `kind`, with the weight dequantised and the same bias, in the dtype of this one."""
-        weight = self.quantized.dequantize(self.like.dtype)  # (out, in)
-        return linear_layer(self.kind, weight, self.bias).train(self.training)
-
     def extra_repr(self) -> str:
         q = self.quantized
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"quant_type={q.quant_type}, blocksize={q.blocksize}, double_quantization={q.nested}"
+            f"{super().extra_repr()}, quant_type={q.quant_type}, blocksize={q.blocksize}, "
+            f"double_quantization={q.nested}"
         )
-
-    # The weight is no parameter, so moving it and saving it has to be said. Names as in bitsandbytes.
-
-    def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
-        """Another device moves the weight; another type concerns the bias and `like` alone, since codes have none."""
-        super()._apply(fn, recurse)
-        self.quantized = self.quantized.to(fn(self.quantized.packed).device)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in self.quantized.state_dict().items()})
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(f"{prefix}weight")}
-        errors: list[str] = rest[-1]
-        try:
-            quantized = QuantizedTensor.from_state_dict(own, f"{prefix}weight")
-            if quantized.shape != self.quantized.shape:
-                shapes = f"{tuple(quantized.shape)} instead of {tuple(self.quantized.shape)}"
-                raise ValueError(f"{prefix}weight has shape {shapes}")
-            self.quantized = quantized.to(self.weight.device)
-        except ValueError as error:
-            errors.append(str(error))
-        others = {key: tensor for key, tensor in state_dict.items() if key not in own}
-        super()._load_from_state_dict(others, prefix, *rest)
 
 
 def quantize_in_parts(
@@ -189,8 +191,13 @@ def check_quantization(quant_type: str, blocksize: int) -> None:
 
 
 def nf4_layers(model: nn.Module) -> dict[str, NF4Linear]:
-    """The 4-bit layers of a model, by name."""
+    """The layers of a model that are in NF4 or FP4, by name."""
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The layers of a model whose weights are quantised in any way, by name."""
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
 # --- What it keeps for the backward pass ---------------------------------------------------------------

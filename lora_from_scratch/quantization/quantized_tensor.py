@@ -52,8 +52,11 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """The bytes of the codes and of all the scales."""
-        scales = self.absmax if isinstance(self.absmax, NestedAbsmax) else (self.absmax,)
-        return self.packed.nbytes + sum(part.nbytes for part in scales)
+        return sum(part.nbytes for part in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """The codes and all the scales."""
+        return [self.packed, *(self.absmax if isinstance(self.absmax, NestedAbsmax) else (self.absmax,))]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in `shape`, in `dtype` (None: the one that it had)."""
@@ -125,6 +128,17 @@ class QuantizedTensor:
         quantized = cls(packed, absmax, numbers["quant_type"], numbers["blocksize"], shape, _DTYPES[numbers["dtype"]])
         _check_map(state, f"{name}.quant_map", quantized.codebook)
         quantized._check_sizes(name)
+        return quantized
+
+    def with_state(self, state: Mapping[str, Tensor], name: str = "weight") -> QuantizedTensor:
+        """`from_state_dict`, for a weight of this one's shape.
+
+        Raises:
+            ValueError: as `from_state_dict`, or the shape is another one.
+        """
+        quantized = self.from_state_dict(state, name)
+        if quantized.shape != self.shape:
+            raise ValueError(f"{name} has shape {tuple(quantized.shape)} instead of {tuple(self.shape)}")
         return quantized
 
     def _check_sizes(self, name: str) -> None:
