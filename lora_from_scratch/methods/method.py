@@ -31,11 +31,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_from_scratch.gpt2.checkpoint import load_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods import adapter_files
+from lora_from_scratch.models.checkpoint import AnyTokenizer, LanguageModel, load_language_model
 from lora_from_scratch.support.wrapped import plain_name, refuse_wrapped_parts, unwrapped
 
 T = TypeVar("T")
@@ -210,11 +209,12 @@ class Method(ABC):
 
     # --- Before adapting ---
 
-    def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
-        """`load_gpt2`, in the form that costs this method the least memory. `adapt` takes the full one as well."""
-        return load_gpt2(source)
+    def load_base(self, source: str | Path) -> tuple[LanguageModel, AnyTokenizer]:
+        """`load_language_model`, in the form that costs this method the least memory. `adapt` takes the full one as
+        well."""
+        return load_language_model(source)
 
-    def for_tokenizer(self, tokenizer: Tokenizer) -> Method:
+    def for_tokenizer(self, tokenizer: Any) -> Method:
         """This method with its texts, if it has any, as a tokenizer's ids.
 
         Raises:

@@ -30,12 +30,12 @@ from lora_from_scratch.gpt2.checkpoint import (
 )
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.loftq import begin_with_loftq
 from lora_from_scratch.methods.lora import LoRA, inject_lora, lora_layers
 from lora_from_scratch.methods.method import LearningRates, adaptation_of, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS, classifier, linear_layers
+from lora_from_scratch.models.checkpoint import AnyTokenizer, LanguageModel, find_model
 from lora_from_scratch.quantization.nf4 import CODEBOOKS, NestedAbsmax
 from lora_from_scratch.quantization.nf4_linear import NF4Linear, check_quantization, nf4_layers
 from lora_from_scratch.quantization.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor, quantize_4bit
@@ -188,9 +188,12 @@ class QLoRA(LoRA):
         if not isinstance(self.loftq_iterations, int) or self.loftq_iterations < 0:
             raise ValueError(f"loftq_iterations must be a whole number of at least 0, got {self.loftq_iterations!r}")
 
-    def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
-        """The model in four bits, a layer at a time; in full only for LoftQ, which needs the full weights."""
-        if self.loftq_iterations:
+    def load_base(self, source: str | Path) -> tuple[LanguageModel, AnyTokenizer]:
+        """A GPT-2 in four bits, a layer at a time; in full only for LoftQ, which needs the full weights.
+
+        Any other model is loaded in full, and `adapt` quantises it.
+        """
+        if self.loftq_iterations or not find_model(source).is_gpt2:
             return super().load_base(source)
         tokenizer = load_tokenizer(source)
         model = load_quantized(source, self.quant_type, self.blocksize, self.double_quantization)
