@@ -107,9 +107,9 @@ def test_what_is_generated_is_what_transformers_generates(
     model, tokenizer = load_language_model(family / "model")
     batch = generate(model, PROMPTS, max_new_tokens=10, eos_id=tokenizer.eos_id, use_cache=use_cache, **options)
     for prompt, new in zip(PROMPTS, batch, strict=True):
-        expected = theirs(family / "model").generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=10, do_sample=False, **options
-        )[0, len(prompt) :].tolist()  # fmt: skip
+        given = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt))}
+        whole = theirs(family / "model").generate(**given, max_new_tokens=10, do_sample=False, **options)
+        expected = whole[0, len(prompt) :].tolist()
         assert new == (expected[: expected.index(tokenizer.eos_id)] if tokenizer.eos_id in expected else expected)
 
 
@@ -128,7 +128,7 @@ def short_run(here: Path, output: Path, name: str, **settings: Any) -> Run:
     """Four steps at a high learning rate, without an evaluation."""
     cls, given = method_class(name), FOR_LLAMA.get(name, {})
     training = TrainingSettings(steps=4, learning_rate=0.02, precision="fp32")
-    places = {"model": str(here / "model"), "data": str(here / "data.csv"), "split": ""}
+    places: dict[str, Any] = {"model": str(here / "model"), "data": str(here / "data.csv"), "split": ""}
     return Run(for_training(cls, **given), training, output, batch_size=2, **places, **settings)
 
 
