@@ -19,6 +19,7 @@ COMMANDS = (
     "finetune",
     "generate",
     "evaluate",
+    "inspect",
     "pretrain",
     "lab",
     "progress",

@@ -192,8 +192,12 @@ class Method(ABC):
         """A GPT-2 of this shape, adapted, on the meta device: shapes without memory."""
         with torch.device("meta"):
             model = GPT2(config)
-        self.adapt(model)
+        self.adapt_blank(model)
         return model
+
+    def adapt_blank(self, model: nn.Module) -> None:
+        """`adapt`, for a model whose tensors have shapes and no values."""
+        self.adapt(model)
 
     def bytes_for_undo(self, config: GPT2Config) -> int:
         """What is kept of the base for `undo`, beside the copies in `Adaptation.kept`."""

@@ -93,6 +93,30 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def blank_model(source: str | Path = BUNDLED) -> nn.Module:
+    """The model that a configuration describes, in the way that it is called here, with new weights.
+
+    Inside a `FakeTensorMode`, or on PyTorch's meta device, it has no weights and takes no memory. A model of
+    transformers that is no causal language model comes back as it is.
+
+    Raises:
+        OSError, ValueError: as `load_language_model`; the directory needs neither weights nor a tokenizer.
+    """
+    found = find_model(source)
+    if found.is_gpt2:
+        return GPT2(GPT2Config.from_json(found.directory / "config.json")).eval()
+    transformers = _transformers(found)
+    try:
+        config = transformers.AutoConfig.from_pretrained(found.directory, **found.options())
+        name = next(iter(getattr(config, "architectures", None) or []), "")
+        auto = transformers.AutoModelForCausalLM
+        inside = getattr(transformers, name)(config) if hasattr(transformers, name) else auto.from_config(config)
+    except Exception as error:  # transformers raises many types
+        raise _unreadable(found, error, "model") from None
+    causal = type(config) in auto._model_mapping and isinstance(inside, auto._model_mapping[type(config)])
+    return TransformersModel(inside.eval()) if causal else inside.eval()
+
+
 def shape_of(source: str | Path = BUNDLED) -> GPT2Config | Shape:
     """The vocabulary, context and width of a model, from its configuration alone.
 
