@@ -69,7 +69,7 @@ def test_a_lora_trains_rank_times_in_plus_out_of_every_layer(gpt2: Path) -> None
 
 def test_the_saved_bytes_are_those_of_the_tensors_in_the_file(gpt2: Path, tmp_path: Path) -> None:
     for method in (LoRA(rank=3), QLoRA(rank=2), FULL):
-        model, _ = tiny_model(), None
+        model = tiny_model()
         method.adapt(model)
         method.save(model, tmp_path / method.name)
         file = next((tmp_path / method.name).glob("*.safetensors"))
@@ -115,7 +115,6 @@ def test_a_model_that_fits_into_no_memory_is_inspected(tmp_path: Path) -> None:
     config |= {"hidden_size": 2**16, "intermediate_size": 2**18, "head_dim": 2**15}
     (directory / "config.json").write_text(json.dumps(config))
     text = output_of("inspect", directory, "--method", "qlora", "--rank", 4, "--batch-size", 1, "--tokens", 2)
-    assert "LlamaForCausalLM: 130,," not in text
     assert "no weight files" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| model.layers.(n).mlp.up_proj"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]

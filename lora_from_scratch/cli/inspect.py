@@ -98,5 +98,5 @@ def _costs(found: Inspection, options: argparse.Namespace) -> str:
         ("multiply-adds, forward (against the base)", *(work(c.forward, found.base_forward) for c in costs)),
         ("multiply-adds, step (against full)", *(work(c.step, full_step) for c in costs)),
     ]
-    title = f"{options.batch_size} x {options.tokens} tokens, {options.precision}"
+    title = f"{options.batch_size} x {found.tokens} tokens, {options.precision}"
     return markdown([(title, *found.costs), *rows])

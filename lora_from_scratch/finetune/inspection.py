@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,7 @@ class Inspection:
 
     kind: str  # the class of the model
     parameters: int
+    tokens: int  # of each text of a training step
     layers: list[LayerKind]
     base_forward: int | None  # multiply-adds of the model as it is
     costs: dict[str, Cost]  # by the name of the method, full fine-tuning first
@@ -90,7 +92,7 @@ def inspect_model(
     Args:
         source: "bundled", "smollm2", a directory, or a GPT-2 on the hub.
         methods: the trained parameters of the last one are listed by layer.
-        batch_size, tokens: of a training step.
+        batch_size, tokens: of a training step; a text is no longer than the model's context.
         precision: "fp32", or "bf16" for autocast; parameters, gradients and optimiser are in fp32.
 
     Raises:
@@ -98,9 +100,11 @@ def inspect_model(
     """
     if batch_size < 1 or tokens < 2:
         raise ValueError(f"batch_size must be at least 1 and tokens at least 2, got {batch_size} and {tokens}")
-    with FakeTensorMode():
+    with _without_values():
         plain = blank_model(source)
         inside = unwrapped(plain)
+        if isinstance(plain, GPT2 | TransformersModel):
+            tokens = min(tokens, plain.config.n_positions)
         parameters = sum(p.numel() for p in inside.parameters())
         base_forward, _ = _multiply_adds(plain, batch_size, tokens)
         costs: dict[str, Cost] = {}
@@ -110,7 +114,7 @@ def inspect_model(
             costs[method.name] = _cost(model, batch_size, tokens, precision)
     names = {} if adaptation_of(model) is None else dict(unwrapped(model).named_parameters())
     layers = layer_kinds(inside, {name: p for name, p in names.items() if p.requires_grad})
-    return Inspection(type(inside).__name__, parameters, layers, base_forward, costs, read_headers(source))
+    return Inspection(type(inside).__name__, parameters, tokens, layers, base_forward, costs, read_headers(source))
 
 
 def layer_kinds(model: nn.Module, trained: dict[str, nn.Parameter]) -> list[LayerKind]:
@@ -164,6 +168,24 @@ def read_headers(source: str | Path) -> Files:
 # --- On fake tensors ------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Make every tensor a fake one.
+
+    Two functions of PyTorch fail on fake tensors, and do nothing here: `nn.init.trunc_normal_` looks at values, to draw
+    again what is too large, and `nn.Module.to` would only move modules to the CPU, where they are.
+    """
+    draw, move = nn.init._no_grad_trunc_normal_, nn.Module.to
+    nn.init._no_grad_trunc_normal_ = lambda tensor, *rest, **more: tensor
+    nn.Module.to = lambda module, *rest, **more: module  # type: ignore[method-assign, assignment]
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = draw
+        nn.Module.to = move  # type: ignore[method-assign]
+
+
 def _cost(model: nn.Module, batch_size: int, tokens: int, precision: str) -> Cost:
     record = adaptation_of(model)
     assert record is not None
@@ -197,7 +219,8 @@ def _kept_for_backward(model: nn.Module, batch_size: int, tokens: int, precision
     """The bytes that the forward pass keeps for the backward pass; None for a model that takes no token ids."""
     if not isinstance(model, GPT2 | TransformersModel):
         return None
-    held = {t.untyped_storage()._cdata for t in _weights(model)}
+    ids = torch.zeros(batch_size, tokens, dtype=torch.long)
+    held = {t.untyped_storage()._cdata for t in [*_weights(model), ids]}
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -206,7 +229,6 @@ def _kept_for_backward(model: nn.Module, batch_size: int, tokens: int, precision
             kept[storage._cdata] = tensor  # which also keeps the storage, so that its number is not used again
         return tensor
 
-    ids = torch.zeros(batch_size, tokens, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(ids.device, precision):
         logits = model.train()(ids)
     return _bytes([*kept.values(), logits])
