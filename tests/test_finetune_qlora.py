@@ -91,7 +91,7 @@ def test_no_full_matrix_is_there_from_loading_to_saving(
     watch(QLoRA, "adapt")
     watch(Trainer, "run")
     watch(QLoRA, "save")
-    monkeypatch.setattr(running, "load_gpt2", None)  # there is nothing to judge, so nobody needs the full model
+    monkeypatch.setattr(running, "load_language_model", None)  # nothing is evaluated: the full model is not needed
     finetune(qlora_run(here, tmp_path / "out"), progress=False)
     assert seen == ["adapt", "run", "save"]
 

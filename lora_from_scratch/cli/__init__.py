@@ -20,6 +20,7 @@ COMMANDS = (
     "generate",
     "evaluate",
     "serve",
+    "inspect",
     "pretrain",
     "lab",
     "progress",

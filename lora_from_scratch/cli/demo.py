@@ -15,7 +15,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Fine-tune a GPT-2 on the story cards with full fine-tuning and with LoRA, and compare the two: "
         "a table, a figure, and texts generated before and after. Both fine-tuned models are saved.",
     )
-    shared.add_model(parser)
+    shared.add_gpt2(parser)
     shared.add_output(parser, "runs/demo")
     parser.add_argument(
         "--steps", type=int, default=defaults.STEPS, metavar="N", help="training steps per method (%(default)s)"

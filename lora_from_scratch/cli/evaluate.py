@@ -36,14 +36,14 @@ def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.finetune.distributed import find_device
     from lora_from_scratch.finetune.evaluation import evaluate, first_cards
     from lora_from_scratch.finetune.tasks import load_dataset
-    from lora_from_scratch.gpt2.checkpoint import load_gpt2
     from lora_from_scratch.methods.registry import load_adapter
+    from lora_from_scratch.models.checkpoint import load_language_model
 
     device = find_device(options.device)
     dataset = load_dataset(options.data)
     examples = first_cards(getattr(dataset, options.split), options.cards)
-    base, tokenizer = load_gpt2(options.model)
-    model, _ = load_gpt2(options.model)
+    base, tokenizer = load_language_model(options.model)
+    model, _ = load_language_model(options.model)
     if options.adapter:
         load_adapter(model, options.adapter)
     base.to(device)

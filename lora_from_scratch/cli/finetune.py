@@ -19,8 +19,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "finetune",
         usage="%(prog)s [--flag value ...]",
-        help="fine-tune a GPT-2, evaluate it and save what it learned",
-        description="Fine-tune a GPT-2, evaluate it, and save what it learned. "
+        help="fine-tune a model, evaluate it and save what it learned",
+        description="Fine-tune a model, evaluate it, and save what it learned. "
         "If it is interrupted, run it again with the same flags to resume from the last checkpoint.",
     )
     shared.add_model(parser)
@@ -108,13 +108,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> TrainingSettings:
-    from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
-    from lora_from_scratch.gpt2.config import GPT2Config
+    from lora_from_scratch.models.checkpoint import shape_of
 
     rate, warmup = options.learning_rate, options.warmup_steps
     if rate is None:
-        config = GPT2Config.from_json(checkpoint_directory(options.model) / "config.json")
-        rate = defaults.learning_rate_for(options.method, config)
+        rate = defaults.learning_rate_for(options.method, shape_of(options.model))
     return TrainingSettings(
         steps=options.steps,
         learning_rate=rate,

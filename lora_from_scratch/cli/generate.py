@@ -10,7 +10,7 @@ from collections.abc import Collection
 from lora_from_scratch.cli import options as shared
 
 NEW_TOKENS = 80
-PRETRAINED = ("bundled", "gpt2")
+PRETRAINED = ("bundled", "gpt2", "smollm2")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -73,9 +73,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.finetune.distributed import find_device
-    from lora_from_scratch.gpt2.checkpoint import load_gpt2
     from lora_from_scratch.gpt2.generation import generate
     from lora_from_scratch.methods.registry import load_adapter
+    from lora_from_scratch.models.checkpoint import load_language_model
 
     device = find_device(options.device)
     prompts = _prompts(options)
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
             "give the adapter that has: --adapter DIR",
             file=sys.stderr,
         )
-    model, tokenizer = load_gpt2(options.model)
+    model, tokenizer = load_language_model(options.model)
     if options.adapter:
         method = load_adapter(model, options.adapter)
         if learned := method.readable(model, tokenizer):

@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--write-cards", type=Path, metavar="FILE", help="only write the cards of --cards-seed to this file"
     )
-    shared.add_model(parser)
+    shared.add_gpt2(parser)
     return parser
 
 

@@ -19,12 +19,22 @@ METAVARS = {"init_text": "TEXT"}
 Kind = tuple[type, bool]  # the type of a value, and whether the flag takes several
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_gpt2(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="bundled",
         metavar="MODEL",
         help='the GPT-2: "bundled", a directory, or a name on the Hugging Face Hub such as gpt2 (%(default)s)',
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="bundled",
+        metavar="MODEL",
+        help='the model: "bundled", "smollm2", the directory of a causal language model that transformers can load, or '
+        "a GPT-2 on the Hugging Face Hub, such as gpt2 (%(default)s)",
     )
 
 

@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "compare them: a table, and a figure of quality against trained parameters. "
         "If it is interrupted, run it again with the same flags to resume.",
     )
-    shared.add_model(parser)
+    shared.add_gpt2(parser)
     shared.add_output(parser, "runs/shootout")
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help="methods to run, by their names in the table (all core methods)"

@@ -11,7 +11,7 @@ from lora_from_scratch.finetune.data import Example
 from lora_from_scratch.finetune.step_seeds import shuffled_places
 from lora_from_scratch.finetune.training import Batch
 from lora_from_scratch.gpt2.model import IGNORE_INDEX
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.models.checkpoint import AnyTokenizer
 
 LENGTH_MULTIPLE = 16  # batches are padded to a multiple of this length
 BUCKET_STEPS = 8  # number of consecutive steps whose examples are sorted by length
@@ -76,7 +76,7 @@ class Completions:
         ValueError: every example is too long, or one has the end-of-text token in the middle of a text.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> None:
+    def __init__(self, examples: Sequence[Example], tokenizer: AnyTokenizer, context: int) -> None:
         self.padding_id, self.context = tokenizer.eos_id, context
         texts = [(e.mr, _without_end(e.ref, tokenizer.end)) for e in examples]
         self.end_removed = sum(e.ref != ref for e, (_, ref) in zip(examples, texts, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.methods.registry import method_class
+from lora_from_scratch.models.transformers_model import Shape
 
 STEPS = 500
 BATCH_SIZE = 8
@@ -11,7 +12,7 @@ WARMUP_FRACTION = 0.06
 WEIGHT_DECAY = 0.01
 
 
-def learning_rate_for(method: str, config: GPT2Config) -> float:
+def learning_rate_for(method: str, config: GPT2Config | Shape) -> float:
     """The tuned learning rate of a method, given by name, for a model of this size.
 
     Raises:

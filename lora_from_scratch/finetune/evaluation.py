@@ -20,8 +20,7 @@ from lora_from_scratch.finetune.metrics import (
     text_loss,
 )
 from lora_from_scratch.gpt2.generation import generate
-from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.models.checkpoint import AnyTokenizer, LanguageModel
 
 MAX_NEW_TOKENS = 110
 CARDS = 300  # default number of meanings to evaluate on
@@ -51,7 +50,7 @@ def first_cards(examples: Sequence[Example], cards: int) -> list[Example]:
 
 
 def write_texts(
-    model: GPT2, tokenizer: Tokenizer, mrs: Sequence[str], batch_size: int = 64, num_beams: int = 1
+    model: LanguageModel, tokenizer: AnyTokenizer, mrs: Sequence[str], batch_size: int = 64, num_beams: int = 1
 ) -> list[str]:
     """Generate a text for each meaning representation, greedily or by beam search, in the given order.
 
@@ -76,7 +75,7 @@ def write_texts(
     return texts
 
 
-def check_examples(examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> None:
+def check_examples(examples: Sequence[Example], tokenizer: AnyTokenizer, context: int) -> None:
     """Check before a long training run that `evaluate` can use these examples.
 
     Raises:
@@ -100,7 +99,12 @@ def _room(prompts: Sequence[Sequence[int]], mrs: Sequence[str], context: int) ->
 
 
 def evaluate(
-    model: GPT2, base: GPT2, tokenizer: Tokenizer, examples: Sequence[Example], dataset: Dataset, num_beams: int = 1
+    model: LanguageModel,
+    base: LanguageModel,
+    tokenizer: AnyTokenizer,
+    examples: Sequence[Example],
+    dataset: Dataset,
+    num_beams: int = 1,
 ) -> tuple[Scores, dict[str, str]]:
     """Compute all metrics of a model, and return them with the text that it generated for each card.
 
@@ -127,7 +131,7 @@ def evaluate(
     return scores, dict(zip(references, texts, strict=True))
 
 
-def tale_perplexity(model: GPT2, tokenizer: Tokenizer) -> float:
+def tale_perplexity(model: LanguageModel, tokenizer: AnyTokenizer) -> float:
     """The perplexity of the tales that ship with the project, each from its beginning."""
     total = tokens = 0.0
     for tale in load_tales():
@@ -145,7 +149,9 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def text_drawn_from(base: GPT2, tokenizer: Tokenizer, rows: int = 16, tokens: int = 128, seed: int = 0) -> Tensor:
+def text_drawn_from(
+    base: LanguageModel, tokenizer: AnyTokenizer, rows: int = 16, tokens: int = 128, seed: int = 0
+) -> Tensor:
     """Sample (rows, 1 + tokens) token ids from a model at temperature 1, each row starting from an empty text.
 
     The rows are shorter if the model's context is.

@@ -28,8 +28,12 @@ def rows(reports: Sequence[Report], headings: Sequence[str] = HEADINGS) -> list[
 
 def table(reports: Sequence[Report], headings: Sequence[str] = HEADINGS) -> str:
     """The table in Markdown, padded to be readable in a terminal. `headings` may also include "divergence"."""
-    lines = [tuple(headings), *rows(reports, headings)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    return markdown([tuple(headings), *rows(reports, headings)])
+
+
+def markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    """A table in Markdown, padded to be readable in a terminal; the first line is the heading."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 
     def join(cells: Sequence[str]) -> str:
         padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]

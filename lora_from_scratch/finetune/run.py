@@ -30,11 +30,11 @@ from lora_from_scratch.finetune.paged_optimizer import PagedAdamW
 from lora_from_scratch.finetune.peak_memory import PeakMemory
 from lora_from_scratch.finetune.tasks import load_dataset
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings, adamw
-from lora_from_scratch.gpt2.checkpoint import BUNDLED, checkpoint_directory, load_gpt2
+from lora_from_scratch.gpt2.checkpoint import BUNDLED
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.method import Method
+from lora_from_scratch.models.checkpoint import AnyTokenizer, LanguageModel, find_model, load_language_model
 from lora_from_scratch.support.files import check_writable, is_leftover, remove_leftovers, write_json
 
 CHECKPOINT = "training-checkpoint.pt"  # in the output directory during the run
@@ -153,7 +153,7 @@ def finetune(run: Run, progress: bool = True) -> Report:
 def _check_output(run: Run) -> None:
     """Check that the output folder is writable and holds neither this run's base model nor another kind of result."""
     check_writable(run.output)
-    if run.output.resolve() == checkpoint_directory(run.model).resolve():
+    if run.output.resolve() == find_model(run.model).directory.resolve():
         raise ValueError(f"the output {run.output} is the model's own directory; choose another output")
     other, kind = ("config.json", "a whole model") if run.method.peft_type else (CONFIG_FILE, "an adapter")
     if (run.output / other).exists():
@@ -196,7 +196,7 @@ def _differences(run: Run) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _completions(dataset: Dataset, tokenizer: Tokenizer, context: int, progress: bool) -> Completions:
+def _completions(dataset: Dataset, tokenizer: AnyTokenizer, context: int, progress: bool) -> Completions:
     completions = Completions(dataset.train, tokenizer, context)
     if completions.left_out and progress:
         print(
@@ -212,9 +212,9 @@ def _completions(dataset: Dataset, tokenizer: Tokenizer, context: int, progress:
 
 
 def _evaluate(
-    report: Report, run: Run, model: GPT2, tokenizer: Tokenizer, dataset: Dataset, examples: list[Example]
+    report: Report, run: Run, model: LanguageModel, tokenizer: AnyTokenizer, dataset: Dataset, examples: list[Example]
 ) -> None:
-    base, _ = load_gpt2(run.model)
+    base, _ = load_language_model(run.model)
     base.to(next(model.parameters()).device)
     report.tale_perplexity_before = tale_perplexity(base, tokenizer)
     report.scores, texts = evaluate(model, base, tokenizer, examples, dataset)
@@ -229,7 +229,7 @@ def _write_report(report: Report, run: Run) -> None:
     write_json(run.output / REPORT, document)
 
 
-def _trainer(run: Run, model: GPT2, completions: Completions, base: int, progress: bool) -> Trainer:
+def _trainer(run: Run, model: LanguageModel, completions: Completions, base: int, progress: bool) -> Trainer:
     return Trainer(
         model,
         lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
@@ -245,7 +245,7 @@ def _trainer(run: Run, model: GPT2, completions: Completions, base: int, progres
     )
 
 
-def _paged_optimizers(run: Run, model: GPT2) -> Callable[[], list[torch.optim.Optimizer]]:
+def _paged_optimizers(run: Run, model: LanguageModel) -> Callable[[], list[torch.optim.Optimizer]]:
     """A function that makes the optimiser whose state is in a file, on the same disk as the output."""
 
     def optimizers() -> list[torch.optim.Optimizer]:
@@ -257,13 +257,15 @@ def _paged_optimizers(run: Run, model: GPT2) -> Callable[[], list[torch.optim.Op
     return optimizers
 
 
-def _parameters(model: GPT2) -> int:
-    """The parameter count of a model of this shape; quantised weights, which are no `nn.Parameter`, count too."""
+def _parameters(model: LanguageModel) -> int:
+    """The parameter count of a base model; quantised weights, which are no `nn.Parameter`, count too."""
+    if not isinstance(model, GPT2):
+        return sum(p.numel() for p in model.parameters())
     with torch.device("meta"):  # shapes without memory
         return sum(p.numel() for p in GPT2(model.config).parameters())
 
 
-def _fingerprint(model: GPT2) -> int:
+def _fingerprint(model: LanguageModel) -> int:
     """A CRC-32 of the weights, to tell models apart."""
     crc = 0
     for tensor in model.state_dict().values():
@@ -271,7 +273,7 @@ def _fingerprint(model: GPT2) -> int:
     return crc
 
 
-def _save(run: Run, model: GPT2, tokenizer: Tokenizer) -> tuple[int, int]:
+def _save(run: Run, model: LanguageModel, tokenizer: AnyTokenizer) -> tuple[int, int]:
     """Save the result; return its size in bytes and in parameters, not counting other files in the folder."""
 
     def files() -> dict[str, int]:

@@ -153,18 +153,29 @@ def _some(names: Sequence[str]) -> str:
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Read all tensors from the first kind of weight file that exists (in the same order as transformers)."""
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(directory):
+        tensors |= _read_file(file)
+    if not tensors:
+        raise FileNotFoundError(
+            f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index"
+        )
+    return tensors
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files with a model's weights, in the order in which `read_weights` looks for them; none: there are none.
+
+    Raises:
+        OSError, ValueError: the index of a sharded checkpoint is damaged, or a shard is missing.
+    """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{single}.index.json"
         if (directory / single).exists():
-            return _read_file(directory / single)
+            return [directory / single]
         if index.exists():
-            tensors: dict[str, Tensor] = {}
-            for shard in _shards(index):
-                tensors |= _read_file(directory / shard)
-            return tensors
-    raise FileNotFoundError(
-        f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index"
-    )
+            return [directory / shard for shard in _shards(index)]
+    return []
 
 
 def _shards(index: Path) -> list[str]:

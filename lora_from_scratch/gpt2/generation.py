@@ -6,7 +6,8 @@ Shapes: B texts, T tokens, V = `vocab_size`. The functions above `generate` perf
 A model here is anything that can be called as `model(input_ids, attention_mask=..., cache=...)` and returns logits
 (B, T, V) for the T tokens of `input_ids`. The mask covers exactly the tokens passed since the cache was empty: a method
 that adds entries of its own to the cache must extend the mask itself. Between two calls the rows of the batch (and of
-the cache, by `KVCache.reorder`) may be dropped, repeated and reordered.
+the cache, by `KVCache.reorder`) may be dropped, repeated and reordered. A model with a cache of another kind has a
+method `new_cache`.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ class _TextBatch:
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], use_cache: bool) -> None:
         self.model = model
-        self.cache = KVCache() if use_cache else None
+        self.cache = getattr(model, "new_cache", KVCache)() if use_cache else None
         device = next(model.parameters()).device
         longest = max(len(prompt) for prompt in prompts)
         padding = [longest - len(prompt) for prompt in prompts]

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lora_from_scratch.gpt2.checkpoint import load_model, save_gpt2
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.method import LearningRates, Method
+from lora_from_scratch.models.checkpoint import load_weights, save_language_model
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class FullFineTuning(Method):
             raise ValueError("cannot undo: keep_base=False kept no copy of the base model; load the model again")
         super().undo(model)
 
-    def save(self, model: GPT2, directory: str | Path, *, base_model: str | None = None, tokenizer: Any = None) -> None:
+    def save(self, model: Any, directory: str | Path, *, base_model: str | None = None, tokenizer: Any = None) -> None:
         """Write the whole model, as a checkpoint directory in Hugging Face's layout."""
         self._adaptation(model)
-        save_gpt2(model, tokenizer, directory)
+        save_language_model(model, tokenizer, directory)
 
     def trains_of_base(self) -> str:
         return "everything"
@@ -66,7 +66,7 @@ class FullFineTuning(Method):
     @classmethod
     def from_checkpoint(cls, directory: Path) -> tuple[FullFineTuning, dict[str, Tensor]]:
         """Read the method and the weights that `save` wrote."""
-        return cls(), {name: p.detach() for name, p in load_model(directory.resolve()).named_parameters()}
+        return cls(), load_weights(directory)
 
 
 # --- The last blocks only ----------------------------------------------------------------------------------

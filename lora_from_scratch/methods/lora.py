@@ -298,8 +298,9 @@ class LoRA(TrainsParts):
     rank: int = hyperparameter(8, "rank r of the update B A")
     alpha: float = hyperparameter(64, "the update is multiplied by alpha / rank")  # s = 8, as the paper's GPT-2
     targets: Sequence[str] | str = hyperparameter(  # every matrix of a block, as Dettmers et al. 2023 advise
-        ("c_attn", "c_proj", "c_fc"),
-        "names of the layers to adapt (c_attn, mlp.c_proj), parts of them (c_attn.q), or one regular expression",
+        "all-linear",
+        "the layers to adapt: all-linear, their names (c_attn, mlp.c_proj), parts of them (c_attn.q), or one regular "
+        "expression",
     )
     dropout: float = hyperparameter(0.0, "dropout probability of the input of A during training")
     rslora: bool = hyperparameter(False, "multiply by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")

@@ -31,11 +31,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_from_scratch.gpt2.checkpoint import load_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods import adapter_files
+from lora_from_scratch.models.checkpoint import AnyTokenizer, LanguageModel, load_language_model
 from lora_from_scratch.support.wrapped import plain_name, refuse_wrapped_parts, unwrapped
 
 T = TypeVar("T")
@@ -196,8 +195,12 @@ class Method(ABC):
         """An adapted GPT-2 of this shape on the meta device, which allocates no memory."""
         with torch.device("meta"):
             model = GPT2(config)
-        self.adapt(model)
+        self.adapt_blank(model)
         return model
+
+    def adapt_blank(self, model: nn.Module) -> None:
+        """Like `adapt`, for a model on the meta device."""
+        self.adapt(model)
 
     def bytes_for_undo(self, config: GPT2Config) -> int:
         """The number of bytes kept of the base for `undo`, beside the copies in `Adaptation.kept`."""
@@ -213,11 +216,11 @@ class Method(ABC):
 
     # --- Before adapting ---
 
-    def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
-        """Like `load_gpt2`, in the form that takes this method the least memory; `adapt` accepts the full model too."""
-        return load_gpt2(source)
+    def load_base(self, source: str | Path) -> tuple[LanguageModel, AnyTokenizer]:
+        """Like `load_language_model`, in the form that takes this method the least memory; `adapt` accepts any form."""
+        return load_language_model(source)
 
-    def for_tokenizer(self, tokenizer: Tokenizer) -> Method:
+    def for_tokenizer(self, tokenizer: Any) -> Method:
         """This method with its texts, if it has any, encoded by a tokenizer.
 
         Raises:
@@ -309,8 +312,8 @@ class Method(ABC):
         if merged:
             self.merge(model)
 
-    def readable(self, model: nn.Module, tokenizer: Tokenizer) -> str:
-        """What was learned as a text, where it is one; "": it is numbers."""
+    def readable(self, model: nn.Module, tokenizer: Any) -> str:
+        """What was learned, if it is a text; "" otherwise."""
         return ""
 
     # --- Merging ---

@@ -30,16 +30,17 @@ from lora_from_scratch.gpt2.checkpoint import (
 )
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2, Conv1D
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.lora import LoRA, inject_lora, lora_layers
 from lora_from_scratch.methods.method import LearningRates, adaptation_of, hyperparameter
-from lora_from_scratch.methods.placement import WHOLE_LAYERS, classifier, linear_layers
-from lora_from_scratch.methods.quantized_lora import QuantizedLoRA
+from lora_from_scratch.methods.placement import WHOLE_LAYERS
+from lora_from_scratch.methods.quantized_lora import QuantizedLoRA, layers_to_quantize
+from lora_from_scratch.models.checkpoint import AnyTokenizer, LanguageModel, find_model
 from lora_from_scratch.quantization.nf4 import CODEBOOKS, NestedAbsmax
 from lora_from_scratch.quantization.nf4_linear import NF4Linear, check_quantization, nf4_layers
 from lora_from_scratch.quantization.quantized_tensor import NESTED_BLOCKSIZE, QuantizedTensor
-from lora_from_scratch.support.linear_layers import CONV1D, keep_called
+from lora_from_scratch.support.linear_layers import CONV1D, is_conv1d, keep_called, weight_of
+from lora_from_scratch.support.wrapped import unwrapped
 
 # --- Loading ---------------------------------------------------------------------------------------
 
@@ -124,9 +125,7 @@ def quantize_model(
     before = adaptation_of(model)
     if before is not None:
         raise ValueError(f"the model is already adapted by {before.method}; undo that, quantise, and adapt again")
-    kept = set() if (head := classifier(model)) is None else set(head.modules())
-    found = linear_layers(model).items()
-    dense = {name: layer for name, layer in found if layer not in kept and not isinstance(layer, NF4Linear)}
+    dense = layers_to_quantize(model)
     quantized: dict[str, nn.Module] = {}
     for name, layer in dense.items():
         try:
@@ -136,6 +135,13 @@ def quantize_model(
     inject_lora(model, quantized)
     keep_called(model, quantized)
     return dense
+
+
+class _Blank(QuantizedTensor):
+    """A quantised tensor without values, on the meta device or in a `FakeTensorMode`."""
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device=self.packed.device)
 
 
 # --- The method ----------------------------------------------------------------------------------------
@@ -178,8 +184,10 @@ class QLoRA(QuantizedLoRA):
         if not isinstance(self.double_quantization, bool):
             raise ValueError(f"double_quantization must be true or false, got {self.double_quantization!r}")
 
-    def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
-        """Load the model in four bits, one layer at a time."""
+    def load_base(self, source: str | Path) -> tuple[LanguageModel, AnyTokenizer]:
+        """Load a GPT-2 in four bits, one layer at a time; any other model in full, which `adapt` then quantises."""
+        if not find_model(source).is_gpt2:
+            return super().load_base(source)
         tokenizer = load_tokenizer(source)
         model = load_quantized(source, self.quant_type, self.blocksize, self.double_quantization)
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -251,24 +259,21 @@ class QLoRA(QuantizedLoRA):
         dense = 4 * config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.mlp_width)
         return dense if self.keep_base else 0
 
-    def blank_model(self, config: GPT2Config) -> GPT2:
+    def adapt_blank(self, model: nn.Module) -> None:
         """A weight without values cannot be quantised, but its size in four bits is known."""
-        with torch.device("meta"):
-            model = GPT2(config)
-        dense = {name: m for name, m in model.named_modules() if isinstance(m, Conv1D)}
-        inject_lora(model, {name: self._blank_layer(layer) for name, layer in dense.items()})
+        model = unwrapped(model)
+        inject_lora(model, {name: self._blank_layer(layer) for name, layer in layers_to_quantize(model).items()})
         self.adapt(model)
-        return model
 
-    def _blank_layer(self, layer: Conv1D) -> NF4Linear:
-        n = layer.weight.numel()
-        blocks = -(-n // self.blocksize)
-        absmax: Tensor | NestedAbsmax = torch.empty(blocks, device="meta")
+    def _blank_layer(self, layer: nn.Module) -> NF4Linear:
+        shape, device, bias = weight_of(layer).shape, weight_of(layer).device, layer.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        blocks = -(-shape.numel() // self.blocksize)
+        absmax: Tensor | NestedAbsmax = torch.empty(blocks, device=device)
         if self.double_quantization:
-            codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
-            second = torch.empty(-(-blocks // NESTED_BLOCKSIZE), device="meta")
-            absmax = NestedAbsmax(codes, second, torch.empty((), device="meta"))
-        packed = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device="meta")
-        shape = torch.Size((layer.out_features, layer.in_features))
-        quantized = QuantizedTensor(packed, absmax, self.quant_type, self.blocksize, shape, torch.float32)
-        return NF4Linear(quantized, layer.bias, type(layer))
+            codes = torch.empty(blocks, dtype=torch.uint8, device=device)
+            second = torch.empty(-(-blocks // NESTED_BLOCKSIZE), device=device)
+            absmax = NestedAbsmax(codes, second, torch.empty((), device=device))
+        packed = torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8, device=device)
+        quantized = _Blank(packed, absmax, self.quant_type, self.blocksize, shape, torch.float32)
+        return NF4Linear(quantized, bias, type(layer) if is_conv1d(layer) else nn.Linear)

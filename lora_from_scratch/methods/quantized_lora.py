@@ -1,6 +1,6 @@
-"""A LoRA on a model whose linear layers are quantised: what QLoRA, LoftQ, QA-LoRA and LQ-LoRA have in common.
+"""LoRA on a model whose linear layers are quantised: what QLoRA, LoftQ, QA-LoRA and LQ-LoRA have in common.
 
-A subclass says how the layers are quantised and, if A and B do not start as LoRA's, how they start.
+A subclass defines how the layers are quantised and, if it differs from LoRA's, how A and B are initialised.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lora_from_scratch.quantization.nf4_linear import QuantizedLinear, quantized
 from lora_from_scratch.support.linear_layers import keep_called, weight_of
 from lora_from_scratch.support.wrapped import unwrapped
 
-# What an adapted model remembers beside its `Adaptation`, past nn.Module's own bookkeeping. So a layer that goes back
-# is brought to the device and the dtype of the one that stands in its place.
-DENSE = "dense_layers"  # the layers that `adapt` replaced, by name; None: thrown away (keep_base=False)
+# Attributes of an adapted model beside its `Adaptation`. They are not registered as submodules and `model.to` does not
+# move them, so a layer that is put back is first moved to the device and dtype of the layer that it replaces.
+DENSE = "dense_layers"  # the layers that `adapt` replaced, by name; None: discarded (keep_base=False)
 _QUANTIZED = "quantized_layers"  # while merged: the quantised layers
 
 
@@ -31,22 +31,22 @@ class QuantizedLoRA(LoRA):
     """LoRA on a base that `adapt` quantises. Merging dequantises, because s B A does not fit into few bits.
 
     Args:
-        keep_base: whether the full weights stay in memory for `undo`: as large as the model itself. `keep_base=False`
-            saves that; then there is no way back (unless the model was quantised before).
+        keep_base: whether the full weights stay in memory for `undo`. They take as much memory as the model itself.
+            With False they are discarded, and `undo` is possible only if the model was quantised before `adapt`.
     """
 
     keep_base: bool = True
 
     @abstractmethod
     def quantize(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Put quantised layers into the model, and return the layers that they replace, by name.
+        """Quantise the layers of the model in place, and return the layers that were replaced, by name.
 
         Raises:
-            ValueError: the model cannot be quantised as the method says. The model is then as it was.
+            ValueError: the model cannot be quantised with this method's settings. It is then unchanged.
         """
 
     def begin(self, model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-        """Change how A and B, and the quantised weights, start.
+        """Initialise A and B, and if necessary the quantised weights, differently from LoRA.
 
         Args:
             dense: what `quantize` returned.
@@ -59,10 +59,10 @@ class QuantizedLoRA(LoRA):
             record.base = {name: p for name, p in record.base.items() if id(p) in present}
 
     def undo(self, model: nn.Module) -> None:
-        """Give the base model back, bit for bit.
+        """Restore the base model, bit for bit.
 
         Raises:
-            ValueError: `keep_base` is False and `adapt` threw the full weights away.
+            ValueError: `keep_base` is False and `adapt` discarded the full weights.
         """
         self._adaptation(model)
         if None in unwrapped(model).__dict__[DENSE].values():
@@ -88,7 +88,7 @@ class QuantizedLoRA(LoRA):
         if not self._adaptation(model).merged:
             in_place = quantized_layers(model)
             inject_lora(model, {name: layer.to(in_place[name].like) for name, layer in dense.items()})
-        else:  # merged, so wanted as it is: a plain model, to be trained like the base
+        else:  # merged: the dequantised layers stay, and are as trainable as the base's were
             inject_lora(model, {name: layer.dense() for name, layer in quantized_layers(model).items()})
             flags = self._adaptation(model).required_grad
             for name, parameter in model.named_parameters():
@@ -112,21 +112,26 @@ class QuantizedLoRA(LoRA):
         return LoRA(**{f.name: getattr(self, f.name) for f in fields(LoRA)})
 
 
-def quantize_linear_layers(model: nn.Module, quantize: Callable[[str, Tensor], LowBitTensor]) -> dict[str, nn.Module]:
-    """Put a `LowBitLinear` in the place of every linear layer of a model but its output head.
-
-    Args:
-        quantize: makes a layer's name and its weight (out, in) a weight in few bits.
-
-    Returns:
-        The layers that were there, by name. Those that are quantised already stay, and are not among them.
-
-    Raises:
-        ValueError: a weight is not finite; the message names the layer. The model is then as it was.
-    """
+def layers_to_quantize(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model by name, without its output head and those that are already quantised."""
     kept = set() if (head := classifier(model)) is None else set(head.modules())
     found = linear_layers(model).items()
-    dense = {name: layer for name, layer in found if layer not in kept and not isinstance(layer, QuantizedLinear)}
+    return {name: layer for name, layer in found if layer not in kept and not isinstance(layer, QuantizedLinear)}
+
+
+def quantize_linear_layers(model: nn.Module, quantize: Callable[[str, Tensor], LowBitTensor]) -> dict[str, nn.Module]:
+    """Replace every linear layer of a model except its output head by a `LowBitLinear`.
+
+    Args:
+        quantize: quantises a weight (out, in), given the layer's name and the weight.
+
+    Returns:
+        The layers that were replaced, by name. Layers that were already quantised are left alone.
+
+    Raises:
+        ValueError: a weight is not finite; the message names the layer. The model is then unchanged.
+    """
+    dense = layers_to_quantize(model)
     quantized: dict[str, nn.Module] = {}
     for name, layer in dense.items():
         try:

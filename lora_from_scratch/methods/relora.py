@@ -32,8 +32,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.methods.adapter_files import PREFIX
 from lora_from_scratch.methods.lora import LoRA, LoRALinear, lora_layers
 from lora_from_scratch.methods.method import LearningRates, Method, hyperparameter
-from lora_from_scratch.methods.wrapped_layers import dense
-from lora_from_scratch.support.linear_layers import refuse_tied
+from lora_from_scratch.support.linear_layers import dense, refuse_tied
 from lora_from_scratch.support.wrapped import unwrapped
 
 STEPS = "steps_with_restarts"  # where an adapted model keeps the steps of the run, past nn.Module's bookkeeping

@@ -33,7 +33,7 @@ class WrapsLayers(Method):
     """
 
     targets: Sequence[str] | str = hyperparameter(
-        ("c_attn", "c_proj", "c_fc"), "the layers to adapt, by name (c_attn, mlp.c_proj) or one regular expression"
+        "all-linear", "the layers to adapt: all-linear, their names (c_attn, mlp.c_proj), or one regular expression"
     )
 
     layer: ClassVar[type[nn.Module]]

@@ -1,4 +1,4 @@
-"""A model inside the wrappers that PyTorch puts around it: compiled, or in parallel."""
+"""A model inside the wrappers around it: compiled, in parallel, or called in another way."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from torch import nn
 
 COMPILED = "_orig_mod"  # where the module that `torch.compile` returns keeps the one that it was given
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class Wrapper(nn.Module):
+    """A base class for modules that only change how another module is called; methods adapt the module inside."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside: Any = inside
+        self.training = inside.training
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -32,4 +41,6 @@ def refuse_wrapped_parts(model: nn.Module) -> None:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    return module.module if isinstance(module, PARALLEL) else module._modules.get(COMPILED)
+    if isinstance(module, PARALLEL):
+        return module.module
+    return module._modules.get("inside" if isinstance(module, Wrapper) else COMPILED)
