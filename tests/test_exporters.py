@@ -83,6 +83,31 @@ def test_moodle_gets_the_columns_of_its_own_export(course: GradingCourse) -> Non
     ]
 
 
+@pytest.mark.parametrize("exporter", ["CanvasExport", "MoodleExport", "CsvExport"])
+def test_what_a_person_has_still_to_decide_is_empty_and_not_zero(
+    exporter: str, course: GradingCourse, tmp_path: Path
+) -> None:
+    there = course.copy(tmp_path / "course")
+    there.hand_in("waits", **RIGHT, why_count="To know how many.")
+    there.hand_in("doubtful", **(RIGHT | {"Counter": "doubtful"}))
+    there.hand_in("dies", fourfold_root="die")
+    there.hand_in("zero")
+    there.grade()
+    head, *rows = export(there, f"--exporter={EXPORTERS}.{exporter}")
+    column = head.index("score") if "score" in head else len(head) - 1
+    found = {name: row[column] for row in rows for name in row if name in ("waits", "doubtful", "dies", "zero", "zoe")}
+    assert {name: score.removesuffix(".0") for name, score in found.items()} == {
+        "waits": "",
+        "doubtful": "",
+        "dies": "",
+        "zero": "0",
+        "zoe": "",
+    }
+    there.give("waits", "why_count", 1)
+    rows = export(there, f"--exporter={EXPORTERS}.{exporter}")
+    assert [row[column] for row in rows if "waits" in row] in (["8"], ["8.0"])
+
+
 FORMULAS = ("=1+1", "@SUM(1)", "+1", "-1", "\t=1", "\r=1", " =1", "x;=1", "\uff1d1", '=HYPERLINK("http://x")', "a\n=1")
 
 
@@ -134,7 +159,7 @@ def test_a_gradebook_on_postgresql_holds_what_one_on_sqlite_holds_and_is_exporte
     head, *rows = export(there)
     named = [dict(zip(head, row, strict=True)) for row in rows]
     scores = {row["student_id"]: (row["score"], row["max_score"]) for row in named}
-    assert scores == {"ada": ("9.25", "12.0"), "bob, jr.": ("7.0", "12.0"), "zoe": ("0.0", "12.0")}
+    assert scores == {"ada": ("", "12.0"), "bob, jr.": ("7.0", "12.0"), "zoe": ("", "12.0")}
 
 
 def test_the_formgraders_own_queries_work_on_postgresql(course: GradingCourse, server: str, tmp_path: Path) -> None:

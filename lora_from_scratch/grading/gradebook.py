@@ -224,6 +224,7 @@ class UnitGradebook:
         if late <= 0:
             return None
         step = AssignLatePenalties(config=self.config)
+        step.gradebook, step.assignment_id = self.gradebook, self.assignment  # for plugins that look at other units
         step.init_plugin()
         penalty = step.plugin_inst.late_submission_penalty(submitted.assignment.student_id, submitted.score, late)
         return None if penalty is None else step._check_late_penalty(submitted, penalty)
