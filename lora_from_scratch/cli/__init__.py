@@ -25,6 +25,7 @@ COMMANDS = (
     "check-submission",
     "leaderboard",
     "build",
+    "collect",
     "grade",
     "doctor",
 )
