@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,39 @@ def test_nbgraders_own_export_has_its_columns_and_quotes_names(course: GradingCo
         "raw_score", "late_submission_penalty", "score", "max_score",
     ]  # fmt: skip
     assert [NAME, "", "", "bob, jr.", "", "", "", "7.0", "0.0", "7.0", "12.0"] in rows
+
+
+def test_lti_score_messages_have_a_score_only_when_everything_is_decided(course: GradingCourse, tmp_path: Path) -> None:
+    there = course.copy(tmp_path / "course")
+
+    def enrol(gradebook: Any) -> None:
+        gradebook.add_student("eve", lms_user_id="../../eve")
+        gradebook.add_student("waits", lms_user_id="a1b2")
+
+    there.as_a_person(enrol)
+    there.hand_in("eve", **RIGHT)
+    there.hand_in("ada", "2026-05-01 12:00:00 UTC", **RIGHT, why_count="To know how many.")
+    there.hand_in("waits", **RIGHT, why_count="To know how many.")
+    there.grade()
+    there.give("ada", "why_count", 2.25)
+    target = there.root / "course" / "scores"
+    command = [sys.executable, "-m", "nbgrader", "export", f"--db={there.url}", f"--to={target}"]
+    command += ["--exporter=lora_from_scratch.grading.platforms.lti.LtiExport"]
+    done = subprocess.run(command, cwd=there.root / "course", capture_output=True, text=True)
+    assert "bob, jr., eve" in done.stderr  # who has no id, or one that is no file name
+    messages = {path.relative_to(target).as_posix(): json.loads(path.read_text()) for path in target.rglob("*.json")}
+    assert messages.keys() == {f"{NAME}/4711.json", f"{NAME}/a1b2.json"}
+    ada, waits = messages[f"{NAME}/4711.json"], messages[f"{NAME}/a1b2.json"]
+    assert ada.pop("timestamp").endswith("+00:00")
+    assert ada == {
+        "userId": "4711",
+        "scoreGiven": 9.25,
+        "scoreMaximum": 12.0,
+        "activityProgress": "Completed",
+        "gradingProgress": "FullyGraded",
+        "submission": {"submittedAt": "2026-05-01T12:00:00.000+00:00"},
+    }
+    assert (waits["gradingProgress"], "scoreGiven" in waits) == ("PendingManual", False)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ COMMANDS = (
     "build",
     "collect",
     "grade",
+    "bundle",
     "doctor",
 )
 

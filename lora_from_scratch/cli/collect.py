@@ -33,8 +33,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="CSV",
-        help="a table of learners beside the gradebook, also several: Canvas's gradebook export, Moodle's grading worksheet (with "
-        "the times of submission), Gradescope's roster, or a list for `nbgrader db student import`",
+        help="a table of learners beside the gradebook, also several: Canvas's gradebook export, Moodle's grading "
+        "worksheet (with the times of submission), Gradescope's roster, or a list for `nbgrader db student import`",
     )
     parser.add_argument("--replace", action="store_true", help="replace different work of a learner that is there")
     parser.add_argument("--timezone", default="UTC", metavar="NAME", help="of Moodle's times, such as Europe/Oslo")

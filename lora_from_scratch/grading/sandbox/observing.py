@@ -36,6 +36,7 @@ from lora_from_scratch.support.figures import BUILDING
 MOST_STARTS = 8  # of one submission's notebook, including the restarts after crashes
 OVERHEAD = 2**20  # bytes of an observation beyond its tensors
 GRACE = 5.0  # seconds, beyond its own limit, for the process to report that a cell is out of time
+NOBODY = 65534  # the user and group of isolation "user"
 JOB = "/job"  # where the job is visible inside
 LIBRARY = "/library"  # where an instructor's own modules are
 BOOT = "from lora_from_scratch.grading.sandbox.inside import main; main({folder!r}, {frames})"
@@ -151,7 +152,7 @@ class _NotebookObserver:
     def run(self, without: frozenset[str], steps: Iterable[Step] | None = None) -> None:
         """Run the steps, restarting after each crash, up to `MOST_STARTS` times."""
         waiting = list(self.job.steps if steps is None else steps)
-        library = stripped(self.unit, without, self.job.cache, assets=self.job.isolation == "none")
+        library = stripped(self.unit, without, self.job.cache, assets=self.job.isolation != "bubblewrap")
         left_out: list[tuple[Step, EarlyExit]] = []
         for _ in range(MOST_STARTS):
             if self.left <= 0:
@@ -222,7 +223,11 @@ class _NotebookObserver:
             (folder / "files").rmdir()
             shutil.copytree(self.job.files, folder / "files", symlinks=True)
         environment = environment_of(str(home), os.pathsep.join((str(library.folder), str(library.extra))))
-        return supervisor.start(None, lambda frames: python(str(folder), frames), key, str(work), environment)
+        user = NOBODY if self.job.isolation == "user" else None
+        if user is not None:
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, user, user, follow_symlinks=False)
+        return supervisor.start(None, lambda frames: python(str(folder), frames), key, str(work), environment, user)
 
     def _describe(self, steps: Iterable[Step]) -> dict[str, Data]:
         """The job as the runner reads it."""
