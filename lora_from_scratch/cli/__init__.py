@@ -25,7 +25,7 @@ COMMANDS = (
     "check-submission",
     "leaderboard",
     "build",
-    "collect",
+    "intake",
     "grade",
     "bundle",
     "doctor",

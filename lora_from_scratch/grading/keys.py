@@ -21,11 +21,11 @@ PACKAGE = units.PACKAGE.parent
 WITHOUT = (
     "cli/",
     "grading/building/",
-    "grading/collecting/",
+    "grading/intake/",
     "grading/platforms/",
     *(f"grading/{name}.py" for name in ("autograded", "course_folder", "exporters", "feedback", "formgrader", "grade")),
-    *(f"grading/{name}.py" for name in ("gradebook", "keys", "late", "pool", "preprocessors", "report")),
-    *(f"grading/{name}.py" for name in ("summary", "tasks")),
+    *(f"grading/{name}.py" for name in ("gradebook", "keys", "late", "marking_run", "pool", "preprocessors")),
+    *(f"grading/{name}.py" for name in ("report", "shards", "summary", "tasks")),
 )
 LARGEST_FILE = 25_000_000  # bytes; of larger files only the size is used
 DIGITS = 16

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -e '.[course]'")
 
-from lora_from_scratch.grading.collecting.downloads import safe
-from lora_from_scratch.grading.collecting.roster import Roster, names_of
+from lora_from_scratch.grading.intake.downloads import safe
+from lora_from_scratch.grading.intake.roster import Roster, names_of
 from tests.cli_calls import call, complaint
 from tests.grading_course import NAME, RIGHT, GradingCourse, template
 
@@ -55,8 +55,8 @@ def zipped(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def collect(course: GradingCourse, *arguments: object) -> tuple[int, str, str]:
-    return call("collect", "99", *arguments, "--course", course.root)
+def intake(course: GradingCourse, *arguments: object) -> tuple[int, str, str]:
+    return call("intake", "99", *arguments, "--course", course.root)
 
 
 def collected(course: GradingCourse) -> dict[str, dict[str, bytes]]:
@@ -88,7 +88,7 @@ def test_a_download_from_canvas(course: GradingCourse, tmp_path: Path) -> None:
             "__MACOSX/._liwei_1_903_unit.ipynb": b"",
         },
     )
-    code, said, complaints = collect(course, download)
+    code, said, complaints = intake(course, download)
     assert (code, said) == (1, f"{NAME}: 4 taken in, 0 replaced, 0 unchanged\n")
     assert collected(course) == {
         "amina": {f"{NAME}.ipynb": books[1], "weights.csv": b"1,2", "timestamp.txt": b"late, says Canvas\n"},
@@ -132,7 +132,7 @@ def test_a_download_from_moodle_with_its_grading_worksheet(course: GradingCourse
             "Ola Nordmann_37_assignsubmission_onlinetext_/onlinetext.html": b"<p>forgot</p>",
         },
     )
-    code, _, complaints = collect(course, download, "--roster", worksheet, "--timezone", "Europe/Oslo")
+    code, _, complaints = intake(course, download, "--roster", worksheet, "--timezone", "Europe/Oslo")
     assert code == 1
     assert collected(course) == {
         "amina": {f"{NAME}.ipynb": books[0], "timestamp.txt": b"2026-06-10 14:14:00 Europe/Oslo\n"},
@@ -175,7 +175,7 @@ def test_a_download_from_gradescope_with_a_group(course: GradingCourse, tmp_path
     books = [notebook(course, number) for number in range(2)]
     files = {f"{root}/submission_metadata.yml": METADATA.encode(), f"{root}/submission_81/{NAME}.ipynb": books[0]}
     files |= {f"{root}/submission_82/{NAME}.ipynb": books[1]}
-    code, _, complaints = collect(course, zipped(tmp_path / "submissions.zip", files))
+    code, _, complaints = intake(course, zipped(tmp_path / "submissions.zip", files))
     assert (code, complaints) == (1, "needs a person: submission_82: matches nobody in the roster\n")
     same = {f"{NAME}.ipynb": books[0], "timestamp.txt": b"2026-06-10 12:14:00.250000+00:00\n"}
     assert collected(course) == {"amina": same, "li2": same}
@@ -187,12 +187,12 @@ def test_work_that_is_there_is_replaced_only_when_asked(course: GradingCourse, t
     name = f"dialloamina_4711_901_{NAME}.ipynb"
     first = zipped(tmp_path / "first.zip", {name: notebook(course, 1)})
     second = zipped(tmp_path / "second.zip", {name: notebook(course, 2)})
-    assert collect(course, first)[0] == 0
-    assert collect(course, first) == (0, f"{NAME}: 0 taken in, 0 replaced, 1 unchanged\n", "")
-    code, _, complaints = collect(course, second)
+    assert intake(course, first)[0] == 0
+    assert intake(course, first) == (0, f"{NAME}: 0 taken in, 0 replaced, 1 unchanged\n", "")
+    code, _, complaints = intake(course, second)
     assert (code, "amina" in complaints) == (1, True)
     assert collected(course)["amina"][f"{NAME}.ipynb"] == notebook(course, 1)
-    assert collect(course, second, "--replace") == (0, f"{NAME}: 0 taken in, 1 replaced, 0 unchanged\n", "")
+    assert intake(course, second, "--replace") == (0, f"{NAME}: 0 taken in, 1 replaced, 0 unchanged\n", "")
     assert collected(course)["amina"][f"{NAME}.ipynb"] == notebook(course, 2)
     assert sorted(path.name for path in (course.root / "submitted").iterdir()) == ["amina"]
 
@@ -209,7 +209,7 @@ def test_names_lead_nowhere_and_a_learner_does_not_set_the_time(course: GradingC
         archive.writestr(f"{prefix}/timestamp.txt", "2020-01-01 00:00:00 UTC")
         archive.writestr(link, "/etc/passwd")
         archive.writestr(f"{prefix}/bomb.bin", bytes(140_000_000))
-    code, _, complaints = collect(course, download)
+    code, _, complaints = intake(course, download)
     assert (code, complaints) == (
         1,
         "needs a person: amina: bomb.bin was left out, because there are too many or too large files\n",
@@ -243,10 +243,10 @@ def test_bad_input_ends_in_one_line(course: GradingCourse, tmp_path: Path) -> No
     table.write_text("a,b\n1,2\n")
     broken = zipped(tmp_path / "broken.zip", {"submission_metadata.yml": b"a: [", "submission_1/x.ipynb": b""})
     where = ("--course", course.root)
-    assert "not a download of submissions" in complaint("collect", "99", other, *where)
-    assert "neither a folder nor a zip file" in complaint("collect", "99", text, *where)
-    assert "is no roster" in complaint("collect", "99", other, "--roster", table, *where)
-    assert "submission_metadata.yml cannot be read" in complaint("collect", "99", broken, *where)
-    assert "--timezone" in complaint("collect", "99", other, "--timezone", "Oslo/Europe", *where)
-    assert "there is no" in complaint("collect", "99", tmp_path / "none.zip", *where)
+    assert "not a download of submissions" in complaint("intake", "99", other, *where)
+    assert "neither a folder nor a zip file" in complaint("intake", "99", text, *where)
+    assert "is no roster" in complaint("intake", "99", other, "--roster", table, *where)
+    assert "submission_metadata.yml cannot be read" in complaint("intake", "99", broken, *where)
+    assert "--timezone" in complaint("intake", "99", other, "--timezone", "Oslo/Europe", *where)
+    assert "there is no" in complaint("intake", "99", tmp_path / "none.zip", *where)
     assert not (course.root / "submitted").exists()

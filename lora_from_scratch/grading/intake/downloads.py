@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from lora_from_scratch.grading.collecting.roster import Key
+from lora_from_scratch.grading.intake.roster import Key
 from lora_from_scratch.grading.submissions.folder import MOST_ENTRIES, entries, open_plain
 
 CANVAS = re.compile(

@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lora_from_scratch.grading.collecting.downloads import Part, Received, parts_of_zip, read_download, safe
-from lora_from_scratch.grading.collecting.roster import Learner, Roster
 from lora_from_scratch.grading.course_folder import CourseFolder
+from lora_from_scratch.grading.intake.downloads import Part, Received, parts_of_zip, read_download, safe
+from lora_from_scratch.grading.intake.roster import Learner, Roster
 from lora_from_scratch.grading.submissions.folder import MOST_ENTRIES, ROOM, TIMESTAMP
 
 VERSION = re.compile(r"-(\d+)$")  # of a notebook's name: Canvas's number of a later attempt
@@ -23,7 +23,7 @@ TIMES = ("%A, %d %B %Y, %I:%M %p", "%A, %d %B %Y, %H:%M", "%A, %B %d, %Y, %I:%M 
 
 
 @dataclass
-class Collected:
+class TakenIn:
     """What became of the downloads.
 
     Attributes:
@@ -39,7 +39,7 @@ class Collected:
     problems: list[str] = field(default_factory=list)
 
 
-def collect(course: CourseFolder, downloads: list[Path], roster: Roster, zone: str, *, replace: bool) -> Collected:
+def take_in(course: CourseFolder, downloads: list[Path], roster: Roster, zone: str, *, replace: bool) -> TakenIn:
     """Take in downloads. Nothing is changed before all of them have been read.
 
     Args:
@@ -49,7 +49,7 @@ def collect(course: CourseFolder, downloads: list[Path], roster: Roster, zone: s
     Raises:
         ValueError, OSError: a download cannot be read.
     """
-    done = Collected()
+    done = TakenIn()
     placed: dict[str, str] = {}
     received = [(platform, one) for path in downloads for platform, found in [read_download(path)] for one in found]
     for platform, one in received:
@@ -69,9 +69,9 @@ def collect(course: CourseFolder, downloads: list[Path], roster: Roster, zone: s
     return done
 
 
-def _place(course: CourseFolder, one: Received, learner: Learner, time: str, replace: bool, done: Collected) -> None:
+def _place(course: CourseFolder, one: Received, learner: Learner, time: str, replace: bool, done: TakenIn) -> None:
     target = course.handed_in(learner.name)
-    with TemporaryDirectory(dir=_made(course.submitted), prefix=".collecting.") as made:
+    with TemporaryDirectory(dir=_made(course.submitted), prefix=".intake.") as made:
         folder = Path(made) / "new"
         folder.mkdir()
         left_out = _write(one, folder, course.assignment)

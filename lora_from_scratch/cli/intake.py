@@ -1,4 +1,4 @@
-"""`lora-from-scratch collect`: take in submissions that were downloaded from Canvas, Moodle or Gradescope."""
+"""`lora-from-scratch intake`: take in submissions that were downloaded from Canvas, Moodle or Gradescope."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ exit code: 0 everything was taken in; 1 something needs a person
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        "collect",
+        "intake",
         help="take in submissions downloaded from a platform (for instructors)",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,10 +48,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     from zoneinfo import ZoneInfo
 
-    from lora_from_scratch.grading.collecting.collect import collect
-    from lora_from_scratch.grading.collecting.roster import read_roster
     from lora_from_scratch.grading.course_folder import open_course
     from lora_from_scratch.grading.gradebook import students_of
+    from lora_from_scratch.grading.intake.roster import read_roster
+    from lora_from_scratch.grading.intake.take_in import take_in
     from lora_from_scratch.grading.tasks import unit_of
 
     try:
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     roster = read_roster(students_of(course), options.roster)
     if not roster.learners:
         raise ValueError("nobody is in the gradebook; give a table of learners with --roster")
-    done = collect(course, options.downloads, roster, options.timezone, replace=options.replace)
+    done = take_in(course, options.downloads, roster, options.timezone, replace=options.replace)
     print(f"{course.assignment}: {len(done.new)} taken in", end="")
     print(f", {len(done.replaced)} replaced, {len(done.unchanged)} unchanged")
     if done.kept:
