@@ -48,9 +48,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cohort-seed", metavar="SECRET", help="the cohort's secret, on the first run (default: generated)"
     )
-    machines = parser.add_argument_group("several machines that share the course's folder")
+    machines = parser.add_argument_group("several machines (docs/clusters.md)")
     machines.add_argument(
         "--shard", metavar="K/N", help="mark only shard K of N, and write neither gradebook nor report"
+    )
+    machines.add_argument(
+        "--cluster", metavar="ADDRESS", help="mark on the Dask cluster of this scheduler, such as tcp://10.0.0.1:8786"
     )
     machines.add_argument("--collect", action="store_true", help="mark nothing; enter what the shards have marked")
     return parser
@@ -64,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--workers must be at least 1, or 0 for one per CPU, got {options.workers}")
     if options.collect and (options.shard or options.again):
         raise ValueError("--collect marks nothing, so it does not go with --shard or --again")
+    if options.cluster and (options.shard or options.collect):
+        raise ValueError("--cluster does it all, so it does not go with --shard or --collect")
     number = Path(options.unit).stem.removeprefix("unit_").zfill(2)
     settings = Options(
         place=options.course,
@@ -71,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
         isolation=options.isolation,
         again=options.again,
         collect=options.collect,
+        cluster=options.cluster,
         db=options.db,
         feedback=not options.no_feedback,
         cohort_seed=options.cohort_seed,

@@ -15,8 +15,8 @@ from lora_from_scratch.grading import tasks
 from lora_from_scratch.grading.course_folder import CourseFolder
 from lora_from_scratch.grading.gradebook import GradebookEntry, GradebookError, UnitGradebook
 from lora_from_scratch.grading.keys import why_changed
-from lora_from_scratch.grading.marking_run import MARKER, MarkingRun, Options, locked, prepare, processors
-from lora_from_scratch.grading.pool import Outcome, Pool, Task
+from lora_from_scratch.grading.marking_run import MARKER, MarkingRun, Options, locked, pool_of, prepare
+from lora_from_scratch.grading.pool import Outcome, Task
 from lora_from_scratch.grading.report import write_report
 from lora_from_scratch.grading.shards import baseline
 from lora_from_scratch.grading.summary import PreviousResult, Row, Summary
@@ -37,7 +37,7 @@ def grade(number: str, options: Options | None = None) -> Summary:
     course, released = given.course, given.released
     with locked(course.lock, course.assignment), _open_book(course) as book:
         book.prepare(released)
-        with Pool(options.workers or processors(), start=options.start) as pool:
+        with pool_of(options) as pool:
             run = GradingRun(given, pool, book=book, baseline=baseline(course, given.learners))
             run.all(given.learners)
         absent = tuple(sorted(set(book.enrolled()) - set(given.learners)))
@@ -46,7 +46,7 @@ def grade(number: str, options: Options | None = None) -> Summary:
             course=course,
             cells=tuple(cell.metadata.nbgrader["grade_id"] for cell in released.cells if "nbgrader" in cell.metadata),
             rows=tuple(run.rows[learner] for learner in given.learners if learner in run.rows),
-            refused=(*given.refused, *run.refused),
+            refused=(*given.refused, *run.refused, *pool.notes()),
             absent=absent,
             isolation=options.isolation,
             marked=run.marked,

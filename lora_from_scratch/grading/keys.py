@@ -21,6 +21,7 @@ PACKAGE = units.PACKAGE.parent
 WITHOUT = (
     "cli/",
     "grading/building/",
+    "grading/cluster/",
     "grading/intake/",
     "grading/platforms/",
     *(f"grading/{name}.py" for name in ("autograded", "course_folder", "exporters", "feedback", "formgrader", "grade")),

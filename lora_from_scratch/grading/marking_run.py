@@ -36,6 +36,7 @@ class Options:
         workers: number of worker processes; 0 means one per processor.
         again: grade everything, including what is already graded.
         collect: mark nothing, and enter what the shards have marked.
+        cluster: the address of the scheduler of a Dask cluster that marks; None marks on this machine.
         db: the gradebook's URL; None means the configured one.
         cohort_seed: sets the cohort's secret.
         marker: the function that marks a submission, as "module:function"; tests replace it.
@@ -47,6 +48,7 @@ class Options:
     isolation: Isolation = "bubblewrap"
     again: bool = False
     collect: bool = False
+    cluster: str | None = None
     db: str | None = None
     feedback: bool = True
     cohort_seed: str | None = None
@@ -84,7 +86,7 @@ def prepare(number: str, options: Options) -> Preparation:
 
     unit = tasks.unit_of(number)
     course = open_course(f"unit_{number}", options.place, options.db)
-    if not options.collect:
+    if not options.collect and not options.cluster:
         require_sandbox(options.isolation)
     if not course.released.is_file():
         create = f"nbgrader generate_assignment unit_{number}"
@@ -108,6 +110,16 @@ def prepare(number: str, options: Options) -> Preparation:
 def processors() -> int:
     """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pool_of(options: Options) -> Pool:
+    """The processes that do the work: of this machine, or of a cluster too."""
+    workers = options.workers or processors()
+    if options.cluster is None:
+        return Pool(workers, start=options.start)
+    from lora_from_scratch.grading.cluster.pool import ClusterPool
+
+    return ClusterPool(workers, start=options.start, address=options.cluster)
 
 
 def require_sandbox(isolation: Isolation) -> None:

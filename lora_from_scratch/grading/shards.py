@@ -21,8 +21,7 @@ from pathlib import Path
 from lora_from_scratch.grading import tasks
 from lora_from_scratch.grading.course_folder import CourseFolder
 from lora_from_scratch.grading.keys import why_changed
-from lora_from_scratch.grading.marking_run import MarkingRun, Options, Preparation, locked, prepare, processors
-from lora_from_scratch.grading.pool import Pool
+from lora_from_scratch.grading.marking_run import MarkingRun, Options, Preparation, locked, pool_of, prepare
 from lora_from_scratch.grading.summary import PreviousResult
 
 
@@ -82,7 +81,7 @@ def grade_shard(number: str, shard: Shard, options: Options) -> ShardSummary:
     with locked(course.lock, course.assignment, shared=True), locked(lock, f"shard {shard} of {course.assignment}"):
         _require_same_version(given)
         baseline(course, given.learners)
-        with Pool(options.workers or processors(), start=options.start) as pool:
+        with pool_of(options) as pool:
             run = ShardRun(given, pool)
             run.all(learners)
     return ShardSummary(
