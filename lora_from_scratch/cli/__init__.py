@@ -27,6 +27,7 @@ COMMANDS = (
     "build",
     "intake",
     "grade",
+    "similar",
     "bundle",
     "doctor",
 )

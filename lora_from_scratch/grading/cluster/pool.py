@@ -32,6 +32,15 @@ class ClusterError(OSError):
     """The cluster cannot be used any more; what is finished is kept."""
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """A submission that is with the scheduler; `workers` may have it, or any if there are none."""
+
+    task: Task
+    content: bytes
+    workers: frozenset[str]
+
+
 @dataclass
 class ClusterPool(Pool):
     """See the module.
@@ -45,7 +54,7 @@ class ClusterPool(Pool):
     other_versions: dict[str, str] = field(default_factory=dict)
     _client: Any = None
     _packed: deque[tuple[Task, bytes]] = field(default_factory=deque)
-    _sent: dict[Any, tuple[Task, bytes]] = field(default_factory=dict)
+    _sent: dict[Any, _Sent] = field(default_factory=dict)
     _done: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     _underway: dict[str, Task] = field(default_factory=dict)  # by learner, the task that was submitted
     _workers: dict[str, int] = field(default_factory=dict)
@@ -109,10 +118,10 @@ class ClusterPool(Pool):
             job: tasks.MarkingJob = task.arguments[0]
             released = job.released.read_bytes()
             digest = hashlib.sha256(f"{job.learner} {job.key}".encode()).hexdigest()[:32]
-            chosen = {"workers": list(threads)} if self.other_versions else {}
+            chosen = frozenset(threads if self.other_versions else ())
             key = f"lora-from-scratch-{job.unit}-{digest}-{len(self.other_versions)}"
-            future = self._client.submit(mark_remotely, job, content, released, key=key, pure=True, **chosen)
-            self._sent[future] = task, content
+            future = self._client.submit(mark_remotely, job, content, released, key=key, workers=list(chosen) or None)
+            self._sent[future] = _Sent(task, content, chosen)
             future.add_done_callback(self._done.put)
 
     def _threads(self) -> dict[str, int]:
@@ -139,7 +148,7 @@ class ClusterPool(Pool):
             if self._client.status != "closed":
                 info = self._client.scheduler_info(n_workers=-1)
                 return {name: one["nthreads"] for name, one in info["workers"].items()}
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError, KeyError):  # without a connection, there is no information
             pass
         again = "start it and run the command again: what is finished is kept"
         raise ClusterError(f"the scheduler at {self.address} has gone; {again}")
@@ -151,22 +160,26 @@ class ClusterPool(Pool):
         with contextlib.suppress(queue.Empty):
             future = self._done.get(timeout=timeout)
             if future in self._sent:
-                self._take(future, *self._sent.pop(future))
-        self._threads()
+                self._take(future, self._sent.pop(future))
+        there = self._threads().keys()
+        for future in [future for future, one in self._sent.items() if one.workers and not one.workers & there]:
+            sent = self._sent.pop(future)  # all workers that may have it are gone
+            self._client.cancel([future], force=True)
+            self._packed.append((sent.task, sent.content))
 
-    def _take(self, future: Any, task: Task, content: bytes) -> None:
-        status, job = future.status, task.arguments[0]
+    def _take(self, future: Any, sent: _Sent) -> None:
+        status, task = future.status, sent.task
         if status in ("cancelled", "lost"):
-            self._packed.append((task, content))  # sent again, or `_threads` says that the scheduler has gone
+            self._packed.append((task, sent.content))  # sent again, or `_threads` says that the scheduler has gone
             return
         error = future.exception() if status == "error" else None
         value = tasks.MarkingFailure(_words(error), machine=True) if error else future.result()
         future.release()
         if isinstance(value, OtherVersion):
             self.other_versions[value.worker] = value.why
-            self._packed.append((task, content))
+            self._packed.append((task, sent.content))
         else:
-            super().submit(Task(task.name, ACCEPT, (job, value)), first=True)
+            super().submit(Task(task.name, ACCEPT, (task.arguments[0], value)), first=True)
 
 
 def connect(address: str) -> Any:
