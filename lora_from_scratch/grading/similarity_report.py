@@ -90,11 +90,11 @@ def page(unit: Unit, answers: Mapping[str, Mapping[str, str]], pairs: Sequence[P
 def _how_sure(honest: HonestRate) -> list[str]:
     compared = honest.pairs - honest.short
     return [
-        f"Answers are listed if they share {SAME:.0%} of their fingerprints. How often do honest answers? Of {compared} "
-        f"pairs of right answers to this unit in the course's bank, {honest.same}. In {honest.short} more pairs an "
-        f"answer has fewer than {LEAST} fingerprints; answers as short as that are not compared. The bank's answers were "
-        "written to differ from each other, so answers of learners who work alone are alike more often; the shorter an "
-        "exercise is, the less it says."
+        f"Answers are listed if they share {SAME:.0%} of their fingerprints. How often do honest answers? Of "
+        f"{compared} pairs of right answers to this unit in the course's bank, {honest.same}. In {honest.short} more "
+        f"pairs, one has fewer than {LEAST} fingerprints; answers as short as that are not compared. The bank's "
+        "answers were written to differ from each other, so answers of learners who work alone are alike more often; "
+        "the shorter an exercise is, the less it says."
     ]
 
 
