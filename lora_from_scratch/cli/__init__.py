@@ -28,6 +28,7 @@ COMMANDS = (
     "intake",
     "grade",
     "similar",
+    "teaching",
     "bundle",
     "doctor",
 )
