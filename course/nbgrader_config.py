@@ -23,6 +23,7 @@ from nbgrader.preprocessors import (
 from lora_from_scratch.grading.exporters import CsvExport
 from lora_from_scratch.grading.feedback import FeedbackPage
 from lora_from_scratch.grading.formgrader import escape_names
+from lora_from_scratch.grading.late import LatePolicy
 from lora_from_scratch.grading.preprocessors import ClearSolutions as CourseClearSolutions
 from lora_from_scratch.grading.preprocessors import HarmlessComments, HarmlessNames, MarkInSandbox, MatchRelease
 
@@ -69,6 +70,12 @@ c.Autograde.autograde_preprocessors = [
     AssignLatePenalties,
     CheckCellMetadata,
 ]
+
+# Late work; it applies to units that have a due date. Announce the numbers before the first one.
+c.AssignLatePenalties.plugin_class = LatePolicy
+c.LatePolicy.grace_hours = 1  # after each due date
+c.LatePolicy.days = 3  # late days of a learner for the whole term
+c.LatePolicy.percent_a_day = 20  # of the earned points, for each further day
 
 # Show names and comments as plain text in the formgrader, in feedback pages and in exports.
 c.HTMLExporter.preprocessors = [HarmlessNames]

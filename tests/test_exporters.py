@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,31 @@ def test_moodle_gets_the_columns_of_its_own_export(course: GradingCourse) -> Non
     ]
 
 
+@pytest.mark.parametrize("exporter", ["CanvasExport", "MoodleExport", "CsvExport"])
+def test_what_a_person_has_still_to_decide_is_empty_and_not_zero(
+    exporter: str, course: GradingCourse, tmp_path: Path
+) -> None:
+    there = course.copy(tmp_path / "course")
+    there.hand_in("waits", **RIGHT, why_count="To know how many.")
+    there.hand_in("doubtful", **(RIGHT | {"Counter": "doubtful"}))
+    there.hand_in("dies", fourfold_root="die")
+    there.hand_in("zero")
+    there.grade()
+    head, *rows = export(there, f"--exporter={EXPORTERS}.{exporter}")
+    column = head.index("score") if "score" in head else len(head) - 1
+    found = {name: row[column] for row in rows for name in row if name in ("waits", "doubtful", "dies", "zero", "zoe")}
+    assert {name: score.removesuffix(".0") for name, score in found.items()} == {
+        "waits": "",
+        "doubtful": "",
+        "dies": "",
+        "zero": "0",
+        "zoe": "",
+    }
+    there.give("waits", "why_count", 1)
+    rows = export(there, f"--exporter={EXPORTERS}.{exporter}")
+    assert [row[column] for row in rows if "waits" in row] in (["8"], ["8.0"])
+
+
 FORMULAS = ("=1+1", "@SUM(1)", "+1", "-1", "\t=1", "\r=1", " =1", "x;=1", "\uff1d1", '=HYPERLINK("http://x")', "a\n=1")
 
 
@@ -112,6 +138,39 @@ def test_nbgraders_own_export_has_its_columns_and_quotes_names(course: GradingCo
     assert [NAME, "", "", "bob, jr.", "", "", "", "7.0", "0.0", "7.0", "12.0"] in rows
 
 
+def test_lti_score_messages_have_a_score_only_when_everything_is_decided(course: GradingCourse, tmp_path: Path) -> None:
+    there = course.copy(tmp_path / "course")
+
+    def enrol(gradebook: Any) -> None:
+        gradebook.add_student("eve", lms_user_id="../../eve")
+        gradebook.add_student("waits", lms_user_id="a1b2")
+
+    there.as_a_person(enrol)
+    there.hand_in("eve", **RIGHT)
+    there.hand_in("ada", "2026-05-01 12:00:00 UTC", **RIGHT, why_count="To know how many.")
+    there.hand_in("waits", **RIGHT, why_count="To know how many.")
+    there.grade()
+    there.give("ada", "why_count", 2.25)
+    target = there.root / "course" / "scores"
+    command = [sys.executable, "-m", "nbgrader", "export", f"--db={there.url}", f"--to={target}"]
+    command += ["--exporter=lora_from_scratch.grading.platforms.lti.LtiExport"]
+    done = subprocess.run(command, cwd=there.root / "course", capture_output=True, text=True)
+    assert "bob, jr., eve" in done.stderr  # who has no id, or one that is no file name
+    messages = {path.relative_to(target).as_posix(): json.loads(path.read_text()) for path in target.rglob("*.json")}
+    assert messages.keys() == {f"{NAME}/4711.json", f"{NAME}/a1b2.json"}
+    ada, waits = messages[f"{NAME}/4711.json"], messages[f"{NAME}/a1b2.json"]
+    assert ada.pop("timestamp").endswith("+00:00")
+    assert ada == {
+        "userId": "4711",
+        "scoreGiven": 9.25,
+        "scoreMaximum": 12.0,
+        "activityProgress": "Completed",
+        "gradingProgress": "FullyGraded",
+        "submission": {"submittedAt": "2026-05-01T12:00:00.000+00:00"},
+    }
+    assert (waits["gradingProgress"], "scoreGiven" in waits) == ("PendingManual", False)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     with postgres() as url:
@@ -134,7 +193,7 @@ def test_a_gradebook_on_postgresql_holds_what_one_on_sqlite_holds_and_is_exporte
     head, *rows = export(there)
     named = [dict(zip(head, row, strict=True)) for row in rows]
     scores = {row["student_id"]: (row["score"], row["max_score"]) for row in named}
-    assert scores == {"ada": ("9.25", "12.0"), "bob, jr.": ("7.0", "12.0"), "zoe": ("0.0", "12.0")}
+    assert scores == {"ada": ("", "12.0"), "bob, jr.": ("7.0", "12.0"), "zoe": ("", "12.0")}
 
 
 def test_the_formgraders_own_queries_work_on_postgresql(course: GradingCourse, server: str, tmp_path: Path) -> None:

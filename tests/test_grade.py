@@ -15,8 +15,7 @@ import pytest
 
 pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -e '.[course]'")
 
-from lora_from_scratch.grading import grade as grading
-from lora_from_scratch.grading import sandbox
+from lora_from_scratch.grading import marking_run, sandbox
 from lora_from_scratch.grading.graded import Finding, Graded
 from lora_from_scratch.grading.keys import REASONS, why_changed
 from tests.cli_calls import call, complaint
@@ -92,7 +91,7 @@ def test_a_change_of_submission_release_secret_checks_or_isolation_is_graded_aga
     assert again() == (1, REASONS["release"])
     (course.root / "cohort.json").unlink()
     assert again(cohort_seed="another secret") == (1, REASONS["seed"])
-    monkeypatch.setattr(grading, "require_sandbox", lambda isolation: None)
+    monkeypatch.setattr(marking_run, "require_sandbox", lambda isolation: None)
     assert again(isolation="bubblewrap", cohort_seed=None) == (1, REASONS["isolation"])
     assert again(isolation="bubblewrap", cohort_seed=None) == (0, "")
     monkeypatch.setenv("LORA_FROM_SCRATCH_UNITS", str(course.root / "units"))
@@ -148,7 +147,7 @@ def test_two_gradings_of_a_unit_do_not_run_at_once(course: GradingCourse, monkey
     import fcntl
 
     course.hand_in("ada", **RIGHT)
-    monkeypatch.setattr(grading, "PATIENCE", 0.1)
+    monkeypatch.setattr(marking_run, "PATIENCE", 0.1)
     lock = course.root / "graded" / f".{NAME}.lock"
     lock.parent.mkdir()
     with lock.open("a") as held:
@@ -282,7 +281,7 @@ def test_without_the_sandbox_grading_stops_unless_that_is_asked_for(
     course.hand_in("ada", **RIGHT)
     with pytest.raises(ValueError, match=r"bubblewrap is not installed\. Nothing was graded\. --isolation none"):
         course.grade(isolation="bubblewrap")
-    with pytest.raises(ValueError, match="isolation must be one of bubblewrap, none, got 'docker'"):
+    with pytest.raises(ValueError, match="isolation must be one of bubblewrap, user, none, got 'docker'"):
         course.grade(isolation="docker")
     assert course.grade().isolation == "none"
     assert "Graded without a sandbox" in (course.root / "reports" / f"{NAME}.md").read_text()

@@ -147,17 +147,35 @@ def late(duedate: str) -> Any:
 
 def test_whoever_is_late_loses_what_the_courses_policy_says(course: GradingCourse) -> None:
     config = course.root / "course" / "nbgrader_config.py"
-    config.write_text(config.read_text() + '\nc.LateSubmissionPlugin.penalty_method = "zero"\n')
+    config.write_text(config.read_text() + "\nc.LatePolicy.grace_hours = 0\nc.LatePolicy.days = 0\n")
     course.hand_in("ada", "2026-05-01 12:00:00 UTC", **RIGHT)
     course.hand_in("bob", "2026-05-03 12:00:00 UTC", **RIGHT)
     course.grade()
     course.as_a_person(late("2026-05-02 12:00:00 UTC"))
     rows = {row.learner: row.entry for row in course.grade().rows}
     assert (rows["ada"].score, rows["ada"].penalty) == (7, 0)
-    assert (rows["bob"].score, rows["bob"].penalty, rows["bob"].late_seconds) == (7, 7, 24 * 3600)
+    assert (rows["bob"].score, rows["bob"].penalty, rows["bob"].late_seconds) == (7, 1.4, 24 * 3600)
     course.as_a_person(lambda gradebook: gradebook.grant_extension(NAME, "bob", days=2))
     rows = {row.learner: row.entry for row in course.grade().rows}
     assert (rows["bob"].score, rows["bob"].penalty) == (7, 0)
+
+
+def test_late_days_are_spent_in_the_order_of_handing_in(course: GradingCourse) -> None:
+    """Three days for the term: of 2 + 2 late days before this unit, a learner can pay three."""
+
+    def other_units(gradebook: Any) -> None:
+        gradebook.update_or_create_assignment(NAME, duedate="2026-05-02 12:00:00 UTC")
+        for unit, due, handed_in in (
+            ("unit_01", "2026-04-01 12:00:00 UTC", "2026-04-03 13:00:00 UTC"),  # 2 days and the hour of grace
+            ("unit_02", "2026-05-10 12:00:00 UTC", "2026-05-30 12:00:00 UTC"),  # after this one
+        ):
+            gradebook.add_assignment(unit, duedate=due)
+            gradebook.add_submission(unit, "bob", timestamp=handed_in)
+
+    course.hand_in("bob", "2026-05-04 12:00:01 UTC", **RIGHT)
+    course.grade()
+    course.as_a_person(other_units)
+    assert course.grade().rows[0].entry.penalty == pytest.approx(7 * 0.2)  # 2 late days, 1 of which was left
 
 
 def test_a_time_that_is_none_harms_nobody_and_is_reported(course: GradingCourse, tmp_path: Path) -> None:

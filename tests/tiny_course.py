@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -264,7 +265,7 @@ def enter_course(root: Path, patch: pytest.MonkeyPatch) -> Unit:
     """Make the course's library, unit and bank known to this process and those it starts, until `patch` is undone."""
     bank.exercises()  # the course's real bank is loaded, once
     patch.syspath_prepend(str(root / "library"))
-    patch.setenv("PYTHONPATH", str(root / "library"))
+    patch.setenv("PYTHONPATH", os.pathsep.join((str(root / "library"), str(ROOT))))
     patch.setenv(units.FOLDER, str(root / "units"))
     patch.delitem(sys.modules, "tiny_library", raising=False)
     patch.setattr(bank, "_bank", {name: list(answers) for name, answers in bank._bank.items()})

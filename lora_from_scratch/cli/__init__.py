@@ -28,7 +28,11 @@ COMMANDS = (
     "leaderboard",
     "course",
     "build",
+    "intake",
     "grade",
+    "similar",
+    "teaching",
+    "bundle",
     "doctor",
 )
 

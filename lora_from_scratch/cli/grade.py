@@ -11,6 +11,7 @@ from lora_from_scratch.cli import INTERRUPTED
 from lora_from_scratch.support.plain_text import one_line
 
 if TYPE_CHECKING:
+    from lora_from_scratch.grading.shards import ShardSummary
     from lora_from_scratch.grading.summary import Summary
 
 DESCRIPTION = """\
@@ -47,32 +48,60 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cohort-seed", metavar="SECRET", help="the cohort's secret, on the first run (default: generated)"
     )
+    machines = parser.add_argument_group("several machines (docs/clusters.md)")
+    machines.add_argument(
+        "--shard", metavar="K/N", help="mark only shard K of N, and write neither gradebook nor report"
+    )
+    machines.add_argument(
+        "--cluster", metavar="ADDRESS", help="mark on the Dask cluster of this scheduler, such as tcp://10.0.0.1:8786"
+    )
+    machines.add_argument("--collect", action="store_true", help="mark nothing; enter what the shards have marked")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.grading.grade import Options, grade
+    from lora_from_scratch.grading.shards import grade_shard, parse_shard
 
     if options.workers < 0:
         raise ValueError(f"--workers must be at least 1, or 0 for one per CPU, got {options.workers}")
+    if options.collect and (options.shard or options.again):
+        raise ValueError("--collect marks nothing, so it does not go with --shard or --again")
+    if options.cluster and (options.shard or options.collect):
+        raise ValueError("--cluster does it all, so it does not go with --shard or --collect")
+    number = Path(options.unit).stem.removeprefix("unit_").zfill(2)
+    settings = Options(
+        place=options.course,
+        workers=options.workers,
+        isolation=options.isolation,
+        again=options.again,
+        collect=options.collect,
+        cluster=options.cluster,
+        db=options.db,
+        feedback=not options.no_feedback,
+        cohort_seed=options.cohort_seed,
+    )
     try:
-        summary = grade(
-            Path(options.unit).stem.removeprefix("unit_").zfill(2),
-            Options(
-                place=options.course,
-                workers=options.workers,
-                isolation=options.isolation,
-                again=options.again,
-                db=options.db,
-                feedback=not options.no_feedback,
-                cohort_seed=options.cohort_seed,
-            ),
-        )
+        if options.shard:
+            return print_shard(grade_shard(number, parse_shard(options.shard), settings))
+        summary = grade(number, settings)
     except KeyboardInterrupt:
         print("\nstopped; finished grading is kept, run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
     print_summary(summary)
     return summary.code
+
+
+def print_shard(summary: ShardSummary) -> int:
+    """Print what a shard has done; returns the exit code."""
+    print(
+        f"unit {summary.unit}, shard {summary.shard}: {summary.learners} submissions, {summary.marked} graded now",
+        end="",
+    )
+    print(f", in {summary.seconds:.0f} s")
+    for sentence in summary.trouble:
+        print(f"not graded: {one_line(sentence)}", file=sys.stderr)
+    return 2 if summary.trouble else 0
 
 
 def print_summary(summary: Summary) -> None:

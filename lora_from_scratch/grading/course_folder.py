@@ -85,6 +85,11 @@ class CourseFolder:
         return self.root / "graded" / f".{self.assignment}.before.json"
 
     @property
+    def version(self) -> Path:
+        """The version of the course that the shards of the grading in progress have; deleted when it is finished."""
+        return self.root / "graded" / f".{self.assignment}.version.json"
+
+    @property
     def lock(self) -> Path:
         return self.root / "graded" / f".{self.assignment}.lock"
 

@@ -4,15 +4,17 @@
     nbgrader export --exporter=lora_from_scratch.grading.exporters.CanvasExport --to canvas.csv
     nbgrader export --exporter=lora_from_scratch.grading.exporters.MoodleExport --to moodle.csv
 
-The first is the default (nbgrader_config.py). Scores in the other two equal those of nbgrader's own export: they
-include manual scores, minus the penalty for late submission. Learners who have handed in nothing get an empty cell,
-which neither system reads as a grade. The column names are set in nbgrader_config.py:
+The first is the default (nbgrader_config.py). Scores are the same in all: they include manual scores, minus the penalty
+for late submission. A cell is empty, which no system reads as a grade, if nothing was handed in, or if the submission
+still needs a person: it could not be read or graded, or an open question is waiting. The column names of the other two
+are set in nbgrader_config.py:
 
     c.GradeExport.columns = {"unit_09": "Unit 09: LoRA (48213)"}
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterator
 from typing import Any
@@ -59,13 +61,12 @@ class GradeExport(ExportPlugin):
         return self.columns.get(unit.name, unit.name)
 
     def _scores(self, gradebook: Any, unit: str) -> dict[str, str]:
-        found, waiting = {}, 0
+        found = {}
         for submission in gradebook.assignment_submissions(unit):
-            score = max(0.0, submission.score - submission.late_submission_penalty)
-            found[submission.student.id] = _number(score)
-            waiting += bool(submission.needs_manual_grade)
-        if waiting:
-            self.log.warning("%s: %d submissions still need a person", unit, waiting)
+            score = final_score(submission)
+            found[submission.student.id] = "" if score is None else _number(score)
+        if waiting := sum(not score for score in found.values()):
+            self.log.warning("%s: %d submissions still need a person; their cells are empty", unit, waiting)
         return found
 
 
@@ -123,14 +124,22 @@ class CsvExport(CsvExportPlugin):
             writer.writerows(self._row(gradebook, unit, student) for unit in units for student in students)
 
     def _row(self, gradebook: Any, unit: Any, student: Any) -> list[Any]:
-        try:
+        when, points = None, ["", "", ""]
+        with contextlib.suppress(MissingEntry):
             submission = gradebook.find_submission(unit.name, student.id)
-            when, raw, penalty = submission.timestamp, submission.score, submission.late_submission_penalty
-        except MissingEntry:
-            when, raw, penalty = None, 0.0, 0.0
+            when, score = submission.timestamp, final_score(submission)
+            if score is not None:
+                points = [submission.score, submission.late_submission_penalty, score]
         said = (unit.name, unit.duedate, when, student.id, student.last_name, student.first_name, student.email)
         texts = ["" if value is None else table_cell(str(value)) for value in said]
-        return [*texts, raw, penalty, max(0.0, raw - penalty), unit.max_score]
+        return [*texts, *points, unit.max_score]
+
+
+def final_score(submission: Any) -> float | None:
+    """The points of a submission in the gradebook, less the penalty; None while a person still has to decide some."""
+    if submission.needs_manual_grade:
+        return None
+    return max(0.0, submission.score - submission.late_submission_penalty)
 
 
 def _wanted(name: str, chosen: list[Any]) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_from_scratch.grading.course_folder import CourseFolder
 from lora_from_scratch.grading.graded import Graded
 from lora_from_scratch.support.plain_text import in_markdown
 
@@ -224,9 +225,22 @@ class UnitGradebook:
         if late <= 0:
             return None
         step = AssignLatePenalties(config=self.config)
+        step.gradebook, step.assignment_id = self.gradebook, self.assignment  # for plugins that look at other units
         step.init_plugin()
         penalty = step.plugin_inst.late_submission_penalty(submitted.assignment.student_id, submitted.score, late)
         return None if penalty is None else step._check_late_penalty(submitted, penalty)
+
+
+def students_of(course: CourseFolder) -> list[Any]:
+    """The learners in the course's gradebook, with all that nbgrader knows about them.
+
+    Raises:
+        ValueError: the gradebook cannot be opened.
+    """
+    with UnitGradebook(course.db_url, course.assignment, course.directory.course_id, course.config) as book:
+        students = book.gradebook.students
+        book.session.expunge_all()
+        return list(students)
 
 
 def _entry_of(submitted: Any, late: float) -> GradebookEntry:

@@ -108,14 +108,26 @@ class Pool:
         Raises:
             OSError: no worker can be started.
         """
-        while self._waiting or any(worker.task for worker in self._running):
-            self._hand_out()
-            heard: dict[Any, _Worker] = {worker.pipe: worker for worker in self._running}
-            heard |= {worker.process.sentinel: worker for worker in self._running}
-            for worker in {id(heard[end]): heard[end] for end in wait(list(heard), timeout=1.0)}.values():
-                yield from self._hear(worker)
-            for worker in [w for w in self._running if w.task and time.monotonic() - w.since > self.bounds.seconds]:
-                yield from self._lost(worker, f"it took longer than {self.bounds.seconds:g} seconds")
+        while self.busy():
+            yield from self.step()
+
+    def busy(self) -> bool:
+        """Whether a task is waiting or running."""
+        return bool(self._waiting) or any(worker.task for worker in self._running)
+
+    def step(self, timeout: float = 1.0) -> Iterator[Outcome]:
+        """Hand out tasks, wait for at most this many seconds, and yield the outcomes that have arrived."""
+        self._hand_out()
+        heard: dict[Any, _Worker] = {worker.pipe: worker for worker in self._running}
+        heard |= {worker.process.sentinel: worker for worker in self._running}
+        for worker in {id(heard[end]): heard[end] for end in wait(list(heard), timeout=timeout)}.values():
+            yield from self._hear(worker)
+        for worker in [w for w in self._running if w.task and time.monotonic() - w.since > self.bounds.seconds]:
+            yield from self._lost(worker, f"it took longer than {self.bounds.seconds:g} seconds")
+
+    def notes(self) -> list[str]:
+        """What a person should know about the workers, one sentence each."""
+        return []
 
     def __enter__(self) -> Pool:
         return self

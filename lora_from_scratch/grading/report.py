@@ -47,7 +47,15 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .many td, .many th { padding-right: 0.6rem; }
 .many thead th:not(:first-child) { writing-mode: vertical-rl; vertical-align: bottom; font-weight: normal; }
 .wide { overflow-x: auto; }
-code { font-size: 0.95em; }
+td.share { background: linear-gradient(to right, #4a90d955 var(--share), transparent var(--share)); min-width: 4em; }
+code { font-size: 0.95em; overflow-wrap: anywhere; }
+@media print {
+  body { font-size: 10pt; width: auto; margin: 0; }
+  .wide { overflow: visible; }
+  h2 { break-after: avoid; }
+  tr { break-inside: avoid; }
+  td.share { print-color-adjust: exact; }
+}
 """
 
 
@@ -293,7 +301,7 @@ def _section(part: Section) -> str:
         many = ' class="many"' * (len(part.headings) > MANY)
         page += f'<div class="wide"><table{many}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
         for row in part.rows:
-            cells = [f"<td{kind}>{in_html(text)}</td>" for text, kind in zip(row, kinds, strict=True)]
+            cells = [_data(text, kind) for text, kind in zip(row, kinds, strict=True)]
             cells[0] = cells[0].replace("<td", '<th scope="row"').replace("</td>", "</th>")
             page += f"<tr>{''.join(cells)}</tr>\n"
         page += "</tbody>\n</table></div>\n"
@@ -302,12 +310,19 @@ def _section(part: Section) -> str:
     return page
 
 
+def _data(text: str, kind: str) -> str:
+    """A cell; a percentage gets a bar."""
+    if re.fullmatch(r"\d+%", text):
+        kind = f' class="number share" style="--share: {text}"'
+    return f"<td{kind}>{in_html(text)}</td>"
+
+
 def _columns(part: Section) -> range:
     return range(len(part.headings))
 
 
 def _is_number(part: Section, column: int) -> bool:
-    return all(re.fullmatch(r"-?[\d.]*( ✋)?( \?)?", row[column]) for row in part.rows) and column > 0
+    return all(re.fullmatch(r"-?[\d.]*%?( ✋)?( \?)?", row[column]) for row in part.rows) and column > 0
 
 
 def _cell(text: str) -> str:

@@ -98,14 +98,32 @@ def look_up(job: MarkingJob) -> tuple[str, PreparedResult | None]:
 
 def mark(job: MarkingJob) -> PreparedResult | MarkingFailure:
     """Mark a submission and write the result atomically."""
+    return accept(job, mark_to_text(job))
+
+
+def mark_to_text(job: MarkingJob) -> str | MarkingFailure:
+    """Mark a submission; the result as `Graded.to_json` writes it."""
     try:
-        graded = _mark(job)
-        prepared = _prepared(job, graded)
-        write_text(job.record, graded.to_json())
-        return prepared
+        return _mark(job).to_json()
     except Exception as error:  # must not stop the grading of the others
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
-        return MarkingFailure(why, isinstance(error, SandboxError) or getattr(error, "errno", None) in MACHINES)
+        return _failure(error)
+
+
+def accept(job: MarkingJob, text: str | MarkingFailure) -> PreparedResult | MarkingFailure:
+    """Write the result of `mark_to_text` atomically, and prepare it for the gradebook."""
+    if isinstance(text, MarkingFailure):
+        return text
+    try:
+        prepared = _prepared(job, Graded.from_json(text))
+        write_text(job.record, text)
+        return prepared
+    except Exception as error:  # as above
+        return _failure(error)
+
+
+def _failure(error: Exception) -> MarkingFailure:
+    why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
+    return MarkingFailure(why, isinstance(error, SandboxError) or getattr(error, "errno", None) in MACHINES)
 
 
 def stored_result(record: Path) -> Graded | None:

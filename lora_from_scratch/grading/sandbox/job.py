@@ -11,7 +11,7 @@ from lora_from_scratch.checks.observation import Data, Seen
 
 MIB = 2**20
 
-Isolation = Literal["bubblewrap", "none"]
+Isolation = Literal["bubblewrap", "user", "none"]
 
 FINISHED = "finished"
 ExitReason = Literal[
@@ -101,7 +101,8 @@ class Job:
         files: a folder with the learner's own data files, copied into the working folder; or None. Symbolic links, and
             files beyond `Limits.folder`, are left out.
         without: the exercises whose bodies are removed from the library; None means all of the unit's.
-        isolation: "bubblewrap", or "none" for a plain process, which has the resource limits but hides nothing.
+        isolation: "bubblewrap", or a plain process, which has the resource limits and sees what its user sees: that of
+            the user nobody with "user" (only the superuser can start it), of the grader with "none".
     """
 
     unit: str

@@ -33,6 +33,7 @@ from lora_from_scratch.support.figures import BUILDING
 
 MOST_STARTS = 8  # of one submission's notebook, including the restarts after crashes
 OVERHEAD = 2**20  # bytes of an observation beyond its tensors
+NOBODY = 65534  # the user and group of isolation "user"
 JOB = "/job"  # where the job is visible inside
 LIBRARY = "/library"  # where an instructor's own modules are
 BOOT = "from lora_from_scratch.grading.sandbox.inside import main; main({folder!r}, {frames})"
@@ -137,7 +138,7 @@ class _NotebookObserver:
     def run(self, without: frozenset[str], steps: Iterable[Step] | None = None) -> None:
         """Run the steps, restarting after each crash, up to `MOST_STARTS` times."""
         waiting = list(self.job.steps if steps is None else steps)
-        library = stripped(self.unit, without, self.job.cache, assets=self.job.isolation == "none")
+        library = stripped(self.unit, without, self.job.cache, assets=self.job.isolation != "bubblewrap")
         left_out: list[tuple[Step, EarlyExit]] = []
         for _ in range(MOST_STARTS):
             if self.left <= 0:
@@ -209,7 +210,11 @@ class _NotebookObserver:
             (folder / "files").rmdir()
             shutil.copytree(self.job.files, folder / "files", symlinks=True)
         environment = environment_of(str(home), os.pathsep.join((str(library.folder), str(library.extra))))
-        return supervisor.start(None, lambda frames: python(str(folder), frames), key, str(work), environment)
+        user = NOBODY if self.job.isolation == "user" else None
+        if user is not None:
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, user, user, follow_symlinks=False)
+        return supervisor.start(None, lambda frames: python(str(folder), frames), key, str(work), environment, user)
 
     def _describe(self, steps: Iterable[Step]) -> dict[str, Data]:
         """The job as the runner reads it."""

@@ -80,6 +80,7 @@ def start(
     key: bytes,
     folder: str = "/",
     environment: Mapping[str, str] | None = None,
+    user: int | None = None,
 ) -> SandboxProcess:
     """Start a process that sends frames.
 
@@ -87,6 +88,7 @@ def start(
         outer: returns bubblewrap's command, given the file descriptors of the filter and of the information; or None.
         inside: returns the command to run in it, given the file descriptor of the frames.
         key: the key of the MACs; the process reads it from standard input, and then one byte whenever it may continue.
+        user: the id of the user and group that the process runs as, without bubblewrap; None means the caller's.
         folder, environment: those of the started process; with bubblewrap, the command inside gets them by its options.
     """
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -114,6 +116,7 @@ def start(
             cwd=folder,
             env=dict(environment or {}) | {"PATH": os.environ.get("PATH", os.defpath)},
             start_new_session=True,
+            **({} if user is None else {"user": user, "group": user, "extra_groups": []}),  # type: ignore[arg-type]
         )
         assert process.stdin is not None
         with contextlib.suppress(OSError):

@@ -1,0 +1,37 @@
+"""`lora-from-scratch similar`: show answers of a class that are the same code apart from names and layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Compare the answers of a unit that has been graded, and write a page for a person to judge: answers that are the same
+code apart from names and layout. It changes no points. The page says how often honest answers are alike.
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "similar",
+        help="show answers that are the same code (for instructors)",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("unit", metavar="UNIT", help='the unit, such as "09" or "unit_09"')
+    parser.add_argument(
+        "--course", type=Path, metavar="DIR", help="the course's folder (default: this folder or one above it)"
+    )
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    from lora_from_scratch.grading.course_folder import open_course
+    from lora_from_scratch.grading.similarity_report import write_similarity_report
+    from lora_from_scratch.grading.tasks import unit_of
+
+    unit = unit_of(Path(options.unit).stem.removeprefix("unit_").zfill(2))
+    path, count = write_similarity_report(unit, open_course(f"unit_{unit.number}", options.course))
+    print(f"{count} pairs of learners with similar answers: {path}")
+    return 0

@@ -1,0 +1,1 @@
+"""Marking submissions on the workers of a Dask cluster."""

@@ -1,0 +1,210 @@
+"""A pool whose submissions are marked on a Dask cluster; everything else runs in processes of this machine.
+
+A submission takes four steps: it is packed here, marked on a worker of the cluster, its result is written here, and it
+is entered and published as on one machine. Dask runs a task again whose worker has died. The key of a task is the key
+of the submission's result, so a scheduler never has the same submission twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import queue
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_from_scratch.grading import tasks
+from lora_from_scratch.grading.cluster.worker import OtherVersion, mark_remotely
+from lora_from_scratch.grading.pool import Outcome, Pool, Task
+
+PACK = "lora_from_scratch.grading.cluster.packing:pack"
+ACCEPT = f"{tasks.__name__}:accept"
+AHEAD = 2  # submissions that are with the scheduler, for each thread of the cluster
+CONNECTING = 30.0  # seconds
+EVERY = 1.0  # seconds between two looks at the workers
+ALONE = 300.0  # seconds that a grading goes on without any worker
+
+
+class ClusterError(OSError):
+    """The cluster cannot be used any more; what is finished is kept."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A submission that is with the scheduler; `workers` may have it, or any if there are none."""
+
+    task: Task
+    content: bytes
+    workers: frozenset[str]
+
+
+@dataclass
+class ClusterPool(Pool):
+    """See the module.
+
+    Attributes:
+        address: the scheduler's, such as "tcp://10.0.0.1:8786".
+        other_versions: by the address of a worker that is not used, what is different about its version of the course.
+    """
+
+    address: str = ""
+    other_versions: dict[str, str] = field(default_factory=dict)
+    _client: Any = None
+    _packed: deque[tuple[Task, bytes]] = field(default_factory=deque)
+    _sent: dict[Any, _Sent] = field(default_factory=dict)
+    _done: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+    _underway: dict[str, Task] = field(default_factory=dict)  # by learner, the task that was submitted
+    _workers: dict[str, int] = field(default_factory=dict)
+    _looked: float = 0.0  # when they were
+    _seen: float = 0.0  # when there was one that can be used
+
+    def __enter__(self) -> ClusterPool:
+        self._client = connect(self.address)
+        self._seen = time.monotonic()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        with contextlib.suppress(Exception):  # the scheduler may have gone
+            self._client.cancel(list(self._sent), force=True)
+        with contextlib.suppress(Exception):
+            self._client.close(timeout=5)
+
+    def submit(self, task: Task, *, first: bool = False) -> None:
+        if task.function != tasks.MARK:
+            return super().submit(task, first=first)
+        job: tasks.MarkingJob = task.arguments[0]
+        self._underway[task.name] = task
+        super().submit(Task(task.name, PACK, (job.notebook.parent, job.notebook.parents[2])))
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """As `Pool.outcomes`.
+
+        Raises:
+            ClusterError: the scheduler has gone, or there is no worker that can be used.
+        """
+        while self.busy() or self._packed or self._sent:
+            self._send()
+            for outcome in self.step(0.05 if self._sent else 1.0):
+                yield from self._local(outcome)
+            self._arrived(0.05 if self.busy() else 1.0)
+
+    def notes(self) -> list[str]:
+        return [f"worker {name} was not used: {why}" for name, why in sorted(self.other_versions.items())]
+
+    def _local(self, outcome: Outcome) -> Iterator[Outcome]:
+        """Go on with a submission after a step on this machine."""
+        task = self._underway.get(outcome.task.name)
+        if outcome.task.function == PACK and task is not None:
+            if outcome.value is None:  # it cannot be marked elsewhere
+                super().submit(task)
+            else:
+                self._packed.append((task, outcome.value))
+        elif outcome.task.function == ACCEPT and task is not None:
+            yield Outcome(task, outcome.value, outcome.error)
+        else:
+            yield outcome
+
+    def _send(self) -> None:
+        """Send as many submissions as the cluster's threads can soon use, so that the others need no memory."""
+        if not self._packed:
+            return
+        threads = self._threads()
+        while self._packed and len(self._sent) < AHEAD * sum(threads.values()):
+            task, content = self._packed.popleft()
+            job: tasks.MarkingJob = task.arguments[0]
+            released = job.released.read_bytes()
+            digest = hashlib.sha256(f"{job.learner} {job.key}".encode()).hexdigest()[:32]
+            chosen = frozenset(threads if self.other_versions else ())
+            key = f"lora-from-scratch-{job.unit}-{digest}-{len(self.other_versions)}"
+            future = self._client.submit(mark_remotely, job, content, released, key=key, workers=list(chosen) or None)
+            self._sent[future] = _Sent(task, content, chosen)
+            future.add_done_callback(self._done.put)
+
+    def _threads(self) -> dict[str, int]:
+        """By address, the number of threads of each worker that can be used.
+
+        Raises:
+            ClusterError: the scheduler has gone, or there has been no such worker for a long time.
+        """
+        now = time.monotonic()
+        if now - self._looked > EVERY:
+            self._looked, self._workers = now, self._known_workers()
+        workers = self._workers
+        found = {name: threads for name, threads in workers.items() if name not in self.other_versions}
+        self._seen = now if found else self._seen
+        if not found and workers and not self._sent:
+            why = "; ".join(sorted(set(self.other_versions.values())))
+            raise ClusterError(f"every worker of {self.address} has another version of the course: {why}")
+        if now - self._seen > ALONE:
+            raise ClusterError(f"{self.address} has had no worker for {ALONE:g} seconds; start some and run this again")
+        return found
+
+    def _known_workers(self) -> dict[str, int]:
+        try:
+            if self._client.status != "closed":
+                info = self._client.scheduler_info(n_workers=-1)
+                return {name: one["nthreads"] for name, one in info["workers"].items()}
+        except (OSError, TimeoutError, KeyError):  # without a connection, there is no information
+            pass
+        again = "start it and run the command again: what is finished is kept"
+        raise ClusterError(f"the scheduler at {self.address} has gone; {again}")
+
+    def _arrived(self, timeout: float) -> None:
+        """Take what the cluster has finished."""
+        if not self._sent:
+            return
+        with contextlib.suppress(queue.Empty):
+            future = self._done.get(timeout=timeout)
+            if future in self._sent:
+                self._take(future, self._sent.pop(future))
+        there = self._threads().keys()
+        for future in [future for future, one in self._sent.items() if one.workers and not one.workers & there]:
+            sent = self._sent.pop(future)  # all workers that may have it are gone
+            self._client.cancel([future], force=True)
+            self._packed.append((sent.task, sent.content))
+
+    def _take(self, future: Any, sent: _Sent) -> None:
+        status, task = future.status, sent.task
+        if status in ("cancelled", "lost"):
+            self._packed.append((task, sent.content))  # sent again, or `_threads` says that the scheduler has gone
+            return
+        error = future.exception() if status == "error" else None
+        value = tasks.MarkingFailure(_words(error), machine=True) if error else future.result()
+        future.release()
+        if isinstance(value, OtherVersion):
+            self.other_versions[value.worker] = value.why
+            self._packed.append((task, sent.content))
+        else:
+            super().submit(Task(task.name, ACCEPT, (task.arguments[0], value)), first=True)
+
+
+def connect(address: str) -> Any:
+    """A client of the scheduler.
+
+    Raises:
+        ValueError: dask.distributed is not installed, or the address is none.
+        ClusterError: there is no scheduler.
+    """
+    try:
+        from distributed import Client
+    except ImportError:
+        install = "pip install -e '.[course,cluster]' -c constraints.txt"
+        raise ValueError(f"--cluster needs dask.distributed, here and on the workers: {install}") from None
+    try:
+        return Client(address, timeout=CONNECTING, set_as_default=False)
+    except ValueError as error:
+        example = "tcp://10.0.0.1:8786"
+        raise ValueError(
+            f"--cluster should be a scheduler's address such as {example}, got {address!r}: {error}"
+        ) from None
+    except (OSError, TimeoutError) as error:
+        raise ClusterError(f"there is no scheduler at {address}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _words(error: BaseException) -> str:
+    """Why Dask gave up: after several deaths of workers, or because a worker cannot import the library."""
+    return f"the cluster could not mark it: {type(error).__name__}: {' '.join(str(error).split())}"[:500]

@@ -1,0 +1,148 @@
+"""Who is in the course: learners of the gradebook and of tables that a platform exports, under all names they have.
+
+A person in a download is matched by what identifies them (a platform's number, an ID, an e-mail address), and by their
+full name only if nothing else is known. A name that two learners share matches nobody: a wrong match would show one
+learner's work to another.
+"""
+
+from __future__ import annotations
+
+import csv
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str, str]  # the kind of identifier, and its value
+
+# The columns that identify a learner, as nbgrader, Canvas (gradebook export), Moodle (grading worksheet, grade export)
+# and Gradescope (roster) name them. The first kind that a row has becomes the name of the learner's folder.
+COLUMNS = {
+    "student_id": "id",
+    "sis login id": "id",
+    "username": "id",
+    "sid": "id",
+    "student id": "id",
+    "sis user id": "id",
+    "id number": "id",
+    "email": "email",
+    "email address": "email",
+    "lms_user_id": "number",
+    "identifier": "participant",
+}
+TIME = "last modified (submission)"
+BY_NAME = ("name", "slug")
+ONE_EACH = ("number", "participant", "email")  # a person who has another one of these is another person
+
+
+@dataclass
+class Learner:
+    """A learner of the course.
+
+    Attributes:
+        name: nbgrader's id, which is the name of the folder in submitted/.
+        keys: everything that identifies the learner, normalized.
+        time: when the work was handed in, as Moodle's grading worksheet says it; "" if unknown.
+    """
+
+    name: str
+    keys: set[Key] = field(default_factory=set)
+    time: str = ""
+
+
+class Roster:
+    """The learners of a course."""
+
+    def __init__(self) -> None:
+        self.learners: list[Learner] = []
+
+    def add(self, name: str, keys: Iterable[Key], time: str = "") -> None:
+        """Add a learner, or what another table says about one who is already known by an ID or address."""
+        new = {normal(*key) for key in keys if key[1].strip()}
+        known = [one for one in self.learners if one.keys & {key for key in new if key[0] not in BY_NAME}]
+        if len(known) > 1:
+            who = " and ".join(sorted(one.name for one in known))
+            raise ValueError(f"the roster says that {who} are the same person ({name or 'a row without a name'})")
+        if not known and not name:  # the table has only names
+            known = [one for one in [self.find(new)[0]] if one]
+        if known:
+            known[0].keys |= new
+            known[0].time = time or known[0].time
+        elif name:
+            self.learners.append(Learner(name, new, time))
+
+    def find(self, keys: Iterable[Key]) -> tuple[Learner | None, str]:
+        """The learner whom the keys identify, or None and why not."""
+        wanted = {normal(*key) for key in keys if key[1].strip()}
+        sure = {key for key in wanted if key[0] not in BY_NAME}
+        others = {kind for kind, _ in sure if kind in ONE_EACH}
+        found = [one for one in self.learners if one.keys & sure] or [
+            one for one in self.learners if one.keys & wanted and not any(kind in others for kind, _ in one.keys)
+        ]
+        if len(found) == 1:
+            return found[0], ""
+        names = ", ".join(sorted(one.name for one in found))
+        return None, f"matches several learners: {names}" if found else "matches nobody in the roster"
+
+
+def normal(kind: str, value: str) -> Key:
+    """A key that is compared: without case, and for names without accents, punctuation and the order of the parts."""
+    value = unicodedata.normalize("NFKC", value).casefold().strip()
+    if kind == "slug":
+        return kind, "".join(letter for letter in value if letter.isalnum())
+    if kind != "name":
+        return kind, value
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", value) if not unicodedata.combining(letter))
+    words = "".join(letter if letter.isalnum() else " " for letter in plain).split()
+    return kind, " ".join(sorted(words))
+
+
+def names_of(first: str, last: str) -> list[Key]:
+    """The keys of a name. In Canvas's files, "Diallo, Amina" is "dialloamina"."""
+    return [("name", f"{first} {last}"), ("slug", f"{last}{first}")]
+
+
+def read_roster(students: Iterable[Any], tables: Iterable[Path]) -> Roster:
+    """The learners of nbgrader's gradebook, then those of CSV tables.
+
+    Raises:
+        ValueError, OSError: a table cannot be read, or contradicts another one.
+    """
+    roster = Roster()
+    for student in students:
+        keys = [("id", student.id), ("email", student.email or ""), ("number", student.lms_user_id or "")]
+        roster.add(student.id, [*keys, *names_of(student.first_name or "", student.last_name or "")])
+    for path in tables:
+        for row in _rows(path):
+            _add_row(roster, row)
+    return roster
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    table = csv.DictReader(text.splitlines())
+    columns = {name.strip().casefold() for name in table.fieldnames or () if name}
+    if not columns & (COLUMNS.keys() | {"id"}):
+        known = "id, SIS Login ID, Username, SID, ID number, Email address, Identifier"
+        raise ValueError(f"{path} is no roster: its first line should have at least one of these columns: {known}")
+    rows = [
+        {name.strip().casefold(): value for name, value in row.items() if name and isinstance(value, str)}
+        for row in table
+    ]
+    return [row for row in rows if row.get("student", "").strip() != "Points Possible"]  # Canvas's second line
+
+
+def _add_row(roster: Roster, row: Mapping[str, str]) -> None:
+    """Add one row. Canvas's column "ID" is its own number, nbgrader's column "id" the learner's."""
+    canvas = "sis login id" in row or "sis user id" in row
+    found = [(COLUMNS[column], row[column].strip()) for column in COLUMNS if row.get(column, "").strip()]
+    if row.get("id", "").strip():
+        found.insert(len(found) if canvas else 0, ("number" if canvas else "id", row["id"].strip()))
+    name = next((value for kind, value in found if kind in ("id", "email")), "")
+    last, _, first = row.get("student", "").partition(",")
+    first = row.get("first_name") or row.get("first name") or first
+    last = row.get("last_name") or row.get("last name") or last
+    full = row.get("full name") or row.get("name") or ""
+    keys = [*found, *names_of(first, last), ("name", full)]
+    roster.add(name, keys, row.get(TIME, "").strip(" -"))

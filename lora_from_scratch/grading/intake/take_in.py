@@ -1,0 +1,185 @@
+"""Put downloaded submissions where grading reads them: submitted/LEARNER/unit_NN/."""
+
+from __future__ import annotations
+
+import filecmp
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lora_from_scratch.grading.course_folder import CourseFolder
+from lora_from_scratch.grading.intake.downloads import Part, Received, parts_of_zip, read_download, safe
+from lora_from_scratch.grading.intake.roster import Learner, Roster
+from lora_from_scratch.grading.submissions.folder import MOST_ENTRIES, ROOM, TIMESTAMP
+
+VERSION = re.compile(r"-(\d+)$")  # of a notebook's name: Canvas's number of a later attempt
+COPY = re.compile(r" ?\(\d+\)$")  # a browser's copy
+TIMES = ("%A, %d %B %Y, %I:%M %p", "%A, %d %B %Y, %H:%M", "%A, %B %d, %Y, %I:%M %p")  # Moodle's, in English
+
+
+@dataclass
+class TakenIn:
+    """What became of the downloads.
+
+    Attributes:
+        new, unchanged, replaced: the learners whose work was put into submitted/, was there already, was replaced.
+        kept: the learners whose other work there was kept.
+        problems: what a person has to see to, one sentence each.
+    """
+
+    new: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def take_in(course: CourseFolder, downloads: list[Path], roster: Roster, zone: str, *, replace: bool) -> TakenIn:
+    """Take in downloads. Nothing is changed before all of them have been read.
+
+    Args:
+        zone: the time zone of times without one (Moodle's).
+        replace: replace different work of the same learner that is already there.
+
+    Raises:
+        ValueError, OSError: a download cannot be read.
+    """
+    done = TakenIn()
+    placed: dict[str, str] = {}
+    received = [(platform, one) for path in downloads for platform, found in [read_download(path)] for one in found]
+    for platform, one in received:
+        if not one.files:
+            done.problems.append(f"{one.label}: there is no file that was handed in")
+            continue
+        for keys in one.people or [[]]:
+            learner, why = roster.find(keys)
+            if learner is None:
+                done.problems.append(f"{one.label}: {why}")
+            elif learner.name in placed:
+                other = placed[learner.name]
+                done.problems.append(f"{one.label}: {learner.name} has also handed in {other}, which counts")
+            else:
+                placed[learner.name] = one.label
+                _place(course, one, learner, _time(one, learner, platform, zone), replace, done)
+    return done
+
+
+def _place(course: CourseFolder, one: Received, learner: Learner, time: str, replace: bool, done: TakenIn) -> None:
+    target = course.handed_in(learner.name)
+    with TemporaryDirectory(dir=_made(course.submitted), prefix=".intake.") as made:
+        folder = Path(made) / "new"
+        folder.mkdir()
+        left_out = _write(one, folder, course.assignment)
+        if time:
+            (folder / TIMESTAMP).write_text(f"{time}\n", encoding="utf-8")
+        done.problems += [f"{learner.name}: {sentence}" for sentence in left_out]
+        if target.is_dir() and _same(folder, target):
+            done.unchanged.append(learner.name)
+        elif target.exists() and not replace:
+            done.kept.append(learner.name)
+        else:
+            (done.replaced if target.exists() else done.new).append(learner.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rename(Path(made) / "old")
+            folder.rename(target)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write(one: Received, folder: Path, unit: str) -> list[str]:
+    """Write the files, unpacking zip files among them, and name the notebook as grading expects it."""
+    left_out, room, count = [], ROOM, 0
+    for name, part in _unpacked(one.files, left_out):
+        path = safe(name)
+        if path is None or path.name == TIMESTAMP:  # the time is the platform's, not the learner's
+            continue
+        count += 1
+        if count > MOST_ENTRIES or part.size > room:
+            left_out.append(f"{path} was left out, because there are too many or too large files")
+            continue
+        room -= _copy(part, folder.joinpath(*path.parts), room)
+    notebooks = sorted(path for path in folder.glob("*.ipynb") if path.is_file())
+    if (newest := _newest(notebooks, unit)) is not None and newest.stem != unit:
+        earlier = folder / f"{unit}.ipynb"
+        if earlier.exists():
+            earlier.rename(folder / f"{unit} (earlier).ipynb")
+        newest.rename(earlier)
+    return left_out
+
+
+def _newest(notebooks: list[Path], unit: str) -> Path | None:
+    """The notebook of the unit with the highest number of the attempt; None if browsers' copies leave it open."""
+    mine: dict[int, Path] = {}
+    for path in notebooks:
+        stem = COPY.sub("", path.stem)
+        version = VERSION.search(stem)
+        if VERSION.sub("", stem).replace(" ", "_").casefold() == unit:
+            number = int(version[1]) if version else 0
+            if number in mine:
+                return None
+            mine[number] = path
+    return mine[max(mine)] if mine else None
+
+
+def _unpacked(files: dict[str, Part], left_out: list[str]) -> Iterator[tuple[str, Part]]:
+    for name, part in files.items():
+        if not name.lower().endswith(".zip"):
+            yield name, part
+            continue
+        with _opened(part) as archive:
+            if archive is None:
+                left_out.append(f"{safe(name)} cannot be unpacked")
+            else:
+                yield from ((inner.name, inner) for inner in parts_of_zip(archive))
+
+
+@contextmanager
+def _opened(part: Part) -> Iterator[zipfile.ZipFile | None]:
+    with TemporaryDirectory() as made:
+        copy = Path(made) / "archive.zip"
+        _copy(part, copy, ROOM)
+        try:
+            with zipfile.ZipFile(copy) as archive:
+                yield archive
+        except (zipfile.BadZipFile, NotImplementedError):
+            yield None
+
+
+def _copy(part: Part, path: Path, room: int) -> int:
+    """Write the file, at most `room` bytes of it; returns how many."""
+    if path.exists() or any(parent.is_file() for parent in path.parents):
+        return 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with part.open() as source, path.open("wb") as target:
+        left = room
+        while left > 0 and (chunk := source.read(min(1 << 20, left))):
+            target.write(chunk)
+            left -= len(chunk)
+    return room - left
+
+
+def _same(one: Path, other: Path) -> bool:
+    names = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
+    if names != {path.relative_to(other) for path in other.rglob("*") if path.is_file()}:
+        return False
+    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
+
+
+def _time(one: Received, learner: Learner, platform: str, zone: str) -> str:
+    """What timestamp.txt says. Words that are no time ask a person to look, when the unit is graded."""
+    said = one.time or (learner.time if platform == "Moodle" else "")
+    for form in TIMES:
+        try:
+            return f"{datetime.strptime(said, form)} {zone}"
+        except ValueError:
+            continue
+    return said or (f"late, says {platform}" if one.late else "")

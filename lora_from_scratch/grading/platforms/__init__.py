@@ -1,0 +1,1 @@
+"""Autograder bundles for Gradescope and PrairieLearn, and what runs in their containers."""

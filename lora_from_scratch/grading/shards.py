@@ -1,0 +1,150 @@
+"""Grade a unit on several machines that share the course's folder: each marks one shard, and one collects.
+
+    lora-from-scratch grade 09 --shard 3/16     # on each machine, with its own number
+    lora-from-scratch grade 09 --collect        # afterwards, on one
+
+A shard marks its learners and writes their records, nothing else; `--collect` marks nothing and does the rest. Which
+shard a learner belongs to follows from the learner's name alone, so that nobody is in two shards or in none, whenever
+they hand in. The first shard leaves the version of the course that it has; machines with another one are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_from_scratch.grading import tasks
+from lora_from_scratch.grading.course_folder import CourseFolder
+from lora_from_scratch.grading.keys import why_changed
+from lora_from_scratch.grading.marking_run import MarkingRun, Options, Preparation, locked, pool_of, prepare
+from lora_from_scratch.grading.summary import PreviousResult
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Shard `number` of `count`, from 1 on."""
+
+    number: int
+    count: int
+
+    def holds(self, learner: str) -> bool:
+        digest = hashlib.sha256(learner.encode(errors="surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") % self.count == self.number - 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What a shard has done.
+
+    Attributes:
+        trouble: a sentence for each learner that could not be graded.
+    """
+
+    unit: str
+    shard: Shard
+    learners: int
+    marked: int
+    trouble: tuple[str, ...]
+    seconds: float
+
+
+def parse_shard(text: str) -> Shard:
+    """Read "3/16".
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"--shard should look like 3/16, the third of sixteen, got {text!r}")
+    return Shard(int(number), int(count))
+
+
+def grade_shard(number: str, shard: Shard, options: Options) -> ShardSummary:
+    """Mark the submissions of a shard and write their records.
+
+    Raises:
+        ValueError, OSError: it cannot start; the message says why and what to do.
+    """
+    started = time.monotonic()
+    given = prepare(number, options)
+    course, learners = given.course, tuple(filter(shard.holds, given.learners))
+    lock = course.lock.with_name(f"{course.lock.name}.{shard.number}-of-{shard.count}")
+    with locked(course.lock, course.assignment, shared=True), locked(lock, f"shard {shard} of {course.assignment}"):
+        _require_same_version(given)
+        baseline(course, given.learners)
+        with pool_of(options) as pool:
+            run = ShardRun(given, pool)
+            run.all(learners)
+    return ShardSummary(
+        given.unit.number, shard, len(learners), run.marked, tuple(run.refused), time.monotonic() - started
+    )
+
+
+class ShardRun(MarkingRun):
+    """The marking of a shard. The records are all that it leaves."""
+
+    def enter(self, learner: str, made: tasks.PreparedResult, trouble: tuple[str, ...] = ()) -> int:
+        self.refused += [f"{learner}: {sentence}" for sentence in trouble]
+        return 1
+
+
+def baseline(course: CourseFolder, learners: tuple[str, ...]) -> dict[str, PreviousResult]:
+    """Everybody's points before this grading; a resumed run, or another shard, reads what the first one found."""
+    found = _stored(course.baseline)
+    if not isinstance(found, dict):
+        course.baseline.unlink(missing_ok=True)
+        records = {learner: tasks.stored_result(course.record(learner)) for learner in learners}
+        before = {
+            learner: {"key": graded.key, "points": {name: v.points for name, v in graded.verdicts.items()}}
+            for learner, graded in records.items()
+            if graded
+        }
+        found = _first(course.baseline, before)
+    return {learner: PreviousResult(**one) for learner, one in found.items()}
+
+
+def _require_same_version(given: Preparation) -> None:
+    """Check that the shards before this one had the same version of the course.
+
+    Raises:
+        ValueError: they had another one.
+    """
+    version = given.course.version
+    found = _first(version, given.course_key)
+    if found != given.course_key:
+        why = why_changed(found, given.course_key) if isinstance(found, str) else f"{version.name} is damaged"
+        raise ValueError(
+            f"the shards of {given.course.assignment} that ran before had another version of the course than this "
+            f"machine: {why}. Install the same version here; or, to begin again with this one, delete {version}"
+        )
+
+
+def _stored(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _first(path: Path, document: object) -> object:
+    """Write a JSON file unless another process has been first; returns what is in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(document, file)
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(name)
+    return _stored(path)
