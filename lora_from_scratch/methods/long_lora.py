@@ -1,19 +1,22 @@
-"""LongLoRA (Chen et al. 2023, arXiv:2309.12307): a LoRA that is trained on long texts with attention in groups.
+"""LongLoRA (Chen et al. 2023, arXiv:2309.12307): LoRA for longer contexts, trained with attention within groups.
 
-Training attends in groups of g tokens, so that it costs g T instead of T^2 (shifted sparse attention, S2, section 3.2):
+In training, attention is computed within groups of g tokens, which costs g T instead of T^2 (shifted sparse attention,
+S2-Attn, section 3.2):
 
     first half of the heads:   [0, g), [g, 2 g), ...                 each causal, none sees another
     second half:               [0, g/2), [g/2, 3 g/2), ...           shifted by half a group
 
-What one half of the heads separates the other connects. Everything else, evaluation and generation too, uses full
-attention. LoRA alone is not enough for longer texts: embeddings and normalisation are trained as well (section 3.3).
+Tokens on either side of a group's border in one half of the heads share a group in the other half. Evaluation and
+generation use full attention. LoRA alone is not sufficient for longer contexts, so embeddings and normalisation layers
+are trained as well (section 3.3).
 
-The shift is a roll of the tokens by -g/2, which puts the first g/2 tokens behind the last g/2 into one group. Under the
-causal mask of the group these first tokens would see the last ones, which come later (forward_noflashattn in
-dvlab-research/LongLoRA does that). Here the two ends do not see each other (as in its forward_flashattn).
+The shift is a roll of the tokens by -g/2, which places the first g/2 tokens after the last g/2 in one group. With the
+causal mask of the group alone, the first tokens of the text would attend to the last ones (as in forward_noflashattn of
+dvlab-research/LongLoRA): a leak from the future. Here the two ends do not attend to each other (as in its
+forward_flashattn).
 
 The paper's models have rotary positions and are extended by position interpolation. GPT-2 learns an embedding of each
-position; its table is stretched to `factor` times as many by interpolating between neighbours, and then trained.
+position; its table is extended to `factor` times as many rows by linear interpolation, and then trained.
 """
 
 from __future__ import annotations
@@ -44,13 +47,13 @@ def shifted_sparse_attention(
 ) -> Tensor:
     """Causal attention in groups of g tokens, shifted by g // 2 in the second half of the heads.
 
-    A number of tokens that g does not divide leaves the last group short.
+    If g does not divide the number of tokens, the last group is shorter.
 
     Args:
         q, k, v: (B, H, T, hd).
         group_size: g, at least 1.
-        mask: (B or 1, 1, T, T), True where a query may see a key; None: wherever the groups and causality allow it.
-        dropout: of the weights.
+        mask: (B or 1, 1, T, T), True where a query may attend to a key; None: the groups and causality decide alone.
+        dropout: dropout rate of the attention weights.
 
     Returns:
         (B, H, T, hd).
@@ -64,7 +67,7 @@ def shifted_sparse_attention(
 
 
 def _to_groups(x: Tensor, group_size: int) -> Tensor:
-    """(B, H, T, hd) to (B, H, n, g, hd): filled up to whole groups, the second half of the heads rolled by -g // 2."""
+    """(B, H, T, hd) to (B, H, n, g, hd): padded to whole groups, the second half of the heads rolled by -(g // 2)."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % group_size))
     half = x.shape[1] // 2
     x = torch.cat([x[:, :half], x[:, half:].roll(-(group_size // 2), dims=2)], dim=1)
@@ -78,11 +81,11 @@ def _from_groups(x: Tensor, group_size: int) -> Tensor:
 
 
 def _allowed(heads: int, groups: int, group_size: int, mask: Tensor | None, device: torch.device) -> Tensor:
-    """(B or 1, H, n, g, g): whether a query of a group may see a key of it."""
+    """(B or 1, H, n, g, g): whether a query of a group may attend to a key of that group."""
     causal = torch.ones(group_size, group_size, dtype=torch.bool, device=device).tril()
     shifted = causal.repeat(groups, 1, 1)  # (n, g, g)
-    ends = group_size - group_size // 2  # of the last group: first the end of the text, then its beginning
-    shifted[-1, ends:, :ends] = False  # and the beginning does not see the end
+    ends = group_size - group_size // 2  # the last group holds the end of the text, then its beginning
+    shifted[-1, ends:, :ends] = False  # the beginning must not attend to the end
     half = heads // 2
     allowed = torch.cat([causal.expand(half, groups, -1, -1), shifted.expand(heads - half, -1, -1, -1)])[None]
     if mask is None:
@@ -91,12 +94,12 @@ def _allowed(heads: int, groups: int, group_size: int, mask: Tensor | None, devi
     rows = _to_groups(both, group_size)  # (B, H, n, g, T): the queries in groups
     columns = _to_groups(rows.flatten(2, 3).transpose(2, 3), group_size)  # then the keys
     blocks = columns.unflatten(-1, (-1, group_size)).diagonal(dim1=2, dim2=4)  # (B, H, g keys, g queries, n)
-    # What fills up the last group, and padding, sees itself, so that no softmax is 0 / 0.
+    # Padding attends to itself, so that no softmax is 0 / 0.
     return (allowed & blocks.permute(0, 1, 4, 3, 2)) | torch.eye(group_size, dtype=torch.bool, device=device)
 
 
 class ShiftedSparseAttention(Attention):
-    """The attention of a block in `groups` groups during training, with the same parts as the one it replaces."""
+    """A block's attention, computed in `groups` groups during training; it shares the submodules of the original."""
 
     def __init__(self, attention: Attention, groups: int) -> None:
         nn.Module.__init__(self)
@@ -129,7 +132,7 @@ def stretched(table: Tensor, factor: int) -> Tensor:
 
 # --- The method ------------------------------------------------------------------------------------------
 
-_BEFORE = "long_lora_before"  # what an adapted model remembers, past nn.Module's own bookkeeping
+_BEFORE = "long_lora_before"  # attribute of an adapted model: the replaced parts
 
 
 @dataclass
@@ -143,22 +146,22 @@ class Before:
 
 @dataclass(frozen=True)
 class LongLoRA(LoRA):
-    """LongLoRA on a GPT-2; see the module. The context is `factor` times as long while the model is adapted.
+    """LongLoRA on a GPT-2; see the module. The context of the adapted model is `factor` times as long.
 
-    The repository of the paper calls a LoRA with trained embeddings and normalisation "LoRA+", which is not the LoRA+
-    of Hayou et al. (`lora_plus.py`). GPT-2's output head is its token embedding and is trained with it.
+    The paper calls LoRA with trained embeddings and normalisation "LoRA+", which is not the LoRA+ of Hayou et al.
+    (`lora_plus.py`). GPT-2's output head is tied to its token embedding and is trained with it.
 
-    A merged copy keeps the longer context and has full attention.
+    A merged copy keeps the longer context and uses full attention.
 
     Raises:
-        ValueError: a hyperparameter out of its range, or embeddings and norms are trained and `modules_to_save` or
-            `trainable_token_indices` name some of them as well, when it is made; or as for `LoRA`.
+        ValueError: a hyperparameter is out of range, or `modules_to_save` or `trainable_token_indices` are given while
+            embeddings and norms are trained (raised by the constructor); otherwise as for `LoRA`.
     """
 
     rank: int = hyperparameter(8, "rank r of the update B A")
-    factor: int = hyperparameter(2, "how many times as long the context becomes")
-    groups: int = hyperparameter(4, "groups in which a text is attended to in training")
-    embeddings_and_norms: bool = hyperparameter(True, "train embeddings and normalisation as well")
+    factor: int = hyperparameter(2, "factor by which the context is extended")
+    groups: int = hyperparameter(4, "number of groups of tokens for attention in training")
+    embeddings_and_norms: bool = hyperparameter(True, "also train embeddings and normalisation layers")
 
     name: ClassVar[str] = "long-lora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_LONGLORA"  # PEFT has no such method

@@ -1,23 +1,24 @@
 """LoReFT and DiReFT (Wu et al. 2024, arXiv:2404.03592): edit hidden states instead of weights.
 
-After some blocks, at some positions of the prompt, the hidden state h of a token is changed; all weights stay as they
-are. LoReFT (eq. 2) changes h only within a subspace of r dimensions, the rows of R, and sets its coordinates there:
+After some blocks, at some positions of the prompt, the hidden state h of a token is changed; the weights are frozen.
+LoReFT (eq. 2) changes h only within the r-dimensional subspace spanned by the rows of R, and sets its coordinates
+there:
 
     h' = h + R^T (W h + b - R h)        R, W: (r, d),  b: (r,),  h: (d,),  R R^T = I
 
-so that R h' = W h + b. DiReFT (eq. 3) leaves out what makes this expensive, the orthonormal rows and the difference:
+so that R h' = W h + b. DiReFT (eq. 3) drops what makes this expensive, the orthonormal rows and the difference:
 
     h' = h + R^T (W h + b)              R, W: (r, d),  b: (r,)
 
-After every step R is replaced by the nearest matrix with orthonormal rows, U V^T of its singular value decomposition
-(the authors' package instead trains what PyTorch makes an orthogonal R of). Only so does R h' = W h + b hold.
+After each step R is replaced by the nearest matrix with orthonormal rows, U V^T of its singular value decomposition, so
+that R h' = W h + b keeps holding. (The authors' package uses PyTorch's orthogonal parametrisation instead.)
 
 The positions are the first p and the last s tokens of the prompt, written "f7+l7" as in the authors' package, or "all".
-A prompt ends with the first line break, as the prompts of the story cards and of E2E do; a text without one has no last
-positions. What is generated is not edited, but depends on the prompt. So there is nothing to do once the prompt is in
-the cache of keys and values, and nothing can be merged into the weights.
+A prompt ends with the first line break, as the prompts of the story cards and of E2E do; a text without a line break
+has no last positions. Generated tokens are not edited; the edits reach them through the keys and values of the prompt.
+Edits cannot be merged into the weights.
 
-In the authors' package a LoReFT changes the model at the start, as W is random; `start="base"` has W = R and b = 0.
+In the authors' package W is random, so LoReFT changes the model at the start; with `start="base"`, W = R and b = 0.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ from lora_from_scratch.support.wrapped import unwrapped
 VARIANTS = ("loreft", "direft")
 STARTS = ("base", "random")
 ALL = "all"
-LINE_BREAK = 198  # its id in GPT-2's vocabulary; `for_tokenizer` puts that of another tokenizer in its place
-HOOK = "loreft_hook"  # where an adapted model keeps the handle of its hook, past nn.Module's bookkeeping
+LINE_BREAK = 198  # its id in GPT-2's vocabulary; `for_tokenizer` sets that of another tokenizer
+HOOK = "loreft_hook"  # attribute of an adapted model: the handle of its hook
 
 # --- Where: the positions --------------------------------------------------------------------------------
 
@@ -56,7 +57,7 @@ def first_and_last(positions: str) -> tuple[int, int]:
     """p and s of "f7+l7", "f7" or "l7".
 
     Raises:
-        ValueError: it is written in another way, or both are 0.
+        ValueError: the format is different, or both are 0.
     """
     found = re.fullmatch(r"f(\d+)(?:\+l(\d+))?|l(\d+)", positions) if isinstance(positions, str) else None
     first, last = (int(found[1] or 0), int(found[2] or found[3] or 0)) if found else (0, 0)
@@ -66,16 +67,16 @@ def first_and_last(positions: str) -> tuple[int, int]:
 
 
 def prompt_positions(input_ids: Tensor, place: Tensor, first: int, last: int, end_id: int) -> tuple[Tensor, Tensor]:
-    """Which tokens are among the first p of their text, and which are among the last s of its prompt.
+    """Masks of the first p tokens of each text and of the last s tokens of its prompt.
 
     Args:
         input_ids: (B, T).
-        place: (B, T), the place of each token in its text, from 0; below 0: padding.
+        place: (B, T), the position of each token in its text, from 0; negative: padding.
         first, last: p and s.
-        end_id: the token that ends a prompt, where it occurs for the first time.
+        end_id: the token whose first occurrence ends the prompt.
 
     Returns:
-        Two (B, T) of booleans.
+        Two boolean tensors (B, T).
     """
     ends = (input_ids == end_id) & (place >= 0)
     end = place.masked_fill(~ends, torch.iinfo(place.dtype).max).amin(dim=1, keepdim=True)  # (B, 1)
@@ -84,10 +85,10 @@ def prompt_positions(input_ids: Tensor, place: Tensor, first: int, last: int, en
 
 
 class Positions:
-    """The positions of the batch that is passing through the model, noted by a hook before its forward pass.
+    """The positions to edit in the current batch, set by a hook before the model's forward pass.
 
     Attributes:
-        masks: a (B, T, 1) of booleans for the first tokens and one for the last; None: all positions.
+        masks: boolean (B, T, 1), for the first tokens and for the last; None: all positions.
     """
 
     def __init__(self, positions: str, end_id: int) -> None:
@@ -129,9 +130,9 @@ class Intervention(nn.Module):
         width: d.
         rank: r, from 1 to d.
         variant: "loreft" or "direft".
-        start: "base": h' = h at the start; "random": W and b as PyTorch makes them for a linear layer, and for DiReFT R
-            as well, as in the authors' package.
-        generator: where the random numbers come from; None: PyTorch's own.
+        start: "base": h' = h at the start; "random": W and b (and for DiReFT also R) initialised like a linear layer in
+            PyTorch, as in the authors' package.
+        generator: for the initial values; None: PyTorch's default generator.
     """
 
     def __init__(
@@ -153,14 +154,14 @@ class Intervention(nn.Module):
         self.loreft_R, self.loreft_W, self.loreft_b = nn.Parameter(R), nn.Parameter(W), nn.Parameter(b)
 
     def forward(self, h: Tensor, where: Tensor | None) -> Tensor:
-        """What is added to h (B, T, d): (B, T, d), zero outside of `where` (B, T, 1)."""
+        """The change of h (B, T, d): (B, T, d), zero outside `where` (B, T, 1)."""
         z = F.linear(h, self.down(), self.loreft_b)  # (B, T, r)
         if where is not None:
             z = z * where.to(z.dtype)
         return F.linear(z, self.loreft_R.T)
 
     def down(self) -> Tensor:
-        """What h is multiplied by, (r, d): W - R in LoReFT, W in DiReFT."""
+        """The matrix (r, d) applied to h: W - R in LoReFT, W in DiReFT."""
         return self.loreft_W - self.loreft_R if self.variant == "loreft" else self.loreft_W
 
     @torch.no_grad()
@@ -179,7 +180,7 @@ class EditedBlock(nn.Module):
     Args:
         base: the block; it returns (B, T, d).
         interventions: one for all positions, or one for the first tokens of the prompt and one for the last.
-        positions: those of the batch; shared by all blocks.
+        positions: the positions in the current batch; shared by all blocks.
     """
 
     def __init__(self, base: nn.Module, interventions: Sequence[Intervention], positions: Positions) -> None:
@@ -195,7 +196,7 @@ class EditedBlock(nn.Module):
         return h
 
     def places(self) -> list[Tensor | None]:
-        """Where each intervention takes place: (B, T, 1) of booleans, or None for everywhere."""
+        """The positions of each intervention: boolean (B, T, 1), or None for all."""
         if self.positions.everywhere:
             return [None]
         assert self.positions.masks is not None
@@ -211,17 +212,20 @@ class LoReFT(Method):
     """LoReFT or DiReFT on a GPT-2; see the module for the equations.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; or one that does not fit the model, in `adapt`.
+        ValueError: a hyperparameter is out of range (raised by the constructor), or does not fit the model (raised by
+            `adapt`).
     """
 
-    rank: int = hyperparameter(8, "r, the dimensions of the subspace in which hidden states are edited")
+    rank: int = hyperparameter(8, "dimension r of the subspace in which hidden states are edited")
     variant: str = hyperparameter("loreft", "loreft, or direft, whose R is not kept orthonormal")
     positions: str = hyperparameter("f7+l7", "f7+l7: the first 7 and last 7 tokens of the prompt; or f7, l7, all")
-    share_weights: bool = hyperparameter(True, "one edit a block for the first and the last tokens, instead of two")
+    share_weights: bool = hyperparameter(
+        True, "use one intervention per block for first and last tokens, instead of two"
+    )
     layers: Sequence[int] = hyperparameter((), "blocks after which to edit, counted from 0; all if none is given")
     start: str = hyperparameter("base", "base: nothing changes at the start; random: as in the authors' package")
     end_id: int = LINE_BREAK  # the token that ends a prompt
-    seed: int = 0  # of the first values
+    seed: int = 0  # of the initial values
 
     name: ClassVar[str] = "loreft"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_LOREFT"  # PEFT has no such method

@@ -2,19 +2,20 @@
 
     W ~ Q + s B A,      y = Q x + b + s B A x,      Q: (out, in) in NormalFloat,  A: (r, in),  B: (out, r)
 
-Q is frozen, A and B are trained. Three things are its own:
+Q is frozen, A and B are trained. It differs from QLoRA and LoftQ in three ways:
 
-- The split (algorithm 2): from Q = 0, alternately `B A = SVD_r(W - Q)` and `Q = quant(W - B A)`, until the error rises.
-  LoftQ takes the same two steps in the other order, from Q = quant(W), and a fixed number of times.
-- Weights may count differently (section 3.3), by the diagonal of the Fisher information F, the mean squared gradient of
-  each weight over examples. A weighted SVD has no closed form unless the weights are an outer product, so F (out, in)
-  is replaced by row * column^T, `row` (out,) and `column` (in,) being the roots of its means over a row and a column:
-  `SVD_r(row * (W - Q) * column)`, divided by both again.
-- Matrices get different numbers of bits (section 3.2). Each has a choice of bits and group sizes; an integer programme
-  takes one for each so that the sum of the squared errors is least and the storage within a budget.
+- The split (algorithm 2): starting from Q = 0, alternate `B A = SVD_r(W - Q)` and `Q = quant(W - B A)` until the error
+  rises. LoftQ takes the same two steps in the opposite order, a fixed number of times.
+- Errors may be weighted (section 3.3) by the diagonal of the Fisher information F, the mean squared gradient of each
+  weight over examples. A weighted SVD has a closed form only if the weights are an outer product, so F (out, in) is
+  replaced by row * column^T, with `row` (out,) and `column` (in,) the square roots of its row and column means:
+  `SVD_r(row * (W - Q) * column)`, then divided by both.
+- Each matrix gets its own number of bits and group size (section 3.2). An integer programme chooses them so that the
+sum
+  of squared errors is minimal and the storage stays within a budget.
 
-The paper has 432 choices, which differ in how the scales are quantised as well; here there are 12 (`CHOICES`), with the
-scales in 8 bits. The errors of the integer programme are those after one step of the split.
+The paper has 432 configurations, which also vary how the scales are quantised; here there are 12 (`CHOICES`), with
+8-bit scales. The integer programme uses the errors after one step of the split.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from lora_from_scratch.quantization.nf4_linear import quantized_layers
 from lora_from_scratch.support.linear_layers import is_conv1d, weight_of
 from lora_from_scratch.support.wrapped import unwrapped
 
-Choice = tuple[int, int]  # bits, and weights in a group
+Choice = tuple[int, int]  # bits and group size
 Weighting = tuple[Tensor, Tensor]  # row (out,) and column (in,)
 
 CHOICES: tuple[Choice, ...] = tuple((bits, group) for bits in BITS for group in (16, 32, 64))
-LEAST = 1e-3  # of the largest: what a row or a column counts at least, so that it can be divided by
+LEAST = 1e-3  # smallest weight of a row or column, relative to the largest, so that it can be divided by
 
 # --- One weight ------------------------------------------------------------------------------------------
 
@@ -58,17 +59,16 @@ def split(
     iterations: int = 5,
     weighting: Weighting | None = None,
 ) -> tuple[LowBitTensor, Tensor, Tensor]:
-    """Q, A (r, in) and B (out, r) with Q + B A near W (algorithm 2).
+    """Find Q, A (r, in) and B (out, r) with Q + B A close to W (algorithm 2).
 
-    The iteration that is returned is the best one, which is the last but one if the error rose. (The authors' code
-    returns the one at which it rose.)
+    The best iteration is returned: the one before the error rose. (The authors' code returns the one in which it rose.)
 
     Args:
         W: (out, in).
         rank: r, from 1 to the smaller side of W.
-        quantize: makes a matrix Q.
-        iterations: at most; at least 1.
-        weighting: what rows and columns count, in the roots of the weights of squared errors; None: all the same.
+        quantize: maps a matrix to Q.
+        iterations: the largest number of iterations, at least 1.
+        weighting: the square roots of the weights of squared errors, by row and by column; None: no weighting.
     """
     W = W.detach().float()
     best, least, quantized = None, math.inf, torch.zeros_like(W)
@@ -93,7 +93,7 @@ def _weighted_factors(matrix: Tensor, rank: int, weighting: Weighting | None) ->
 
 
 def squared_error(difference: Tensor, weighting: Weighting | None = None) -> float:
-    """The sum of the squares, each times row^2 and column^2."""
+    """The sum of squares, weighted by row^2 and column^2."""
     if weighting is not None:
         difference = weighting[0][:, None] * difference * weighting[1]
     return float(difference.square().sum(dtype=torch.float64))
@@ -103,7 +103,7 @@ def squared_error(difference: Tensor, weighting: Weighting | None = None) -> flo
 
 
 def allocate(errors: Tensor, sizes: Tensor, budget: float) -> list[int]:
-    """For each matrix the choice with which the sum of the errors is least and that of the sizes within the budget.
+    """Choose a configuration for each matrix, minimising the summed errors with the summed sizes within a budget.
 
     An integer programme (section 3.2): x[i, c] is 1 if matrix i has choice c, and 0 otherwise,
 
@@ -111,7 +111,7 @@ def allocate(errors: Tensor, sizes: Tensor, budget: float) -> list[int]:
 
     Args:
         errors, sizes: (matrices, choices), float64.
-        budget: in the unit of the sizes.
+        budget: in the same unit as the sizes.
 
     Raises:
         ValueError: nothing fits into the budget, or scipy is not installed.
@@ -148,12 +148,12 @@ def choose_bits(
 
     Args:
         weights: (out, in), by name.
-        ranks: of the low-rank part beside a matrix; of those that are not here there is none.
-        budget: bits of a weight on average, its share of the scales included.
-        weighting: of the errors of the matrices that are here.
+        ranks: the rank of the low-rank part of each matrix that has one.
+        budget: average number of bits per weight, including the scales.
+        weighting: the weighting of the errors, for the matrices that have one.
 
     Raises:
-        ValueError: as `allocate`, with sizes in bits of a weight.
+        ValueError: as for `allocate`, with sizes in bits per weight.
     """
     errors = torch.zeros(len(weights), len(CHOICES), dtype=torch.float64)
     sizes = torch.zeros_like(errors)
@@ -165,20 +165,20 @@ def choose_bits(
         for c, (bits, group_size) in enumerate(CHOICES):
             Q = quantize_normal_float(rest, bits, group_size)
             sizes[i, c] = 8 * Q.nbytes
-            # On the meta device there are no values; there a bit more halves the error.
+            # On the meta device there are no values; assume that each bit halves the error.
             errors[i, c] = W.numel() * 4.0**-bits if W.is_meta else squared_error(rest - Q.dequantize(), of_it)
     chosen = allocate(errors, sizes / sum(W.numel() for W in weights.values()), budget)
     return {name: CHOICES[c] for name, c in zip(weights, chosen, strict=True)}
 
 
-# --- What each weight counts -------------------------------------------------------------------------------
+# --- Weighting by Fisher information -------------------------------------------------------------------------------
 
 
 def fisher_weighting(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Weighting]:
-    """Row and column of each layer's weight, from the squared gradients of single examples.
+    """The row and column weights of each layer, from the squared gradients of single examples.
 
     Args:
-        model: that makes logits of `input_ids`.
+        model: maps `input_ids` to logits.
         layers: linear layers in the model, by name.
         batches: each with `input_ids`, `labels` and `attention_mask`.
     """
@@ -207,7 +207,7 @@ def fisher_weighting(model: nn.Module, layers: Mapping[str, nn.Module], batches:
 
 
 def _root(means: Tensor) -> Tensor:
-    """The root, over the largest, and not below `LEAST`; ones if all are zero."""
+    """The square roots, relative to the largest and at least `LEAST`; ones if all are zero."""
     root = means.sqrt()
     largest = root.max()
     return (root / largest).clamp(min=LEAST) if largest > 0 else torch.ones_like(root)
@@ -215,14 +215,14 @@ def _root(means: Tensor) -> Tensor:
 
 # --- The method --------------------------------------------------------------------------------------------
 
-# What an adapted model remembers beside its `Adaptation`, past nn.Module's own bookkeeping.
+# Attributes of an adapted model beside its `Adaptation`.
 _FIT = "lq_lora_fit"
 _WAITING = "lq_lora_waiting"  # the full layers, until `before_training` has found the weighting
 
 
 @dataclass
 class Fit:
-    """How the base was quantised: what is needed to make the same Q again."""
+    """How the base was quantised, which determines Q."""
 
     allocation: dict[str, Choice]
     weighting: dict[str, Weighting]
@@ -232,27 +232,26 @@ class Fit:
 class LQLoRA(QuantizedLoRA):
     """LQ-LoRA on whole linear layers of any model; see the module for the algorithm.
 
-    `adapt` quantises every linear layer except the head; those without a LoRA have no low-rank part. With
-    `fisher_batches` the gradients of the first batches of the training are taken before it begins, and everything is
-    fitted anew; the full weights stay in memory until then.
+    `adapt` quantises every linear layer except the head; layers without LoRA have no low-rank part. With
+    `fisher_batches`, gradients of the first training batches are computed before training, and the split is repeated
+    with the weighting; the full weights stay in memory until then.
 
-    An adapter directory holds A and B, the bits of every matrix and the weighting, out + in numbers a matrix. Q is not
-    saved: loading makes it again from the same base.
+    An adapter directory contains A and B, the bits and group size of each matrix, and its weighting (out + in numbers).
+    Q is not saved: loading computes it again from the same base.
 
     Args:
         allocation: bits and group size of each matrix, by name; empty: chosen within the budget.
-        weighting: row and column of each matrix, by name; empty: all the same, or from `fisher_batches`.
+        weighting: row and column weights of each matrix, by name; empty: none, or computed from `fisher_batches`.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; in `adapt`, a target is a part of a fused layer
-            or not quantised, the model is quantised already, the budget is too small, or scipy is missing.
+        ValueError: a hyperparameter is out of range (raised by the constructor); or, raised by `adapt`, a target is a
+            part of a fused layer or is not quantised, the model is already quantised, the budget is too small, or scipy
+            is not installed.
     """
 
-    budget: float = hyperparameter(3.0, "bits of a quantised weight on average, with its share of the scales")
-    iterations: int = hyperparameter(5, "how often Q, and then A and B, are fitted to what the other leaves")
-    fisher_batches: int = hyperparameter(
-        0, "batches whose gradients say how much the error of a weight counts; 0: none"
-    )
+    budget: float = hyperparameter(3.0, "average number of bits per quantised weight, including the scales")
+    iterations: int = hyperparameter(5, "largest number of iterations of the split")
+    fisher_batches: int = hyperparameter(0, "number of batches for the Fisher weighting of errors; 0: no weighting")
     allocation: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False, compare=False)
     weighting: Mapping[str, Weighting] = field(default_factory=dict, repr=False, compare=False)
 
@@ -274,7 +273,9 @@ class LQLoRA(QuantizedLoRA):
     def quantize(self, model: nn.Module) -> dict[str, nn.Module]:
         for name in quantized_layers(model):
             raise ValueError(f"LQ-LoRA needs the full weights, and {name} is quantised already; load the model in full")
-        return quantize_linear_layers(model, lambda name, W: quantize_normal_float(W))  # until `begin`
+        return quantize_linear_layers(
+            model, lambda name, W: quantize_normal_float(W)
+        )  # provisional; `begin` replaces it
 
     def _layer(self, model: nn.Module, name: str, parts: tuple[str, ...], generator: torch.Generator) -> LoRALinear:
         if parts:
@@ -290,7 +291,7 @@ class LQLoRA(QuantizedLoRA):
             model.__dict__[_WAITING] = dict(dense)
 
     def _fit(self, model: nn.Module, dense: Mapping[str, nn.Module], weighting: dict[str, Weighting]) -> None:
-        """Choose the bits, and make new Q, A and B."""
+        """Choose the bits and compute Q, A and B."""
         loras, weights = lora_layers(model), {name: weight_of(layer) for name, layer in dense.items()}
         ranks = {name: layer.rank for name, layer in loras.items()}
         allocation = {name: (bits, group) for name, (bits, group) in self.allocation.items()}

@@ -1,19 +1,20 @@
-"""PEZ (Wen et al. 2023, arXiv:2302.03668): a prompt of real tokens, found by gradients.
+"""PEZ (Wen et al. 2023, arXiv:2302.03668): a prompt of real tokens, found by gradient descent.
 
-A soft prompt is found by gradients, but its rows are no tokens: nobody can read it. Its nearest tokens can be read, but
-they are another prompt. PEZ keeps soft rows P and uses only their nearest tokens (algorithm 1). In every step
+The rows of a soft prompt are not embeddings of tokens, so it cannot be read, and the prompt of their nearest tokens
+behaves differently. PEZ optimises soft rows P but computes the loss with their nearest tokens (algorithm 1). In each
+step
 
     E_i = wte[t_i],   t_i = argmax over tokens t of cos(P_i, wte[t])        P, E: (p, d), wte: (V, d)
     g = gradient of the loss at E
     P = P - update(g)                                                       by the optimiser, here AdamW
 
-so the loss is always that of real tokens, and the many small updates of P add up until a row is nearer to another one.
+so the loss is always that of real tokens, and the updates of P add up until a row is nearer to another token.
 
-The last prompt need not be the best, so the best is kept, as in the authors' code. They compare losses on all the
-data; here the prompt is judged every few steps on the first few batches of the training.
+The last prompt is not necessarily the best, so the best one is kept, as in the authors' code. They compare losses on
+all data; here the prompt is evaluated every few steps on the first few batches of the training data.
 
-The result is a list of tokens. As a text it can be used elsewhere, with a reservation: a tokenizer may cut the text
-into other tokens.
+The result is a list of tokens. It can be used elsewhere as a text, although a tokenizer may split that text into
+different tokens.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ from lora_from_scratch.methods.prompt_tuning import (
 )
 from lora_from_scratch.support.wrapped import unwrapped
 
-SEARCH = "pez_search"  # where an adapted model keeps its `Search`, past nn.Module's bookkeeping
+SEARCH = "pez_search"  # attribute of an adapted model: its `Search`
 
 
 def project(prompt: Tensor, table: Tensor) -> Tensor:
-    """The embeddings of the nearest tokens, with their gradient passed on to the prompt as it is.
+    """The embeddings of the nearest tokens; their gradient is passed on to the prompt unchanged (straight-through).
 
     Args:
         prompt: P (p, d).
@@ -58,15 +59,15 @@ def project(prompt: Tensor, table: Tensor) -> Tensor:
     """
     with torch.no_grad():
         nearest = table[nearest_tokens(prompt, table)].to(prompt.dtype)
-    return nearest + (prompt - prompt.detach())  # the bracket is zero, and its gradient is not
+    return nearest + (prompt - prompt.detach())  # the term in brackets is zero, but its gradient is not
 
 
 class HardPrompt(SoftPrompt):
-    """p soft rows that act as their nearest tokens.
+    """p soft rows that are used as their nearest tokens.
 
     Args:
         embeddings: P (p, d), the initial values.
-        vocabulary: the token embeddings; they do not become a part of this module.
+        vocabulary: the token embeddings, which are not registered as a submodule.
     """
 
     def __init__(self, embeddings: Tensor, vocabulary: nn.Embedding) -> None:
@@ -109,7 +110,7 @@ class Search:
 
     @torch.no_grad()
     def loss_of(self, model: GPT2) -> Tensor:
-        """The mean loss of the model's present prompt on the batches."""
+        """The mean loss of the model's current prompt on the batches."""
         training, device = model.training, self.tokens.device
         model.eval()
         losses = []
@@ -120,7 +121,7 @@ class Search:
         return torch.stack(losses).mean()
 
     def judge(self, model: GPT2) -> None:
-        """Keep the present prompt if it is better than the best one."""
+        """Keep the current prompt if it is better than the best one so far."""
         tokens = hard_prompt(model).tokens()
         if not torch.equal(tokens, self.tokens) and (loss := self.loss_of(model)) < self.loss:
             self.tokens.copy_(tokens)
@@ -131,15 +132,15 @@ class Search:
 class PEZ(PromptTuning):
     """A prompt of real tokens, found by projected gradients; see the module for the algorithm.
 
-    An adapter directory has the ids of the tokens and nothing else.
+    An adapter directory contains the token ids only.
 
     Raises:
         ValueError: as for `PromptTuning`.
     """
 
-    num_virtual_tokens: int = hyperparameter(16, "number of tokens of the prompt, which stands before every text")
-    judged_batches: int = hyperparameter(4, "training batches on which prompts are compared, to keep the best one")
-    judge_every: int = hyperparameter(10, "steps from one comparison to the next")
+    num_virtual_tokens: int = hyperparameter(16, "number of tokens of the prompt, which is prepended to every text")
+    judged_batches: int = hyperparameter(4, "number of training batches on which prompts are compared")
+    judge_every: int = hyperparameter(10, "number of steps between two comparisons")
 
     name: ClassVar[str] = "pez"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_PEZ"  # PEFT has no such method

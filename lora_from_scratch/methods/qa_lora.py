@@ -1,17 +1,18 @@
-"""QA-LoRA (Xu et al. 2023, arXiv:2309.14717): a LoRA that can be merged into integers and leaves them integers.
+"""QA-LoRA (Xu et al. 2023, arXiv:2309.14717): LoRA that can be merged into a quantised weight, which stays quantised.
 
-The weight is stored as b-bit integers, in groups of g inputs that share a scale and a zero (section 3.2). What can be
-merged into a zero is the same number for all inputs of its group. So A sees the sum of each group only (section 3.3):
+The weight is stored as b-bit integers, in groups of g inputs that share a scale and a zero (section 3.2). A change can
+be merged into the zeros if it is the same for all inputs of a group. So A sees only the sum of each group (section
+3.3):
 
     y = W x + b + s B A P x,        W[i, j] = scale[i, k] * code[i, j] + zero[i, k],  k = j // g
     codes: (out, in) of b bits,  scale, zero: (out, G),  P x: (G,), the sums over the groups,  A: (r, G),  B: (out, r)
 
-Merging changes the zeros, `zero + s B A`, and neither codes nor scales: the merged layer computes the same in the same
-number of bits. A QLoRA's s B A would have to be rounded to the steps of the integers.
+Merging replaces the zeros by `zero + s B A` and changes neither codes nor scales: the merged layer computes the same
+with the same number of bits. QLoRA's s B A would have to be rounded to the steps of the integers.
 
-The zeros are floating-point numbers: rounded to integers, as GPTQ stores its zero-points, they could not hold the
-change. The paper's code quantises with GPTQ and averages over the groups; here weights are rounded to the nearest step,
-and the groups are summed (algorithm 1). B starts at zero, and A as in LoRA: uniform between -1/sqrt(in) and 1/sqrt(in).
+The zeros are floating-point numbers; integer zero-points, as GPTQ stores them, could not represent the change. The
+paper's code quantises with GPTQ and averages over the groups; here weights are rounded to the nearest step, and the
+groups are summed (algorithm 1). B starts at zero, and A as in LoRA: uniform between -1/sqrt(in) and 1/sqrt(in).
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from lora_from_scratch.support.tape import Tape, TensorSize
 
 
 def sum_groups(x: Tensor, group_size: int) -> Tensor:
-    """P x: (..., in) to (..., G), the sum of each group of inputs; the last one may be short."""
+    """P x: (..., in) to (..., G), the sum of each group of inputs; the last group may be shorter."""
     return F.pad(x, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size)).sum(dim=-1)
 
 
 class QALoRALinear(LoRALinear):
-    """A LoRA whose A (r, G) sees sums of inputs, on a layer in b-bit integers."""
+    """LoRA on a layer of b-bit integers, with an A (r, G) that is applied to sums of inputs."""
 
     base: LowBitLinear
 
@@ -72,7 +73,7 @@ class QALoRALinear(LoRALinear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """zero + s B A, in float32. The codes and the scales stay the same tensors."""
+        """Set the zeros to zero + s B A, in float32. Codes and scales remain the same tensors."""
         if self._before is None:
             q = self.base.quantized
             assert q.zero is not None
@@ -81,7 +82,7 @@ class QALoRALinear(LoRALinear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """The zeros that were there, bit for bit."""
+        """Restore the zeros, bit for bit."""
         if self._before is not None:
             self.base.quantized = self._before.to(self.base.weight.device)
             self._before = None
@@ -91,24 +92,24 @@ class QALoRALinear(LoRALinear):
 class QALoRA(QuantizedLoRA):
     """QA-LoRA on whole linear layers of any model; see the module for the equations.
 
-    `adapt` quantises every linear layer except the head, those without a LoRA too. A merged model stays in b bits; a
-    merged *copy*, which is a plain model, has its weights dequantised. The adapter belongs to the quantised base, which
-    is made again from the full one when the adapter is loaded.
+    `adapt` quantises every linear layer except the head, including those without LoRA. A merged model stays in b bits;
+    a merged *copy*, which is a plain model, is dequantised. An adapter is loaded onto the full base, which is then
+    quantised again.
 
-    PEFT has `use_qalora`, for layers of GPTQ; on any other it is ignored without a word (0.21). It multiplies the mean
-    of each group by the number of groups, not by g, and it cannot merge.
+    PEFT has `use_qalora` for GPTQ layers; for other layers it is silently ignored (0.21). It multiplies the mean of
+    each group by the number of groups instead of g, and cannot merge.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; in `adapt`, a target is a part of a fused layer
-            or a layer that is not quantised, the rank is larger than the number of groups, or the model is quantised
-            already, in another way.
+        ValueError: a hyperparameter is out of range (raised by the constructor); or, raised by `adapt`, a target is a
+            part of a fused layer or is not quantised, the rank is larger than the number of groups, or the model is
+            already quantised with other settings.
     """
 
     bits: int = hyperparameter(4, "bits of the weights: 2, 3, 4 or 8")
     group_size: int = hyperparameter(32, "number of inputs that share a scale and a zero")
 
     name: ClassVar[str] = "qa-lora"
-    peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_QALORA"  # PEFT's own is bound to GPTQ
+    peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_QALORA"  # PEFT's needs GPTQ
     learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 2e-5, "LLaMA-7B on Alpaca (QA-LoRA, section 4.1)")
     position: ClassVar[float] = 22
     only_on_request: ClassVar[frozenset[str]] = frozenset({"qa-lora"})
@@ -137,7 +138,7 @@ class QALoRA(QuantizedLoRA):
         return super()._layer(model, name, parts, generator)
 
     def _merge(self, model: nn.Module) -> None:
-        super(QuantizedLoRA, self)._merge(model)  # nothing is dequantised
+        super(QuantizedLoRA, self)._merge(model)  # without dequantising
 
     def _unmerge(self, model: nn.Module) -> None:
         super(QuantizedLoRA, self)._unmerge(model)

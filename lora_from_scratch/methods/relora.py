@@ -1,21 +1,20 @@
-"""ReLoRA (Lialin et al. 2023, arXiv:2307.05695): the sum of several updates of low rank has a high rank.
+"""ReLoRA (Lialin et al. 2023, arXiv:2307.05695): the sum of several low-rank updates has a high rank.
 
-A LoRA changes W by s B A, whose rank is at most r. ReLoRA trains several of them, one after the other. The run has N
+LoRA changes W by s B A, whose rank is at most r. ReLoRA trains several such updates, one after the other. The run has N
 cycles, and after each but the last (algorithm 1)
 
     W = W + s B A,   then A random, B = 0        A: (r, in),  B: (out, r),  W: (out, in)
 
-so that W changes by a sum of N products of rank r, of rank up to N r, while gradients and the optimiser's moments are
-always those of one LoRA (section 3). The new factors must not simply go on where the old ones were led, so
+so that the total change of W has rank up to N r, while gradients and the optimiser's moments are always those of one
+LoRA (section 3). The moments of the old factors would push the new ones in the old directions. So at each restart
 
-- the optimiser's moments are cut: of the entries of A and B only those with the largest moments keep them, for all
-  others they are zero again;
-- the learning rate begins at zero again and rises quickly to what the schedule says ("jagged" schedule).
+- most of the optimiser's moments are set to zero; only the entries with the largest moments keep them;
+- the learning rate starts again from zero and quickly rises to the schedule's value (a "jagged" schedule).
 
-A has to be random. With A = 0 beside B = 0, as in the first cycle of the authors' code (Guitaricet/relora, issue 18),
-both gradients are zero and nothing is learned until the first restart.
+A must be random. With A = 0 and B = 0, as in the first cycle of the authors' code (Guitaricet/relora, issue 18), both
+gradients are zero and nothing is learned until the first restart.
 
-`Restarts` is what is common to methods that do so; ReMoRA is another.
+`Restarts` contains what ReLoRA and ReMoRA share.
 """
 
 from __future__ import annotations
@@ -35,35 +34,35 @@ from lora_from_scratch.methods.method import LearningRates, Method, hyperparamet
 from lora_from_scratch.support.linear_layers import dense, refuse_tied
 from lora_from_scratch.support.wrapped import unwrapped
 
-STEPS = "steps_with_restarts"  # where an adapted model keeps the steps of the run, past nn.Module's bookkeeping
+STEPS = "steps_with_restarts"  # attribute of an adapted model: the number of steps of the run
 OWN_FIELDS = ("cycles", "restart_warmup", "kept_moments")
-BASE_WEIGHT = ".base_layer.weight"  # the end of the key of a layer's W in an adapter directory, as PEFT would call it
+BASE_WEIGHT = ".base_layer.weight"  # ends the key of a layer's W in an adapter directory
 
 # --- One restart -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def absorb(layer: LoRALinear) -> None:
-    """W = W + s B A for good: merge, and forget what W was."""
+    """Merge permanently: W = W + s B A, and W is not kept."""
     layer.merge()
     layer._unmerged = None
 
 
 def weight_without_change(layer: LoRALinear) -> Tensor:
-    """The layer's W with all earlier cycles in it, but not the present one, merged or not."""
+    """The layer's W with the changes of all earlier cycles but not of the current one, whether merged or not."""
     weight: Tensor = layer.base.weight.data if layer._unmerged is None else layer._unmerged
     return weight
 
 
 @torch.no_grad()
 def cut_moments(state: Mapping[str, Any], kept: float) -> None:
-    """Set an optimiser's moments of one parameter to zero, in place, but for a share of its entries.
+    """Set an optimiser's moments of one parameter to zero, in place, except for a share of the entries.
 
-    The entries with the largest first moment keep all their moments, the others none. (The authors' code cuts each
-    moment by its own size. An entry that keeps m and loses v then moves by about m / eps in the next step.)
+    The entries with the largest first moment keep all their moments, the others none. (The authors' code prunes each
+    moment separately. An entry that keeps m but not v then changes by about m / eps in the next step.)
 
     Args:
-        state: `optimizer.state[parameter]`; its tensors of the parameter's shape are the moments, the first one first.
+        state: `optimizer.state[parameter]`; its tensors of the parameter's shape are the moments, first moment first.
         kept: the share of the entries, from 0 to 1.
     """
     moments = [value for value in state.values() if isinstance(value, Tensor) and value.ndim > 0]
@@ -79,19 +78,21 @@ def cut_moments(state: Mapping[str, Any], kept: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Restarts(Method):
-    """A method with layers of the kind of `LoRALinear` whose training consists of several cycles.
+    """A method with layers like `LoRALinear` that is trained in several cycles.
 
-    What a cycle has learned goes into the weights of the base. `undo` needs a copy of these weights;
-    `keep_base=False` saves it, but then `undo` is not possible. An adapter directory has the changed weights in it.
+    At the end of a cycle its change is merged into the weights of the base. `undo` needs a copy of these weights; with
+    `keep_base=False` there is no copy, and `undo` is not possible. The adapter directory contains the changed weights.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; or a weight that is to be changed is tied to
-            another or is not made of floating-point numbers, in `adapt`.
+        ValueError: a hyperparameter is out of range (raised by the constructor), or a weight to be changed is tied to
+            another one or is not floating-point (raised by `adapt`).
     """
 
-    cycles: int = hyperparameter(4, "cycles of the run; after each but the last what was learned goes into the weights")
-    restart_warmup: float = hyperparameter(0.1, "share of a later cycle in which the learning rate rises again")
-    kept_moments: float = hyperparameter(0.1, "share of the trained numbers that keep their moments at a restart")
+    cycles: int = hyperparameter(
+        4, "number of cycles; after each except the last, the update is merged into the weights"
+    )
+    restart_warmup: float = hyperparameter(0.1, "share of each later cycle in which the learning rate rises again")
+    kept_moments: float = hyperparameter(0.1, "share of the trained parameters that keep their moments at a restart")
     keep_base: bool = True
 
     def __post_init__(self) -> None:
@@ -104,11 +105,11 @@ class Restarts(Method):
                 raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
 
     def start_cycle(self, layer: Any, generator: torch.Generator) -> None:
-        """Give a layer, whose change has just gone into its weight, its first values for the next cycle."""
+        """Initialise a layer, whose change has just been merged, for the next cycle."""
         raise NotImplementedError
 
     def restarts(self, steps: int) -> list[int]:
-        """After how many steps of a run learning starts anew."""
+        """The steps after which a new cycle starts, in a run of `steps` steps."""
         places = {cycle * steps // self.cycles for cycle in range(1, self.cycles)}
         return sorted(places - {0})
 
@@ -118,7 +119,7 @@ class Restarts(Method):
         unwrapped(model).__dict__[STEPS] = steps
 
     def rate_factor(self, model: nn.Module, step: int) -> float:
-        """From nearly 0 to 1 in the first steps of every cycle but the first, whose warm-up is the schedule's."""
+        """Rises to 1 at the beginning of every cycle except the first, whose warm-up is the schedule's."""
         steps = unwrapped(model).__dict__[STEPS]
         ends = [*self.restarts(steps), steps]
         begin = max((place for place in ends if place <= step), default=0)
@@ -129,7 +130,7 @@ class Restarts(Method):
     def after_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
         if step not in self.restarts(unwrapped(model).__dict__[STEPS]):
             return
-        # A generator of its own, so that all processes of a distributed run draw the same.
+        # A separate generator, so that all processes of a distributed run draw the same numbers.
         generator = torch.Generator().manual_seed(step + 1_000_003 * getattr(self, "seed", 0))
         for layer in lora_layers(model).values():
             absorb(layer)
@@ -161,16 +162,16 @@ class Restarts(Method):
 
     def _uninstall(self, model: nn.Module) -> None:
         for layer in lora_layers(model).values():
-            if self.keep_base and not layer.merged:  # while merged, the base is wanted as it is
+            if self.keep_base and not layer.merged:  # a merged model keeps its weights
                 layer.base.weight.data = layer.pretrained
         super()._uninstall(model)
         model.__dict__.pop(STEPS, None)
 
     def undo(self, model: nn.Module) -> None:
-        """Give the base model back, bit for bit.
+        """Restore the base model, bit for bit.
 
         Raises:
-            ValueError: `keep_base` is False, so that there is no base model to go back to.
+            ValueError: `keep_base` is False, so no copy of the base weights exists.
         """
         self._adaptation(model)
         if not self.keep_base:
@@ -180,7 +181,7 @@ class Restarts(Method):
     # --- Files and tests ---
 
     def to_adapter(self, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the method below writes, the cycles, and W of every layer, which is a part of what was learned."""
+        """The underlying method's content, the settings of the cycles, and the changed W of every layer."""
         config, tensors = super().to_adapter(model)
         config = {name: value for name, value in config.items() if name != "keep_base"}
         config |= {"peft_type": self.peft_type, **{name: getattr(self, name) for name in OWN_FIELDS}}
@@ -215,9 +216,9 @@ class Restarts(Method):
 
 @dataclass(frozen=True)
 class ReLoRA(Restarts, LoRA):
-    """LoRA that is trained in several cycles, whose updates add up; see the module for the equation.
+    """LoRA trained in several cycles, whose updates are summed; see the module for the equation.
 
-    All that a `LoRA` can do it can do as well: targets, parts of fused layers, patterns of ranks, trained biases.
+    It has all options of `LoRA`: targets, parts of fused layers, patterns of ranks, trained biases.
 
     Raises:
         ValueError: as for `Restarts` and `LoRA`.

@@ -2,16 +2,16 @@
 
     y = W x + b + decompress(M compress(x))        M: (q, q), q = round(sqrt((in + out) r))
 
-After each cycle but the last, the change goes into W and M is zero again (`relora.Restarts`). For one and the same
-compress and decompress this would gain nothing: the sum of two such changes is the change with M_1 + M_2. So a restart
-also changes how the numbers are shared. n numbers are put into q groups in one of two ways:
+After each cycle except the last, the change is merged into W and M is reset to zero (`relora.Restarts`). With the same
+compress and decompress in every cycle this would gain nothing: the sum of two changes is the change with M_1 + M_2. So
+a restart also changes how features are grouped. n features are divided into q groups in one of two ways:
 
-- "modulo q": group i has the places i, i + q, i + 2 q, ... (MoRA's "sharing");
-- "neighbours": group i has neighbouring places, the first n mod q groups one more than the others.
+- "modulo q": group i contains the positions i, i + q, i + 2 q, ... (MoRA's "sharing");
+- "neighbours": group i contains consecutive positions; the first n mod q groups have one more than the others.
 
-compress adds up the numbers of each group of inputs, decompress gives each number of a group of outputs the same value.
-With two ways for the inputs and two for the outputs there are four kinds of cycle; they take turns in the order of the
-authors' code (types 1 to 4 in kongds/MoRA). The sum of the changes has rank up to 2 q - 1, for MoRA it is q.
+compress sums each group of inputs; decompress gives all outputs of a group the same value. With two groupings of the
+inputs and two of the outputs there are four kinds of cycle, used in turn in the order of the authors' code (types 1 to
+4 in kongds/MoRA). The summed change has rank up to 2 q - 1; MoRA's has rank up to q.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from lora_from_scratch.methods.relora import Restarts
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers
 from lora_from_scratch.support.linear_layers import in_and_out
 
-# Whether the groups are neighbours, of the inputs and of the outputs, in the first four cycles, and so on.
+# Whether the groups of inputs, and those of outputs, are neighbours: in the first four cycles, then again from the
+# first.
 KINDS = ((False, False), (True, True), (True, False), (False, True))
 
 
 def add_up_neighbours(x: Tensor, groups: int) -> Tensor:
-    """(..., n) to (..., groups): the sums of neighbouring numbers, the first n mod groups of them of one more."""
+    """(..., n) to (..., groups): sums over consecutive features; the first n mod groups sums have one term more."""
     size, larger = divmod(x.shape[-1], groups)
     first, rest = x.split([larger * (size + 1), (groups - larger) * size], dim=-1)
     sums = [first.unflatten(-1, (larger, size + 1)).sum(-1), rest.unflatten(-1, (groups - larger, size)).sum(-1)]
@@ -46,7 +47,7 @@ def add_up_neighbours(x: Tensor, groups: int) -> Tensor:
 
 
 def repeat_for_neighbours(z: Tensor, outputs: int) -> Tensor:
-    """(..., groups) to (..., outputs): each number once for every place of its group, as in `add_up_neighbours`."""
+    """(..., groups) to (..., outputs): each value repeated for the positions of its group in `add_up_neighbours`."""
     size, larger = divmod(outputs, z.shape[-1])
     first, rest = z[..., :larger], z[..., larger:]
     return torch.cat([first.repeat_interleave(size + 1, dim=-1), rest.repeat_interleave(size, dim=-1)], dim=-1)
@@ -56,7 +57,7 @@ class ReMoRALinear(MoRALinear):
     """A MoRA layer of the variant "sharing" whose groups depend on the cycle.
 
     Attributes:
-        restarts: how many restarts there have been; a scalar on the CPU, so that reading it does not wait for a GPU.
+        restarts: the number of restarts so far; a scalar on the CPU, so that reading it does not wait for a GPU.
     """
 
     def __init__(self, base: nn.Module, rank: int, dropout: float = 0.0) -> None:
@@ -81,15 +82,15 @@ class ReMoRALinear(MoRALinear):
 
 @dataclass(frozen=True)
 class ReMoRA(Restarts, WrapsLayers):
-    """MoRA that is trained in several cycles with different groups; see the module for the equation.
+    """MoRA trained in several cycles with different groups; see the module for the equation.
 
     Raises:
-        ValueError: a hyperparameter out of its range, when it is made; a rank that does not fit a layer, in `adapt`;
-            or as for `Restarts` and `WrapsLayers`.
+        ValueError: a hyperparameter is out of range (raised by the constructor), or the rank does not fit a layer
+            (raised by `adapt`); otherwise as for `Restarts` and `WrapsLayers`.
     """
 
-    rank: int = hyperparameter(8, "r, of the LoRA with as many parameters")
-    dropout: float = hyperparameter(0.0, "share of the inputs that is dropped in training")
+    rank: int = hyperparameter(8, "rank r of the LoRA with the same number of parameters")
+    dropout: float = hyperparameter(0.0, "dropout rate of the inputs in training")
 
     name: ClassVar[str] = "remora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_REMORA"  # PEFT has no such method
