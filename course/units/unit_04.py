@@ -69,7 +69,8 @@ print("text:", example.ref)
 
 # %% [markdown]
 # What does the model do with a card before it has been trained on any? It gets the card and a line break, and
-# continues.
+# continues. (`references_by_mr` groups the texts of the held-out cards by card; `write_texts` gives the model one card
+# after the other and takes the most likely token each time.)
 
 # %%
 references = references_by_mr(dataset.validation)  # cards that are never used in training
@@ -246,6 +247,10 @@ class YourAdamW(torch.optim.Optimizer):
 # Train all weights of the model for 64 steps of 8 cards; the course's reference runs take 500. During training the
 # model is tested on two things: the held-out cards, and tales that were written for this course and that the model has
 # never read. How well does it predict the tales afterwards?
+#
+# Three ready-made parts do the rest. `Trainer` is the training loop: for each step it takes a batch, computes the loss
+# and its gradients, and lets the optimiser take a step at the rate of the schedule. `completion_loss` is the mean loss
+# over all labels of several batches that count. `tale_perplexity` is the exponential of the mean loss on the tales.
 
 # %% prediction="tales_afterwards"
 
@@ -347,7 +352,8 @@ print(
 
 # %% [markdown]
 # There is a second saving that is easy to overlook. The backward pass goes from the loss downwards, and stops where
-# nothing below is trained. The activations of the blocks below that point need not be kept either. Move the slider:
+# nothing below is trained. The activations of the blocks below that point need not be kept either. `memory_of` counts
+# all of it from the shapes, as you did in unit 00. Move the slider:
 
 # %%
 with torch.device("meta"):  # shapes without numbers: nothing is computed

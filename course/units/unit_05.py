@@ -70,7 +70,8 @@ print(few_shot(shots[:2], dataset.validation[0].mr, "Each card is told as a tale
 
 # %% [markdown]
 # Does it help? Measure the loss on the texts of held-out cards, with k shots in front of each card. Only the text after
-# the last card counts. (The cards are 24 short ones, so that the same cards fit with different prompts.)
+# the last card counts. (The cards are 24 short ones, so that the same cards fit with different prompts. `collate` pads
+# rows to a batch, and `completion_loss` is the mean loss over the labels that count, as in unit 04.)
 
 # %%
 judged = sorted(dataset.validation[:300], key=lambda example: len(example.ref) + len(example.mr))[:24]
