@@ -160,6 +160,33 @@ def test_the_number_of_a_bar_does_not_cross_the_line_at_100(value: float, other:
     assert not box.x0 < line < box.x1
 
 
+def test_a_named_curve_carries_its_name_beside_the_point_that_is_asked_for() -> None:
+    axes: Any
+    _, (axes,) = plotting.panels(1)
+    plotting.named_curve(axes, [4.0, 3.0, 2.5], "noise", at=2, offset=(8, 5), side="right", style=1, line=0)
+    (line,), (name,) = axes.lines, axes.texts
+    assert line.get_xydata().tolist() == [[1, 4], [2, 3], [3, 2.5]]
+    assert line.get_linestyle() == plotting.LINES[0]
+    assert (name.get_text(), name.xy, name.xyann) == ("noise", (2, 3.0), (8, 5))
+    assert name.get_color() == line.get_color() == plotting.COLOURS[1]
+
+
+def test_a_ranking_runs_from_top_to_bottom_with_a_value_beside_each_bar() -> None:
+    axes: Any
+    figure, (axes,) = plotting.panels(1)
+    plotting.ranking(axes, {"right": 3.257, "wrong": 12.0}, digits=1, line=("guessing", 8.3))
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["right", "wrong"]
+    assert axes.yaxis.get_inverted()
+    assert [text.get_text() for text in axes.texts] == ["3.3", "12.0", "guessing"]
+    assert axes.lines[0].get_xdata()[0] == 8.3
+    frame = axes.get_window_extent()
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert frame.x0 <= box.x0
+        assert box.x1 <= frame.x1
+
+
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_smoothing_is_the_mean_of_the_last_values(window: int) -> None:
     values = [4.0, 2.0, 6.0, 0.0]

@@ -40,7 +40,7 @@ from lora_from_scratch.finetune.metrics import load_tales
 from lora_from_scratch.gpt2 import generate, load_gpt2
 from lora_from_scratch.gpt2.model import merge_heads
 from lora_from_scratch.support.figures import show, slider
-from lora_from_scratch.support.plotting import curve, label, panels
+from lora_from_scratch.support.plotting import curve, label, panels, ranking
 from lora_from_scratch.support.progress_bar import tqdm
 
 # %% [markdown]
@@ -430,20 +430,7 @@ for name, change in tqdm(MISTAKES.items(), desc="mistakes"):
 # %%
 order = ["as it should be", *sorted(MISTAKES, key=losses.get)]
 figure, (axes,) = panels(1, width=7.5, height=4.4)
-shades = ["0.15" if name == "as it should be" else "0.6" for name in order]
-axes.barh(order, [losses[name] for name in order], color=shades)
-for place, name in enumerate(order):
-    axes.annotate(f"{losses[name]:.2f}", (losses[name], place), xytext=(4, 0), textcoords="offset points", va="center")
-axes.axvline(math.log(config.vocab_size), color="black", linestyle=":")
-axes.annotate(
-    "uniform guessing",
-    (math.log(config.vocab_size), 0),
-    xytext=(-4, 0),
-    textcoords="offset points",
-    ha="right",
-    va="center",
-)
-axes.set_ylim(len(order) - 0.4, -1)
+ranking(axes, {name: losses[name] for name in order}, line=("uniform guessing", math.log(config.vocab_size)))
 label(axes, x="loss on the tales, in nats per token", title="The same weights, one mistake at a time")
 show(
     figure,
@@ -526,6 +513,19 @@ show(
 from lora_from_scratch.gpt2.generation import filter_top_k
 
 print(filter_top_k(torch.tensor([0.5, 2.0, 1.0, -1.0]), k=2))
+
+# %% [markdown]
+# Top-p by hand, for four tokens with the probabilities 0.15, 0.5, 0.05 and 0.3, and p = 0.7. From the most likely token
+# down, with the sum of the probabilities before each:
+#
+# | token | probability | sum before it | below 0.7? |
+# |---|---|---|---|
+# | 1 | 0.5 | 0 | yes: keep |
+# | 3 | 0.3 | 0.5 | yes: keep |
+# | 0 | 0.15 | 0.8 | no: drop |
+# | 2 | 0.05 | 0.95 | no: drop |
+#
+# So tokens 1 and 3 keep their logits, and tokens 0 and 2 get minus infinity, each in its own place.
 
 # %% exercise="filter_top_p"
 

@@ -69,7 +69,8 @@ print("text:", example.ref)
 
 # %% [markdown]
 # What does the model do with a card before it has been trained on any? It gets the card and a line break, and
-# continues.
+# continues. (`references_by_mr` groups the texts of the held-out cards by card; `write_texts` gives the model one card
+# after the other and takes the most likely token each time.)
 
 # %%
 references = references_by_mr(dataset.validation)  # cards that are never used in training
@@ -142,6 +143,15 @@ del probe
 # Before you implement them, predict what they do.
 
 # %% prediction="first_adam_step"
+
+# %% [markdown]
+# One step by hand, the second of a run with $\eta = 0.1$, $\beta_1 = 0.9$, $\beta_2 = 0.99$ and $\lambda = 0.1$. A
+# weight is at $\theta = 1$; its first gradient was 2, which left $m = 0.2$ and $v = 0.04$, and the second is
+# $g = 0.5$:
+#
+# - $m = 0.9 \cdot 0.2 + 0.1 \cdot 0.5 = 0.23$ and $v = 0.99 \cdot 0.04 + 0.01 \cdot 0.5^2 = 0.0421$;
+# - $\hat m = 0.23 / (1 - 0.9^2) = 1.2105$ and $\hat v = 0.0421 / (1 - 0.99^2) = 2.1156$;
+# - $\theta = 1 - 0.1 \cdot 1.2105 / \sqrt{2.1156} - 0.1 \cdot 0.1 \cdot 1 = 1 - 0.0832 - 0.01 = 0.9068$.
 
 # %% exercise="adamw_step"
 
@@ -237,6 +247,10 @@ class YourAdamW(torch.optim.Optimizer):
 # Train all weights of the model for 64 steps of 8 cards; the course's reference runs take 500. During training the
 # model is tested on two things: the held-out cards, and tales that were written for this course and that the model has
 # never read. How well does it predict the tales afterwards?
+#
+# Three ready-made parts do the rest. `Trainer` is the training loop: for each step it takes a batch, computes the loss
+# and its gradients, and lets the optimiser take a step at the rate of the schedule. `completion_loss` is the mean loss
+# over all labels of several batches that count. `tale_perplexity` is the exponential of the mean loss on the tales.
 
 # %% prediction="tales_afterwards"
 
@@ -338,7 +352,8 @@ print(
 
 # %% [markdown]
 # There is a second saving that is easy to overlook. The backward pass goes from the loss downwards, and stops where
-# nothing below is trained. The activations of the blocks below that point need not be kept either. Move the slider:
+# nothing below is trained. The activations of the blocks below that point need not be kept either. `memory_of` counts
+# all of it from the shapes, as you did in unit 00. Move the slider:
 
 # %%
 with torch.device("meta"):  # shapes without numbers: nothing is computed
@@ -447,11 +462,7 @@ for number in range(base.config.n_layer):
     groups[f"block {number}"] = sum(pulls[f"transformer.h.{number}.{part}.weight"] for part in matrices) / 4
 
 figure, (axes,) = plotting.panels(1, width=6, height=3)
-axes.barh(list(groups), list(groups.values()), color=plotting.COLOURS[0], height=0.6)
-for place, value in enumerate(groups.values()):
-    axes.annotate(f"{value:.3f}", (value, place), xytext=(4, 0), textcoords="offset points", va="center")
-axes.invert_yaxis()
-axes.set_xlim(0, 1.15 * max(groups.values()))
+plotting.ranking(axes, groups, digits=3)
 plotting.label(
     axes, x="relative gradient norm (mean over the matrices)", title="How strongly the cards pull at each part"
 )
@@ -475,6 +486,52 @@ print(f"the last two blocks:                   loss {results['last 2'][1]:.2f}")
 # first ones if the input looks different, the last ones if the answers do (their section 2). The cards change both:
 # they are a new kind of text to read, and they ask for a new kind of answer.
 #
+# ## Your own plan
+#
+# Can you spend the same number of parameters better than on the last two blocks? You may train any tensors: one kind of
+# matrix in every block, other blocks, an embedding. The names are those of `base.named_parameters()`. Change `planned`,
+# write down whether you expect to win, and run the cell. It trains both plans with two orders of the cards, since one
+# run proves little: only a plan that wins with both is better.
+
+
+# %%
+def planned(name):
+    """Whether your plan trains the parameter of this name. Change this line."""
+    return name.startswith(("transformer.h.4.", "transformer.h.5.", "transformer.ln_f."))
+
+
+def train_planned(model):
+    for name, p in model.named_parameters():
+        p.requires_grad_(planned(name))
+
+
+def compare_with_the_last_two(seeds=(0, 1)):
+    """Train your plan and the last two blocks on the same cards in the same order, once for each seed."""
+    trained = {"last two": copy.deepcopy(base), "yours": copy.deepcopy(base)}
+    freeze_of(trained["last two"], 2)
+    train_planned(trained["yours"])
+    names = {who: {n for n, p in model.named_parameters() if p.requires_grad} for who, model in trained.items()}
+    counts = {who: sum(p.numel() for p in m.parameters() if p.requires_grad) for who, m in trained.items()}
+    print(f"your plan trains {counts['yours']:,} parameters; the last two blocks have {counts['last two']:,}")
+    if names["yours"] == names["last two"]:
+        return "These are the last two blocks themselves: change `planned`."
+    if not 0 < counts["yours"] <= counts["last two"]:
+        return "Train at least one parameter, and not more than the last two blocks have."
+    gains = []
+    for seed in seeds:
+        losses = []
+        for prepare in (plans["last 2"], train_planned):
+            model, _ = train_on_cards(prepare, batch_at=lambda step, seed=seed: training.batch_at(step, 8, seed=seed))
+            losses.append(completion_loss(model, held_out))
+        gains.append(losses[0] - losses[1])
+        print(f"order {seed}: the last two {losses[0]:.2f}, your plan {losses[1]:.2f}")
+    better, worse = min(gains) > 0, max(gains) < 0
+    return "Your plan wins." if better else "Your plan loses." if worse else "Undecided: one order each."
+
+
+print(compare_with_the_last_two())
+
+# %% [markdown]
 # ## What goes wrong in practice
 #
 # **Wrong labels.** Here are three wrong ways to label a batch, evaluated with one trained model. None of them raises an
@@ -567,12 +624,12 @@ for g in (1.0, 1e-3, 1e-5, 1e-7):
 figure, (axes,) = plotting.panels(1, width=6, height=3.2)
 for style, warmup in enumerate((0, 6)):
     _, losses = train_on_cards(lambda model: None, steps=12, rate=0.003, warmup=warmup)
-    colour, name = plotting.COLOURS[style], f"{warmup} steps of warm-up"
-    axes.plot(range(12), losses, plotting.LINES[style], color=colour, linewidth=1.8)
-    place = max(range(1, 12), key=losses.__getitem__) if warmup == 0 else 5
-    offset = (8, 0) if warmup == 0 else (-8, -14)  # beside the peak, below the other line
-    where = {"xytext": offset, "textcoords": "offset points", "ha": "left" if warmup == 0 else "right"}
-    axes.annotate(name, (place, losses[place]), color=colour, fontweight="bold", **where)
+    name = f"{warmup} steps of warm-up"
+    if warmup:
+        plotting.named_curve(axes, losses, name, at=6, offset=(-8, -14), side="right", style=style)  # below the line
+    else:
+        peak = 1 + max(range(1, 12), key=losses.__getitem__)
+        plotting.named_curve(axes, losses, name, at=peak, offset=(8, 0), side="left", style=style)
     print(f"{name}:", " ".join(f"{loss:.1f}" for loss in losses))
 axes.set_ylim(0, None)
 plotting.label(axes, x="step", y="loss of the batch (nats per token)", title="A learning rate of 0.003")

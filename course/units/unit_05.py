@@ -70,7 +70,8 @@ print(few_shot(shots[:2], dataset.validation[0].mr, "Each card is told as a tale
 
 # %% [markdown]
 # Does it help? Measure the loss on the texts of held-out cards, with k shots in front of each card. Only the text after
-# the last card counts. (The cards are 24 short ones, so that the same cards fit with different prompts.)
+# the last card counts. (The cards are 24 short ones, so that the same cards fit with different prompts. `collate` pads
+# rows to a batch, and `completion_loss` is the mean loss over the labels that count, as in unit 04.)
 
 # %%
 judged = sorted(dataset.validation[:300], key=lambda example: len(example.ref) + len(example.mr))[:24]
@@ -164,6 +165,9 @@ print(f"differ by up to {(typed - learned).abs().max():.1e}; without any prompt 
 #
 # So a soft prompt can be initialised from a text, from randomly drawn tokens, or from noise. Lester et al. (section
 # 3.2) compare such initialisations; for classification they also start from the names of the classes.
+#
+# A text rarely has exactly P tokens. If its ids are 7, 3 and 9, a prompt of two rows consists of the rows 7 and 3 of
+# the table, and one of five rows of 7, 3, 9, 7 and 3.
 
 # %% exercise="initial_prompt"
 
@@ -191,6 +195,10 @@ for init, E in start.items():
 # So far you have a function. The model needs a module that holds E and inserts it at the beginning of a text. The
 # library provides the part that every kind of virtual token needs, `VirtualTokens` (prefix tuning, in the next unit,
 # uses it as well). You write the part that is specific to soft prompts.
+#
+# An example with P = 2 and one text of T = 3 tokens: `enter` gets embeddings (1, 3, d), a mask with 5 columns, and the
+# positions 2, 3, 4, which have been shifted already. It returns embeddings (1, 5, d), the same mask, and the positions
+# 0, 1, 2, 3, 4.
 
 # %% exercise="SoftPrompt"
 
@@ -360,25 +368,20 @@ for length, losses in lengths.items():
 
 # %%
 figure, (left,) = plotting.panels(1, width=6.5, height=3.6)
-means = {}
-for style, (init, three) in enumerate(runs.items()):
+means = {"full": plotting.smooth(full_losses, 4)}
+for init, three in runs.items():
     steps = zip(*(losses for losses, _, _ in three), strict=True)  # the losses of the three seeds at each step
     means[init] = plotting.smooth([sum(losses) / 3 for losses in steps], 4)
-    colour = plotting.COLOURS[style]
-    left.plot(range(1, STEPS + 1), means[init], plotting.LINES[style], color=colour, linewidth=1.8)
-means["full"] = plotting.smooth(full_losses, 4)
-left.plot(range(1, STEPS + 1), means["full"], color=plotting.COLOURS[5], linewidth=1.8)
+for init, name, at, offset, side, style in (
+    ("text", "from text (solid), vocabulary (dashed)", STEPS, (0, -20), "right", 0),
+    ("vocabulary", "", STEPS, (0, 0), "right", 1),
+    ("random", "from noise", STEPS // 3 + 1, (8, 8), "left", 2),
+    ("full", "full fine-tuning", STEPS // 2 + 1, (-8, -18), "right", 5),
+):
+    line = 0 if init == "full" else style
+    plotting.named_curve(left, means[init], name, at=at, offset=offset, side=side, style=style, line=line)
 left.axhline(on_batches, color="0.5", linewidth=1, linestyle=":")
 left.set_ylim(0, None)
-labels = {
-    "text": ("from text (solid), vocabulary (dashed)", STEPS, (0, -20), "right", 0),
-    "random": ("from noise", STEPS // 3 + 1, (8, 8), "left", 2),
-    "full": ("full fine-tuning", STEPS // 2 + 1, (-8, -18), "right", 5),
-}
-for init, (name, step, offset, side, style) in labels.items():
-    where = {"xytext": offset, "textcoords": "offset points", "ha": side}
-    colour = plotting.COLOURS[style]
-    left.annotate(name, (step, means[init][step - 1]), color=colour, fontweight="bold", fontsize=9, **where)
 left.text(0.02, 0.02, "dotted: no prompt, same batches", transform=left.transAxes, color="0.4", fontsize=9)
 plotting.label(
     left,
@@ -422,6 +425,44 @@ show(
 #   3b) the initialisation matters for small models but not for the largest.
 # - **The length matters** most for the first rows. Lester et al. find little gain beyond 20 (figure 3a).
 #
+# ## Your own start
+#
+# Can you find a better start for 20 rows? Any tensor (P, d) will do: the rows of another text, the mean of the
+# embeddings in every row, noise that is as short as an embedding, a start from the vocabulary that is stretched. Change
+# `my_start`, and `MY_RATE` if you like; write down what you expect, and run the cell. Your start and the one from the
+# vocabulary see the same batches for each of three seeds, so compare them seed by seed.
+
+# %%
+MY_RATE = defaults.learning_rate_for("prompt", model.config)
+
+
+def my_start(seed):
+    """The initial prompt (P, d). Change this line; `seed` is there for what you draw at random."""
+    return start_of("vocabulary", seed)
+
+
+def compare_with_the_vocabulary(start, rate):
+    """Train your start with three seeds, and say whether it is better than the one from the vocabulary."""
+    first = torch.as_tensor(start(0))
+    if first.shape != (P, table.shape[1]):
+        return f"A start has the shape {(P, table.shape[1])}; yours has {tuple(first.shape)}."
+    usual = defaults.learning_rate_for("prompt", model.config)
+    if rate == usual and torch.equal(first, start_of("vocabulary", 0)):
+        return "That is the start from the vocabulary itself: change `my_start`."
+    gains = []
+    with tqdm(total=3 * STEPS, desc="your start", unit="step") as bar:
+        for seed, (_, loss, _) in enumerate(runs["vocabulary"]):
+            _, mine, _ = train_prompt(start(seed), seed, bar, rate=rate)
+            gains.append(loss - mine)
+    for seed, gain in enumerate(gains):
+        print(f"seed {seed}: your loss is {abs(gain):.3f} {'lower' if gain > 0 else 'higher'}")
+    better, worse = min(gains) > 0, max(gains) < 0
+    return "Better with all three seeds." if better else "Worse with all three." if worse else "Undecided."
+
+
+print(compare_with_the_vocabulary(my_start, MY_RATE))
+
+# %% [markdown]
 # ## The cost of a soft prompt
 #
 # Twenty rows are cheap to train and to store. But they are read with *every* text, and they take up positions that text

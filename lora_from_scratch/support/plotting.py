@@ -95,6 +95,54 @@ def curve(axes: Axes, values: Sequence[float], *, label: str, style: int, above:
 
 
 @styled
+def named_curve(
+    axes: Axes,
+    values: Sequence[float],
+    name: str,
+    *,
+    at: int,
+    offset: tuple[float, float],
+    side: str,
+    style: int,
+    line: int | None = None,
+) -> None:
+    """Draw a line over 1, 2, 3, ... with its name beside one of its points.
+
+    Args:
+        at: the number of the point, from 1.
+        offset: from the point to the name, in points, right and up.
+        side: "left": the name begins there; "right": it ends there.
+        style: the number of the colour.
+        line: the number of the line's style; None: the same.
+    """
+    colour, dashes = COLOURS[style % len(COLOURS)], LINES[(style if line is None else line) % len(LINES)]
+    axes.plot(range(1, len(values) + 1), values, linestyle=dashes, color=colour, linewidth=1.8)
+    place: Any = {"xytext": offset, "textcoords": "offset points", "ha": side}
+    axes.annotate(name, (at, values[at - 1]), color=colour, fontweight="bold", fontsize=9, **place)
+
+
+@styled
+def ranking(axes: Axes, values: Mapping[str, float], *, digits: int = 2, line: tuple[str, float] | None = None) -> None:
+    """Draw horizontal bars from top to bottom, each with its value.
+
+    Args:
+        digits: the number of decimal places of the values.
+        line: the name and the value of a dotted vertical line.
+    """
+    places = range(len(values))
+    axes.barh(places, list(values.values()), color=COLOURS[0], height=0.6)
+    axes.set_yticks(places, list(values))
+    axes.set_ylim(len(values) - 0.4, -1)
+    beside: Any = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+    for place, value in zip(places, values.values(), strict=True):
+        axes.annotate(f"{value:.{digits}f}", (value, place), **beside)
+    axes.set_xlim(0, 1.15 * max(*values.values(), line[1] if line else 0))
+    if line:
+        axes.axvline(line[1], color="black", linestyle=":")
+        axes.annotate(line[0], (line[1], -0.75), **beside | {"xytext": (-4, 0), "ha": "right"})
+
+
+@styled
 def bars(axes: Axes, values: Mapping[str, float], *, unit: str) -> None:
     """Draw horizontal bars from top to bottom, each with its value, and a line at 100 %."""
     names = list(values)

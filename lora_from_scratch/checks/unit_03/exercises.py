@@ -332,7 +332,8 @@ EXERCISES = [
         points=3,
         hints=(
             "Sort, decide in the sorted order, and map the decision back to the tokens' original positions.",
-            "Whether a token is kept depends on the sum of the probabilities *before* it, excluding its own.",
+            "Whether a token is kept depends on the sum of the probabilities *before* it, excluding its own. For p = 1 "
+            "no sum is needed, and a rounded one can be wrong.",
             "`sort(descending=True)` gives the values and where they came from; `cumsum(dim=-1)` minus the "
             "probability is the sum before it; `scatter(-1, where_from, ...)` maps the decision back.",
         ),

@@ -195,6 +195,8 @@ def explain_loss(case: Case, seen: Seen, expected: Seen) -> Explanation:
     counting = int((labels[:, 1:] != -100).sum())
     if not bool(loss.isfinite()):
         return "no finite loss", f"Your loss is {float(loss)}; it should be {float(wanted):.4f}. {_overflow(counting)}"
+    if not counting:
+        return "no label counts", f"No label counts here, so the loss should be 0; yours is {float(loss):.4g}."
     return "another loss", (
         f"Your loss is {float(loss):.4f}, but it should be {float(wanted):.4f}: the mean of {counting} cross-entropies "
         "here, one for each label after the first of its text that is not -100."

@@ -132,7 +132,7 @@ def explain_soft(case: Case, seen: Seen, expected: Seen) -> Explanation:
                 "gradients": "The loss gives `embeddings` another gradient than it should.",
             }
         )(case, seen, expected)
-    pairs = [(one, right)] if isinstance(right, Tensor) else []
+    pairs: list[tuple[Data, Data]] = [(one, right)] if isinstance(right, Tensor) else []
     if isinstance(one, list) and isinstance(right, list) and len(one) == len(right):
         pairs = list(zip(one, right, strict=True))
     for piece, (given, wanted) in enumerate(pairs):

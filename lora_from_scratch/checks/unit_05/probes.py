@@ -59,6 +59,8 @@ def run_initial(
     seen["the next differs"] = not torch.equal(one, next_one)
     table.requires_grad_(False)
     first = first.detach()
+    if first.ndim != 2 or first.shape[1] != table.shape[1]:
+        return seen
     return seen | ({"E": first} if init == "text" else of_random(first) if init == "random" else of_rows(first, table))
 
 
@@ -86,7 +88,9 @@ def of_random(first: Tensor) -> dict[str, Any]:
 
 def of_rows(first: Tensor, table: Tensor) -> dict[str, Any]:
     """Which rows of the table they are."""
-    equal = (first[:, None] == table[None]).all(dim=-1)  # (P, V)
+    equal = torch.ones(len(first), len(table), dtype=torch.bool)  # (P, V)
+    for ours, theirs in zip(first.T, table.T, strict=True):  # much faster than `all(dim=-1)`
+        equal &= ours[:, None] == theirs[None]
     ids = equal.float().argmax(dim=1)
     uses = torch.bincount(ids, minlength=len(table))
     return {
