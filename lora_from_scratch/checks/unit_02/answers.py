@@ -255,9 +255,11 @@ def by_alternating(matrix: Tensor, generator: torch.Generator | None = None) -> 
     for _ in range(8000 if M.any() else 0):
         u = M @ v
         u = u / u.norm()
-        v = M.T @ u
+        previous, v = v, M.T @ u
         sigma = float(v.norm())
         v = v / sigma
+        if (v - previous).norm() < 1e-13:
+            break
     return u.to(matrix.dtype), sigma, v.to(matrix.dtype)
 
 

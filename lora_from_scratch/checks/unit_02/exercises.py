@@ -529,6 +529,7 @@ EXERCISES = [
         background=("matrix: M, (m, n)", "generator: as in"),
         agree=agree_on(triplet_laws),
         explain=explain_triplet,
+        seconds=15.0,  # as above
     ),
     Exercise(
         svd_by_deflation,
