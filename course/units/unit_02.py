@@ -25,6 +25,8 @@
 # directions does a weight of a language model need, and how many its fine-tuning?](unit_02.png)
 
 # %%
+import os
+
 import torch
 
 from lora_from_scratch.checks import check, hint, library, progress, working
@@ -155,6 +157,11 @@ print(f"M v - sigma u: {(M @ v - sigma * u).norm():.1e},  M^T u - sigma v: {(M.T
 # Subtract $\sigma_1 u_1 v_1^\top$ from $M$. What is left has $\sigma_2$ as its largest singular value. This is
 # *deflation*. It ends when only rounding error is left. What counts as rounding error? That is the tolerance of unit 01
 # again.
+#
+# An example: $M = \begin{pmatrix} 2 & 1 \\ 1 & 2 \end{pmatrix}$ has $\sigma_1 = 3$ with $u_1 = v_1 = (1, 1) / \sqrt 2$.
+# Subtract $3\, u_1 v_1^\top = \begin{pmatrix} 1.5 & 1.5 \\ 1.5 & 1.5 \end{pmatrix}$. What is left,
+# $\begin{pmatrix} 0.5 & -0.5 \\ -0.5 & 0.5 \end{pmatrix}$, has $\sigma_2 = 1$ with $u_2 = v_2 = (1, -1) / \sqrt 2$.
+# After the second subtraction nothing is left.
 
 # %% exercise="svd_by_deflation"
 
@@ -424,7 +431,7 @@ show(
 # Nothing in this training asks for a low rank.
 
 # %%
-STEPS = 60
+STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 60))
 cards = story_cards(train=480, validation=24, test=8)
 print(cards.train[0].mr, "\n  ->", cards.train[0].ref)
 

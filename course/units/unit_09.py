@@ -133,8 +133,8 @@ def train_from(A, B, steps=300, rate=1e-2):
     return losses, *first
 
 
-def random(rows, columns):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)) / 4
+def random(rows, columns, seed=2):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / 4
 
 
 starts = {
@@ -162,6 +162,47 @@ for name, (A, B) in starts.items():
 # - *both zero*: there is no gradient, at the start or later.
 # - *both random*: learns, but does not start at $W_0$. On this problem that costs little. On a language model, a random
 #   change to every layer destroys what the model has learned.
+#
+# ## Your own start
+#
+# Is "A random, B zero" the best start with $B A = 0$? Any A (2, 16) and B (24, 2) whose product is zero may be tried: a
+# larger or a smaller A, rows of length 1 at right angles to each other, a row of A that is zero, or directions taken
+# from the gradient $G$ below (its largest singular vectors, unit 02). Change `my_start`, write down what you expect,
+# and run the cell. Your start and the usual one learn from the same data for each of three seeds.
+
+# %%
+G = 2 * (x @ W0.T - y).T @ x / y.numel()  # (24, 16), the gradient of the whole weight before the first step
+
+
+def my_start(seed):
+    """A (2, 16) and B (24, 2). Change this line; `seed` is there for what you draw at random."""
+    return random(2, 16, seed), torch.zeros(24, 2)
+
+
+def compare_with_the_usual_start(start, steps=100):
+    """Train from your start and from the usual one with three seeds, and say which is better."""
+    gains = []
+    for seed in (2, 3, 4):
+        mine, usual = tuple(start(seed)), (random(2, 16, seed), torch.zeros(24, 2))
+        shapes = [tuple(one.shape) for one in mine]
+        if shapes != [(2, 16), (24, 2)]:
+            return f"A has to be (2, 16) and B (24, 2); yours are {shapes[0]} and {shapes[1]}."
+        if (mine[1] @ mine[0]).abs().max() > 1e-6:
+            return "Your B A is not zero, so your LoRA does not start as the model that it adapts."
+        if all(map(torch.equal, mine, usual)):
+            return "That is the usual start itself: change `my_start`."
+        losses = [train_from(A, B, steps)[0][-1] for A, B in (usual, mine)]
+        print(f"seed {seed}: after {steps} steps the usual start has the loss {losses[0]:.3f}, yours {losses[1]:.3f}")
+        gains.append(losses[0] - losses[1])
+    better, worse = min(gains) > 0, max(gains) < 0
+    return "Better with all three seeds." if better else "Worse with all three." if worse else "Undecided."
+
+
+print(compare_with_the_usual_start(my_start))
+
+# %% [markdown]
+# If yours is better, is it the better start, or does it only make up for a learning rate that is too small here? With a
+# larger A the same step of B changes $B A$ more. Give both starts a larger `rate` in `train_from`, and look again.
 
 # %% exercise="initial_factors"
 
@@ -222,6 +263,15 @@ for r in (1, 4, 16, 64):
 #   them, but you will);
 # - GPT-2's `Conv1D` stores its weight (in, out), the transpose of what your `delta_weight` returns;
 # - after `merge` the weight contains the change, so `forward` must not add it again.
+#
+# An example with numbers: two inputs, two outputs, r = 1, alpha = 2, so s = 2.
+#
+# $$W_0 = \begin{pmatrix} 1 & 0 \\ 0 & 2 \end{pmatrix}, \quad A = \begin{pmatrix} 1 & 1 \end{pmatrix}, \quad
+# B = \begin{pmatrix} 1 \\ 3 \end{pmatrix}, \quad x = \begin{pmatrix} 1 \\ 2 \end{pmatrix}$$
+#
+# - Not merged: $W_0 x = (1, 4)$; $A x = 3$; $s B (A x) = 2 \cdot (3, 9) = (6, 18)$; together $y = (7, 22)$.
+# - Merged: $W_0 + s B A = \begin{pmatrix} 3 & 2 \\ 6 & 8 \end{pmatrix}$, and this times x is $(7, 22)$ again. A `Conv1D`
+#   stores the transpose, $\begin{pmatrix} 3 & 6 \\ 2 & 8 \end{pmatrix}$.
 
 # %% exercise="LoRALinear"
 

@@ -229,13 +229,16 @@ RANKS = (1, 2, 4, 8, 64)
 ALPHA = 32
 
 
-def after_training(rank, targets, seed=0, alpha=ALPHA):
-    """Return the held-out loss after a short run; restore the base."""
-    method = LoRA(rank=rank, alpha=alpha, targets=targets, seed=seed)
-    train(method, writing, SHORT, 4, seed)
+def loss_with(method):
+    """Return the held-out loss after a short run with this LoRA; restore the base."""
+    train(method, writing, SHORT, 4, method.seed)
     loss = completion_loss(model, held_out)
     method.undo(model)
     return loss
+
+
+def after_training(rank, targets, seed=0, alpha=ALPHA):
+    return loss_with(LoRA(rank=rank, alpha=alpha, targets=targets, seed=seed))
 
 
 runs = [(rank, 0) for rank in RANKS] + [(rank, seed) for rank in (RANKS[0], RANKS[-1]) for seed in (1, 2)]
@@ -397,6 +400,45 @@ print(f"{place:<12} r = {rank}: alpha = {ALPHA}: {loss:.2f}")
 #
 # (Eight places, one seed each, one learning rate for all: differences that are several times the spread between seeds
 # are meaningful, the others are not.)
+#
+# ## Your own plan
+#
+# Can you spend the same budget better than with rank 1 on every matrix? You may leave out matrices or whole blocks, and
+# give each layer a rank of its own: `rank_pattern={"h.5.mlp.c_fc": 4}` does so for one layer (with `alpha_pattern` you
+# keep its scaling, alpha / r). Change `my_plan`, write down whether you expect to win, and run the cell. It trains both
+# plans with two seeds, since one run proves little: only a plan that wins with both is better.
+
+
+# %%
+def my_plan(seed):
+    """The LoRA of your plan. Change this line; keep `seed=seed`."""
+    return LoRA(rank=1, alpha=ALPHA, targets=PLACES["every matrix"], seed=seed)
+
+
+def compare_with_every_matrix(plan):
+    """Train your plan and rank 1 on every matrix with two seeds, and say which is better."""
+    mine, usual = plan(0), LoRA(rank=1, alpha=ALPHA, targets=PLACES["every matrix"])
+    mine.adapt(model)
+    spent = sum(p.numel() for p in mine.trainable(model).values())
+    mine.undo(model)
+    print(f"your plan trains {spent:,} parameters; the budget is {budget:,}")
+    if spent > budget:
+        return "That is more than the budget: lower a rank, or leave out a matrix."
+    if mine == usual:
+        return "That is rank 1 on every matrix itself: change `my_plan`."
+    gains = []
+    for seed in (0, 1):
+        losses = [
+            loss_with(LoRA(rank=1, alpha=ALPHA, targets=PLACES["every matrix"], seed=seed)),
+            loss_with(plan(seed)),
+        ]
+        print(f"seed {seed}: every matrix {losses[0]:.2f}, your plan {losses[1]:.2f}")
+        gains.append(losses[0] - losses[1])
+    better, worse = min(gains) > 0, max(gains) < 0
+    return "Your plan wins." if better else "Your plan loses." if worse else "Undecided: one seed each."
+
+
+print(compare_with_every_matrix(my_plan))
 
 # %%
 figure, (left, right) = plotting.panels(2, width=5.2, height=3.3)
@@ -573,6 +615,10 @@ for name, (products, copied, multiplied) in ways.items():
 
 # %% [markdown]
 # Now the complete computation. All K adapters have the same rank here, and you may use any of the three ways.
+#
+# An example with one token per row, two inputs, one output and two adapters of rank 1: $A_0 = (1, 0)$, $B_0 = 2$,
+# $s_0 = 1$ and $A_1 = (0, 1)$, $B_1 = 3$, $s_1 = 10$. Three rows are all $x = (5, 7)$, with the adapters 1, 0 and -1.
+# The first row becomes $10 \cdot 3 \cdot 7 = 210$, the second $1 \cdot 2 \cdot 5 = 10$, and the third 0.
 
 # %% exercise="batched_lora"
 

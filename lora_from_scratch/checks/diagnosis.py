@@ -47,7 +47,8 @@ def diagnose(
                     return answer.name, answer.message
     if (diagnosis := _signature(exercise, seen[first])) is not None:
         return diagnosis
-    if exercise.explain is not None and comparable(seen[first].value, expected[first].value):
+    values = not (seen[first].raised or expected[first].raised)  # both are there
+    if exercise.explain is not None and values and comparable(seen[first].value, expected[first].value):
         try:
             diagnosis = exercise.explain(cases[first], seen[first], expected[first])
         except Exception:  # `explain` expects the right shapes and types

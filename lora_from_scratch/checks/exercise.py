@@ -102,7 +102,7 @@ class Exercise:
         agree: `agree(case, seen, expected)` returns whether the answer is right; it must hold for `expected` itself.
             None means equal within the tolerance (`comparing.same`).
         explain: `explain(case, seen, expected)` returns what is wrong as `(name, message)`, or None. It is used if
-            no answer of the bank explains the mistake.
+            no answer of the bank explains the mistake, and neither it nor the library's raised an error.
         blank: for a class, the methods whose bodies the learner writes; empty means all of them.
         seconds: the time limit for all cases together.
     """

@@ -10,11 +10,11 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, first_difference, not_a_tensor
 from lora_from_scratch.checks.observation import Data, Seen
+from lora_from_scratch.checks.verdict import describe
 
 Record = dict[str, Data]
 
 START = {  # what the messages say of each entry of the record
-    "number of results": "Return two tensors, A and B.",
     "the same seed": "Two generators with the same seed do not give the same A and B. Which of your draws does not use "
     "the generator?",
     "another seed": "Two generators with different seeds give the same A and B.",
@@ -46,7 +46,7 @@ MERGE = {
     "the same parameter": "`base.weight` is another parameter object after `merge`. Change its `.data`.",
 }
 RETURN = {
-    "merging changes W": "`merge` leaves the base's weight as it is, at least the first or a later time.",
+    "merging changes W": "At least one call of `merge` leaves the base's weight as it is.",
     "W is back but for rounding": "After `unmerge` the base's weight is not W0.",
     "every bit of W is back": "After `unmerge` the base's weight is W0 only up to rounding. Which tensor has every bit "
     "of it?",
@@ -118,9 +118,9 @@ def explain_delta(case: Case, seen: Seen, expected: Seen) -> Explanation:
 def explain_start(case: Case, seen: Seen, expected: Seen) -> Explanation:
     """Which of the two is wrong in shape, dtype or size; or which generator is not used."""
     one, other, given = _records(case, seen, expected)
+    if "A" not in one:
+        return "no pair of tensors", f"Return two tensors, A and B. Yours is {describe(one['result'])}."
     for name, axes in (("A", "(r, in)"), ("B", "(out, r)")):
-        if not isinstance(one[name], Tensor):
-            return not_a_tensor(one[name], other[name].shape, name)
         if one[name].shape == other[name].T.shape != other[name].shape:
             return (
                 "transposed",

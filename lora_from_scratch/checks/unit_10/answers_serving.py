@@ -259,7 +259,10 @@ def transposes_always(model: nn.Module, old: dict, new: dict) -> None:
             modules[name].weight += sign * (B @ A).T
 
 
-@wrong("switch_task", "You work on a copy of the model: the given one is unchanged.")
+@wrong(
+    "switch_task",
+    "The given model is unchanged: you change a copy of it, or compute sums that you put nowhere.",
+)
 def of_a_copy(model: nn.Module, old: dict, new: dict) -> nn.Module:
     model = copy.deepcopy(model)
     one_sum_a_layer(model, old, new)
