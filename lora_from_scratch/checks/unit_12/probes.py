@@ -119,6 +119,7 @@ def packing_cases(draw: Draw) -> Iterator[Case]:
     yield case("3 x 4 codes, transposed", draw.integers(0, 15, 4, 3).T, codes, byte)
     yield case("3 x 2 codes out of a larger table", draw.integers(0, 15, 3, 5)[:, 1:3], codes, byte)
     yield case("the codes 15, 15, 15, 0 as uint8", torch.tensor([15, 15, 15, 0]).byte(), byte, column)
+    yield case("the same code four times", torch.full((4,), draw.integer(0, 15)), byte, codes)
     yield case("the codes 0, 15 as int8", torch.tensor([0, 15]).char(), byte, codes)
     yield case("no codes", torch.zeros(0, dtype=torch.int64), codes, column)
     odd, strange = "ValueError: n is odd", "codes: an even number"
