@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-UNITS = ("00", "01", "06", "07", "08", "11", "12", "13")
+UNITS = ("00", "01", "06", "07", "08", "11", "12", "13", "14")
 
 
 def expected_to_fail(unit: str) -> list[pytest.MarkDecorator]:

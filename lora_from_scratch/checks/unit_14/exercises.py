@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
 from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.unit_14.explanations import explain_bootstrap, explain_front, explain_over_budget
 from lora_from_scratch.compare.capstone.budget import over_budget
 from lora_from_scratch.compare.capstone.choosing import (
     best_learning_rate,
@@ -179,6 +180,8 @@ def front_cases(draw: Draw) -> Iterator[Case]:
     size = 2**25 + 4 * draw.integer(0, 99)
     of_bytes = torch.tensor([[size + 1], [size], [size + 3]])
     yield case("costs in bytes, as whole numbers that differ by little", of_bytes, torch.ones(3), costs, less)
+    digits = torch.tensor([0.3, 0.3 + 1e-9, 0.3 - 1e-9], dtype=torch.float64)
+    yield case("qualities that differ in the ninth digit", torch.ones(3, 1), digits, more, beats)
     different = "ValueError: the number of qualities"
     yield case("one quality fewer than rows of costs", many[0], many[1][1:], different, more)
     yield case("one quality more than rows of costs", many[0][1:], many[1], different, costs)
@@ -226,6 +229,7 @@ EXERCISES = [
             "equal is allowed.",
         ),
         cases=budget_cases,
+        explain=explain_over_budget,
     ),
     Exercise(
         best_learning_rate,
@@ -257,6 +261,7 @@ EXERCISES = [
             "1). A candidate is on the front if no other beats it.",
         ),
         cases=front_cases,
+        explain=explain_front,
         probe=try_front,
     ),
     Exercise(
@@ -286,6 +291,7 @@ EXERCISES = [
             "divide by the number of rows.",
         ),
         cases=bootstrap_cases,
+        explain=explain_bootstrap,
         background=("A test set is one sample", "another sample would give"),
     ),
 ]
