@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -155,7 +155,7 @@ def front_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, costs: Tensor, quality: Tensor, *sentences: str) -> Case:
         return Case(name, {"costs": costs, "quality": quality}, sentences=sentences)
 
-    def points(name: str, rows: list[tuple[float, ...]], *sentences: str) -> Case:
+    def points(name: str, rows: Sequence[tuple[float, ...]], *sentences: str) -> Case:
         """Rows of costs, each followed by the quality; rescaled, which does not change any order."""
         values = torch.tensor(rows, dtype=torch.float64) * (1 + draw.integer(0, 3)) + 0.25 * draw.integer(0, 8)
         return case(name, values[:, :-1].contiguous(), values[:, -1].contiguous(), *sentences)
