@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-UNITS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "13")
+UNITS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13", "14")
 
 
 def expected_to_fail(unit: str) -> list[pytest.MarkDecorator]:

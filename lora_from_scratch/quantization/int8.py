@@ -65,8 +65,8 @@ def blockwise_absmax(x: Tensor, blocksize: int = 64) -> Tensor:
         (ceil(n / blocksize),) float32; 0 for a block of zeros.
 
     Raises:
-        ValueError: `x` is empty, has another dtype, or holds a value that is not finite (the message says where);
-            `blocksize` is not a power of two.
+        ValueError: `x` is empty, has another dtype, or holds a value that is not finite; `blocksize` is not a power of
+            two.
     """
     check_blocksize(blocksize)
     check_numbers(x)

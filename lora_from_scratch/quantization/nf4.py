@@ -35,15 +35,16 @@ def nf4_codebook() -> Tensor:
     """The 16 values of NormalFloat 4: quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, section 3).
 
     Weights are close to normal, so values at equally spaced quantiles are used about equally often. Zero has to be
-    one of them (padding, pruned weights), hence two halves: 8 positive values at the quantiles of
-    `linspace(p, 0.5, 9)` without the 0.5, 7 negative ones at `linspace(p, 0.5, 8)` without the 0.5, and 0.
-    `p = 0.9677083`, the mean of 1 - 1/32 and 1 - 1/30 to seven digits, keeps the outermost quantile finite. The
-    largest value divides all of them. Quantiles (`torch.special.ndtri`) in float64, the division in float32.
+    one of them (padding, pruned weights), hence two halves: 8 positive values at the quantiles of probabilities in
+    equal steps from 0.5, which is left out, to p; 7 negative ones, which are minus the quantiles of probabilities in
+    equal steps of their own, again from 0.5 to p; and 0. `p = 0.9677083`, the mean of 1 - 1/32 and 1 - 1/30 to seven
+    digits, keeps the outermost quantile finite. The largest value divides all of them. `torch.special.ndtri` is the
+    quantile function; all values are right to six digits.
 
     Returns:
         (16,) float32, ascending, from -1 to 1; code 7 is exactly 0.
     """
-    p = 0.9677083
+    p = 0.9677083  # quantiles in float64 and the division in float32 give bitsandbytes' values to the last bit
     positive = torch.special.ndtri(torch.linspace(p, 0.5, 9).double()[:-1])  # (8,), descending
     negative = -torch.special.ndtri(torch.linspace(p, 0.5, 8).double()[:-1])  # (7,), ascending
     values = torch.cat([negative, torch.zeros(1).double(), positive.flip(0)]).float()
@@ -85,7 +86,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     """Put two 4-bit codes in each byte, the even position in the high half: `byte = even << 4 | odd`.
 
     Args:
-        codes: an even number n of whole numbers from 0 to 15, any shape, read row by row.
+        codes: an even number n (perhaps 0) of whole numbers from 0 to 15, any shape, read row by row.
 
     Returns:
         (n / 2, 1) uint8: a column, as in bitsandbytes.
@@ -243,10 +244,10 @@ def double_quantize(absmax: Tensor, blocksize: int = 256) -> NestedAbsmax:
 
     Args:
         absmax: (blocks,) float32, the scales of `quantize_nf4`.
-        blocksize: how many scales share a second scale; a power of two.
+        blocksize: how many scales share a second scale, a power of two.
 
     Returns:
-        Codes, second scales and offset.
+        Codes (blocks,) uint8, second scales (ceil(blocks / blocksize),) float32, and the offset, a scalar float32.
 
     Raises:
         ValueError: there are no scales, one is not finite, or `blocksize` is not a power of two.
@@ -272,9 +273,9 @@ def bits_per_weight(
 
     Args:
         bits: of a code.
-        blocksize: weights that share a scale; a power of two.
+        blocksize: weights that share a scale, a power of two.
         double_quant: whether the scales are quantised as well.
-        nested_blocksize: scales that share a second scale; a power of two.
+        nested_blocksize: scales that share a second scale, a power of two.
 
     Raises:
         ValueError: `bits` is not 1 to 32, or a block size is not a power of two.

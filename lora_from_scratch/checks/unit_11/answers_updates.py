@@ -1,5 +1,6 @@
 """Unit 11, what an update does to the weight, and alpha: mistakes that people make, and other right ways."""
 
+# mypy: ignore-errors
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
 from __future__ import annotations

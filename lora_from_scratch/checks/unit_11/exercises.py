@@ -179,8 +179,8 @@ def amplification_cases(draw: Draw) -> Iterator[Case]:
 
 def exchange_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, alpha: float, new_alpha: float, A: Tensor, B: Tensor, *sentences: str) -> Case:
-        rate = draw.number(1e-3, 1e-2)
-        inputs = {"A": A, "B": B, "alpha": alpha, "learning_rate": rate, "new_alpha": new_alpha}
+        inputs: dict[str, Data] = {"A": A, "B": B, "alpha": alpha, "new_alpha": new_alpha}
+        inputs["learning_rate"] = draw.number(1e-3, 1e-2)
         return Case(name, inputs, sentences=sentences)
 
     exactly, c, product, steps = (

@@ -27,13 +27,12 @@ def to_int8(x: Tensor, absmax: Tensor) -> Tensor:
 
 
 @right("absmax_int8")
-def in_numpy(x: Tensor) -> tuple[np.ndarray, float]:
-    values = x.numpy().astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("not finite")
+def in_numpy(x: Tensor) -> tuple[np.ndarray, np.float32]:
+    check_numbers(x)
+    values = x.float().numpy().astype(np.float64)
     absmax = np.abs(values).max()
     q = np.rint(values * 127 / absmax) if absmax > 0 else np.zeros_like(values)
-    return q.astype(np.int8), float(absmax)
+    return q.astype(np.int8), np.float32(absmax)
 
 
 @right("absmax_int8")
@@ -41,7 +40,65 @@ def divides_by_the_step(x: Tensor) -> tuple[Tensor, Tensor]:
     check_numbers(x)
     absmax = torch.linalg.vector_norm(x.double(), ord=math.inf)
     step = absmax / 127 if absmax else torch.tensor(1.0)
-    return (x.double() / step).round().clamp(-127, 127).char(), absmax
+    return (x.double() / step).round().clamp(-127, 127).char(), absmax.float()
+
+
+@right("absmax_int8")
+def number_by_number(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_numbers(x)
+    numbers = x.flatten().tolist()
+    absmax = max(map(abs, numbers))
+    q = [round(127 * number / absmax) if absmax else 0 for number in numbers]  # round() takes ties to the even one
+    return torch.tensor(q, dtype=torch.int8).view(x.shape), torch.tensor(absmax)
+
+
+@right("absmax_int8")
+def among_all_levels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """By `bucketize`: the borders between the levels are the halves; those of odd levels go to their even neighbour."""
+    check_numbers(x)
+    absmax = torch.maximum(x.float().max(), -x.float().min())
+    z = x.double() * 127 / absmax if absmax > 0 else torch.zeros(x.shape).double()
+    below = torch.floor(z)
+    rest = z - below
+    up = (rest > 0.5) | ((rest == 0.5) & (below % 2 == 1))
+    return (below + up).to(torch.int8), absmax
+
+
+@wrong("absmax_int8", "You take only the numbers for absmax that are not negative. Take absolute values first.")
+@changed(absmax_int8, ("x.abs().max()", "x.clamp(min=0).max()"))
+def only_positive_numbers(): ...
+
+
+@wrong(
+    "absmax_int8",
+    "absmax has the dtype of x. It should be float32, whatever the dtype of x.",
+)
+@changed(
+    absmax_int8,
+    ("torch.int8), absmax", "torch.int8), absmax.to(dtype)"),
+    ("    x = x.detach().float()", "    dtype = x.dtype\n    x = x.detach().float()"),
+)
+def absmax_in_the_dtype_of_x(): ...
+
+
+@wrong("absmax_int8", "Your absmax keeps axes of size 1. It is a scalar, without axes.")
+@changed(absmax_int8, ("torch.int8), absmax", "torch.int8), absmax.view(1)"))
+def absmax_with_an_axis(): ...
+
+
+@wrong(
+    "absmax_int8", "You round to the step first and then cut: 127 is one level too far in your code, so you end at 126."
+)
+@changed(absmax_int8, ("scale = 127 /", "scale = 126 /"))
+def ends_at_126(): ...
+
+
+@wrong(
+    "absmax_int8",
+    "You accept other dtypes than float32, float16 and bfloat16. `check_numbers` refuses them.",
+)
+@changed(absmax_int8, ("check_numbers(x)", "check_numbers(x.float())"))
+def any_dtype(): ...
 
 
 @wrong(
@@ -131,7 +188,7 @@ def takes_anything(x: Tensor) -> tuple[Tensor, Tensor]:
 def ready(x: Tensor, blocksize: int) -> Tensor:
     """The numbers in one row, after raising for invalid input."""
     check_numbers(x)
-    if blocksize & (blocksize - 1):
+    if blocksize < 1 or blocksize & (blocksize - 1):
         raise ValueError("a power of two")
     return x.reshape(-1).float()
 
@@ -228,6 +285,31 @@ def one_for_a_block_of_zeros(x: Tensor, blocksize: int = 64) -> Tensor:
     return torch.where(absmax == 0, 1.0, absmax)
 
 
+@right("blockwise_absmax")
+def by_scattering(x: Tensor, blocksize: int = 64) -> Tensor:
+    flat = ready(x, blocksize).abs()
+    block = torch.arange(len(flat)) // blocksize
+    return torch.zeros(int(block[-1]) + 1).scatter_reduce(0, block, flat, "amax")
+
+
+@wrong("blockwise_absmax", "Your result has the dtype of x. It should be float32.")
+def in_the_dtype_of_x(x: Tensor, blocksize: int = 64) -> Tensor:
+    return filled(ready(x, blocksize), blocksize).abs().amax(dim=1).to(x.dtype)
+
+
+@wrong("blockwise_absmax", "You accept any block size. Raise a ValueError unless it is a power of two.")
+def any_blocksize(x: Tensor, blocksize: int = 64) -> Tensor:
+    check_numbers(x)
+    return filled(x.reshape(-1).float(), max(blocksize, 1)).abs().amax(dim=1)
+
+
+@wrong("blockwise_absmax", "You accept numbers that are not finite, or none. `check_numbers` raises the error for you.")
+def any_numbers(x: Tensor, blocksize: int = 64) -> Tensor:
+    if blocksize < 1 or blocksize & (blocksize - 1):
+        raise ValueError("a power of two")
+    return filled(x.reshape(-1).float(), blocksize).abs().amax(dim=1)
+
+
 @wrong("blockwise_absmax", caught_by="no error")
 def refuses_nothing(x: Tensor, blocksize: int = 64) -> Tensor:
-    return filled(x.reshape(-1), blocksize).abs().amax(dim=1)
+    return filled(x.reshape(-1).float(), max(blocksize, 1)).abs().amax(dim=1)

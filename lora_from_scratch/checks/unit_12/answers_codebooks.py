@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lora_from_scratch.checks.bank import changed, right, wrong
 from lora_from_scratch.quantization.int8 import blockwise_absmax
-from lora_from_scratch.quantization.nf4 import nf4_codebook, normalize_blocks, pack_nibbles, quantize_nf4
+from lora_from_scratch.quantization.nf4 import as_codebook, normalize_blocks, pack_nibbles, quantize_nf4
 
 TINY = 1e-30
 
@@ -44,9 +44,43 @@ def by_the_standard_library() -> Tensor:
 @right("nf4_codebook")
 def by_the_inverse_error_function() -> Tensor:
     p = 1 - (1 / 32 + 1 / 30) / 2
-    upper = torch.erfinv(2 * torch.linspace(0.5, p, 9) - 1)
-    lower = torch.erfinv(2 * torch.linspace(0.5, p, 8) - 1)
-    return torch.cat([-lower.flip(0), upper[1:]]) / upper.max()
+    upper = torch.erfinv(2 * torch.linspace(0.5, p, 9, dtype=torch.float64) - 1)
+    lower = torch.erfinv(2 * torch.linspace(0.5, p, 8, dtype=torch.float64) - 1)
+    return (torch.cat([-lower.flip(0), upper[1:]]) / upper.max()).float()
+
+
+@right("nf4_codebook")
+def two_rows_of_probabilities_in_numpy() -> np.ndarray:
+    quantile = np.vectorize(NormalDist().inv_cdf)
+    upper, lower = (quantile(0.5 + (P - 0.5) * np.arange(n + 1) / n) for n in (8, 7))
+    return (np.concatenate([-lower[:0:-1], upper]) / upper[-1]).astype(np.float32)
+
+
+@right("nf4_codebook")
+def by_bisection() -> Tensor:
+    """The quantiles by halving intervals: of the normal distribution only its `erf` is needed."""
+    steps = torch.cat([-torch.arange(7, 0, -1) / 7, torch.zeros(1), torch.arange(1, 9) / 8]).double()
+    low, high = torch.zeros(16).double(), torch.full((16,), 5.0).double()
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_low = torch.erf(middle / 2**0.5) < 2 * (P - 0.5) * steps.abs()
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    values = steps.sign() * low
+    return (values / values.max()).float()
+
+
+@wrong("nf4_codebook", "You have rounded the values to four digits. Compute them: they have to be right to six.")
+def four_digits() -> Tensor:
+    return (joined(*sides(P)) * 10**4).round() / 10**4
+
+
+@wrong(
+    "nf4_codebook",
+    "The negative values are those of equal steps of the *positive* half. They have seven steps of their own.",
+)
+def the_same_steps_in_both_halves() -> Tensor:
+    positive = sides(P)[1]
+    return joined(-positive.flip(0)[:7], positive)
 
 
 @wrong(
@@ -134,7 +168,7 @@ Quantised = tuple[Tensor, Tensor]
 
 
 def book(codebook: Tensor | None) -> Tensor:
-    return nf4_codebook() if codebook is None else codebook
+    return as_codebook(codebook, torch.device("cpu"))
 
 
 def nearest(z: Tensor, codebook: Tensor, right: bool = False) -> Tensor:
@@ -149,7 +183,7 @@ def packed_up(codes: Tensor, filler: int = 7) -> Tensor:
 @right("quantize_nf4")
 def by_all_distances(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
     """A table of all distances, and the smallest of each row; the first of equals is the lower one."""
-    values, code_of = book(codebook).sort(stable=True)
+    values, code_of = as_codebook(codebook, weight.device).sort(stable=True)
     absmax = blockwise_absmax(weight, blocksize)
     scale = absmax.repeat_interleave(blocksize)[: weight.numel()]
     z = weight.reshape(-1).float() / torch.where(scale > 0, scale, 1.0)
@@ -162,7 +196,7 @@ def by_all_distances(weight: Tensor, blocksize: int = 64, codebook: Tensor | Non
 def counts_the_midpoints_below(
     weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    table = book(codebook).numpy().astype(np.float64)
+    table = as_codebook(codebook, weight.device).numpy().astype(np.float64)
     order = np.argsort(table, kind="stable")
     midpoints = (table[order][1:] + table[order][:-1]) / 2
     absmax = blockwise_absmax(weight, blocksize).numpy()
@@ -170,6 +204,59 @@ def counts_the_midpoints_below(
     z = np.append(z, [0.0] * (len(z) % 2))
     codes = order[(z[:, None] > midpoints).sum(axis=1)].astype(np.uint8)
     return (codes[::2] << 4 | codes[1::2])[:, None], absmax
+
+
+@right("quantize_nf4")
+def weight_by_weight(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    """With Python's `min`, which returns the first of equals: the values are tried in ascending order."""
+    table = as_codebook(codebook, weight.device).tolist()
+    ascending = sorted(range(16), key=table.__getitem__)
+    absmax = blockwise_absmax(weight, blocksize)
+    codes = []
+    for z in [*normalize_blocks(weight, absmax, blocksize).tolist(), *[0.0] * (weight.numel() % 2)]:
+        codes.append(min(ascending, key=lambda code: abs(table[code] - z)))
+    pairs = zip(codes[::2], codes[1::2], strict=True)
+    return torch.tensor([[16 * even + odd] for even, odd in pairs], dtype=torch.uint8), absmax
+
+
+@right("quantize_nf4")
+def block_by_block_with_searchsorted(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    values, code_of = as_codebook(codebook, weight.device).sort(stable=True)
+    borders = values[:-1].add(values[1:]).div(2)
+    scales = blockwise_absmax(weight, blocksize)
+    codes = []
+    for block, scale in zip(weight.reshape(-1).float().split(blocksize), scales, strict=True):
+        scaled = block * (1 / scale if len(block) == blocksize else 1.0) if scale > 0 else torch.zeros_like(block)
+        scaled = scaled / scale if scale > 0 and len(block) < blocksize else scaled
+        codes.append(code_of[torch.searchsorted(borders, scaled)])
+    flat = torch.cat(codes)
+    if len(flat) % 2:
+        flat = torch.cat([flat, code_of[torch.searchsorted(borders, torch.zeros(1))]])
+    return pack_nibbles(flat), scales
+
+
+@wrong("quantize_nf4", "You accept a codebook with another number of values than 16. Raise a ValueError.")
+@changed(
+    quantize_nf4,
+    (
+        "as_codebook(codebook, weight.device)",
+        "(nf4_codebook() if codebook is None else F.pad(codebook, (0, max(0, 16 - len(codebook))), value=9.0))",
+    ),
+)
+def any_codebook(): ...
+
+
+@wrong(
+    "quantize_nf4", "You scale in the dtype of the weight. In half precision the quotients are too coarse: use float32."
+)
+@changed(
+    quantize_nf4,
+    (
+        "z = normalize_blocks(weight, absmax, blocksize)",
+        "z = normalize_blocks(weight, absmax, blocksize).to(weight.dtype).float()",
+    ),
+)
+def in_the_dtype_of_the_weight(): ...
 
 
 @wrong("quantize_nf4", "You use one scale for the whole weight. Every block has its own.")
@@ -296,6 +383,16 @@ def fills_up_with_code_0(weight: Tensor, blocksize: int = 64, codebook: Tensor |
 @wrong("quantize_nf4", "The second result is the inverse of the scale. Store the absmax itself.")
 @changed(quantize_nf4, ("[interval]), absmax", "[interval]), 1 / absmax.clamp(min=TINY)"))
 def stores_the_inverse(): ...
+
+
+@wrong("quantize_nf4", caught_by="no error")
+def takes_anything(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    values = book(codebook)
+    flat = weight.reshape(-1).float().nan_to_num(0, 0, 0)
+    flat = flat if len(flat) else torch.zeros(1)
+    absmax = torch.stack([block.abs().max() for block in flat.split(blocksize)])
+    z = flat / absmax.clamp(min=TINY).repeat_interleave(blocksize)[: len(flat)]
+    return packed_up(nearest(z, values)), absmax
 
 
 @wrong("quantize_nf4", caught_by="raises")

@@ -14,6 +14,7 @@ from lora_from_scratch.checks.bank import right, wrong
 from lora_from_scratch.quantization.int8 import (
     DynamicInt8,
     blockwise_absmax,
+    check_blocksize,
     dequantize_dynamic,
     dynamic_map,
     quantize_dynamic,
@@ -23,7 +24,8 @@ from lora_from_scratch.quantization.int8 import (
 
 
 def possible(bits: int, blocksize: int, nested_blocksize: int) -> None:
-    if not 1 <= bits <= 32 or blocksize & (blocksize - 1) or nested_blocksize & (nested_blocksize - 1):
+    sizes = (blocksize, nested_blocksize)
+    if not 1 <= bits <= 32 or any(size < 1 or size & (size - 1) for size in sizes):
         raise ValueError("impossible")
 
 
@@ -40,6 +42,41 @@ def in_numpys_numbers(bits=4, blocksize=64, double_quant=False, nested_blocksize
     possible(bits, blocksize, nested_blocksize)
     scale = 8 + np.float64(32) / nested_blocksize if double_quant else np.float64(32)
     return bits + scale / blocksize
+
+
+@right("bits_per_weight")
+def as_a_sum_over_tables(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    tables = [(bits, 1), (32, blocksize)]  # bits of an entry, and how many weights share it
+    if double_quant:
+        tables[1:] = [(8, blocksize), (32, nested_blocksize * blocksize)]
+    return sum(size / shared for size, shared in tables)
+
+
+@right("bits_per_weight")
+def by_quantising_a_weight(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    """The sizes of tensors, as they would be stored."""
+    possible(bits, blocksize, nested_blocksize)
+    n = blocksize * nested_blocksize
+    codes, scales = torch.empty(n, bits, device="meta"), torch.empty(n // blocksize, device="meta")
+    stored = [scales]
+    if double_quant:
+        stored = [scales.byte(), torch.empty(len(scales) // nested_blocksize, device="meta")]
+    return (codes.numel() + 8 * sum(one.nbytes for one in stored)) / n
+
+
+@wrong("bits_per_weight", "You accept codes of less than 1 bit or more than 32. Raise a ValueError.")
+def any_bits(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(4, blocksize, nested_blocksize)
+    return bits + (8 / blocksize + 32 / (blocksize * nested_blocksize) if double_quant else 32 / blocksize)
+
+
+@wrong("bits_per_weight", "You also count the one offset of a matrix. It is left out.")
+def with_the_offset(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    possible(bits, blocksize, nested_blocksize)
+    if double_quant:
+        return bits + 8 / blocksize + 64 / (blocksize * nested_blocksize)
+    return bits + 32 / blocksize
 
 
 @wrong("bits_per_weight", "You count only the codes. The scales have to be stored too.")
@@ -114,6 +151,7 @@ def scales_of_16_bits(bits=4, blocksize=64, double_quant=False, nested_blocksize
 
 @wrong("bits_per_weight", caught_by="no error")
 def any_blocks_will_do(bits=4, blocksize=64, double_quant=False, nested_blocksize=256):
+    blocksize = max(blocksize, 1)
     return bits + (8 / blocksize + 32 / (blocksize * nested_blocksize) if double_quant else 32 / blocksize)
 
 
@@ -134,7 +172,44 @@ def to_the_exactly_nearest_value(absmax: Tensor, blocksize: int = 256) -> tuple[
 def with_numpys_mean(absmax: Tensor, blocksize: int = 256) -> list:
     offset = absmax.numpy().mean(dtype=np.float64)
     codes, second = quantize_dynamic(torch.from_numpy((absmax.numpy() - offset).astype(np.float32)), blocksize)
-    return [codes, second, float(offset)]
+    return [codes, second, torch.tensor(offset).float()]
+
+
+@right("double_quantize")
+def block_by_block(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    check_blocksize(blocksize)
+    offset = torch.tensor(sum(absmax.tolist()) / len(absmax)) if len(absmax) else torch.tensor(float("nan"))
+    parts = [quantize_dynamic(part - offset, blocksize) for part in absmax.split(blocksize)]
+    return torch.cat([part.codes for part in parts]), torch.cat([part.absmax for part in parts]), offset
+
+
+@right("double_quantize")
+def by_searching_the_map(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    rest = absmax - absmax.mean()
+    second = blockwise_absmax(rest, blocksize)
+    values = dynamic_map()
+    borders = (values[1:] + values[:-1]) / 2
+    codes = [
+        torch.bucketize(part / scale.clamp(min=1e-30), borders)
+        for part, scale in zip(rest.split(blocksize), second, strict=True)
+    ]
+    return torch.cat(codes).byte(), second, absmax.mean()
+
+
+@wrong("double_quantize", "The codes take more than a byte each: they should be uint8.")
+def codes_as_integers(absmax: Tensor, blocksize: int = 256) -> tuple:
+    codes, second = quantize_dynamic(absmax - absmax.mean(), blocksize)
+    return codes.int(), second, absmax.mean()
+
+
+@wrong(
+    "double_quantize",
+    "You replace scales that are not finite, or accept that there are none. Raise a ValueError, as `quantize_dynamic` "
+    "does.",
+)
+def any_scales(absmax: Tensor, blocksize: int = 256) -> tuple:
+    absmax = absmax.nan_to_num(0.0) if len(absmax) else torch.zeros(1)
+    return *quantize_dynamic(absmax - absmax.mean(), blocksize), absmax.mean()
 
 
 @wrong(
@@ -193,7 +268,7 @@ def there_and_back(absmax: Tensor, blocksize: int = 256) -> tuple:
     return dequantize_dynamic(DynamicInt8(codes, second), blocksize) + absmax.mean(), second, absmax.mean()
 
 
-@wrong("double_quantize", caught_by="number of results")
+@wrong("double_quantize", caught_by="three results")
 def without_the_offset_at_the_end(absmax: Tensor, blocksize: int = 256) -> tuple:
     return tuple(quantize_dynamic(absmax - absmax.mean(), blocksize))
 

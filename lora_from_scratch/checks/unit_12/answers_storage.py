@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lora_from_scratch.checks.bank import changed, right, wrong
-from lora_from_scratch.quantization.nf4 import check_parts, dequantize_nf4, nf4_codebook
+from lora_from_scratch.quantization.nf4 import check_parts, dequantize_nf4, nf4_codebook, pack_nibbles
 
 # --- pack_nibbles ------------------------------------------------------------------------------------
 
 
 def allowed(codes: Tensor) -> Tensor:
-    if codes.numel() % 2 or codes.min() < 0 or codes.max() > 15:
+    if codes.numel() % 2 or codes.is_floating_point() or any(not 0 <= code <= 15 for code in codes.flatten()):
         raise ValueError("no such codes")
     return codes
 
@@ -37,7 +37,42 @@ def by_multiplication(codes: Tensor) -> np.ndarray:
 @right("pack_nibbles")
 def in_a_loop(codes: Tensor) -> Tensor:
     flat = allowed(codes).flatten().tolist()
-    return torch.tensor([[(flat[i] << 4) + flat[i + 1]] for i in range(0, len(flat), 2)], dtype=torch.uint8)
+    joined = [(flat[i] << 4) + flat[i + 1] for i in range(0, len(flat), 2)]
+    return torch.tensor(joined, dtype=torch.uint8).unsqueeze(1)
+
+
+@right("pack_nibbles")
+def as_bytes_of_hexadecimal_digits(codes: Tensor) -> Tensor:
+    digits = "".join(f"{code:x}" for code in allowed(codes).flatten().tolist())
+    return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8).view(-1, 1)
+
+
+@right("pack_nibbles")
+def as_one_product(codes: Tensor) -> Tensor:
+    places = torch.tensor([16.0, 1.0]).repeat(codes.numel() // 2)
+    return (allowed(codes).reshape(-1).float() * places).view(-1, 2).sum(1, keepdim=True).byte()
+
+
+@wrong(
+    "pack_nibbles", "You `view` the codes, which only works if they are contiguous. `reshape` copies where it has to."
+)
+@changed(pack_nibbles, ("codes.reshape(-1, 2)", "codes.view(-1, 2)"))
+def only_contiguous(): ...
+
+
+@wrong("pack_nibbles", "You refuse an empty tensor of codes, or fail on it. No codes make no bytes, (0, 1).")
+@changed(pack_nibbles, ("(codes.numel() and not 0", "(not 0"))
+def fails_without_codes(): ...
+
+
+@wrong("pack_nibbles", "You accept codes that are not whole numbers, and cut them off. Raise a ValueError.")
+@changed(pack_nibbles, ("codes.is_floating_point() or ", ""))
+def cuts_codes_off(): ...
+
+
+@wrong("pack_nibbles", "You accept negative codes. Raise a ValueError: a code is from 0 to 15.")
+@changed(pack_nibbles, ("not 0 <= codes.min() <= codes.max() <= 15", "codes.max() > 15"))
+def negative_codes(): ...
 
 
 @wrong("pack_nibbles", "The two halves are swapped: the first code of a pair goes into the high half.")
@@ -101,7 +136,7 @@ def fills_up_by_itself(codes: Tensor) -> Tensor:
 
 @wrong("pack_nibbles", "A code of 16 needs five bits. Raise an error: it would change the neighbouring code.")
 def takes_codes_that_do_not_fit(codes: Tensor) -> Tensor:
-    even, odd = halves(codes % 16)
+    even, odd = halves(torch.where(codes > 15, codes % 16, codes))
     return (even << 4 | odd)[:, None]
 
 
@@ -140,6 +175,29 @@ def one_by_one(packed, absmax, shape, blocksize=64, dtype=torch.float32, codeboo
     codes = [code for byte in bytes_ for code in divmod(byte, 16)][:n]
     values = [table[code] * float(absmax[place // blocksize]) for place, code in enumerate(codes)]
     return torch.tensor(values).to(dtype).view(*shape)
+
+
+@right("dequantize_nf4")
+def a_table_of_pairs(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
+    """All 256 bytes are looked up at once: each stands for a pair of values."""
+    n = checked(packed, absmax, shape, blocksize)
+    pairs = torch.cartesian_prod(book(codebook), book(codebook))  # (256, 2), in the order of the bytes
+    values = pairs[packed.flatten().long()].flatten()[:n]
+    values = torch.nn.functional.pad(values, (0, -n % blocksize)).view(-1, blocksize) * absmax[:, None]
+    return values.flatten()[:n].to(dtype).reshape(tuple(shape))
+
+
+@right("dequantize_nf4")
+def in_numpy(packed, absmax, shape, blocksize=64, dtype=torch.float32, codebook=None):
+    n = checked(packed, absmax, shape, blocksize)
+    bits = np.unpackbits(packed.numpy().reshape(-1, 1), axis=1).reshape(-1, 4)[:n]
+    weight = book(codebook).numpy()[bits @ np.array([8, 4, 2, 1])] * np.repeat(absmax.numpy(), blocksize)[:n]
+    return torch.from_numpy(weight.reshape(tuple(shape))).to(dtype)
+
+
+@wrong("dequantize_nf4", "You do not check the dtype of the bytes. Raise a ValueError unless they are uint8.")
+@changed(dequantize_nf4, ("check_parts(packed,", "packed = packed.to(torch.uint8)\n    check_parts(packed,"))
+def bytes_of_any_dtype(): ...
 
 
 @wrong("dequantize_nf4", "You take the low half of each byte first. The first of two weights is in the high half.")
@@ -217,7 +275,7 @@ def fills_the_columns(packed, absmax, shape, blocksize=64, dtype=torch.float32, 
     return values.reshape(*reversed(shape)).permute(*reversed(range(len(shape)))).contiguous()
 
 
-@wrong("dequantize_nf4", caught_by="shape")
+@wrong("dequantize_nf4", caught_by="another shape")
 @changed(dequantize_nf4, (".view(tuple(shape))", ""))
 def stays_flat(): ...
 

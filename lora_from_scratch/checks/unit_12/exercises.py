@@ -1,205 +1,42 @@
-"""Unit 12, quantisation: what is checked."""
+"""Unit 12, quantisation: what is checked. The inputs and the probes are in `probes.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from lora_from_scratch.checks.comparing import as_tensor, same
-from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
-from lora_from_scratch.checks.observation import Data, Seen, dtype_of
-from lora_from_scratch.quantization.int8 import absmax_int8, blockwise_absmax, dynamic_map
+from lora_from_scratch.checks.exercise import Exercise, Prediction
+from lora_from_scratch.checks.unit_12.explanations import (
+    explain_absmax,
+    explain_bits,
+    explain_codebook,
+    explain_dequantized,
+    explain_double,
+    explain_int8,
+    explain_packed,
+    explain_quantized,
+)
+from lora_from_scratch.checks.unit_12.probes import (
+    absmax_cases,
+    bits_cases,
+    codebook_cases,
+    dequantize_cases,
+    double_cases,
+    int8_cases,
+    nearly_the_same_codes,
+    packing_cases,
+    quantize_cases,
+    try_dequantizing,
+    try_int8,
+)
+from lora_from_scratch.quantization.int8 import absmax_int8, blockwise_absmax
 from lora_from_scratch.quantization.nf4 import (
     bits_per_weight,
     dequantize_nf4,
     double_quantize,
-    fp4_codebook,
     nf4_codebook,
     pack_nibbles,
     quantize_nf4,
 )
 
 TITLE = "Quantisation"
-
-
-# --- Eight bits --------------------------------------------------------------------------------------
-
-
-def try_int8(answer: Callable[..., Any], x: Tensor) -> Any:
-    """Both results and the dtype of the first."""
-    result = answer(x)
-    return [*result, dtype_of(result[0])] if isinstance(result, tuple | list) else result
-
-
-def int8_cases(draw: Draw) -> Iterator[Case]:
-    yield Case("127, 0.4, -0.6, 63.2, -126.7", {"x": torch.tensor([127, 0.4, -0.6, 63.2, -126.7])}, "the numbers")
-    yield Case("a random 3 x 4 matrix", {"x": draw.normal(3, 4)}, "the numbers")
-    negative = draw.normal(9)
-    negative[draw.integer(0, 8)] = -draw.number(5, 6)
-    yield Case("the number with the largest absolute value is negative", {"x": negative}, "the numbers")
-    ties = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
-    yield Case("numbers exactly between two integers", {"x": ties}, "the numbers")
-    yield Case("zeros", {"x": torch.zeros(2, 3)}, "the ends of the range")
-    yield Case("tiny numbers", {"x": 1e-20 * draw.normal(6)}, "the ends of the range")
-    large = 60000 * (2 * torch.rand(100, generator=draw.generator) - 1)
-    large[draw.integer(0, 99)] = 60000
-    yield Case("float16, close to its largest value", {"x": large.half()}, "the ends of the range")
-    broken = draw.normal(5)
-    broken[3] = float("nan")
-    yield Case("one of the numbers is not a number", {"x": broken}, "what is refused")
-
-
-def absmax_cases(draw: Draw) -> Iterator[Case]:
-    eight = torch.tensor([1.0, -5, 2, 0, 3, 3, 4, -2])
-    yield Case("eight numbers in blocks of 4", {"x": eight, "blocksize": 4}, "whole blocks")
-    yield Case("128 random numbers, blocks of 64", {"x": draw.normal(128)}, "whole blocks")
-    yield Case("4 x 6 in blocks of 8, which span rows", {"x": draw.normal(4, 6), "blocksize": 8}, "whole blocks")
-    zeros = draw.normal(12)
-    zeros[4:8] = 0
-    yield Case("a block of zeros", {"x": zeros, "blocksize": 4}, "whole blocks")
-    small = draw.normal(11)
-    small[8:] = -0.01 - 0.1 * torch.rand(3, generator=draw.generator)
-    yield Case("11 numbers in blocks of 4", {"x": small, "blocksize": 4}, "the last block")
-    yield Case("3 x 5 numbers in blocks of 2", {"x": draw.normal(3, 5), "blocksize": 2}, "the last block")
-    yield Case("fewer numbers than a block holds", {"x": 0.1 * draw.normal(5), "blocksize": 64}, "the last block")
-    broken = draw.normal(8)
-    broken[5] = -float("inf")
-    yield Case("one of the numbers is infinite", {"x": broken, "blocksize": 4}, "what is refused")
-    yield Case("blocks of 48", {"x": draw.normal(96), "blocksize": 48}, "what is refused")
-
-
-# --- Four bits ---------------------------------------------------------------------------------------
-
-
-def codebook_cases(draw: Draw) -> Iterator[Case]:
-    yield Case("the 16 values", {})
-
-
-def try_packing(answer: Callable[..., Any], codes: Tensor) -> Any:
-    packed = answer(codes)
-    return [packed, dtype_of(packed)]
-
-
-def packing_cases(draw: Draw) -> Iterator[Case]:
-    yield Case("the codes 1, 2, 3, 4", {"codes": torch.tensor([1, 2, 3, 4])}, "the bytes")
-    yield Case("10 random codes", {"codes": draw.integers(0, 15, 10)}, "the bytes")
-    yield Case("4 x 6 codes", {"codes": draw.integers(0, 15, 4, 6)}, "the bytes")
-    yield Case("the codes 15, 15, 15, 0 as uint8", {"codes": torch.tensor([15, 15, 15, 0]).byte()}, "the bytes")
-    yield Case("an odd number of codes", {"codes": draw.integers(0, 15, 7)}, "what is refused")
-    yield Case("a code of 16", {"codes": torch.tensor([3, 16])}, "what is refused")
-
-
-EIGHTHS = torch.arange(-8, 8) / 8  # a codebook whose midpoints are exact
-
-
-def away_from_zero(draw: Draw, n: int) -> Tensor:
-    """Numbers from 0.1 to 1 with random signs, so that FP4's two zeros play no role."""
-    signs = 2.0 * draw.integers(0, 1, n) - 1
-    return signs * (0.1 + 0.9 * torch.rand(n, generator=draw.generator))
-
-
-def quantize_cases(draw: Draw) -> Iterator[Case]:
-    usual, ends, others = "codes and scales", "zeros and short blocks", "another codebook"
-    yield Case("the codebook times two, as one block", {"weight": 2 * nf4_codebook(), "blocksize": 16}, usual)
-    yield Case("128 random weights, blocks of 64", {"weight": 0.02 * draw.normal(128)}, usual)
-    sizes = torch.tensor([1e-3, 1, 50, 0.1]).repeat_interleave(16)
-    weight = draw.normal(64) * sizes
-    weight[5] = -4e-3
-    yield Case("blocks of small and of large weights", {"weight": weight.view(8, 8), "blocksize": 16}, usual)
-    zeros = draw.normal(48)
-    zeros[16:32] = 0
-    yield Case("a block of zeros", {"weight": zeros, "blocksize": 16}, ends)
-    yield Case("22 weights in blocks of 16", {"weight": draw.normal(2, 11), "blocksize": 16}, ends)
-    yield Case("an odd number of weights", {"weight": draw.normal(5), "blocksize": 4}, ends)
-    fp4: dict[str, Data] = {"weight": away_from_zero(draw, 32), "blocksize": 16, "codebook": fp4_codebook()}
-    yield Case("FP4's codebook, which is not in ascending order", fp4, others)
-    halves = torch.cat([torch.tensor([-16.0]), 2 * draw.integers(-8, 6, 15) + 1]) / 16
-    ties: dict[str, Data] = {"weight": halves, "blocksize": 16, "codebook": EIGHTHS}
-    yield Case("weights exactly between two values of the codebook", ties, others)
-    broken = draw.normal(16)
-    broken[7] = float("nan")
-    yield Case("one of the weights is not a number", {"weight": broken, "blocksize": 16}, "what is refused")
-
-
-def try_dequantizing(answer: Callable[..., Any], dtype: str = "float32", **inputs: Any) -> Any:
-    weight = answer(dtype=getattr(torch, dtype), **inputs)
-    return [weight, dtype_of(weight)]
-
-
-def dequantize_cases(draw: Draw) -> Iterator[Case]:
-    def parts(*shape: int, blocksize: int, **more: Data) -> dict[str, Data]:
-        n = int(torch.tensor(shape).prod())
-        packed = draw.integers(0, 255, -(-n // 2), 1).to(torch.uint8)
-        absmax = 0.5 + 3 * torch.rand(-(-n // blocksize), generator=draw.generator)
-        return {"packed": packed, "absmax": absmax, "shape": list(shape), "blocksize": blocksize, **more}
-
-    usual = "the weights"
-    yield Case("8 weights in one block", parts(8, blocksize=8), usual)
-    yield Case("128 weights in blocks of 64", parts(128, blocksize=64), usual)
-    yield Case("6 x 8 weights in blocks of 16", parts(6, 8, blocksize=16), usual)
-    yield Case("22 weights in blocks of 16", parts(2, 11, blocksize=16), "short blocks")
-    yield Case("an odd number of weights", parts(3, 5, blocksize=4), "short blocks")
-    yield Case("to bfloat16", parts(4, 16, blocksize=16, dtype="bfloat16"), "codebook and dtype")
-    yield Case("FP4's codebook", parts(4, 8, blocksize=8, codebook=fp4_codebook()), "codebook and dtype")
-    wrong = parts(4, 8, blocksize=8)
-    yield Case("more bytes than the shape needs", {**wrong, "shape": [4, 6]}, "what is refused")
-    yield Case("fewer scales than blocks", {**wrong, "absmax": torch.ones(3)}, "what is refused")
-
-
-# --- The cost of the scales --------------------------------------------------------------------------
-
-
-def double_cases(draw: Draw) -> Iterator[Case]:
-    def scales(n: int, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=draw.generator)
-
-    yield Case("12 scales from 2 to 4", {"absmax": scales(12, 2, 4)})
-    yield Case("300 scales: a full block of 256 and a short one", {"absmax": scales(300, 0.02, 0.3)})
-    mixed = torch.cat([scales(8, 1, 1.1), scales(8, 2, 6)])
-    yield Case("16 scales in blocks of 8", {"absmax": mixed, "blocksize": 8})
-    lopsided = scales(20, 0.5, 0.6)
-    lopsided[draw.integer(0, 19)] = 9.0
-    yield Case("one scale is much larger than the others", {"absmax": lopsided})
-    yield Case("equal scales", {"absmax": torch.full((8,), 0.25)})
-
-
-def nearly_the_same_codes(case: Case, seen: Seen, expected: Seen) -> bool:
-    """A mean that is rounded differently may move a code to its neighbour; the rest has to be the same.
-
-    Codes of nearly the same value count as the same: near 0 the map is finer than rounding. In a block whose second
-    scale is 0 any code is as good as any other.
-    """
-    assert isinstance(seen.value, list)
-    assert isinstance(expected.value, list)
-    if len(seen.value) != len(expected.value) or not same(seen.value[1:], expected.value[1:]):
-        return False
-    codes, wanted = as_tensor(seen.value[0]), as_tensor(expected.value[0])
-    if codes.shape != wanted.shape:
-        return False
-    second = as_tensor(expected.value[1]).repeat_interleave(int(str(case.inputs.get("blocksize", 256))))[: len(wanted)]
-    values = dynamic_map()
-    differ = (values[codes.long()] - values[wanted.long()]).abs() * (second > 0) > 1e-4
-    neighbours = (codes.double() - wanted.double()).abs() <= 1
-    return bool(neighbours[differ].all()) and int(differ.sum()) <= 1 + len(differ) // 50
-
-
-def bits_cases(draw: Draw) -> Iterator[Case]:
-    def power(smallest: int, largest: int) -> int:
-        return 2 ** draw.integer(smallest, largest)
-
-    yield Case("NF4 in blocks of 64", {}, "plain")
-    yield Case("8 bits in blocks of 256", {"bits": 8, "blocksize": 256}, "plain")
-    plain: dict[str, Data] = {"bits": draw.integer(2, 8), "blocksize": power(3, 7)}
-    yield Case("other bits and blocks", plain, "plain")
-    yield Case("NF4, doubly quantised", {"double_quant": True}, "double quantisation")
-    double: dict[str, Data] = {"bits": 3, "blocksize": power(3, 5), "nested_blocksize": power(4, 7)}
-    yield Case("other blocks, doubly quantised", {**double, "double_quant": True}, "double quantisation")
-    yield Case("the same, plain", double, "double quantisation")
-    yield Case("blocks of 48", {"blocksize": 48}, "what is refused")
-    yield Case("codes of no bits", {"bits": 0}, "what is refused")
 
 
 EXERCISES = [
@@ -217,6 +54,7 @@ EXERCISES = [
             "`check_numbers(x)`, imported above, raises the errors.",
         ),
         cases=int8_cases,
+        explain=explain_int8,
         probe=try_int8,
     ),
     Exercise(
@@ -231,6 +69,8 @@ EXERCISES = [
             "`-n % blocksize` are missing, and `F.pad(x, (0, missing))` appends zeros. Then use `.amax(dim=1)`.",
         ),
         cases=absmax_cases,
+        dtypes=True,
+        explain=explain_absmax,
     ),
     Exercise(
         nf4_codebook,
@@ -246,6 +86,10 @@ EXERCISES = [
             "tensor. Divide by the maximum at the very end.",
         ),
         cases=codebook_cases,
+        tolerance=2e-6,
+        dtypes=True,
+        background=("Weights are close to normal", "`torch.special.ndtri` is the"),
+        explain=explain_codebook,
     ),
     Exercise(
         pack_nibbles,
@@ -260,7 +104,8 @@ EXERCISES = [
             "uint8.",
         ),
         cases=packing_cases,
-        probe=try_packing,
+        dtypes=True,
+        explain=explain_packed,
     ),
     Exercise(
         quantize_nf4,
@@ -278,6 +123,8 @@ EXERCISES = [
             "code_of = codebook.sort()`, and `pack_nibbles`. If the number of z is odd, append a 0.",
         ),
         cases=quantize_cases,
+        dtypes=True,
+        explain=explain_quantized,
     ),
     Exercise(
         dequantize_nf4,
@@ -293,6 +140,8 @@ EXERCISES = [
             "shape. `check_parts`, imported above, checks that the parts fit together.",
         ),
         cases=dequantize_cases,
+        dtypes=True,
+        explain=explain_dequantized,
         probe=try_dequantizing,
     ),
     Exercise(
@@ -307,6 +156,7 @@ EXERCISES = [
             "A second scale serves `nested_blocksize` scales, and each of these serves `blocksize` weights.",
         ),
         cases=bits_cases,
+        explain=explain_bits,
         tolerance=1e-6,
     ),
     Exercise(
@@ -321,6 +171,8 @@ EXERCISES = [
             "Put the codes, second scales and offset into a `NestedAbsmax`, in this order.",
         ),
         cases=double_cases,
+        background=("The scales are all positive",),
+        explain=explain_double,
         agree=nearly_the_same_codes,
     ),
 ]

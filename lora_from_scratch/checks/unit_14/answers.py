@@ -1,9 +1,10 @@
-"""Unit 14, the capstone: mistakes that people make, and other right ways."""
+"""Unit 14, budgets, learning rates and the choice of a method: mistakes that people make, and other right ways."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -14,8 +15,6 @@ from lora_from_scratch.compare.capstone.budget import over_budget
 from lora_from_scratch.compare.capstone.choosing import (
     best_learning_rate,
     choose_method,
-    paired_bootstrap,
-    pareto_front,
 )
 
 # --- over_budget -------------------------------------------------------------------------------------
@@ -40,6 +39,37 @@ def with_sets_and_sorting(cost, budget):
     return sorted(exceeded, key=list(budget).index)
 
 
+@right("over_budget")
+def what_is_left(cost, budget):
+    try:
+        left = {name: budget[name] - cost[name] for name in budget}
+    except KeyError as error:
+        raise ValueError(f"unknown: {error}") from None
+    return [name for name, rest in left.items() if rest < 0]
+
+
+@right("over_budget")
+def with_filter(cost, budget):
+    missing = budget.keys() - cost.keys()
+    if missing:
+        raise ValueError(f"no cost of {', '.join(missing)}")
+    return list(filter(lambda name: max(cost[name], budget[name]) != budget[name], budget))
+
+
+@wrong("over_budget", "You also return costs that the budget does not name. They are not limited.")
+def everything_else_is_forbidden(cost, budget):
+    return over_budget(cost, budget) + [name for name in cost if name not in budget]
+
+
+@wrong(
+    "over_budget",
+    "You notice an unknown cost only if no limit is exceeded. Raise the error in any case.",
+)
+def asks_too_late(cost, budget):
+    known = [name for name, limit in budget.items() if name in cost and cost[name] > limit]
+    return known or over_budget(cost, budget)
+
+
 @wrong("over_budget", "You treat a cost that equals the limit as too expensive. A limit may be reached.")
 @changed(over_budget, ("cost[name] > limit", "cost[name] >= limit"))
 def limit_is_too_much(): ...
@@ -50,7 +80,10 @@ def limit_is_too_much(): ...
 def zero_is_no_limit(): ...
 
 
-@wrong("over_budget", "You treat an unknown cost as 0. Unknown does not mean free: raise a ValueError.")
+@wrong(
+    "over_budget",
+    "You treat an unknown cost as if it were within the limit. Unknown does not mean free: raise a ValueError.",
+)
 def unknown_is_free(cost, budget):
     return [name for name, limit in budget.items() if cost.get(name, 0) > limit]
 
@@ -98,6 +131,62 @@ def with_numpy(losses):
         raise ValueError("every run diverged")
     place = int(np.nanargmin(values))
     return float(rates[place]), bool(0 < place < len(rates) - 1)
+
+
+@right("best_learning_rate")
+def by_comparing_with_all_others(losses):
+    finished = [(loss, rate) for rate, loss in losses.items() if loss == loss]
+    if not finished:
+        raise ValueError("no loss")
+    best = sorted(finished)[0][1]
+    return best, any(rate < best for rate in losses) and any(rate > best for rate in losses)
+
+
+@right("best_learning_rate")
+def with_a_tensor(losses):
+    values = torch.tensor(list(losses.values()), dtype=torch.float64)
+    if not len(values) or bool(values.isnan().all()):
+        raise ValueError("no loss")
+    best = list(losses)[int(values.nan_to_num(nan=math.inf).argmin())]
+    sides = {math.copysign(1, rate - best) for rate in losses if rate != best}
+    return best, len(sides) == 2
+
+
+@wrong("best_learning_rate", "If nothing was tried or every run diverged there is no best rate: raise a ValueError.")
+def no_rate_is_none(losses):
+    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
+    if not finished:
+        return math.nan, False
+    best = min(finished, key=finished.get)
+    return best, min(losses) < best < max(losses)
+
+
+@wrong("best_learning_rate", "You return the lowest loss. Return the learning rate that gave it.")
+@changed(best_learning_rate, ("return best, min", "return finished[best], min"))
+def the_loss_itself(): ...
+
+
+@wrong(
+    "best_learning_rate", "You take the loss of a run that diverged for 0, the best there could be. It is the worst."
+)
+@changed(
+    best_learning_rate,
+    (
+        "best = min(finished, key=lambda rate: finished[rate])",
+        "best = min(losses, key=lambda rate: finished.get(rate, 0.0))",
+    ),
+)
+def diverged_is_zero(): ...
+
+
+@wrong("best_learning_rate", "You ask only for a larger rate. A smaller one has to be tried as well.")
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "best < max(losses)"))
+def only_a_larger_one(): ...
+
+
+@wrong("best_learning_rate", "You ask only for a smaller rate. A larger one has to be tried as well.")
+@changed(best_learning_rate, ("min(losses) < best < max(losses)", "min(losses) < best"))
+def only_a_smaller_one(): ...
 
 
 @wrong(
@@ -157,6 +246,8 @@ def one_neighbour(): ...
 
 
 def _fits(values, budget):
+    if not set(budget) <= set(values):
+        raise ValueError("a cost is not known")
     return all(values[name] <= limit for name, limit in budget.items())
 
 
@@ -183,6 +274,49 @@ def by_walking(candidates, budget):
     if best is None:
         raise ValueError("nothing fits")
     return best
+
+
+@right("choose_method")
+def as_a_tournament(candidates, budget):
+    def better(one, other):
+        (q, p), (r, s) = ((candidates[n]["quality"], candidates[n]["trained_parameters"]) for n in (one, other))
+        return one if q > r or (q == r and p <= s) else other
+
+    within = [name for name, values in candidates.items() if not over_budget(values, budget)]
+    if not within:
+        raise ValueError("nothing fits")
+    return functools.reduce(better, within)
+
+
+@right("choose_method")
+def in_two_steps(candidates, budget):
+    within = {name: values for name, values in candidates.items() if _fits(values, budget)}
+    if not within:
+        raise ValueError("nothing fits")
+    best = max(values["quality"] for values in within.values())
+    equals = [name for name, values in within.items() if values["quality"] == best]
+    return min(equals, key=lambda name: within[name]["trained_parameters"])
+
+
+@wrong("choose_method", "You treat a cost that equals the limit as too expensive. A limit may be reached.")
+def strictly_within(candidates, budget):
+    names = [n for n, values in candidates.items() if all(values[k] < limit for k, limit in budget.items())]
+    if not names:
+        raise ValueError("nothing fits")
+    return max(names, key=lambda n: (candidates[n]["quality"], -candidates[n]["trained_parameters"]))
+
+
+@wrong("choose_method", "You treat a cost that is not known as 0. Raise a ValueError, as `over_budget` does.")
+def unknown_costs_nothing(candidates, budget):
+    names = [n for n, values in candidates.items() if all(values.get(k, 0) <= limit for k, limit in budget.items())]
+    if not names:
+        raise ValueError("nothing fits")
+    return max(names, key=lambda n: (candidates[n]["quality"], -candidates[n]["trained_parameters"]))
+
+
+@wrong("choose_method", "You choose the lowest quality within the budget. A higher quality is better.")
+@changed(choose_method, ("return max(", "return min("))
+def the_worst(): ...
 
 
 @wrong("choose_method", "You choose the best candidate and ignore the budget.")
@@ -246,170 +380,3 @@ def any_limit(candidates, budget):
     if not names:
         raise ValueError("nothing fits")
     return max(names, key=lambda n: (candidates[n]["quality"], -candidates[n]["trained_parameters"]))
-
-
-# --- pareto_front ------------------------------------------------------------------------------------
-
-
-def _refuse(costs, quality):
-    if len(costs) != len(quality):
-        raise ValueError("not as many")
-
-
-@right("pareto_front")
-def with_loops(costs, quality):
-    _refuse(costs, quality)
-    front = []
-    for j in range(len(costs)):
-        beaten = False
-        for i in range(len(costs)):
-            no_worse = bool((costs[i] <= costs[j]).all()) and quality[i] >= quality[j]
-            better = bool((costs[i] < costs[j]).any()) or quality[i] > quality[j]
-            beaten = beaten or bool(no_worse and better)
-        if not beaten:
-            front.append(j)
-    return front
-
-
-@right("pareto_front")
-def with_numpy_arrays(costs, quality):
-    _refuse(costs, quality)
-    values = np.concatenate([-costs.numpy(), quality.numpy()[:, None]], axis=1)
-    keep = [not ((values >= row).all(1) & (values > row).any(1)).any() for row in values]
-    return np.flatnonzero(keep)
-
-
-@right("pareto_front")
-def as_a_tensor(costs, quality):
-    _refuse(costs, quality)
-    values = torch.column_stack([costs, -quality]).float()
-    different = (values[:, None] != values[None]).any(-1)
-    beats = (values[:, None] <= values[None]).all(-1) & different
-    return (~beats.any(0)).nonzero().flatten()
-
-
-@wrong(
-    "pareto_front",
-    "In your answer one of two equal candidates beats the other, or each beats the other: to beat means to be better "
-    "somewhere, not only nowhere worse.",
-)
-@changed(pareto_front, ("(nowhere_worse & better_somewhere)", "nowhere_worse.fill_diagonal_(False)"))
-def equal_beats(): ...
-
-
-@wrong(
-    "pareto_front",
-    "You require a candidate to be better in every respect. One that is as cheap and better, or as good and cheaper, "
-    "also beats the other.",
-)
-@changed(pareto_front, ("values[None]).any(dim=-1)", "values[None]).all(dim=-1)"))
-def better_everywhere(): ...
-
-
-@wrong("pareto_front", "In your answer lower quality counts as better. Costs and quality point in opposite directions.")
-@changed(pareto_front, ("-quality[:, None]", "quality[:, None]"))
-def quality_as_a_cost(): ...
-
-
-@wrong(
-    "pareto_front",
-    "You add up the costs. Different units cannot be added: a candidate may be on the front because of one cost alone.",
-)
-@changed(pareto_front, ("[costs, -quality", "[costs.sum(dim=1, keepdim=True), -quality"))
-def sum_of_the_costs(): ...
-
-
-@wrong("pareto_front", "You return the candidates that are beaten. The front consists of the others.")
-@changed(pareto_front, ("if not beaten", "if beaten"))
-def the_beaten(): ...
-
-
-@wrong(
-    "pareto_front",
-    "You have reversed the question: a candidate that beats no other can still be on the front, if no other beats it.",
-)
-@changed(pareto_front, ("any(dim=0)", "any(dim=1)"), ("if not beaten", "if beaten"))
-def who_beats_somebody(): ...
-
-
-@wrong("pareto_front", "You use only the first cost. A candidate may be the cheapest in another one.")
-@changed(pareto_front, ("[costs, -quality", "[costs[:, :1], -quality"))
-def first_cost_only(): ...
-
-
-# --- paired_bootstrap --------------------------------------------------------------------------------
-
-
-def _same_cards(one, other):
-    if len(one) != len(other):
-        raise ValueError("not the same cards")
-
-
-@right("paired_bootstrap")
-def draw_by_draw(one, other, places):
-    _same_cards(one, other)
-    wins = 0.0
-    for row in places:
-        margin = (one[row] - other[row]).double().sum()
-        wins += 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0
-    return wins / len(places)
-
-
-@right("paired_bootstrap")
-def with_arrays(one, other, places):
-    _same_cards(one, other)
-    margin = (one.numpy().astype(np.float64) - other.numpy())[places.numpy()].sum(1)
-    return (np.sign(margin).mean() + 1) / 2
-
-
-@wrong(
-    "paired_bootstrap",
-    "You score the second system on other cards than the first. That adds the randomness of a second draw; paired "
-    "means the same cards for both.",
-)
-def not_paired(one, other, places):
-    _same_cards(one, other)
-    margin = one.double()[places].mean(1) - other.double()[places.roll(1, 0)].mean(1)
-    return float((margin > 0).double().mean() + 0.5 * (margin == 0).double().mean())
-
-
-@wrong(
-    "paired_bootstrap", "Your answer does not count a draw on which both are equal. It counts as half a win for each."
-)
-@changed(paired_bootstrap, (" + 0.5 * (difference == 0)", ""))
-def ties_lose(): ...
-
-
-@wrong(
-    "paired_bootstrap",
-    "Your answer counts a draw on which both are equal as a whole win for the first. It counts as half a win.",
-)
-@changed(paired_bootstrap, ("0.5 * (difference == 0)", "1.0 * (difference == 0)"))
-def ties_win(): ...
-
-
-@wrong(
-    "paired_bootstrap",
-    "You count the cards that the first system wins, not the draws. The mean decides a test set: one card can outweigh "
-    "many.",
-)
-@changed(paired_bootstrap, ("[places].mean(dim=1)", "[places]"))
-def counts_cards(): ...
-
-
-@wrong("paired_bootstrap", "You return how far the first system is ahead on average. Return how often it is ahead.")
-def mean_difference(one, other, places):
-    _same_cards(one, other)
-    return float((one - other).double()[places].mean())
-
-
-@wrong("paired_bootstrap", "You count the draws that the second system wins.")
-@changed(paired_bootstrap, ("(one - other)", "(other - one)"))
-def the_second(): ...
-
-
-@wrong("paired_bootstrap", "You do not use the draws: on the original cards alone the answer is only yes or no.")
-def without_draws(one, other, places):
-    _same_cards(one, other)
-    margin = (one - other).double().mean()
-    return 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
 from lora_from_scratch.checks.observation import Data
+from lora_from_scratch.checks.unit_14.explanations import explain_bootstrap, explain_front, explain_over_budget
 from lora_from_scratch.compare.capstone.budget import over_budget
 from lora_from_scratch.compare.capstone.choosing import (
     best_learning_rate,
@@ -25,6 +27,9 @@ TITLE = "Capstone"
 
 
 def budget_cases(draw: Draw) -> Iterator[Case]:
+    def case(name: str, cost: dict[str, Data], budget: dict[str, Data], *sentences: str) -> Case:
+        return Case(name, {"cost": cost, "budget": budget}, sentences=sentences)
+
     def cost(**changed: float) -> dict[str, Data]:
         usual: dict[str, Data] = {
             "trained_parameters": draw.integer(1000, 9000),
@@ -35,34 +40,32 @@ def budget_cases(draw: Draw) -> Iterator[Case]:
         return usual | changed
 
     limit = draw.integer(10_000, 20_000)
-    yield Case("within every limit", {"cost": cost(), "budget": {"saved_bytes": limit, "added_work": 1000}})
-    yield Case(
-        "one of three limits is exceeded",
-        {
-            "cost": cost(saved_bytes=limit + 1),
-            "budget": {"saved_bytes": limit, "added_work": 1000, "trained_parameters": 9000},
-        },
-    )
-    yield Case(
-        "two limits are exceeded; the budget and the costs have different orders",
-        {
-            "cost": cost(saved_bytes=2 * limit, trained_parameters=3 * limit),
-            "budget": {"saved_bytes": limit, "added_work": 1000, "trained_parameters": limit},
-        },
-    )
-    yield Case("exactly at the limit", {"cost": cost(saved_bytes=limit), "budget": {"saved_bytes": limit}})
-    yield Case("a limit of 0, and a cost of 0", {"cost": cost(added_work=0), "budget": {"added_work": 0}})
-    yield Case("a limit of 0, and a cost above it", {"cost": cost(added_work=1), "budget": {"added_work": 0}})
-    yield Case("no limits", {"cost": cost(), "budget": {}})
-    known = cost()
+    exceeds, equal, others = "whose cost exceeds the limit", "A cost equal to the limit", "are not limited"
+    some, costs = "budget: the limit of some", "cost: the cost of each resource"
+    two: dict[str, Data] = {"saved_bytes": limit, "added_work": 1000}
+    three = two | {"trained_parameters": 9000}
+    yield case("within every limit", cost(), two, others, exceeds)
+    yield case("one of three limits is exceeded", cost(saved_bytes=limit + 1), three, exceeds, some, costs)
+    name = "two limits are exceeded; the budget and the costs have different orders"
+    yield case(name, cost(saved_bytes=2 * limit, trained_parameters=3 * limit), three, exceeds, some)
+    yield case("exactly at the limit", cost(saved_bytes=limit), {"saved_bytes": limit}, equal)
+    yield case("a limit of 0, and a cost of 0", cost(added_work=0), {"added_work": 0}, equal)
+    yield case("a limit of 0, and a cost above it", cost(added_work=1), {"added_work": 0}, exceeds, costs)
+    yield case("no limits", cost(), {}, others, some)
+    known = cost(saved_bytes=2 * limit)
     del known["training_memory"]
-    yield Case("a limit on an unknown cost", {"cost": known, "budget": {"training_memory": 2**40}})
+    unknown, free = "the budget names a resource", "Unknown is not free"
+    yield case("a limit on an unknown cost", known, {"training_memory": 2**40}, unknown, free)
+    yield case("another limit is exceeded as well", known, two | {"training_memory": 2**40}, unknown, free)
 
 
 # --- choose_method -----------------------------------------------------------------------------------
 
 
 def method_cases(draw: Draw) -> Iterator[Case]:
+    def case(name: str, candidates: dict[str, Data], budget: dict[str, Data], *sentences: str) -> Case:
+        return Case(name, {"candidates": candidates, "budget": budget}, sentences=sentences)
+
     def candidate(quality: float, parameters: int, memory: int) -> dict[str, Data]:
         return {"quality": quality, "trained_parameters": parameters, "training_memory": memory}
 
@@ -76,26 +79,28 @@ def method_cases(draw: Draw) -> Iterator[Case]:
         names[1]: candidate(number(70, 75), 100 * many, 200),
         names[2]: candidate(number(60, 65), many, 90),
     }
-    yield Case("everything is affordable", {"candidates": three, "budget": {"training_memory": 500}})
-    yield Case("the best is over budget", {"candidates": three, "budget": {"training_memory": 100}})
-    yield Case("only the worst is affordable", {"candidates": three, "budget": {"trained_parameters": 1000}})
-    both: dict[str, Data] = {"training_memory": 100, "trained_parameters": 1000}
-    yield Case("two limits", {"candidates": three, "budget": both})
+    best, equals, limits = "of the highest quality within", "among equals", "budget: the limits of the costs"
+    given, higher = 'costs and "quality" of each', "a higher quality is better"
+    yield case("everything is affordable", three, {"training_memory": 500}, best, higher, given)
+    yield case("the best is over budget", three, {"training_memory": 100}, best, limits)
+    yield case("only the worst is affordable", three, {"trained_parameters": 1000}, limits, given)
+    yield case("two limits", three, {"training_memory": 100, "trained_parameters": 1000}, limits)
     level = number(50, 60)
     equal: dict[str, Data] = {
         names[3]: candidate(level, many, 70),
         names[4]: candidate(level, few, 95),
         names[5]: candidate(level - 5, few // 2, 10),
     }
-    yield Case("two of equal quality", {"candidates": equal, "budget": {"training_memory": 100}})
+    yield case("two of equal quality", equal, {"training_memory": 100}, equals)
     losses: dict[str, Data] = {
         names[6]: candidate(-number(2, 3), many, 70),
         names[7]: candidate(-number(4, 5), few, 70),
     }
-    yield Case("the quality is negative (minus the loss)", {"candidates": losses, "budget": {}})
-    exact: dict[str, Data] = {"training_memory": 90}
-    yield Case("one candidate costs exactly the limit", {"candidates": three, "budget": exact})
-    yield Case("nothing is affordable", {"candidates": three, "budget": {"training_memory": 5}})
+    yield case("the quality is negative (minus the loss)", losses, {}, higher, best)
+    yield case("one candidate costs exactly the limit", three, {"training_memory": 90}, limits)
+    none = "ValueError: no candidate"
+    yield case("nothing is affordable", three, {"training_memory": 5}, none)
+    yield case("a limit on a cost that is not known", three, {"saved_bytes": 2**40}, none, limits)
 
 
 # --- best_learning_rate ------------------------------------------------------------------------------
@@ -108,25 +113,33 @@ def try_rates(answer: Callable[..., Any], rates: list[float], losses: list[float
 
 
 def rate_cases(draw: Draw) -> Iterator[Case]:
-    def sweep(*losses: float) -> dict[str, Data]:
-        start = draw.choice([1e-4, 2e-4, 5e-4])
-        rates: list[Data] = [start * 3**place for place in range(len(losses))]
-        return {"rates": rates, "losses": [loss if math.isnan(loss) else round(loss + shift, 3) for loss in losses]}
-
-    def turned(case: dict[str, Data], order: list[int]) -> dict[str, Data]:
-        return {name: [values[place] for place in order] for name, values in case.items() if isinstance(values, list)}
-
     shift = draw.number(0, 1)
-    yield Case("the best is in the middle", sweep(2.0, 1.5, 1.9))
-    yield Case("the best is the smallest rate", sweep(1.2, 1.5, 1.9))
-    yield Case("the best is the largest rate", sweep(2.0, 1.5, 1.1))
-    yield Case("five rates, unsorted", turned(sweep(2.0, 1.8, 1.5, 1.3, 1.6), [3, 0, 4, 2, 1]))
-    yield Case("the best is at the edge, unsorted", turned(sweep(2.0, 1.8, 1.5, 1.1), [1, 3, 0, 2]))
-    yield Case("the largest rate diverged", sweep(2.0, 1.5, math.nan))
-    yield Case("the smallest is the best, the others diverged", sweep(1.5, math.nan, math.nan))
-    yield Case("the first rate tried diverged", turned(sweep(2.0, 1.6, 1.7, math.nan), [3, 1, 2, 0]))
-    yield Case("one rate", sweep(1.5))
-    yield Case("everything diverged", sweep(math.nan, math.nan))
+
+    def case(name: str, losses: tuple[float, ...], *sentences: str, order: tuple[int, ...] = ()) -> Case:
+        """Each rate is three times the one before; they are tried in the given order."""
+        start = draw.choice([1e-4, 2e-4, 5e-4])
+        sweep = [(start * 3**place, round(loss + shift, 3)) for place, loss in enumerate(losses)]
+        tried = [sweep[place] for place in order or range(len(losses))]
+        return Case(
+            name, {"rates": [rate for rate, _ in tried], "losses": [loss for _, loss in tried]}, sentences=sentences
+        )
+
+    lowest, both, any_order = "The learning rate with the lowest loss", "both a smaller and a larger", "in any order"
+    sides, worse, neighbour = "on both sides of the best", "worse than any loss", "counts as a neighbour"
+    nan = math.nan
+    yield case("the best is in the middle", (2.0, 1.5, 1.9), lowest, sides, both)
+    yield case("the best is the smallest rate", (1.2, 1.5, 1.9), sides, both, lowest)
+    yield case("the best is the largest rate", (2.0, 1.5, 1.1), sides, both, lowest)
+    yield case("five rates, unsorted", (2.0, 1.8, 1.5, 1.3, 1.6), any_order, lowest, order=(3, 0, 4, 2, 1))
+    yield case("the best is at the edge, unsorted", (2.0, 1.8, 1.5, 1.1), any_order, sides, order=(1, 3, 0, 2))
+    yield case("the largest rate diverged", (2.0, 1.5, nan), neighbour, worse)
+    yield case("the smallest is the best, the others diverged", (1.5, nan, nan), worse, both)
+    yield case("the first rate tried diverged", (2.0, 1.6, 1.7, nan), worse, any_order, order=(3, 1, 2, 0))
+    yield case("the smallest rate diverged", (nan, 1.5, 1.8), neighbour, worse)
+    yield case("one rate", (1.5,), both)
+    none = "ValueError: nothing was tried"
+    yield case("every run diverged", (nan, nan), none)
+    yield case("nothing was tried", (), none)
 
 
 # --- pareto_front ------------------------------------------------------------------------------------
@@ -139,49 +152,67 @@ def try_front(answer: Callable[..., Any], costs: Any, quality: Any) -> Any:
 
 
 def front_cases(draw: Draw) -> Iterator[Case]:
-    def points(*rows: tuple[float, ...]) -> dict[str, Data]:
+    def case(name: str, costs: Tensor, quality: Tensor, *sentences: str) -> Case:
+        return Case(name, {"costs": costs, "quality": quality}, sentences=sentences)
+
+    def points(name: str, rows: Sequence[tuple[float, ...]], *sentences: str) -> Case:
         """Rows of costs, each followed by the quality; rescaled, which does not change any order."""
         values = torch.tensor(rows, dtype=torch.float64) * (1 + draw.integer(0, 3)) + 0.25 * draw.integer(0, 8)
-        return {"costs": values[:, :-1].contiguous(), "quality": values[:, -1].contiguous()}
+        return case(name, values[:, :-1].contiguous(), values[:, -1].contiguous(), *sentences)
 
-    yield Case("one beats the other", points((1, 5), (2, 4)))
-    yield Case("better and more expensive: neither beats the other", points((1, 4), (2, 5)))
-    yield Case("equally good, one more expensive", points((2, 5), (1, 5), (3, 4)))
-    yield Case("equally expensive, one better", points((1, 4), (1, 5)))
-    yield Case("two that are equal in every respect", points((1, 5), (1, 5), (2, 4)))
-    yield Case("two that are equal, and one that beats both", points((2, 4), (2, 4), (1, 5)))
-    yield Case("two costs: each candidate is the cheapest in one of them", points((1, 4, 4), (3, 1, 4), (3, 4, 4)))
-    yield Case("the best one is the most expensive in every cost", points((1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 2.5)))
+    front, beats, equals = "The Pareto front", "One candidate beats", "Two that are equal in every"
+    less, more, costs = "less is better", "quality: (n,), more", "costs: (n, k)"
+    yield points("one beats the other", [(1, 5), (2, 4)], front, beats, less, more)
+    yield points("better and more expensive: neither beats the other", [(1, 4), (2, 5)], beats, more)
+    yield points("equally good, one more expensive", [(2, 5), (1, 5), (3, 4)], beats, less, front)
+    yield points("equally expensive, one better", [(1, 4), (1, 5)], beats, more)
+    yield points("two that are equal in every respect", [(1, 5), (1, 5), (2, 4)], equals)
+    yield points("two that are equal, and one that beats both", [(2, 4), (2, 4), (1, 5)], equals, front)
+    each = [(1, 4, 4), (3, 1, 4), (3, 4, 4)]
+    yield points("two costs: each of two candidates is the cheapest in one of them", each, beats, costs)
+    expensive = [(1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 2.5)]
+    yield points("the best one is the most expensive in every cost", expensive, beats, front)
+    yield points("a single candidate", [(3, 1, 2)], front)
     n = draw.integer(7, 9)
     grid = torch.randint(0, 4, (n, 3), generator=draw.generator).double()
-    yield Case("many candidates, two costs", {"costs": grid[:, :2].contiguous(), "quality": grid[:, 2].contiguous()})
-    yield Case("one quality fewer than rows of costs", {"costs": grid[:, :2].contiguous(), "quality": grid[1:, 2]})
+    many = grid[:, :2].contiguous(), grid[:, 2].contiguous()
+    yield case("many candidates, two costs", *many, front, beats, costs)
+    size = 2**25 + 4 * draw.integer(0, 99)
+    of_bytes = torch.tensor([[size + 1], [size], [size + 3]])
+    yield case("costs in bytes, as whole numbers that differ by little", of_bytes, torch.ones(3), costs, less)
+    digits = torch.tensor([0.3, 0.3 + 1e-9, 0.3 - 1e-9], dtype=torch.float64)
+    yield case("qualities that differ in the ninth digit", torch.ones(3, 1), digits, more, beats)
+    different = "ValueError: the number of qualities"
+    yield case("one quality fewer than rows of costs", many[0], many[1][1:], different, more)
+    yield case("one quality more than rows of costs", many[0][1:], many[1], different, costs)
 
 
 # --- paired_bootstrap --------------------------------------------------------------------------------
 
 
 def bootstrap_cases(draw: Draw) -> Iterator[Case]:
-    def scores(n: int, ahead: float = 0.0) -> dict[str, Data]:
+    def case(name: str, one: Tensor, other: Tensor, samples: int, *sentences: str) -> Case:
+        places = draw.integers(0, len(one) - 1, samples, len(one))
+        return Case(name, {"one": one, "other": other, "places": places}, sentences=sentences)
+
+    def scores(n: int, ahead: float = 0.0) -> tuple[Tensor, Tensor]:
         other = draw.normal(n, dtype=torch.float64)
-        one = other + 0.5 * draw.normal(n, dtype=torch.float64) + ahead
-        return {"one": one, "other": other}
+        return other + 0.5 * draw.normal(n, dtype=torch.float64) + ahead, other
 
-    def draws(samples: int, n: int) -> dict[str, Data]:
-        return {"places": draw.integers(0, n - 1, samples, n)}
-
-    ahead = scores(6, ahead=5.0)
-    yield Case("the first is better on every card", ahead | draws(8, 6))
-    yield Case("the second is better on every card", {"one": ahead["other"], "other": ahead["one"]} | draws(8, 6))
-    yield Case("both are equal", {"one": ahead["one"], "other": ahead["one"]} | draws(4, 6))
-    yield Case("close, 40 draws", scores(12) | draws(40, 12))
+    share, same, half = "The share of resampled test sets", "the *same* cards for both", "counts half"
+    more, places = "more is better", "places: (samples, n)"
+    first, second = scores(6, ahead=5.0)
+    yield case("the first is better on every card", first, second, 8, "Near 1, the first", share, more)
+    yield case("the second is better on every card", second, first, 8, more, share)
+    yield case("both are equal", first, first, 4, half, "near 1/2, the cards decide")
+    yield case("close, 40 samples", *scores(12), 40, share, same, places)
     skewed = torch.zeros(10, dtype=torch.float64)
     skewed[draw.integer(0, 9)] = 10.0
-    nearly = {"one": skewed, "other": torch.full((10,), 0.1, dtype=torch.float64)}
-    yield Case("ahead by a single card", nearly | draws(60, 10))
-    whole = {"one": draw.integers(0, 2, 8), "other": draw.integers(0, 2, 8)}
-    yield Case("whole numbers, with ties", whole | draws(50, 8))
-    yield Case("fewer cards for the second", {"one": skewed, "other": skewed[:9]} | draws(4, 9))
+    yield case("ahead by a single card", skewed, torch.full((10,), 0.1, dtype=torch.float64), 60, same, places, share)
+    whole = draw.integers(0, 2, 8), draw.integers(0, 2, 8)
+    yield case("whole numbers, with ties", *whole, 50, half, "one, other: (n,)")
+    yield case("fewer cards for the second", skewed, skewed[:9], 4, "ValueError: the systems have")
+    yield case("fewer cards for the first", skewed[:9], skewed, 4, "ValueError: the systems have", "one, other: (n,)")
 
 
 EXERCISES = [
@@ -198,6 +229,7 @@ EXERCISES = [
             "equal is allowed.",
         ),
         cases=budget_cases,
+        explain=explain_over_budget,
     ),
     Exercise(
         best_learning_rate,
@@ -229,6 +261,7 @@ EXERCISES = [
             "1). A candidate is on the front if no other beats it.",
         ),
         cases=front_cases,
+        explain=explain_front,
         probe=try_front,
     ),
     Exercise(
@@ -258,6 +291,8 @@ EXERCISES = [
             "divide by the number of rows.",
         ),
         cases=bootstrap_cases,
+        explain=explain_bootstrap,
+        background=("A test set is one sample", "another sample would give"),
     ),
 ]
 

@@ -18,7 +18,7 @@ def pareto_front(costs: Tensor, quality: Tensor) -> list[int]:
     somewhere. Two that are equal in every respect do not beat each other: both are on the front or neither is.
 
     Args:
-        costs: (n, k), the costs of n candidates in k resources; less is better.
+        costs: (n, k), the costs of n candidates in k resources, in any dtype; less is better.
         quality: (n,), more is better.
 
     Raises:
@@ -26,7 +26,7 @@ def pareto_front(costs: Tensor, quality: Tensor) -> list[int]:
     """
     if costs.dim() != 2 or quality.shape != costs.shape[:1]:
         raise ValueError(f"costs must be (n, k) and quality (n,), got {tuple(costs.shape)} and {tuple(quality.shape)}")
-    values = torch.cat([costs, -quality[:, None]], dim=1)  # (n, k + 1), less is better everywhere
+    values = torch.cat([costs.double(), -quality.double()[:, None]], dim=1)  # (n, k + 1), less is better everywhere
     nowhere_worse = (values[:, None] <= values[None]).all(dim=-1)  # (n, n): is i nowhere worse than j?
     better_somewhere = (values[:, None] < values[None]).any(dim=-1)
     beaten = (nowhere_worse & better_somewhere).any(dim=0)  # (n,)
@@ -41,7 +41,7 @@ def choose_method(candidates: Mapping[str, Mapping[str, float]], budget: Mapping
         budget: the limits of the costs, as in `over_budget`.
 
     Raises:
-        ValueError: no candidate is within the budget.
+        ValueError: no candidate is within the budget, or some candidate has no cost for one of its limits.
     """
     affordable = {name: values for name, values in candidates.items() if not over_budget(values, budget)}
     if not affordable:
