@@ -7,7 +7,8 @@ Jiang et al. 2024, section 3, with UUIDs). The base is a small GPT-2 that has le
 method learns new ones. Its learning rate is tuned on the pairs of seed 0: a grid, which is extended while the best rate
 is at its edge. With that rate it learns the pairs of seeds 1, 2 and 3, which are what is reported.
 
-Writes `benchmarks/memorising.md`. What is finished is kept in the scratch folder and not done again.
+Writes `benchmarks/memorising.md`, a row as soon as it is finished. Runs that are finished are kept in the scratch
+folder and not done again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -167,12 +168,7 @@ def row(runs: Runs, label: str, method: Method, pairs: int, steps: int, rates: t
     return f"| {' | '.join(cells)} |", f"| {label} | {rates_tried} |"
 
 
-def page(runs: Runs, pairs: int, steps: int, ranks: list[int]) -> str:
-    rows = []
-    for rank in ranks:
-        for name, method in METHODS.items():
-            rows.append(row(runs, f"{name}, r = {rank}", method(rank), pairs, steps, RATES))
-    rows.append(row(runs, "full", FullFineTuning(keep_base=False), pairs, steps, FULL_RATES))
+def page(rows: Sequence[tuple[str, str]], pairs: int, steps: int) -> str:
     summary = (
         f"`python -m benchmarks.memorising` writes this file: {pairs} pairs of a random key and a random value, "
         f"{KEY} + {VALUE} tokens of {CONFIG.vocab_size}, so {math.log2(CONFIG.vocab_size):g} bits a token; {steps} "
@@ -184,6 +180,10 @@ def page(runs: Runs, pairs: int, steps: int, ranks: list[int]) -> str:
     return HEAD.format(summary=textwrap.fill(summary, 120)) + f"{results}\n{SWEEP}{sweep}\n"
 
 
+def write_page(place: Path, text: str) -> None:
+    write_atomically(place, lambda path: path.write_text(text, encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=250)
@@ -192,9 +192,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PLACE)
     parser.add_argument("--scratch", type=Path, default=Path("runs/memorising"))
     options = parser.parse_args()
-    text = page(Runs(options.scratch / "runs.json"), options.pairs, options.steps, options.ranks)
-    write_atomically(options.output, lambda path: path.write_text(text, encoding="utf-8"))
-    print(text)
+    runs = Runs(options.scratch / "runs.json")
+    plan = [(f"{name}, r = {rank}", method(rank), RATES) for rank in options.ranks for name, method in METHODS.items()]
+    plan.append(("full", FullFineTuning(keep_base=False), FULL_RATES))
+    rows: list[tuple[str, str]] = []
+    for label, method, rates in plan:
+        rows.append(row(runs, label, method, options.pairs, options.steps, rates))
+        write_page(options.output, page(rows, options.pairs, options.steps))
 
 
 if __name__ == "__main__":
