@@ -174,7 +174,7 @@ def page(rows: Sequence[tuple[str, str]], pairs: int, steps: int) -> str:
         f"{KEY} + {VALUE} tokens of {CONFIG.vocab_size}, so {math.log2(CONFIG.vocab_size):g} bits a token; {steps} "
         f"steps on all pairs together. The base is a GPT-2 of width {CONFIG.n_embd} with {CONFIG.n_layer} blocks that "
         f"has learned {OTHER_PAIRS} other pairs. The methods are on every matrix of every block, and MoRA of rank r "
-        "has about as many parameters as LoRA of rank r; ReLoRA and ReMoRA train as many at a time, in four cycles, and "
+        "has about as many parameters as LoRA of rank r; ReLoRA and ReMoRA train as many at a time, in 4 cycles, and "
         "keep the changed weights. Mean over three sets of pairs (lowest to highest)."
     )
     results, sweep = ("\n".join(lines) for lines in zip(*rows, strict=True))
