@@ -8,6 +8,7 @@ those of W and b are equal bit for bit, and so is everything for its NodireftInt
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -176,6 +177,19 @@ def test_a_prompt_of_a_card_ends_with_the_tokenizers_line_break() -> None:
     method = LoReFT().for_tokenizer(tokenizer)
     assert tokenizer.encode("hero[fox]\n")[-1] == method.end_id
     assert tokenizer.decode([method.end_id]) == "\n"
+
+
+def test_a_deep_copy_has_positions_of_its_own_and_undoing_it_leaves_no_hook() -> None:
+    model, method = edited(positions="f2+l2")
+    expected = model(torch.tensor([TEXT]))
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(torch.tensor([TEXT])), expected)
+    twin(torch.tensor([[END, 1]]))
+    assert changed(model, [TEXT]) == [[0, 1, 3, 4]]
+    method.undo(twin)
+    assert not twin._forward_pre_hooks
+    assert torch.equal(twin(torch.tensor([TEXT])), tiny_model()(torch.tensor([TEXT])))
+    assert torch.equal(model(torch.tensor([TEXT])), expected)
 
 
 def test_embeddings_without_ids_are_refused() -> None:

@@ -129,6 +129,32 @@ def test_the_prompt_that_is_kept_is_the_best_of_those_that_were_judged() -> None
     assert len({*seen.values()}) > 5
 
 
+@pytest.mark.parametrize("place", [4, 11, 25])
+def test_a_run_that_is_interrupted_still_knows_its_best_prompt(place: int, tmp_path: Path) -> None:
+    method = PEZ(2, judged_batches=1, judge_every=1)
+    quiet, _ = trained(method)
+
+    def trainer(model: GPT2, stop: int) -> Trainer:
+        def interrupted(step: int) -> Batch:
+            if step == stop:
+                raise KeyboardInterrupt
+            return batch_at(step)
+
+        settings = TrainingSettings(steps=STEPS, learning_rate=0.3, precision="fp32")
+        options: dict[str, Any] = {"checkpoint": tmp_path / "checkpoint.pt", "checkpoint_every": 1}
+        return Trainer(model, interrupted, settings, method=method, progress=False, **options)
+
+    troubled, resumed = tiny_model(), tiny_model()
+    method.adapt(troubled)
+    method.adapt(resumed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(troubled, place).run()
+    trainer(resumed, -1).run()
+    assert method.training_state(resumed).keys() == {"best_tokens", "best_loss"}
+    for name, tensor in method.training_state(quiet).items():
+        assert torch.equal(method.training_state(resumed)[name], tensor), name
+
+
 def test_the_token_that_was_in_front_of_the_texts_is_found() -> None:
     """The texts are the base's own after token 17, which none of the other 60 explains as well."""
     base, wanted = tiny_model(std=0.5), 17

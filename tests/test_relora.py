@@ -178,7 +178,8 @@ def test_a_restart_puts_the_product_into_the_weight_and_draws_a_new_a() -> None:
         bound = A.shape[1] ** -0.5
         assert 0.5 * bound < float(layer.lora_A.detach().abs().max()) <= bound
     model(batch_at(0).input_ids).square().mean().backward()
-    assert all(layer.lora_B.grad.any() for layer in lora_layers(model).values())  # not dead, as with A = 0
+    gradients = [layer.lora_B.grad for layer in lora_layers(model).values()]
+    assert all(gradient is not None and gradient.any() for gradient in gradients)  # not dead, as with A = 0
 
 
 def test_every_restart_draws_other_factors_and_the_same_in_every_process() -> None:
@@ -234,8 +235,8 @@ def test_the_learning_rate_begins_at_zero_again_after_each_restart() -> None:
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             rates.append(self.param_groups[0]["lr"])
 
-    optimizers = lambda: [Watched(method.trainable(model).values(), lr=1.0)]  # noqa: E731
-    Trainer(model, batch_at, settings, method=method, optimizers=optimizers, progress=False).run()
+    watched: list[torch.optim.Optimizer] = [Watched(method.trainable(model).values(), lr=1.0)]
+    Trainer(model, batch_at, settings, method=method, optimizers=watched, progress=False).run()
     later = [0.25, 0.5, 0.75] + [1.0] * 13
     assert rates == [1.0] * 16 + later + later
 

@@ -265,7 +265,7 @@ class LoReFT(Method):
         model.__dict__.pop(HOOK).remove()
         for layer, block in enumerate(model.transformer.h):
             if isinstance(block, EditedBlock):
-                model.transformer.h[layer] = block.base  # type: ignore[assignment]
+                model.transformer.h[layer] = block.base
 
     def after_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
         for edit in interventions(unwrapped(model)):

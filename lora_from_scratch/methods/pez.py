@@ -115,8 +115,9 @@ class Search:
         model.eval()
         losses = []
         for batch in self.batches:
-            ids, labels, mask = (None if t is None else t.to(device) for t in batch)
-            losses.append(next_token_loss(model(ids, attention_mask=mask), labels))
+            batch = batch.to(device)
+            logits = model(batch.input_ids, attention_mask=batch.attention_mask)
+            losses.append(next_token_loss(logits, batch.labels))
         model.train(training)
         return torch.stack(losses).mean()
 

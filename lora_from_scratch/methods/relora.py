@@ -50,8 +50,7 @@ def absorb(layer: LoRALinear) -> None:
 
 def weight_without_change(layer: LoRALinear) -> Tensor:
     """The layer's W with the changes of all earlier cycles but not of the current one, whether merged or not."""
-    weight: Tensor = layer.base.weight.data if layer._unmerged is None else layer._unmerged
-    return weight
+    return dense(layer.base).data if layer._unmerged is None else layer._unmerged
 
 
 @torch.no_grad()
@@ -147,13 +146,13 @@ class Restarts(Method):
     # --- Adapting and undoing ---
 
     def _install(self, model: nn.Module) -> None:
-        super()._install(model)
+        super()._install(model)  # type: ignore[safe-super]  # that of the method below
         layers = lora_layers(model)
         try:
             refuse_tied(model, layers)
             weights = {name: dense(layer.base) for name, layer in layers.items()}
         except ValueError:
-            super()._uninstall(model)
+            super()._uninstall(model)  # type: ignore[safe-super]
             raise
         if self.keep_base:
             for name, layer in layers.items():
@@ -164,7 +163,7 @@ class Restarts(Method):
         for layer in lora_layers(model).values():
             if self.keep_base and not layer.merged:  # a merged model keeps its weights
                 layer.base.weight.data = layer.pretrained
-        super()._uninstall(model)
+        super()._uninstall(model)  # type: ignore[safe-super]
         model.__dict__.pop(STEPS, None)
 
     def undo(self, model: nn.Module) -> None:
@@ -192,7 +191,7 @@ class Restarts(Method):
     @classmethod
     def from_adapter(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Any
-    ) -> tuple[Method, dict[str, Tensor]]:
+    ) -> tuple[Any, dict[str, Tensor]]:
         others = {name: value for name, value in config.items() if name not in OWN_FIELDS}
         weights = {name: tensor for name, tensor in tensors.items() if name.endswith(BASE_WEIGHT)}
         method, state = super().from_adapter(others, {n: t for n, t in tensors.items() if n not in weights}, model)
