@@ -326,8 +326,10 @@ class LQLoRA(QuantizedLoRA):
             return
         in_place = {name: model.get_submodule(name) for name in dense}
         inject_lora(model, dense)
-        weighting = fisher_weighting(model, dense, islice(batches, self.fisher_batches))
-        inject_lora(model, in_place)
+        try:
+            weighting = fisher_weighting(model, dense, islice(batches, self.fisher_batches))
+        finally:
+            inject_lora(model, in_place)
         self._fit(model, dense, weighting)
 
     def _uninstall(self, model: nn.Module) -> None:
