@@ -359,14 +359,17 @@ class LQLoRA(QuantizedLoRA):
 
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> LoRA:
+        names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        every = [f"transformer.h.{block}.{name}" for block in range(config.n_layer) for name in names]
         return cls(
             rank=rng.randint(1, 2),
             alpha=rng.uniform(0.1, 20),
             targets=random_targets(rng, with_parts=False),
             dropout=rng.choice([0.0, 0.1]),
             budget=rng.uniform(7, 9),
-            iterations=rng.randint(1, 3),
+            iterations=rng.randint(1, 2),
             fisher_batches=rng.choice([0, 2]),
+            allocation={name: rng.choice(CHOICES) for name in every} if rng.random() < 0.8 else {},
             seed=rng.randint(0, 99),
             **cls.random_parts(rng),
         )
