@@ -284,7 +284,7 @@ class LQLoRA(QuantizedLoRA):
         return super()._layer(model, name, parts, generator)
 
     def begin(self, model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-        device = next(iter(dense.values())).weight.device
+        device = weight_of(next(iter(dense.values()))).device
         self._fit(model, dense, {n: (row.to(device), column.to(device)) for n, (row, column) in self.weighting.items()})
         if self.fisher_batches and not self.weighting:
             model.__dict__[_WAITING] = dict(dense)
