@@ -90,18 +90,21 @@ def fast_dequantize_nf4(
     check_parts(packed, absmax, tuple(shape), blocksize)
     pairs = values_of_bytes(as_codebook(codebook, packed.device))  # (256,)
     packed = packed.reshape(-1)
-    weight = torch.empty(n, dtype=dtype, device=packed.device)
+    weight = torch.empty(n + n % 2, dtype=dtype, device=packed.device)
     step = max(CHUNK, blocksize)
-    index = torch.empty(min(n + 1, step) // 2, dtype=torch.int32, device=packed.device)  # both are used again and again
-    items = torch.empty(len(index), dtype=torch.float64, device=packed.device)
+    index = torch.empty(min(len(packed), step // 2), dtype=torch.int32, device=packed.device)  # used again and again
+    if dtype == torch.float32:
+        items = weight.view(torch.float64)  # the pairs go straight to their places and are scaled there
+    else:
+        items = torch.empty(len(index), dtype=torch.float64, device=packed.device)
     for start in range(0, n, step):
-        part, bytes_ = weight[start : start + step], packed[start // 2 : (start + step) // 2]
-        if len(bytes_) < len(index):
-            index, items = index[: len(bytes_)], items[: len(bytes_)]
-        torch.index_select(pairs, 0, index.copy_(bytes_), out=items)
+        part, some = weight[start : min(start + step, n)], packed[start // 2 : (start + step) // 2]
+        first = start // 2 if dtype == torch.float32 else 0
+        here = items[first : first + len(some)]
+        torch.index_select(pairs, 0, index[: len(some)].copy_(some), out=here)
         scales = absmax[start // blocksize : (start + step) // blocksize]
-        scale_blocks(items.view(torch.float32)[: part.numel()], scales, blocksize, out=part)
-    return weight.view(tuple(shape))
+        scale_blocks(here.view(torch.float32)[: part.numel()], scales, blocksize, out=part)
+    return weight[:n].view(tuple(shape))
 
 
 def values_of_bytes(codebook: Tensor) -> Tensor:
