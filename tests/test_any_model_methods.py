@@ -165,7 +165,7 @@ def test_a_quantised_models_lora_is_a_lora_on_the_dequantised_one_in_peft(kind: 
 def test_a_start_by_loftq_is_nearer_to_the_full_model(kind: str) -> None:
     full, distances = logits_of(model_of(kind), kind), []
     for method in (QLoRA, LoftQ):
-        model, more = model_of(kind), {"iterations": 3} if method is LoftQ else {}
+        model, more = model_of(kind), dict[str, Any](iterations=3) if method is LoftQ else {}
         patterns = {"classifier": 2} if kind == "vit" else {}
         method(8, 8, "all-linear", rank_pattern=patterns, **more).adapt(model)
         distances.append((logits_of(model, kind) - full).norm().item())

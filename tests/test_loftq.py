@@ -95,18 +95,18 @@ def test_logits_and_gradients_equal_pefts_once_it_has_quantised_the_other_layers
             if not name.endswith(".base"):
                 base.get_submodule(name).weight.copy_(weight_of(layer.dense()))
     randomise({n: p for n, p in model.named_parameters() if p.requires_grad}, size=0.2)
-    for name, layer in lora_layers(model).items():
+    for name, lora in lora_layers(model).items():
         other = peft_layers(theirs)[name]
-        other.lora_A["default"].weight.data = layer.lora_A.detach().clone()
-        other.lora_B["default"].weight.data = layer.lora_B.detach().clone()
+        other.lora_A["default"].weight.data = lora.lora_A.detach().clone()
+        other.lora_B["default"].weight.data = lora.lora_B.detach().clone()
     logits = logits_of(model, "llama")
     torch.testing.assert_close(logits, logits_of(theirs, "llama"), atol=1e-5, rtol=1e-5)
     weighted_mean(logits).backward()
     weighted_mean(logits_of(theirs, "llama")).backward()
-    for name, layer in lora_layers(model).items():
+    for name, lora in lora_layers(model).items():
         for factor in ("lora_A", "lora_B"):
             expected = getattr(peft_layers(theirs)[name], factor)["default"].weight.grad
-            torch.testing.assert_close(getattr(layer, factor).grad, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(getattr(lora, factor).grad, expected, atol=1e-5, rtol=1e-5)
     assert len(method.trainable(model)) == 2 * len(lora_layers(model))
 
 

@@ -71,7 +71,7 @@ def test_padding_is_not_seen_and_no_gradient_is_nan(tokens: int, group_size: int
     causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     mask = (causal & keys[:, None, :] | torch.eye(tokens, dtype=torch.bool))[:, None]
     result = shifted_sparse_attention(q, k, v, group_size, mask)
-    expected = one_by_one(*(x.detach() for x in (q, k, v)), group_size, keys)
+    expected = one_by_one(q.detach(), k.detach(), v.detach(), group_size, keys)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
     result.sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2, Attention, Embedding
+from lora_from_scratch.gpt2.model import Attention, Embedding
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import random_targets
@@ -183,7 +183,7 @@ class LongLoRA(LoRA):
                     "or set embeddings_and_norms to false"
                 )
 
-    def _install(self, model: GPT2) -> None:
+    def _install(self, model: Any) -> None:
         super()._install(model)
         body = model.transformer
         blocks: list[Any] = list(body.h)
@@ -200,13 +200,13 @@ class LongLoRA(LoRA):
             for module in (body.wte, body.wpe, *norms):
                 module.requires_grad_(True)
 
-    def _uninstall(self, model: GPT2) -> None:
+    def _uninstall(self, model: Any) -> None:
         before: Before = model.__dict__.pop(_BEFORE)
         for block, attention in zip(model.transformer.h, before.attentions, strict=True):
             block.attn = attention.train(block.training)
         if not self._adaptation(model).merged:  # a merged copy keeps the longer context
             model.config = before.config
-            model.transformer.wpe = before.positions.to(model.transformer.wpe.weight)  # type: ignore[assignment]
+            model.transformer.wpe = before.positions.to(model.transformer.wpe.weight)
         super()._uninstall(model)
 
     def trains_of_base(self) -> str:

@@ -285,7 +285,7 @@ class LQLoRA(QuantizedLoRA):
         return super()._layer(model, name, parts, generator)
 
     def begin(self, model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-        device = next(iter(dense.values())).weight.device
+        device = weight_of(next(iter(dense.values()))).device
         self._fit(model, dense, {n: (row.to(device), column.to(device)) for n, (row, column) in self.weighting.items()})
         if self.fisher_batches and not self.weighting:
             model.__dict__[_WAITING] = dict(dense)
@@ -327,8 +327,10 @@ class LQLoRA(QuantizedLoRA):
             return
         in_place = {name: model.get_submodule(name) for name in dense}
         inject_lora(model, dense)
-        weighting = fisher_weighting(model, dense, islice(batches, self.fisher_batches))
-        inject_lora(model, in_place)
+        try:
+            weighting = fisher_weighting(model, dense, islice(batches, self.fisher_batches))
+        finally:
+            inject_lora(model, in_place)
         self._fit(model, dense, weighting)
 
     def _uninstall(self, model: nn.Module) -> None:
@@ -358,14 +360,17 @@ class LQLoRA(QuantizedLoRA):
 
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> LoRA:
+        names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        every = [f"transformer.h.{block}.{name}" for block in range(config.n_layer) for name in names]
         return cls(
             rank=rng.randint(1, 2),
             alpha=rng.uniform(0.1, 20),
             targets=random_targets(rng, with_parts=False),
             dropout=rng.choice([0.0, 0.1]),
             budget=rng.uniform(7, 9),
-            iterations=rng.randint(1, 3),
+            iterations=rng.randint(1, 2),
             fisher_batches=rng.choice([0, 2]),
+            allocation={name: rng.choice(CHOICES) for name in every} if rng.random() < 0.8 else {},
             seed=rng.randint(0, 99),
             **cls.random_parts(rng),
         )

@@ -84,10 +84,7 @@ def to_blocks(x: Tensor, blocksize: int) -> Tensor:
 
 def check_numbers(x: Tensor) -> None:
     """Raise a ValueError unless `x` holds finite numbers in float32, float16 or bfloat16, at least one."""
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"can quantise float32, float16 or bfloat16, got {x.dtype}; convert first: tensor.float()")
-    if x.numel() == 0:
-        raise ValueError(f"cannot quantise an empty tensor, got shape {tuple(x.shape)}; at least 1 number is needed")
+    check_dtype(x)
     if x.is_meta:  # shapes without values
         return
     if x.detach().sum(dtype=torch.float32).isfinite():  # quick: the sum with a NaN or an infinity is not finite
@@ -99,6 +96,14 @@ def check_numbers(x: Tensor) -> None:
             f"cannot quantise a tensor with values that are not finite: {len(bad)} of {x.numel()} are NaN or infinite, "
             f"the first is {value} at position {int(bad[0])} (row-major); every value must be finite"
         )
+
+
+def check_dtype(x: Tensor) -> None:
+    """Raise a ValueError unless `x` is in float32, float16 or bfloat16 and not empty."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"can quantise float32, float16 or bfloat16, got {x.dtype}; convert first: tensor.float()")
+    if x.numel() == 0:
+        raise ValueError(f"cannot quantise an empty tensor, got shape {tuple(x.shape)}; at least 1 number is needed")
 
 
 def check_blocksize(blocksize: int) -> None:

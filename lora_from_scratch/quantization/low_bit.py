@@ -8,6 +8,7 @@ distribution and no zero (as in LQ-LoRA). A group never crosses the end of a row
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -188,18 +189,20 @@ def quantize_integer(weight: Tensor, bits: int = 4, group_size: int = 32) -> Low
     return LowBitTensor(packed, scale.flatten(), zero, bits, group_size, weight.shape, weight.dtype)
 
 
+@functools.cache
 def normal_float_codebook(bits: int) -> Tensor:
     """The 2^bits values of NormalFloat, quantiles of the normal distribution scaled to [-1, 1], ascending, float32.
 
     As `nf4_codebook`, and equal to it for 4 bits, with 2^(bits-1) positive and 2^(bits-1) - 1 negative values. As in
-    HanGuo97/lq-lora, the outermost quantile is NF4's for every number of bits.
+    HanGuo97/lq-lora, the outermost quantile is NF4's for every number of bits. Computed once; do not write to it.
     """
-    if bits == 4:
-        return nf4_codebook()
-    p, half = 0.9677083, 2 ** (bits - 1)
-    positive = torch.special.ndtri(torch.linspace(p, 0.5, half + 1).double()[:-1])
-    negative = -torch.special.ndtri(torch.linspace(p, 0.5, half).double()[:-1])
-    values = torch.cat([negative, torch.zeros(1).double(), positive.flip(0)]).float()
+    with torch.device("cpu"):  # whatever the default is at the first call
+        if bits == 4:
+            return nf4_codebook()
+        p, half = 0.9677083, 2 ** (bits - 1)
+        positive = torch.special.ndtri(torch.linspace(p, 0.5, half + 1).double()[:-1])
+        negative = -torch.special.ndtri(torch.linspace(p, 0.5, half).double()[:-1])
+        values = torch.cat([negative, torch.zeros(1).double(), positive.flip(0)]).float()
     return values / values.max()
 
 
