@@ -1,1 +1,1 @@
-"""Handwritten digits: a classifier and a diffusion model small enough to train on a laptop, and how both are adapted."""
+"""Handwritten digits: a small classifier and a small diffusion model, and how both are adapted."""

@@ -1,7 +1,7 @@
 """Which part of a classifier to fine-tune for which shift (Lee et al. 2023, arXiv:2210.11466, sections 2 and 4).
 
-The pretrained classifier is adapted to a shifted task with 100 pictures. Either one of its parts is tuned and all others
-are frozen; or everything is, with one learning rate or with one for each tensor (Auto-RGN); or LoRA is used.
+The pretrained classifier is adapted to a shifted task with 100 pictures. Either one of its parts is tuned and the
+others are frozen; or everything is, with one learning rate or with one for each tensor (Auto-RGN); or LoRA is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_from_scratch.support.wrapped import Wrapper
 
 ALL, AUTO_RGN, LORA = "all", "Auto-RGN", "LoRA"
 RATES = (1e-3, 3e-3, 1e-2)  # of which the best on the validation pictures is taken, for each choice and each shift
-STEPS, BATCH_SIZE, EPOCH = 40, 25, 4  # steps in all, pictures per step, steps after which Auto-RGN measures again
+STEPS, BATCH_SIZE, EPOCH = 60, 25, 4  # steps in all, pictures per step, steps after which Auto-RGN measures again
 
 
 class OnePrediction(Wrapper):

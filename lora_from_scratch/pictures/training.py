@@ -56,7 +56,7 @@ def train(
             {"params": group["params"], "lr": learning_rate * group.get("lr_scale", 1.0)}
             for group in (own if method is None else method.parameter_groups(model))
         ]
-    optimizer = torch.optim.AdamW(list(groups), lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(list(groups), lr=learning_rate, weight_decay=0.01, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses = []
     for step in range(steps):
