@@ -42,8 +42,9 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 KEPT = Path("runs") / "pictures"
 SEEDS = range(5)
+DIFFUSION_SEEDS, DIFFUSION_STEPS = range(3), 60
 DIGIT = 7  # whose style the diffusion model learns
-SAMPLES = 100
+SAMPLES = 50
 DIFFUSION: dict[str, tuple[Method, float]] = {
     "LoRA, rank 1": (LoRA(rank=1, alpha=8), 3e-3),
     "LoRA, rank 4": (LoRA(rank=4, alpha=8), 3e-3),
@@ -78,19 +79,19 @@ def diffusion() -> None:
     every = load_digits()
     style = every.rows(every.labels == DIGIT)
     for name, (method, rate) in DIFFUSION.items():
-        for seed in SEEDS:
+        for seed in DIFFUSION_SEEDS:
             if any(row["name"] == name and row["seed"] == seed for row in _kept("diffusion")):
                 continue
             model = pretrained_denoiser()
             method.adapt(model)
             trained = sum(p.numel() for p in method.trainable(model).values())
-            train(model, style, diffusion_loss, steps=100, learning_rate=rate, method=method, seed=seed)
+            train(model, style, diffusion_loss, steps=DIFFUSION_STEPS, learning_rate=rate, method=method, seed=seed)
             made = sample(model, SAMPLES, seed)
             if seed == 0:
                 torch.save(made, KEPT / f"samples-{name}.pt")
             _keep("diffusion", {"name": name, "seed": seed, "trained": trained, **_judged(made)})
     if not any(row["name"] == "pretrained" for row in _kept("diffusion")):
-        for seed in SEEDS:
+        for seed in DIFFUSION_SEEDS:
             made = sample(pretrained_denoiser(), SAMPLES, seed)
             if seed == 0:
                 torch.save(made, KEPT / "samples-pretrained.pt")
@@ -221,7 +222,7 @@ The learning rates: {rates}.
 ## One digit's style
 
 The diffusion model (a transformer of 0.2 M parameters) draws all ten digits. It is adapted to the pictures of the digit
-{digit} in 100 steps of 50 pictures; mean and standard deviation of five seeds, 100 samples each. The nearest picture of
+{digit} in 60 steps of 50 pictures; mean and standard deviation of three seeds, 50 samples each. The nearest picture of
 the data set, in Euclidean distance, says which digit a sample is and how near it is to a real one.
 
 {diffusion}

@@ -22,7 +22,7 @@ from lora_from_scratch.support.wrapped import Wrapper
 
 ALL, AUTO_RGN, LORA = "all", "Auto-RGN", "LoRA"
 RATES = (1e-3, 3e-3, 1e-2)  # of which the best on the validation pictures is taken, for each choice and each shift
-STEPS, BATCH_SIZE, EPOCH = 60, 25, 4  # steps in all, pictures per step, steps after which Auto-RGN measures again
+STEPS, BATCH_SIZE, EPOCH = 60, 10, 10  # steps in all, pictures per step, steps after which Auto-RGN measures again
 
 
 class OnePrediction(Wrapper):
