@@ -82,10 +82,10 @@ def _mean(rows: list[dict[str, Any]], key: str) -> str:
 
 TEXT = """# Training on a reward
 
-Written by `python -m benchmarks.rewards report`. The bundled model continues beginnings of tales; the reward is the share of
-words without the letter e. {steps} steps of 16 texts of 24 tokens (2 prompts, groups of 8); mean and standard deviation of {seeds}
-seeds. The reward is measured on 64 new samples; the divergence from the base model, in nats per token, on text drawn from the base.
-The learning rates were not tuned.
+Written by `python -m benchmarks.rewards report`. The bundled model continues beginnings of tales; the reward is the
+share of words without the letter e. {steps} steps of 16 texts of 24 tokens (2 prompts, groups of 8); mean and standard
+deviation of {seeds} seeds. The reward is measured on 64 new samples; the divergence from the base model, in nats per
+token, on text drawn from the base. The learning rates were not tuned.
 
 {table}
 """
