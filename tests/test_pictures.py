@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,15 +117,19 @@ def test_the_pretrained_classifier_knows_the_digits_and_none_of_the_shifts() -> 
 def test_the_pretrained_diffusion_model_draws_digits_of_many_kinds() -> None:
     made = sample(training.pretrained_denoiser(), 60)
     assert len(digits.nearest_digit(made).unique()) >= 8
-    assert digits.distance_to_digits(made).mean() < 0.5 * digits.distance_to_digits(noise(60, 8, 8).sigmoid()).mean()
+    every = digits.load_digits().pictures
+    rows = torch.randint(len(every), (60, 8, 8), generator=torch.Generator().manual_seed(0))
+    mixed = every.gather(0, rows)  # each pixel from another picture: right pixel by pixel, and no digit
+    assert digits.distance_to_digits(made).mean() < 0.9 * digits.distance_to_digits(mixed).mean()
 
 
 def test_lora_teaches_the_classifier_new_classes_and_undoing_it_gives_the_old_ones_back() -> None:
-    model, method = training.pretrained_vit(), LoRA(rank=4, alpha=8)
+    model, method = training.pretrained_vit(), LoRA(rank=4, alpha=16)
     data, before = digits.shifted("feature", "train"), training.accuracy(model, digits.source("test"))
     method.adapt(model)
-    training.train(model, data, training.classification_loss, steps=60, learning_rate=1e-2, method=method)
-    assert training.accuracy(model, digits.shifted("feature", "test")) > 0.6
+    options: Any = {"steps": 100, "learning_rate": 3e-3, "batch_size": 20}
+    training.train(model, data, training.classification_loss, method=method, **options)
+    assert training.accuracy(model, digits.shifted("feature", "test")) > 0.7
     method.undo(model)
     assert training.accuracy(model, digits.source("test")) == before
 
@@ -166,11 +171,11 @@ def test_auto_rgn_changes_the_tensors_in_proportion_to_their_relative_gradients(
     norms = surgical.relative_norms(model, data)
     assert list(norms) == [name for name, _ in model.named_parameters()]
     name, parameter = "head.weight", model.head.weight
-    pieces = [data.rows(slice(i, i + 25)) for i in range(0, 100, 25)]
+    pieces = [data.rows(slice(i, i + surgical.BATCH_SIZE)) for i in range(0, 100, surgical.BATCH_SIZE)]
     gradients = [
         torch.autograd.grad(training.classification_loss(model, p, torch.Generator()), parameter)[0] for p in pieces
     ]
-    expected = sum(g.norm() / parameter.norm() for g in gradients).item() / 4
+    expected = sum(g.norm() / parameter.norm() for g in gradients).item() / len(pieces)
     assert norms[name] == pytest.approx(expected, rel=1e-5)
     after = surgical.adapt("Auto-RGN", data, 1e-3, steps=1)
     moved = {n: (after.state_dict()[n] - p).abs().max().item() for n, p in model.named_parameters()}

@@ -51,7 +51,7 @@ def train(
     """
     model.train()
     if groups is None:
-        own = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        own: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         groups = [
             {"params": group["params"], "lr": learning_rate * group.get("lr_scale", 1.0)}
             for group in (own if method is None else method.parameter_groups(model))
