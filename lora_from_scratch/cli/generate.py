@@ -23,6 +23,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     shared.add_model(parser)
     shared.add_adapter(parser)
     shared.add_device(parser)
+    shared.add_precision(parser)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -73,6 +74,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.finetune.distributed import find_device
+    from lora_from_scratch.finetune.training import autocast
     from lora_from_scratch.gpt2.generation import generate
     from lora_from_scratch.methods.registry import load_adapter
     from lora_from_scratch.models.checkpoint import load_language_model
@@ -93,19 +95,20 @@ def run(options: argparse.Namespace) -> int:
     model.to(device)
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     room = model.config.n_positions - max(map(len, ids))
-    new = generate(
-        model,
-        ids,
-        max_new_tokens=max(1, min(NEW_TOKENS, room)) if options.max_new_tokens is None else options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        num_beams=options.beams,
-        length_penalty=options.length_penalty,
-        no_repeat_ngram_size=options.no_repeat_ngram_size,
-        eos_id=tokenizer.eos_id,
-        seed=options.seed,
-    )
+    with autocast(device, options.precision):
+        new = generate(
+            model,
+            ids,
+            max_new_tokens=max(1, min(NEW_TOKENS, room)) if options.max_new_tokens is None else options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            num_beams=options.beams,
+            length_penalty=options.length_penalty,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            eos_id=tokenizer.eos_id,
+            seed=options.seed,
+        )
     for prompt, tokens in zip(prompts, new, strict=True):
         print(prompt + tokenizer.decode(tokens))
     return 0

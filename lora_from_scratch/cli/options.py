@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_from_scratch.finetune.evaluation import CARDS
+from lora_from_scratch.finetune.training import PRECISIONS
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.registry import for_training, method_class, method_classes
 
@@ -65,6 +66,15 @@ def add_cards(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto for a GPU if there is one (cpu)"
+    )
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="precision of the matrix products; weights are fp32 (%(default)s)",
     )
 
 

@@ -19,6 +19,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     shared.add_gpt2(parser)
     shared.add_output(parser, "runs/shootout")
+    shared.add_device(parser)
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help="methods to run, by their names in the table (all core methods)"
     )
@@ -42,5 +43,6 @@ def run(options: argparse.Namespace) -> int:
         cards=options.cards,
         seed=options.seed,
         jobs=options.jobs,
+        device=options.device,
     )
     return 0

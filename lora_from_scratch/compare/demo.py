@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_from_scratch.compare.side_by_side import run_in_processes, tuned_run
 from lora_from_scratch.finetune import defaults
+from lora_from_scratch.finetune.distributed import find_device
 from lora_from_scratch.finetune.report import describe, table
 from lora_from_scratch.finetune.run import Report
 from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
@@ -24,7 +25,13 @@ def methods(seed: int = 0) -> list[Method]:
 
 
 def demo(
-    output: str | Path, *, model: str = "bundled", steps: int = defaults.STEPS, seed: int = 0, jobs: int | None = None
+    output: str | Path,
+    *,
+    model: str = "bundled",
+    steps: int = defaults.STEPS,
+    seed: int = 0,
+    jobs: int | None = None,
+    device: str = "cpu",
 ) -> list[Report]:
     """Fine-tune with each method, print the results and save them.
 
@@ -33,6 +40,7 @@ def demo(
     """
     output = Path(output)
     check_writable(output)
+    find_device(device)
     config = GPT2Config.from_json(checkpoint_directory(model) / "config.json")
     runs = [
         tuned_run(
@@ -42,6 +50,7 @@ def demo(
             model=model,
             steps=steps,
             seed=seed,
+            device=device,
         )
         for method in methods(seed)
     ]

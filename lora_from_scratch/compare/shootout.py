@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_from_scratch.compare.side_by_side import jobs_at_once, run_or_reload, tuned_run
 from lora_from_scratch.finetune import defaults
+from lora_from_scratch.finetune.distributed import find_device
 from lora_from_scratch.finetune.evaluation import CARDS
 from lora_from_scratch.finetune.report import HEADINGS, table
 from lora_from_scratch.finetune.run import Report
@@ -59,6 +60,7 @@ def shootout(
     cards: int = CARDS,
     seed: int = 0,
     jobs: int | None = None,
+    device: str = "cpu",
 ) -> list[Report]:
     """Fine-tune with each method in a separate process, print the results and save them.
 
@@ -74,11 +76,12 @@ def shootout(
     chosen = choose(methods or default_contestants(), seed)
     jobs_at_once(jobs)
     check_writable(output)
+    find_device(device)
     config = GPT2Config.from_json(checkpoint_directory(model) / "config.json")
     runs = [
         tuned_run(
             method, output / name, rate=method.learning_rate(config.n_embd), model=model, steps=steps, seed=seed,
-            cards=cards,
+            cards=cards, device=device,
         )
         for name, method in chosen.items()
     ]  # fmt: skip

@@ -71,6 +71,7 @@ def tuned_run(
     seed: int = 0,
     split: str = "test",
     cards: int = CARDS,
+    device: str = "cpu",
 ) -> Run:
     """A run on the story cards, with settings that are the same for every method except the learning rate."""
     settings = TrainingSettings(
@@ -86,6 +87,7 @@ def tuned_run(
         output=output,
         model=model,
         batch_size=defaults.BATCH_SIZE,
+        device=device,
         split=split,
         cards=cards,
         overwrite=True,  # the demo and the shootout repeat changed runs in their own folders

@@ -1,0 +1,106 @@
+"""A denoising diffusion model (Ho et al. 2020, arXiv:2006.11239) of digits: a transformer of 0.2 M parameters.
+
+Noise is added to a picture in T steps, until nothing is left of it:
+
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,    e from a standard normal distribution           (equation 4)
+
+with a_t falling from almost 1 to almost 0. The model is trained to predict e from x_t and t. A new picture is made by
+beginning with noise and going back step by step. The model is a transformer on patches, as in Peebles and Xie 2023
+(arXiv:2212.09748), since the methods here adapt linear layers; t is added to every token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_from_scratch.pictures.digits import SIDE
+from lora_from_scratch.pictures.vit import PATCH, PATCHES, EncoderBlock, from_patches, to_patches
+
+STEPS = 100  # T
+
+
+def noise_levels() -> Tensor:
+    """(T + 1,): a_0 = 1 to a_T, the share of the variance that is still the picture's.
+
+    The cosine schedule of Nichol and Dhariwal 2021 (arXiv:2102.09672, equation 17), with its s = 0.008. As there, no
+    step removes more than 0.999 of what is left.
+    """
+    t = torch.arange(STEPS + 1) / STEPS
+    curve = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    kept = (curve[1:] / curve[:-1]).clamp(min=0.001)  # alpha_t
+    return torch.cat([torch.ones(1), kept.cumprod(dim=0)])
+
+
+def add_noise(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t, from pictures (B, 8, 8), steps t (B,) from 0 to T, and noise (B, 8, 8)."""
+    a = noise_levels()[t][:, None, None]
+    return a.sqrt() * x + (1 - a).sqrt() * noise
+
+
+class Denoiser(nn.Module):
+    """Predicts the noise in a picture.
+
+    Args:
+        width: d, of every token.
+        depth: the number of blocks.
+        heads: of each attention.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.width = width
+        self.patch_embedding = nn.Linear(PATCH * PATCH, width)
+        self.time_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, PATCHES, width))
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, PATCH * PATCH)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Noisy pictures (B, 8, 8) and their steps (B,) to the predicted noise (B, 8, 8)."""
+        time = self.time_embedding(sinusoids(t, self.width))[:, None]  # (B, 1, d)
+        h = self.patch_embedding(to_patches(x)) + self.position + time
+        for block in self.blocks:
+            h = block(h)
+        return from_patches(self.output(self.norm(h)))
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """(B,) to (B, width): sines and cosines of t, of different frequencies (Vaswani et al. 2017, section 3.5)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2))
+    angles = t[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def denoising_loss(model: nn.Module, pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """The mean squared error of the predicted noise, each picture at a random step (equation 14).
+
+    Args:
+        pictures: (B, 8, 8) from 0 to 1.
+    """
+    x = 2 * pictures - 1
+    t = torch.randint(1, STEPS + 1, (len(x),), generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    return F.mse_loss(model(add_noise(x, t, noise), t), noise)
+
+
+@torch.no_grad()
+def sample(model: nn.Module, count: int, seed: int = 0) -> Tensor:
+    """New pictures (count, 8, 8), from 0 to 1 (algorithm 2, with the predicted x_0 kept in its range)."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = noise_levels()
+    x = torch.randn(count, SIDE, SIDE, generator=generator)
+    for t in range(STEPS, 0, -1):
+        a, before = levels[t], levels[t - 1]
+        noise = model(x, torch.full((count,), t))
+        x_0 = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(-1, 1)
+        kept = a / before  # alpha_t
+        # The mean and variance of x_{t - 1}, given x_t and x_0 (equations 6 and 7).
+        mean = (before.sqrt() * (1 - kept) * x_0 + kept.sqrt() * (1 - before) * x) / (1 - a)
+        deviation = ((1 - before) / (1 - a) * (1 - kept)).sqrt()
+        x = mean + deviation * torch.randn(x.shape, generator=generator)
+    return ((x + 1) / 2).clamp(0, 1)

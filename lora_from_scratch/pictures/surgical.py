@@ -1,0 +1,103 @@
+"""Which part of a classifier to fine-tune for which shift (Lee et al. 2023, arXiv:2210.11466, sections 2 and 4).
+
+The pretrained classifier is adapted to a shifted task with 100 pictures. Either one of its parts is tuned and the
+others are frozen; or everything is, with one learning rate or with one for each tensor (Auto-RGN); or LoRA is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_from_scratch.gpt2.model import IGNORE_INDEX
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.methods.surgical import auto_rgn_weights, relative_gradient_norms, surgical_parameter_groups
+from lora_from_scratch.pictures.digits import Pictures, shifted
+from lora_from_scratch.pictures.training import accuracy, classification_loss, pretrained_vit, train
+from lora_from_scratch.pictures.vit import ViT, parts
+from lora_from_scratch.support.wrapped import Wrapper
+
+ALL, AUTO_RGN, LORA = "all", "Auto-RGN", "LoRA"
+RATES = (1e-3, 3e-3, 1e-2)  # of which the best on the validation pictures is taken, for each choice and each shift
+STEPS, BATCH_SIZE, EPOCH = 60, 10, 10  # steps in all, pictures per step, steps after which Auto-RGN measures again
+
+
+class OnePrediction(Wrapper):
+    """A classifier called as a language model that predicts one token, its class, after the first."""
+
+    def forward(self, pictures: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Pictures (B, 8, 8) to logits (B, 2, C), of which only the first position is used."""
+        logits: Tensor = self.inside(pictures)
+        return torch.stack([logits, logits], dim=1)
+
+
+def as_text(data: Pictures) -> tuple[Tensor, Tensor, None]:
+    """The pictures, and labels (B, 2) for `next_token_loss`."""
+    return data.pictures, torch.stack([torch.full_like(data.labels, IGNORE_INDEX), data.labels], dim=1), None
+
+
+def choices(model: ViT) -> list[str]:
+    """What can be tuned: the parts from the input to the output, and the three ways to tune all of them."""
+    return [*parts(model), ALL, AUTO_RGN, LORA]
+
+
+def relative_norms(model: nn.Module, data: Pictures) -> dict[str, float]:
+    """`relative_gradient_norms` of a classifier on these pictures, in batches."""
+    pieces = [data.rows(slice(i, i + BATCH_SIZE)) for i in range(0, len(data.labels), BATCH_SIZE)]
+    norms = relative_gradient_norms(OnePrediction(model), map(as_text, pieces))
+    return {name.removeprefix("inside."): norm for name, norm in norms.items()}
+
+
+def adapt(choice: str, data: Pictures, learning_rate: float, *, steps: int = STEPS, seed: int = 0) -> ViT:
+    """The pretrained classifier, adapted to the pictures.
+
+    Args:
+        choice: one of `choices`.
+        learning_rate: of the tuned part; for Auto-RGN, of the tensor with the largest relative gradient.
+
+    Raises:
+        ValueError: there is no such choice.
+    """
+    model = pretrained_vit()
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "seed": seed}
+    if choice == LORA:
+        lora = LoRA(rank=4, alpha=8, seed=seed)
+        lora.adapt(model)
+        train(model, data, classification_loss, steps=steps, learning_rate=learning_rate, method=lora, **options)
+    elif choice == AUTO_RGN:
+        for start in range(0, steps, EPOCH):  # the measurement and the optimiser begin anew in every epoch
+            groups = surgical_parameter_groups(model, auto_rgn_weights(relative_norms(model, data)), learning_rate)
+            groups = [{"params": group["params"], "lr": group["lr"]} for group in groups]
+            options["seed"] = seed + 1000 * start
+            some = min(EPOCH, steps - start)
+            train(model, data, classification_loss, steps=some, learning_rate=1, groups=groups, **options)
+    elif choice in choices(model):
+        tuned = parts(model).get(choice)  # None: all
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(tuned is None or name in tuned)
+        train(model, data, classification_loss, steps=steps, learning_rate=learning_rate, **options)
+    else:
+        raise ValueError(f"the choice must be one of {', '.join(choices(model))}, got {choice!r}")
+    return model
+
+
+def best_rate(choice: str, shift: str, rates: Sequence[float] = RATES, steps: int = STEPS) -> float:
+    """The learning rate with the highest accuracy on the validation pictures, with a seed that is used for nothing
+    else."""
+    validation = shifted(shift, "validation")
+
+    def score(rate: float) -> float:
+        return accuracy(adapt(choice, shifted(shift, "train"), rate, steps=steps, seed=999), validation)
+
+    return max(rates, key=score)
+
+
+def compare(shift: str, choice: str, seeds: Sequence[int], rates: Sequence[float] = RATES) -> dict[str, Any]:
+    """The accuracies on the test pictures, one for each seed, with the learning rate that was chosen."""
+    rate = best_rate(choice, shift, rates)
+    data, test = shifted(shift, "train"), shifted(shift, "test")
+    found = [accuracy(adapt(choice, data, rate, seed=seed), test) for seed in seeds]
+    return {"shift": shift, "choice": choice, "rate": rate, "accuracies": found}
