@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import time
+import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,14 @@ from benchmarks.make_adapters import make_adapters, name_of
 from benchmarks.serving_sides import Asked, Ours, Peft, Side, merge_and_switch, one_after_another, zipf_traffic
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.serving.adapter_store import AdapterStore
+from lora_from_scratch.serving.mixed_product import add_lora_
 from lora_from_scratch.serving.page_pool import PageLayout, PagePool
 from lora_from_scratch.support.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 POOL_MIB = {"bundled": 256, "small": 1024}
 DISTINCT = {"bundled": 64, "small": 24}  # weight files; the other adapters are links to them
+SIDES = ("ours", "base", "merge", "loop", "peft")
 MiB = 2**20
 
 
@@ -44,12 +48,16 @@ class Results:
 
     def __init__(self, path: Path = RESULTS) -> None:
         self.path = path
-        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.values = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """A measurement, made now if it has not been."""
         if name not in self.values:
-            self.values[name] = measure()
+            value = measure()
+            self.values = {**self._read(), name: value}  # another run may have written something
             write_json(self.path, self.values)
             print(f"{name}: {self.values[name]}", flush=True)
         return self.values[name]
@@ -70,7 +78,7 @@ def pages_of(model: GPT2, mib: int) -> int:
 
 
 def product(arguments: argparse.Namespace, results: Results) -> None:
-    """One decoding step of 16 rows with 8 adapters of rank 8, the ends of texts of one token, in pairs with peft's."""
+    """16 rows of one token, 8 adapters of rank 8, in pairs with peft's: the model's whole step, and the LoRAs alone."""
     model = base_model(arguments.model).eval()
     folder = arguments.folder / f"{arguments.model}-rank-8"
     make_adapters(folder, 8, model.config, (8, 8), 8)
@@ -88,10 +96,56 @@ def product(arguments: argparse.Namespace, results: Results) -> None:
     def theirs() -> None:
         peft.model(ids, adapter_names=names, use_cache=False)
 
-    for pair in range(arguments.pairs):
-        works = {"ours": side.scheduler.step, "peft": theirs}
+    pairs(results, f"product/{arguments.model}/step", arguments.pairs, {"ours": side.scheduler.step, "peft": theirs})
+    alone = products_alone(side, peft, names)
+    pairs(results, f"product/{arguments.model}/alone", arguments.pairs, alone)
+
+
+def products_alone(side: Ours, peft: Peft, names: list[str]) -> dict[str, Callable[[], Any]]:
+    """Only what the adapters add, in every linear layer, to an output of the base that is there already."""
+    plans, pool = side.scheduler.model.plans, side.scheduler.pool.data
+    modules = dict(peft.model.base_model.model.named_modules())
+    layers, inputs, outputs = {}, {}, {}
+    for name in plans:
+        layer = modules[name]
+        inputs[name], outputs[name] = torch.randn(16, 1, layer.in_features), torch.randn(16, 1, layer.out_features)
+        layer.base_layer = Given(outputs[name])
+        layers[name] = layer
+
+    @torch.no_grad()
+    def ours() -> None:
+        for name, plan in plans.items():
+            add_lora_(outputs[name][:, 0].clone(), inputs[name][:, 0], pool, plan)
+
+    @torch.no_grad()
+    def theirs() -> None:
+        for name, layer in layers.items():
+            layer(inputs[name], adapter_names=names)
+
+    return {"ours": ours, "peft": theirs}
+
+
+class Given(torch.nn.Module):
+    """A layer whose output is known."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output.clone()
+
+
+def pairs(results: Results, prefix: str, count: int, works: dict[str, Callable[[], Any]]) -> None:
+    for work in works.values():
+        work()
+    for pair in range(count):
         for name in sorted(works, reverse=bool(pair % 2)):
-            results.get(f"product/{arguments.model}/{pair}/{name}", lambda name=name: timed(works[name])[1])
+            results.get(f"{prefix}/{pair}/{name}", partial(seconds_of, works[name]))
+
+
+def seconds_of(work: Callable[[], Any]) -> list[float]:
+    return timed(work)[1]
 
 
 # --- Traffic -----------------------------------------------------------------------------------------------
@@ -103,16 +157,16 @@ def traffic(arguments: argparse.Namespace, results: Results) -> None:
     folder = arguments.folder / name
     make_adapters(folder, max(arguments.adapters), model.config, (4, 32), DISTINCT[name])
     pages = pages_of(model, POOL_MIB[name])
-    peft = Peft(model, folder)
-    sides: dict[str, Side] = {
-        "ours": Ours(model, folder, pages),
-        "base": Ours(model, folder, pages, with_adapters=False),
-        "merge": merge_and_switch(model, folder),
-        "loop": one_after_another(model, folder),
-        "peft": peft,
+    make: dict[str, Callable[[], Side]] = {
+        "ours": lambda: Ours(model, folder, pages),
+        "base": lambda: Ours(model, folder, pages, with_adapters=False),
+        "merge": lambda: merge_and_switch(model, folder),
+        "loop": lambda: one_after_another(model, folder),
+        "peft": lambda: Peft(model, folder),
     }
+    sides = {side: make[side]() for side in arguments.sides}
     sizes = arguments.requests, arguments.prompt, arguments.new, model.config.vocab_size
-    for side in ("ours", "base"):  # a server that has been running for a while
+    for side in sides.keys() & {"ours", "base"}:  # a server that has been running for a while
         sides[side](zipf_traffic(max(arguments.adapters), *sizes, seed=99))
     for turn in range(arguments.rounds):
         for count in arguments.adapters:
@@ -121,27 +175,23 @@ def traffic(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def one_round(results: Results, prefix: str, asked: Sequence[Asked], sides: dict[str, Side], turn: int) -> None:
-    answers: dict[str, Any] = {}
-
     def measure(side: str) -> dict[str, Any]:
         run: Any = sides[side]
         if side == "peft":
             run.prepare(asked)
         loads = run.store.loads if side == "ours" else 0
-        answers[side], seconds = timed(lambda: run(asked))
-        tokens = sum(map(len, answers[side]))
-        found = {"seconds": seconds, "tokens": tokens, "distinct": len({one.adapter for one in asked})}
-        if side == "ours":
-            found["loads"] = run.store.loads - loads
-        return found
+        answers, seconds = timed(lambda: run(asked))
+        found = {
+            "seconds": seconds,
+            "tokens": sum(map(len, answers)),
+            "distinct": len({one.adapter for one in asked}),
+            "texts": [zlib.crc32(repr(tokens).encode()) for tokens in answers],  # to be compared with other sides'
+        }
+        return found | ({"loads": run.store.loads - loads} if side == "ours" else {})
 
     order = [*sides][turn % len(sides) :] + [*sides][: turn % len(sides)]
     for side in order:
-        results.get(f"{prefix}/{side}", lambda side=side: measure(side))
-    for side in answers:
-        if side != "base" and "ours" in answers:
-            same = sum(a == b for a, b in zip(answers[side], answers["ours"], strict=True))
-            results.get(f"{prefix}/same/{side}", lambda same=same: [same, len(asked)])
+        results.get(f"{prefix}/{side}", partial(measure, side))
 
 
 # --- The cliff ---------------------------------------------------------------------------------------------
@@ -154,15 +204,15 @@ def cliff(arguments: argparse.Namespace, results: Results) -> None:
     make_adapters(folder, 64, model.config, (16, 16), 64)
     text = PageLayout.for_model(model.config).pages_for_tokens(arguments.prompt + arguments.new)
     sides = {}
-    for held in (64, 56, 48, 40, 32, 16, 8):
+    for held in (64, 48, 32, 16, 8):
         side = Ours(model, folder, 1)
         each = side.store.pages_for(side.store.find(name_of(0)))
         sides[held] = Ours(model, folder, 32 * text + held * each)
         sides[held](even_traffic(64, 64, arguments, model, 99))
     for turn in range(arguments.rounds):
-        asked = even_traffic(64, 192, arguments, model, turn)
+        asked = even_traffic(64, 96, arguments, model, turn)
         for held, side in sides.items():
-            results.get(f"cliff/{turn}/{held}", lambda side=side: measure_cliff(side, asked))
+            results.get(f"cliff/{turn}/{held}", partial(measure_cliff, side, asked))
 
 
 def even_traffic(adapters: int, requests: int, arguments: argparse.Namespace, model: GPT2, seed: int) -> list[Asked]:
@@ -191,13 +241,18 @@ def start(arguments: argparse.Namespace, results: Results) -> None:
     for count, name in folders.items():
 
         def measure(name: str = name) -> dict[str, Any]:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = resident_kib()
             stores, seconds = timed(lambda: [AdapterStore(model, pool, arguments.folder / name) for _ in range(20)])
             names, listing = timed(stores[0].names)
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            grown = resident_kib() - before
             return {"seconds": [s / 20 for s in seconds], "listing": listing, "names": len(names), "KiB": grown}
 
         results.get(f"start/{count}", measure)
+
+
+def resident_kib() -> int:
+    """The memory of this process (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 def main() -> None:
@@ -210,6 +265,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="for a run in several parts")
     parser.add_argument("--pairs", type=int, default=21)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 OUTPUT = Path(__file__).with_name("serving.md")
+COUNTED = ("distinct", "loads")
 OTHERS = {"merge": "(a) merge and switch", "loop": "(b) one after another", "peft": "(c) peft", "base": "(d) base"}
 
 HEAD = """\
@@ -16,9 +17,10 @@ HEAD = """\
 `python -m benchmarks.serving` writes this file; its first lines say how. torch on a CPU, one thread, float32.
 
 The machine had two cores and was shared with other programs that used all of them, so times of the clock say little.
-The ratios are of **processor time** of the process, in which a program that has to wait is not charged; the sides of a
-round answer the same requests one after the other, in an order that turns. A cell has the median (smallest to largest)
-of the rounds. "Times the throughput" above 1 is better for ours.
+The ratios are of **processor time** of the process, in which a program that has to wait is not charged (though it is
+slower where others fill the caches). The sides of a round answer the same requests one after the other, in an order
+that turns; the rounds were run in several parts of a few minutes. A cell has the median (smallest to largest) of the
+rounds, where there are several.
 """
 
 
@@ -42,18 +44,22 @@ def under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def product(values: Mapping[str, Any]) -> Iterator[str]:
+    found = under(values, "product/")
+    if not found:
+        return
+    yield "## Decoding: 16 rows of one token, 8 adapters of rank 8\n"
+    yield "Ours divided by peft's `adapter_names`, measured in pairs: the whole step of the model, and only what the"
+    yield "adapters add in all linear layers. Goal: 0.5.\n"
+    yield row(["model", "what", "processor time", "clock", "pairs"])
+    yield row(["---", "---", "---", "---", "---:"])
     for model in ("small", "bundled"):
-        found = under(values, f"product/{model}/")
-        pairs = sorted({name.split("/")[0] for name in found if f"{name.split('/')[0]}/peft" in found}, key=int)
-        pairs = [pair for pair in pairs if f"{pair}/ours" in found]
-        if pairs:
-            if model == "small":
-                yield "## One decoding step: 16 rows, 8 adapters of rank 8\n"
-                yield "The whole step of the model, ours divided by peft's `adapter_names`, measured in pairs. Goal:
-                0.5.\n" yield row(["model", "processor time", "clock", "pairs"]) yield row(["---", "---", "---",
-                "---:"])
-            ratios = [[found[f"{p}/ours"][n] / found[f"{p}/peft"][n] for p in pairs] for n in (1, 0)]
-            yield row([model, *map(spread, ratios), len(pairs)])
+        for what, words in (("step", "whole step"), ("alone", "adapters alone")):
+            times = under(found, f"{model}/{what}/")
+            numbers = {name.split("/")[0] for name in times}
+            pairs = [n for n in numbers if f"{n}/ours" in times and f"{n}/peft" in times]
+            if pairs:
+                ratios = [[times[f"{p}/ours"][n] / times[f"{p}/peft"][n] for p in pairs] for n in (1, 0)]
+                yield row([model, words, *map(spread, ratios), len(pairs)])
     yield ""
 
 
@@ -64,35 +70,40 @@ def traffic(values: Mapping[str, Any]) -> Iterator[str]:
         if not counts:
             continue
         yield f"## Zipf traffic, {model}, ranks 4 to 32, 32 rows\n"
-        yield "Times the throughput of each other way: ours divided by theirs, in processor time.\n"
-        yield row(["adapters", "distinct", "loads", *OTHERS.values(), "best of (a) to (c)", "rounds"])
-        yield row(["---:", "---:", "---:", *["---"] * (len(OTHERS) + 1), "---:"])
+        yield "Times the throughput of each other way: its processor time divided by ours. In brackets the smallest,"
+        yield "the largest, and the number of rounds.\n"
+        yield row(["adapters", "distinct in a round", "loaded in a round", *OTHERS.values()])
+        yield row(["---:", "---:", "---:", *["---"] * len(OTHERS)])
         for count in counts:
             rounds = under(found, f"{count}/")
-            turns = [
-                t
-                for t in sorted({n.split("/")[0] for n in rounds})
-                if all(f"{t}/{s}" in rounds for s in ("ours", *OTHERS))
-            ]
-            if not turns:
-                continue
-
-            def speedup(turn: str, side: str, rounds: Mapping[str, Any] = rounds) -> float:
-                ratio: float = rounds[f"{turn}/{side}"]["seconds"][1] / rounds[f"{turn}/ours"]["seconds"][1]
-                return ratio
-
-            best = [min(speedup(turn, side) for side in OTHERS if side != "base") for turn in turns]
-            distinct = statistics.median(rounds[f"{turn}/ours"]["distinct"] for turn in turns)
-            loads = statistics.median(rounds[f"{turn}/ours"]["loads"] for turn in turns)
-            cells = [spread([speedup(turn, side) for turn in turns]) for side in OTHERS]
-            yield row([f"{count:,}", f"{distinct:g}", f"{loads:g}", *cells, spread(best), len(turns)])
+            turns = [name.removesuffix("/ours") for name in rounds if name.endswith("/ours")]
+            distinct, loads = (statistics.median(rounds[f"{turn}/ours"][what] for turn in turns) for what in COUNTED)
+            cells = [speedups(rounds, turns, side) for side in OTHERS]
+            yield row([f"{count:,}", f"{distinct:g}", f"{loads:g}", *cells])
         yield ""
-        same = [value for name, value in found.items() if "/same/" in name]
-        if same:
-            yield (
-                f"The texts of (a) to (c) are the same as ours, token for token, in {sum(s[0] for s in same):,} of "
-                f"{sum(s[1] for s in same):,} cases.\n"
-            )
+        same, compared = equal_texts(found)
+        yield f"The texts of (a) to (c) are ours, token for token, in {same:,} of {compared:,} cases.\n"
+
+
+def speedups(rounds: Mapping[str, Any], turns: Sequence[str], side: str) -> str:
+    times = [
+        (rounds[f"{turn}/{side}"]["seconds"][1], rounds[f"{turn}/ours"]["seconds"][1])
+        for turn in turns
+        if f"{turn}/{side}" in rounds
+    ]
+    return spread([theirs / ours for theirs, ours in times])[:-1] + f"; {len(times)})" if times else "not measured"
+
+
+def equal_texts(found: Mapping[str, Any]) -> tuple[int, int]:
+    """How many texts of the other ways equal ours, and of how many."""
+    same = compared = 0
+    for name, value in found.items():
+        prefix, _, side = name.rpartition("/")
+        if side in OTHERS and side != "base" and f"{prefix}/ours" in found:
+            ours = found[f"{prefix}/ours"]["texts"]
+            same += sum(a == b for a, b in zip(value["texts"], ours, strict=True))
+            compared += len(ours)
+    return same, compared
 
 
 def cliff(values: Mapping[str, Any]) -> Iterator[str]:
@@ -102,10 +113,11 @@ def cliff(values: Mapping[str, Any]) -> Iterator[str]:
     turns = [turn for turn in turns if all(f"{turn}/{size}" in found for size in sizes)]
     if not turns:
         return
-    yield "## The cliff: 64 adapters of rank 16, all equally popular, 192 requests, bundled model\n"
-    yield "The pool has room for the texts of 32 rows and for so many adapters; throughput relative to the first
-    line.\n" yield row(["adapters in the pool", "loads", "throughput", "rounds"]) yield row(["---:", "---:", "---",
-    "---:"]) for size in sizes:
+    yield "## The cliff: 64 adapters of rank 16, all equally popular, 96 requests, bundled model\n"
+    yield "The pool has room for 32 texts and so many adapters; throughput relative to the first line.\n"
+    yield row(["adapters in the pool", "loads", "throughput", "rounds"])
+    yield row(["---:", "---:", "---", "---:"])
+    for size in sizes:
         here = [found[f"{turn}/{size}"] for turn in turns]
         first = [found[f"{turn}/{sizes[0]}"] for turn in turns]
         relative = [a["seconds"][1] / b["seconds"][1] for a, b in zip(first, here, strict=True)]
