@@ -19,6 +19,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,14 @@ def product(arguments: argparse.Namespace, results: Results) -> None:
     def theirs() -> None:
         peft.model(ids, adapter_names=names, use_cache=False)
 
+    works: dict[str, Callable[[], Any]] = {"ours": side.scheduler.step, "peft": theirs}
     for pair in range(arguments.pairs):
-        works = {"ours": side.scheduler.step, "peft": theirs}
         for name in sorted(works, reverse=bool(pair % 2)):
-            results.get(f"product/{arguments.model}/{pair}/{name}", lambda name=name: timed(works[name])[1])
+            results.get(f"product/{arguments.model}/{pair}/{name}", partial(seconds_of, works[name]))
+
+
+def seconds_of(work: Callable[[], Any]) -> list[float]:
+    return timed(work)[1]
 
 
 # --- Traffic -----------------------------------------------------------------------------------------------
@@ -137,11 +142,11 @@ def one_round(results: Results, prefix: str, asked: Sequence[Asked], sides: dict
 
     order = [*sides][turn % len(sides) :] + [*sides][: turn % len(sides)]
     for side in order:
-        results.get(f"{prefix}/{side}", lambda side=side: measure(side))
+        results.get(f"{prefix}/{side}", partial(measure, side))
     for side in answers:
         if side != "base" and "ours" in answers:
             same = sum(a == b for a, b in zip(answers[side], answers["ours"], strict=True))
-            results.get(f"{prefix}/same/{side}", lambda same=same: [same, len(asked)])
+            results.get(f"{prefix}/same/{side}", partial(list, (same, len(asked))))
 
 
 # --- The cliff ---------------------------------------------------------------------------------------------
@@ -162,7 +167,7 @@ def cliff(arguments: argparse.Namespace, results: Results) -> None:
     for turn in range(arguments.rounds):
         asked = even_traffic(64, 192, arguments, model, turn)
         for held, side in sides.items():
-            results.get(f"cliff/{turn}/{held}", lambda side=side: measure_cliff(side, asked))
+            results.get(f"cliff/{turn}/{held}", partial(measure_cliff, side, asked))
 
 
 def even_traffic(adapters: int, requests: int, arguments: argparse.Namespace, model: GPT2, seed: int) -> list[Asked]:

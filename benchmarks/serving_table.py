@@ -15,10 +15,10 @@ HEAD = """\
 
 `python -m benchmarks.serving` writes this file; its first lines say how. torch on a CPU, one thread, float32.
 
-The machine had two cores and was shared with other programs that used all of them, so times of the clock say little. The
-ratios are of **processor time** of the process, in which a program that has to wait is not charged; the sides of a round
-answer the same requests one after the other, in an order that turns. A cell has the median (smallest to largest) of the
-rounds. "Times the throughput" above 1 is better for ours.
+The machine had two cores and was shared with other programs that used all of them, so times of the clock say little.
+The ratios are of **processor time** of the process, in which a program that has to wait is not charged (though it is
+slower where others fill the caches). The sides of a round answer the same requests one after the other, in an order
+that turns. A cell has the median (smallest to largest) of the rounds.
 """
 
 
@@ -49,7 +49,7 @@ def product(values: Mapping[str, Any]) -> Iterator[str]:
         if pairs:
             if model == "small":
                 yield "## One decoding step: 16 rows, 8 adapters of rank 8\n"
-                yield "The whole step of the model, ours divided by peft's `adapter_names`, measured in pairs. Goal: 0.5.\n"
+                yield "The model's whole step, ours divided by peft's `adapter_names`, measured in pairs. Goal: 0.5.\n"
                 yield row(["model", "processor time", "clock", "pairs"])
                 yield row(["---", "---", "---", "---:"])
             ratios = [[found[f"{p}/ours"][n] / found[f"{p}/peft"][n] for p in pairs] for n in (1, 0)]
@@ -103,7 +103,7 @@ def cliff(values: Mapping[str, Any]) -> Iterator[str]:
     if not turns:
         return
     yield "## The cliff: 64 adapters of rank 16, all equally popular, 192 requests, bundled model\n"
-    yield "The pool has room for the texts of 32 rows and for so many adapters; throughput relative to the first line.\n"
+    yield "The pool has room for 32 texts and so many adapters; throughput relative to the first line.\n"
     yield row(["adapters in the pool", "loads", "throughput", "rounds"])
     yield row(["---:", "---:", "---", "---:"])
     for size in sizes:

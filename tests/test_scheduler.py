@@ -32,7 +32,8 @@ class Adapters:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.models: dict[str | None, GPT2] = {None: tiny_model(), **write_adapters(folder)}
+        self.models: dict[str | None, GPT2] = {None: tiny_model()}
+        self.models.update(write_adapters(folder))
         self.exact = {name: tiny_model().double() for name in self.models}
         for name, model in self.exact.items():
             model.load_state_dict({key: tensor.double() for key, tensor in self.models[name].state_dict().items()})
