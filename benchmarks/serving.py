@@ -31,6 +31,7 @@ from benchmarks.make_adapters import make_adapters, name_of
 from benchmarks.serving_sides import Asked, Ours, Peft, Side, merge_and_switch, one_after_another, zipf_traffic
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.serving.adapter_store import AdapterStore
+from lora_from_scratch.serving.mixed_product import add_lora_
 from lora_from_scratch.serving.page_pool import PageLayout, PagePool
 from lora_from_scratch.support.files import write_json
 
@@ -45,12 +46,16 @@ class Results:
 
     def __init__(self, path: Path = RESULTS) -> None:
         self.path = path
-        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.values = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """A measurement, made now if it has not been."""
         if name not in self.values:
-            self.values[name] = measure()
+            value = measure()
+            self.values = {**self._read(), name: value}  # another run may have written something
             write_json(self.path, self.values)
             print(f"{name}: {self.values[name]}", flush=True)
         return self.values[name]
@@ -71,7 +76,7 @@ def pages_of(model: GPT2, mib: int) -> int:
 
 
 def product(arguments: argparse.Namespace, results: Results) -> None:
-    """One decoding step of 16 rows with 8 adapters of rank 8, the ends of texts of one token, in pairs with peft's."""
+    """16 rows of one token, 8 adapters of rank 8, in pairs with peft's: the model's whole step, and the LoRAs alone."""
     model = base_model(arguments.model).eval()
     folder = arguments.folder / f"{arguments.model}-rank-8"
     make_adapters(folder, 8, model.config, (8, 8), 8)
@@ -89,10 +94,52 @@ def product(arguments: argparse.Namespace, results: Results) -> None:
     def theirs() -> None:
         peft.model(ids, adapter_names=names, use_cache=False)
 
-    works: dict[str, Callable[[], Any]] = {"ours": side.scheduler.step, "peft": theirs}
-    for pair in range(arguments.pairs):
+    pairs(results, f"product/{arguments.model}/step", arguments.pairs, {"ours": side.scheduler.step, "peft": theirs})
+    alone = products_alone(side, peft, names)
+    pairs(results, f"product/{arguments.model}/alone", arguments.pairs, alone)
+
+
+def products_alone(side: Ours, peft: Peft, names: list[str]) -> dict[str, Callable[[], Any]]:
+    """Only what the adapters add, in every linear layer, to an output of the base that is there already."""
+    plans, pool = side.scheduler.model.plans, side.scheduler.pool.data
+    modules = dict(peft.model.base_model.model.named_modules())
+    layers, inputs, outputs = {}, {}, {}
+    for name in plans:
+        layer = modules[name]
+        inputs[name], outputs[name] = torch.randn(16, 1, layer.in_features), torch.randn(16, 1, layer.out_features)
+        layer.base_layer = Given(outputs[name])
+        layers[name] = layer
+
+    @torch.no_grad()
+    def ours() -> None:
+        for name, plan in plans.items():
+            add_lora_(outputs[name][:, 0].clone(), inputs[name][:, 0], pool, plan)
+
+    @torch.no_grad()
+    def theirs() -> None:
+        for name, layer in layers.items():
+            layer(inputs[name], adapter_names=names)
+
+    return {"ours": ours, "peft": theirs}
+
+
+class Given(torch.nn.Module):
+    """A layer whose output is known."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output.clone()
+
+
+def pairs(results: Results, prefix: str, count: int, works: dict[str, Callable[[], Any]]) -> None:
+    for work in works.values():
+        work()
+    for pair in range(count):
         for name in sorted(works, reverse=bool(pair % 2)):
-            results.get(f"product/{arguments.model}/{pair}/{name}", partial(seconds_of, works[name]))
+            results.get(f"{prefix}/{pair}/{name}", partial(seconds_of, works[name]))
 
 
 def seconds_of(work: Callable[[], Any]) -> list[float]:

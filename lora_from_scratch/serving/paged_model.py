@@ -55,7 +55,7 @@ class PagedModel:
         self.model, self.pool = model.eval(), pool
         self.device = pool.data.device
         self.layers = [name for name, _ in model.named_modules() if name.endswith(LINEAR)]
-        self._plans: dict[str, LayerPlan] = {}  # of the last pass
+        self.plans: dict[str, LayerPlan] = {}  # of the last pass
         self._planned_for: tuple[list[slice], list[LayerRows | None]] = ([], [])
 
     @torch.no_grad()
@@ -114,9 +114,9 @@ class PagedModel:
         if not same or places != self._planned_for[0]:
             gathered, segments = _split(texts, batch)
             made = {name: plan_layer(gathered, segments, name) for name in self.layers}
-            self._plans = {name: plan for name, plan in made.items() if plan is not None}
+            self.plans = {name: plan for name, plan in made.items() if plan is not None}
             self._planned_for = places, adapters  # which keeps the adapters, so that no other has their identity
-        return self._plans
+        return self.plans
 
 
 LINEAR = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")  # the linear layers of a block
