@@ -91,12 +91,20 @@ def traffic(values: Mapping[str, Any]) -> Iterator[str]:
             cells = [spread([speedup(turn, side) for turn in turns]) for side in OTHERS]
             yield row([f"{count:,}", f"{distinct:g}", f"{loads:g}", *cells, spread(best), len(turns)])
         yield ""
-        same = [value for name, value in found.items() if "/same/" in name]
-        if same:
-            yield (
-                f"The texts of (a) to (c) are the same as ours, token for token, in {sum(s[0] for s in same):,} of "
-                f"{sum(s[1] for s in same):,} cases.\n"
-            )
+        same, compared = equal_texts(found)
+        yield f"The texts of (a) to (c) are ours, token for token, in {same:,} of {compared:,} cases.\n"
+
+
+def equal_texts(found: Mapping[str, Any]) -> tuple[int, int]:
+    """How many texts of the other ways equal ours, and of how many."""
+    same = compared = 0
+    for name, value in found.items():
+        prefix, _, side = name.rpartition("/")
+        if side in OTHERS and side != "base" and f"{prefix}/ours" in found:
+            ours = found[f"{prefix}/ours"]["texts"]
+            same += sum(a == b for a, b in zip(value["texts"], ours, strict=True))
+            compared += len(ours)
+    return same, compared
 
 
 def cliff(values: Mapping[str, Any]) -> Iterator[str]:
