@@ -204,13 +204,13 @@ def cliff(arguments: argparse.Namespace, results: Results) -> None:
     make_adapters(folder, 64, model.config, (16, 16), 64)
     text = PageLayout.for_model(model.config).pages_for_tokens(arguments.prompt + arguments.new)
     sides = {}
-    for held in (64, 56, 48, 40, 32, 16, 8):
+    for held in (64, 48, 32, 16, 8):
         side = Ours(model, folder, 1)
         each = side.store.pages_for(side.store.find(name_of(0)))
         sides[held] = Ours(model, folder, 32 * text + held * each)
         sides[held](even_traffic(64, 64, arguments, model, 99))
     for turn in range(arguments.rounds):
-        asked = even_traffic(64, 192, arguments, model, turn)
+        asked = even_traffic(64, 96, arguments, model, turn)
         for held, side in sides.items():
             results.get(f"cliff/{turn}/{held}", partial(measure_cliff, side, asked))
 

@@ -84,9 +84,12 @@ def expected(folder: Path, names: list[str]) -> dict[int, str]:
     for name in sorted(set(names))[:COMPARED]:
         method = load_adapter(model, folder / name)
         method.merge(model)
-        for number in (n for n, other in enumerate(names) if other == name):
-            ids = tokenizer.encode(prompt_of(number))
-            texts[number] = tokenizer.decode(generate(model, [ids], max_new_tokens=TOKENS, eos_id=tokenizer.eos_id)[0])
+        numbers = [n for n, other in enumerate(names) if other == name]
+        ids = [tokenizer.encode(prompt_of(n)) for n in numbers]
+        for number, tokens in zip(
+            numbers, generate(model, ids, max_new_tokens=TOKENS, eos_id=tokenizer.eos_id), strict=True
+        ):
+            texts[number] = tokenizer.decode(tokens)
         method.undo(model)
     return texts
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 OUTPUT = Path(__file__).with_name("serving.md")
+COUNTED = ("distinct", "loads")
 OTHERS = {"merge": "(a) merge and switch", "loop": "(b) one after another", "peft": "(c) peft", "base": "(d) base"}
 
 HEAD = """\
@@ -18,7 +19,8 @@ HEAD = """\
 The machine had two cores and was shared with other programs that used all of them, so times of the clock say little.
 The ratios are of **processor time** of the process, in which a program that has to wait is not charged (though it is
 slower where others fill the caches). The sides of a round answer the same requests one after the other, in an order
-that turns. A cell has the median (smallest to largest) of the rounds.
+that turns; the rounds were run in several parts of a few minutes. A cell has the median (smallest to largest) of the
+rounds, where there are several.
 """
 
 
@@ -68,31 +70,28 @@ def traffic(values: Mapping[str, Any]) -> Iterator[str]:
         if not counts:
             continue
         yield f"## Zipf traffic, {model}, ranks 4 to 32, 32 rows\n"
-        yield "Times the throughput of each other way: ours divided by theirs, in processor time.\n"
-        yield row(["adapters", "distinct", "loads", *OTHERS.values(), "best of (a) to (c)", "rounds"])
-        yield row(["---:", "---:", "---:", *["---"] * (len(OTHERS) + 1), "---:"])
+        yield "Times the throughput of each other way: its processor time divided by ours. In brackets the smallest, the"
+        yield "largest, and the number of rounds.\n"
+        yield row(["adapters", "distinct in a round", "loaded in a round", *OTHERS.values()])
+        yield row(["---:", "---:", "---:", *["---"] * len(OTHERS)])
         for count in counts:
             rounds = under(found, f"{count}/")
-            turns = [
-                t
-                for t in sorted({n.split("/")[0] for n in rounds})
-                if all(f"{t}/{s}" in rounds for s in ("ours", *OTHERS))
-            ]
-            if not turns:
-                continue
-
-            def speedup(turn: str, side: str, rounds: Mapping[str, Any] = rounds) -> float:
-                ratio: float = rounds[f"{turn}/{side}"]["seconds"][1] / rounds[f"{turn}/ours"]["seconds"][1]
-                return ratio
-
-            best = [min(speedup(turn, side) for side in OTHERS if side != "base") for turn in turns]
-            distinct = statistics.median(rounds[f"{turn}/ours"]["distinct"] for turn in turns)
-            loads = statistics.median(rounds[f"{turn}/ours"]["loads"] for turn in turns)
-            cells = [spread([speedup(turn, side) for turn in turns]) for side in OTHERS]
-            yield row([f"{count:,}", f"{distinct:g}", f"{loads:g}", *cells, spread(best), len(turns)])
+            turns = [name.removesuffix("/ours") for name in rounds if name.endswith("/ours")]
+            distinct, loads = (statistics.median(rounds[f"{turn}/ours"][what] for turn in turns) for what in COUNTED)
+            cells = [speedups(rounds, turns, side) for side in OTHERS]
+            yield row([f"{count:,}", f"{distinct:g}", f"{loads:g}", *cells])
         yield ""
         same, compared = equal_texts(found)
         yield f"The texts of (a) to (c) are ours, token for token, in {same:,} of {compared:,} cases.\n"
+
+
+def speedups(rounds: Mapping[str, Any], turns: Sequence[str], side: str) -> str:
+    times = [
+        (rounds[f"{turn}/{side}"]["seconds"][1], rounds[f"{turn}/ours"]["seconds"][1])
+        for turn in turns
+        if f"{turn}/{side}" in rounds
+    ]
+    return spread([theirs / ours for theirs, ours in times])[:-1] + f"; {len(times)})" if times else "not measured"
 
 
 def equal_texts(found: Mapping[str, Any]) -> tuple[int, int]:
@@ -114,7 +113,7 @@ def cliff(values: Mapping[str, Any]) -> Iterator[str]:
     turns = [turn for turn in turns if all(f"{turn}/{size}" in found for size in sizes)]
     if not turns:
         return
-    yield "## The cliff: 64 adapters of rank 16, all equally popular, 192 requests, bundled model\n"
+    yield "## The cliff: 64 adapters of rank 16, all equally popular, 96 requests, bundled model\n"
     yield "The pool has room for 32 texts and so many adapters; throughput relative to the first line.\n"
     yield row(["adapters in the pool", "loads", "throughput", "rounds"])
     yield row(["---:", "---:", "---", "---:"])
