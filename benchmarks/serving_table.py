@@ -70,8 +70,8 @@ def traffic(values: Mapping[str, Any]) -> Iterator[str]:
         if not counts:
             continue
         yield f"## Zipf traffic, {model}, ranks 4 to 32, 32 rows\n"
-        yield "Times the throughput of each other way: its processor time divided by ours. In brackets the smallest, the"
-        yield "largest, and the number of rounds.\n"
+        yield "Times the throughput of each other way: its processor time divided by ours. In brackets the smallest,"
+        yield "the largest, and the number of rounds.\n"
         yield row(["adapters", "distinct in a round", "loaded in a round", *OTHERS.values()])
         yield row(["---:", "---:", "---:", *["---"] * len(OTHERS)])
         for count in counts:
