@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_from_scratch.serving.mixed_product import LayerRows, PoolRows, add_lora_, plan_layer
 
 INPUTS, OUTPUTS, SIZE = 6, 9, 18 * 40
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=40, deadline=None)
 
 
 def draw_adapters(ranks: list[int], doras: int, pool: Tensor) -> list[LayerRows]:
