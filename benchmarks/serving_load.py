@@ -32,7 +32,7 @@ from lora_from_scratch.gpt2.checkpoint import load_tokenizer
 from lora_from_scratch.gpt2.generation import generate
 from lora_from_scratch.methods.registry import load_adapter
 
-ADAPTERS, COMPARED = 1000, 12
+ADAPTERS, COMPARED = 1000, 4
 TOKENS = 8
 
 
