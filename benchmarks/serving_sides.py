@@ -156,7 +156,7 @@ class Peft:
         for name in sorted(self.loaded - names):
             self.model.delete_adapter(name)
         for name in sorted(names - self.loaded):
-            self.model.load_adapter(self.folder / name, adapter_name=name)
+            self.model.load_adapter(self.folder / name, adapter_name=name, low_cpu_mem_usage=True)
         self.loaded = names
 
     def __call__(self, asked: Sequence[Asked]) -> list[list[int]]:

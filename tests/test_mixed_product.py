@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_from_scratch.serving.mixed_product import LayerRows, PoolRows, add_lora_, plan_layer
 
 INPUTS, OUTPUTS, SIZE = 6, 9, 18 * 40
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=40, deadline=None)
 
 
 def draw_adapters(ranks: list[int], doras: int, pool: Tensor) -> list[LayerRows]:
@@ -46,25 +46,25 @@ def test_each_row_gets_the_product_of_its_own_adapter(
     torch.manual_seed(seed)
     pool = torch.randn(SIZE)
     adapters = draw_adapters(ranks, doras, pool)
-    owner = [number % len(adapters) if number >= 0 else None for number in rows]
+    owner: list[int | None] = [number % len(adapters) if number >= 0 else None for number in rows]
     slices = []
     for number, length in segments:
         slices.append((slice(len(owner), len(owner) + length), adapters[number % len(adapters)]))
         owner += [number % len(adapters)] * length
     owner.append(None)  # a row at the end that nobody plans for
     x, y, bias = torch.randn(len(owner), INPUTS), torch.randn(len(owner), OUTPUTS), torch.randn(OUTPUTS)
-    gathered = [adapters[number] if number is not None else None for number in owner[: len(rows)]]
+    gathered = [adapters[index] if index is not None else None for index in owner[: len(rows)]]
     plan = plan_layer(gathered, slices, "layer")
     expected = y.double()
-    for row, number in enumerate(owner):
-        if number is not None and "layer" in adapters[number]:
-            A, B, gain = adapters[number]["layer"]
+    for row, index in enumerate(owner):
+        if index is not None and "layer" in adapters[index]:
+            A, B, gain = adapters[index]["layer"]
             if len(gain):
                 expected[row] += pool.view(-1, OUTPUTS)[gain[0]] * (y[row] - bias)
             change = pool.view(-1, OUTPUTS)[B].double().T @ pool.view(-1, INPUTS)[A].double()  # (out, in)
             expected[row] += change @ x[row].double()
     if plan is None:
-        assert not any("layer" in adapters[number] for number in owner if number is not None)
+        assert not any("layer" in adapters[index] for index in owner if index is not None)
     else:
         add_lora_(y, x, pool, plan, bias)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)

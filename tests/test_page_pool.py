@@ -54,7 +54,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert sorted(self.pool.free) == list(range(PAGES))
 
 
-PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
 TestPool = PoolMachine.TestCase
 
 

@@ -76,14 +76,16 @@ def stage(factors: AdapterFactors, layout: PageLayout) -> Staged:
     """
     parts = {name: [part for part in layer if part is not None] for name, layer in factors.items()}
     parts = {name: [part if part.ndim == 2 else part[None] for part in layer] for name, layer in parts.items()}
-    matrices = [(len(part), part.shape[1]) for layer in parts.values() for part in layer]
+    matrices = [(part.shape[0], part.shape[1]) for layer in parts.values() for part in layer]
     places, count = layout.place(matrices)
     pages = torch.zeros(count, layout.size)
+    by_width = {width: pages.view(-1, width) for width in layout.widths}
     numbers, first = iter(places), {}
     for name, layer in parts.items():
         first[name] = tuple(next(numbers) for _ in layer)
         for start, part in zip(first[name], layer, strict=True):
-            pages.view(-1, part.shape[1])[start : start + len(part)] = part
+            rows, width = part.shape
+            by_width[width][start : start + rows] = part
     if count and not all(bound.isfinite() for bound in pages.aminmax()):
         raise ValueError("the adapter's numbers are not all finite: its training diverged")
     return Staged(pages, first, {name: len(layer[0]) for name, layer in parts.items()})

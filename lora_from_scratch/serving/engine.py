@@ -6,7 +6,8 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 
 from lora_from_scratch.serving.scheduler import Event, Request, Scheduler
 
@@ -47,7 +48,7 @@ class Engine:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    async def run(self, requests: Sequence[Request]) -> AsyncIterator[Event]:
+    async def run(self, requests: Sequence[Request]) -> AsyncGenerator[Event, None]:
         """Run requests and yield what happens to them, until all are finished.
 
         If the caller stops listening, they are cancelled.
@@ -63,7 +64,7 @@ class Engine:
         events: asyncio.Queue[Event] = asyncio.Queue()
         self.active |= dict.fromkeys(requests, events)
         for request in requests:
-            self._inbox.put(lambda request=request: self.scheduler.submit(request))
+            self._inbox.put(partial(self.scheduler.submit, request))
         try:
             left = len(requests)
             while left:
@@ -73,7 +74,7 @@ class Engine:
         finally:
             for request in requests:
                 if self.active.pop(request, None) is not None:
-                    self._inbox.put(lambda request=request: self.scheduler.cancel(request))
+                    self._inbox.put(partial(self.scheduler.cancel, request))
 
     # --- The thread ---
 

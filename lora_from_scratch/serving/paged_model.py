@@ -14,9 +14,10 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lora_from_scratch.gpt2.model import GPT2, Attention
@@ -54,7 +55,7 @@ class PagedModel:
         self.model, self.pool = model.eval(), pool
         self.device = pool.data.device
         self.layers = [name for name, _ in model.named_modules() if name.endswith(LINEAR)]
-        self._plans: dict[str, LayerPlan] = {}  # of the last pass
+        self.plans: dict[str, LayerPlan] = {}  # of the last pass
         self._planned_for: tuple[list[slice], list[LayerRows | None]] = ([], [])
 
     @torch.no_grad()
@@ -71,6 +72,7 @@ class PagedModel:
         batch = _Batch(texts, self.pool, self.model.config.n_head)
         plans = self._plan(texts, batch)
         x = transformer.wte(batch.tokens) + transformer.wpe(batch.positions)  # (N, d)
+        block: Any
         for number, block in enumerate(transformer.h):
             name = f"transformer.h.{number}"
             qkv = self._linear(f"{name}.attn.c_attn", block.attn.c_attn, block.ln_1(x), plans)  # (N, 3 d)
@@ -81,7 +83,7 @@ class PagedModel:
             x = x + self._linear(f"{name}.mlp.c_proj", block.mlp.c_proj, hidden, plans)
         return F.linear(transformer.ln_f(x[batch.last]), transformer.wte.weight).float()
 
-    def _linear(self, name: str, layer: nn.Module, x: Tensor, plans: dict[str, LayerPlan]) -> Tensor:
+    def _linear(self, name: str, layer: Any, x: Tensor, plans: dict[str, LayerPlan]) -> Tensor:
         y: Tensor = layer(x)
         if name in plans:
             add_lora_(y, x, self.pool.data, plans[name], layer.bias)
@@ -100,8 +102,8 @@ class PagedModel:
             n = batch.decoding.texts
             mixed[:n] = batch.decoding.attend(q[:n], self.pool, layer)
         for place in batch.prompts:
-            parts = (part[place].unflatten(1, (heads, -1)).transpose(0, 1)[None] for part in (q, k, v))
-            result = F.scaled_dot_product_attention(*parts, is_causal=True)  # (1, H, T, hd)
+            own = [part[place].unflatten(1, (heads, -1)).transpose(0, 1)[None] for part in (q, k, v)]  # (1, H, T, hd)
+            result = F.scaled_dot_product_attention(own[0], own[1], own[2], is_causal=True)
             mixed[place] = result[0].transpose(0, 1).flatten(1)
         return mixed
 
@@ -112,9 +114,9 @@ class PagedModel:
         if not same or places != self._planned_for[0]:
             gathered, segments = _split(texts, batch)
             made = {name: plan_layer(gathered, segments, name) for name in self.layers}
-            self._plans = {name: plan for name, plan in made.items() if plan is not None}
+            self.plans = {name: plan for name, plan in made.items() if plan is not None}
             self._planned_for = places, adapters  # which keeps the adapters, so that no other has their identity
-        return self._plans
+        return self.plans
 
 
 LINEAR = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")  # the linear layers of a block
@@ -153,7 +155,11 @@ class _Batch:
     def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int) -> None:
         layout, device = pool.layout, pool.data.device
         n = sum(text.before > 0 for text in texts)
-        tokens, positions, cells, last, self.prompts = [], [], [], [], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        cells: list[int] = []
+        last: list[int] = []
+        self.prompts: list[slice] = []
         for text in texts:
             start = len(tokens)
             tokens += text.tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from lora_from_scratch.serving.scheduler import Request, Scheduler
 from lora_from_scratch.serving.text_stream import TextStream
 
 MOST_BYTES = 2**20  # of a body
+Pieces = AsyncGenerator[tuple[int, str, str | None], None]  # the number of a choice, a piece of text, why it ends
 FAILURE = "the server has failed; its log says why"
 
 
@@ -149,7 +150,7 @@ class Server:
                 400, "the prompt is not valid text: it has half of a surrogate pair", param="prompt"
             ) from None
 
-    async def _events(self, job: _Job) -> AsyncIterator[tuple[int, str, str | None]]:
+    async def _events(self, job: _Job) -> Pieces:
         """For each new piece of text: which choice it belongs to, the piece, and why the choice ends, if it does.
 
         Raises:
@@ -195,7 +196,7 @@ class Server:
         http: HttpRequest,
         job: _Job,
         first: tuple[int, str, str | None],
-        events: AsyncIterator[tuple[int, str, str | None]],
+        events: Pieces,
     ) -> Response:
         texts, reasons = [""] * len(job.requests), ["length"] * len(job.requests)
 
@@ -206,15 +207,13 @@ class Server:
                 texts[number] += piece
                 reasons[number] = finished or reasons[number]
 
-        async with contextlib.aclosing(events):  # type: ignore[type-var]
+        async with contextlib.aclosing(events):
             await _unless_gone(http, collect())
         choices = [job.answer.choice(*parts) for parts in zip(range(len(texts)), texts, reasons, strict=True)]
         return JSONResponse(job.answer.whole(choices, job.usage()))
 
-    async def _stream(
-        self, job: _Job, first: tuple[int, str, str | None], events: AsyncIterator[tuple[int, str, str | None]]
-    ) -> AsyncIterator[str]:
-        async with contextlib.aclosing(events):  # type: ignore[type-var]
+    async def _stream(self, job: _Job, first: tuple[int, str, str | None], events: Pieces) -> AsyncIterator[str]:
+        async with contextlib.aclosing(events):
             yield server_sent_event(job.answer.whole([job.answer.choice(*first)]))
             try:
                 async for event in events:

@@ -10,7 +10,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character d
 
 
 class TextStream:
-    """The text of tokens that come one by one, up to the first of some strings.
+    """The text of tokens that come one by one, up to the first of some strings that is complete.
 
     What may still change is held back: the bytes of a character that is not complete, and the beginning of a string
     that would end the text. All pieces together are the text.
