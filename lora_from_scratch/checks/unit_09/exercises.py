@@ -88,10 +88,12 @@ def layer_cases(draw: Draw) -> Iterator[Case]:
         inputs, outputs, rank = sizes
         given: dict[str, Data] = {"kind": LINEAR, "weight": draw.normal(outputs, inputs), "bias": draw.normal(outputs)}
         given |= {"A": draw.normal(rank, inputs), "B": draw.normal(outputs, rank), "alpha": draw.choice((6.0, 10.0))}
-        given |= {"x": draw.normal(*more.pop("batch", (2, 3)), inputs), "what": what} | more
+        given |= {"x": draw.normal(*more.pop("batch", (2, 3)), inputs), "what": what}
+        given |= more
         return Case(name, given, part, sentences)
 
-    forward, merge, unmerge, conv = "forward", "merge", "unmerge", {"kind": CONV1D}
+    forward, merge, unmerge = "forward", "merge", "unmerge"
+    conv: dict[str, Any] = {"kind": CONV1D}
     sum_, beside, scaling = (
         "`forward(x)`, (..., in) to (..., out)",
         "A linear layer with a LoRA",
