@@ -239,8 +239,8 @@ class NestedAbsmax(NamedTuple):
 def double_quantize(absmax: Tensor, blocksize: int = 256) -> NestedAbsmax:
     """Quantise the scales themselves to 8 bits (QLoRA, section 3, "Double Quantization").
 
-    The scales are all positive, but the 8-bit map (`dynamic_map`) has as many negative values as positive ones. So
-    their mean, the offset, is subtracted first; what is left lies around 0 and is quantised with `quantize_dynamic`.
+    The scales are all positive, while nearly half of the values of the 8-bit map (`dynamic_map`) are negative. So their
+    mean, the offset, is subtracted first; what is left lies around 0 and is quantised with `quantize_dynamic`.
 
     Args:
         absmax: (blocks,) float32, the scales of `quantize_nf4`.
