@@ -127,7 +127,7 @@ def test_the_command_writes_a_page_in_which_nothing_of_a_learner_is_html(course:
     before = course.rows()
     path = course.root / "reports" / f"{NAME}-similar.html"
     said = output_of("similar", "99", "--course", course.root)
-    assert said == f"1 pairs of learners with similar answers: {path}\n"
+    assert said == f"pairs of learners with similar answers: 1; report: {path}\n"
     text = path.read_text()
     assert "&lt;b&gt;bob and ada: 1 exercise" in text
     assert "&lt;script&gt;\N{REPLACEMENT CHARACTER}" in text
