@@ -5,7 +5,8 @@
 The class is that of `benchmarks.grading_speed`, each solved notebook with a few random edits. For each number of
 workers the class is graded from the beginning, and a row says: submissions a minute; the memory of the command (which
 writes the gradebook) when a tenth and when all of it was finished; and the time left that the progress bar said after
-a tenth, divided by the time that it then took. Goals: memory grows by at most 100 MiB, the time left is right within 20 %.
+a tenth, divided by the time that it then took. Goals: memory grows by at most 100 MiB, and the time left is right
+within 20 %.
 
 `--stand-in` marks without running anything, so that what remains is the command itself: reading, matching, the
 gradebook, the notebooks for the formgrader.
