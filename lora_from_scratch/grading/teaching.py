@@ -91,7 +91,7 @@ def write_teaching_report(unit: Unit, course: CourseFolder, progress: Path | Non
     if not records:
         raise FileNotFoundError(f"no submission to {course.assignment} has been graded; run `grade` first")
     verdicts = [graded.verdicts for graded in records if any(v.status != "missing" for v in graded.verdicts.values())]
-    entries = [found for learner in learners if (found := _progress_of(course, learner, progress))]
+    entries = [known for learner in learners if (known := _progress_of(course, learner, progress))]
     found = [study(exercise, verdicts, entries, unit.exercises) for exercise in unit.exercises]
     title = f"Unit {unit.number}: {unit.title}. What the class teaches"
     path = course.root / "reports" / f"{course.assignment}-teaching.html"
