@@ -71,6 +71,8 @@ class OutOfBoundsError(BaseException):
 
 @dataclass
 class PoolWorker:
+    """A process of the pool, and the task that it has."""
+
     process: Any
     pipe: Connection
     task: Task | None = None

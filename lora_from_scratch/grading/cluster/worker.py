@@ -22,7 +22,7 @@ from typing import Any
 from lora_from_scratch.grading import tasks
 from lora_from_scratch.grading.cluster.packing import unpack
 from lora_from_scratch.grading.keys import course_key, why_changed
-from lora_from_scratch.grading.pool import Outcome, Pool, Task, PoolWorker
+from lora_from_scratch.grading.pool import Outcome, Pool, PoolWorker, Task
 from lora_from_scratch.grading.sandbox import Isolation
 from lora_from_scratch.grading.tasks import MarkingFailure, MarkingJob
 
