@@ -87,8 +87,8 @@ class Watched(marking_run.Progress):
 
     last: Watched
 
-    def __init__(self, name: str, submissions: int, **options: Any) -> None:
-        super().__init__(name, submissions, disable=False, file=io.StringIO(), **options)
+    def __init__(self, name: str, submissions: int, workers: int, **options: Any) -> None:
+        super().__init__(name, submissions, workers, disable=False, file=io.StringIO(), **options)
         self.submissions, self.started = submissions, time.monotonic()
         self.tenth: tuple[float, float, float] | None = None  # when, the time left that was said, memory
         self.end = (0.0, 0.0)

@@ -138,10 +138,11 @@ def test_a_submission_that_cannot_be_marked_any_more_keeps_the_points_that_it_ha
 
 
 def test_the_time_left_is_right_after_the_first_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """600 submissions, half of them graded already, marked by 8 workers in 2 to 6 s each; on a clock of our own."""
+    """600 submissions, half of them graded already, marked by 8 workers in 2 to 6 s each, the first in 10 s more; on a
+    clock of our own."""
     now, draw = [0.0], random.Random(0)
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    with Progress("unit_99", 600, disable=False, file=io.StringIO(), mininterval=0) as progress:
+    with Progress("unit_99", 600, 8, disable=False, file=io.StringIO(), mininterval=0) as progress:
         for number in range(600):
             now[0] += 0.02
             progress.finished(number % 2)
@@ -157,6 +158,7 @@ def test_the_time_left_is_right_after_the_first_tenth(monkeypatch: pytest.Monkey
 
 def _one_worker(draw: random.Random, start: float) -> Iterator[float]:
     """When a worker finishes each of the submissions that it might mark."""
+    start += 10
     for _ in range(100):
         start += draw.uniform(2, 6)
         yield start
