@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
+import random
 import re
 import shutil
 import stat
@@ -18,6 +21,7 @@ pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -
 from lora_from_scratch.grading import marking_run, sandbox
 from lora_from_scratch.grading.graded import Finding, Graded
 from lora_from_scratch.grading.keys import REASONS, why_changed
+from lora_from_scratch.grading.marking_run import Progress
 from tests.cli_calls import call, complaint
 from tests.grading_course import NAME, RIGHT, GradingCourse, template
 
@@ -131,6 +135,33 @@ def test_a_submission_that_cannot_be_marked_any_more_keeps_the_points_that_it_ha
     summary = course.grade()
     assert "RuntimeError: the judge fell over" in summary.rows[0].trouble[0]
     assert (summary.rows[0].entry.score, summary.code) == (7, 2)
+
+
+def test_the_time_left_is_right_after_the_first_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 submissions, half of them graded already, marked by 8 workers in 2 to 6 s each, the first in 10 s more; on a
+    clock of our own."""
+    now, draw = [0.0], random.Random(0)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with Progress("unit_99", 600, 8, disable=False, file=io.StringIO(), mininterval=0) as progress:
+        for number in range(600):
+            now[0] += 0.02
+            progress.finished(number % 2)
+            progress.looked_up(1)
+        ends = sorted(itertools.chain.from_iterable(_one_worker(draw, now[0]) for _ in range(8)))[:300]
+        for end in ends[:30]:
+            now[0] = end
+            progress.finished(1)
+        said = progress.bar.format_dict
+    left = (said["total"] - said["n"]) * said["elapsed"] / (said["n"] - said["initial"])
+    assert left == pytest.approx(ends[-1] - ends[29], rel=0.2)
+
+
+def _one_worker(draw: random.Random, start: float) -> Iterator[float]:
+    """When a worker finishes each of the submissions that it might mark."""
+    start += 10
+    for _ in range(100):
+        start += draw.uniform(2, 6)
+        yield start
 
 
 def test_a_result_that_is_damaged_on_disk_is_made_again(course: GradingCourse) -> None:

@@ -65,6 +65,7 @@ def first_exercise() -> str:
     return unit_of("00").exercises[0].name
 
 
+@pytest.mark.slow
 def test_gradescopes_bundle_runs_as_its_harness_runs_it(course: Path, tmp_path: Path) -> None:
     """/autograder/source is the unpacked bundle, /autograder/submission what was handed in; run_autograder is run."""
     bundle, root = tmp_path / "bundle.zip", tmp_path / "autograder"

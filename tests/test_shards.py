@@ -46,14 +46,14 @@ def records(course: GradingCourse) -> list[str]:
 
 def test_shards_and_collecting_give_the_same_bytes_as_one_machine(course: GradingCourse, tmp_path: Path) -> None:
     alone = course.copy(tmp_path / "alone")
-    alone.grade(feedback=True)
+    alone.grade()
     found = [shard(course, number) for number in (2, 3, 1)]
     assert sum(summary.learners for summary in found) == 8
     assert not (course.root / "autograded").exists()
     assert not course.rows()["grade"]
-    summary = course.grade(collect=True, feedback=True, marker=NOT_AGAIN)
+    summary = course.grade(collect=True, marker=NOT_AGAIN)
     assert (summary.marked, len(summary.rows), summary.code) == (0, 8, 0)
-    for folder in ("graded", "autograded", "feedback"):
+    for folder in ("graded", "autograded"):
         assert files(course.root / folder) == files(alone.root / folder), folder
     assert course.rows() == alone.rows()
 

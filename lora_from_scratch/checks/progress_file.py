@@ -174,16 +174,11 @@ def _read() -> tuple[Progress, str]:
     if isinstance(version, int) and version > VERSION:
         note = f"{file} was written by a newer version of lora-from-scratch, so it is left unchanged."
         return Progress(notes=[note], kept=False), ""
-    sound = valid_entries(document)
-    whole = version in range(1, VERSION + 1) and len(sound) == len(document["exercises"])
-    return Progress(sound), "" if whole else "is damaged in places"
-
-
-def valid_entries(document: Any) -> dict[str, Entry]:
-    """The valid entries of a progress file, by exercise; none if the document is something else."""
-    exercises = document.get("exercises") if isinstance(document, dict) else None
-    entries = {str(name): _entry(values) for name, values in exercises.items()} if isinstance(exercises, dict) else {}
-    return {name: entry for name, entry in entries.items() if entry is not None}
+    entries = {str(name): _entry(values) for name, values in document["exercises"].items()}
+    sound = {name: entry for name, entry in entries.items() if entry is not None}
+    return Progress(sound), "" if version in range(1, VERSION + 1) and len(sound) == len(
+        entries
+    ) else "is damaged in places"
 
 
 def _entry(values: Any) -> Entry | None:

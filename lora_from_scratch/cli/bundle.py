@@ -23,11 +23,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("unit", metavar="UNIT", help='the unit, such as "09" or "unit_09"')
     parser.add_argument(
-        "--for",
-        dest="platform",
-        required=True,
-        choices=["gradescope", "prairielearn"],
-        help="the platform that will run the bundle",
+        "--for", dest="platform", required=True, choices=["gradescope", "prairielearn"], help="the platform"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the zip file (default: PLATFORM-unit_NN.zip in this folder)"

@@ -33,5 +33,5 @@ def run(options: argparse.Namespace) -> int:
 
     unit = unit_of(Path(options.unit).stem.removeprefix("unit_").zfill(2))
     path, count = write_similarity_report(unit, open_course(f"unit_{unit.number}", options.course))
-    print(f"{count} pairs of learners with similar answers: {path}")
+    print(f"pairs of learners with similar answers: {count}; report: {path}")
     return 0

@@ -124,7 +124,8 @@ class CsvExport(CsvExportPlugin):
             writer.writerows(self._row(gradebook, unit, student) for unit in units for student in students)
 
     def _row(self, gradebook: Any, unit: Any, student: Any) -> list[Any]:
-        when, points = None, ["", "", ""]
+        when: Any = None
+        points: list[Any] = ["", "", ""]
         with contextlib.suppress(MissingEntry):
             submission = gradebook.find_submission(unit.name, student.id)
             when, score = submission.timestamp, final_score(submission)

@@ -138,6 +138,43 @@ def require_sandbox(isolation: Isolation) -> None:
                          "then read and change whatever you can")  # fmt: skip
 
 
+class Progress:
+    """A progress bar whose time left is right.
+
+    First every submission is looked at, which tells how many have to be marked. Those that need not be are finished at
+    once, and would make the others seem quick. The first that each worker marks is slow, since it imports what it
+    needs. So the rate is the mean of those that follow.
+    """
+
+    def __init__(self, name: str, submissions: int, workers: int, **options: Any) -> None:
+        self.waiting = submissions  # to be looked at
+        self.first = workers  # to be marked before the rate is measured
+        settings = {"unit": "submission", "desc": name, "disable": None, "smoothing": 0} | options
+        self.bar: Any = tqdm(total=submissions, **settings)
+
+    def finished(self, count: int) -> None:
+        self.bar.update(count)
+        if count and self.waiting == 0 and self.first > 0:
+            self.first -= 1
+            self._measure()
+
+    def looked_up(self, count: int) -> None:
+        self.waiting -= count
+        if count and self.waiting == 0:
+            self._measure()
+
+    def _measure(self) -> None:
+        """Measure the rate from now on, as tqdm's `reset` does."""
+        if not self.bar.disable:
+            self.bar.initial, self.bar.start_t = self.bar.n, self.bar._time()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
 @dataclass
 class MarkingRun:
     """Marks submissions that have no result yet, and writes each result to its record. Subclasses do the rest."""
@@ -150,12 +187,13 @@ class MarkingRun:
 
     def all(self, learners: tuple[str, ...]) -> None:
         """For each learner independently: look at the submission, mark it if needed, and go on with `enter`."""
-        with tqdm(total=len(learners), unit="submission", desc=self.given.course.assignment, disable=None) as bar:
+        with Progress(self.given.course.assignment, len(learners), self.pool.workers) as progress:
             for learner in learners:
                 _tidy(self.given.course, learner)
                 self.pool.submit(Task(learner, tasks.LOOK_UP, (self._job(learner),)))
             for outcome in self.pool.outcomes():
-                bar.update(self.go_on(outcome))
+                progress.finished(self.go_on(outcome))
+                progress.looked_up(outcome.task.function == tasks.LOOK_UP)
 
     def go_on(self, outcome: Outcome) -> int:
         """Do what follows a task; returns 1 if the submission is finished, else 0."""

@@ -70,7 +70,9 @@ class OutOfBoundsError(BaseException):
 
 
 @dataclass
-class Worker:
+class PoolWorker:
+    """A process of the pool, and the task that it has."""
+
     process: Any
     pipe: Connection
     task: Task | None = None
@@ -92,7 +94,7 @@ class Pool:
     start: str = "spawn"
     peak_bytes: int = 0
     _waiting: deque[Task] = field(default_factory=deque)
-    _running: list[Worker] = field(default_factory=list)
+    _running: list[PoolWorker] = field(default_factory=list)
     _attempts: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def submit(self, task: Task, *, first: bool = False) -> None:
@@ -118,7 +120,7 @@ class Pool:
     def step(self, timeout: float = 1.0) -> Iterator[Outcome]:
         """Hand out tasks, wait for at most this many seconds, and yield the outcomes that have arrived."""
         self._hand_out()
-        heard: dict[Any, Worker] = {worker.pipe: worker for worker in self._running}
+        heard: dict[Any, PoolWorker] = {worker.pipe: worker for worker in self._running}
         heard |= {worker.process.sentinel: worker for worker in self._running}
         for worker in {id(heard[end]): heard[end] for end in wait(list(heard), timeout=timeout)}.values():
             yield from self._hear(worker)
@@ -150,16 +152,16 @@ class Pool:
             with contextlib.suppress(OSError):  # it has died; `_hear` will notice
                 worker.pipe.send(worker.task)
 
-    def _start(self) -> Worker:
+    def _start(self) -> PoolWorker:
         context: Any = multiprocessing.get_context(self.start)
         here, there = context.Pipe()
         process = context.Process(target=work, args=(there, self.bounds), daemon=True)
         process.start()
         there.close()
-        self._running.append(Worker(process, here))
+        self._running.append(PoolWorker(process, here))
         return self._running[-1]
 
-    def _hear(self, worker: Worker) -> Iterator[Outcome]:
+    def _hear(self, worker: PoolWorker) -> Iterator[Outcome]:
         try:
             while worker.pipe.poll():
                 kind, value, peak, leaves = worker.pipe.recv()
@@ -183,7 +185,7 @@ class Pool:
                 raise OSError(f"a grading process ended before it could start work ({_how(worker)})") from None
             yield from self._lost(worker, f"the process that graded it ended ({_how(worker)})")
 
-    def _lost(self, worker: Worker, why: str) -> Iterator[Outcome]:
+    def _lost(self, worker: PoolWorker, why: str) -> Iterator[Outcome]:
         _end(worker)
         self._running.remove(worker)
         task = worker.task
@@ -274,7 +276,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _end(worker: Worker) -> None:
+def _end(worker: PoolWorker) -> None:
     worker.pipe.close()
     if worker.process.is_alive():
         worker.process.kill()
@@ -285,7 +287,7 @@ def _name(task: Task) -> tuple[str, str]:
     return task.name, task.function
 
 
-def _how(worker: Worker) -> str:
+def _how(worker: PoolWorker) -> str:
     code = worker.process.exitcode
     if code is not None and -code in {int(number) for number in signal.Signals}:
         return f"killed by {signal.Signals(-code).name}"

@@ -109,6 +109,7 @@ def baseline(course: CourseFolder, learners: tuple[str, ...]) -> dict[str, Previ
             if graded
         }
         found = _first(course.baseline, before)
+    assert isinstance(found, dict)  # it has just been written
     return {learner: PreviousResult(**one) for learner, one in found.items()}
 
 

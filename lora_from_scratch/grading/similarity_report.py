@@ -78,7 +78,8 @@ def page(unit: Unit, answers: Mapping[str, Mapping[str, str]], pairs: Sequence[P
     title = html.escape(f"Unit {unit.number}: {unit.title}. Similar answers")
     found = by_learners(pairs)
     body = "".join(f"<p>{in_html(sentence)}</p>\n" for sentence in [WHAT_IT_MEANS, *_how_sure(honest)])
-    body += f"<p>{len(found)} pairs among {len(answers)} learners.</p>\n"
+    pairs_found = "1 pair" if len(found) == 1 else f"{len(found)} pairs"
+    body += f"<p>{pairs_found} among {len(answers)} learners.</p>\n"
     for number, (learners, exercises) in enumerate(found):
         body += _pair(learners, exercises, answers, with_code=number < MOST_SHOWN)
     return (

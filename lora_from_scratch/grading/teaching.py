@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from lora_from_scratch.checks.exercise import Exercise
-from lora_from_scratch.checks.progress_file import Entry, valid_entries
+from lora_from_scratch.checks.progress_file import Entry
 from lora_from_scratch.checks.units import Unit
 from lora_from_scratch.checks.verdict import Verdict
 from lora_from_scratch.grading import tasks
@@ -27,6 +28,7 @@ from lora_from_scratch.support.plain_text import one_line
 
 PROGRESS = "progress.json"
 LARGEST = 500_000  # bytes of a progress file
+MOST = 10_000  # tries, and hints, that are believed
 LONGEST_PAUSE = 120.0  # minutes between two passed exercises that still count as work
 FEW = 3  # learners; less evidence than this suggests nothing
 SHOWN = 5  # groups of alike answers that are listed for each exercise
@@ -91,7 +93,7 @@ def write_teaching_report(unit: Unit, course: CourseFolder, progress: Path | Non
     if not records:
         raise FileNotFoundError(f"no submission to {course.assignment} has been graded; run `grade` first")
     verdicts = [graded.verdicts for graded in records if any(v.status != "missing" for v in graded.verdicts.values())]
-    entries = [found for learner in learners if (found := _progress_of(course, learner, progress))]
+    entries = [known for learner in learners if (known := _progress_of(course, learner, progress))]
     found = [study(exercise, verdicts, entries, unit.exercises) for exercise in unit.exercises]
     title = f"Unit {unit.number}: {unit.title}. What the class teaches"
     path = course.root / "reports" / f"{course.assignment}-teaching.html"
@@ -104,9 +106,23 @@ def _progress_of(course: CourseFolder, learner: str, folder: Path | None) -> dic
     beside = read_small(course.handed_in(learner) / PROGRESS, LARGEST)
     content = beside if folder is None or beside is not None else read_small(folder / f"{learner}.json", LARGEST)
     try:
-        return valid_entries(json.loads(content)) if content else {}
-    except (ValueError, RecursionError):
+        exercises = json.loads(content or b"{}")["exercises"].items()
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return {}
+    entries = {name: _entry(values) for name, values in exercises}
+    return {name: entry for name, entry in entries.items() if entry is not None}
+
+
+def _entry(values: Any) -> Entry | None:
+    """What is used here of an entry; None if it is not valid. The file is a learner's."""
+    try:
+        tries, hints, passed = values["attempts"], values["hints"], values["passed"]
+        if passed is not None:
+            datetime.fromisoformat(passed)
+    except (KeyError, TypeError, ValueError):
+        return None
+    sound = type(tries) is int and type(hints) is int and 0 <= tries < MOST and 0 <= hints < MOST
+    return Entry(attempts=tries, hints=hints, passed=passed) if sound else None
 
 
 def study(

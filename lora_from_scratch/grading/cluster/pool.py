@@ -53,6 +53,8 @@ class ClusterPool(Pool):
     address: str = ""
     other_versions: dict[str, str] = field(default_factory=dict)
     _client: Any = None
+    _later: deque[Task] = field(default_factory=deque)
+    _packing: int = 0
     _packed: deque[tuple[Task, bytes]] = field(default_factory=deque)
     _sent: dict[Any, _Sent] = field(default_factory=dict)
     _done: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
@@ -76,9 +78,7 @@ class ClusterPool(Pool):
     def submit(self, task: Task, *, first: bool = False) -> None:
         if task.function != tasks.MARK:
             return super().submit(task, first=first)
-        job: tasks.MarkingJob = task.arguments[0]
-        self._underway[task.name] = task
-        super().submit(Task(task.name, PACK, (job.notebook.parent, job.notebook.parents[2])))
+        self._later.append(task)
 
     def outcomes(self) -> Iterator[Outcome]:
         """As `Pool.outcomes`.
@@ -86,7 +86,8 @@ class ClusterPool(Pool):
         Raises:
             ClusterError: the scheduler has gone, or there is no worker that can be used.
         """
-        while self.busy() or self._packed or self._sent:
+        while self.busy() or self._later or self._packed or self._sent:
+            self._pack()
             self._send()
             for outcome in self.step(0.05 if self._sent else 1.0):
                 yield from self._local(outcome)
@@ -99,6 +100,7 @@ class ClusterPool(Pool):
         """Go on with a submission after a step on this machine."""
         task = self._underway.get(outcome.task.name)
         if outcome.task.function == PACK and task is not None:
+            self._packing -= 1
             if outcome.value is None:  # it cannot be marked elsewhere
                 super().submit(task)
             else:
@@ -108,12 +110,19 @@ class ClusterPool(Pool):
         else:
             yield outcome
 
+    def _pack(self) -> None:
+        """Pack as many submissions as the cluster's threads can soon use: the others need no memory."""
+        most = AHEAD * sum(self._threads().values()) if self._later else 0
+        while self._later and self._packing + len(self._packed) + len(self._sent) < most:
+            task = self._later.popleft()
+            job: tasks.MarkingJob = task.arguments[0]
+            self._underway[task.name] = task
+            self._packing += 1
+            super().submit(Task(task.name, PACK, (job.notebook.parent, job.notebook.parents[2])))
+
     def _send(self) -> None:
-        """Send as many submissions as the cluster's threads can soon use, so that the others need no memory."""
-        if not self._packed:
-            return
-        threads = self._threads()
-        while self._packed and len(self._sent) < AHEAD * sum(threads.values()):
+        threads = self._threads() if self._packed else {}
+        while self._packed and threads:
             task, content = self._packed.popleft()
             job: tasks.MarkingJob = task.arguments[0]
             released = job.released.read_bytes()

@@ -22,7 +22,7 @@ from typing import Any
 from lora_from_scratch.grading import tasks
 from lora_from_scratch.grading.cluster.packing import unpack
 from lora_from_scratch.grading.keys import course_key, why_changed
-from lora_from_scratch.grading.pool import Outcome, Pool, Task, Worker
+from lora_from_scratch.grading.pool import Outcome, Pool, PoolWorker, Task
 from lora_from_scratch.grading.sandbox import Isolation
 from lora_from_scratch.grading.tasks import MarkingFailure, MarkingJob
 
@@ -92,12 +92,12 @@ def _course_key(released: Path, unit: str, secret: str, isolation: Isolation, co
 class ProcessPool(Pool):
     """A `Pool` that also works in Dask's workers, where multiprocessing refuses to start processes."""
 
-    def _start(self) -> Worker:
+    def _start(self) -> PoolWorker:
         here, there = multiprocessing.Pipe()
         command = [sys.executable, "-c", SERVE.format(there.fileno())]
         process = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
         there.close()
-        self._running.append(Worker(_Process(process), here))
+        self._running.append(PoolWorker(_Process(process), here))
         return self._running[-1]
 
 

@@ -97,7 +97,8 @@ def _made(folder: Path) -> Path:
 
 def _write(one: Received, folder: Path, unit: str) -> list[str]:
     """Write the files, unpacking zip files among them, and name the notebook as grading expects it."""
-    left_out, room, count = [], ROOM, 0
+    left_out: list[str] = []
+    room, count = ROOM, 0
     for name, part in _unpacked(one.files, left_out):
         path = safe(name)
         if path is None or path.name == TIMESTAMP:  # the time is the platform's, not the learner's

@@ -51,7 +51,12 @@ class LtiExport(ExportPlugin):
 def message(submission: Any, user: str, now: str) -> dict[str, Any]:
     """The score message. While a person still has to decide something it has no score, which clears an earlier one."""
     score = final_score(submission)
-    said = {"timestamp": now, "userId": user, "activityProgress": "Submitted", "gradingProgress": "PendingManual"}
+    said: dict[str, Any] = {
+        "timestamp": now,
+        "userId": user,
+        "activityProgress": "Submitted",
+        "gradingProgress": "PendingManual",
+    }
     if submission.timestamp is not None:
         handed_in = submission.timestamp.replace(tzinfo=UTC).isoformat(timespec="milliseconds")
         said["submission"] = {"submittedAt": handed_in}

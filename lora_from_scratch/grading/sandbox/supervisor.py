@@ -116,7 +116,9 @@ def start(
             cwd=folder,
             env=dict(environment or {}) | {"PATH": os.environ.get("PATH", os.defpath)},
             start_new_session=True,
-            **({} if user is None else {"user": user, "group": user, "extra_groups": []}),  # type: ignore[arg-type]
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
         )
         assert process.stdin is not None
         with contextlib.suppress(OSError):
