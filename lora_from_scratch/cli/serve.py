@@ -1,4 +1,4 @@
-"""`lora-from-scratch serve`: many adapters of one model behind an HTTP server."""
+"""`lora-from-scratch serve`: serve many adapters of one model over HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_from_scratch.cli import options as shared
 
 POOL_MIB = 256
-GRACE = 30  # seconds that running requests have when the server is stopped
+GRACE = 30  # seconds that running requests have to finish when the server is stopped
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -18,22 +18,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "serve",
         usage="%(prog)s --adapters DIRECTORY [--flag value ...]",
         help="serve many adapters at once over HTTP",
-        description="Serve a model and a directory of adapters, each under its directory's name, to OpenAI's clients.",
+        description="Serve a model and a directory of adapters over an API compatible with OpenAI's clients. The name "
+        "of an adapter is that of its directory.",
     )
     shared.add_model(parser)
     parser.add_argument(
-        "--adapters", type=shared.directory, metavar="DIRECTORY", help="contains the adapter directories (none)"
+        "--adapters", type=shared.directory, metavar="DIRECTORY", help="the folder with the adapter directories (none)"
     )
     shared.add_device(parser)
-    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="the port; 0: any free one (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="the port; 0: any free port (%(default)s)")
     parser.add_argument(
         "--pool", type=int, default=POOL_MIB, metavar="MIB", help="memory for keys, values and adapters (%(default)s)"
     )
-    parser.add_argument("--rows", type=int, default=32, metavar="N", help="requests in a batch (%(default)s)")
-    parser.add_argument("--waiting", type=int, default=256, metavar="N", help="requests that may wait (%(default)s)")
+    parser.add_argument("--rows", type=int, default=32, metavar="N", help="maximum requests in a batch (%(default)s)")
+    parser.add_argument("--waiting", type=int, default=256, metavar="N", help="maximum waiting requests (%(default)s)")
     parser.add_argument(
-        "--allow-updates", action="store_true", help="let clients load and unload adapters by their path"
+        "--allow-updates", action="store_true", help="let clients load adapters from any path, and unload them"
     )
     return parser
 

@@ -1,12 +1,13 @@
-"""What serving needs of an adapter directory, ours or PEFT's: A, s B and, for a DoRA, g of each layer.
+"""Reading what the server needs from an adapter directory, ours or PEFT's: A and s B of each layer, and g for DoRA.
 
-Whatever merges to W + s B A can share a batch: LoRA (also rsLoRA and LoRA+), PiSSA, AdaLoRA, and other methods here
-whose layers make an A and a B. DoRA merges to (m / ||V||) (W + s B A). With g = m / ||V|| - 1 for each output, that is
+Any method that merges to W + s B A can share a batch: LoRA (also rsLoRA and LoRA+), PiSSA, AdaLoRA, and other methods
+of this package whose layers compute an A and a B. DoRA merges to (m / ||V||) (W + s B A). With g = m / ||V|| - 1 for
+each output, this is
 
     y = W x + b + g W x + (1 + g) s B A x
 
-so that one more row of numbers is enough for it. What else can be trained (biases, embeddings, whole modules, prompts)
-would be another base model for these rows, and is refused.
+so DoRA needs one additional row of numbers. An adapter that also trains biases, embeddings, whole modules or prompts
+would need a base model of its own, and is refused.
 """
 
 from __future__ import annotations
@@ -33,39 +34,39 @@ from lora_from_scratch.support.linear_layers import in_and_out
 
 
 class LayerFactors(NamedTuple):
-    """One LoRA in one layer, as it is stored in the pool: in rows."""
+    """One LoRA in one layer, in the layout in which the pool stores it: as rows."""
 
     A: Tensor  # (r, in)
     B: Tensor  # (r, out): s B transposed
-    gain: Tensor | None = None  # (out,): g of a DoRA
+    gain: Tensor | None = None  # (out,): g, for DoRA only
 
 
-AdapterFactors = dict[str, LayerFactors]  # by the name of the layer
+AdapterFactors = dict[str, LayerFactors]  # layer name -> factors
 
-MOST_RECIPES = 1000  # that are remembered
+MOST_RECIPES = 1000  # the maximum number of cached recipes
 
 
 class AdapterReader:
     """Reads adapters for one model.
 
-    What a configuration means for the model's layers is worked out once and remembered: thousands of adapters are
-    usually trained with a few recipes.
+    The layers that a configuration selects are determined once and cached, because even thousands of adapters usually
+    share a few configurations.
 
     Args:
-        model: not adapted; it stays as it is.
+        model: a model without adapters; it is not modified.
     """
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
-        self.recipes: dict[str, Recipe] = {}  # by the text of the configuration
+        self.recipes: dict[str, Recipe] = {}  # configuration as JSON -> recipe
 
     @torch.no_grad()
     def read(self, directory: str | Path) -> AdapterFactors:
-        """Read an adapter directory. The weights are mapped into memory, and of a LoRA no layer is built.
+        """Read an adapter directory. The weights are memory-mapped, and a LoRA is read without building its layers.
 
         Raises:
-            FileNotFoundError: there is no such directory, or a file is not in it.
-            ValueError: damaged, made for another model, or of a method that cannot share a batch.
+            FileNotFoundError: the directory or one of its files does not exist.
+            ValueError: the adapter is damaged, was made for another model, or uses a method that cannot share a batch.
         """
         try:
             config, tensors = read_adapter(directory)
@@ -84,10 +85,10 @@ class AdapterReader:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the configuration of a LoRA means for a model: by the name of the layer, its scaling and its shape."""
+    """The scalings and tensor shapes that a LoRA configuration implies for a model."""
 
-    scalings: Mapping[str, float]
-    shapes: Mapping[str, Size]  # of each tensor that the file must have, by its name there
+    scalings: Mapping[str, float]  # layer name -> s
+    shapes: Mapping[str, Size]  # name in the file -> shape, for every required tensor
 
     def factors(self, tensors: Mapping[str, Tensor]) -> AdapterFactors:
         refuse_misfits(self.shapes, tensors)
@@ -98,15 +99,15 @@ class Recipe:
 
 
 def _is_plain_lora(config: Mapping[str, Any]) -> bool:
-    """Whether `LoRA` itself is the method that reads it."""
-    classes = sorted(method_classes().values(), key=lambda cls: -len(cls.__mro__))  # a variant is asked first
+    """Whether the configuration belongs to `LoRA` itself, not to a variant of it."""
+    classes = sorted(method_classes().values(), key=lambda cls: -len(cls.__mro__))  # try variants before LoRA
     return next((cls for cls in classes if cls.peft_type and cls.reads(config)), None) is LoRA
 
 
 def _lora_recipe(
     model: GPT2, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Recipe, dict[str, Tensor]]:
-    """The recipe, and the file's tensors, changed where our LoRA has other ranges (a negative alpha)."""
+    """The recipe and the file's tensors, converted where our LoRA allows fewer values (no negative alpha)."""
     method, state = LoRA.from_adapter(config, tensors, model)
     _refuse_other_parts(method)
     scalings, shapes = {}, {}
@@ -120,8 +121,8 @@ def _lora_recipe(
 
 
 def _of_any_method(model: GPT2, directory: str | Path) -> AdapterFactors:
-    """Adapt a second model, which shares the weights of the first one, and take the factors out of its layers."""
-    with torch.device("meta"):  # shapes without memory
+    """Adapt a second model that shares the weights of the first, and extract the factors from its layers."""
+    with torch.device("meta"):  # allocates no memory
         twin = GPT2(model.config)
     twin.load_state_dict(model.state_dict(), assign=True)
     method = load_adapter(twin, directory)
@@ -139,12 +140,12 @@ def _of_any_method(model: GPT2, directory: str | Path) -> AdapterFactors:
 
 
 def _made_by_layers(method: Method) -> bool:
-    """Whether what is trained outside the layers is only what they make their factors of (Tied-LoRA, VeRA)."""
+    """Whether the parameters trained outside the layers only serve to compute their factors (Tied-LoRA, VeRA)."""
     return not isinstance(method, LoRA)
 
 
 def _is_served(layer: LoRALinear) -> bool:
-    """Whether a layer adds s B A x with the A and B of `factors`, or is a DoRA's."""
+    """Whether a layer adds s B A x, with A and B from `factors`, or is a DoRA layer."""
     own = LoRALinear
     kind = type(layer)
     return kind is DoRALinear or (kind.middle, kind.combine, kind.change, kind.forward) == (
@@ -165,7 +166,7 @@ def _of_layer(layer: LoRALinear) -> LayerFactors:
 
 
 def _refuse_other_parts(method: Method) -> None:
-    """A LoRA may train biases, modules and embeddings as well."""
+    """Refuse a LoRA that also trains biases, modules or embeddings."""
     for name in ("bias", "modules_to_save", "trainable_token_indices"):
         value = getattr(method, name, None)
         if value and value != "none":

@@ -1,15 +1,16 @@
-"""Thousands of adapters in a directory, of which the pool holds those that are needed.
+"""A directory of thousands of adapters; the pool holds those in use.
 
-An adapter is in up to three places:
+An adapter is in one or more of three places:
 
-- **on disk**, an adapter directory, ours or PEFT's. Nothing is read before a request asks for it, so starting takes as
-  long for ten thousand as for one, and an adapter that nobody uses costs no memory.
-- **staged** in host memory, as the pages that it will be in the pool, by a thread that reads ahead for the requests
-  that wait. The files are mapped into memory: the operating system keeps what was read lately.
-- **resident** in the pool. It stays after its last request has left, until another needs its pages; the one that was
-  used longest ago goes first.
+- **on disk**, as an adapter directory, ours or PEFT's. It is read when a request first uses it, so the startup time
+  does not depend on the number of adapters, and an unused adapter takes no memory.
+- **staged** in host memory, already divided into pages, by a thread that reads ahead for waiting requests. The files
+  are memory-mapped, so the operating system caches the recently read ones.
+- **resident** in the pool. It stays there after its last request has finished, until its pages are needed; the least
+  recently used adapter is evicted first.
 
-A directory whose files change is another version: requests that run keep theirs, new ones get the new one.
+If the files in a directory change, they form a new version: running requests keep the old version, and new requests
+use the new one.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from lora_from_scratch.serving.mixed_product import LayerRows, PoolRows
 from lora_from_scratch.serving.page_pool import PageLayout, PagePool
 from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d
 
-NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # of an adapter: its directory's path, without dots in front
-READ_AHEAD = 8  # adapters that may be staged at a time
+NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # an adapter's name: a relative path; no part starts with a dot
+READ_AHEAD = 8  # the maximum number of staged adapters
 
 
 class UnknownAdapter(ValueError):  # noqa: N818
-    """There is no adapter of this name."""
+    """There is no adapter with this name."""
 
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """An adapter as it was found on disk."""
+    """One version of an adapter on disk."""
 
     name: str
     directory: Path
-    stamp: tuple[int, ...]  # of its files
+    stamp: tuple[int, ...]  # modification time, size and inode of its files
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Staged:
     """An adapter in host memory, as pages."""
 
     pages: Tensor  # (pages, page size)
-    first: dict[str, tuple[int, ...]]  # layer -> the first row of A, of B and of g, in rows of their widths
+    first: dict[str, tuple[int, ...]]  # layer -> the first row of A, B and g, each counted in rows of its own width
     ranks: dict[str, int]
 
 
@@ -65,14 +66,14 @@ class Resident:
     version: AdapterVersion
     pages: int
     rows: LayerRows
-    users: int = field(default=0)  # requests that run with it
+    users: int = field(default=0)  # running requests that use it
 
 
 def stage(factors: AdapterFactors, layout: PageLayout) -> Staged:
-    """Lay an adapter out as pages.
+    """Arrange an adapter in pages.
 
     Raises:
-        ValueError: its numbers are not all finite.
+        ValueError: the adapter has infinite or NaN values.
     """
     parts = {name: [part for part in layer if part is not None] for name, layer in factors.items()}
     parts = {name: [part if part.ndim == 2 else part[None] for part in layer] for name, layer in parts.items()}
@@ -92,13 +93,15 @@ def stage(factors: AdapterFactors, layout: PageLayout) -> Staged:
 
 
 class AdapterStore:
-    """The adapters of a directory, for one model and one pool. `find`, `names`, `add` and `remove` may be called from
-    other threads than the rest.
+    """The adapters in a directory, for one model and one pool.
+
+    `find`, `names`, `add` and `remove` may be called from other threads than the remaining methods.
 
     Args:
-        model: the base, not adapted.
-        pool: where adapters are put; the model's keys and values share it.
-        directory: each adapter is a directory in it, found by its name; None: only those that are added.
+        model: the base model, without adapters.
+        pool: stores the adapters, and also the model's keys and values.
+        directory: contains one directory for each adapter, with the adapter's name. If None, only adapters passed to
+            `add` are available.
     """
 
     def __init__(self, model: GPT2, pool: PagePool, directory: str | Path | None = None) -> None:
@@ -110,17 +113,17 @@ class AdapterStore:
         self.added: dict[str, Path] = {}
         self.removed: set[str] = set()
         self.staged: dict[AdapterVersion, Future[Staged]] = {}
-        self.resident: OrderedDict[AdapterVersion, Resident] = OrderedDict()  # the one used longest ago first
+        self.resident: OrderedDict[AdapterVersion, Resident] = OrderedDict()  # the least recently used first
         self.loads = self.evictions = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     # --- Names ---
 
     def find(self, name: str) -> AdapterVersion:
-        """The adapter of this name as it is on disk now. Only the dates of its files are read.
+        """The current version of the adapter with this name. Its files are not opened, only their status is read.
 
         Raises:
-            UnknownAdapter: there is none.
+            UnknownAdapter: there is no such adapter.
         """
         place = self.added.get(name)
         if place is None and self.directory is not None and name not in self.removed and NAME.fullmatch(name):
@@ -136,7 +139,7 @@ class AdapterStore:
         )
 
     def names(self) -> list[str]:
-        """The names of all adapters, sorted. Reads the directory; adapters in folders of it are not listed."""
+        """The names of all adapters, sorted. Lists the directory; adapters in subdirectories are not included."""
         found = set(self.added)
         if self.directory is not None:
             with os.scandir(self.directory) as entries:
@@ -146,11 +149,11 @@ class AdapterStore:
         return sorted(found)
 
     def add(self, name: str, directory: str | Path) -> None:
-        """Serve the adapter in this directory under this name, or a removed one again.
+        """Serve the adapter in a directory under a name, which may be that of a removed adapter.
 
         Raises:
-            FileNotFoundError, ValueError: it cannot be served, as `AdapterReader.read` and `stage` report, or the name
-                cannot be one. The adapters are then as they were.
+            FileNotFoundError, ValueError: the adapter cannot be served (see `AdapterReader.read` and `stage`), or the
+                name is invalid. The store is then unchanged.
         """
         if not NAME.fullmatch(name):
             raise ValueError(f"an adapter's name consists of letters, digits and the signs _ . - /, got {name!r}")
@@ -159,47 +162,47 @@ class AdapterStore:
         self.removed.discard(name)
 
     def remove(self, name: str) -> None:
-        """Do not serve this adapter any more. Requests that run with it are completed.
+        """Stop serving an adapter. Running requests that use it are completed.
 
         Raises:
-            UnknownAdapter: there is none of this name.
+            UnknownAdapter: there is no adapter with this name.
         """
         self.find(name)
         self.added.pop(name, None)
         self.removed.add(name)
 
-    # --- Places ---
+    # --- Staging, loading and evicting ---
 
     def read_ahead(self, versions: Iterable[AdapterVersion]) -> None:
-        """Begin to stage the first of these adapters that are not resident, at most `READ_AHEAD`."""
+        """Start staging the first `READ_AHEAD` of these adapters that are not resident."""
         wanted = list(dict.fromkeys(version for version in versions if version not in self.resident))[:READ_AHEAD]
         for version, staged in list(self.staged.items()):
             if version not in wanted and staged.done():
-                del self.staged[version]  # its request has gone
+                del self.staged[version]  # its request was cancelled
         for version in wanted:
             if version not in self.staged and len(self.staged) < READ_AHEAD:
                 self.staged[version] = self._thread.submit(self._stage, version)
 
     def is_ready(self, version: AdapterVersion, patience: float = 0.0) -> bool:
-        """Whether `pages_for` and `acquire` return without waiting for the disk, after at most so many seconds."""
+        """Whether `pages_for` and `acquire` will not wait for the disk. Waits up to `patience` seconds for this."""
         if version in self.resident:
             return True
         return version in self.staged and bool(wait([self.staged[version]], patience).done)
 
     def pages_for(self, version: AdapterVersion) -> int:
-        """The pages of an adapter.
+        """The number of pages that an adapter takes.
 
         Raises:
-            ValueError, OSError: it cannot be served, as `AdapterReader.read` and `stage` report.
+            ValueError, OSError: the adapter cannot be served; see `AdapterReader.read` and `stage`.
         """
         resident = self.resident.get(version)
         return resident.pages if resident is not None else len(self._staged(version).pages)
 
     def acquire(self, version: AdapterVersion) -> Resident:
-        """Have the adapter in the pool, until `release`. Others are evicted if their pages are needed.
+        """Keep an adapter in the pool until `release`, loading it if necessary. Unused adapters are evicted for it.
 
         Raises:
-            OutOfPages: all pages are in use.
+            OutOfPages: too few pages are free, even after eviction.
             ValueError, OSError: as for `pages_for`.
         """
         resident = self.resident.get(version)
@@ -210,15 +213,15 @@ class AdapterStore:
         return resident
 
     def release(self, resident: Resident) -> None:
-        """One request less runs with this adapter."""
+        """Record that a request no longer uses this adapter."""
         resident.users -= 1
 
     def pages_to_evict(self) -> int:
-        """The pages of resident adapters that no request runs with."""
+        """The number of pages of resident adapters that no request uses."""
         return sum(resident.pages for resident in self.resident.values() if not resident.users)
 
     def make_room(self, pages: int) -> None:
-        """Evict adapters that no request runs with until so many pages are free, or there are no more of them."""
+        """Evict unused adapters until `pages` pages are free or no unused adapter is left."""
         while len(self.pool.free) < pages:
             unused = next((version for version, resident in self.resident.items() if not resident.users), None)
             if unused is None:
@@ -254,9 +257,9 @@ class AdapterStore:
         return Resident(version, len(pages), self._rows(staged, pages))
 
     def _rows(self, staged: Staged, pages: list[int]) -> LayerRows:
-        """The numbers of the pool's rows that the adapter's matrices are."""
+        """The indices of the pool's rows that hold the adapter's matrices."""
         layout, table = self.pool.layout, torch.tensor(pages, device=self.pool.data.device)[:, None]
-        by_width = {}  # width -> the rows of these pages, in order
+        by_width = {}  # width -> the indices of the rows in these pages, in order
         for width in layout.widths:
             inside = torch.arange(layout.size // width, device=table.device)
             by_width[width] = (table * len(inside) + inside).flatten()

@@ -1,4 +1,4 @@
-"""A scheduler in a thread of its own, for an asyncio program that waits for its results."""
+"""Runs a scheduler in its own thread and passes its results to an asyncio program."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):  # noqa: N818
-    """As many requests wait as may."""
+    """The maximum number of requests is already waiting."""
 
 
 class Engine:
-    """Runs requests for coroutines of one event loop.
+    """Runs requests for the coroutines of one event loop.
 
     Args:
-        scheduler: which nobody else uses from now on.
-        max_waiting: the most requests that may wait beside those that run.
+        scheduler: must not be used by other code afterwards.
+        max_waiting: the maximum number of waiting requests, in addition to the running ones.
     """
 
     def __init__(self, scheduler: Scheduler, max_waiting: int) -> None:
         self.scheduler, self.max_waiting = scheduler, max_waiting
-        self.active: dict[Request, asyncio.Queue[Event]] = {}  # touched by the event loop only
+        self.active: dict[Request, asyncio.Queue[Event]] = {}  # used only in the event loop's thread
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; call it in the event loop."""
+        """Start the thread. Call this in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the present pass; requests that still run are dropped."""
+        """Stop the thread after the current forward pass. Requests that are still running are dropped."""
         self._inbox.put(None)
         self._thread.join()
         self.scheduler.store.close()
@@ -49,13 +49,13 @@ class Engine:
         return self._thread.is_alive()
 
     async def run(self, requests: Sequence[Request]) -> AsyncGenerator[Event, None]:
-        """Run requests and yield what happens to them, until all are finished.
+        """Run requests and yield their events until all of them are finished.
 
-        If the caller stops listening, they are cancelled.
+        If the generator is closed earlier, the remaining requests are cancelled.
 
         Raises:
-            QueueFull: too many requests are waiting; none of these has been started.
-            ValueError: one of them cannot be run; none has been started.
+            QueueFull: too many requests are waiting. None of the given requests is started.
+            ValueError: one of the requests cannot be run. None of them is started.
         """
         if len(self.active) + len(requests) > self.scheduler.max_rows + self.max_waiting:
             raise QueueFull
@@ -89,7 +89,7 @@ class Engine:
                 self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _take_orders(self) -> bool:
-        """Carry out what has been asked for; wait for it if there is nothing else to do. False: it is over."""
+        """Process the inbox, waiting for an entry if the scheduler is idle. Returns False if the thread must stop."""
         idle = not self.scheduler.running and not self.scheduler.waiting
         while idle or not self._inbox.empty():
             order = self._inbox.get()
@@ -100,7 +100,7 @@ class Engine:
         return True
 
     def _give_up(self) -> list[Event]:
-        """Let all that run fail; what waits may do better."""
+        """Let all running requests fail. Waiting requests are kept."""
         failed = list(self.scheduler.running)
         for request in failed:
             self.scheduler.cancel(request)

@@ -1,4 +1,4 @@
-"""What a server counts, in the text format of Prometheus."""
+"""The server's metrics, in Prometheus's text format."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from lora_from_scratch.serving.engine import Engine
 from lora_from_scratch.serving.scheduler import Event, Request
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # the bounds of the histograms
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # upper bounds of the histograms' buckets
 
 
 class Metrics:
-    """The counters of one server. Names of adapters are no labels: there are thousands."""
+    """The metrics of one server. Adapter names are not used as labels, since there may be thousands."""
 
     media_type = CONTENT_TYPE_LATEST
 
@@ -51,7 +51,7 @@ class Metrics:
         self._since |= dict.fromkeys(requests, time.monotonic())
 
     def took(self, event: Event) -> None:
-        """Count an event that is not an error."""
+        """Record an event that is not an error."""
         seconds = time.monotonic() - self._since[event.request]
         if event.token is not None:
             self.tokens.inc()

@@ -1,19 +1,19 @@
-"""The product of a batch in which every row may want another LoRA, of another rank, straight from the pool.
+"""The LoRA product of a batch in which every row may use a different adapter, with a different rank.
 
     y_i += s_k B_k A_k x_i        where k is the adapter of row i
 
-A_k and s_k B_k are rows of the pool (`page_pool.py`), wherever there was room. Two ways to compute it:
+A_k and s_k B_k are rows of the pool (`page_pool.py`), not necessarily consecutive. There are two ways to compute this:
 
-**Gather**, for rows of one token, as in decoding. Each row of the batch meets few rows of the pool, those of its own
-adapter, and `pool_rows.py` multiplies them where they are: `dot_products` gives A_k x_i, and `weighted_sums` multiplies
-the result by s_k B_k. Nothing is copied and no rank is padded; the work of row i is that of its own rank. (BGMV of
-Punica, Chen et al. 2023, arXiv:2310.18547; MBGMV of S-LoRA.)
+**Gather**, for rows of one token, as in decoding. Each row of the batch needs only the few rows of the pool that belong
+to its adapter, and `pool_rows.py` multiplies them in place: `dot_products` computes A_k x_i, and `weighted_sums`
+multiplies the result by s_k B_k. Nothing is copied or padded, and the work for row i depends only on the rank of its
+own adapter. (BGMV of Punica, Chen et al. 2023, arXiv:2310.18547; MBGMV of S-LoRA.)
 
-**Segments**, for many consecutive rows of one adapter, as in a prompt: its A and B are copied out of the pool, and two
-dense products do the rest (SGMV and MBGMM there). From `SEGMENT_FROM` rows on this is faster.
+**Segments**, for many consecutive rows with the same adapter, as in a prompt: A and B are copied out of the pool, and
+two dense products are computed (SGMV and MBGMM there). This is faster from `SEGMENT_FROM` rows on.
 
-A DoRA has a third part, a row g of the pool as wide as the output: with it the base's output W x is changed by g W x
-before the product is added (`adapter_reading.py`).
+DoRA has a third part, a row g of the pool that is as wide as the output: g W x is added to the base's output W x before
+the product is added (`adapter_reading.py`).
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from torch import Tensor
 
 from lora_from_scratch.serving.pool_rows import dot_products, weighted_sums
 
-# Rows of one adapter. On a CPU, with 32 rows and rank 8 in a layer from 768 to 2304, segments of 4 rows took 1.1 of the
-# time of the gather, of 8 rows 0.7, and of 16 rows 0.5.
+# The minimum number of rows with the same adapter. On a CPU, with 32 rows and rank 8 in a layer from 768 to 2304,
+# segments of 4 rows took 1.1 times as long as the gather, segments of 8 rows 0.7 times, and of 16 rows 0.5 times.
 SEGMENT_FROM = 8
 
 
 class PoolRows(NamedTuple):
-    """Where the parts of one LoRA in one layer are: numbers of rows of the pool."""
+    """The indices of the pool's rows that hold one LoRA in one layer."""
 
     A: Tensor  # (r,), rows of width `in`
     B: Tensor  # (r,), rows of width `out`: the columns of s B
-    gain: Tensor  # (1,), a row of width `out`: g of a DoRA; (0,) for a LoRA
+    gain: Tensor  # (1,), a row of width `out`: g of DoRA; (0,) for LoRA
 
 
-LayerRows = Mapping[str, PoolRows]  # by the name of the layer
+LayerRows = Mapping[str, PoolRows]  # layer name -> rows
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Which rows of a batch meet which rows of the pool in one layer."""
+    """Which rows of the pool each row of a batch is multiplied by, in one layer."""
 
     gathered: tuple[Tensor, Tensor, Tensor] | None  # for the first n rows: the ends of their lists, and rows of A and B
     segments: Sequence[tuple[slice, PoolRows]]
-    gains: tuple[Tensor, Tensor] | None  # rows of the batch, and for each of them the row of the pool that is its g
+    gains: tuple[Tensor, Tensor] | None  # rows of the batch with DoRA, and for each the row of the pool with its g
 
 
 def plan_layer(
@@ -57,12 +57,12 @@ def plan_layer(
     segments: Sequence[tuple[slice, LayerRows]],
     layer: str,
 ) -> LayerPlan | None:
-    """The plan of one layer; None: no adapter of the batch changes it.
+    """The plan for one layer, or None if no adapter in the batch changes it.
 
     Args:
-        gathered: the adapters of the first n rows of the batch; None: none.
-        segments: the other rows that have an adapter.
-        layer: its name.
+        gathered: the adapter of each of the first n rows of the batch; None for a row without an adapter.
+        segments: slices of the other rows that have an adapter, each with its adapter.
+        layer: the name of the layer.
     """
     own = [rows.get(layer) if rows is not None else None for rows in gathered]
     present = [rows for rows in own if rows is not None]
@@ -91,14 +91,14 @@ def _plan_gains(
 
 
 def add_lora_(y: Tensor, x: Tensor, pool: Tensor, plan: LayerPlan, bias: Tensor | None = None) -> None:
-    """y_i += s_k B_k A_k x_i, in place.
+    """Compute y_i += s_k B_k A_k x_i in place.
 
     Args:
-        y: (N, out), the base's output.
+        y: (N, out), the base layer's output.
         x: (N, in).
-        pool: the whole pool, any shape.
-        plan: for these N rows.
-        bias: (out,) of the base, which a DoRA does not scale.
+        pool: the whole pool, of any shape.
+        plan: the plan for these N rows.
+        bias: (out,), the base layer's bias, which DoRA does not scale.
     """
     A_rows, B_rows = pool.view(-1, x.shape[1]), pool.view(-1, y.shape[1])
     if plan.gains is not None:

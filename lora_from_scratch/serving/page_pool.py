@@ -1,18 +1,18 @@
 """One pool of memory for keys, values and adapters, divided into pages (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 
-A text's keys and values grow token by token, adapters come and go, and neither is known in advance. With a separate
-memory for each, one is full while the other is empty. Here both take pages of the same pool, in any order, so nothing
-is lost between them; a table says which pages an owner has, and in which order (PagedAttention, Kwon et al. 2023,
-arXiv:2309.06180).
+A text's keys and values grow with every token, adapters are loaded and evicted, and neither can be predicted. If each
+had its own memory, one could be full while the other is nearly empty. Here both take pages from the same pool, in any
+order, which avoids this fragmentation. A table records which pages an owner has, and in which order (PagedAttention,
+Kwon et al. 2023, arXiv:2309.06180).
 
-The pool is one vector of numbers. It is read as a matrix whose rows are as wide as what is stored there:
+The pool is stored as one contiguous tensor. It is viewed as a matrix whose rows are as wide as the data stored in them:
 
-    the keys of a token in a layer     one row of width d; and so are its values
+    the keys of a token in a layer     one row of width d; the same for its values
     A (r, in) of a layer               r rows of width `in`
     s B (out, r) of a layer            r rows of width `out`: B is stored transposed
 
-The size of a page is a multiple of each of these widths, so every row begins at a multiple of its width and lies in
-one page: `pool.rows(width)[index]` finds it, whatever else is in the pool.
+The page size is a multiple of each of these widths, so every row starts at a multiple of its width and lies within one
+page. Therefore `pool.rows(width)[index]` is that row, regardless of the pool's other contents.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ from torch import Tensor
 
 from lora_from_scratch.gpt2.config import GPT2Config
 
-PAGE_TOKENS = 16  # the fewest tokens whose keys and values a page holds
+PAGE_TOKENS = 16  # a page holds the keys and values of at least this many tokens
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """What is where in a page.
+    """The layout of a page.
 
-    As a part of a text, a page is (layers, 2, tokens, d): for each layer the keys of its tokens, then their values.
+    A page with keys and values has the shape (layers, 2, tokens, d): for each layer the keys, then the values.
     """
 
     layers: int
     width: int  # d
     tokens: int
-    widths: tuple[int, ...]  # of the rows of adapters, the widest first
+    widths: tuple[int, ...]  # the row widths of adapters, in descending order
 
     @classmethod
     def for_model(cls, config: GPT2Config) -> PageLayout:
-        """The smallest page of at least `PAGE_TOKENS` tokens that is a multiple of the width of each row."""
+        """The smallest page of at least `PAGE_TOKENS` tokens whose size is a multiple of every row width."""
         width = config.n_embd
         widths = tuple(sorted({width, 3 * width, config.mlp_width}, reverse=True))
         token = 2 * config.n_layer * width
-        step = math.lcm(*widths, token) // token  # as many tokens, or a multiple of it, fit
+        step = math.lcm(*widths, token) // token  # the number of tokens must be a multiple of it
         return cls(config.n_layer, width, step * math.ceil(PAGE_TOKENS / step), widths)
 
     @property
     def size(self) -> int:
-        """The numbers in a page."""
+        """The number of elements in a page."""
         return 2 * self.layers * self.tokens * self.width
 
     def pages_for_tokens(self, tokens: int) -> int:
         return -(-tokens // self.tokens)
 
     def place(self, matrices: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
-        """Where matrices go in a sequence of pages: the widest first, one behind the other.
+        """Place matrices one after another in a sequence of pages, the widest first.
 
         Args:
-            matrices: (rows, width) of each.
+            matrices: (rows, width) of each matrix.
 
         Returns:
-            The number of each matrix's first row, counted in rows of its own width; and the number of pages.
+            The index of each matrix's first row, counted in rows of its own width; and the number of pages.
         """
         first, end = [0] * len(matrices), 0
         for number in sorted(range(len(matrices)), key=lambda number: -matrices[number][1]):
@@ -75,20 +75,20 @@ class PageLayout:
         return first, -(-end // self.size)
 
 
-class OutOfPages(ValueError):  # noqa: N818 (it is what happened)
-    """The pool has fewer free pages than were asked for."""
+class OutOfPages(ValueError):  # noqa: N818
+    """The pool has fewer free pages than requested."""
 
 
 class PagePool:
-    """Pages, each either free or owned by exactly one owner.
+    """A pool of pages, each of which is either free or has exactly one owner.
 
     Args:
-        layout: of a page.
-        pages: how many there are.
-        device: where they are.
+        layout: the layout of a page.
+        pages: the number of pages.
+        device: the device of the pool.
 
     Raises:
-        ValueError: there is not even one page.
+        ValueError: `pages` is less than 1.
     """
 
     def __init__(self, layout: PageLayout, pages: int, device: torch.device | str = "cpu") -> None:
@@ -96,11 +96,11 @@ class PagePool:
             raise ValueError(f"the pool must have at least one page of {4 * layout.size / 2**20:.1f} MiB, got {pages}")
         self.layout = layout
         self.data = torch.zeros(pages, layout.size, device=device)
-        self.free = list(range(pages))  # a stack; the last one is the next to be given away
+        self.free = list(range(pages))  # a stack; the last one is allocated next
         self.tables: dict[Hashable, list[int]] = {}  # owner -> its pages, in order
 
     def __len__(self) -> int:
-        """The number of pages, free or not."""
+        """The total number of pages."""
         return len(self.data)
 
     def rows(self, width: int) -> Tensor:
@@ -108,13 +108,13 @@ class PagePool:
         return self.data.view(-1, width)
 
     def allocate(self, owner: Hashable, pages: int) -> list[int]:
-        """Give an owner more pages, behind those that it has. What a former owner left there is still in them.
+        """Append pages to those of an owner. They are not cleared: they still hold the previous owner's data.
 
         Returns:
-            All its pages.
+            All pages of the owner.
 
         Raises:
-            OutOfPages: so many are not free. Nothing is allocated then.
+            OutOfPages: too few pages are free. In this case none is allocated.
         """
         if pages > len(self.free):
             raise OutOfPages(f"{pages} pages are needed, but only {len(self.free)} of {len(self)} are free")
@@ -123,5 +123,5 @@ class PagePool:
         return self.tables[owner]
 
     def release(self, owner: Hashable) -> None:
-        """Take back all pages of an owner. Idempotent."""
+        """Free all pages of an owner. Idempotent."""
         self.free.extend(self.tables.pop(owner, []))

@@ -1,11 +1,11 @@
 """One forward pass for many requests: GPT-2 on a packed batch, with keys, values and adapters in the pool.
 
-The tokens of all requests lie behind each other, without padding: one new token of each text that is being continued
-(decoding), then the prompts of the requests that have just joined. Everything but the attention treats each token by
-itself, so it runs on all of them at once. In the attention a decoding token meets the keys and values of its text where
-they are in the pool (`pool_rows.py`); the tokens of a prompt see each other.
+The tokens of all requests are concatenated without padding: first one new token of each text that is being continued
+(decoding), then the prompts of the requests that have just joined. All operations except attention treat each token
+separately, so they run on all tokens at once. In attention, a decoding token uses the keys and values of its text
+directly from the pool (`pool_rows.py`), and the tokens of a prompt attend to each other.
 
-Shapes: N tokens in the pass, n of them decoding, S tokens of the longest text, H heads of width hd, d = H hd.
+Shapes: N tokens in the pass, n of them decoding, S tokens in the longest text, H heads of width hd, d = H hd.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lora_from_scratch.serving.pool_rows import dot_products, weighted_sums
 
 @dataclass(frozen=True)
 class Text:
-    """What one request brings to a forward pass.
+    """The input of one request to a forward pass.
 
     Attributes:
-        tokens: that the model has not read yet: a whole prompt, or one token.
-        before: how many it has read.
-        pages: of the text, with room for `tokens`.
-        adapter: its rows in the pool; None: the base.
+        tokens: the tokens that the model has not processed yet: a whole prompt, or one token.
+        before: the number of tokens that it has already processed.
+        pages: the pages of the text, with room for `tokens`.
+        adapter: the adapter's rows in the pool; None for the base model.
     """
 
     tokens: Sequence[int]
@@ -44,26 +44,26 @@ class Text:
 
 
 class PagedModel:
-    """A GPT-2 that reads texts with their adapters.
+    """A GPT-2 that processes a batch of texts, each with its own adapter.
 
     Args:
-        model: not adapted; it is put into eval mode and otherwise stays as it is.
-        pool: laid out for this model.
+        model: a model without adapters. It is set to eval mode and not modified otherwise.
+        pool: a pool with the layout for this model.
     """
 
     def __init__(self, model: GPT2, pool: PagePool) -> None:
         self.model, self.pool = model.eval(), pool
         self.device = pool.data.device
         self.layers = [name for name, _ in model.named_modules() if name.endswith(LINEAR)]
-        self.plans: dict[str, LayerPlan] = {}  # of the last pass
+        self.plans: dict[str, LayerPlan] = {}  # from the last pass
         self._planned_for: tuple[list[slice], list[LayerRows | None]] = ([], [])
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[Text]) -> Tensor:
-        """Read the tokens, store their keys and values, and return the logits of each text's next token.
+        """Process the tokens, store their keys and values, and return the logits of each text's next token.
 
         Args:
-            texts: first those that are continued by one token, in the `order` of their adapters, then prompts.
+            texts: first the texts that are continued by one token, in the `order` of their adapters, then prompts.
 
         Returns:
             (texts, V), in float32.
@@ -90,10 +90,10 @@ class PagedModel:
         return y
 
     def _attend(self, attention: Attention, layer: int, qkv: Tensor, batch: _Batch) -> Tensor:
-        """Store keys and values, and mix the values: (N, 3 d) to (N, d)."""
+        """Store keys and values, and compute the attention: (N, 3 d) to (N, d)."""
         layout, heads = self.pool.layout, attention.n_head
         q, k, v = qkv.chunk(3, dim=-1)
-        first = 2 * layer * layout.tokens  # the row, in a page, of the layer's first key
+        first = 2 * layer * layout.tokens  # the row of the layer's first key within a page
         cells = self.pool.rows(layout.width)
         cells.index_copy_(0, batch.cells + first, k)
         cells.index_copy_(0, batch.cells + first + layout.tokens, v)
@@ -108,14 +108,14 @@ class PagedModel:
         return mixed
 
     def _plan(self, texts: Sequence[Text], batch: _Batch) -> dict[str, LayerPlan]:
-        """What the adapters do in each layer. Unchanged while the same texts are continued."""
+        """The plan for each layer that an adapter changes. It is reused while the same texts are continued."""
         places, adapters = batch.prompts, [text.adapter for text in texts]
         same = len(adapters) == len(self._planned_for[1]) and all(map(operator.is_, adapters, self._planned_for[1]))
         if not same or places != self._planned_for[0]:
             gathered, segments = _split(texts, batch)
             made = {name: plan_layer(gathered, segments, name) for name in self.layers}
             self.plans = {name: plan for name, plan in made.items() if plan is not None}
-            self._planned_for = places, adapters  # which keeps the adapters, so that no other has their identity
+            self._planned_for = places, adapters  # keeps the adapters alive, so the identity test is valid
         return self.plans
 
 
@@ -123,7 +123,7 @@ LINEAR = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")  # the lin
 
 
 def order(adapters: Sequence[LayerRows | None]) -> list[int]:
-    """The best order of texts of one token: first those whose adapters are gathered, then those that form segments."""
+    """The best order for decoding texts: first those whose adapters are gathered, then those that form segments."""
     together: dict[int, list[int]] = {}
     for number, adapter in enumerate(adapters):
         together.setdefault(id(adapter), []).append(number)
@@ -132,7 +132,7 @@ def order(adapters: Sequence[LayerRows | None]) -> list[int]:
 
 
 def _split(texts: Sequence[Text], batch: _Batch) -> tuple[list[LayerRows | None], list[tuple[slice, LayerRows]]]:
-    """The adapters of the tokens that are gathered, and the segments: runs of the same adapter, and prompts."""
+    """The adapters of the gathered tokens, and the segments: runs of tokens with the same adapter, and prompts."""
     gathered = len(texts) - len(batch.prompts)
     adapters = [text.adapter for text in texts[:gathered]]
     segments = []
@@ -150,7 +150,7 @@ def _split(texts: Sequence[Text], batch: _Batch) -> tuple[list[LayerRows | None]
 
 
 class _Batch:
-    """The numbers of a forward pass that do not depend on the layer."""
+    """The index tensors of a forward pass, which are the same for every layer."""
 
     def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int) -> None:
         layout, device = pool.layout, pool.data.device
@@ -177,9 +177,9 @@ class _Batch:
 
 
 class _Decoding:
-    """The attention of the texts that are continued: one query for each head, and the keys and values of its text.
+    """The attention of the decoding texts: one query per head, against the keys and values of its text.
 
-    In the pool the key of a head is a row of width hd, and so is its value.
+    Here the pool is viewed as rows of width hd, so each head's key and each head's value is one row.
     """
 
     def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int) -> None:
@@ -194,13 +194,13 @@ class _Decoding:
         head = torch.arange(heads, device=device)[:, None]
         self.keys = (cells[:, None] * heads + head)[own]  # (entries,) rows of the pool, for the first layer
         self.ends = F.pad(lengths.repeat_interleave(heads).cumsum(0), (1, 0))  # (n H + 1,)
-        self.places = own.flatten().nonzero().flatten()  # (entries,) where each score is among the padded ones
+        self.places = own.flatten().nonzero().flatten()  # (entries,) the position of each score in `scores`
         self.scores = torch.full((len(texts) * heads, len(position)), -math.inf, device=device)
 
     def attend(self, q: Tensor, pool: PagePool, layer: int) -> Tensor:
         """softmax(q k^T / sqrt(hd)) v: (n, d) to (n, d)."""
         width = pool.layout.width // self.heads  # hd
-        rows, side = pool.rows(width), pool.layout.tokens * self.heads  # of the keys of a layer, or of its values
+        rows, side = pool.rows(width), pool.layout.tokens * self.heads  # `side`: rows of keys per layer and page
         keys = self.keys + 2 * layer * side
         q = q.reshape(-1, width) / math.sqrt(width)  # (n H, hd)
         self.scores.view(-1)[self.places] = dot_products(q, rows, self.ends, keys)

@@ -1,15 +1,16 @@
-"""Two products of a batch with some rows of a large matrix, which are read where they are.
+"""Two products of a batch with selected rows of a large matrix, which are read in place.
 
-Each row x_i of the batch has its own list of rows p of the matrix P, of any length. All lists lie behind each other in
-`columns`, that of row i from `ends[i]` to `ends[i + 1]`, as in a sparse matrix that is stored row by row. Then
+Each row x_i of the batch has its own list of rows p of the matrix P. The lists may have different lengths. They are
+concatenated in `columns`; the list of row i extends from `ends[i]` to `ends[i + 1]`, as in a sparse matrix in CSR
+format. Then
 
-    dot_products     h = x_i . P_p          a number for each entry of the lists
+    dot_products     h = x_i . P_p          one number for each entry of the lists
     weighted_sums    y_i = sum of h P_p     over the entries of row i
 
 are the two halves of a LoRA (x A^T and h B^T, `mixed_product.py`) and of attention (q K^T and the weights times V,
-`paged_model.py`). No row of P is copied, and no list is padded to the length of another.
+`paged_model.py`). No row of P is copied, and no list is padded.
 
-The kernels are PyTorch's for sparse matrices (sampled dense-dense product, SDDMM) and for bags of embeddings.
+Both use PyTorch's kernels: those for sparse matrices (sampled dense-dense product, SDDMM) and for embedding bags.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def dot_products(x: Tensor, rows: Tensor, ends: Tensor, columns: Tensor) -> Tens
         x: (n, width).
         rows: P, (R, width), contiguous.
         ends: (n + 1,), from 0 to the number of entries.
-        columns: (entries,) numbers of rows of P.
+        columns: (entries,), indices of rows of P.
 
     Returns:
         (entries,).
@@ -47,7 +48,7 @@ def weighted_sums(weights: Tensor, rows: Tensor, ends: Tensor, columns: Tensor) 
         rows, ends, columns: as for `dot_products`.
 
     Returns:
-        (n, width); a row with an empty list is zero.
+        (n, width). The result for an empty list is zero.
     """
     return F.embedding_bag(columns, rows, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
 

@@ -1,7 +1,7 @@
-"""The shape of requests and answers: OpenAI's completions, as far as they make sense for a base model with adapters.
+"""The format of requests and responses: OpenAI's completions API, as far as it applies to a base model with adapters.
 
-https://platform.openai.com/docs/api-reference/completions. `top_k` is an addition of vLLM's. What is not supported is
-refused by name instead of being ignored.
+See https://platform.openai.com/docs/api-reference/completions. `top_k` is an extension that vLLM also has. Unsupported
+fields are not ignored: the error message names the field.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from lora_from_scratch.serving.sampling import Sampling
 
-MOST_PROMPTS, MOST_STOPS = 64, 4  # in one request
-# Fields of OpenAI's that have no effect at these values; any other value is refused.
+MOST_PROMPTS, MOST_STOPS = 64, 4  # per request
+# Fields of OpenAI's API that have no effect with these values; any other value is refused.
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "best_of": (None, 1),
     "echo": (None, False),
@@ -32,12 +32,13 @@ IGNORED = ("user",)
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer.
+    """An error response to a client.
 
     Args:
-        status: of HTTP.
-        param: the field that is wrong.
-        code: for programs.
+        status: the HTTP status code.
+        message: the error message.
+        param: the name of the invalid field.
+        code: a machine-readable error code.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -49,7 +50,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Completion:
-    """A request to /v1/completions, checked."""
+    """A validated request to /v1/completions."""
 
     model: str
     prompts: Sequence[str | list[int]]
@@ -61,10 +62,10 @@ class Completion:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object that a body is.
+    """Parse a request body, which must be a JSON object.
 
     Raises:
-        ApiError: it is none.
+        ApiError: the body is not a JSON object.
     """
     try:
         document = json.loads(body)
@@ -76,10 +77,10 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def parse_completion(body: Mapping[str, Any]) -> Completion:
-    """Check a request.
+    """Validate a completion request.
 
     Raises:
-        ApiError: a field is missing, unknown, not supported, of another type, or out of its range; it is named.
+        ApiError: a field is missing, unknown, unsupported, of the wrong type or out of range. The error names it.
     """
     fields = _Fields(body)
     for name, values in NEUTRAL.items():
@@ -109,7 +110,7 @@ def parse_completion(body: Mapping[str, Any]) -> Completion:
 
 
 class _Fields:
-    """The fields of a request that nobody has looked at yet."""
+    """The fields of a request that have not been processed yet."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self.rest = dict(body)
@@ -171,7 +172,7 @@ def _sampling(fields: _Fields) -> Sampling:
         fields.integer("top_k", None),
     )
     try:
-        top_k = None if top_k == -1 else top_k  # as vLLM: all tokens
+        top_k = None if top_k == -1 else top_k  # -1 means all tokens, as in vLLM
         return Sampling(temperature, top_k, top_p, secrets.randbits(62) if seed is None else seed)
     except ValueError as error:
         raise ApiError(400, str(error), param=str(error).split()[0]) from None
@@ -190,11 +191,11 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else names[type(value)]
 
 
-# --- Answers -----------------------------------------------------------------------------------------------
+# --- Responses -----------------------------------------------------------------------------------------------
 
 
 class Answer:
-    """The parts of an answer that belong together."""
+    """Builds the parts of one response, which share an id and a time stamp."""
 
     def __init__(self, model: str) -> None:
         self.head = {
@@ -208,7 +209,7 @@ class Answer:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
-        """A whole answer, or a piece of a stream."""
+        """A complete response, or one chunk of a stream."""
         return {**self.head, "choices": list(choices), **({} if usage is None else {"usage": usage})}
 
 

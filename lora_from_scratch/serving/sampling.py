@@ -1,4 +1,4 @@
-"""Choosing each request's next token: every request has its own settings and its own stream of random numbers."""
+"""Sampling the next token of each request, with its own settings and its own random number generator."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lora_from_scratch.gpt2.generation import sample_next_token
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request chooses its tokens.
+    """The sampling settings of a request.
 
     Attributes:
-        temperature, top_k, top_p: see `sample_next_token`; 0 is greedy decoding.
-        seed: of its random numbers. What a request gets depends on it and not on the rest of the batch.
+        temperature, top_k, top_p: see `sample_next_token`; temperature 0 is greedy decoding.
+        seed: the seed of the request's random numbers, which do not depend on the rest of the batch.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of range.
     """
 
     temperature: float = 0.0
@@ -40,7 +40,7 @@ class Sampling:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
     def for_prompt(self, number: int) -> Sampling:
-        """The settings of one of several prompts that came with them: each has its own random numbers."""
+        """The settings for one of several prompts in the same request; each prompt has its own random numbers."""
         return replace(self, seed=(self.seed + number) % 2**63)
 
     def generator(self) -> torch.Generator:
@@ -50,13 +50,13 @@ class Sampling:
 def choose_tokens(
     logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
 ) -> list[int | None]:
-    """The next token of each row; None: its logits are not numbers, because its adapter is damaged.
+    """The next token of each row, or None if its largest logit is not finite, because its adapter is damaged.
 
     Args:
         logits: (rows, V).
-        samplings, generators: of each row.
+        samplings, generators: one for each row.
     """
-    largest = logits.max(dim=-1)  # NaN if there is one
+    largest = logits.max(dim=-1)  # NaN if the row contains a NaN
     tokens: list[int | None] = list(largest.indices.tolist())
     for row, (value, sampling) in enumerate(zip(largest.values.tolist(), samplings, strict=True)):
         if not math.isfinite(value):

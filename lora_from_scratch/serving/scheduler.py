@@ -1,15 +1,15 @@
-"""Which requests are in the next forward pass (continuous batching; Orca, Yu et al. 2022, OSDI).
+"""Selecting the requests for the next forward pass (continuous batching; Orca, Yu et al. 2022, OSDI).
 
-A batch is not kept until its longest text is finished: before every pass, requests that are finished leave and waiting
-ones join, in the order in which they came. The first of those that wait joins as soon as
+The batch changes at every pass, without waiting for its longest text: before each pass, finished requests leave and
+waiting requests join, in order of arrival. The first waiting request joins as soon as
 
-- there is a row for it,
-- its adapter has been read from the disk, and
-- the pool is large enough for it and all that run, up to the last token that each of them may generate.
+- there is a free row,
+- its adapter has been read from disk, and
+- the pool is large enough for it and all running requests, even if each generates its maximum number of tokens.
 
-The last condition looks ahead (`peak_pages`; S-LoRA, Sheng et al. 2023, section 5.2, has it from LightLLM), so that no
-request that runs ever has to make way for another. Nobody overtakes the first one, and all that run come to an end, so
-every request gets its turn.
+The last condition looks ahead (`peak_pages`; S-LoRA, Sheng et al. 2023, section 5.2, adopts it from LightLLM), so a
+running request never has to be preempted. Waiting requests are never overtaken and every running request finishes, so
+no request waits forever.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from lora_from_scratch.serving.page_pool import PageLayout
 from lora_from_scratch.serving.paged_model import PagedModel, Text, order
 from lora_from_scratch.serving.sampling import Sampling, choose_tokens
 
-PATIENCE = 0.02  # seconds that a pass waits for the adapter of the next request; most are read in less
+PATIENCE = 0.02  # seconds that a pass waits for the next request's adapter; most are read in less time
 
 
 @dataclass(eq=False)
 class Request:
-    """A text to be continued.
+    """A request to continue a text.
 
     Attributes:
         prompt: at least one token id.
-        max_tokens: the most tokens to generate, at least one.
-        adapter: None: the base.
+        max_tokens: the maximum number of tokens to generate, at least 1.
+        adapter: the adapter to use; None for the base model.
+        sampling: the sampling settings.
         stop: token ids that end the text; they are not part of it.
-        tokens: that have been generated so far.
+        tokens: the tokens generated so far.
     """
 
     prompt: Sequence[int]
@@ -53,12 +54,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """What has happened to a request: a new token, or its end, or both.
+    """An event of a request: a new token, its end, or both.
 
     Attributes:
-        token: None: no new one.
-        finished: "stop", "length", "error" (it cannot be run) or "failure" (the program's own); None: it runs on.
-        error: what is wrong with the request.
+        request: the request.
+        token: the new token, if any.
+        finished: "stop", "length", "error" (the request cannot be run) or "failure" (an error in the server); None if
+            the request is still running.
+        error: the error message, if `finished` is "error".
     """
 
     request: Request
@@ -84,14 +87,14 @@ class _Running:
 
 
 class Scheduler:
-    """Runs requests on a model. Not for several threads (`engine.py` is).
+    """Runs requests on a model. Not thread-safe; see `engine.py`.
 
     Args:
-        model: not adapted.
-        store: the adapters, and the pool.
-        max_rows: the most requests in a pass.
-        max_prompt_tokens: the most tokens of prompts in a pass, unless one prompt alone has more: those that run wait
-            for them.
+        model: a model without adapters.
+        store: the adapters and the pool.
+        max_rows: the maximum number of requests in a pass.
+        max_prompt_tokens: the maximum number of prompt tokens in a pass, which limits how long the running requests
+            are delayed. A single prompt may be longer.
     """
 
     def __init__(self, model: GPT2, store: AdapterStore, max_rows: int = 32, max_prompt_tokens: int = 512) -> None:
@@ -103,10 +106,10 @@ class Scheduler:
         self.running: dict[Request, _Running] = {}
 
     def submit(self, request: Request) -> None:
-        """Let a request wait for its turn.
+        """Add a request to the queue.
 
         Raises:
-            ValueError: it can never be run; see `check`.
+            ValueError: the request can never be run; see `check`.
         """
         self.check(request)
         self.waiting.append(request)
@@ -124,22 +127,22 @@ class Scheduler:
                 f"the prompt has {len(prompt)} tokens; with max_tokens={request.max_tokens} that is {total}, more than "
                 f"the model's context of {context}"
             )
-        pages = self.pool.layout.pages_for_tokens(total - 1)  # the last token is not read again
+        pages = self.pool.layout.pages_for_tokens(total - 1)  # the last token's keys and values are not needed
         if pages > len(self.pool):
             raise ValueError(f"the request needs {pages} pages of memory, and the server has only {len(self.pool)}")
 
     def cancel(self, request: Request) -> None:
-        """Forget a request, waiting or running. Idempotent."""
+        """Remove a request, waiting or running. Idempotent."""
         if request in self.running:
             self._leave(self.running[request])
         elif request in self.waiting:
             self.waiting.remove(request)
 
     def step(self) -> list[Event]:
-        """Let requests join, run one forward pass, let those that are finished leave.
+        """Admit waiting requests, run one forward pass, and remove the finished requests.
 
         Returns:
-            What has happened, a new token of each running request among it; empty: there is nothing to do.
+            The events, including one for each running request; empty if there is nothing to do.
         """
         events = list(self._admit())
         if not self.running:
@@ -156,7 +159,7 @@ class Scheduler:
 
     def _admit(self) -> Iterator[Event]:
         self.store.read_ahead(r.adapter for r in islice(self.waiting, 2 * READ_AHEAD) if r.adapter is not None)
-        joined, patience = 0, PATIENCE  # tokens of prompts; for the first adapter only
+        joined, patience = 0, PATIENCE  # `joined` counts prompt tokens; only the first adapter is waited for
         while self.waiting and len(self.running) < self.max_rows:
             request = self.waiting[0]
             if joined and joined + len(request.prompt) > self.max_prompt_tokens:
@@ -178,10 +181,10 @@ class Scheduler:
             self.running[request] = _Running(request, resident, request.sampling.generator())
 
     def _fits(self, request: Request) -> bool:
-        """Whether the pool is large enough for a request beside all that run.
+        """Whether the pool is large enough for a request in addition to all running ones.
 
         Raises:
-            ValueError: it would not be even if nothing else ran; or its adapter cannot be read.
+            ValueError: the pool is too small for the request even on its own, or its adapter cannot be read.
         """
         stored = [len(request.prompt) - 1]
         left = [request.max_tokens]
@@ -205,7 +208,7 @@ class Scheduler:
     # --- Running ---
 
     def _rows(self) -> list[_Running]:
-        """The requests in the order of the packed batch: decoding first, then prompts, equal adapters together."""
+        """The requests in the order of the packed batch: decoding ones, grouped by adapter, then prompts."""
         decoding = [row for row in self.running.values() if row.stored]
         places = order([None if row.adapter is None else row.adapter.rows for row in decoding])
         return [decoding[place] for place in places] + [row for row in self.running.values() if not row.stored]
@@ -221,7 +224,7 @@ class Scheduler:
         return Text(tokens, row.stored, self.pool.tables[row.request], adapter)
 
     def _take(self, row: _Running, token: int | None) -> Event:
-        """Give a request its next token."""
+        """Append the next token to a request."""
         request = row.request
         if token is None:
             self._leave(row)
@@ -246,17 +249,17 @@ class Scheduler:
 def peak_pages(
     stored: Sequence[int], left: Sequence[int], adapters: Sequence[tuple[int, int]], layout: PageLayout
 ) -> int:
-    """The most pages that texts and their adapters will have at a time, if each text generates all that it may.
+    """The peak number of pages in use by texts and their adapters, if each text reaches its maximum length.
 
-    A text takes pages until it is finished, and then returns them, so the most are in use just before one of them is.
+    A text takes more pages until it finishes and then frees them all, so the peak occurs just before a text finishes.
 
     Args:
-        stored: tokens of each text that are in the pool already; for a prompt that is read in the next pass, its length
-            minus one.
-        left: how many more passes each text takes part in; each adds a token.
-        adapters: (pages, the passes until its last text is finished) of each.
+        stored: the number of tokens of each text in the pool; for a prompt that is processed in the next pass, its
+            length minus one.
+        left: the number of passes left for each text; each pass adds a token.
+        adapters: (number of pages, passes until its last text is finished) of each adapter.
     """
-    ends = np.array(left)  # (texts,): the moments at which a text is about to finish
+    ends = np.array(left)  # (texts,): the passes after which a text finishes
     runs = ends[None, :] >= ends[:, None]  # (moments, texts)
     pages = -(-(np.array(stored)[None, :] + ends[:, None]) // layout.tokens)
     total = (pages * runs).sum(axis=1)

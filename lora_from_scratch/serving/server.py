@@ -1,10 +1,10 @@
-"""The HTTP server: many adapters behind the interface that OpenAI's clients speak.
+"""The HTTP server: many adapters behind an API that is compatible with OpenAI's clients.
 
-POST /v1/completions            `model` is the name of an adapter, or of the base; with `stream`, server-sent events
+POST /v1/completions            `model` is the name of an adapter or of the base; `stream` sends server-sent events
 GET  /v1/models                 the base and all adapters
-POST /v1/load_lora_adapter      {"lora_name": ..., "lora_path": ...}, as vLLM has it, where updates are allowed
-POST /v1/unload_lora_adapter    {"lora_name": ...}
-GET  /health, /metrics          for those who run it
+POST /v1/load_lora_adapter      {"lora_name": ..., "lora_path": ...}, as in vLLM; only if updates are allowed
+POST /v1/unload_lora_adapter    {"lora_name": ...}; only if updates are allowed
+GET  /health, /metrics          for monitoring
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from lora_from_scratch.serving.protocol import (
 from lora_from_scratch.serving.scheduler import Request, Scheduler
 from lora_from_scratch.serving.text_stream import TextStream
 
-MOST_BYTES = 2**20  # of a body
-Pieces = AsyncGenerator[tuple[int, str, str | None], None]  # the number of a choice, a piece of text, why it ends
+MOST_BYTES = 2**20  # the maximum size of a request body
+Pieces = AsyncGenerator[tuple[int, str, str | None], None]  # the index of a choice, a piece of text, the finish reason
 FAILURE = "the server has failed; its log says why"
 
 
 @dataclass
 class _Job:
-    """A completion that is being answered."""
+    """A completion in progress."""
 
     completion: Completion
     requests: list[Request]
@@ -57,13 +57,13 @@ class _Job:
 
 
 class Server:
-    """The application.
+    """The ASGI application, in `app`.
 
     Args:
-        scheduler: with the model and the adapters.
-        tokenizer: of the model.
-        base: the base's name.
-        max_waiting: requests that may wait; more are answered with 429.
+        scheduler: runs the model and holds the adapters.
+        tokenizer: the model's tokenizer.
+        base: the name of the base model.
+        max_waiting: the maximum number of waiting requests; further ones are answered with status 429.
         allow_updates: whether clients may add and remove adapters.
     """
 
@@ -110,7 +110,7 @@ class Server:
         completion = parse_completion(parse_json(await _body(http)))
         job = self._job(completion)
         events = self._events(job)
-        try:  # the first event shows whether there is anything to stream
+        try:  # an error before the first event still determines the status code
             first = await _unless_gone(http, anext(events))
         except BaseException:
             await events.aclose()
@@ -121,10 +121,10 @@ class Server:
         return await self._whole(http, job, first, events)
 
     def _job(self, completion: Completion) -> _Job:
-        """Look everything up that a completion names.
+        """Find the adapter of a completion and encode its prompts.
 
         Raises:
-            ApiError: there is no such model, or a prompt cannot be one.
+            ApiError: there is no such model, or a prompt is not valid text.
         """
         adapter = None
         if completion.model != self.base:
@@ -151,7 +151,7 @@ class Server:
             ) from None
 
     async def _events(self, job: _Job) -> Pieces:
-        """For each new piece of text: which choice it belongs to, the piece, and why the choice ends, if it does.
+        """Yield (index of the choice, new piece of text, finish reason or None).
 
         Raises:
             ApiError: the request cannot be run.
@@ -220,7 +220,7 @@ class Server:
                     yield server_sent_event(job.answer.whole([job.answer.choice(*event)]))
                 if job.completion.include_usage:
                     yield server_sent_event(job.answer.whole([], job.usage()))
-            except ApiError as error:  # too late for a status
+            except ApiError as error:  # the status code has already been sent
                 yield server_sent_event(error.body)
             yield server_sent_event("[DONE]")
 
@@ -261,7 +261,7 @@ class Server:
             raise ApiError(404, str(error), param="lora_name", code="model_not_found") from None
         return JSONResponse({"status": "ok", "name": name})
 
-    # --- For those who run it ---
+    # --- Monitoring ---
 
     async def health(self, http: HttpRequest) -> Response:
         if not self.engine.is_alive:
@@ -285,7 +285,7 @@ class Server:
 
 
 async def _unless_gone(http: HttpRequest, work: Awaitable[Any]) -> Any:
-    """The result of `work`, which is cancelled if the client goes away first."""
+    """The result of `work`, which is cancelled if the client disconnects first."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -299,7 +299,7 @@ async def _unless_gone(http: HttpRequest, work: Awaitable[Any]) -> Any:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if tasks[0].done():
             return tasks[0].result()
-        raise ApiError(499, "the client has gone away")  # nobody reads it
+        raise ApiError(499, "the client has gone away")  # this response is not delivered
     finally:
         for task in tasks:
             task.cancel()
@@ -307,7 +307,7 @@ async def _unless_gone(http: HttpRequest, work: Awaitable[Any]) -> Any:
 
 
 async def _body(http: HttpRequest) -> bytes:
-    """The body of a request, if it is not too large."""
+    """The body of a request, which must not exceed `MOST_BYTES`."""
     body = b""
     async for chunk in http.stream():
         body += chunk

@@ -1,4 +1,4 @@
-"""From tokens to text, piece by piece."""
+"""Decoding a stream of tokens into text."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from collections.abc import Sequence
 
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the decoding of an incomplete character
 
 
 class TextStream:
-    """The text of tokens that come one by one, up to the first of some strings that is complete.
+    """Decodes tokens that arrive one at a time, up to the first stop string.
 
-    What may still change is held back: the bytes of a character that is not complete, and the beginning of a string
-    that would end the text. All pieces together are the text.
+    Text that may still change is held back: the bytes of an incomplete character, and a suffix that may be the start of
+    a stop string. The concatenation of all returned pieces is the text.
 
     Args:
-        tokenizer: that the tokens are from.
+        tokenizer: the tokenizer of the tokens.
         stop: non-empty strings that end the text; they are not part of it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.tokens: list[int] = []
-        self.shown = 0  # characters that have been returned
-        self.stopped = False  # whether one of the strings has come
+        self.shown = 0  # the number of characters returned so far
+        self.stopped = False  # whether a stop string was found
 
     def add(self, token: int) -> str:
-        """The new piece of text; after the end of the text it is always empty."""
-        if token < self.tokenizer.vocab_size:  # a model's vocabulary may have been padded
+        """The new piece of text. It is always empty after a stop string."""
+        if token < self.tokenizer.vocab_size:  # the model's vocabulary may be padded
             self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens)
         return self._show(text, len(text.rstrip(INCOMPLETE)) - self._held_back(text.rstrip(INCOMPLETE)))
 
     def finish(self) -> str:
-        """The rest of the text, when there are no more tokens."""
+        """The rest of the text, after the last token."""
         text = self.tokenizer.decode(self.tokens)
         return self._show(text, len(text))
 
@@ -50,6 +50,6 @@ class TextStream:
         return piece
 
     def _held_back(self, text: str) -> int:
-        """The characters at the end that may be the beginning of a string that ends the text."""
+        """The number of characters at the end of the text that may be the start of a stop string."""
         lengths = (n for string in self.stop for n in range(1, len(string)) if text.endswith(string[:n]))
         return max(lengths, default=0)
