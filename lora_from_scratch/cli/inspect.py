@@ -1,4 +1,4 @@
-"""`lora-from-scratch inspect`: what a model consists of, and what a method would cost on it."""
+"""`lora-from-scratch inspect`: list the layers of a model, and estimate the cost of a method on it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "inspect",
         usage="%(prog)s MODEL [--method NAME] [--flag value ...]",
-        help="list a model's linear layers, and what a method would cost on it",
-        description="List the linear layers of a model, and what training it with a method would cost: trained "
-        "parameters, memory, bytes on disk and work, beside full fine-tuning. Only the model's configuration and the "
-        "headers of its files are read, so the model may be larger than this machine's memory.",
+        help="list a model's linear layers and the cost of a method",
+        description="List the linear layers of a model and the cost of training it with a method, compared with full "
+        "fine-tuning: trained parameters, memory, bytes on disk and multiply-adds. Only the model's configuration and "
+        "the headers of its files are read, so the model may be larger than this machine's memory.",
     )
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help='"bundled", "smollm2", a directory of any model that transformers knows, or a GPT-2 on the hub',
+        help='"bundled", "smollm2", a directory of any model that transformers supports, or a GPT-2 on the hub',
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts per training step (%(default)s)")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens per text (%(default)s)")

@@ -1,17 +1,17 @@
-"""Learning from rewards: policy gradients with a group baseline, for any method.
+"""Reinforcement learning with any method: policy gradients with a group baseline.
 
-For each prompt the model writes a group of G texts, and a program gives each a reward. A text that is better than its
-group becomes more likely, and one that is worse less likely:
+For each prompt, the model generates a group of G texts, and a function assigns a reward to each. Texts with a reward
+above the mean of their group become more likely, and texts below it become less likely:
 
     loss = - mean over all texts of  A_i * sum_t log p(token_t | what comes before it)
-    A_i  = r_i - mean(r)  over the group, divided by its standard deviation in GRPO
+    A_i  = r_i - mean(r)  over the group; in GRPO, divided by the group's standard deviation
 
 This is REINFORCE (Williams 1992) with the mean of the group as the baseline, or the first step of GRPO (Shao et al.
 2024, arXiv:2402.03300, section 4.1): each batch is used for one step, so the ratio of the new to the old probability is
-1 and its clipping has no effect. There is no penalty for leaving the base model; how far it was left is measured.
+1 and clipping has no effect. The loss has no KL penalty; the divergence from the base model is only measured.
 
-Schulman et al. 2025 ("LoRA Without Regret", section "Reinforcement learning") report that rank 1 is enough for such
-training, since a reward says little: about one bit for each text.
+Schulman et al. 2025 ("LoRA Without Regret", section "Reinforcement learning") report that rank 1 is sufficient for such
+training, because rewards carry little information: about one bit per text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lora_from_scratch.support.progress_bar import tqdm
 
 Reward = Callable[[str], float]
 
-PROMPTS = (  # beginnings of tales, for the bundled model
+PROMPTS = (  # the beginnings of fairy tales, for the bundled model
     "Once upon a time there was a",
     "The king said to his son",
     "In the morning the fox",
@@ -45,25 +45,26 @@ PROMPTS = (  # beginnings of tales, for the bundled model
 
 
 def without_letter(text: str, letter: str = "e") -> float:
-    """The share of words without a letter: a reward that a program can check, as in a lipogram.
+    """The share of words that do not contain a letter, as a verifiable reward (a lipogram).
 
     Args:
-        text: any text; one without words has the reward 0.
+        text: any text; the reward of a text without words is 0.
+        letter: a lower-case letter.
     """
     words = re.findall(r"[A-Za-z]+", text)
     return sum(letter not in word.lower() for word in words) / len(words) if words else 0.0
 
 
 def group_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
-    """How much better each text is than its group.
+    """The advantage of each text: its reward minus the mean of its group.
 
     Args:
-        rewards: (P, G), of the G texts of each prompt.
-        normalize: divide by the group's standard deviation, as GRPO does. Liu et al. 2025 (arXiv:2503.20783, section 3)
-            leave this out, because it gives more weight to groups whose rewards are nearly equal.
+        rewards: (P, G), the rewards of G texts for each of P prompts.
+        normalize: whether to divide by the group's standard deviation, as in GRPO. Liu et al. 2025 (arXiv:2503.20783,
+            section 3) omit this, because it gives more weight to groups whose rewards are nearly equal.
 
     Returns:
-        (P, G). A group whose rewards are all equal teaches nothing: its advantages are 0.
+        (P, G). If all rewards of a group are equal, its advantages are 0 and it does not contribute to the loss.
     """
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if normalize:
@@ -72,11 +73,15 @@ def group_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
 
 
 def log_probabilities(model: LanguageModel, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> Tensor:
-    """The log-probability of each text after its prompt: (N,), with gradients.
+    """The log-probability of each text given its prompt, with gradients.
 
     Args:
-        prompts: N prompts, each of at least one token id.
-        texts: N texts; an empty one has the log-probability 0.
+        model: the language model.
+        prompts: N prompts of at least one token id each.
+        texts: N texts; the log-probability of an empty text is 0.
+
+    Returns:
+        (N,).
     """
     device = next(model.parameters()).device
     rows = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
@@ -93,10 +98,10 @@ def log_probabilities(model: LanguageModel, prompts: Sequence[Sequence[int]], te
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Hyperparameters of a run.
+    """Hyperparameters of `train_on_rewards`.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a value is out of range.
     """
 
     steps: int = 60
@@ -116,7 +121,7 @@ class RewardSettings:
 
 @dataclass
 class RewardHistory:
-    """The mean reward of the texts of every step, before its update."""
+    """The mean reward of the texts of every step, generated before the step's update."""
 
     rewards: list[float] = field(default_factory=list)
 
@@ -130,11 +135,19 @@ def train_on_rewards(
     prompts: Sequence[str] = PROMPTS,
     progress: bool = True,
 ) -> RewardHistory:
-    """Train an adapted model on rewards, in place. Everything random in a step is drawn from the seed and the step.
+    """Train an adapted model on rewards, in place. The random numbers of a step depend only on the seed and the step.
 
     Args:
-        model: adapted by `method`.
-        reward: a function of the text after the prompt.
+        model: a model adapted by `method`.
+        tokenizer: the model's tokenizer.
+        method: the method whose parameters are trained.
+        reward: a function of the generated text, without the prompt.
+        settings: the hyperparameters.
+        prompts: used in turn, `settings.prompts` in each step.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The mean reward of every step.
     """
     device = next(model.parameters()).device
     training = TrainingSettings(
@@ -182,7 +195,7 @@ def mean_reward(
     new_tokens: int = 24,
     seed: int = 10**9,
 ) -> float:
-    """The mean reward of sampled texts, as many for each prompt."""
+    """The mean reward of sampled texts, with the same number of texts for each prompt."""
     ids = [tokenizer.encode(prompt) for prompt in prompts for _ in range(texts)]
     written = generate(
         model, ids, max_new_tokens=new_tokens, temperature=1.0, eos_id=tokenizer.eos_id, seed=seed

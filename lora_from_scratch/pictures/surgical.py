@@ -1,7 +1,9 @@
-"""Which part of a classifier to fine-tune for which shift (Lee et al. 2023, arXiv:2210.11466, sections 2 and 4).
+"""Surgical fine-tuning: which part of a classifier to tune for which shift (Lee et al. 2023, arXiv:2210.11466,
+sections 2 and 4).
 
-The pretrained classifier is adapted to a shifted task with 100 pictures. Either one of its parts is tuned and the
-others are frozen; or everything is, with one learning rate or with one for each tensor (Auto-RGN); or LoRA is used.
+The pretrained classifier is adapted to a shifted task with 100 pictures. The choices are to tune one part and freeze
+the others, to tune all parts with the same learning rate, to tune all parts with a learning rate for each tensor
+(Auto-RGN), and LoRA.
 """
 
 from __future__ import annotations
@@ -21,45 +23,52 @@ from lora_from_scratch.pictures.vit import ViT, parts
 from lora_from_scratch.support.wrapped import Wrapper
 
 ALL, AUTO_RGN, LORA = "all", "Auto-RGN", "LoRA"
-RATES = (1e-3, 3e-3, 1e-2)  # of which the best on the validation pictures is taken, for each choice and each shift
-STEPS, BATCH_SIZE, EPOCH = 60, 10, 10  # steps in all, pictures per step, steps after which Auto-RGN measures again
+RATES = (1e-3, 3e-3, 1e-2)  # candidates; selected on the validation pictures for each choice and each shift
+STEPS, BATCH_SIZE, EPOCH = 60, 10, 10  # total steps, pictures per step, steps between Auto-RGN's measurements
 
 
 class OnePrediction(Wrapper):
-    """A classifier called as a language model that predicts one token, its class, after the first."""
+    """A classifier with the interface of a language model that predicts one token after the first: the class."""
 
     def forward(self, pictures: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Pictures (B, 8, 8) to logits (B, 2, C), of which only the first position is used."""
+        """Map pictures (B, 8, 8) to logits (B, 2, C). Only the first position is used."""
         logits: Tensor = self.inside(pictures)
         return torch.stack([logits, logits], dim=1)
 
 
 def as_text(data: Pictures) -> tuple[Tensor, Tensor, None]:
-    """The pictures, and labels (B, 2) for `next_token_loss`."""
+    """The pictures with labels (B, 2) for `next_token_loss`."""
     return data.pictures, torch.stack([torch.full_like(data.labels, IGNORE_INDEX), data.labels], dim=1), None
 
 
 def choices(model: ViT) -> list[str]:
-    """What can be tuned: the parts from the input to the output, and the three ways to tune all of them."""
+    """The choices: each part from the input to the output, then the three that tune the whole model."""
     return [*parts(model), ALL, AUTO_RGN, LORA]
 
 
 def relative_norms(model: nn.Module, data: Pictures) -> dict[str, float]:
-    """`relative_gradient_norms` of a classifier on these pictures, in batches."""
+    """The `relative_gradient_norms` of a classifier on these pictures, computed in batches."""
     pieces = [data.rows(slice(i, i + BATCH_SIZE)) for i in range(0, len(data.labels), BATCH_SIZE)]
     norms = relative_gradient_norms(OnePrediction(model), map(as_text, pieces))
     return {name.removeprefix("inside."): norm for name, norm in norms.items()}
 
 
 def adapt(choice: str, data: Pictures, learning_rate: float, *, steps: int = STEPS, seed: int = 0) -> ViT:
-    """The pretrained classifier, adapted to the pictures.
+    """Adapt the pretrained classifier to pictures.
 
     Args:
         choice: one of `choices`.
-        learning_rate: of the tuned part; for Auto-RGN, of the tensor with the largest relative gradient.
+        data: the pictures to train on.
+        learning_rate: the learning rate of the tuned parameters; for Auto-RGN, that of the tensor with the largest
+            relative gradient norm.
+        steps: the number of training steps.
+        seed: the seed of the batches and of LoRA's initialization.
+
+    Returns:
+        The adapted classifier.
 
     Raises:
-        ValueError: there is no such choice.
+        ValueError: `choice` is not one of `choices`.
     """
     model = pretrained_vit()
     options: dict[str, Any] = {"batch_size": BATCH_SIZE, "seed": seed}
@@ -68,7 +77,7 @@ def adapt(choice: str, data: Pictures, learning_rate: float, *, steps: int = STE
         lora.adapt(model)
         train(model, data, classification_loss, steps=steps, learning_rate=learning_rate, method=lora, **options)
     elif choice == AUTO_RGN:
-        for start in range(0, steps, EPOCH):  # the measurement and the optimiser begin anew in every epoch
+        for start in range(0, steps, EPOCH):  # every epoch measures again and creates a new optimiser
             groups = surgical_parameter_groups(model, auto_rgn_weights(relative_norms(model, data)), learning_rate)
             groups = [{"params": group["params"], "lr": group["lr"]} for group in groups]
             options["seed"] = seed + 1000 * start
@@ -85,8 +94,7 @@ def adapt(choice: str, data: Pictures, learning_rate: float, *, steps: int = STE
 
 
 def best_rate(choice: str, shift: str, rates: Sequence[float] = RATES, steps: int = STEPS) -> float:
-    """The learning rate with the highest accuracy on the validation pictures, with a seed that is used for nothing
-    else."""
+    """The learning rate with the highest accuracy on the validation pictures, using a separate seed."""
     validation = shifted(shift, "validation")
 
     def score(rate: float) -> float:
@@ -96,7 +104,7 @@ def best_rate(choice: str, shift: str, rates: Sequence[float] = RATES, steps: in
 
 
 def compare(shift: str, choice: str, seeds: Sequence[int], rates: Sequence[float] = RATES) -> dict[str, Any]:
-    """The accuracies on the test pictures, one for each seed, with the learning rate that was chosen."""
+    """The test accuracy for each seed, with the best learning rate for this choice and shift."""
     rate = best_rate(choice, shift, rates)
     data, test = shifted(shift, "train"), shifted(shift, "test")
     found = [accuracy(adapt(choice, data, rate, seed=seed), test) for seed in seeds]

@@ -1,4 +1,4 @@
-"""Training the classifier and the diffusion model, from nothing or with a method, and the two pretrained models."""
+"""Training the classifier and the diffusion model, from scratch or with a method; loading the pretrained models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_from_scratch.pictures.digits import Pictures
 from lora_from_scratch.pictures.vit import ViT
 
 ASSETS = Path(__file__).parent.parent / "assets" / "pictures"
-WARMUP = 0.1  # of all steps
+WARMUP = 0.1  # share of all steps
 
 Loss = Callable[[nn.Module, Pictures, torch.Generator], Tensor]
 
@@ -43,11 +43,14 @@ def train(
     batch_size: int = 50,
     seed: int = 0,
 ) -> list[float]:
-    """Train what has `requires_grad`, with AdamW, a warm-up and a linear decay. Returns the loss of every step.
+    """Train the parameters with `requires_grad`, using AdamW with warm-up and linear decay.
 
     Args:
-        method: the method that adapted the model, if any; its parameter groups and its hook after each step are used.
-        groups: parameter groups for AdamW, each with its "lr", instead of the method's.
+        method: the method that adapted the model, if any. Its parameter groups and its `after_step` are used.
+        groups: parameter groups for AdamW, each with its own "lr". They replace the method's.
+
+    Returns:
+        The loss of every step.
     """
     model.train()
     if groups is None:
@@ -79,11 +82,11 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Pictures) -> float:
-    """The share of pictures whose class has the largest logit."""
+    """The share of pictures that are classified correctly."""
     return (model(data.pictures).argmax(dim=1) == data.labels).float().mean().item()
 
 
-# --- The pretrained models, which `python -m benchmarks.pictures pretrain` makes ---
+# --- The pretrained models, trained by `python -m benchmarks.pictures pretrain` ---
 
 
 def pretrained_vit() -> ViT:
@@ -97,7 +100,7 @@ def pretrained_denoiser() -> Denoiser:
 
 
 def save_pretrained(model: nn.Module, name: str, directory: Path = ASSETS) -> None:
-    """Write the weights, in 16 bits."""
+    """Save the weights in float16."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file({n: t.half().contiguous() for n, t in model.state_dict().items()}, directory / f"{name}.safetensors")
 

@@ -13,7 +13,7 @@ PATCHES = (SIDE // PATCH) ** 2
 
 
 def to_patches(pictures: Tensor) -> Tensor:
-    """(B, 8, 8) to (B, 16, 4): the pixels of each square of 2 x 2, row by row."""
+    """Divide pictures (B, 8, 8) into patches of 2 x 2 pixels (B, 16, 4), row by row."""
     return F.unfold(pictures[:, None], PATCH, stride=PATCH).transpose(1, 2)
 
 
@@ -23,7 +23,7 @@ def from_patches(patches: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention in which every patch sees every other."""
+    """Multi-head self-attention without a mask."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and an MLP, each behind a LayerNorm and beside a residual connection."""
+    """Self-attention and an MLP, each with a LayerNorm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class EncoderBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """A classifier: patches, a token for the class in front of them, blocks, and a linear layer on that token.
+    """A classifier that prepends a class token to the patches, applies the blocks, and classifies the class token.
 
     Args:
-        width: d, of every token.
+        width: d, the width of every token.
         depth: the number of blocks.
-        heads: of each attention.
-        classes: C.
+        heads: the number of attention heads.
+        classes: C, the number of classes.
     """
 
     def __init__(self, width: int = 80, depth: int = 4, heads: int = 4, classes: int = CLASSES) -> None:
@@ -76,7 +76,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """(B, 8, 8) to logits (B, C)."""
+        """Map pictures (B, 8, 8) to logits (B, C)."""
         patches = self.patch_embedding(to_patches(pictures))  # (B, 16, d)
         x = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1) + self.position
         for block in self.blocks:
@@ -86,7 +86,7 @@ class ViT(nn.Module):
 
 
 def parts(model: ViT) -> dict[str, list[str]]:
-    """The names of the parameters of each part that surgical fine-tuning may choose, from the input to the output."""
+    """The parts that surgical fine-tuning can tune, from the input to the output, with their parameter names."""
     names = [name for name, _ in model.named_parameters()]
     found = {"embedding": [n for n in names if n.startswith(("patch_embedding", "class_token", "position"))]}
     for number in range(len(model.blocks)):
