@@ -1,4 +1,4 @@
-"""`lora-from-scratch bundle`: what Gradescope or PrairieLearn needs to grade a unit with this course's checks."""
+"""`lora-from-scratch bundle`: create an autograder for Gradescope or PrairieLearn from this course's checks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 DESCRIPTION = """\
 Write a zip file for another platform: for Gradescope, the autograder to upload; for PrairieLearn, a question and the
-sources of its image. Both give the points that `grade` gives. The file contains the cohort's secret, so keep it to
-yourself. How far the containers isolate a learner's code is written in the instructor guide.
+sources of its image. Both give the same points as `grade`. The file contains the cohort's secret, so do not share it.
+The instructor guide describes how well the containers isolate a learner's code.
 """
 IMAGE = "lora-from-scratch-grader"
 
@@ -17,7 +17,7 @@ IMAGE = "lora-from-scratch-grader"
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "bundle",
-        help="make an autograder for Gradescope or PrairieLearn (for instructors)",
+        help="create an autograder for Gradescope or PrairieLearn (for instructors)",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""`lora-from-scratch intake`: take in submissions that were downloaded from Canvas, Moodle or Gradescope."""
+"""`lora-from-scratch intake`: import submissions downloaded from Canvas, Moodle or Gradescope."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from lora_from_scratch.support.plain_text import one_line
 
 DESCRIPTION = """\
-Put downloaded submissions into submitted/LEARNER/unit_NN/, where `grade` reads them. A download is the zip file of
-Canvas ("Download Submissions"), Moodle ("Download all submissions") or Gradescope ("Export Submissions"), as it came,
-or the folder that it was unpacked into. Learners are those of the gradebook and of --roster.
+Copy downloaded submissions to submitted/LEARNER/unit_NN/, where `grade` reads them. A download is the zip file from
+Canvas ("Download Submissions"), Moodle ("Download all submissions") or Gradescope ("Export Submissions"), without
+changes, or the folder into which it was unpacked. The learners are those in the gradebook and in --roster.
 
-exit code: 0 everything was taken in; 1 something needs a person
+exit code: 0 all submissions were imported; 1 some need the attention of a person
 """
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "intake",
-        help="take in submissions downloaded from a platform (for instructors)",
+        help="import submissions downloaded from a platform (for instructors)",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -33,15 +33,17 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="CSV",
-        help="a table of learners beside the gradebook, also several: Canvas's gradebook export, Moodle's grading "
-        "worksheet (with the times of submission), Gradescope's roster, or a list for `nbgrader db student import`",
+        help="a table of learners in addition to the gradebook: Canvas's gradebook export, Moodle's grading worksheet "
+        "(with the times of submission), Gradescope's roster, or a list for `nbgrader db student import`; repeatable",
     )
-    parser.add_argument("--replace", action="store_true", help="replace different work of a learner that is there")
-    parser.add_argument("--timezone", default="UTC", metavar="NAME", help="of Moodle's times, such as Europe/Oslo")
+    parser.add_argument("--replace", action="store_true", help="replace existing work that differs from the download")
+    parser.add_argument(
+        "--timezone", default="UTC", metavar="NAME", help="the time zone of Moodle's times, such as Europe/Oslo"
+    )
     parser.add_argument(
         "--course", type=Path, metavar="DIR", help="the course's folder (default: this folder or one above it)"
     )
-    parser.add_argument("--db", metavar="URL", help="the gradebook, as for `grade`")
+    parser.add_argument("--db", metavar="URL", help="the gradebook's URL, as for `grade`")
     return parser
 
 

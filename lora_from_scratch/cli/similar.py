@@ -1,4 +1,4 @@
-"""`lora-from-scratch similar`: show answers of a class that are the same code apart from names and layout."""
+"""`lora-from-scratch similar`: report answers in a class that are the same code apart from names and layout."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Compare the answers of a unit that has been graded, and write a page for a person to judge: answers that are the same
-code apart from names and layout. It changes no points. The page says how often honest answers are alike.
+Compare the answers to a graded unit and write a report on answers that are the same code apart from names and layout,
+for a person to judge. No points are changed. The report also says how often independent answers are the same.
 """
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "similar",
-        help="show answers that are the same code (for instructors)",
+        help="report answers that are the same code (for instructors)",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

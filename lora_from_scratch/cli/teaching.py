@@ -1,4 +1,4 @@
-"""`lora-from-scratch teaching`: what a class teaches about a unit, so that the unit can be improved."""
+"""`lora-from-scratch teaching`: report how a unit can be improved, based on the results of a class."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Write a page about a unit that has been graded: per exercise, how many are right, tries, hints opened, time, the
-commonest misconceptions, and wrong answers without a diagnosis grouped by what they do; and, from these, which hint,
-sentence or message to improve. The page names nobody. Tries, hints and times are known of learners who hand in
-~/.lora-from-scratch/progress.json beside their notebook.
+Write a report on a graded unit: for each exercise, the share of right answers, the tries, opened hints and time, the
+most common misconceptions, and the wrong answers without a diagnosis, grouped by behavior; and suggestions which hint,
+sentence or message to improve. The report contains no names. Tries, hints and times are known only for learners who
+hand in ~/.lora-from-scratch/progress.json with their notebook.
 """
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "teaching",
-        help="show what to improve in a unit (for instructors)",
+        help="report what to improve in a unit (for instructors)",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--progress",
         type=Path,
         metavar="DIR",
-        help="a folder with LEARNER.json, for learners who did not hand theirs in",
+        help="a folder with LEARNER.json for learners who did not hand in their progress file",
     )
     parser.add_argument(
         "--course", type=Path, metavar="DIR", help="the course's folder (default: this folder or one above it)"

@@ -1,11 +1,11 @@
-"""The course's policy for late work, as a plugin of nbgrader: hours of grace, late days for the term, then a deduction.
+"""The course's late policy, as an nbgrader plugin: a grace period, late days for the term, then a deduction.
 
     c.AssignLatePenalties.plugin_class = LatePolicy
     c.LatePolicy.grace_hours = 1
     c.LatePolicy.days = 3
     c.LatePolicy.percent_a_day = 20
 
-The due date of a unit is nbgrader's, with the learner's extension if there is one.
+The due date of a unit is taken from nbgrader, including the learner's extension, if any.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ DAY = 24 * HOUR
 
 
 class LatePolicy(LateSubmissionPlugin):
-    """What a late submission costs.
+    """The deduction for late submissions.
 
-    A submission that is handed in within `grace_hours` of the due date counts as on time. After that, every day that
-    has begun is a late day. A learner has `days` of them for the whole term and spends them in the order of handing in;
-    each late day beyond those costs `percent_a_day` of the points that the submission has earned.
+    A submission handed in within `grace_hours` after the due date counts as on time. After that, every started day is a
+    late day. A learner has `days` late days for the whole term, which are used up in the order of submission. Each
+    further late day costs `percent_a_day` of the points that the submission has earned.
     """
 
     grace_hours = Float(0.0, min=0.0, help="hours after the due date that still count as on time").tag(config=True)
@@ -35,18 +35,18 @@ class LatePolicy(LateSubmissionPlugin):
     ).tag(config=True)
 
     def late_submission_penalty(self, student_id: str, score: float, total_seconds_late: float) -> float:
-        """The points to subtract. The other units are read from the gradebook of nbgrader's AssignLatePenalties."""
+        """The points to subtract. The learner's other submissions are read from nbgrader's gradebook."""
         left = max(0, self.days - self.late_days(self._seconds_late_before(student_id)))
         charged = max(0, self.late_days([total_seconds_late]) - left)
         return score * min(100.0, charged * self.percent_a_day) / 100
 
     def late_days(self, seconds_late: Iterable[float]) -> int:
-        """The late days of several submissions: for each, the days begun after the grace."""
+        """The total late days of submissions: for each, the days started after the grace period."""
         grace = self.grace_hours * HOUR
         return sum(math.ceil(max(0.0, seconds - grace) / DAY) for seconds in seconds_late)
 
     def _seconds_late_before(self, student_id: str) -> list[float]:
-        """How late the learner's submissions to other units were that were handed in before this one."""
+        """The lateness of the learner's earlier submissions to other units."""
         gradebook, unit = self.parent.gradebook, self.parent.assignment_id
         submissions = {one.name: one for one in gradebook.student_submissions(student_id)}
         this = submissions.pop(unit)

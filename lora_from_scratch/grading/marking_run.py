@@ -1,4 +1,4 @@
-"""Mark the submissions of a unit: what a whole grading and a shard of one have in common."""
+"""Mark the submissions of a unit: the code shared by grading a whole class and grading a shard."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Options:
     Attributes:
         place: the course's folder; None searches from the current folder.
         workers: number of worker processes; 0 means one per processor.
-        again: grade everything, including what is already graded.
-        collect: mark nothing, and enter what the shards have marked.
-        cluster: the address of the scheduler of a Dask cluster that marks; None marks on this machine.
+        again: grade all submissions, including those that are already graded.
+        collect: mark nothing, and enter the results of the shards into the gradebook.
+        cluster: the address of the scheduler of a Dask cluster for marking; None marks on this machine.
         db: the gradebook's URL; None means the configured one.
         cohort_seed: sets the cohort's secret.
         marker: the function that marks a submission, as "module:function"; tests replace it.
@@ -61,8 +61,8 @@ class Preparation:
     """A unit that is ready to be graded.
 
     Attributes:
-        course_key: what all results of this version of the course share; see `keys.course_key`.
-        learners: who has handed in, in order.
+        course_key: the key shared by all results of this version of the course; see `keys.course_key`.
+        learners: the learners who handed in, in order.
         refused: a sentence for each folder in submitted/ that cannot be graded.
     """
 
@@ -77,7 +77,7 @@ class Preparation:
 
 
 def prepare(number: str, options: Options) -> Preparation:
-    """Find everything that grading needs.
+    """Load everything that grading needs.
 
     Raises:
         ValueError, OSError: grading cannot start; the message says why and what to do.
@@ -113,7 +113,7 @@ def processors() -> int:
 
 
 def pool_of(options: Options) -> Pool:
-    """The processes that do the work: of this machine, or of a cluster too."""
+    """The pool of worker processes: on this machine, or on a cluster as well."""
     workers = options.workers or processors()
     if options.cluster is None:
         return Pool(workers, start=options.start)
@@ -123,10 +123,10 @@ def pool_of(options: Options) -> Pool:
 
 
 def require_sandbox(isolation: Isolation) -> None:
-    """Check that submissions can be isolated in this way on this machine.
+    """Check that this isolation is available on this machine.
 
     Raises:
-        ValueError: they cannot, or the isolation is unknown.
+        ValueError: the isolation is unknown or not available.
     """
     if isolation not in get_args(Isolation):
         raise ValueError(f"isolation must be one of {', '.join(get_args(Isolation))}, got {isolation!r}")
@@ -139,16 +139,16 @@ def require_sandbox(isolation: Isolation) -> None:
 
 
 class Progress:
-    """A progress bar whose time left is right.
+    """A progress bar with an accurate estimate of the remaining time.
 
-    First every submission is looked at, which tells how many have to be marked. Those that need not be are finished at
-    once, and would make the others seem quick. The first that each worker marks is slow, since it imports what it
-    needs. So the rate is the mean of those that follow.
+    First, every submission is looked up, which shows how many must be marked. The others are finished immediately and
+    would distort the estimate, as would the first submission of each worker, which includes the time for imports.
+    Therefore the rate is the mean over the submissions after these.
     """
 
     def __init__(self, name: str, submissions: int, workers: int, **options: Any) -> None:
-        self.waiting = submissions  # to be looked at
-        self.first = workers  # to be marked before the rate is measured
+        self.waiting = submissions  # submissions that have not been looked up
+        self.first = workers  # submissions to mark before the rate is measured
         settings = {"unit": "submission", "desc": name, "disable": None, "smoothing": 0} | options
         self.bar: Any = tqdm(total=submissions, **settings)
 
@@ -164,7 +164,7 @@ class Progress:
             self._measure()
 
     def _measure(self) -> None:
-        """Measure the rate from now on, as tqdm's `reset` does."""
+        """Restart the measurement of the rate, as tqdm's `reset` does."""
         if not self.bar.disable:
             self.bar.initial, self.bar.start_t = self.bar.n, self.bar._time()
 
@@ -177,7 +177,7 @@ class Progress:
 
 @dataclass
 class MarkingRun:
-    """Marks submissions that have no result yet, and writes each result to its record. Subclasses do the rest."""
+    """Marks submissions without a result and writes each result to its record. Subclasses process the results."""
 
     given: Preparation
     pool: Pool
@@ -186,7 +186,7 @@ class MarkingRun:
     refused: list[str] = field(default_factory=list)
 
     def all(self, learners: tuple[str, ...]) -> None:
-        """For each learner independently: look at the submission, mark it if needed, and go on with `enter`."""
+        """For each learner independently: look up the submission, mark it if necessary, and call `enter`."""
         with Progress(self.given.course.assignment, len(learners), self.pool.workers) as progress:
             for learner in learners:
                 _tidy(self.given.course, learner)
@@ -196,15 +196,15 @@ class MarkingRun:
                 progress.looked_up(outcome.task.function == tasks.LOOK_UP)
 
     def go_on(self, outcome: Outcome) -> int:
-        """Do what follows a task; returns 1 if the submission is finished, else 0."""
+        """Perform the step after a task. Returns 1 if the submission is finished, else 0."""
         return self._looked(outcome) if outcome.task.function == tasks.LOOK_UP else self._marked(outcome)
 
     def enter(self, learner: str, made: tasks.PreparedResult, trouble: tuple[str, ...] = ()) -> int:
-        """What is done with a result."""
+        """Process a result. Returns 1 if the submission is finished, else 0."""
         raise NotImplementedError
 
     def unmarked(self, job: tasks.MarkingJob) -> int:
-        """What is done with a submission without a result that is up to date."""
+        """Process a submission that has no up-to-date result. Returns 1 if the submission is finished, else 0."""
         self.pool.submit(Task(job.learner, tasks.MARK, (job,)))
         return 0
 
@@ -246,7 +246,7 @@ class MarkingRun:
         return self.enter(job.learner, outcome.value)
 
     def _failed(self, job: tasks.MarkingJob, failed: tasks.MarkingFailure) -> int:
-        """After a first failure the next run tries again; after a second one, a person decides."""
+        """After the first failure, the next run tries again; after the second one, a person must decide."""
         note, stored = self.given.course.failed(job.learner), tasks.stored_result(job.record)
         graded = stored or self._nothing(job.learner, failed.why)
         if not failed.machine and job.key and _text_of(note) == job.key:
@@ -288,10 +288,10 @@ def _tidy(course: CourseFolder, learner: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold a file's lock: alone, or with others that hold it `shared`.
+    """Hold a lock on a file, exclusively or `shared`.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds a conflicting lock.
     """
     import fcntl
 

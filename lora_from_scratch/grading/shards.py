@@ -1,11 +1,11 @@
-"""Grade a unit on several machines that share the course's folder: each marks one shard, and one collects.
+"""Grade a unit on several machines that share the course's folder: each marks one shard, and one collects the results.
 
     lora-from-scratch grade 09 --shard 3/16     # on each machine, with its own number
     lora-from-scratch grade 09 --collect        # afterwards, on one
 
-A shard marks its learners and writes their records, nothing else; `--collect` marks nothing and does the rest. Which
-shard a learner belongs to follows from the learner's name alone, so that nobody is in two shards or in none, whenever
-they hand in. The first shard leaves the version of the course that it has; machines with another one are refused.
+A shard only marks its learners and writes their records; `--collect` does everything else. The shard of a learner
+depends only on the learner's name, so every learner is in exactly one shard, regardless of when they hand in. The first
+shard records its version of the course, and machines with another version are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lora_from_scratch.grading.summary import PreviousResult
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard `number` of `count`, from 1 on."""
+    """Shard `number` of `count`, counted from 1."""
 
     number: int
     count: int
@@ -42,10 +42,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What a shard has done.
+    """The result of grading a shard.
 
     Attributes:
-        trouble: a sentence for each learner that could not be graded.
+        unit: the number of the unit.
+        shard: the shard.
+        learners: the number of learners in the shard.
+        marked: the number of submissions that were marked.
+        trouble: a sentence for each learner who could not be graded.
+        seconds: the elapsed time.
     """
 
     unit: str
@@ -57,10 +62,10 @@ class ShardSummary:
 
 
 def parse_shard(text: str) -> Shard:
-    """Read "3/16".
+    """Parse a shard such as "3/16".
 
     Raises:
-        ValueError: the text is something else.
+        ValueError: the text is not a valid shard.
     """
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
@@ -72,7 +77,7 @@ def grade_shard(number: str, shard: Shard, options: Options) -> ShardSummary:
     """Mark the submissions of a shard and write their records.
 
     Raises:
-        ValueError, OSError: it cannot start; the message says why and what to do.
+        ValueError, OSError: grading cannot start; the message says why and what to do.
     """
     started = time.monotonic()
     given = prepare(number, options)
@@ -90,7 +95,7 @@ def grade_shard(number: str, shard: Shard, options: Options) -> ShardSummary:
 
 
 class ShardRun(MarkingRun):
-    """The marking of a shard. The records are all that it leaves."""
+    """Marks a shard. It writes only the records."""
 
     def enter(self, learner: str, made: tasks.PreparedResult, trouble: tuple[str, ...] = ()) -> int:
         self.refused += [f"{learner}: {sentence}" for sentence in trouble]
@@ -98,7 +103,8 @@ class ShardRun(MarkingRun):
 
 
 def baseline(course: CourseFolder, learners: tuple[str, ...]) -> dict[str, PreviousResult]:
-    """Everybody's points before this grading; a resumed run, or another shard, reads what the first one found."""
+    """The points of all learners before this grading. The first run stores them; resumed runs and other shards read
+    the stored points."""
     found = _stored(course.baseline)
     if not isinstance(found, dict):
         course.baseline.unlink(missing_ok=True)
@@ -114,10 +120,10 @@ def baseline(course: CourseFolder, learners: tuple[str, ...]) -> dict[str, Previ
 
 
 def _require_same_version(given: Preparation) -> None:
-    """Check that the shards before this one had the same version of the course.
+    """Check that the shards before this one used the same version of the course.
 
     Raises:
-        ValueError: they had another one.
+        ValueError: they used another version.
     """
     version = given.course.version
     found = _first(version, given.course_key)
@@ -137,7 +143,7 @@ def _stored(path: Path) -> object:
 
 
 def _first(path: Path, document: object) -> object:
-    """Write a JSON file unless another process has been first; returns what is in it."""
+    """Write a JSON file unless another process has already written it, and return its content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:

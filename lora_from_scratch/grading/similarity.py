@@ -1,11 +1,13 @@
 """Find answers that are the same code apart from names and layout, by winnowing.
 
 Source: S. Schleimer, D. S. Wilkerson and A. Aiken, "Winnowing: Local Algorithms for Document Fingerprinting", SIGMOD
-2003. Every sequence of `GRAM` tokens is hashed, and of every `WINDOW` successive hashes the smallest is kept (the
-rightmost of equal ones). So two answers that share GRAM + WINDOW - 1 tokens in a row share a fingerprint.
+2003. Every sequence of `GRAM` tokens is hashed, and the smallest of every `WINDOW` successive hashes is kept (the
+rightmost if several are equal). Therefore two answers that share GRAM + WINDOW - 1 successive tokens share a
+fingerprint.
 
-Before, names that the answer itself chooses become the same token, and layout, comments, docstrings and annotations are
-dropped. What the release gives is subtracted, and so is what many in the class have, because it is the obvious way.
+Before hashing, all names that the answer defines are replaced by the same token, and layout, comments, docstrings and
+annotations are removed. Fingerprints of the released notebook are ignored, and so are those that many answers in the
+class contain, since they belong to the obvious solution.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from dataclasses import dataclass
 from lora_from_scratch.checks.bank import right_answers
 from lora_from_scratch.checks.exercise import Exercise
 
-GRAM = 6  # tokens in a hash
-WINDOW = 4  # hashes of which one is kept
-SAME = 0.8  # share of common fingerprints from which on two answers are reported
-LEAST = 12  # fingerprints of an answer; shorter ones are alike by chance
-COMMON = 0.25  # share of the class that has a fingerprint, from which on it is not counted
-FEW = 5  # learners with the same fingerprint who are never too many
-CHOSEN = "name"  # the token for a name that the answer chooses
+GRAM = 6  # tokens per hash
+WINDOW = 4  # successive hashes, of which one is kept
+SAME = 0.8  # two answers are reported if they share at least this fraction of their fingerprints
+LEAST = 12  # the minimum number of fingerprints; shorter answers may agree by chance
+COMMON = 0.25  # a fingerprint is ignored if more than this fraction of the class has it
+FEW = 5  # a fingerprint that at most this many learners have is never ignored
+CHOSEN = "name"  # the token that replaces a name defined by the answer
 LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENDMARKER)
 
 
@@ -38,7 +40,10 @@ class Pair:
     """Two learners' answers to an exercise that share at least `SAME` of their fingerprints.
 
     Attributes:
-        published: whether both are also the library's own answer, which everybody can read.
+        exercise: the name of the exercise.
+        learners: the two learners.
+        similarity: the share of common fingerprints.
+        published: whether both answers are also similar to the library's own answer, which is public.
     """
 
     exercise: str
@@ -48,7 +53,7 @@ class Pair:
 
 
 def tokens_of(source: str) -> list[str]:
-    """The tokens of an answer that names and layout do not change; none if it is not Python."""
+    """The tokens of an answer, independent of its names and layout; empty if it is not valid Python."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -67,7 +72,7 @@ def tokens_of(source: str) -> list[str]:
 
 
 def _simplified(tree: ast.AST) -> set[str]:
-    """Drop docstrings and annotations from the tree; returns the names that the code binds."""
+    """Remove docstrings and annotations from the tree, and return the names that the code binds."""
     chosen: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
@@ -85,7 +90,7 @@ def _simplified(tree: ast.AST) -> set[str]:
 
 
 def fingerprints(tokens: list[str]) -> set[int]:
-    """The fingerprints that winnowing selects."""
+    """The fingerprints selected by winnowing."""
     hashes = [_hash(tokens[at : at + GRAM]) for at in range(len(tokens) - GRAM + 1)]
     if len(hashes) < WINDOW:
         return set(hashes)
@@ -97,7 +102,7 @@ def _hash(gram: list[str]) -> int:
 
 
 def similarity(one: set[int], other: set[int]) -> float:
-    """The share of common fingerprints; 0 for answers that are too short to say."""
+    """The share of common fingerprints; 0 if one of the answers is too short to compare."""
     if min(len(one), len(other)) < LEAST:
         return 0.0
     return len(one & other) / len(one | other)
@@ -107,9 +112,10 @@ def similar_pairs(exercise: str, answers: Mapping[str, str], given: str, publish
     """The pairs of learners whose answers are the same apart from names and layout.
 
     Args:
-        answers: by learner, the source of the answer.
-        given: the source in the release, which everybody has.
-        published: the source of the library's own answer.
+        exercise: the name of the exercise.
+        answers: learner -> source code of the answer.
+        given: the source code in the released notebook.
+        published: the source code of the library's own answer.
     """
     start = fingerprints(tokens_of(given))
     own = fingerprints(tokens_of(published)) - start
@@ -132,12 +138,12 @@ def similar_pairs(exercise: str, answers: Mapping[str, str], given: str, publish
 
 @dataclass(frozen=True)
 class HonestRate:
-    """How often independent right answers of the bank are the same by this measure.
+    """How often independent right answers in the bank are the same by this measure.
 
     Attributes:
-        pairs: how many pairs were compared.
-        same: how many of them would have been reported.
-        short: how many could not be compared, because one of the two is too short.
+        pairs: the number of pairs.
+        same: the number of pairs that would be reported.
+        short: the number of pairs that cannot be compared, because one of the answers is too short.
     """
 
     pairs: int
@@ -146,7 +152,7 @@ class HonestRate:
 
 
 def honest_rate(exercises: Iterable[Exercise]) -> HonestRate:
-    """Compare the bank's alternative right answers to each exercise, and the library's own, with each other."""
+    """Compare all right answers to each exercise with each other: those in the bank and the library's own."""
     pairs = same = short = 0
     for exercise in exercises:
         sources = [published(exercise), *(_source(answer.object) for answer in right_answers(exercise.name))]
@@ -159,19 +165,19 @@ def honest_rate(exercises: Iterable[Exercise]) -> HonestRate:
 
 
 def published(exercise: Exercise) -> str:
-    """The source of the library's own answer."""
+    """The source code of the library's own answer."""
     return _source(inspect.unwrap(exercise.object))
 
 
 def _source(answer: object) -> str:
     try:
         return inspect.getsource(answer)  # type: ignore[arg-type]
-    except (OSError, TypeError):  # it was made by other code
+    except (OSError, TypeError):  # the object was generated by other code
         return ""
 
 
 def _undecorated(source: str) -> str:
-    """The source from "def" or "class" on; an answer of the bank begins with a decorator."""
+    """The source code without the decorator with which answers in the bank start."""
     lines = inspect.cleandoc("\n" + source).split("\n")
     start = next((n for n, line in enumerate(lines) if line.startswith(("def ", "class ", "async def "))), 0)
     return "\n".join(lines[start:])

@@ -1,4 +1,4 @@
-"""The page with answers that are the same code apart from names and layout: reports/unit_NN-similar.html."""
+"""The report on answers that are the same code apart from names and layout: reports/unit_NN-similar.html."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lora_from_scratch.grading.report import STYLE
 from lora_from_scratch.grading.similarity import LEAST, SAME, HonestRate, Pair, honest_rate, published, similar_pairs
 from lora_from_scratch.support.plain_text import in_html, plain
 
-MOST_SHOWN = 40  # pairs of learners whose code is shown; the others are only listed
-LONGEST = 20_000  # characters of an answer
+MOST_SHOWN = 40  # the maximum number of pairs of learners with code; further pairs are only listed
+LONGEST = 20_000  # the maximum number of characters of an answer
 MORE_STYLE = """\
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; max-width: 75rem; }
 .two pre { overflow-x: auto; margin: 0.3rem 0 1rem; padding: 0.5rem; border: 1px solid #8886; font-size: 0.85em; }
@@ -30,10 +30,13 @@ WHAT_IT_MEANS = (
 
 
 def write_similarity_report(unit: Unit, course: CourseFolder) -> tuple[Path, int]:
-    """Compare the answers of a graded unit; returns the page's path and the number of pairs of learners on it.
+    """Compare the answers to a graded unit and write the report.
+
+    Returns:
+        The path of the report, and the number of pairs of learners in it.
 
     Raises:
-        FileNotFoundError: nothing of the unit has been graded.
+        FileNotFoundError: no submission to the unit has been graded.
     """
     import nbformat
 
@@ -53,7 +56,7 @@ def write_similarity_report(unit: Unit, course: CourseFolder) -> tuple[Path, int
 
 
 def answers_of(course: CourseFolder, learner: str) -> dict[str, str]:
-    """By grade_id, what a graded submission contains; empty if it has not been graded."""
+    """The answers in a graded submission, by grade_id; empty if it has not been graded."""
     import nbformat
 
     graded = tasks.stored_result(course.record(learner))
@@ -66,7 +69,7 @@ def _sources(notebook: Any) -> dict[str, str]:
 
 
 def by_learners(pairs: Sequence[Pair]) -> list[tuple[tuple[str, str], list[Pair]]]:
-    """The pairs of learners with their exercises: most exercises first, the published answer counting least."""
+    """Group pairs by learners, those with the most unpublished answers first, then those with the most exercises."""
     found: dict[tuple[str, str], list[Pair]] = defaultdict(list)
     for pair in pairs:
         found[pair.learners].append(pair)
@@ -74,7 +77,7 @@ def by_learners(pairs: Sequence[Pair]) -> list[tuple[tuple[str, str], list[Pair]
 
 
 def page(unit: Unit, answers: Mapping[str, Mapping[str, str]], pairs: Sequence[Pair], honest: HonestRate) -> str:
-    """The page, without scripts."""
+    """The HTML page, without scripts."""
     title = html.escape(f"Unit {unit.number}: {unit.title}. Similar answers")
     found = by_learners(pairs)
     body = "".join(f"<p>{in_html(sentence)}</p>\n" for sentence in [WHAT_IT_MEANS, *_how_sure(honest)])

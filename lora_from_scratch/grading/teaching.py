@@ -1,8 +1,8 @@
-"""What a class teaches about a unit: per exercise, which hint, sentence or diagnosis to improve.
+"""A report on how to improve a unit, based on a class's results: hints, sentences and diagnoses of each exercise.
 
-The verdicts are those of grading. Tries, opened hints and times are known only of learners who hand in their progress
-(`progress.json` beside the notebook, or files that the instructor has); everything else works without. The page names
-nobody.
+The verdicts come from grading. The numbers of tries and opened hints and the times are known only for learners who hand
+in their progress (`progress.json` next to the notebook, or files that the instructor has); everything else is computed
+without it. The report contains no names of learners.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lora_from_scratch.grading.report import Section, as_html
 from lora_from_scratch.support.plain_text import one_line
 
 PROGRESS = "progress.json"
-LARGEST = 500_000  # bytes of a progress file
-MOST = 10_000  # tries, and hints, that are believed
-LONGEST_PAUSE = 120.0  # minutes between two passed exercises that still count as work
-FEW = 3  # learners; less evidence than this suggests nothing
-SHOWN = 5  # groups of alike answers that are listed for each exercise
+LARGEST = 500_000  # the maximum size of a progress file, in bytes
+MOST = 10_000  # numbers of tries or hints from this on are considered invalid
+LONGEST_PAUSE = 120.0  # minutes; a longer time between two passed exercises is considered a break
+FEW = 3  # the minimum number of learners for a suggestion
+SHOWN = 5  # the maximum number of groups of similar answers listed for each exercise
 WRONG = ("failed", "stopped")
 
 
 @dataclass
 class Alike:
-    """Wrong answers without a diagnosis that behave alike: the same cases fail, the first with the same value."""
+    """Wrong answers without a diagnosis that fail the same cases and give the same value in the first of them."""
 
     exercise: str
     failing: tuple[str, ...]
@@ -49,18 +49,20 @@ class Alike:
 
 @dataclass
 class Findings:
-    """What is known about an exercise.
+    """The results of a class for one exercise.
 
     Attributes:
-        learners: how many submissions have a verdict on it.
-        right, unwritten: how many are right, and how many do not contain it.
-        lost: the mean share of its points that was lost.
-        tries: for each learner whose progress is known and who passed it: the number of checks up to that.
-        stuck: how many tried it without ever passing.
-        hints: for each learner whose progress is known and who tried it, how many hints were opened, and passed or not.
-        minutes: from passing the exercise before to passing this one.
-        misconceptions: how many have each, with its message.
-        sentences: of the statement, how many answers fail on each.
+        exercise: the exercise.
+        learners: the number of submissions with a verdict on the exercise.
+        right, unwritten: the number of right answers, and of submissions without an answer.
+        lost: the mean share of the points that was lost.
+        tries: the number of checks until the exercise was passed, for each learner with known progress who passed.
+        stuck: the number of learners with known progress who tried and did not pass.
+        hints: (number of opened hints, passed or not) of each learner with known progress who tried.
+        minutes: the time from passing the previous exercise to passing this one.
+        misconceptions: (misconception, message) -> number of answers.
+        sentences: sentence of the statement -> number of answers that fail on it.
+        alike: groups of similar wrong answers without a diagnosis.
     """
 
     exercise: Exercise
@@ -81,10 +83,15 @@ def write_teaching_report(unit: Unit, course: CourseFolder, progress: Path | Non
     """Write reports/unit_NN-teaching.html.
 
     Args:
-        progress: a folder with LEARNER.json, the progress files of the learners who agreed to that; or None.
+        unit: the unit.
+        course: the course's folder.
+        progress: a folder with the progress files LEARNER.json of the learners who agreed to this, or None.
+
+    Returns:
+        The path of the report.
 
     Raises:
-        FileNotFoundError: nothing of the unit has been graded, or there is no such folder.
+        FileNotFoundError: no submission to the unit has been graded, or the folder does not exist.
     """
     if progress is not None and not progress.is_dir():
         raise FileNotFoundError(f"there is no folder {progress}")
@@ -102,7 +109,7 @@ def write_teaching_report(unit: Unit, course: CourseFolder, progress: Path | Non
 
 
 def _progress_of(course: CourseFolder, learner: str, folder: Path | None) -> dict[str, Entry]:
-    """The entries of a learner's progress file; none if there is no valid one."""
+    """The entries of a learner's progress file; empty if there is no valid file."""
     beside = read_small(course.handed_in(learner) / PROGRESS, LARGEST)
     content = beside if folder is None or beside is not None else read_small(folder / f"{learner}.json", LARGEST)
     try:
@@ -114,7 +121,7 @@ def _progress_of(course: CourseFolder, learner: str, folder: Path | None) -> dic
 
 
 def _entry(values: Any) -> Entry | None:
-    """What is used here of an entry; None if it is not valid. The file is a learner's."""
+    """Validate an entry, since the file comes from a learner; None if it is invalid."""
     try:
         tries, hints, passed = values["attempts"], values["hints"], values["passed"]
         if passed is not None:
@@ -131,12 +138,13 @@ def study(
     progress: Sequence[Mapping[str, Entry]],
     order: Sequence[Exercise],
 ) -> Findings:
-    """Gather what is known about an exercise.
+    """Collect the results for an exercise.
 
     Args:
-        verdicts: of each submission, by grade_id.
-        progress: of each learner whose progress is known, by exercise.
-        order: the unit's exercises.
+        exercise: the exercise.
+        verdicts: for each submission, grade_id -> verdict.
+        progress: for each learner with known progress, exercise -> entry.
+        order: the unit's exercises, in order.
     """
     found = Findings(exercise)
     mine = [one[name] for one in verdicts if (name := f"check-{exercise.name}") in one]
@@ -164,18 +172,18 @@ def study(
 
 
 def _minutes(passed: str, earlier: Iterable[str | None]) -> list[float]:
-    """The time since the last exercise that was passed before, unless there was a long pause."""
+    """The minutes since the previous exercise was passed, as a list with one element; empty after a long break."""
     now = datetime.fromisoformat(passed)
     times = [datetime.fromisoformat(one) for one in earlier if one]
     try:
         gaps = [(now - one).total_seconds() / 60 for one in times if one <= now]
-    except TypeError:  # some times have a zone and some do not
+    except TypeError:  # only some of the times have a time zone
         return []
     return [gap for gap in [min(gaps, default=LONGEST_PAUSE)] if gap < LONGEST_PAUSE]
 
 
 def group(verdicts: Iterable[Verdict]) -> list[Alike]:
-    """Group wrong answers by behavior, the largest groups first. Everybody in a cohort gets the same inputs."""
+    """Group wrong answers by behavior, the largest groups first. All learners in a cohort get the same inputs."""
     groups: dict[tuple[tuple[str, ...], str, str], list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         failing = tuple(case.name for case in verdict.cases if not case.right)
@@ -192,7 +200,7 @@ def group(verdicts: Iterable[Verdict]) -> list[Alike]:
 
 
 def sections(found: Sequence[Findings], learners: int, known: int) -> list[Section]:
-    """The sections of the page: what to improve, then what that rests on."""
+    """The sections of the page: first the suggestions, then the evidence."""
     advice = [
         (f.exercise.name, what, why) for f in sorted(found, key=lambda f: -f.lost) for what, why in suggestions(f)
     ]
@@ -273,7 +281,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def suggestions(f: Findings) -> list[tuple[str, str]]:
-    """What to improve about an exercise, each with its evidence."""
+    """Suggestions for improving an exercise, each with its evidence."""
     made = []
     for one in f.alike:
         if one.count >= max(FEW, 0.05 * f.learners):
@@ -294,7 +302,7 @@ def suggestions(f: Findings) -> list[tuple[str, str]]:
 
 
 def _about_hints(f: Findings) -> list[tuple[str, str]]:
-    """Hints after which few get on, and statements without which too many need one."""
+    """Suggest improving hints after which few learners pass, and statements with which too many need a hint."""
     made = []
     last = len(f.exercise.hints)
     for number, text in enumerate(f.exercise.hints, 1):

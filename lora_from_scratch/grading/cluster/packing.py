@@ -1,4 +1,4 @@
-"""A submitted folder as bytes, so that another machine can mark it."""
+"""Packing a submitted folder into bytes, to mark it on another machine."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 
 from lora_from_scratch.grading.submissions.folder import ROOM, entries, open_plain
 
-LARGEST = ROOM + 32_000_000  # bytes of all files in total; grading itself takes no more
+LARGEST = ROOM + 32_000_000  # the maximum total size of the files in bytes; grading has the same limit
 
 
 def pack(folder: Path, below: Path) -> bytes | None:
-    """The files of a submitted folder as a tar file.
+    """Pack the files of a submitted folder into a tar file.
 
     Args:
-        below: the folder submitted/. If a part of the path below it is a link, the answer is None.
+        folder: the submitted folder.
+        below: the folder submitted/.
 
     Returns:
-        None if there is anything else than folders and files that can be read, or too much: then only this machine
-        sees exactly what was handed in.
+        The tar file; or None if the submission must be marked on this machine, because it contains something other than
+        folders and readable files, is too large, or has a link in its path below `below`.
     """
     if any(path.is_symlink() for path in (folder, *folder.parents) if path.is_relative_to(below)):
         return None
@@ -47,7 +48,7 @@ def pack(folder: Path, below: Path) -> bytes | None:
 
 
 def unpack(content: bytes, folder: Path) -> None:
-    """Write what `pack` has packed."""
+    """Unpack the result of `pack` into a new folder."""
     folder.mkdir(parents=True)
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         archive.extractall(folder, filter="data")

@@ -1,8 +1,9 @@
-"""A pool whose submissions are marked on a Dask cluster; everything else runs in processes of this machine.
+"""A pool that marks submissions on a Dask cluster. All other tasks run in processes on this machine.
 
-A submission takes four steps: it is packed here, marked on a worker of the cluster, its result is written here, and it
-is entered and published as on one machine. Dask runs a task again whose worker has died. The key of a task is the key
-of the submission's result, so a scheduler never has the same submission twice.
+A submission is processed in four steps: it is packed here, marked on a worker of the cluster, its result is written
+here, and the result is entered and published as when grading on one machine. If a worker dies, Dask runs its tasks
+again. The key of a task is derived from the key of the submission's result, so a scheduler never has the same
+submission twice.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from lora_from_scratch.grading.pool import Outcome, Pool, Task
 
 PACK = "lora_from_scratch.grading.cluster.packing:pack"
 ACCEPT = f"{tasks.__name__}:accept"
-AHEAD = 2  # submissions that are with the scheduler, for each thread of the cluster
-CONNECTING = 30.0  # seconds
-EVERY = 1.0  # seconds between two looks at the workers
-ALONE = 300.0  # seconds that a grading goes on without any worker
+AHEAD = 2  # submissions sent to the scheduler for each thread of the cluster
+CONNECTING = 30.0  # timeout for connecting, in seconds
+EVERY = 1.0  # seconds between updates of the list of workers
+ALONE = 300.0  # seconds without a worker after which grading stops
 
 
 class ClusterError(OSError):
-    """The cluster cannot be used any more; what is finished is kept."""
+    """The cluster can no longer be used. Finished results are kept."""
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """A submission that is with the scheduler; `workers` may have it, or any if there are none."""
+    """A submission sent to the scheduler, for one of `workers`, or for any worker if `workers` is empty."""
 
     task: Task
     content: bytes
@@ -43,11 +44,11 @@ class _Sent:
 
 @dataclass
 class ClusterPool(Pool):
-    """See the module.
+    """A pool that marks submissions on a Dask cluster.
 
     Attributes:
-        address: the scheduler's, such as "tcp://10.0.0.1:8786".
-        other_versions: by the address of a worker that is not used, what is different about its version of the course.
+        address: the scheduler's address, such as "tcp://10.0.0.1:8786".
+        other_versions: the address of each worker that is not used -> how its version of the course differs.
     """
 
     address: str = ""
@@ -58,10 +59,10 @@ class ClusterPool(Pool):
     _packed: deque[tuple[Task, bytes]] = field(default_factory=deque)
     _sent: dict[Any, _Sent] = field(default_factory=dict)
     _done: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
-    _underway: dict[str, Task] = field(default_factory=dict)  # by learner, the task that was submitted
+    _underway: dict[str, Task] = field(default_factory=dict)  # learner -> the submitted task
     _workers: dict[str, int] = field(default_factory=dict)
-    _looked: float = 0.0  # when they were
-    _seen: float = 0.0  # when there was one that can be used
+    _looked: float = 0.0  # when `_workers` was last updated
+    _seen: float = 0.0  # when there was last a usable worker
 
     def __enter__(self) -> ClusterPool:
         self._client = connect(self.address)
@@ -81,10 +82,10 @@ class ClusterPool(Pool):
         self._later.append(task)
 
     def outcomes(self) -> Iterator[Outcome]:
-        """As `Pool.outcomes`.
+        """See `Pool.outcomes`.
 
         Raises:
-            ClusterError: the scheduler has gone, or there is no worker that can be used.
+            ClusterError: the connection to the scheduler is lost, or there is no usable worker.
         """
         while self.busy() or self._later or self._packed or self._sent:
             self._pack()
@@ -97,7 +98,7 @@ class ClusterPool(Pool):
         return [f"worker {name} was not used: {why}" for name, why in sorted(self.other_versions.items())]
 
     def _local(self, outcome: Outcome) -> Iterator[Outcome]:
-        """Go on with a submission after a step on this machine."""
+        """Continue with a submission after a step on this machine."""
         task = self._underway.get(outcome.task.name)
         if outcome.task.function == PACK and task is not None:
             self._packing -= 1
@@ -111,7 +112,7 @@ class ClusterPool(Pool):
             yield outcome
 
     def _pack(self) -> None:
-        """Pack as many submissions as the cluster's threads can soon use: the others need no memory."""
+        """Pack only as many submissions as the cluster's threads will need soon, to limit memory."""
         most = AHEAD * sum(self._threads().values()) if self._later else 0
         while self._later and self._packing + len(self._packed) + len(self._sent) < most:
             task = self._later.popleft()
@@ -134,10 +135,10 @@ class ClusterPool(Pool):
             future.add_done_callback(self._done.put)
 
     def _threads(self) -> dict[str, int]:
-        """By address, the number of threads of each worker that can be used.
+        """The usable workers: address -> number of threads.
 
         Raises:
-            ClusterError: the scheduler has gone, or there has been no such worker for a long time.
+            ClusterError: the connection to the scheduler is lost, or there was no usable worker for `ALONE` seconds.
         """
         now = time.monotonic()
         if now - self._looked > EVERY:
@@ -163,7 +164,7 @@ class ClusterPool(Pool):
         raise ClusterError(f"the scheduler at {self.address} has gone; {again}")
 
     def _arrived(self, timeout: float) -> None:
-        """Take what the cluster has finished."""
+        """Process the results that have arrived from the cluster."""
         if not self._sent:
             return
         with contextlib.suppress(queue.Empty):
@@ -172,14 +173,14 @@ class ClusterPool(Pool):
                 self._take(future, self._sent.pop(future))
         there = self._threads().keys()
         for future in [future for future, one in self._sent.items() if one.workers and not one.workers & there]:
-            sent = self._sent.pop(future)  # all workers that may have it are gone
+            sent = self._sent.pop(future)  # none of its possible workers is left
             self._client.cancel([future], force=True)
             self._packed.append((sent.task, sent.content))
 
     def _take(self, future: Any, sent: _Sent) -> None:
         status, task = future.status, sent.task
         if status in ("cancelled", "lost"):
-            self._packed.append((task, sent.content))  # sent again, or `_threads` says that the scheduler has gone
+            self._packed.append((task, sent.content))  # sent again, unless `_threads` reports a lost scheduler
             return
         error = future.exception() if status == "error" else None
         value = tasks.MarkingFailure(_words(error), machine=True) if error else future.result()
@@ -192,11 +193,11 @@ class ClusterPool(Pool):
 
 
 def connect(address: str) -> Any:
-    """A client of the scheduler.
+    """Connect to a scheduler.
 
     Raises:
-        ValueError: dask.distributed is not installed, or the address is none.
-        ClusterError: there is no scheduler.
+        ValueError: dask.distributed is not installed, or the address is invalid.
+        ClusterError: there is no scheduler at the address.
     """
     try:
         from distributed import Client
@@ -215,5 +216,5 @@ def connect(address: str) -> Any:
 
 
 def _words(error: BaseException) -> str:
-    """Why Dask gave up: after several deaths of workers, or because a worker cannot import the library."""
+    """The reason why Dask gave up: several workers died, or a worker cannot import the library."""
     return f"the cluster could not mark it: {type(error).__name__}: {' '.join(str(error).split())}"[:500]

@@ -1,8 +1,7 @@
-"""What runs on a worker of the cluster.
+"""Marking submissions on a worker of the cluster.
 
-Dask's worker process only passes tasks on: each of its threads has one long-lived process of its own, which marks with
-the same limits and the same sandbox as on one machine. A submission that kills or hangs that process costs the cluster
-no worker.
+Dask's worker process only forwards tasks: each of its threads has its own long-lived process, which marks with the same
+limits and the same sandbox as on one machine. If a submission kills or hangs this process, the worker keeps running.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ _own = threading.local()
 
 @dataclass(frozen=True)
 class OtherVersion:
-    """This worker has another version of the course, and has marked nothing.
+    """The response of a worker that has another version of the course and therefore did not mark the submission.
 
     Attributes:
-        worker: its address.
-        why: what is different, in words.
+        worker: the address of the worker.
+        why: a description of the difference.
     """
 
     worker: str
@@ -45,10 +44,10 @@ class OtherVersion:
 
 
 def mark_remotely(job: MarkingJob, submission: bytes, released: bytes) -> str | MarkingFailure | OtherVersion:
-    """Mark a packed submission in this thread's own process. Dask calls this.
+    """Mark a packed submission in this thread's own process. Called by Dask.
 
     Returns:
-        The `Graded` as JSON, or why there is none.
+        The `Graded` as JSON, or the reason why there is none.
     """
     from distributed import get_worker
 
@@ -81,7 +80,7 @@ _keys: dict[tuple[Any, ...], str] = {}
 
 
 def _course_key(released: Path, unit: str, secret: str, isolation: Isolation, content: bytes) -> str:
-    """`course_key`, computed once: this process keeps the library that it has imported."""
+    """`course_key`, cached, since the imported library does not change during the process."""
     said = (unit, secret, isolation, content)
     if said not in _keys:
         _keys.clear()
@@ -90,7 +89,7 @@ def _course_key(released: Path, unit: str, secret: str, isolation: Isolation, co
 
 
 class ProcessPool(Pool):
-    """A `Pool` that also works in Dask's workers, where multiprocessing refuses to start processes."""
+    """A `Pool` that also works in Dask's workers, in which multiprocessing cannot start processes."""
 
     def _start(self) -> PoolWorker:
         here, there = multiprocessing.Pipe()
@@ -102,7 +101,7 @@ class ProcessPool(Pool):
 
 
 class _Process:
-    """A subprocess with the part of multiprocessing's interface that `Pool` uses."""
+    """Gives a subprocess the part of multiprocessing's interface that `Pool` uses."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process

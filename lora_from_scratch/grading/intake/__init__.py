@@ -1,1 +1,1 @@
-"""Taking in downloads of submissions from Canvas, Moodle and Gradescope, matched to the course's roster."""
+"""Importing submissions downloaded from Canvas, Moodle and Gradescope, and matching them to the course's roster."""

@@ -1,12 +1,12 @@
-"""Read what the platforms let an instructor download: a zip file, or the folder that it was unpacked into.
+"""Read downloads of submissions from the platforms: a zip file, or the folder into which it was unpacked.
 
 | Platform | Names inside |
 |---|---|
-| Canvas, "Download Submissions" | `dialloamina_LATE_4711_98765_unit_09-1.ipynb`: name, late or not, Canvas's number of the learner and of the file, the file's name; "-1" is the second attempt (lib/content_zipper.rb of Canvas) |
+| Canvas, "Download Submissions" | `dialloamina_LATE_4711_98765_unit_09-1.ipynb`: name, late or not, Canvas's numbers of the learner and of the file, file name; "-1" is the second attempt (lib/content_zipper.rb of Canvas) |
 | Moodle, "Download all submissions" | `Amina Diallo_12345_assignsubmission_file_/unit_09.ipynb`, or without folders `..._assignsubmission_file_unit_09.ipynb`: full name, number of the participant |
-| Gradescope, "Export Submissions" | `assignment_1_export/submission_2/unit_09.ipynb`, and submission_metadata.yml with each submission's people and time |
+| Gradescope, "Export Submissions" | `assignment_1_export/submission_2/unit_09.ipynb`, and submission_metadata.yml with the submitters and the time of each submission |
 
-No name in a download is used as a path on this machine before it has been through `safe`.
+Names in a download are passed through `safe` before they are used as paths on this machine.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CANVAS = re.compile(
 MOODLE = re.compile(r"(?P<name>.+)_(?P<participant>\d+)_assignsubmission_(?P<kind>file|onlinetext)_?(?P<rest>.*)")
 METADATA = "submission_metadata.yml"
 LARGEST_METADATA = 50_000_000
-MOST_PARTS = 100_000  # files in one download
+MOST_PARTS = 100_000  # the maximum number of files in a download
 NOISE = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a download: its name there, and how it is opened."""
+    """A file in a download: its name, its size, and a function that opens it."""
 
     name: str
     size: int
@@ -42,14 +42,14 @@ class Part:
 
 @dataclass
 class Received:
-    """What one person, or one group, handed in.
+    """The submission of a person or a group.
 
     Attributes:
         people: for each person, the keys that identify them.
-        label: how the download names the submission.
-        files: by the file's name, the file.
-        time: when it was handed in, as the platform says it; "" if it does not say.
-        late: whether the platform marks it as late.
+        label: the name of the submission in the download.
+        files: name -> file.
+        time: the time of submission in the platform's format; "" if unknown.
+        late: whether the platform marks the submission as late.
     """
 
     people: list[list[Key]]
@@ -60,10 +60,13 @@ class Received:
 
 
 def read_download(path: Path) -> tuple[str, list[Received]]:
-    """The platform that a download is from, and what it contains.
+    """Read a download.
+
+    Returns:
+        The name of the platform, and the submissions.
 
     Raises:
-        ValueError, OSError: it cannot be read, or is from none of the platforms.
+        ValueError, OSError: the download cannot be read, or is not from one of the platforms.
     """
     parts = [part for part in _parts(path) if not any(piece in NOISE for piece in PurePosixPath(part.name).parts)]
     if any(PurePosixPath(part.name).name == METADATA for part in parts):
@@ -81,7 +84,7 @@ def read_download(path: Path) -> tuple[str, list[Received]]:
 
 
 def safe(name: str) -> PurePosixPath | None:
-    """A file's name as a relative path without anything that leads elsewhere; None if nothing is left of it."""
+    """Convert a file name into a safe relative path, without "..", or None if nothing is left of it."""
     pieces = [piece for piece in re.split(r"[/\\]+", name) if piece not in ("", ".", "..")]
     clean = ["".join(c if c.isprintable() and c not in ':*?"<>|' else "_" for c in piece)[:150] for piece in pieces]
     if not clean or any(piece in NOISE for piece in clean):
@@ -90,7 +93,7 @@ def safe(name: str) -> PurePosixPath | None:
 
 
 def parts_of_zip(file: zipfile.ZipFile) -> Iterator[Part]:
-    """The plain files of a zip file. Links and encrypted files are passed over."""
+    """The regular files in a zip file. Links and encrypted files are skipped."""
     for info in file.infolist()[:MOST_PARTS]:
         kind = info.external_attr >> 28
         if info.is_dir() or kind not in (0, 8) or info.flag_bits & 1:
@@ -120,7 +123,7 @@ def _of_folder(path: Path) -> Iterator[Part]:
 
 
 def _common(parts: Iterable[Part]) -> str:
-    """The folder that everything is in, if it is no learner's: unpacking programs put one around the contents."""
+    """The folder that contains all files and is not a learner's, as some unpacking programs create; "" if none."""
     tops = {part.name.split("/")[0] for part in parts if "/" in part.name}
     alone = all("/" in part.name for part in parts) and len(tops) == 1
     top = next(iter(tops)) if alone else ""
@@ -134,8 +137,8 @@ def _without(part: Part, top: str) -> Part:
 def _canvas(parts: Iterable[Part]) -> list[Received]:
     named = [(part, matched) for part in parts if (matched := CANVAS.fullmatch(part.name))]
     known = {part.name for part, _ in named}
-    found = {part.name: Received([], part.name) for part in parts if part.name not in known}  # typed text, a link
-    for part, matched in sorted(named, key=lambda one: int(one[1]["number"])):  # the newest file of a name counts
+    found = {part.name: Received([], part.name) for part in parts if part.name not in known}  # text entries, links
+    for part, matched in sorted(named, key=lambda one: int(one[1]["number"])):  # the newest file with a name is used
         who = matched["user"] or f"anon_{matched['anonymous']}"
         keys = [("number", matched["user"] or ""), ("slug", matched["name"])]
         received = found.setdefault(who, Received([keys], f"{matched['name']}_{who}".strip("_")))
@@ -193,7 +196,7 @@ def _submitters(said: dict[Any, Any]) -> Iterator[list[Key]]:
 
 
 def _time(value: Any) -> str:
-    """A time as timestamp.txt has it: with a zone, which YAML has converted to UTC."""
+    """A time in the format of timestamp.txt, with a time zone. YAML converts times to UTC."""
     if not hasattr(value, "isoformat"):
         return str(value or "")
     zone = "" if getattr(value, "tzinfo", None) else " UTC"

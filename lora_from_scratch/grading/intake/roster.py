@@ -1,7 +1,7 @@
-"""Who is in the course: learners of the gradebook and of tables that a platform exports, under all names they have.
+"""The roster of the course: learners from the gradebook and from tables exported by a platform, with all their keys.
 
-A person in a download is matched by what identifies them (a platform's number, an ID, an e-mail address), and by their
-full name only if nothing else is known. A name that two learners share matches nobody: a wrong match would show one
+A person in a download is matched by an identifier (a platform's number, an ID, an e-mail address), and by full name
+only if no identifier is known. A name shared by two learners matches neither, because a wrong match would show one
 learner's work to another.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 Key = tuple[str, str]  # the kind of identifier, and its value
 
-# The columns that identify a learner, as nbgrader, Canvas (gradebook export), Moodle (grading worksheet, grade export)
-# and Gradescope (roster) name them. The first kind that a row has becomes the name of the learner's folder.
+# The columns that identify a learner in tables from nbgrader, Canvas (gradebook export), Moodle (grading worksheet,
+# grade export) and Gradescope (roster). The first of them in a row determines the name of the learner's folder.
 COLUMNS = {
     "student_id": "id",
     "sis login id": "id",
@@ -33,7 +33,7 @@ COLUMNS = {
 }
 TIME = "last modified (submission)"
 BY_NAME = ("name", "slug")
-ONE_EACH = ("number", "participant", "email")  # a person who has another one of these is another person
+ONE_EACH = ("number", "participant", "email")  # people with different values of one of these are different people
 
 
 @dataclass
@@ -41,9 +41,9 @@ class Learner:
     """A learner of the course.
 
     Attributes:
-        name: nbgrader's id, which is the name of the folder in submitted/.
-        keys: everything that identifies the learner, normalized.
-        time: when the work was handed in, as Moodle's grading worksheet says it; "" if unknown.
+        name: nbgrader's id of the learner, which is the name of the folder in submitted/.
+        keys: all keys that identify the learner, normalized.
+        time: the time of submission from Moodle's grading worksheet; "" if unknown.
     """
 
     name: str
@@ -58,13 +58,17 @@ class Roster:
         self.learners: list[Learner] = []
 
     def add(self, name: str, keys: Iterable[Key], time: str = "") -> None:
-        """Add a learner, or what another table says about one who is already known by an ID or address."""
+        """Add a learner, or add keys to a learner who is already known by an identifier.
+
+        Raises:
+            ValueError: the keys belong to several learners.
+        """
         new = {normal(*key) for key in keys if key[1].strip()}
         known = [one for one in self.learners if one.keys & {key for key in new if key[0] not in BY_NAME}]
         if len(known) > 1:
             who = " and ".join(sorted(one.name for one in known))
             raise ValueError(f"the roster says that {who} are the same person ({name or 'a row without a name'})")
-        if not known and not name:  # the table has only names
+        if not known and not name:  # the table has full names only
             known = [one for one in [self.find(new)[0]] if one]
         if known:
             known[0].keys |= new
@@ -73,7 +77,7 @@ class Roster:
             self.learners.append(Learner(name, new, time))
 
     def find(self, keys: Iterable[Key]) -> tuple[Learner | None, str]:
-        """The learner whom the keys identify, or None and why not."""
+        """The learner identified by the keys and "", or None and the reason."""
         wanted = {normal(*key) for key in keys if key[1].strip()}
         sure = {key for key in wanted if key[0] not in BY_NAME}
         others = {kind for kind, _ in sure if kind in ONE_EACH}
@@ -87,7 +91,7 @@ class Roster:
 
 
 def normal(kind: str, value: str) -> Key:
-    """A key that is compared: without case, and for names without accents, punctuation and the order of the parts."""
+    """Normalize a key: ignore case and, in names, accents, punctuation and the order of the parts."""
     value = unicodedata.normalize("NFKC", value).casefold().strip()
     if kind == "slug":
         return kind, "".join(letter for letter in value if letter.isalnum())
@@ -99,15 +103,15 @@ def normal(kind: str, value: str) -> Key:
 
 
 def names_of(first: str, last: str) -> list[Key]:
-    """The keys of a name. In Canvas's files, "Diallo, Amina" is "dialloamina"."""
+    """The keys of a full name. In Canvas's file names, "Diallo, Amina" is "dialloamina"."""
     return [("name", f"{first} {last}"), ("slug", f"{last}{first}")]
 
 
 def read_roster(students: Iterable[Any], tables: Iterable[Path]) -> Roster:
-    """The learners of nbgrader's gradebook, then those of CSV tables.
+    """Read the learners in nbgrader's gradebook and in CSV tables.
 
     Raises:
-        ValueError, OSError: a table cannot be read, or contradicts another one.
+        ValueError, OSError: a table cannot be read or contradicts another one.
     """
     roster = Roster()
     for student in students:
@@ -134,7 +138,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _add_row(roster: Roster, row: Mapping[str, str]) -> None:
-    """Add one row. Canvas's column "ID" is its own number, nbgrader's column "id" the learner's."""
+    """Add a row. The column "id" is Canvas's internal number in Canvas's tables, and the learner's id in nbgrader's."""
     canvas = "sis login id" in row or "sis user id" in row
     found = [(COLUMNS[column], row[column].strip()) for column in COLUMNS if row.get(column, "").strip()]
     if row.get("id", "").strip():

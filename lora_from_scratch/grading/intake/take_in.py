@@ -1,4 +1,4 @@
-"""Put downloaded submissions where grading reads them: submitted/LEARNER/unit_NN/."""
+"""Copy downloaded submissions to submitted/LEARNER/unit_NN/, where grading reads them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from lora_from_scratch.grading.intake.downloads import Part, Received, parts_of_
 from lora_from_scratch.grading.intake.roster import Learner, Roster
 from lora_from_scratch.grading.submissions.folder import MOST_ENTRIES, ROOM, TIMESTAMP
 
-VERSION = re.compile(r"-(\d+)$")  # of a notebook's name: Canvas's number of a later attempt
-COPY = re.compile(r" ?\(\d+\)$")  # a browser's copy
-TIMES = ("%A, %d %B %Y, %I:%M %p", "%A, %d %B %Y, %H:%M", "%A, %B %d, %Y, %I:%M %p")  # Moodle's, in English
+VERSION = re.compile(r"-(\d+)$")  # the suffix that Canvas adds to the file name for later attempts
+COPY = re.compile(r" ?\(\d+\)$")  # the suffix that browsers add to copies
+TIMES = ("%A, %d %B %Y, %I:%M %p", "%A, %d %B %Y, %H:%M", "%A, %B %d, %Y, %I:%M %p")  # Moodle's formats, in English
 
 
 @dataclass
 class TakenIn:
-    """What became of the downloads.
+    """The result of `take_in`.
 
     Attributes:
-        new, unchanged, replaced: the learners whose work was put into submitted/, was there already, was replaced.
-        kept: the learners whose other work there was kept.
-        problems: what a person has to see to, one sentence each.
+        new: the learners whose work was added to submitted/.
+        unchanged: the learners whose work was already there.
+        replaced: the learners whose work was replaced.
+        kept: the learners whose existing work differs and was kept.
+        problems: one sentence for each problem that a person must resolve.
     """
 
     new: list[str] = field(default_factory=list)
@@ -40,11 +42,14 @@ class TakenIn:
 
 
 def take_in(course: CourseFolder, downloads: list[Path], roster: Roster, zone: str, *, replace: bool) -> TakenIn:
-    """Take in downloads. Nothing is changed before all of them have been read.
+    """Import downloads into submitted/. All downloads are read before any file is written.
 
     Args:
+        course: the course's folder.
+        downloads: zip files, or folders into which they were unpacked.
+        roster: the learners.
         zone: the time zone of times without one (Moodle's).
-        replace: replace different work of the same learner that is already there.
+        replace: whether to replace existing work that differs from the download.
 
     Raises:
         ValueError, OSError: a download cannot be read.
@@ -96,7 +101,11 @@ def _made(folder: Path) -> Path:
 
 
 def _write(one: Received, folder: Path, unit: str) -> list[str]:
-    """Write the files, unpacking zip files among them, and name the notebook as grading expects it."""
+    """Write the files, unpacking zip files, and give the notebook the name that grading expects.
+
+    Returns:
+        A sentence for each file that was left out.
+    """
     left_out: list[str] = []
     room, count = ROOM, 0
     for name, part in _unpacked(one.files, left_out):
@@ -118,7 +127,7 @@ def _write(one: Received, folder: Path, unit: str) -> list[str]:
 
 
 def _newest(notebooks: list[Path], unit: str) -> Path | None:
-    """The notebook of the unit with the highest number of the attempt; None if browsers' copies leave it open."""
+    """The unit's notebook with the highest attempt number; None if copies made by a browser make it ambiguous."""
     mine: dict[int, Path] = {}
     for path in notebooks:
         stem = COPY.sub("", path.stem)
@@ -156,7 +165,7 @@ def _opened(part: Part) -> Iterator[zipfile.ZipFile | None]:
 
 
 def _copy(part: Part, path: Path, room: int) -> int:
-    """Write the file, at most `room` bytes of it; returns how many."""
+    """Write at most `room` bytes of a file, and return the number of bytes written."""
     if path.exists() or any(parent.is_file() for parent in path.parents):
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +185,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _time(one: Received, learner: Learner, platform: str, zone: str) -> str:
-    """What timestamp.txt says. Words that are no time ask a person to look, when the unit is graded."""
+    """The content of timestamp.txt. If it is not a valid time, grading asks a person to look at the submission."""
     said = one.time or (learner.time if platform == "Moodle" else "")
     for form in TIMES:
         try:

@@ -1,1 +1,1 @@
-"""Autograder bundles for Gradescope and PrairieLearn, and what runs in their containers."""
+"""Autograder bundles for Gradescope and PrairieLearn, the program that runs in their containers, and LTI export."""

@@ -1,4 +1,4 @@
-"""Make the zip file that Gradescope or PrairieLearn needs to grade a unit with this course's checks."""
+"""Create the zip file with which Gradescope or PrairieLearn grades a unit, using this course's checks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lora_from_scratch.support.files import write_atomically
 
 Platform = Literal["gradescope", "prairielearn"]
 PACKAGE = CHECKS.parent
-BESIDES = ("nbformat", "ipython")  # what grading needs beside the library's own requirements
-DATE = (2020, 1, 1, 0, 0, 0)  # of every file, so that equal contents give equal bundles
+BESIDES = ("nbformat", "ipython")  # packages that grading needs in addition to the library's requirements
+DATE = (2020, 1, 1, 0, 0, 0)  # the date of every file, so that equal contents give equal bundles
 
 SETUP = """\
 #!/usr/bin/env bash
@@ -82,13 +82,17 @@ def write_bundle(
     """Write the bundle.
 
     Args:
+        platform: "gradescope" or "prairielearn".
+        unit: the unit.
         released: the released notebook.
         secret: the cohort's secret.
-        image: for PrairieLearn, the name that the image will have in the container registry.
+        path: the zip file to write.
+        visibility: for Gradescope, when learners see the results.
+        image: for PrairieLearn, the name of the image in the container registry.
 
     Raises:
         ValueError: the unit is not one of the library's own.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if not (CHECKS / f"unit_{unit.number}").is_dir():
         raise ValueError(f"only the library's own units can be bundled, and unit {unit.number} is defined elsewhere")
@@ -98,14 +102,14 @@ def write_bundle(
 
 
 def requirements() -> str:
-    """What the library needs to grade, in the versions installed here."""
+    """The packages needed for grading, pinned to the versions installed here."""
     declared = [name for name in importlib.metadata.requires("lora-from-scratch") or () if "extra ==" not in name]
     names = [re.split(r"[^\w.-]", name)[0] for name in declared]
     return "".join(f"{name}=={_version(name)}\n" for name in sorted({*names, *BESIDES}))
 
 
 def _version(name: str) -> str:
-    return importlib.metadata.version(name).partition("+")[0]  # "+cpu" is a build that not every index has
+    return importlib.metadata.version(name).partition("+")[0]  # not every index has builds such as "+cpu"
 
 
 def _gradescope(kit: dict[str, bytes], visibility: Visibility) -> Iterator[tuple[str, bytes]]:

@@ -2,8 +2,9 @@
 
     python -m lora_from_scratch.grading.platforms.container gradescope KIT SUBMISSION RESULTS
 
-The learner's code runs in another process, isolated as well as the container allows: in bubblewrap if it can create
-user namespaces, else as the user "nobody", who cannot read the kit or write the results, else as the same user.
+The learner's code runs in another process, with the best isolation that the container allows: in bubblewrap if user
+namespaces can be created; else, if run by root, as the user "nobody", who cannot read the kit or write the results;
+else as the same user.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="container", description=__doc__)
     parser.add_argument("platform", choices=["gradescope", "prairielearn"])
     parser.add_argument("kit", type=Path, help="the folder with the released notebook and cohort.json")
-    parser.add_argument("submission", type=Path, help="the folder with what was handed in")
+    parser.add_argument("submission", type=Path, help="the folder with the submission")
     parser.add_argument("results", type=Path, help="the file to write")
     parser.add_argument("--visibility", choices=get_args(Visibility), default="visible")
     options = parser.parse_args(arguments)
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def best_isolation() -> Isolation:
-    """The best isolation that is possible here."""
+    """The best isolation that is available here."""
     if sandbox.unavailable() is None:
         return "bubblewrap"
     return "user" if os.geteuid() == 0 else "none"
@@ -64,10 +65,12 @@ def grade_one(submission: Path, kit: Path, isolation: Isolation) -> Graded:
     """Grade the notebook in a folder.
 
     Args:
-        kit: the folder with unit_NN.ipynb as it was released, and cohort.json.
+        submission: the folder with the submission.
+        kit: the folder with the released notebook unit_NN.ipynb and cohort.json.
+        isolation: how to isolate the learner's code.
 
     Raises:
-        ValueError, OSError: the kit is not complete, or the sandbox cannot be started.
+        ValueError, OSError: the kit is incomplete, or the sandbox cannot be started.
     """
     import nbformat
 
@@ -80,7 +83,7 @@ def grade_one(submission: Path, kit: Path, isolation: Isolation) -> Graded:
     released = nbformat.read(found[0], as_version=4)
     unit = unit_of(found[0].stem.removeprefix("unit_"))
     with tempfile.TemporaryDirectory(prefix="library-") as cache:
-        os.chmod(cache, 0o755)  # the user "nobody" reads the library from it
+        os.chmod(cache, 0o755)  # the user "nobody" must be able to read the library from it
         settings = Settings(cache=Path(cache), isolation=isolation)
         return mark_file(submission / found[0].name, released, unit, "learner", secret_of(kit), settings)
 

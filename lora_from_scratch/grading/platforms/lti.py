@@ -1,11 +1,11 @@
-"""Grades as score messages of LTI 1.3, as a plugin of `nbgrader export`: one JSON file for each learner and unit.
+"""A plugin of `nbgrader export` that writes grades as LTI 1.3 score messages: one JSON file for each learner and unit.
 
     nbgrader export --exporter=lora_from_scratch.grading.platforms.lti.LtiExport --to scores
 
 Each file, scores/unit_09/USER.json, is the body of one POST request to `LINE_ITEM/scores` with the media type
 `application/vnd.ims.lis.v1.score+json` (1EdTech, "Assignment and Grade Services 2.0", section 3.4). A tool that is
-registered with the platform sends them; this exporter knows no keys and opens no connection. USER is the platform's id
-of the learner (nbgrader's lms_user_id).
+registered with the platform must send them; this exporter has no keys and opens no connection. USER is the platform's
+id of the learner (nbgrader's lms_user_id).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILE_NAME = re.compile(r"[\w.-]{1,128}")
 
 
 class LtiExport(ExportPlugin):
-    """Score messages for the learners who have handed something in."""
+    """Exports score messages for all learners who have handed in something."""
 
     def export(self, gradebook: Any) -> None:
         """Write the messages to the folder given by --to."""
@@ -49,7 +49,7 @@ class LtiExport(ExportPlugin):
 
 
 def message(submission: Any, user: str, now: str) -> dict[str, Any]:
-    """The score message. While a person still has to decide something it has no score, which clears an earlier one."""
+    """The score message. While a submission needs grading by hand, it has no score, which clears an earlier score."""
     score = final_score(submission)
     said: dict[str, Any] = {
         "timestamp": now,

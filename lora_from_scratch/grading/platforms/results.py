@@ -1,7 +1,7 @@
-"""A graded submission as results.json of Gradescope and of PrairieLearn.
+"""Convert a graded submission to results.json for Gradescope and for PrairieLearn.
 
-Neither contains inputs, expected values or anything that the learner's code printed: everybody in a cohort gets the
-same inputs, and on these platforms learners see the results while others are still working.
+The results contain no inputs, expected values or output of the learner's code: all learners in a cohort get the same
+inputs, and on these platforms learners see the results while others are still working.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from lora_from_scratch.grading.graded import Graded
 from lora_from_scratch.support.plain_text import one_line
 
 Visibility = Literal["visible", "after_due_date", "after_published", "hidden"]
-LONGEST = 2_000  # characters of a text
+LONGEST = 2_000  # the maximum number of characters of a message
 STATES = {"passed": "Right.", "not started": "Not started.", "stopped": "Stopped: out of time."}
 
 
 def is_readable(graded: Graded) -> bool:
-    """Whether the notebook could be read; if not, it has no points rather than none of the points."""
+    """Whether the notebook could be read. If not, it gets no score, instead of a score of 0."""
     whole = any(finding.severity == "human" and not finding.cell for finding in graded.findings)
     return not (whole and all(verdict.status == "missing" for verdict in graded.verdicts.values()))
 
 
 def for_gradescope(graded: Graded, visibility: Visibility) -> dict[str, Any]:
-    """The document of https://gradescope-autograders.readthedocs.io/en/latest/specs/ ("Output Format")."""
+    """results.json for Gradescope ("Output Format" in https://gradescope-autograders.readthedocs.io/en/latest/specs/)."""
     return {
         "output": found_in(graded),
         "output_format": "text",
@@ -45,7 +45,7 @@ def for_gradescope(graded: Graded, visibility: Visibility) -> dict[str, Any]:
 
 
 def for_prairielearn(graded: Graded) -> dict[str, Any]:
-    """The document of PrairieLearn's "External Grading" ("Grading results")."""
+    """results.json for PrairieLearn ("Grading results" in its documentation of external grading)."""
     if not is_readable(graded):
         return {"gradable": False, "format_errors": [found_in(graded)]}
     most = sum(verdict.max_points for verdict in graded.verdicts.values())
@@ -66,13 +66,13 @@ def for_prairielearn(graded: Graded) -> dict[str, Any]:
 
 
 def found_in(graded: Graded) -> str:
-    """The findings about the notebook, one on each line."""
+    """The findings about the notebook, one per line."""
     lines = [f"{one_line(finding.message)[:LONGEST]}" for finding in graded.findings[:50]]
     return "\n".join(lines).replace("`", "")
 
 
 def _said(verdict: Verdict) -> str:
-    """What is right and what is not, part by part, and the diagnosis."""
+    """The diagnosis, and for each part of the exercise whether it is right."""
     lines = [one_line(verdict.message)[:LONGEST] or STATES.get(verdict.status, "Not right.")]
     parts: dict[str, list[bool]] = {}
     for case in verdict.cases:
