@@ -1,15 +1,15 @@
-"""Grading a large class of one unit: is memory flat, is the time left right, how does it grow with workers?
+"""Grading a unit for a large class: memory, accuracy of the estimated remaining time, and scaling with the workers.
 
     python -m benchmarks.large_class [--unit 09] [--submissions 600] [--workers 1 2 4] [--stand-in]
 
-The class is that of `benchmarks.grading_speed`, each solved notebook with a few random edits. For each number of
-workers the class is graded from the beginning, and a row says: submissions a minute; the memory of the command (which
-writes the gradebook) when a tenth and when all of it was finished; and the time left that the progress bar said after
-a tenth, divided by the time that it then took. Goals: memory grows by at most 100 MiB, and the time left is right
-within 20 %.
+The class is that of `benchmarks.grading_speed`, with a few random edits in each solved notebook. For each number of
+workers, the class is graded from the beginning. The row shows the submissions per minute; the memory of the command
+(which writes the gradebook) after a tenth of the class and at the end; and the remaining time that the progress bar
+showed after a tenth, divided by the actual remaining time. Goals: memory grows by at most 100 MiB, and the estimated
+remaining time is accurate within 20 %.
 
-`--stand-in` marks without running anything, so that what remains is the command itself: reading, matching, the
-gradebook, the notebooks for the formgrader.
+With `--stand-in`, submissions are marked without running them, which measures only the command itself: reading,
+matching, the gradebook, and the notebooks for the formgrader.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def edit(course: Path, unit: str) -> None:
-    """Make the submissions differ: replace a token in up to three of the answers of each."""
+    """Make the submissions differ by replacing a token in up to three answers of each."""
     draw = random.Random(0)
     for path in sorted(course.glob(f"submitted/*/{unit}/{unit}.ipynb")):
         notebook: Any = json.loads(path.read_text())
@@ -76,21 +76,21 @@ def edit(course: Path, unit: str) -> None:
 
 
 class _Cell:
-    """A cell of a JSON document with the attributes that `is_solution` reads."""
+    """A notebook cell from a JSON document, with the attributes that `is_solution` reads."""
 
     def __init__(self, cell: dict[str, Any]) -> None:
         self.cell_type, self.metadata = cell["cell_type"], cell["metadata"]
 
 
 class Watched(marking_run.Progress):
-    """A progress bar that remembers memory and time."""
+    """A progress bar that records memory and time."""
 
     last: Watched
 
     def __init__(self, name: str, submissions: int, workers: int, **options: Any) -> None:
         super().__init__(name, submissions, workers, disable=False, file=io.StringIO(), **options)
         self.submissions, self.started = submissions, time.monotonic()
-        self.tenth: tuple[float, float, float] | None = None  # when, the time left that was said, memory
+        self.tenth: tuple[float, float, float] | None = None  # time, displayed remaining time, memory
         self.end = (0.0, 0.0)
         Watched.last = self
 
@@ -123,7 +123,7 @@ class Watched(marking_run.Progress):
 def mark_file(
     path: Path, released: Any, unit: Unit, learner: str, secret: str, settings: Settings, *, key: str = ""
 ) -> Graded:
-    """A stand-in for marking: matched and read, but not run."""
+    """A stand-in for marking: the submission is read and matched, but not run."""
     from lora_from_scratch.grading.submissions.choosing import choose
 
     choose(path, path.absolute().parents[2], released)

@@ -1,10 +1,11 @@
-"""Many LoRA adapters with random numbers, to try serving with.
+"""Generate many LoRA adapters with random weights, for trying the server.
 
     python -m benchmarks.make_adapters adapters --count 1000 --model bundled --ranks 4 32
     lora-from-scratch serve --adapters adapters
 
-Each is a directory `adapter-0000`, ... in PEFT's format, on every linear layer, with a rank drawn from the range. Only
-`--distinct` weight files are written; the other adapters are links to them, which a server cannot tell from copies.
+Each adapter is a directory `adapter-0000`, ... in PEFT's format. It adapts every linear layer, with a rank drawn from
+the range. Only `--distinct` weight files are written; the other adapters are hard links to them, which a server cannot
+distinguish from copies.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lora_from_scratch.methods.lora import LoRA, lora_layers
 
 
 def config_of(model: str) -> GPT2Config:
-    """The configuration of "small", a GPT-2 small, or of a model that `load_gpt2` loads."""
+    """The configuration of "small" (GPT-2 small), or of a model that `load_gpt2` can load."""
     return GPT2Config() if model == "small" else GPT2Config.from_json(checkpoint_directory(model) / "config.json")
 
 
@@ -34,7 +35,7 @@ def name_of(number: int) -> str:
 
 
 def make_adapters(folder: Path, count: int, config: GPT2Config, ranks: tuple[int, int], distinct: int) -> None:
-    """Write the adapters; those that are there already are kept."""
+    """Write the adapters. Existing ones are kept."""
     draw = random.Random(0)
     for number in range(count):
         rank = draw.randint(*ranks)
@@ -51,7 +52,7 @@ def make_adapters(folder: Path, count: int, config: GPT2Config, ranks: tuple[int
 
 
 def write_one(place: Path, config: GPT2Config, rank: int, seed: int) -> None:
-    with torch.device("meta"):  # only the adapter's own numbers are drawn
+    with torch.device("meta"):  # the base's weights are not needed
         model = GPT2(config)
     method = LoRA(rank=rank, alpha=2 * rank)
     method.adapt(model)
@@ -67,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--model", default="bundled", help='"small" for a GPT-2 small, or as for serve')
+    parser.add_argument("--model", default="bundled", help='"small" for GPT-2 small, or a model as for `serve`')
     parser.add_argument("--ranks", type=int, nargs=2, default=[4, 32], metavar=("LEAST", "MOST"))
     parser.add_argument("--distinct", type=int, default=64, metavar="N")
     arguments = parser.parse_args()

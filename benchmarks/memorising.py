@@ -1,14 +1,14 @@
-"""Memorise random pairs: what does a higher rank buy at the same number of trained parameters?
+"""Memorising random pairs: does a higher rank help at the same number of trained parameters?
 
     python -m benchmarks.memorising [--steps 250] [--pairs 128] [--ranks 1]
 
-A pair is a key and a value, four random tokens each, so that there is nothing to generalise (the experiment of MoRA,
-Jiang et al. 2024, section 3, with UUIDs). The base is a small GPT-2 that has learned other pairs in full; then each
-method learns new ones. Its learning rate is tuned on the pairs of seed 0: a grid, which is extended while the best rate
-is at its edge. With that rate it learns the pairs of seeds 1, 2 and 3, which are what is reported.
+A pair consists of a key and a value of four random tokens each, so nothing generalises from one pair to another (MoRA,
+Jiang et al. 2024, section 3, makes this experiment with UUIDs). The base is a small GPT-2 that was fully trained on
+other pairs; each method then learns new pairs. Its learning rate is tuned on the pairs of seed 0, with a grid that is
+extended as long as the best rate is at its edge. The reported results use this rate on the pairs of seeds 1, 2 and 3.
 
-Writes `benchmarks/memorising.md`, a row as soon as it is finished. Runs that are finished are kept in the scratch
-folder and not done again.
+Writes `benchmarks/memorising.md`, adding each row as soon as it is finished. Finished runs are kept in the scratch
+folder and not repeated.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ CONFIG = GPT2Config(
     vocab_size=256, n_positions=8, n_embd=64, n_layer=2, n_head=4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0
 )
 KEY = VALUE = 4  # tokens
-OTHER_PAIRS, OTHER_STEPS = 256, 200  # what the base has learned
+OTHER_PAIRS, OTHER_STEPS = 256, 200  # the training of the base
 RATES = (3e-3, 1e-2, 3e-2)
-RATIO = 10**0.5  # from one rate of the grid to the next
+RATIO = 10**0.5  # between adjacent rates when the grid is extended
 FULL_RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (1, 2, 3)
 SCALING = 8.0  # s = alpha / r of LoRA and ReLoRA, the default of this library
@@ -54,11 +54,11 @@ HEAD = """\
 
 {summary}
 
-| method | trained | learning rate | values: tokens right, % | bits a token |
+| method | trained parameters | learning rate | correct tokens of values, % | bits per token |
 |---|---:|---:|---:|---:|
 """
 SWEEP = """
-The rates that were tried on a fourth set of pairs, with the bits a token:
+The learning rates that were tried on a fourth set of pairs, with the resulting bits per token:
 
 | method | learning rate: bits |
 |---|---|
@@ -72,11 +72,11 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "remora": lambda rank: ReMoRA(rank=rank, keep_base=False),
 }
 
-Result = dict[str, float]  # of a run: rate, loss in bits per token of a value, accuracy, parameters
+Result = dict[str, float]  # the rate, loss in bits per token of a value, accuracy and number of parameters of a run
 
 
 def random_pairs(pairs: int, seed: int) -> Batch:
-    """All pairs as one batch, (pairs, 8), with labels on the values."""
+    """All pairs as one batch (pairs, 8), with labels only for the values."""
     ids = torch.randint(CONFIG.vocab_size, (pairs, KEY + VALUE), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[:, :KEY] = IGNORE_INDEX
@@ -84,7 +84,7 @@ def random_pairs(pairs: int, seed: int) -> Batch:
 
 
 def learn(model: GPT2, method: Method, batch: Batch, steps: int, rate: float) -> None:
-    """Train on the whole batch in every step."""
+    """Train for `steps` steps, each on the whole batch."""
     method.adapt(model)
     settings = TrainingSettings(
         steps=steps, learning_rate=rate, warmup_steps=round(0.06 * steps), precision="fp32", weight_decay=0.0
@@ -94,7 +94,7 @@ def learn(model: GPT2, method: Method, batch: Batch, steps: int, rate: float) ->
 
 @cache
 def base_weights() -> dict[str, Tensor]:
-    """Of a model that has learned other pairs."""
+    """The weights of the base, which has learned other pairs."""
     torch.manual_seed(0)
     model = GPT2(CONFIG)
     learn(model, FullFineTuning(keep_base=False), random_pairs(OTHER_PAIRS, seed=1_000), OTHER_STEPS, 3e-3)
@@ -102,7 +102,7 @@ def base_weights() -> dict[str, Tensor]:
 
 
 def run(method: Method, pairs: int, steps: int, seed: int, rate: float) -> Result:
-    """Learn the pairs of a seed; the loss is infinite if training diverges."""
+    """Learn the pairs of a seed. The loss is infinite if training diverges."""
     model, batch = GPT2(CONFIG), random_pairs(pairs, seed)
     model.load_state_dict(base_weights())
     try:
@@ -120,7 +120,7 @@ def run(method: Method, pairs: int, steps: int, seed: int, rate: float) -> Resul
 
 
 class Runs:
-    """Runs by name, in a JSON file; what is in it is not done again."""
+    """The results of runs by name, stored in a JSON file. Stored runs are not repeated."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -136,7 +136,7 @@ class Runs:
 
 
 def tuned(runs: Runs, name: str, carry_out: Callable[[int, float], Result], rates: tuple[float, ...]) -> list[Result]:
-    """The runs of seed 0, by rate, the best of them at neither end."""
+    """The runs of seed 0 in order of the rate. The grid is extended until the best rate is not at its edge."""
 
     def of(rate: float) -> Result:
         return runs.result(f"{name}, seed 0, rate {rate:.2e}", lambda: carry_out(0, rate))
@@ -151,7 +151,7 @@ def tuned(runs: Runs, name: str, carry_out: Callable[[int, float], Result], rate
 
 
 def row(runs: Runs, label: str, method: Method, pairs: int, steps: int, rates: tuple[float, ...]) -> tuple[str, str]:
-    """A row of the table of results, and one of the table of rates."""
+    """A row of the table of results, and a row of the table of rates."""
     name = f"{label}, {method}, {pairs} pairs, {steps} steps"
     tried = tuned(runs, name, partial(run, method, pairs, steps), rates)
     best = min(tried, key=lambda result: result["bits"])["rate"]
@@ -170,12 +170,13 @@ def row(runs: Runs, label: str, method: Method, pairs: int, steps: int, rates: t
 
 def page(rows: Sequence[tuple[str, str]], pairs: int, steps: int) -> str:
     summary = (
-        f"`python -m benchmarks.memorising` writes this file: {pairs} pairs of a random key and a random value, "
-        f"{KEY} + {VALUE} tokens of {CONFIG.vocab_size}, so {math.log2(CONFIG.vocab_size):g} bits a token; {steps} "
-        f"steps on all pairs together. The base is a GPT-2 of width {CONFIG.n_embd} with {CONFIG.n_layer} blocks that "
-        f"has learned {OTHER_PAIRS} other pairs. The methods are on every matrix of every block, and MoRA of rank r "
-        "has about as many parameters as LoRA of rank r; ReLoRA and ReMoRA train as many at a time, in 4 cycles, and "
-        "keep the changed weights. Mean over three sets of pairs (lowest to highest)."
+        f"This file is written by `python -m benchmarks.memorising`. The task is to memorise {pairs} pairs of a random "
+        f"key and a random value, with {KEY} + {VALUE} tokens from a vocabulary of {CONFIG.vocab_size}, that is "
+        f"{math.log2(CONFIG.vocab_size):g} bits per token, in {steps} steps on all pairs together. The base is a GPT-2 "
+        f"of width {CONFIG.n_embd} with {CONFIG.n_layer} blocks that has learned {OTHER_PAIRS} other pairs. The "
+        "methods adapt every matrix of every block. MoRA of rank r has about as many parameters as LoRA of rank r. "
+        "ReLoRA and ReMoRA train the same number of parameters at a time, in 4 cycles, and change the weights of the "
+        "base. The results are means over three sets of pairs (lowest to highest)."
     )
     results, sweep = ("\n".join(lines) for lines in zip(*rows, strict=True))
     return HEAD.format(summary=textwrap.fill(summary, 120)) + f"{results}\n{SWEEP}{sweep}\n"

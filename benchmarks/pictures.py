@@ -1,11 +1,11 @@
-"""The pictures of digits: the pretrained models, surgical fine-tuning, LoRA on the diffusion model, and the figures.
+"""Pictures of digits: pretraining, surgical fine-tuning, LoRA on the diffusion model, and the figures.
 
-    python -m benchmarks.pictures pretrain            the two models in lora_from_scratch/assets/pictures
-    python -m benchmarks.pictures surgical [SHIFT]    which part to tune for which shift: five seeds, kept as JSON lines
-    python -m benchmarks.pictures diffusion           one digit's style: LoRA and full fine-tuning
-    python -m benchmarks.pictures report              surgical.md, digit_style.md and figures, from what was kept
+    python -m benchmarks.pictures pretrain            train the two models in lora_from_scratch/assets/pictures
+    python -m benchmarks.pictures surgical [SHIFT]    compare which part to tune for which shift, with five seeds
+    python -m benchmarks.pictures diffusion           adapt the diffusion model to one digit: LoRA and full fine-tuning
+    python -m benchmarks.pictures report              write surgical.md, digit_style.md and figures from stored results
 
-The results are kept in runs/pictures, so that an interrupted benchmark continues.
+The results are stored as JSON lines in runs/pictures, so an interrupted benchmark can be continued.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DOCS = HERE.parent / "docs"
 KEPT = Path("runs") / "pictures"
 SEEDS = range(5)
 DIFFUSION_SEEDS, DIFFUSION_STEPS = range(3), 60
-DIGIT = 7  # whose style the diffusion model learns
+DIGIT = 7  # the digit to which the diffusion model is adapted
 SAMPLES = 50
 DIFFUSION: dict[str, tuple[Method, float]] = {
     "LoRA, rank 1": (LoRA(rank=1, alpha=8), 3e-3),
@@ -211,12 +211,12 @@ def _grid(axes: Any, pictures: Tensor, columns: int) -> None:
 
 SURGICAL = """# Surgical fine-tuning on pictures of digits
 
-Written by `python -m benchmarks.pictures report`; the machine was shared with other work, so no times are given.
+Written by `python -m benchmarks.pictures report`. The machine was shared with other work, so no times are given.
 
-The classifier (a ViT of 0.3 M parameters) knows the digits 0 to 4. It is adapted to a shifted task with 100 pictures in
-{steps} steps; test accuracy in %, mean and standard deviation of five seeds on the same 150 pictures. Each cell has the
-best of the learning rates 0.001, 0.003 and 0.01 on 50 validation pictures, found with another seed. With 150 test
-pictures an accuracy itself has a standard error of up to 4 points.
+The classifier (a ViT with 0.3 M parameters) was trained on the digits 0 to 4. It is adapted to a shifted task with 100
+pictures in {steps} steps. The table shows the test accuracy in %, as the mean and standard deviation over five seeds on
+the same 150 pictures. For each cell, the best of the learning rates 0.001, 0.003 and 0.01 was selected on 50 validation
+pictures, with another seed. Because there are 150 test pictures, the standard error of an accuracy is up to 4 points.
 
 {table}
 
@@ -229,17 +229,18 @@ The learning rates: {rates}.
 
 DIFFUSION_PAGE = """# One digit's style
 
-Written by `python -m benchmarks.pictures report`; the machine was shared with other work, so no times are given.
+Written by `python -m benchmarks.pictures report`. The machine was shared with other work, so no times are given.
 
-The diffusion model (a transformer of 0.2 M parameters) draws all ten digits. It is adapted to the pictures of the digit
-{digit} in 60 steps of 50 pictures; mean and standard deviation of three seeds, 50 samples each. The nearest picture of
-the data set, in Euclidean distance, says which digit a sample is and how near it is to a real one. Among real pictures
-that distance is 1.06; for pictures whose pixels come each from another picture, it is 2.14. The learning rates (0.003
-for LoRA, 0.0005 for full fine-tuning) were not tuned.
+The diffusion model (a transformer with 0.2 M parameters) generates all ten digits. It is adapted to the pictures of the
+digit {digit} in 60 steps of 50 pictures. The table shows the mean and standard deviation over three seeds, with 50
+samples each. The nearest picture in the data set, by Euclidean distance, determines the digit of a sample, and the
+distance measures how similar the sample is to a real digit. This distance is 1.06 for real pictures, and 2.14 for
+pictures in which each pixel is taken from a different picture. The learning rates (0.003 for LoRA, 0.0005 for full
+fine-tuning) were not tuned.
 
 {table}
 
-![Samples: various digits before, mostly a 7 after.](../docs/pictures-diffusion.png)
+![Samples: various digits before adaptation, mostly the digit 7 after it.](../docs/pictures-diffusion.png)
 """
 
 COMMANDS = {"pretrain": pretrain, "diffusion": diffusion, "report": report}

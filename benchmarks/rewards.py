@@ -1,10 +1,11 @@
-"""Training on a reward: LoRA of rank 1 and 8 beside full fine-tuning, with the share of words without an e as reward.
+"""Training on a reward: LoRA of rank 1 and 8 compared with full fine-tuning. The reward is the share of words without
+the letter e.
 
-    python -m benchmarks.rewards           about ten minutes on an idle core; continues where it was interrupted
+    python -m benchmarks.rewards           takes about ten minutes on an idle core; can be interrupted and continued
     python -m benchmarks.rewards report    writes rewards.md
 
-A run is judged by its reward on new samples, and by how far the model has moved: its divergence from the base on text
-drawn from the base.
+Each run is evaluated by the reward of new samples, and by the divergence of the model from the base, on text drawn from
+the base.
 """
 
 from __future__ import annotations
@@ -82,10 +83,11 @@ def _mean(rows: list[dict[str, Any]], key: str) -> str:
 
 TEXT = """# Training on a reward
 
-Written by `python -m benchmarks.rewards report`. The bundled model continues beginnings of tales; the reward is the
-share of words without the letter e. {steps} steps of 16 texts of 24 tokens (2 prompts, groups of 8); mean and standard
-deviation of {seeds} seeds. The reward is measured on 64 new samples; the divergence from the base model, in nats per
-token, on text drawn from the base. The learning rates were not tuned.
+Written by `python -m benchmarks.rewards report`. The bundled model continues the beginnings of fairy tales, and the
+reward is the share of words without the letter e. Training takes {steps} steps with 16 texts of 24 tokens each (2
+prompts, groups of 8). The table shows the mean and standard deviation over {seeds} seeds. The reward is measured on 64
+new samples, and the divergence from the base model, in nats per token, on text drawn from the base. The learning rates
+were not tuned.
 
 {table}
 """

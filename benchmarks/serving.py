@@ -1,15 +1,15 @@
-"""Serving many adapters: this library against other ways, in one run; writes serving.md.
+"""Serving many adapters: compares this library with alternatives and writes serving.md.
 
-    python -m benchmarks.serving product                         # the batched product alone, against peft's
+    python -m benchmarks.serving product                         # the batched product alone, compared with peft's
     python -m benchmarks.serving traffic --model bundled --adapters 8 64 1000 4000
     python -m benchmarks.serving traffic --model small --adapters 8 1000 --requests 32 --new 16
-    python -m benchmarks.serving cliff                           # the working set against the pool
-    python -m benchmarks.serving start                           # time and memory of starting
-    python -m benchmarks.serving_load                            # the HTTP server under a thousand clients
+    python -m benchmarks.serving cliff                           # pools smaller than the working set
+    python -m benchmarks.serving start                           # startup time and memory
+    python -m benchmarks.serving_load                            # the HTTP server with a thousand clients
 
-Each measurement is added to serving.json as it is made, and is not made again: an interrupted run continues. All sides
-answer the same requests in every round, one after the other, in an order that turns. `benchmarks.make_adapters` writes
-the adapters, to `--folder`.
+Each measurement is stored in serving.json as soon as it is made and is not repeated, so an interrupted run can be
+continued. In every round, all sides answer the same requests, one side after another, in rotating order.
+`benchmarks.make_adapters` writes the adapters to `--folder`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from lora_from_scratch.support.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 POOL_MIB = {"bundled": 256, "small": 1024}
-DISTINCT = {"bundled": 64, "small": 24}  # weight files; the other adapters are links to them
+DISTINCT = {"bundled": 64, "small": 24}  # the number of weight files; the other adapters are links to them
 SIDES = ("ours", "base", "merge", "loop", "peft")
 MiB = 2**20
 
 
 class Results:
-    """The measurements so far, by their names."""
+    """The stored measurements, by name."""
 
     def __init__(self, path: Path = RESULTS) -> None:
         self.path = path
@@ -54,17 +54,17 @@ class Results:
         return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """A measurement, made now if it has not been."""
+        """Return a stored measurement, or make and store it."""
         if name not in self.values:
             value = measure()
-            self.values = {**self._read(), name: value}  # another run may have written something
+            self.values = {**self._read(), name: value}  # another run may have added measurements
             write_json(self.path, self.values)
             print(f"{name}: {self.values[name]}", flush=True)
         return self.values[name]
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, list[float]]:
-    """The result, and the seconds that it took: of the clock, and of the processor in this process."""
+    """The result of `work`, and its wall-clock time and processor time in seconds."""
     clock, processor = time.perf_counter(), time.process_time()
     result = work()
     return result, [time.perf_counter() - clock, time.process_time() - processor]
@@ -78,7 +78,7 @@ def pages_of(model: GPT2, mib: int) -> int:
 
 
 def product(arguments: argparse.Namespace, results: Results) -> None:
-    """16 rows of one token, 8 adapters of rank 8, in pairs with peft's: the model's whole step, and the LoRAs alone."""
+    """16 rows of one token and 8 adapters of rank 8, paired with peft: the whole step, and the LoRA products alone."""
     model = base_model(arguments.model).eval()
     folder = arguments.folder / f"{arguments.model}-rank-8"
     make_adapters(folder, 8, model.config, (8, 8), 8)
@@ -102,7 +102,7 @@ def product(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def products_alone(side: Ours, peft: Peft, names: list[str]) -> dict[str, Callable[[], Any]]:
-    """Only what the adapters add, in every linear layer, to an output of the base that is there already."""
+    """Only the products of the adapters, in every linear layer, with the base's output given."""
     plans, pool = side.scheduler.model.plans, side.scheduler.pool.data
     modules = dict(peft.model.base_model.model.named_modules())
     layers, inputs, outputs = {}, {}, {}
@@ -126,7 +126,7 @@ def products_alone(side: Ours, peft: Peft, names: list[str]) -> dict[str, Callab
 
 
 class Given(torch.nn.Module):
-    """A layer whose output is known."""
+    """A layer that returns a given output."""
 
     def __init__(self, output: torch.Tensor) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def traffic(arguments: argparse.Namespace, results: Results) -> None:
     }
     sides = {side: make[side]() for side in arguments.sides}
     sizes = arguments.requests, arguments.prompt, arguments.new, model.config.vocab_size
-    for side in sides.keys() & {"ours", "base"}:  # a server that has been running for a while
+    for side in sides.keys() & {"ours", "base"}:  # warm up, as if the server had been running for a while
         sides[side](zipf_traffic(max(arguments.adapters), *sizes, seed=99))
     for turn in range(arguments.rounds):
         for count in arguments.adapters:
@@ -185,7 +185,7 @@ def one_round(results: Results, prefix: str, asked: Sequence[Asked], sides: dict
             "seconds": seconds,
             "tokens": sum(map(len, answers)),
             "distinct": len({one.adapter for one in asked}),
-            "texts": [zlib.crc32(repr(tokens).encode()) for tokens in answers],  # to be compared with other sides'
+            "texts": [zlib.crc32(repr(tokens).encode()) for tokens in answers],  # for comparison with the other sides
         }
         return found | ({"loads": run.store.loads - loads} if side == "ours" else {})
 
@@ -198,7 +198,7 @@ def one_round(results: Results, prefix: str, asked: Sequence[Asked], sides: dict
 
 
 def cliff(arguments: argparse.Namespace, results: Results) -> None:
-    """64 adapters of rank 16, all equally popular, and pools that hold fewer and fewer of them."""
+    """64 equally popular adapters of rank 16, with pools that have room for fewer and fewer of them."""
     model = base_model("bundled").eval()
     folder = arguments.folder / "bundled-rank-16"
     make_adapters(folder, 64, model.config, (16, 16), 64)
@@ -231,7 +231,7 @@ def measure_cliff(side: Ours, asked: Sequence[Asked]) -> dict[str, Any]:
 
 
 def start(arguments: argparse.Namespace, results: Results) -> None:
-    """A store of 1, 1,000 and 4,000 adapters that nobody has asked for: seconds, and memory."""
+    """Startup time and memory of stores with 1, 1,000 and 4,000 unused adapters."""
     model = base_model("bundled").eval()
     make_adapters(arguments.folder / "one", 1, model.config, (4, 32), 1)
     make_adapters(arguments.folder / "bundled", 4000, model.config, (4, 32), DISTINCT["bundled"])
@@ -251,21 +251,21 @@ def start(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def resident_kib() -> int:
-    """The memory of this process (Linux)."""
+    """The resident memory of this process in KiB (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["product", "traffic", "cliff", "start", "table"])
-    parser.add_argument("--folder", type=Path, default=Path("runs/adapters"), help="where the adapters are")
+    parser.add_argument("--folder", type=Path, default=Path("runs/adapters"), help="the folder for the adapters")
     parser.add_argument("--model", default="small", choices=["bundled", "small"])
     parser.add_argument("--adapters", type=int, nargs="+", default=[8, 64, 1000, 4000])
     parser.add_argument("--requests", type=int, default=96)
-    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens per prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens to generate per request")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="for a run in several parts")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="the sides to measure")
     parser.add_argument("--pairs", type=int, default=21)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""A thousand clients at once against `lora-from-scratch serve`; adds to serving.json and writes serving.md.
+"""Load test of `lora-from-scratch serve` with a thousand concurrent clients; extends serving.json, writes serving.md.
 
     python -m benchmarks.serving_load --folder runs/adapters
 
-The server is a process of its own, on the loopback device, with 1,000 adapters. Three runs: a queue that has room for
-all clients; one that has not; and a server that is killed in the middle and started again. What is answered is compared
-with what the merged models say, for a sample of the adapters.
+The server runs in its own process with 1,000 adapters and listens on the loopback interface. There are three runs: with
+a queue that has room for all clients, with a smaller queue, and with a server that is killed during the run and started
+again. For a sample of the adapters, the responses are compared with the output of the merged models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOKENS = 8
 
 
 class Served:
-    """The server, as a process."""
+    """A running server process."""
 
     def __init__(self, folder: Path, waiting: int) -> None:
         command = [sys.executable, "-m", "lora_from_scratch", "serve", "--adapters", str(folder), "--port", "0"]
@@ -63,7 +63,7 @@ def asked_of(clients: int) -> list[str]:
 
 
 async def ask(address: str, names: list[str], numbers: Sequence[int]) -> list[tuple[int, str]]:
-    """The status and the text that each of these clients gets, all at once; status 0: the connection broke."""
+    """The status and text that each client receives, with all requests sent at once. Status 0: connection lost."""
     async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
 
         async def one(number: int) -> tuple[int, str]:
@@ -78,7 +78,7 @@ async def ask(address: str, names: list[str], numbers: Sequence[int]) -> list[tu
 
 
 def expected(folder: Path, names: list[str]) -> dict[int, str]:
-    """The texts of the merged models, for the clients of a few adapters."""
+    """The texts that the merged models generate, for the clients of a few adapters."""
     model, tokenizer = base_model("bundled").eval(), load_tokenizer()
     texts = {}
     for name in sorted(set(names))[:COMPARED]:
@@ -112,7 +112,7 @@ def run_once(folder: Path, names: list[str], right: dict[int, str], waiting: int
 
 
 def run_killed(folder: Path, names: list[str], right: dict[int, str]) -> dict[str, Any]:
-    """Kill the server in the middle, start it again, and ask again for what was lost."""
+    """Kill the server during the run, start it again, and repeat the lost requests."""
     server = Served(folder, len(names))
 
     async def ask_and_kill() -> list[tuple[int, str]]:

@@ -1,4 +1,5 @@
-"""The ways to serve many adapters that `benchmarks.serving` compares. Each answers the same requests, greedily."""
+"""The ways to serve many adapters that `benchmarks.serving` compares. Each answers the same requests with greedy
+decoding."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Asked:
 
 
 def zipf_traffic(adapters: int, requests: int, prompt: int, new: int, vocabulary: int, seed: int) -> list[Asked]:
-    """Requests whose adapters are drawn with probability 1 / rank; all are there at the start."""
+    """Requests whose adapters are drawn with probability proportional to 1 / rank. All of them arrive at the start."""
     draw = random.Random(seed)
     chosen = draw.choices(range(adapters), [1 / (n + 1) for n in range(adapters)], k=requests)
     return [Asked(name_of(n), tuple(draw.randrange(1, vocabulary) for _ in range(prompt)), new) for n in chosen]
@@ -45,11 +46,13 @@ Side = Callable[[Sequence[Asked]], list[list[int]]]
 
 
 class Ours:
-    """This library's server without HTTP. It stays as it is between two traffics, as a server does.
+    """This library's server without HTTP. Its state is kept between calls, as in a running server.
 
     Args:
-        pages: of the pool.
-        with_adapters: False: (d), every request asks for the base.
+        model: a model without adapters.
+        folder: the folder with the adapters.
+        pages: the number of pages in the pool.
+        with_adapters: if False, all requests use the base model (d).
     """
 
     def __init__(self, model: GPT2, folder: Path, pages: int, with_adapters: bool = True) -> None:
@@ -74,7 +77,7 @@ class Ours:
 
 
 def windows(asked: Sequence[Asked]) -> Iterator[list[int]]:
-    """The numbers of the requests, a batch at a time, in the order in which they came."""
+    """The indices of the requests, one batch at a time, in order of arrival."""
     for start in range(0, len(asked), ROWS):
         yield list(range(start, min(start + ROWS, len(asked))))
 
@@ -87,7 +90,7 @@ def by_adapter(asked: Sequence[Asked], window: Sequence[int]) -> dict[str, list[
 
 
 def merge_and_switch(model: GPT2, folder: Path) -> Side:
-    """(a) For each adapter of a batch: merge it into the weights instead of the last one, then answer its requests."""
+    """(a) For each adapter in a batch: merge it into the weights in place of the last one, then answer its requests."""
     reader = AdapterReader(model)
 
     def run(asked: Sequence[Asked]) -> list[list[int]]:
@@ -106,7 +109,7 @@ def merge_and_switch(model: GPT2, folder: Path) -> Side:
 
 
 def one_after_another(model: GPT2, folder: Path) -> Side:
-    """(b) For each adapter of a batch: put it beside the weights, unmerged, then answer its requests."""
+    """(b) For each adapter in a batch: apply it without merging, then answer its requests."""
     reader = AdapterReader(model)
 
     def run(asked: Sequence[Asked]) -> list[list[int]]:
@@ -138,9 +141,9 @@ def answer(model: GPT2, asked: Sequence[Asked], group: Sequence[int], answers: l
 
 
 class Peft:
-    """(c) peft's `adapter_names`, on transformers' model, whose `generate` continues a batch at a time.
+    """(c) peft's `adapter_names` on transformers' model, whose `generate` processes one batch at a time.
 
-    The adapters of the traffic are loaded before it comes, and that time is not counted.
+    The adapters are loaded in advance, and the loading time is not measured.
     """
 
     def __init__(self, model: GPT2, folder: Path) -> None:
