@@ -1,4 +1,4 @@
-"""The configuration of Sphinx. `build.py` writes the sources; `make site` runs both."""
+"""The configuration of Sphinx. `build_site.py` writes the sources; `make site` runs both."""
 
 from __future__ import annotations
 

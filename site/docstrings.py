@@ -9,6 +9,7 @@ from sphinx.application import Sphinx
 
 BEFORE_NAPOLEON = 400  # which reads "Args:" and "Returns:" and has the priority 500
 CODE = re.compile(r"``.+?``|`[^`]+`", re.DOTALL)
+NAMED = re.compile(r"    \w+: ")
 MARKUP = re.compile(r"([*|\\]|(?<=\w)_(?!\w))")
 
 
@@ -18,7 +19,22 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = restructured(lines)
+    lines[:] = restructured(with_returns(lines))
+
+
+def with_returns(lines: list[str]) -> list[str]:
+    """The section "Returns:" as a field, in which several named values are a list; Napoleon takes names for types."""
+    if "Returns:" not in lines:
+        return lines
+    start = lines.index("Returns:")
+    end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith("    ")), len(lines))
+    section = [line for line in lines[start + 1 : end] if line]
+    several = sum(bool(NAMED.match(line)) for line in section) > 1
+    field = []
+    for line in section:
+        marker = "" if not several else "- " if NAMED.match(line) else "  "
+        field.append(f"    {marker}{line.strip()}")
+    return [*lines[:start], ":returns:", *field, "", *lines[end:]]
 
 
 def restructured(lines: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Build the website, without a network connection.
 
-    python site/build.py            # writes build/site; open build/site/index.html
+    python site/build_site.py            # writes build/site; open build/site/index.html
 
 The pages come from the files of this repository: `sources.py` copies those that people read, and writes a page for each
 method and each module of the library; Sphinx renders them as `conf.py` says. A warning is an error.
