@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 import lora_from_scratch
@@ -15,18 +15,23 @@ FOLDERS = ("linear_algebra", "gpt2", "quantization", "methods", "models", "finet
 
 
 def api_pages() -> Iterator[tuple[str, str]]:
-    """The overview, with the first sentence of each module, then the pages of the modules."""
+    """The overview, a page for each folder with the first sentence of its modules, and the pages of the modules."""
     package = lora_from_scratch.__name__
-    overview = ["# API\n\nThe library's modules, from their docstrings.\n"]
     for folder in FOLDERS:
         names = list(modules(f"{package}.{folder}"))
-        overview.append(f"\n## {folder}\n\n| Module | |\n|---|---|\n")
-        overview += [f"| [`{short(name)}`]({name}.rst) | {first_sentence(name)} |\n" for name in names]
-        listed = "".join(f"{short(name)} <{name}>\n" for name in names)
-        overview.append(f"\n```{{toctree}}\n:hidden:\n:caption: {folder}\n\n{listed}```\n")
+        rows = "".join(f"| [`{short(name)}`]({name}.rst) | {first_paragraph(name)} |\n" for name in names)
+        yield f"api/{folder}.md", f"# {folder}\n\n| Module | |\n|---|---|\n{rows}{contents(names)}"
         for name in names:
             yield f"api/{name}.rst", module_page(name)
-    yield "api/index.md", "".join(overview)
+    links = "".join(f"- [{folder}]({folder}.md)\n" for folder in FOLDERS)
+    yield (
+        "api/index.md",
+        f"# API\n\nThe library's modules, by folder, from their docstrings.\n\n{links}{contents(FOLDERS)}",
+    )
+
+
+def contents(pages: Iterable[str]) -> str:
+    return "\n```{toctree}\n:hidden:\n\n" + "".join(f"{page}\n" for page in pages) + "```\n"
 
 
 def modules(package: str) -> Iterator[str]:
@@ -40,7 +45,7 @@ def short(name: str) -> str:
     return name.split(".", 2)[2]
 
 
-def first_sentence(name: str) -> str:
+def first_paragraph(name: str) -> str:
     paragraph = (inspect.getdoc(importlib.import_module(name)) or "").partition("\n\n")[0].replace("\n", " ")
     return paragraph.removesuffix(":").replace("|", "\\|")
 

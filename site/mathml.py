@@ -34,4 +34,6 @@ def mathml(node: nodes.Element, as_block: bool) -> str:
     try:
         return str(tex2mathml(DOTS.sub(r"\\ldots", node.astext()), as_block=as_block))
     except MathError as error:
-        raise SphinxError(f"{node.source}: the equation {node.astext()!r} cannot be written as MathML: {error}") from None
+        raise SphinxError(
+            f"{node.source}: the equation {node.astext()!r} cannot be written as MathML: {error}"
+        ) from None

@@ -134,5 +134,7 @@ def notebooks() -> Iterator[tuple[str, str]]:
             f"```{{note}}\nThis page is for reading. To work on the unit, open its notebook in JupyterLab (`make lab`), or\n"
             f"download {{download}}`{file.name} </downloads/{file.name}>`.\n```"
         )
+        first_code = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+        first_code["metadata"]["tags"] = ["hide-input"]  # the imports
         notebook["cells"].insert(1, {"cell_type": "markdown", "id": "site-note", "metadata": {}, "source": note})
         yield file.relative_to(REPOSITORY).as_posix(), json.dumps(notebook)
