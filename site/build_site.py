@@ -13,10 +13,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from sources import REPOSITORY, write_sources
 from sphinx.cmd.build import build_main
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # for `benchmarks`, which is not installed
+
+from sources import REPOSITORY, write_sources  # noqa: E402
 
 
 def build(output: Path, sources: Path) -> int:

@@ -131,8 +131,8 @@ def notebooks() -> Iterator[tuple[str, str]]:
     for file in sorted(REPOSITORY.glob("notebooks/*/*.ipynb")):
         notebook = json.loads(file.read_text(encoding="utf-8"))
         note = (
-            f"```{{note}}\nThis page is for reading. To work on the unit, open its notebook in JupyterLab (`make lab`), or\n"
-            f"download {{download}}`{file.name} </downloads/{file.name}>`.\n```"
+            "```{note}\nThis page is for reading. To work on the unit, open its notebook in JupyterLab (`make lab`), "
+            f"or download\n{{download}}`{file.name} </downloads/{file.name}>`.\n```"
         )
         first_code = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
         first_code["metadata"]["tags"] = ["hide-input"]  # the imports
