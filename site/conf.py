@@ -23,9 +23,11 @@ html_math_renderer = "mathml"
 html_copy_source = False
 html_show_copyright = False
 pygments_style = "a11y-high-contrast-light"
-pygments_dark_style = "a11y-high-contrast-dark"
+pygments_dark_style = "github-dark"
 
 nb_execution_mode = "off"
+nb_code_prompt_show = "Show the imports and settings"
+nb_code_prompt_hide = "Hide the imports and settings"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-from benchmarks.methods_table import facts, hyperparameters, summary
+from api_pages import first_paragraph
+
+from benchmarks.methods_table import facts, hyperparameters
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.grading.building.solution import BEGIN, END, solved_source
@@ -20,7 +22,7 @@ HEAD = """\
 Every method is one file of the library and follows the same interface,
 [`Method`](../api/lora_from_scratch.methods.method.rst).
 
-| Method | | Mergeable | Works on |
+| Method | Idea | Mergeable | Works on |
 |---|---|---|---|
 """
 
@@ -29,7 +31,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
     """The overview, then one page for each method of the registry."""
     classes = method_classes()
     rows = [
-        f"| [`{name}`]({name}.md) | {summary(cls)} | {'yes' if cls.can_merge else 'no'} "
+        f"| [`{name}`]({name}.md) | {first_paragraph(cls.__module__)} | {'yes' if cls.can_merge else 'no'} "
         f"| {'this GPT-2' if cls.needs_gpt2 else 'any model'} |\n"
         for name, cls in classes.items()
     ]
@@ -44,10 +46,10 @@ def method_page(cls: type[Method]) -> str:
     built = exercises_of(module)
     parts = [
         f"# `{cls.name}`",
-        summary(cls),
+        str(inspect.getdoc(module)),
+        "## At a glance",
         "".join(f"- {fact[0].upper()}{fact[1:]}\n" for fact in facts(cls)),
         f"```bash\nlora-from-scratch finetune --method {cls.name}\n```",
-        f"## How it works\n\n{inspect.getdoc(module)}",
     ]
     if table := hyperparameters(cls):
         parts.append(f"## Hyperparameters\n{table}")

@@ -28,6 +28,32 @@ import sources  # noqa: E402
 from bs4 import BeautifulSoup  # noqa: E402
 
 NARROW = 375  # pixels, as a small telephone
+# The texts of a page whose contrast with their background is below level AA of WCAG 2.2 (1.4.3), each once.
+LOW_CONTRAST = """
+const number = colour => colour.match(/[\\d.]+/g).map(Number)
+const light = colour => colour.slice(0, 3).map(c => c / 255)
+  .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0)
+function behind(element) {
+  for (; element; element = element.parentElement) {
+    const colour = number(getComputedStyle(element).backgroundColor)
+    if (colour.length === 3 || colour[3] === 1) return colour
+  }
+  return [255, 255, 255]
+}
+const low = new Set()
+const walk = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT)
+while (walk.nextNode()) {
+  const element = walk.currentNode.parentElement, style = getComputedStyle(element)
+  const seen = element.checkVisibility({visibilityProperty: true, opacityProperty: true})
+  if (!walk.currentNode.data.trim() || !seen) continue
+  const [dark, bright] = [light(number(style.color)), light(behind(element))].sort((a, b) => a - b)
+  const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700)
+  const ratio = (bright + 0.05) / (dark + 0.05)
+  if (ratio < (large ? 3 : 4.5)) low.add(`${walk.currentNode.data.trim().slice(0, 40)} (${ratio.toFixed(2)})`)
+}
+return [...low]
+"""
 
 
 class Page:
@@ -178,6 +204,21 @@ def test_pages_have_no_console_error_and_fit_a_narrow_screen(chromium: Any, site
             wrong.append(f"{name} is {width} pixels wide")
         wrong += [f"{name}: {entry['message']}" for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"]
     assert wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_told_from_its_background(scheme: str, chromium: Any, site: Site) -> None:
+    chromium.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    for name in (
+        *("index.html", "units.html", "glossary.html", "notebooks/unit_09/unit_09.html", "methods/lora.html"),
+        *("api/lora_from_scratch.linear_algebra.svd.html", "course/instructor_guide.html"),
+    ):
+        chromium.get(site[name].path.as_uri())
+        chromium.execute_script("document.querySelectorAll('details').forEach(details => details.open = true)")
+        assert chromium.execute_script(LOW_CONTRAST) == [], name
 
 
 @pytest.mark.slow
