@@ -72,7 +72,7 @@ Site = dict[str, Page]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site. Sphinx's warnings are errors."""
     output = tmp_path_factory.mktemp("website") / "site"
-    command = [sys.executable, REPOSITORY / "site" / "build_site.py", "--output", output]
+    command = [sys.executable, str(REPOSITORY / "site" / "build_site.py"), "--output", str(output)]
     built = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
     return output
