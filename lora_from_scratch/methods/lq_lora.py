@@ -11,8 +11,7 @@ Q is frozen, A and B are trained. It differs from QLoRA and LoftQ in three ways:
   replaced by row * column^T, with `row` (out,) and `column` (in,) the square roots of its row and column means:
   `SVD_r(row * (W - Q) * column)`, then divided by both.
 - Each matrix gets its own number of bits and group size (section 3.2). An integer programme chooses them so that the
-sum
-  of squared errors is minimal and the storage stays within a budget.
+  sum of squared errors is minimal and the storage stays within a budget.
 
 The paper has 432 configurations, which also vary how the scales are quantised; here there are 12 (`CHOICES`), with
 8-bit scales. The integer programme uses the errors after one step of the split.

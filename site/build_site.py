@@ -1,0 +1,41 @@
+"""Build the website, without a network connection.
+
+    python site/build_site.py            # writes build/site; open build/site/index.html
+
+The pages come from the files of this repository: `sources.py` copies those that people read, and writes a page for each
+method and each module of the library; Sphinx renders them as `conf.py` says. A warning is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from sphinx.cmd.build import build_main
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # for `benchmarks`, which is not installed
+
+from sources import REPOSITORY, write_sources  # noqa: E402
+
+
+def build(output: Path, sources: Path) -> int:
+    """Write the site into `output`; return Sphinx's exit status, which is 0 if all is well."""
+    for folder in (output, sources):
+        shutil.rmtree(folder, ignore_errors=True)
+    write_sources(sources)
+    doctrees = sources.with_name(f"{sources.name}-doctrees")
+    shutil.rmtree(doctrees, ignore_errors=True)
+    options = ["-b", "html", "-c", HERE, "-d", doctrees, "--fail-on-warning", "--keep-going", "--quiet"]
+    return build_main([str(option) for option in (*options, sources, output)])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Build the website.")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "site", help="default: build/site")
+    output = parser.parse_args().output.resolve()
+    status = build(output, output.with_name(f"{output.name}-sources"))
+    print(f"the site could not be built (exit status {status})" if status else f"open {output / 'index.html'}")
+    sys.exit(status)

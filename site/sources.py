@@ -1,0 +1,140 @@
+"""Write what Sphinx reads: copies of the repository's documents and notebooks, and pages made from the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from api_pages import api_pages, page_of_module
+from method_pages import method_pages
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+DOCUMENTS = (
+    "course/*.md",
+    "docs/*.md",
+    "benchmarks/*.md",
+    "CONTRIBUTING.md",
+    "CODE_OF_CONDUCT.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+)
+PICTURES = ("docs/*.png", "notebooks/*/*.png")
+# Pages of the site that say the same.
+INSTEAD = {"README.md": "index.md", "docs/README.md": "index.md", "docs/methods.md": "methods/index.md"}
+# Lists of deliberately wrong answers that a check has to find: of use to those who write checks.
+LEFT_OUT = {"benchmarks/answer_mutants.md", "benchmarks/mutants.md"}
+LINK = re.compile(r"(?<!!)\[(?P<text>[^\[\]]*)\]\((?P<target>[^()#\s]+)(?P<anchor>#[^()\s]*)?\)")
+UNIT_ROW = re.compile(r"^\| \[\d\d .*\n", re.MULTILINE)
+
+
+def write_sources(folder: Path) -> None:
+    """Write all pages into an empty folder, at the places that they have in the repository."""
+    pages = dict(documents()) | dict(method_pages()) | dict(api_pages())
+    for name, text in pages.items():
+        write(folder / name, with_links(text, PurePosixPath(name).parent, set(pages)))
+    for name, text in notebooks():
+        write(folder / name, text)
+    for pattern in PICTURES:
+        for file in REPOSITORY.glob(pattern):
+            copy(file, folder / file.relative_to(REPOSITORY))
+    for file in REPOSITORY.glob("notebooks/*/*.ipynb"):
+        copy(file, folder / "downloads" / file.name)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def copy(file: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, to)
+
+
+# --- Documents -----------------------------------------------------------------------------------------
+
+
+def documents() -> Iterator[tuple[str, str]]:
+    """The site's own pages, with what they take from the README, and the repository's documents."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    taken = {"SHOOTOUT": picture(readme, "docs/shootout.png"), "UNITS": units_table(readme)}
+    for file in sorted(HERE.glob("*.md")):
+        text = file.read_text(encoding="utf-8")
+        for name, piece in taken.items():
+            text = text.replace(f"@{name}@", piece)
+        yield file.name, text
+    for pattern in DOCUMENTS:
+        for file in sorted(REPOSITORY.glob(pattern)):
+            name = file.relative_to(REPOSITORY).as_posix()
+            if name not in LEFT_OUT | set(INSTEAD):
+                yield name, file.read_text(encoding="utf-8")
+
+
+def picture(markdown: str, file: str) -> str:
+    """The picture of a document, with its alternative text.
+
+    Raises:
+        ValueError: the document does not show it.
+    """
+    found = re.search(rf"!\[[^\]]*\]\({re.escape(file)}\)", markdown)
+    if not found:
+        raise ValueError(f"README.md does not show {file}, which the site's first page takes from there")
+    return found[0]
+
+
+def units_table(readme: str) -> str:
+    rows = UNIT_ROW.findall(readme)
+    if not rows:
+        raise ValueError("README.md has no table of the units, which the site takes from there")
+    return "".join(["| Unit | What you build | What you find out |\n|---|---|---|\n", *rows])
+
+
+def with_links(text: str, folder: PurePosixPath, pages: set[str]) -> str:
+    """The text with links that work on the site.
+
+    A link to a file that has a page leads to that page; to any other file of the repository, to GitHub if the site is
+    built there; otherwise only the text of the link is left.
+    """
+
+    def relinked(link: re.Match[str]) -> str:
+        target = link["target"]
+        if "://" in target or target.startswith("mailto:"):
+            return link[0]
+        name = os.path.normpath(folder / target).replace(os.sep, "/")
+        name = INSTEAD.get(name, name)
+        page = name if name in pages or name.endswith(".ipynb") else page_of_module(name)
+        if page in pages or name.endswith(".ipynb"):
+            relative = os.path.relpath(page, folder).replace(os.sep, "/")
+            return f"[{link['text']}]({relative}{link['anchor'] or ''})"
+        address = repository_address()
+        return f"[{link['text']}]({address}/blob/HEAD/{name}{link['anchor'] or ''})" if address else link["text"]
+
+    return LINK.sub(relinked, text)
+
+
+def repository_address() -> str:
+    """The address of the repository where GitHub Actions build the site; elsewhere nothing."""
+    parts = [os.environ.get(name, "") for name in ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY")]
+    return "/".join(parts) if all(parts) else ""
+
+
+# --- Notebooks -----------------------------------------------------------------------------------------
+
+
+def notebooks() -> Iterator[tuple[str, str]]:
+    """The learners' notebooks, each with a note after its first cell that says where to work on it."""
+    for file in sorted(REPOSITORY.glob("notebooks/*/*.ipynb")):
+        notebook = json.loads(file.read_text(encoding="utf-8"))
+        note = (
+            "```{note}\nThis page is for reading. To work on the unit, open its notebook in JupyterLab (`make lab`), "
+            f"or download\n{{download}}`{file.name} </downloads/{file.name}>`.\n```"
+        )
+        first_code = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+        first_code["metadata"]["tags"] = ["hide-input"]  # the imports
+        notebook["cells"].insert(1, {"cell_type": "markdown", "id": "site-note", "metadata": {}, "source": note})
+        yield file.relative_to(REPOSITORY).as_posix(), json.dumps(notebook)
