@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_from_scratch.checks.bank import right, wrong
-from lora_from_scratch.checks.unit_02.answers_low_rank import _svd, need_count
+from lora_from_scratch.checks.unit_02.answers_low_rank import reduced_svd, need_count
 from lora_from_scratch.linear_algebra import svd as reference
 from lora_from_scratch.linear_algebra.rank import require_matrix
 
@@ -192,7 +192,7 @@ def of_a_single_sample(data: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor
 
 def components(X: Tensor, mean: Tensor, count: int, divisor: float) -> tuple[Tensor, Tensor, Tensor]:
     """The principal directions of X, without centring it; the squares are divided by `divisor`."""
-    _, S, Vh = _svd(X)
+    _, S, Vh = reduced_svd(X)
     return mean, Vh[:count], S[:count] ** 2 / divisor
 
 

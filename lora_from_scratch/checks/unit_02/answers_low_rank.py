@@ -48,14 +48,16 @@ def as_a_sum_of_triplets(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
     matrix = require_matrix(matrix)
     total = torch.zeros_like(matrix)
-    for u, sigma, v in zip(*(part.T if place == 0 else part for place, part in enumerate(_svd(matrix))), strict=True):
+    for u, sigma, v in zip(
+        *(part.T if place == 0 else part for place, part in enumerate(reduced_svd(matrix))), strict=True
+    ):
         if rank == 0:
             break
         total, rank = total + sigma * torch.outer(u, v), rank - 1
     return total
 
 
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reduced_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.linalg.svd(matrix, full_matrices=False)
 
 
@@ -71,7 +73,7 @@ def by_subtracting_the_last_terms(matrix: Tensor, rank: int) -> Tensor:
 @wrong("truncate", "You leave out the singular values: without them every direction has the same weight.")
 def leaves_out_s(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
-    U, _, Vh = _svd(matrix)
+    U, _, Vh = reduced_svd(matrix)
     return U[:, :rank] @ Vh[:rank]
 
 
@@ -81,14 +83,14 @@ def leaves_out_s(matrix: Tensor, rank: int) -> Tensor:
 )
 def transposes_vh_again(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
-    U, S, Vh = _svd(matrix)
+    U, S, Vh = reduced_svd(matrix)
     return (U[:, :rank] * S[:rank]) @ Vh[:, :rank].T
 
 
 @wrong("truncate", "You keep the smallest singular values and leave out the largest.")
 def keeps_the_smallest(matrix: Tensor, rank: int) -> Tensor:
     need(rank, matrix)
-    U, S, Vh = _svd(matrix)
+    U, S, Vh = reduced_svd(matrix)
     first = len(S) - rank
     return (U[:, first:] * S[first:]) @ Vh[first:]
 
@@ -114,7 +116,7 @@ def cuts_rows_and_columns(matrix: Tensor, rank: int) -> Tensor:
 @wrong("truncate", "You return the decomposition or a part of it; return a matrix of the same shape as M.")
 def returns_the_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     need(rank, matrix)
-    U, S, Vh = _svd(matrix)
+    U, S, Vh = reduced_svd(matrix)
     return U[:, :rank], S[:rank], Vh[:rank]
 
 
@@ -124,7 +126,7 @@ def returns_the_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tens
     "goes unnoticed.",
 )
 def accepts_any_rank(matrix: Tensor, rank: int) -> Tensor:
-    U, S, Vh = _svd(matrix)
+    U, S, Vh = reduced_svd(matrix)
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
