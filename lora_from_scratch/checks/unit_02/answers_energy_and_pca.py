@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_from_scratch.checks.bank import right, wrong
-from lora_from_scratch.checks.unit_02.answers_low_rank import reduced_svd, need_count
+from lora_from_scratch.checks.unit_02.answers_low_rank import need_count, reduced_svd
 from lora_from_scratch.linear_algebra import svd as reference
 from lora_from_scratch.linear_algebra.rank import require_matrix
 
