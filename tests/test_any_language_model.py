@@ -120,6 +120,7 @@ def test_what_is_generated_is_what_transformers_generates(
 FOR_LLAMA: dict[str, dict[str, Any]] = {
     "adapter": {"width": 4},
     "adalora": {"rank": 3, "target_rank": 2},
+    "qa-lora": {"rank": 2, "group_size": 4},
     "ia3": {"targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)},
 }
 

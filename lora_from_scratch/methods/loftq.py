@@ -18,13 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_from_scratch.gpt2.checkpoint import load_gpt2
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import GPT2
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.lora import LoRA, LoRALinear, lora_layers
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.qlora import QLoRA
+from lora_from_scratch.models.checkpoint import AnyTokenizer, LanguageModel, load_language_model
 from lora_from_scratch.quantization.nf4_linear import NF4Linear, nf4_layers
 from lora_from_scratch.quantization.quantized_tensor import QuantizedTensor, quantize_4bit
 from lora_from_scratch.support.linear_layers import weight_of
@@ -138,9 +136,9 @@ class LoftQ(QLoRA):
         if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 1:
             raise ValueError(f"iterations must be a whole number of at least 1, got {self.iterations!r}")
 
-    def load_base(self, source: str | Path) -> tuple[GPT2, Tokenizer]:
-        """The model in full."""
-        return load_gpt2(source)
+    def load_base(self, source: str | Path) -> tuple[LanguageModel, AnyTokenizer]:
+        """Load the model in full precision, which the initialisation needs."""
+        return load_language_model(source)
 
     def quantize(self, model: nn.Module) -> dict[str, nn.Module]:
         for name, layer in nf4_layers(model).items():

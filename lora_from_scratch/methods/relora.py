@@ -138,7 +138,8 @@ class Restarts(Method):
                 cut_moments(optimizer.state[parameter], self.kept_moments)
 
     def training_state(self, model: nn.Module) -> dict[str, Tensor]:
-        return {f"{name}.base.weight": weight_without_change(layer) for name, layer in lora_layers(model).items()}
+        layers = lora_layers(unwrapped(model))
+        return {f"{name}.base.weight": weight_without_change(layer) for name, layer in layers.items()}
 
     def learned(self, model: nn.Module) -> Mapping[str, Tensor]:
         return {**self.trainable(model), **self.training_state(model)}

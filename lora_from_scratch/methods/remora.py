@@ -32,6 +32,7 @@ from lora_from_scratch.methods.placement import WHOLE_LAYERS, check_ranks_and_al
 from lora_from_scratch.methods.relora import Restarts
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers
 from lora_from_scratch.support.linear_layers import in_and_out
+from lora_from_scratch.support.wrapped import unwrapped
 
 # Whether the groups of inputs, and those of outputs, are neighbours: in the first four cycles, then again from the
 # first.
@@ -114,8 +115,9 @@ class ReMoRA(Restarts, WrapsLayers):
         layer.restarts += 1
 
     def training_state(self, model: nn.Module) -> dict[str, Tensor]:
-        layers: Mapping[str, ReMoRALinear] = lora_layers(model)  # type: ignore[assignment]
-        return super().training_state(model) | {f"{name}.restarts": layer.restarts for name, layer in layers.items()}
+        layers: Mapping[str, ReMoRALinear] = lora_layers(unwrapped(model))  # type: ignore[assignment]
+        restarts = {f"{name}.restarts": layer.restarts for name, layer in layers.items()}
+        return super().training_state(model) | restarts
 
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> ReMoRA:
