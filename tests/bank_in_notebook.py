@@ -39,9 +39,11 @@ bank.changed = lambda reference, *pieces: keep if reference in OWN.values() else
 sys.modules[bank.__name__] = bank
 
 
-def run(source):
-    """Run a file of the bank as if every statement were in its own cell."""
-    names = {"__name__": "__main__"}
+def run(source, module):
+    """Run a file of the bank as if every statement were in its own cell; other files may import from it by its name."""
+    sys.modules[module] = types.ModuleType(module)
+    names = vars(sys.modules[module])
+    names["__name__"] = "__main__"
     for statement in ast.parse(source).body:
         code = compile(ast.Module([statement], []), "<bank>", "exec", annotations.compiler_flag, dont_inherit=True)
         exec(code, names)

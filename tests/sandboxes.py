@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -43,13 +44,21 @@ def notebook_of(unit: Unit, answers: Sequence[Answer], seed: int) -> list[Run | 
     for exercise in unit.exercises:
         name = exercise.name
         mine = [answer for answer in answers if answer.exercise == name]
-        for module in dict.fromkeys(answer.object.__module__ for answer in mine):
+        modules = [used for answer in mine for used in bank_files(answer.object.__module__)]
+        for module in dict.fromkeys(modules):
             source = inspect.getsource(sys.modules[module])
-            steps.append(Run(f"{module}, {name}", f"run({source!r})"))
+            steps.append(Run(f"{module}, {name}", f"run({source!r}, {module!r})"))
         for answer in mine:
             taken = f"{name} = ANSWERS[{name!r}, {answer.name!r}]"
             steps += [Run(f"take {cell_of(answer)}", taken), Probe(name, seed, cell_of(answer))]
     return steps
+
+
+def bank_files(module: str) -> list[str]:
+    """A file of the bank, after the files of the bank that it imports from."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    imported = [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    return [used for other in imported if ".answers" in other for used in bank_files(other)] + [module]
 
 
 def cell_of(answer: Answer) -> str:

@@ -26,7 +26,7 @@ from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.grading.building.solution import source_of
 from tests.damages import ROOT, Notebook, by_id, code, submission
-from tests.sandboxes import BANK, needs_bubblewrap
+from tests.sandboxes import BANK, bank_files, needs_bubblewrap
 from tests.turns import in_turn
 
 UNITS = [in_turn(unit) for unit in units()]
@@ -69,12 +69,13 @@ def notebook_with(unit: Unit, answers: list[Answer]) -> Notebook:
         taken = f"{answer.exercise} = ANSWERS[{answer.exercise!r}, {answer.name!r}]"
         loud = f"{answer.exercise} = loud({answer.exercise})" if inspect.isfunction(answer.object) else ""
         cell = by_id(notebook, answer.exercise)
-        cell.source = "\n".join((f"run({source(answer)!r})", taken, loud, NOISE))
+        files = [f"run({source(module)!r}, {module!r})" for module in bank_files(answer.object.__module__)]
+        cell.source = "\n".join((*files, taken, loud, NOISE))
     return notebook
 
 
-def source(answer: Answer) -> str:
-    return inspect.getsource(sys.modules[answer.object.__module__])
+def source(module: str) -> str:
+    return inspect.getsource(sys.modules[module])
 
 
 @needs_bubblewrap
