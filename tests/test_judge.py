@@ -415,7 +415,7 @@ def too_few_rows(table: Tensor, num_virtual_tokens: int, *rest: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("exercise", "answer", "said"),
     [
-        ("initial_factors", gaussian_start, "not Gaussian ones"),
+        ("initial_factors", gaussian_start, "A has entries beyond 1/sqrt(in)"),
         ("initial_prompt", with_replacement, "without replacement"),
         ("initial_prompt", too_few_rows, "50 rows were asked for and 30 came back"),
     ],
