@@ -28,7 +28,7 @@ def without(weights: Weights, name: str) -> Weights:
     ("change", "message"),
     [
         (lambda w: without(w, "transformer.h.1.attn.c_attn.bias"), r"missing: transformer\.h\.1\.attn\.c_attn\.bias"),
-        (lambda w: {}, r"missing: .* and 24 more"),
+        (lambda w: {"transformer.ln_f.bias": w["transformer.ln_f.bias"]}, r"missing: .* and 23 more"),
         (lambda w: w | {"score.weight": torch.ones(2)}, r"unexpected: transformer\.score\.weight"),
         (
             lambda w: w | {"transformer.ln_f.bias": torch.ones(25)},
@@ -50,6 +50,12 @@ def test_tensors_that_do_not_fit_are_named(saved: Path, change: Callable[[Weight
     with pytest.raises(ValueError, match=message) as raised:
         load_gpt2(saved)
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_without_tensors_has_no_weights(saved: Path) -> None:
+    save_file({}, saved / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        load_gpt2(saved)
 
 
 def test_a_head_equal_to_the_embedding_is_accepted(saved: Path) -> None:
