@@ -53,6 +53,12 @@ def test_the_picture_and_its_alternative_text_are_of_the_code_as_it_is() -> None
     assert Image.open(architecture.PICTURE).info["Description"] == said
 
 
+def test_the_tree_in_the_readme_names_every_folder() -> None:
+    tree = re.findall(r"[├└]── (\w+)/", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    folders = {path.parent.name for path in (REPOSITORY / "lora_from_scratch").glob("*/__init__.py")}
+    assert folders <= set(tree)
+
+
 def test_the_table_of_methods_is_what_their_files_say() -> None:
     assert methods_table.PAGE.read_text(encoding="utf-8") == methods_table.page()
 
