@@ -11,7 +11,6 @@ from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.notebook import verdict_on
 from lora_from_scratch.checks.units import find, units
 from tests.bank_on_seeds import drawn_once, surprise, surprises
-from tests.gone_through import expected_to_fail
 
 SEEDS = 500
 
@@ -23,7 +22,7 @@ SEEDS = 500
         pytest.param(
             exercise,
             id=exercise.name,
-            marks=[getattr(pytest.mark, f"unit_{unit.number}"), *expected_to_fail(unit.number)],
+            marks=getattr(pytest.mark, f"unit_{unit.number}"),
         )
         for unit in units()
         for exercise in unit.exercises

@@ -14,12 +14,9 @@ from lora_from_scratch.checks.judge import expected_of
 from lora_from_scratch.checks.notebook import verdict_on
 from lora_from_scratch.checks.statement import quoted, sentences, without_a_case
 from lora_from_scratch.checks.units import find, units
-from tests.gone_through import expected_to_fail
 
 EXERCISES = [
-    pytest.param(
-        exercise, id=exercise.name, marks=[getattr(pytest.mark, f"unit_{unit.number}"), *expected_to_fail(unit.number)]
-    )
+    pytest.param(exercise, id=exercise.name, marks=getattr(pytest.mark, f"unit_{unit.number}"))
     for unit in units()
     for exercise in unit.exercises
 ]
