@@ -27,6 +27,7 @@ from lora_from_scratch.grading.sandbox import (
     Probe,
     Run,
     bubblewrap,
+    forkserver,
     observe_notebook,
     supervisor,
     unavailable,
@@ -84,12 +85,16 @@ def script(
     limits = limits or Limits()
     listener = Collecting(limits)
     key = os.urandom(32)
-    library = stripped(find_unit("00"), (), folder / "cache")
-    started = supervisor.start(
-        functools.partial(_walls, library.package, limits) if walls else None,
-        lambda frames: [sys.executable, "-B", "-P", "-s", "-c", _program(text, frames, limits)],
-        key,
-    )
+    program = functools.partial(_program, text, limits=limits)
+    if walls:
+        library = stripped(find_unit("00"), (), folder / "cache")
+        environment = {"HOME": bubblewrap.HOME, "PYTHONPATH": str(library.folder), "PWD": bubblewrap.WORK}
+        bound = [(library.folder, str(library.folder))]
+        command = functools.partial(bubblewrap.command, limits.folder, limits.shared, bound, environment)
+        server = forkserver.server(environment, ["lora_from_scratch.grading.sandbox.lockdown"])
+        started = supervisor.start_in_bubblewrap(command, program, key, server)
+    else:
+        started = supervisor.start(program, key)
     return supervisor.Supervisor(started, key, limits, listener).run(), listener.frames
 
 
@@ -116,14 +121,6 @@ class Collecting:
 
     def until(self) -> float:
         return self.begun + self.limits.seconds
-
-
-def _walls(package: Path, limits: Limits, filtered: int, info: int) -> list[str]:
-    import lora_from_scratch
-
-    place = os.path.dirname(os.path.abspath(lora_from_scratch.__file__))
-    environment = {"HOME": bubblewrap.HOME, "PYTHONPATH": os.path.dirname(place)}
-    return bubblewrap.command(limits.folder, limits.shared, [(package, place)], environment, filtered, info)
 
 
 def _program(text: str, frames: int, limits: Limits) -> str:

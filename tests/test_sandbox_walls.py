@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import sys
+import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,66 @@ def test_nothing_is_visible_but_the_interpreter_and_its_libraries(folder: Path) 
         del os.environ["THE_GRADERS_SECRET"]
     assert there == []
     assert set(environment) <= {"HOME", "LC_CTYPE", "PWD", "PYTHONPATH"}
-    assert processes == ["1"]
+    assert processes == ["1", "2"]  # the one that waits (see the next test), and the script
     assert {"var", "sys", "run", "home", "mnt", "media", "opt", "srv", "boot"}.isdisjoint(root)
-    environment_here = {Path(sys.prefix).parts[2]} if Path(sys.prefix).is_relative_to("/tmp") else set()
-    assert (home[0], home[1], set(home[2]) - environment_here, home[3]) == (
+    mounted = {place.parts[2] for place in (Path(sys.prefix), folder) if place.is_relative_to("/tmp")}
+    assert (home[0], home[1], set(home[2]) - mounted, home[3]) == (
         "/tmp/notebook",
         [],
         {"home", "notebook"},
         1000,
     )
+
+
+def test_the_process_that_holds_the_sandbox_cannot_be_read_written_traced_or_ended(folder: Path) -> None:
+    reached, command = answers(
+        """
+        import signal
+        reached = []
+        places = ("mem", "environ", "maps", "auxv", "io", "fd/1", "fd/2", "root/etc", "cwd/etc", "map_files", "fdinfo")
+        ways = {name: lambda name=name: open(f"/proc/1/{name}", "rb").read(1) for name in places[:5]}
+        ways |= {name: lambda name=name: os.stat(f"/proc/1/{name}") for name in places[5:9]}
+        ways |= {name: lambda name=name: os.listdir(f"/proc/1/{name}") for name in places[9:]}
+        ways["writing"] = lambda: open("/proc/1/mem", "r+b")
+        for name, way in ways.items():
+            try:
+                way()
+                reached.append(name)
+            except OSError:
+                pass
+        for number in sorted(signal.valid_signals()):
+            try:
+                os.kill(1, number)
+            except OSError:
+                pass
+        send(reached)
+        send(os.listdir("/proc/1") != [])
+        """,
+        folder,
+    )
+    assert (reached, command) == ([], True)
+
+
+def test_a_forked_process_has_no_rights_and_files_that_one_started_by_bubblewrap_would_not_have(folder: Path) -> None:
+    status, files, parent, group, spaces = answers(
+        """
+        fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        names = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "NSpid", "Uid", "Gid")
+        send([[name, fields[name].strip()] for name in names])
+        send(sorted(int(name) for name in os.listdir("/proc/self/fd")))
+        send(os.getppid())
+        send([os.getpgid(0), os.getsid(0)])
+        send([[name, os.stat(f"/proc/self/ns/{name}").st_ino] for name in sorted(os.listdir("/proc/self/ns"))])
+        """,
+        folder,
+    )
+    none = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16)
+    ids = dict.fromkeys(("Uid", "Gid"), "1000\t1000\t1000\t1000")
+    assert dict(status) == none | ids | {"NoNewPrivs": "1", "NSpid": "2"}
+    assert files == [0, 1, 2, 3, 4]  # the last one lists them
+    assert (parent, group) == (0, [2, 2])
+    shared = [name for name, number in spaces if number == os.stat(f"/proc/self/ns/{name}").st_ino]
+    assert shared == ["time", "time_for_children"]
 
 
 def test_nothing_outside_can_be_written(folder: Path) -> None:
@@ -232,7 +284,7 @@ ENDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sleep behind signals": (
         "import signal, time\n"
         "for s in signal.valid_signals() - {9, 19, 32, 33}: signal.signal(s, signal.SIG_IGN)\n"
-        "for whom in (-1, 1, os.getppid()):\n  try: os.kill(whom, 9)\n  except OSError: pass\n"
+        "for whom in (-1, 1):\n  try: os.kill(whom, 9)\n  except OSError: pass\n"
         "while True: time.sleep(9)",
         {"seconds": 0.5},
         "wall time",
@@ -241,7 +293,8 @@ ENDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "endless output": ("while True: os.write(1, bytes(10**6))", {"seconds": 0.5}, "wall time"),
     "exit": ("os._exit(0)", {}, "exited"),
     "segmentation fault": ("import ctypes; ctypes.string_at(0)", {}, "crashed"),
-    "killed by itself": ("os.kill(os.getpid(), 9)", {}, "finished"),  # the first process of a sandbox cannot
+    "killed by itself": ("os.kill(os.getpid(), 9)", {}, "crashed"),
+    "killed with its group": ("os.kill(0, 9)", {}, "crashed"),
     "aborted": ("os.abort()", {}, "crashed"),
     "out of memory below Python": (
         "import ctypes\nkept = []\n"
@@ -266,37 +319,53 @@ ENDS: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("what", ENDS)
 def test_what_goes_too_far_is_ended_and_told(what: str, folder: Path) -> None:
     text, limits, why = ENDS[what]
-    mark = f"mark-{os.getpid()}-{abs(hash(what))}"
-    end, _ = script(f"# {mark}\n{text}", folder, Limits(**limits))
+    mark = f"{os.getpid() % 10**6}-{abs(hash(what)) % 10**8}"
+    end, _ = script(named(mark, text), folder, Limits(**limits))
     assert end.why == why, end
     assert running(mark) == []
 
 
+def named(mark: str, text: str) -> str:
+    """A script that first gives its process this name, of at most 15 characters."""
+    return f"with open('/proc/self/comm', 'w') as name: name.write({mark!r})\n{textwrap.dedent(text)}"
+
+
 def running(mark: str) -> list[str]:
-    """The processes that have this in their command: the script itself is in it."""
+    """The processes of this name."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if mark.encode() in (entry / "cmdline").read_bytes():
+                if (entry / "comm").read_text().strip() == mark:
                     found.append(entry.name)
             except OSError:
                 pass
     return found
 
 
+def test_a_script_that_runs_is_found_by_its_name(folder: Path) -> None:
+    found: list[list[str]] = []
+    thread = threading.Timer(1.0, lambda: found.append(running("a-name")))
+    thread.start()
+    script(named("a-name", "import time; time.sleep(60)"), folder, Limits(seconds=3))
+    thread.join()
+    assert [len(processes) for processes in found] == [1]
+
+
 def test_a_process_without_walls_is_ended_as_well(folder: Path) -> None:
-    mark = f"mark-{os.getpid()}-without"
+    mark = f"{os.getpid() % 10**6}-without"
     end, frames = script(
-        f"""
-        # {mark}
-        import time
-        try:
-            os.fork()
-        except OSError:
-            send("no fork")
-        time.sleep(60)
-        """,
+        named(
+            mark,
+            """
+            import time
+            try:
+                os.fork()
+            except OSError:
+                send("no fork")
+            time.sleep(60)
+            """,
+        ),
         folder,
         Limits(seconds=0.5),
         walls=False,

@@ -87,7 +87,7 @@ def command(
         info: a file descriptor on which bubblewrap reports the id of the first process inside.
     """
     arguments = [PROGRAM, "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
-    arguments += ["--as-pid-1"]  # no other process inside, whose memory could be written
+    arguments += ["--as-pid-1"]  # no process of bubblewrap inside, whose memory could be written
     arguments += ["--clearenv", "--cap-drop", "ALL", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox"]
     arguments += ["--size", str(max(folder, 4096)), "--tmpfs", "/tmp"]  # before what is bound below it
     for folder_or_file in visible():

@@ -287,7 +287,6 @@ def main(folder: str, frames: int) -> None:
     torch.set_num_threads(1)
     seed_everything(0)
     runner = Runner(job, send, inputs)
-    copy_files(Path(folder, "matplotlib"), Path(os.environ["MPLCONFIGDIR"]), job["folder"] // 4)
     copy_files(Path(folder, "files"), Path.cwd(), job["folder"] // 2)
     sys.path.insert(0, "")
     lockdown.lock(job["memory"], job["processor_seconds"], job["file"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ import lora_from_scratch
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.observation import Data
 from lora_from_scratch.checks.units import Unit
-from lora_from_scratch.grading.sandbox import bubblewrap, supervisor, wire
+from lora_from_scratch.grading.sandbox import bubblewrap, forkserver, supervisor, wire
 from lora_from_scratch.grading.sandbox.frames import FrameReader, PartialObservations
 from lora_from_scratch.grading.sandbox.job import (
     EarlyExit,
@@ -35,7 +35,8 @@ MOST_STARTS = 8  # of one submission's notebook, including the restarts after cr
 OVERHEAD = 2**20  # bytes of an observation beyond its tensors
 NOBODY = 65534  # the user and group of isolation "user"
 JOB = "/job"  # where the job is visible inside
-LIBRARY = "/library"  # where an instructor's own modules are
+PACKAGE = lora_from_scratch.__name__
+IMPORTED = ("matplotlib.pyplot", "numpy", "torch", f"{PACKAGE}.grading.sandbox.inside")  # by nearly all notebooks
 BOOT = "from lora_from_scratch.grading.sandbox.inside import main; main({folder!r}, {frames})"
 
 
@@ -179,7 +180,6 @@ class _NotebookObserver:
             folder = reader.folder = Path(made)
             (folder / "job").write_bytes(wire.pack(self._describe(reader.steps)))
             (folder / "files").mkdir()
-            shutil.copytree(fonts(self.job.cache), folder / "matplotlib")
             key = os.urandom(wire.KEY_SIZE)
             begin = self._start_in_bubblewrap if self.job.isolation == "bubblewrap" else self._start_plain
             try:
@@ -191,16 +191,20 @@ class _NotebookObserver:
     def _start_in_bubblewrap(self, folder: Path, library: StrippedLibrary, key: bytes) -> supervisor.SandboxProcess:
         package = os.path.dirname(os.path.abspath(lora_from_scratch.__file__))
         own = Path(lora_from_scratch.__file__).resolve().parent
-        bound = [(library.package, package), (own / ASSETS, f"{package}/{ASSETS}"), (library.extra, LIBRARY)]
+        bound = [(library.folder, str(library.folder)), (own / ASSETS, f"{library.package}/{ASSETS}")]
+        bound += bubblewrap.mounted([(library.package, package)])  # over the library with the answers
         bound += bubblewrap.mounted([(cover, str(path)) for path, cover in library.hidden])
         bound += [(folder, JOB)] + ([(self.job.files, f"{JOB}/files")] if self.job.files else [])
-        environment = environment_of(bubblewrap.HOME, os.pathsep.join((LIBRARY, os.path.dirname(package))))
+        bound += [(matplotlib := fonts(self.job.cache), str(matplotlib))]
+        environment = environment_of(bubblewrap.HOME, library, matplotlib) | {"PWD": bubblewrap.WORK}
         limits = self.job.limits
 
-        def outer(filtered: int, info: int) -> list[str]:
+        def command(filtered: int, info: int) -> list[str]:
             return bubblewrap.command(limits.folder, limits.shared, bound, environment, filtered, info)
 
-        return supervisor.start(outer, lambda frames: python(JOB, frames), key)
+        modules = [*IMPORTED, f"{PACKAGE}.checks.unit_{self.unit.number}.exercises"]
+        server = forkserver.server(environment, [name for name in modules if _is_installed(name)])
+        return supervisor.start_in_bubblewrap(command, lambda frames: runner(JOB, frames), key, server)
 
     def _start_plain(self, folder: Path, library: StrippedLibrary, key: bytes) -> supervisor.SandboxProcess:
         work, home = folder / "notebook", folder / "home"
@@ -209,12 +213,13 @@ class _NotebookObserver:
         if self.job.files:
             (folder / "files").rmdir()
             shutil.copytree(self.job.files, folder / "files", symlinks=True)
-        environment = environment_of(str(home), os.pathsep.join((str(library.folder), str(library.extra))))
         user = NOBODY if self.job.isolation == "user" else None
         if user is not None:
             for path in (folder, *folder.rglob("*")):
                 os.chown(path, user, user, follow_symlinks=False)
-        return supervisor.start(None, lambda frames: python(str(folder), frames), key, str(work), environment, user)
+        matplotlib = shutil.copytree(fonts(self.job.cache), home / "matplotlib")
+        environment = environment_of(str(home), library, matplotlib)
+        return supervisor.start(lambda frames: runner(str(folder), frames), key, str(work), environment, user)
 
     def _describe(self, steps: Iterable[Step]) -> dict[str, Data]:
         """The job as the runner reads it."""
@@ -239,9 +244,14 @@ class _NotebookObserver:
         return {"kind": "probe", "name": step.name, "seconds": seconds}
 
 
+def _is_installed(module: str) -> bool:
+    """Whether the package of this module can be imported; matplotlib is not needed for grading."""
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
+
+
 def fonts(cache: Path) -> Path:
     """A folder with matplotlib's font list, which takes seconds to create; empty if there is none."""
-    folder = cache / "matplotlib"
+    folder = cache.absolute() / "matplotlib"
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(ImportError, OSError):
@@ -252,14 +262,13 @@ def fonts(cache: Path) -> Path:
     return folder
 
 
-def python(folder: str, frames: int) -> list[str]:
-    """The command that starts the runner. -P prevents files in the working folder from shadowing libraries."""
-    boot = BOOT.format(folder=folder, frames=frames)
-    return [sys.executable, "-X", "frozen_modules", "-B", "-P", "-s", "-c", boot]
+def runner(folder: str, frames: int) -> str:
+    """The runner's program."""
+    return BOOT.format(folder=folder, frames=frames)
 
 
-def environment_of(home: str, path: str) -> dict[str, str]:
-    """The runner's whole environment."""
+def environment_of(home: str, library: StrippedLibrary, matplotlib: Path) -> dict[str, str]:
+    """The runner's whole environment. `matplotlib` is the folder with the list of fonts."""
     return {
         BUILDING: "1",  # nobody can move a slider
         "HF_HUB_OFFLINE": "1",
@@ -270,12 +279,12 @@ def environment_of(home: str, path: str) -> dict[str, str]:
         "LORA_FROM_SCRATCH_HOME": f"{home}/lora-from-scratch",
         "MKL_NUM_THREADS": "1",
         "MPLBACKEND": "Agg",
-        "MPLCONFIGDIR": f"{home}/matplotlib",
+        "MPLCONFIGDIR": str(matplotlib),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join((str(library.extra), str(library.folder))),
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
         "USER": "learner",

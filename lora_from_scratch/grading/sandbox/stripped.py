@@ -31,7 +31,7 @@ EXTRA = "extra"  # the folder for modules outside the library, such as an instru
 LEFT_OUT = frozenset({"cli", "grading", ASSETS, "__main__.py"})
 OF_CHECKS = frozenset({"__init__", "exercise", "observation", "verdict"})  # besides what the unit's own checks import
 NEVER = frozenset({"bank", "diagnosis", "judge"})
-RUNNER = ("inside.py", "lockdown.py", "pristine.py", "seccomp.py", "wire.py")
+RUNNER = ("forking.py", "inside.py", "lockdown.py", "pristine.py", "seccomp.py", "wire.py")
 
 # The message of the error that a removed body raises, by which calls of it are recognised.
 TAKEN_OUT = "which is removed from the library while a notebook is graded"
@@ -96,7 +96,7 @@ def stripped(unit: Unit, without: Iterable[str], cache: Path, assets: bool = Fal
         raise ValueError(f"unit {unit.number} has no exercise {', '.join(sorted(unknown))}")
     files = dict(_files(unit, [e for e in unit.exercises if e.name in names]))
     state = hashlib.sha256(repr((sorted(files.items()), assets, str(PACKAGE))).encode()).hexdigest()[:20]
-    folder = cache / f"library-{unit.number}-{state}"
+    folder = cache.absolute() / f"library-{unit.number}-{state}"
     if not folder.is_dir():
         _write(files, folder, assets)
     return StrippedLibrary(folder, tuple(_hidden(unit, folder)))

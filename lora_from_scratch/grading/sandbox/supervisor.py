@@ -10,16 +10,20 @@ import contextlib
 import os
 import re
 import resource
+import select
 import selectors
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
 from lora_from_scratch.checks.observation import Data
-from lora_from_scratch.grading.sandbox import lockdown, seccomp, wire
+from lora_from_scratch.grading.sandbox import forkserver, lockdown, seccomp, wire
+from lora_from_scratch.grading.sandbox.forking import FRAMES
+from lora_from_scratch.grading.sandbox.forkserver import ForkServer
 from lora_from_scratch.grading.sandbox.job import Limits
 
 POLL = 0.1  # seconds between two checks of threads and files
@@ -63,56 +67,49 @@ class ProcessExit:
 
 @dataclass(frozen=True)
 class SandboxProcess:
-    """A started process, with the reading ends of its pipes.
+    """A started process, with our ends of its pipes.
 
     Attributes:
-        info: the pipe on which bubblewrap reports the first process inside; None without bubblewrap.
+        process: the process itself, or the bubblewrap around it.
+        given: its standard input.
+        output: what it writes to its own stdout and stderr.
+        frames: the frames that it sends.
+        first: with bubblewrap, the id of the first process in the sandbox; 0 if there is none.
+        reports: with bubblewrap, the fork server's reports on the process (see `forking.serve`).
     """
 
     process: subprocess.Popen[bytes]
+    given: int
+    output: int
     frames: int
-    info: int | None
+    first: int = 0
+    reports: int | None = None
 
 
 def start(
-    outer: Callable[[int, int], Sequence[str]] | None,
-    inside: Callable[[int], Sequence[str]],
+    program: Callable[[int], str],
     key: bytes,
     folder: str = "/",
     environment: Mapping[str, str] | None = None,
     user: int | None = None,
 ) -> SandboxProcess:
-    """Start a process that sends frames.
+    """Start a process that sends frames, without bubblewrap.
 
     Args:
-        outer: returns bubblewrap's command, given the file descriptors of the filter and of the information; or None.
-        inside: returns the command to run in it, given the file descriptor of the frames.
+        program: returns the Python program, given the file descriptor of the frames.
         key: the key of the MACs; the process reads it from standard input, and then one byte whenever it may continue.
-        user: the id of the user and group that the process runs as, without bubblewrap; None means the caller's.
-        folder, environment: those of the started process; with bubblewrap, the command inside gets them by its options.
+        user: the id of the user and group that the process runs as; None means the caller's.
     """
-    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-
-        def pipe() -> tuple[int, int]:
-            reader, writer = os.pipe()
-            ours.callback(os.close, reader)
-            theirs.callback(os.close, writer)
-            return reader, writer
-
-        frames, to_frames = pipe()
-        info, passed, command = None, [to_frames], []
-        if outer is not None:
-            info, to_info = pipe()
-            filtered = _readable(seccomp.program(starting=True))
-            theirs.callback(os.close, filtered)
-            passed += [to_info, filtered]
-            command = [*outer(filtered, to_info), "--"]
+    with ExitStack() as ours, ExitStack() as theirs:
+        (frames, to_frames), (output, to_output) = _pipe(ours, theirs), _pipe(ours, theirs)
+        stdin, given = _pipe(theirs, ours)
+        os.write(given, key)
         process = subprocess.Popen(
-            [*command, *inside(to_frames)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=passed,
+            forkserver.python(program(to_frames)),
+            stdin=stdin,
+            stdout=to_output,
+            stderr=to_output,
+            pass_fds=[to_frames],
             cwd=folder,
             env=dict(environment or {}) | {"PATH": os.environ.get("PATH", os.defpath)},
             start_new_session=True,
@@ -120,12 +117,67 @@ def start(
             group=user,
             extra_groups=None if user is None else [],
         )
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):
-            process.stdin.write(key)
-            process.stdin.flush()
         ours.pop_all()
-        return SandboxProcess(process, frames, info)
+        return SandboxProcess(process, given, output, frames)
+
+
+def start_in_bubblewrap(
+    command: Callable[[int, int], Sequence[str]], program: Callable[[int], str], key: bytes, server: ForkServer
+) -> SandboxProcess:
+    """Fork a process that sends frames from a fork server, into a new sandbox.
+
+    Args:
+        command: returns bubblewrap's command, given the file descriptors of the filter and of the information.
+        program, key: as in `start`.
+
+    Raises:
+        OSError: bubblewrap cannot be started, or the server has ended.
+    """
+    with ExitStack() as ours, ExitStack() as theirs:
+        (frames, to_frames), (output, to_output) = _pipe(ours, theirs), _pipe(ours, theirs)
+        reports, to_reports = _pipe(ours, theirs)
+        stdin, given = _pipe(theirs, ours)
+        os.write(given, key)
+        process, first = _sandbox(command, to_output)
+        ours.callback(process.kill)
+        if first:
+            sandbox = os.pidfd_open(first)
+            theirs.callback(os.close, sandbox)
+            server.fork(program(FRAMES), sandbox, stdin, to_output, to_frames, to_reports)
+        ours.pop_all()
+        return SandboxProcess(process, given, output, frames, first, reports)
+
+
+def _sandbox(command: Callable[[int, int], Sequence[str]], output: int) -> tuple[subprocess.Popen[bytes], int]:
+    """bubblewrap with a process that waits in it, and the id of that process; 0 if it did not start."""
+    with ExitStack() as ours, ExitStack() as theirs:
+        (info, to_info), (waits, to_waits) = _pipe(ours, theirs), _pipe(ours, theirs)
+        filtered = _readable(seccomp.program(starting=True))
+        theirs.callback(os.close, filtered)
+        process = subprocess.Popen(
+            [*command(filtered, to_info), "--", *forkserver.holder(to_waits)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[filtered, to_info, to_waits],
+            cwd="/",
+            env={"PATH": os.environ.get("PATH", os.defpath)},
+            start_new_session=True,
+        )
+        theirs.close()
+        ready, _, _ = select.select([waits], [], [], STARTING)
+        if not ready or not os.read(waits, 1):
+            return process, 0
+        found = re.search(rb'"child-pid": (\d+)\D', os.read(info, CHUNK))
+        return process, int(found[1]) if found else 0
+
+
+def _pipe(readers: ExitStack, writers: ExitStack) -> tuple[int, int]:
+    """A pipe, each end of which is closed with the others of its stack."""
+    reader, writer = os.pipe()
+    readers.callback(os.close, reader)
+    writers.callback(os.close, writer)
+    return reader, writer
 
 
 def _readable(content: bytes) -> int:
@@ -143,9 +195,10 @@ class Supervisor:
         self.started, self.limits, self.listener = started, limits, listener
         largest = limits.observation + wire.MAX_JSON + 1024
         self.reader = wire.Reader(key, largest, limits.sent)
-        self.output, self.info = bytearray(), b""
-        self.first: int | None = None  # the process inside
-        self.handle: int | None = None  # its pidfd
+        self.output, self.reports = bytearray(), b""
+        self.code: int | None = None  # the exit status that the fork server reports
+        self.runner = 0 if started.first else started.process.pid  # the process that sends frames, once it is known
+        self.handle = os.pidfd_open(started.first) if started.first else None  # to end the sandbox
         self.data = 0.0  # its private memory at the last measurement
         self.most = 0  # its limit
         self.started_at = time.monotonic()
@@ -158,7 +211,7 @@ class Supervisor:
         finally:
             self._kill()
             self._close()
-        code = self.started.process.returncode
+        code = self.started.process.returncode if self.code is None else self.code
         if why == "ended":
             why, detail = self._why(code)
         if self.at_ready is None and why != "finished":
@@ -167,10 +220,8 @@ class Supervisor:
         return ProcessExit(why, detail, time.monotonic() - (self.at_ready or time.monotonic()), output)
 
     def _watch(self) -> tuple[str, str]:
-        process = self.started.process
-        assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
-            for source, take in self._sources(process.stdout.fileno()):
+            for source, take in self._sources():
                 os.set_blocking(source, False)
                 selector.register(source, selectors.EVENT_READ, take)
             looked = 0.0
@@ -194,43 +245,44 @@ class Supervisor:
                     looked = now
                     if (found := self._look()) is not None:
                         return found
-                if process.poll() is not None and not (selector.get_map() and selector.select(0)):
+                if self._ended() and not (selector.get_map() and selector.select(0)):
                     return "ended", ""
 
-    def _sources(self, output: int) -> list[tuple[int, Callable[[], bool]]]:
-        sources = [(output, self._take_output(output)), (self.started.frames, self._take_frames)]
-        if self.started.info is not None:
-            sources.append((self.started.info, self._take_info))
+    def _ended(self) -> bool:
+        return self.code is not None or self.started.process.poll() is not None
+
+    def _sources(self) -> list[tuple[int, Callable[[], bool]]]:
+        sources = [(self.started.output, self._take_output), (self.started.frames, self._take_frames)]
+        if self.started.reports is not None:
+            sources.append((self.started.reports, self._take_reports))
         return sources
 
-    def _take_output(self, output: int) -> Callable[[], bool]:
-        def take() -> bool:
-            content = os.read(output, CHUNK)
-            self.output = (self.output + content)[-OUTPUT_KEPT:]
-            return bool(content)
-
-        return take
+    def _take_output(self) -> bool:
+        content = os.read(self.started.output, CHUNK)
+        self.output = (self.output + content)[-OUTPUT_KEPT:]
+        return bool(content)
 
     def _take_frames(self) -> bool:
-        assert self.started.process.stdin is not None
         content = os.read(self.started.frames, CHUNK)
         for frame in self.reader.feed(content):
             if self.listener.take(frame):
                 with contextlib.suppress(OSError):
-                    os.write(self.started.process.stdin.fileno(), b"!")
+                    os.write(self.started.given, b"!")
             if self.listener.ready() and self.at_ready is None:
                 self.at_ready = time.monotonic()
         return bool(content)
 
-    def _take_info(self) -> bool:
-        assert self.started.info is not None
-        content = os.read(self.started.info, CHUNK)
-        self.info += content
-        found = re.search(rb'"child-pid": (\d+)\D', self.info)  # JSON, which arrives in pieces
-        if self.first is None and found is not None:
-            self.first = int(found[1])
-            with contextlib.suppress(OSError):
-                self.handle = os.pidfd_open(self.first)
+    def _take_reports(self) -> bool:
+        """Reports come in whole lines; the end without one is the end of the process that writes them."""
+        assert self.started.reports is not None
+        content = os.read(self.started.reports, CHUNK)
+        for what, number in (line.split() for line in content.decode().splitlines()):
+            if what == "pid":
+                self.runner = int(number)
+            else:
+                self.code = int(number)
+        if not content and self.code is None:
+            self.code = -signal.SIGKILL
         return bool(content)
 
     def _until(self) -> float | None:
@@ -241,19 +293,18 @@ class Supervisor:
     def _look(self) -> tuple[str, str] | None:
         if self.at_ready is None:
             return None
-        runner = self.started.process.pid if self.started.info is None else self.first
-        if runner is not None:
-            sizes = lockdown.sizes(str(runner))
+        if self.runner:
+            sizes = lockdown.sizes(str(self.runner))
             self.data = sizes["data"] or self.data
             with contextlib.suppress(OSError):
-                self.most = resource.prlimit(runner, resource.RLIMIT_DATA)[0]
+                self.most = resource.prlimit(self.runner, resource.RLIMIT_DATA)[0]
             if sizes["threads"] > self.limits.threads:
                 return "threads", f"{sizes['threads']:g} threads"
             if sizes["processor"] > self.limits.processor_seconds:
                 return "processor time", f"{sizes['processor']:.0f} seconds"
-        if self.first is not None:
+        if self.started.first and self.runner:
             with contextlib.suppress(OSError):
-                folder = os.statvfs(f"/proc/{self.first}/root/tmp")
+                folder = os.statvfs(f"/proc/{self.runner}/root/tmp")
                 if folder.f_files and folder.f_files - folder.f_ffree > self.limits.files:
                     return "files", f"{folder.f_files - folder.f_ffree} files in /tmp"
         return None
@@ -282,17 +333,12 @@ class Supervisor:
             self.handle = None
 
     def _close(self) -> None:
-        assert self.started.process.stdout is not None
-        assert self.started.process.stdin is not None
-        self.started.process.stdout.close()
-        with contextlib.suppress(OSError):
-            self.started.process.stdin.close()
-        os.close(self.started.frames)
-        if self.started.info is not None:
-            os.close(self.started.info)
+        for file in (self.started.given, self.started.output, self.started.frames, self.started.reports):
+            if file is not None:
+                os.close(file)
 
     def _why(self, code: int) -> tuple[str, str]:
-        """What ended the process, from its exit status; bubblewrap returns 128 + the signal."""
+        """What ended the process, from its exit status; bubblewrap's own is 128 + the signal."""
         number = -code if code < 0 else code - 128 if code > 128 else 0
         try:
             name = signal.Signals(number).name if number else ""
