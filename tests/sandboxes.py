@@ -98,6 +98,24 @@ def script(
     return supervisor.Supervisor(started, key, limits, listener).run(), listener.frames
 
 
+def named(mark: str, text: str) -> str:
+    """A script that first gives its process this name, of at most 15 characters."""
+    return f"with open('/proc/self/comm', 'w') as name: name.write({mark!r})\n{textwrap.dedent(text)}"
+
+
+def running(mark: str) -> list[str]:
+    """The processes of this name."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if (entry / "comm").read_text().strip() == mark:
+                    found.append(entry.name)
+            except OSError:
+                pass
+    return found
+
+
 @dataclasses.dataclass
 class Collecting:
     """Takes frames as they come; the first says that the process is ready, the text "done" that it has ended."""

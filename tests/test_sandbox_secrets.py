@@ -24,8 +24,7 @@ from lora_from_scratch.grading.sandbox.job import Step
 from lora_from_scratch.grading.sandbox.observing import _NotebookObserver
 from lora_from_scratch.grading.sandbox.pristine import Pristine, without_modes
 from lora_from_scratch.grading.sandbox.stripped import find_unit
-from tests.sandboxes import needs_bubblewrap, script, verdict_of
-from tests.test_sandbox_walls import running
+from tests.sandboxes import named, needs_bubblewrap, running, script, verdict_of
 
 SEED = 7
 OWN = {exercise.name: source_of(exercise.object) for exercise in find_unit("01").exercises}
@@ -163,7 +162,6 @@ GRADER = """
     script(sys.argv[1], Path(sys.argv[2]), walls=sys.argv[3] == "walls")
 """
 STAYS = """
-    # {mark}
     import ctypes, time
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(1, 0, 0, 0, 0)
@@ -176,11 +174,11 @@ STAYS = """
 @needs_bubblewrap
 @pytest.mark.parametrize("walls", ["walls", "no walls"])
 def test_a_process_that_wants_to_survive_the_graders_death_does_not(tmp_path: Path, walls: str) -> None:
-    mark = f"mark-{os.getpid()}-{walls.replace(' ', '-')}"
-    text = STAYS.format(mark=mark, started=str(tmp_path / "started"), outside=walls != "walls")
-    command = [sys.executable, "-c", textwrap.dedent(GRADER), textwrap.dedent(text), str(tmp_path), walls]
+    mark = f"{os.getpid() % 10**6}-{walls.replace(' ', '')}"
+    text = STAYS.format(started=str(tmp_path / "started"), outside=walls != "walls")
+    command = [sys.executable, "-c", textwrap.dedent(GRADER), named(mark, text), str(tmp_path), walls]
     grader = subprocess.Popen(command, cwd=Path(__file__).parents[1], start_new_session=True)
-    wait_until(lambda: len(running(mark)) >= 2)  # the grader itself has the mark in its command
+    wait_until(lambda: running(mark))
     time.sleep(2)
     os.kill(grader.pid, signal.SIGKILL)
     grader.wait()

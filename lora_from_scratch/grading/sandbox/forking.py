@@ -38,8 +38,7 @@ def hold(ready: int) -> NoReturn:
     It cannot be traced or read by the processes that join it, and has nothing that they do not have.
     """
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a first process is not reached by signals that it has no handler for
     lockdown.lock(HOLDER_MEMORY, processor_seconds=60, file=0)
     os.write(ready, b"!")
     os.closerange(0, FRAMES)
