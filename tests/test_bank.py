@@ -13,7 +13,13 @@ from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.notebook import verdict_on
 from lora_from_scratch.checks.units import PACKAGE, find, units
 from tests.bank_on_seeds import surprises
+from tests.turns import bank_marks
 
+IN_TURN = [
+    pytest.param(exercise, id=exercise.name, marks=bank_marks(unit.number, exercise.name))
+    for unit in units()
+    for exercise in unit.exercises
+]
 EXERCISES = [
     pytest.param(exercise, id=exercise.name, marks=getattr(pytest.mark, f"unit_{unit.number}"))
     for unit in units()
@@ -23,14 +29,14 @@ EXERCISES = [
 
 def answers(right: bool) -> list:
     return [
-        pytest.param(answer, id=f"{exercise.name}-{answer.name}", marks=getattr(pytest.mark, f"unit_{unit.number}"))
+        pytest.param(answer, id=f"{exercise.name}-{answer.name}", marks=bank_marks(unit.number, exercise.name))
         for unit in units()
         for exercise in unit.exercises
         for answer in (right_answers if right else wrong_answers)(exercise.name)
     ]
 
 
-@pytest.mark.parametrize("exercise", EXERCISES)
+@pytest.mark.parametrize("exercise", IN_TURN)
 def test_every_answer_gets_the_verdict_that_the_bank_says_on_twenty_seeds(exercise: Exercise) -> None:
     assert surprises(exercise, range(20)) == {}
 

@@ -1,15 +1,22 @@
-"""No verdict depends on the seed: every answer of the bank gets the same one with five hundred seeds."""
+"""No verdict depends on the seed: every answer of the bank gets the same one with five hundred seeds.
+
+`benchmarks.bank_seeds` records for which code that has been tried.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 
+from benchmarks import bank_seeds
 from lora_from_scratch.checks.bank import right_answers, wrong_answers
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.notebook import verdict_on
-from lora_from_scratch.checks.units import find, units
+from lora_from_scratch.checks.units import PACKAGE, find, units
+from lora_from_scratch.grading.building.dependencies import closure
 from tests.bank_on_seeds import drawn_once, surprise, surprises
 
 SEEDS = 500
@@ -54,3 +61,32 @@ def test_it_is_noticed_when_a_verdict_is_not_what_the_bank_says() -> None:
     assert "is told" in str(surprise(right, failed))
     assert "is told" in str(surprise(wrong, dataclasses.replace(failed, message="Something else.")))
     assert "is told" in str(surprise(wrong, dataclasses.replace(failed, misconception="another")))
+
+
+@pytest.mark.unit_01
+@pytest.mark.parametrize(
+    ("name", "old", "new", "changes"),
+    [
+        ("answers.py", "return", "return  # a comment", False),
+        ("answers.py", "def ", "def another() -> None: ...\n\n\ndef ", True),
+        ("exercises.py", "points=", "points=1 + ", True),
+    ],
+)
+def test_a_unit_is_tried_again_when_the_code_of_its_bank_changes_but_not_its_comments(
+    name: str, old: str, new: str, changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [unit] = [unit for unit in units() if unit.number == "01"]
+    copies = shutil.copytree(PACKAGE / "unit_01", tmp_path / "unit_01")
+    monkeypatch.setattr(bank_seeds, "unit_files", lambda pattern, _: sorted(copies.glob(pattern)))
+    before = bank_seeds.code(unit)
+    (copies / name).write_text((PACKAGE / "unit_01" / name).read_text().replace(old, new, 1))
+    assert (bank_seeds.code(unit) != before) == changes
+
+
+def test_the_judge_belongs_to_the_code_of_every_unit() -> None:
+    files = {file.name for file in closure([bank_seeds.JUDGED_BY])}
+    assert {"judge.py", "comparing.py", "diagnosis.py", "observation.py", "notebook.py"} <= files
+
+
+def test_only_units_that_exist_are_recorded() -> None:
+    assert set(bank_seeds.recorded()) <= {f"unit_{unit.number}" for unit in units()}

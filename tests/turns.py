@@ -1,6 +1,7 @@
-"""Whose turn it is: of what takes minutes for each unit, `make test` does two units, other ones for each commit.
+"""Whose turn it is: of what takes minutes for all units, `make test` does a part, another one for each commit.
 
-`make test-all` does all of them.
+It also tries the answers of every unit whose code has changed since they were last tried (see `benchmarks.bank_seeds`).
+`make test-all` does everything.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.bank_seeds import tried
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.grading.building.dependencies import RECORD
 from tests.tiny_course import ROOT
@@ -41,5 +43,11 @@ def in_turn(unit: Unit) -> Any:
     return pytest.param(unit, id=f"unit_{unit.number}", marks=marks(unit.number, unit.number in TWO))
 
 
+def bank_marks(number: str, exercise: str) -> list[Any]:
+    """The marks of a test of an exercise's bank."""
+    return marks(number, exercise in TEN or not tried(number))
+
+
 STATE = state()
+TEN = chosen([exercise.name for unit in units() for exercise in unit.exercises], 10)
 TWO = chosen([unit.number for unit in units()], 2)
