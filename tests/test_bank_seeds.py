@@ -67,7 +67,7 @@ def test_it_is_noticed_when_a_verdict_is_not_what_the_bank_says() -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "changes"),
     [
-        ("answers.py", "return", "return  # a comment", False),
+        ("answers.py", "\nfrom ", "\n# a comment\nfrom ", False),
         ("answers.py", "def ", "def another() -> None: ...\n\n\ndef ", True),
         ("exercises.py", "points=", "points=1 + ", True),
     ],
