@@ -52,9 +52,9 @@ def test_tensors_that_do_not_fit_are_named(saved: Path, change: Callable[[Weight
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_without_tensors_has_no_weights(saved: Path) -> None:
+def test_a_file_without_tensors_is_named(saved: Path) -> None:
     save_file({}, saved / "model.safetensors")
-    with pytest.raises(FileNotFoundError, match="has no weights"):
+    with pytest.raises(ValueError, match=r"there are no tensors in .*model\.safetensors"):
         load_gpt2(saved)
 
 

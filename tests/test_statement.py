@@ -71,6 +71,10 @@ def double(x: float) -> float:
             infinite.
         y: unused.
 
+    Returns:
+        A number of the same sign, which may
+        be infinite. Never None.
+
     Raises:
         ValueError: never.
     """
@@ -89,6 +93,8 @@ def test_a_statement_is_split_into_its_sentences_items_and_arguments() -> None:
         "A negative number stays negative.",
         "x: a number, which may be infinite.",
         "y: unused.",
+        "A number of the same sign, which may be infinite.",
+        "Never None.",
         "ValueError: never.",
     ]
 

@@ -17,6 +17,7 @@ from lora_from_scratch.checks.observation import observe, plain
 from lora_from_scratch.checks.progress_report import report
 from lora_from_scratch.checks.units import find
 from lora_from_scratch.checks.verdict import Verdict, describe
+from lora_from_scratch.support.contention import watch
 from lora_from_scratch.support.figures import BUILDING
 
 
@@ -55,6 +56,7 @@ def check(name: str, seed: int | None = None, namespace: Mapping[str, Any] | Non
         seed: the seed of the inputs, to see the same ones again; None draws fresh inputs.
         namespace: where to look up the answer; None means the notebook.
     """
+    watch()  # other programs may need the processors too
     try:
         verdict = verdict_on(name, seed, namespace)
         _keep_prediction(name, namespace)
@@ -165,6 +167,7 @@ def working(name: str, namespace: Mapping[str, Any] | None = None) -> Any:
     Raises:
         UnknownExerciseError: there is no exercise of that name.
     """
+    watch()
     exercise = _exercise(name)
     names = notebook() if namespace is None else namespace
     if verdict_on(name, 0, names).passed:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from lora_from_scratch.checks.exercise import Exercise
 
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:", "Example:", "Examples:")
+TEXT = ("Returns:", "Yields:")  # sections without names at the beginning of their lines
 ABBREVIATIONS = ("e.g.", "i.e.", "et al.", "eq.", "eqs.", "sec.", "fig.", "figs.", "vs.", "p.", "pp.")
 END = re.compile(r"(?<=[.!?;])\s+|(?<=[.!?;][)\"'`])\s+")
 
@@ -55,14 +56,14 @@ def without_a_case(exercise: Exercise, seeds: Iterable[int] = (0,)) -> list[str]
 def _items(text: str) -> list[str]:
     """Paragraphs, items of lists and arguments, each on one line."""
     items: list[str] = []
-    new, indent_of_item = True, 0
+    new, indent_of_item, named = True, 0, True
     for line in text.splitlines():
         stripped = line.strip()
         indent = len(line) - len(line.lstrip())
         if not stripped or stripped in SECTIONS or stripped.startswith((">>>", "...")):
-            new = True
+            new, named = True, named if not stripped else stripped not in TEXT
             continue
-        starts = new or stripped.startswith("- ") or (indent <= indent_of_item and indent > 0)
+        starts = new or stripped.startswith("- ") or (named and indent_of_item >= indent > 0)
         if starts:
             items.append(stripped.removeprefix("- "))
             indent_of_item = indent

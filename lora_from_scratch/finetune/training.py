@@ -22,6 +22,7 @@ from lora_from_scratch.finetune.distributed import World
 from lora_from_scratch.finetune.step_seeds import step_seed
 from lora_from_scratch.gpt2.model import IGNORE_INDEX, next_token_loss
 from lora_from_scratch.methods.method import Method
+from lora_from_scratch.support.contention import watch
 from lora_from_scratch.support.files import write_atomically
 from lora_from_scratch.support.progress_bar import tqdm
 
@@ -230,6 +231,7 @@ class Trainer:
             NonFiniteLossError: the loss or gradient is not finite; the last checkpoint is kept.
             ValueError: the checkpoint belongs to another run or is damaged.
         """
+        watch()  # other programs may need the processors too
         if self.checkpoint and self.checkpoint.exists():
             self._load()
         hidden = not self.progress or self.world.rank != 0

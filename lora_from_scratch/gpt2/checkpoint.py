@@ -153,13 +153,16 @@ def _some(names: Sequence[str]) -> str:
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Read all tensors from the first kind of weight file that exists (in the same order as transformers)."""
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(directory):
-        tensors |= _read_file(file)
-    if not tensors:
+    files = weight_files(directory)
+    if not files:
         raise FileNotFoundError(
             f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index"
         )
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _read_file(file)
+    if not tensors:
+        raise ValueError(f"there are no tensors in {', '.join(map(str, files))}")
     return tensors
 
 

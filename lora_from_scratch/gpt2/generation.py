@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.model import KVCache
+from lora_from_scratch.support.contention import watch
 
 # --- One step, on the logits of one position ---------------------------------------------------------
 
@@ -176,6 +177,7 @@ def generate(
     _check_prompts(model, prompts, max_new_tokens)
     if not prompts:
         return []
+    watch()  # other programs may need the processors too
     with torch.no_grad(), _eval_mode(model):
         texts = _TextBatch(model, prompts, use_cache)
         if num_beams > 1:

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
 from lora_from_scratch.serving.scheduler import Event, Request, Scheduler
+from lora_from_scratch.support.contention import watch
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the thread. Call this in the event loop."""
+        watch()  # other programs may need the processors too
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
