@@ -4,7 +4,7 @@
 
 One process trains the bundled model with LoRA and one trains it without watching, each alone with the given number of
 neighbours (processes in an endless loop), in turns. The table gives the time of a step, as a multiple of the quiet time
-of a step without watching. Goals: quiet at most 1.03, two neighbours at most 2.2, ten at most 12 (of one processor each).
+of a step without watching. Goals: at most 1.03 when quiet, 2.2 with two neighbours, 12 with ten.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def main() -> None:
     print(text)
     if options.write:
         head = f"# Training on a busy computer\n\n{str(__doc__).partition('[--write]')[2].strip()}\n\n"
-        about = f"{os.cpu_count()} processors; a quiet step takes {quiet * 1000:.0f} ms; medians of {options.rounds} rounds, with the range.\n\n"
+        about = f"{os.cpu_count()} processors; a quiet step takes {quiet * 1000:.0f} ms; "
+        about += f"medians of {options.rounds} rounds, with the range.\n\n"
         TABLE.write_text(f"{head}{about}{text}\n", encoding="utf-8")
 
 

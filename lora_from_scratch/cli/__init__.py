@@ -34,6 +34,7 @@ COMMANDS = (
     "teaching",
     "bundle",
     "doctor",
+    "make",
 )
 
 BAD_INPUT = 2  # exit code for errors that the user can fix
