@@ -70,7 +70,12 @@ def test_it_installs_again_when_what_has_to_be_installed_has_changed(
 
 def test_the_first_step_that_fails_ends_it_with_its_code(monkeypatch: pytest.MonkeyPatch, ran: list[list[str]]) -> None:
     main(["make", "install-dev"])
-    monkeypatch.setattr(make.subprocess, "run", lambda command, **_: ran.append(command[1:]) or failed(command))
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command[1:])
+        return failed(command)
+
+    monkeypatch.setattr(make.subprocess, "run", run)
     assert main(["make", "test"]) == 3
     assert ran[1:] == [["-m", "ruff", "check", "."]]
 
