@@ -34,6 +34,7 @@ COMMANDS = (
     "teaching",
     "bundle",
     "doctor",
+    "wheelhouse",
     "make",
 )
 
