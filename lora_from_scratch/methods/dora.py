@@ -38,8 +38,7 @@ MAGNITUDE, PEFT_MAGNITUDE = ".lora_magnitude", ".lora_magnitude_vector"
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """The norm of each row of V = W + s B A, as DoRA needs it in every step (Liu et al. 2024, section 4.3).
 
-    - V itself is not formed: no tensor of the size of W is created, if W is in float32. See the module for the three
-      sums that give the squared norm of a row.
+    - V itself is not formed: if W is in float32, no tensor of its size is created.
     - If rounding makes a square negative, the norm is 0.
     - No gradient flows to W, A or B, so that the backward pass needs none of this.
 
@@ -62,13 +61,13 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 class DoRALinear(LoRALinear):
     """A LoRA layer that learns the length of each row of V = W + s B A beside its direction (Liu et al. 2024, eq. 5).
 
-    - `combine(y, h, B)` is what `forward(x)` returns, (m / ||V||) (W x + s B A x') + b, from y = W x + b (..., out), the
-      base's output, and h = A x' (..., r). The bias is not rescaled, and a base may be without one. For the gradient
-      ||V|| is a constant.
+    - `combine(y, h, B)` is what `forward(x)` returns: (m / ||V||) (W x + s B A x') + b, from y = W x + b (..., out) of
+      the base and h = A x' (..., r). The bias is not rescaled, and a base may be without one. ||V|| is a constant for
+      the gradient.
     - `change(W)` is what `merge()` adds to the base's weight W (out, in): (m / ||V||) V - W, in float32.
+    - A row of zeros has no direction and stays zero.
 
-    m is `lora_magnitude`, (out,), which starts as the norms of the rows of W; ||V|| is `norms()`. A row of zeros has no
-    direction and stays zero.
+    m is `lora_magnitude`, (out,); it starts as the norms of the rows of W. `norms()` is ||V||, (out,).
     """
 
     def __init__(self, base: nn.Module, rank: int = 8, alpha: float = 16, **options: Any) -> None:

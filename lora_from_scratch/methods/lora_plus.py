@@ -22,15 +22,15 @@ def lora_plus_groups(parameters: Mapping[str, nn.Parameter], ratio: float) -> li
     """The optimiser's two groups of parameters (Hayou et al. 2024): B learns `ratio` times as fast as everything else.
 
     A parameter is a B if the last part of its name is "lora_B", whatever its shape. Every parameter is in exactly one
-    group, in the given order; a magnitude or a bias that is trained as well learns as A does.
+    group, in the given order; a magnitude or a bias that is trained as well learns as A does. The training loop
+    multiplies the learning rate of a group by its "lr_scale".
 
     Args:
         parameters: what is trained, by full names: "transformer.h.0.attn.c_attn.lora_A".
         ratio: the learning rate of B divided by that of A.
 
     Returns:
-        Two dictionaries: for A and the others {"params": [...]}; for the B {"params": [...], "lr_scale": ratio}. The
-        training loop multiplies the learning rate of a group by its "lr_scale".
+        Two dictionaries: for A and the others {"params": [...]}; for the B {"params": [...], "lr_scale": ratio}.
     """
     fast = [name for name in parameters if name.rpartition(".")[2] == "lora_B"]
     return [

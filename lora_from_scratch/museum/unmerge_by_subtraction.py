@@ -47,6 +47,7 @@ class MergingLinear(nn.Linear):
     - A call that does not change the mode does not change the weight.
     - `train` returns the layer itself, as that of every module does, and so does `eval()`.
     - `weight` stays the same parameter; only its `.data` changes.
+    - `W` is the frozen weight while the layer is merged, and None otherwise.
 
     `forward(x)` is W x + b + s B A x in both modes; in evaluation mode that is one product.
 
