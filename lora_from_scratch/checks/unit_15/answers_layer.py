@@ -88,7 +88,7 @@ class FormsV(DoRALinear):
 
     def change(self, W: Tensor) -> Tensor:
         g = self.gain(W)[:, None]
-        return g * W + g * super().change(W) - W
+        return g * W + g * LoRALinear.change(self, W) - W
 
 
 @wrong("DoRALinear", "You rescale the bias as well. Only V x is multiplied by m / ||V||.")

@@ -100,7 +100,7 @@ def dora_cases(draw: Draw) -> Iterator[Case]:
     row = {"weight": draw.normal(4, 5), "B": draw.normal(4, 2), "magnitude": 0.5 + draw.normal(4).abs()}
     for values in row.values():
         values[1] = 0
-    yield case("W and B with a row of zeros", forward, (5, 4, 2), zero, combine, **row)
+    yield case("W and B with a row of zeros", forward, (5, 4, 2), zero, combine, what="zeros", **row)
     yield case("a Linear with a bias, merged", merge, (4, 3, 2), change, learns)
     yield case("a square Conv1D, merged", merge, (4, 4, 2), change, learns, **conv)
     yield case("a Linear merged at the start, B = 0", merge, (5, 4, 2), change, **start)

@@ -75,6 +75,11 @@ def explain_dora(case: Case, seen: Seen, expected: Seen) -> Explanation:
         return "not finite", "The output has entries that are NaN or infinite: a row of zeros has the norm 0."
     if not same(y, wanted):
         return _output(y, wanted, given)
+    if given["what"] == "zeros":
+        return (
+            "gradients",
+            "The output is right, but some gradients are NaN or infinite: a row of zeros has the norm 0.",
+        )
     for name, gradient in other["gradients"].items():
         if not same(one["gradients"][name], gradient):
             what = "no gradient reaches" if one["gradients"][name] is None else "another gradient reaches"
@@ -191,8 +196,8 @@ def explain_merging(case: Case, seen: Seen, expected: Seen) -> Explanation:
             return "another weight", f"{call} the weight is not {should}."
         if step["every bit of W"] != wanted["every bit of W"]:
             return "last bits", f"{call} the weight is W only up to rounding. Which tensor had every bit of it?"
-        if step["returns the layer"] != wanted["returns the layer"]:
-            return "returns another thing", f"{call} what is returned is not the layer itself."
+        if step["returns"] != wanted["returns"]:
+            return "returns another thing", f"{call} what is returned is not the layer itself, but a {step['returns']}."
         if step["keeps W"] != wanted["keeps W"] or not same(step["y"], wanted["y"]):
             return "W", (
                 f"{call} the weight is right, but `self.W` is not: it should be the frozen weight while the layer is "

@@ -74,7 +74,7 @@ def run_dora(
         layer.lora_B.copy_(B)
         if magnitude is not None:
             layer.lora_magnitude.copy_(magnitude)
-    return (seen_of_merging if what == "merge" else seen_of_forward)(layer, x.to(DTYPES[dtype]))
+    return OBSERVE[what](layer, x.to(DTYPES[dtype]))
 
 
 def seen_of_forward(layer: Any, x: Tensor) -> dict[str, Any]:
@@ -90,6 +90,13 @@ def seen_of_forward(layer: Any, x: Tensor) -> dict[str, Any]:
     }
 
 
+def seen_of_zeros(layer: Any, x: Tensor) -> dict[str, Any]:
+    """The output, and whether all gradients are finite; those of a row without a direction may have any values."""
+    seen = seen_of_forward(layer, x)
+    finite = [bool(gradient is None or gradient.isfinite().all()) for gradient in seen["gradients"].values()]
+    return {"y": seen["y"], "finite gradients": all(finite)}
+
+
 @torch.no_grad()
 def seen_of_merging(layer: Any, x: Tensor) -> dict[str, Any]:
     """The weight (out, in) that `merge` makes, the output with it, and what `change` gives for the weight before."""
@@ -99,6 +106,8 @@ def seen_of_merging(layer: Any, x: Tensor) -> dict[str, Any]:
     layer.merge()
     return {"change": change, "dtype": dtype_of(change), "W": layer.base.weight.detach().clone(), "y": layer(x)}
 
+
+OBSERVE = {"forward": seen_of_forward, "zeros": seen_of_zeros, "merge": seen_of_merging}
 
 # --- lora_plus_groups, initial_svd -------------------------------------------------------------------
 
@@ -165,7 +174,7 @@ def run_merging(
 
 
 def _after(layer: Any, call: str, W: Tensor, x: Tensor) -> dict[str, Any]:
-    returned: Any = layer
+    returned = layer
     if call == "A":
         with torch.no_grad():
             layer.lora_A.add_(1)
@@ -177,7 +186,7 @@ def _after(layer: Any, call: str, W: Tensor, x: Tensor) -> dict[str, Any]:
         returned = getattr(layer, name)(*([mode == "True)"] if mode else []))
     with torch.no_grad():
         return {
-            "returns the layer": returned is layer,
+            "returns": "the layer itself" if returned is layer else type(returned).__name__,
             "training": bool(layer.training),
             "weight": layer.weight.detach().clone(),
             "dtype": dtype_of(layer.weight),
