@@ -76,7 +76,7 @@ class MergingLinear(nn.Linear):
             self.weight.data, self.W = self.W, None
         elif not mode and self.W is None:
             self.W = self.weight.data
-            self.weight.data = self.W + self.scaling * (self.lora_B @ self.lora_A).detach()
+            self.weight.data = self.W + self.scaling * (self.lora_B @ self.lora_A)
         return self
 
 

@@ -139,7 +139,7 @@ class UnmergesWhatIsNotMerged: ...
 
 
 @wrong("MergingLinear", "The scaling is missing in what you add.")
-@changed(MergingLinear, ("self.scaling * (self.lora_B @ self.lora_A).detach()", "(self.lora_B @ self.lora_A).detach()"))
+@changed(MergingLinear, ("self.W + self.scaling * (self.lora_B @ self.lora_A)", "self.W + self.lora_B @ self.lora_A"))
 class NoScaling: ...
 
 
@@ -166,8 +166,8 @@ class ForgetsTheMode: ...
 @changed(
     MergingLinear,
     (
-        "self.weight.data = self.W + self.scaling * (self.lora_B @ self.lora_A).detach()",
-        "self.weight.data += self.scaling * (self.lora_B @ self.lora_A).detach()",
+        "self.weight.data = self.W + self.scaling * (self.lora_B @ self.lora_A)",
+        "self.weight.data += self.scaling * (self.lora_B @ self.lora_A)",
     ),
 )
 class AddsToWhatItKeeps: ...

@@ -94,6 +94,7 @@ def dora_cases(draw: Draw) -> Iterator[Case]:
     constant, change, zero = "||V|| is a constant", "`change(W)` is what", "A row of zeros has no direction"
     start: dict[str, Any] = {"B": torch.zeros(4, 2), "magnitude": None}
     yield case("the start: B = 0, and m as it is made", forward, (5, 4, 2), learns, combine, **start)
+    yield case("with rslora, r = 3", forward, (5, 4, 3), combine, learns, rslora=True)
     yield case("a Linear without a bias", forward, (5, 4, 2), combine, learns, bias, bias=None)
     yield case("a Linear with a bias", forward, (4, 3, 2), bias, combine, constant)
     yield case("a Conv1D, one token", forward, (3, 6, 3), combine, constant, bias, x=draw.normal(3), **conv)
@@ -258,7 +259,7 @@ EXERCISES = [
             "Keep W before you change the weight, and put that back. There are two cases in which something has to be "
             "done; in the other two the layer is in that mode already.",
             "`super().train(mode)` sets the mode. `self.W` is None unless the layer is merged, so it tells you which "
-            "case it is; `self.weight.data = ...` replaces the values, and `.detach()` takes a sum out of the graph.",
+            "case it is; `self.weight.data = ...` replaces the values of the parameter.",
         ),
         cases=merging_cases,
         probe=run_merging,
@@ -319,4 +320,61 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "turning_and_stretching",
+        question=(
+            "For each method you compute the correlation between turning and stretching, once over the query matrices "
+            "and once over the MLP's `c_fc` (all blocks, four moments each). What do you expect?"
+        ),
+        choices={
+            "a": "as in the paper in both: DoRA negative, LoRA strongly positive",
+            "b": "on the queries DoRA is clearly negative and LoRA near zero; on `c_fc` all methods are positive",
+            "c": "on the queries all methods are positive; on `c_fc` DoRA is negative",
+            "d": "all methods are alike: positive on both",
+        },
+        answer="b",
+        explanation=(
+            "On the queries, one of the two matrices that Liu et al. measured, DoRA's runs have the negative correlation "
+            "of the paper; LoRA's is weaker than theirs. On `c_fc` every method has a strongly positive one: all rows "
+            "move little in some blocks and much in others, and the more they move, the more they turn and stretch. Which "
+            "sign one sees depends on the kind of matrix as much as on the method."
+        ),
+        replies={
+            "a": "The paper's plot is of q and v. The MLP's matrices behave in another way.",
+            "c": "It is the other way round: the paper's sign for DoRA appears on the queries.",
+            "d": "On `c_fc` they are alike. On the queries DoRA differs from LoRA with both seeds.",
+        },
+        measured="24 steps on the bundled GPT-2, each method at its tuned rate, seeds 0 and 1",
+        idea="magnitude and direction",
+    ),
+    Prediction(
+        "merged_and_unmerged",
+        question=(
+            "The model is in bfloat16 and is evaluated many times while B grows to what was learned. Each evaluation adds "
+            "s B A to W, and afterwards s B A is subtracted. After 50 evaluations, how many entries of the frozen weights "
+            "differ from those that were loaded?"
+        ),
+        choices={
+            "a": "none: the same numbers are added and subtracted",
+            "b": "about half; and one single evaluation with the final B changes hardly fewer",
+            "c": "nearly all; the error grows with every evaluation, as a random walk does",
+        },
+        answer="b",
+        explanation=(
+            "The sum is rounded to the precision of the larger number. Where W is small beside W + s B A, its last bits are "
+            "lost in the first evaluation. What is left of them then fits into the sum, and the next rounds are exact, "
+            "unless B A has grown further. So the damage is done early, and stays: the weights are other ones from then "
+            "on."
+        ),
+        replies={
+            "a": "The difference would be exact if the sum were. It is rounded to 8 significant bits first.",
+            "c": (
+                "For a random walk every round would have to round anew. But the bits that the sum cannot hold are gone "
+                "after the first round, and then there is nothing left to round."
+            ),
+        },
+        measured="the LoRA of 24 steps on the bundled GPT-2, seed 0",
+        idea="merging without a loss",
+    ),
+]

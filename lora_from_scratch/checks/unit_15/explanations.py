@@ -116,12 +116,12 @@ def _output(y: Tensor, wanted: Tensor, given: dict[str, Any]) -> Explanation:
 
 
 def _merged(one: dict[str, Any], other: dict[str, Any]) -> Explanation:
-    change, wanted = one["change"], other["change"]
-    if found := not_a_tensor(change, wanted.shape, "what `change` returns"):
+    total, wanted = one["W + change"], other["W + change"]
+    if found := not_a_tensor(total, wanted.shape, "what `change` returns"):
         return found
-    if not change.isfinite().all():
+    if not total.isfinite().all():
         return "not finite", "The change has entries that are NaN or infinite: a row of zeros has the norm 0."
-    if not same(change, wanted):
+    if not same(total, wanted):
         return "another change", (
             "`change(W)` is not (m / ||V||) V - W. `merge` adds it to W; the sum should be V with its rows brought to "
             "the lengths m."

@@ -62,13 +62,14 @@ def run_dora(
     x: Tensor,
     what: str,
     dtype: str = "float32",
+    rslora: bool = False,
 ) -> Any:
     """Make a layer from plain data, and observe its output or its merging."""
     base = plain_layer(kind, weight, torch.zeros(len(weight)) if bias is None else bias)
     if bias is None:
         base.register_parameter("bias", None)
     base = base.to(dtype=DTYPES[dtype])
-    layer = answer(base, len(A), alpha)
+    layer = answer(base, len(A), alpha, rslora=rslora)
     with torch.no_grad():
         layer.lora_A.copy_(A)
         layer.lora_B.copy_(B)
@@ -99,12 +100,13 @@ def seen_of_zeros(layer: Any, x: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def seen_of_merging(layer: Any, x: Tensor) -> dict[str, Any]:
-    """The weight (out, in) that `merge` makes, the output with it, and what `change` gives for the weight before."""
+    """The weight that `merge` makes, the output with it, and the weight before plus what `change` gives for it."""
     W = layer.base.weight.detach()
     W = (W.T if type(layer.base).__name__ == "Conv1D" else W).float()
     change = layer.change(W.clone())
     layer.merge()
-    return {"change": change, "dtype": dtype_of(change), "W": layer.base.weight.detach().clone(), "y": layer(x)}
+    total = W + change.float() if isinstance(change, Tensor) and change.shape == W.shape else change
+    return {"W + change": total, "dtype": dtype_of(change), "W": layer.base.weight.detach().clone(), "y": layer(x)}
 
 
 OBSERVE = {"forward": seen_of_forward, "zeros": seen_of_zeros, "merge": seen_of_merging}
