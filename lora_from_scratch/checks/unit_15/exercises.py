@@ -335,9 +335,9 @@ PREDICTIONS = [
         },
         answer="b",
         explanation=(
-            "On the queries, one of the two matrices that Liu et al. measured, DoRA's runs have the negative correlation "
+            "On the queries, which Liu et al. measured as well, DoRA's runs have the negative correlation "
             "of the paper; LoRA's is weaker than theirs. On `c_fc` every method has a strongly positive one: all rows "
-            "move little in some blocks and much in others, and the more they move, the more they turn and stretch. Which "
+            "move little in some blocks and much in others, and those that turn more also stretch more. Which "
             "sign one sees depends on the kind of matrix as much as on the method."
         ),
         replies={
@@ -351,8 +351,8 @@ PREDICTIONS = [
     Prediction(
         "merged_and_unmerged",
         question=(
-            "The model is in bfloat16 and is evaluated many times while B grows to what was learned. Each evaluation adds "
-            "s B A to W, and afterwards s B A is subtracted. After 50 evaluations, how many entries of the frozen weights "
+            "The model is in bfloat16 and is evaluated many times while B grows to what was learned. Each evaluation "
+            "adds s B A to W and then subtracts it. After 50 evaluations, how many entries of the frozen weights "
             "differ from those that were loaded?"
         ),
         choices={
@@ -362,16 +362,15 @@ PREDICTIONS = [
         },
         answer="b",
         explanation=(
-            "The sum is rounded to the precision of the larger number. Where W is small beside W + s B A, its last bits are "
-            "lost in the first evaluation. What is left of them then fits into the sum, and the next rounds are exact, "
-            "unless B A has grown further. So the damage is done early, and stays: the weights are other ones from then "
-            "on."
+            "The sum is rounded to the precision of the larger number. Where W is small beside W + s B A, its last "
+            "bits are lost in the first evaluation. What is left of them fits into the sum, and the next rounds are "
+            "exact, unless B A has grown further. So most of the damage is done at once, and it stays."
         ),
         replies={
             "a": "The difference would be exact if the sum were. It is rounded to 8 significant bits first.",
             "c": (
-                "For a random walk every round would have to round anew. But the bits that the sum cannot hold are gone "
-                "after the first round, and then there is nothing left to round."
+                "For a random walk every evaluation would have to round anew. But the bits that the sum cannot hold "
+                "are gone after the first one, and then there is little left to round."
             ),
         },
         measured="the LoRA of 24 steps on the bundled GPT-2, seed 0",
