@@ -204,6 +204,8 @@ def run_test(answer: Callable[..., Any], version: str) -> str:
         answer(VERSIONS[version])
     except AssertionError:
         return "fails"
+    except NotImplementedError:  # not written yet
+        raise
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "passes"
