@@ -338,7 +338,8 @@ PREDICTIONS = [
             "On the queries, which Liu et al. measured as well, DoRA's runs have the negative correlation "
             "of the paper; LoRA's is weaker than theirs. On `c_fc` every method has a strongly positive one: all rows "
             "move little in some blocks and much in others, and those that turn more also stretch more. Which "
-            "sign one sees depends on the kind of matrix as much as on the method."
+            "sign one sees depends on the kind of matrix as much as on the method; and on something that the next figure "
+            "shows."
         ),
         replies={
             "a": "The paper's plot is of q and v. The MLP's matrices behave in another way.",
@@ -357,23 +358,24 @@ PREDICTIONS = [
         ),
         choices={
             "a": "none: the same numbers are added and subtracted",
-            "b": "about half; and one single evaluation with the final B changes hardly fewer",
-            "c": "nearly all; the error grows with every evaluation, as a random walk does",
+            "b": "about half; the first evaluation alone changes a fifth, and later ones ever fewer",
+            "c": "nearly all; the first changes very few, and the errors add up",
         },
         answer="b",
         explanation=(
-            "The sum is rounded to the precision of the larger number. Where W is small beside W + s B A, its last "
-            "bits are lost in the first evaluation. What is left of them fits into the sum, and the next rounds are "
-            "exact, unless B A has grown further. So most of the damage is done at once, and it stays."
+            "The sum is rounded to the precision of the larger number: where W is small beside W + s B A, its last "
+            "bits are lost at once. With the same B A a second evaluation would change almost nothing, because what "
+            "is left of W fits into the sum. But B A has changed by then, and other entries lose their last bits; "
+            "fewer each time."
         ),
         replies={
             "a": "The difference would be exact if the sum were. It is rounded to 8 significant bits first.",
             "c": (
-                "For a random walk every evaluation would have to round anew. But the bits that the sum cannot hold "
-                "are gone after the first one, and then there is little left to round."
+                "Most of the rounding happens in the first evaluations. The bits that the sum cannot hold are gone "
+                "after that, and there is less and less left to round."
             ),
         },
-        measured="the LoRA of 24 steps on the bundled GPT-2, seed 0",
+        measured="the LoRA of 24 steps on the bundled GPT-2, seed 0, its B scaled up in equal steps",
         idea="merging without a loss",
     ),
 ]
