@@ -36,7 +36,11 @@ MAGNITUDE, PEFT_MAGNITUDE = ".lora_magnitude", ".lora_magnitude_vector"
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """The norm of each row of V = W + s B A, without forming V. No gradient flows.
+    """The norm of each row of V = W + s B A, as DoRA needs it in every step (Liu et al. 2024, section 4.3).
+
+    - V itself is not formed: if W is in float32, no tensor of its size is created.
+    - If rounding makes a square negative, the norm is 0.
+    - No gradient flows to W, A or B, so that the backward pass needs none of this.
 
     Args:
         W: (out, in).
@@ -45,7 +49,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         scaling: s.
 
     Returns:
-        (out,), in float32.
+        (out,), computed and returned in float32, whatever the dtypes of W, A and B.
     """
     W, A, B = W.detach().float(), A.detach().float(), B.detach().float()
     squares = torch.linalg.vector_norm(W, dim=1).square()
@@ -55,10 +59,15 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class DoRALinear(LoRALinear):
-    """A LoRA layer whose rows are brought to a learned magnitude.
+    """A LoRA layer that learns the length of each row of V = W + s B A beside its direction (Liu et al. 2024, eq. 5).
 
-    `forward(x)` is (m / ||V||) (W x + s B A x') + b, and the base's output alone while merged. The learned m,
-    `lora_magnitude` (out,), starts as the norms of the rows of W.
+    - `combine(y, h, B)` is what `forward(x)` returns: (m / ||V||) (W x + s B A x') + b, from y = W x + b (..., out) of
+      the base and h = A x' (..., r). The bias is not rescaled, and a base may be without one. ||V|| is a constant for
+      the gradient.
+    - `change(W)` is what `merge()` adds to the base's weight W (out, in): (m / ||V||) V - W, in float32.
+    - A row of zeros has no direction and stays zero.
+
+    m is `lora_magnitude`, (out,); it starts as the norms of the rows of W. `norms()` is ||V||, (out,).
     """
 
     def __init__(self, base: nn.Module, rank: int = 8, alpha: float = 16, **options: Any) -> None:
@@ -74,12 +83,12 @@ class DoRALinear(LoRALinear):
         m = self.lora_magnitude
         u = add_product(y, h, B, self.scaling)  # V x + b
         bias = getattr(self.base, "bias", None)
-        scaled = u if bias is None else u - bias.to(u.dtype)  # the bias is not rescaled
-        smallest = torch.finfo(m.dtype).tiny  # a row of zeros has no direction
-        return torch.addcmul(u, scaled, (m / self.norms().to(m.dtype).clamp_min(smallest) - 1).to(u.dtype))
+        Vx = u if bias is None else u - bias.to(u.dtype)
+        smallest = torch.finfo(m.dtype).tiny  # instead of a norm of zero
+        gain = m / self.norms().to(m.dtype).clamp_min(smallest)
+        return torch.addcmul(u, Vx, (gain - 1).to(u.dtype))  # = gain V x + b, and keeps one large tensor less
 
     def change(self, W: Tensor) -> Tensor:
-        """What merging adds to W: (m / ||V||) V - W."""
         norms = self.norms().clamp_min(torch.finfo(torch.float32).tiny)
         return (self.lora_magnitude.float() / norms)[:, None] * (W + super().change(W)) - W
 

@@ -18,6 +18,27 @@ from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
 
 
+def lora_plus_groups(parameters: Mapping[str, nn.Parameter], ratio: float) -> list[dict[str, Any]]:
+    """The optimiser's two groups of parameters (Hayou et al. 2024): B learns `ratio` times as fast as everything else.
+
+    A parameter is a B if the last part of its name is "lora_B", whatever its shape. Every parameter is in exactly one
+    group, in the given order; a magnitude or a bias that is trained as well learns as A does. The training loop
+    multiplies the learning rate of a group by its "lr_scale".
+
+    Args:
+        parameters: what is trained, by full names: "transformer.h.0.attn.c_attn.lora_A".
+        ratio: the learning rate of B divided by that of A.
+
+    Returns:
+        Two dictionaries: for A and the others {"params": [...]}; for the B {"params": [...], "lr_scale": ratio}.
+    """
+    fast = [name for name in parameters if name.rpartition(".")[2] == "lora_B"]
+    return [
+        {"params": [p for name, p in parameters.items() if name not in fast]},
+        {"params": [parameters[name] for name in fast], "lr_scale": ratio},
+    ]
+
+
 @dataclass(frozen=True)
 class LoRAPlus(LoRA):
     """LoRA with the learning rate of B multiplied by `ratio`; what else is trained learns as A does.
@@ -41,12 +62,7 @@ class LoRAPlus(LoRA):
             raise ValueError(f"ratio must be a positive number, got {self.ratio!r}")
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        trained = self.trainable(model)
-        fast = {name: p for name, p in trained.items() if name.endswith(".lora_B")}
-        return [
-            {"params": [p for name, p in trained.items() if name not in fast]},
-            {"params": list(fast.values()), "lr_scale": self.ratio},
-        ]
+        return lora_plus_groups(self.trainable(model), self.ratio)
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:

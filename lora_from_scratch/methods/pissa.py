@@ -34,7 +34,19 @@ OWN_TYPE = "LORA_FROM_SCRATCH_OLORA"
 
 
 def initial_svd(W: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) with s B A the best approximation of W (out, in) of rank r (PiSSA, eq. 2 and 3)."""
+    """A and B before the first step: s B A is the best approximation of W of rank r (Meng et al. 2024, eq. 2 and 3).
+
+    With the singular value decomposition W = U S V^T, A = sqrt(S_r / s) V_r^T and B = U_r sqrt(S_r / s): the r largest
+    singular values, divided by s, are shared equally between A and B. It is computed in float32.
+
+    Args:
+        W: (out, in).
+        rank: r, from 1 to the smaller side of W.
+        scaling: s, by which B A is multiplied.
+
+    Returns:
+        A (r, in) and B (out, r), in float32. Row k of A and column k of B belong to the k-th largest singular value.
+    """
     U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
     root = (S[:rank] / scaling).sqrt()
     return root[:, None] * Vh[:rank], U[:, :rank] * root
