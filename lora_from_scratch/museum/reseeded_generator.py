@@ -42,13 +42,13 @@ def test_random_combination(random_combination: Callable[[Tensor, tuple[int, int
         AssertionError: the implementation has a fault.
     """
     coefficients, shape = torch.ones(3), (2, 4)
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = random_combination(coefficients, shape, 5)
-    assert torch.equal(torch.get_rng_state(), before), "the global generator has another state after the first call"
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    again = random_combination(coefficients, shape, 5)
-    assert torch.equal(torch.get_rng_state(), before), "the global generator has another state after the second call"
+    results = []
+    for global_seed, seed in ((1, 5), (2, 5), (3, 6)):
+        torch.manual_seed(global_seed)
+        torch.rand(1)  # so that its state is not the one right after seeding
+        before = torch.get_rng_state()
+        results.append(random_combination(coefficients, shape, seed))
+        assert torch.equal(torch.get_rng_state(), before), "the global generator has another state after the call"
+    first, again, other = results
     assert torch.equal(again, first), "the same seed gives another result"
-    assert not torch.equal(random_combination(coefficients, shape, 6), first), "another seed gives the same result"
+    assert not torch.equal(other, first), "another seed gives the same result"
