@@ -233,24 +233,6 @@ EXERCISES = [
         explain=explain_combination,
     ),
     Exercise(
-        coefficient_gradient,
-        idea="numbers from a seed",
-        difficulty=3,
-        minutes=10,
-        points=3,
-        hints=(
-            "Draw the same matrices as in `random_combination`: the same generator, seed, order and range. Their shape "
-            "is that of G.",
-            "Then compute one number for each matrix: multiply it by G, entry by entry, and add up all entries of the "
-            "product.",
-            "`(U * G).sum(dim=(1, 2))` does that for U of shape (k, rows, columns). Mind the dtype: `torch.rand` gives "
-            "float32.",
-        ),
-        cases=gradient_cases,
-        probe=run_gradient,
-        explain=explain_gradient,
-    ),
-    Exercise(
         test_random_combination,
         idea="finding faults",
         difficulty=3,
@@ -269,6 +251,24 @@ EXERCISES = [
         probe=run_test,
         explain=explain_test,
         background=("Test an implementation",),
+    ),
+    Exercise(
+        coefficient_gradient,
+        idea="numbers from a seed",
+        difficulty=3,
+        minutes=10,
+        points=3,
+        hints=(
+            "Draw the same matrices as in `random_combination`: the same generator, seed, order and range. Their shape "
+            "is that of G.",
+            "Then compute one number for each matrix: multiply it by G, entry by entry, and add up all entries of the "
+            "product.",
+            "`(U * G).sum(dim=(1, 2))` does that for U of shape (k, rows, columns). Mind the dtype: `torch.rand` gives "
+            "float32.",
+        ),
+        cases=gradient_cases,
+        probe=run_gradient,
+        explain=explain_gradient,
     ),
 ]
 
