@@ -272,4 +272,59 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "a_look_in_between",
+        question=(
+            "You train NOLA with dropout for eight steps from one seed, with random matrices from the function above. "
+            "Then you repeat the run and also compute the validation loss once, after step 4: in evaluation mode, so "
+            "without dropout, and without gradients. How do the training losses of steps 5 to 8 differ between the "
+            "two runs?"
+        ),
+        choices={
+            "a": "not at all: evaluation changes no parameter and draws no dropout mask",
+            "b": "they are others: the dropout masks from step 5 on are others",
+            "c": "they are others: from step 5 on the matrices U are others",
+        },
+        answer="b",
+        explanation=(
+            "Each call draws a number from the global generator and makes it the generator's new seed. So every call "
+            "sends the generator to another place of its sequence, in evaluation too, and the next dropout masks are "
+            "others. With random matrices from a generator of their own, both runs are equal to the last digit."
+        ),
+        replies={
+            "a": (
+                "That is how it should be. But the function is called in evaluation too, and look at what it leaves "
+                "behind."
+            ),
+            "c": "The U come from `seed` alone: right after `manual_seed(seed)` the same numbers are drawn every time.",
+        },
+        measured="eight steps of batch 4 on the bundled GPT-2",
+        idea="numbers from a seed",
+    ),
+    Prediction(
+        "two_hundred",
+        question=(
+            "LoRA of rank 1 on all 24 matrices of the bundled model trains 24,576 numbers. NOLA with k = 4 on the same "
+            "matrices trains 192, less than a hundredth. Each gets its own best learning rate and the same few steps. "
+            "What share of LoRA's reduction of the held-out loss does NOLA reach with them?"
+        ),
+        choices={
+            "a": "about a hundredth, as many as it has of LoRA's numbers",
+            "b": "about a quarter",
+            "c": "nearly all of it",
+        },
+        answer="b",
+        explanation=(
+            "Not all numbers are worth the same. The first few find what lowers the loss most in the directions that "
+            "they can reach, and every further step down costs several times as many numbers. Seen on a logarithmic "
+            "axis, the loss falls almost along a straight line."
+        ),
+        replies={
+            "a": "That would be so if every number were worth the same. The first ones are worth the most.",
+            "c": "The model has never seen a card: what it has to learn does not fit into so few random directions.",
+        },
+        measured="32 steps of batch 4 on the bundled GPT-2, three seeds each",
+        idea="how few numbers",
+    ),
+]

@@ -32,7 +32,10 @@ def explain_projections(case: Case, seen: Seen, expected: Seen) -> Explanation:
     result, wanted = one["result"], other["result"]
     if not isinstance(result, list) or len(result) != 2:
         return "not two tensors", f"The result should be A and B, two tensors, but yours is {describe(result)}."
-    for name, part, want in zip("AB", result, wanted, strict=True):
+    for name, axes, part, want in zip("AB", ("(r, in)", "(out, r)"), result, wanted, strict=True):
+        if isinstance(part, Tensor) and part.shape != want.shape:
+            shapes = f"here {tuple(want.shape)}, but yours has the shape {tuple(part.shape)}"
+            return f"the axes of {name}", f"{name} is {axes}, {shapes}."
         if found := not_a_tensor(part, want.shape, name):
             return found
     for name, part, want in zip("AB", result, wanted, strict=True):

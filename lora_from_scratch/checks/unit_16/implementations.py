@@ -15,6 +15,9 @@ from torch import Tensor
 Implementation = Callable[[Tensor, tuple[int, int], int], Tensor]
 
 
+seed_globally = torch.default_generator.manual_seed  # as `torch.manual_seed`, but much faster
+
+
 def combine(c: Tensor, U: Tensor) -> Tensor:
     return torch.tensordot(c, U.to(c.dtype), dims=1)
 
@@ -29,7 +32,7 @@ def own_generator() -> Implementation:
 def restored_state() -> Implementation:
     def random_combination(c: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
         before = torch.get_rng_state()
-        torch.manual_seed(seed)
+        seed_globally(seed)
         U = torch.randn(len(c), *shape)
         torch.set_rng_state(before)
         return combine(c, U)
@@ -40,7 +43,7 @@ def restored_state() -> Implementation:
 def forked_generator() -> Implementation:
     def random_combination(c: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            seed_globally(seed)
             return combine(c, torch.randn(len(c), *shape))
 
     return random_combination
@@ -71,9 +74,9 @@ def sound_cache() -> Implementation:
 def reseeds_with_a_random_number() -> Implementation:
     def random_combination(c: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
         afterwards = int(torch.randint(2**31, ()))
-        torch.manual_seed(seed)
+        seed_globally(seed)
         U = torch.randn(len(c), *shape)
-        torch.manual_seed(afterwards)
+        seed_globally(afterwards)
         return combine(c, U)
 
     return random_combination
@@ -81,7 +84,7 @@ def reseeds_with_a_random_number() -> Implementation:
 
 def seeds_and_leaves_it() -> Implementation:
     def random_combination(c: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
-        torch.manual_seed(seed)
+        seed_globally(seed)
         return combine(c, torch.randn(len(c), *shape))
 
     return random_combination
@@ -90,9 +93,9 @@ def seeds_and_leaves_it() -> Implementation:
 def goes_back_to_the_seed_in_use() -> Implementation:
     def random_combination(c: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
         before = torch.initial_seed()
-        torch.manual_seed(seed)
+        seed_globally(seed)
         U = torch.randn(len(c), *shape)
-        torch.manual_seed(before)
+        seed_globally(before)
         return combine(c, U)
 
     return random_combination
@@ -104,7 +107,7 @@ def cached_after_seeding() -> Implementation:
     def random_combination(c: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
         key = (len(c), *shape, seed)
         if key not in kept:
-            torch.manual_seed(seed)
+            seed_globally(seed)
             kept[key] = torch.randn(len(c), *shape)
         return combine(c, kept[key])
 
