@@ -19,8 +19,10 @@ from lora_from_scratch.methods.lora import LoRALinear
 from lora_from_scratch.methods.mora import ROTATION, SHARING, MoRALinear, side_for_rank
 from lora_from_scratch.methods.multilora import MultiLoRALinear
 from lora_from_scratch.methods.nola import NOLA, NOLALinear, RandomCombination, draw_matrices, random_combination
+from lora_from_scratch.methods.placement import find_targets, target_sizes
 from lora_from_scratch.methods.registry import load_adapter
-from lora_from_scratch.methods.tied_lora import TiedLoRA
+from lora_from_scratch.methods.tied_lora import TiedLoRA, tied_lora_parameter_count
+from lora_from_scratch.museum import reseeded_generator
 from tests.any_models import logits_of, model_of, randomise
 
 
@@ -80,6 +82,15 @@ def test_a_tied_layer_computes_the_equation_and_its_factors_get_the_gradients_of
     torch.testing.assert_close(both, parts[0] + parts[1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("targets", [("c_attn",), ("c_proj",), ("c_attn", "mlp.c_fc", "mlp.c_proj")])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_tied_loras_count_is_what_it_trains(targets: tuple[str, ...], rank: int) -> None:
+    model, method = model_of("gpt2"), TiedLoRA(targets=targets, rank=rank)
+    sizes = dict(zip(find_targets(model, targets), target_sizes(model, targets), strict=True))
+    method.adapt(model)
+    assert tied_lora_parameter_count(sizes, rank) == sum(p.numel() for p in method.trainable(model).values())
+
+
 # --- NOLA ------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +116,15 @@ def test_the_random_matrices_are_uniform_and_leave_the_global_generator_alone() 
     assert torch.equal(torch.random.get_rng_state(), before)
     assert 0.24 < float(matrices.abs().max()) <= 0.25  # 1 / sqrt(16)
     assert abs(float(matrices.std()) / (0.25 / 3**0.5) - 1) < 0.02
+
+
+def test_the_museums_combination_is_right_and_its_test_finds_the_fault() -> None:
+    coefficients = torch.randn(3)
+    faulty = reseeded_generator.faulty_random_combination
+    torch.testing.assert_close(faulty(coefficients, (4, 2), 5), random_combination(coefficients, (4, 2), 5))
+    with pytest.raises(AssertionError, match="global generator"):
+        reseeded_generator.test_random_combination(faulty)
+    reseeded_generator.test_random_combination(random_combination)
 
 
 def test_a_directory_holds_a_seed_and_coefficients_only(tmp_path: Path) -> None:

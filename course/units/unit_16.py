@@ -409,12 +409,12 @@ METHODS = {  # by name: the method of a seed, and its learning rate
     "LoRA, r = 1": (lambda seed: LoRA(rank=1, alpha=8, seed=seed), 1e-2),
     "Tied-LoRA, r = 1": (lambda seed: TiedLoRA(rank=1, alpha=8, seed=seed), 1e-2),
     "VeRA, r = 16": (lambda seed: VeRA(rank=16, projection_seed=seed), 0.2),
-    "VeRA, r = 256": (lambda seed: VeRA(rank=256, projection_seed=seed), 0.1),
+    "VeRA, r = 256": (lambda seed: VeRA(rank=256, projection_seed=seed), 0.2),
     "NOLA, k = 64": (lambda seed: NOLA(basis=64, projection_seed=seed), 0.02),
-    "NOLA, k = 16": (lambda seed: NOLA(basis=16, projection_seed=seed), 0.03),
+    "NOLA, k = 16": (lambda seed: NOLA(basis=16, projection_seed=seed), 0.02),
     "NOLA, k = 4": (lambda seed: NOLA(basis=4, projection_seed=seed), 0.03),
     "NOLA, k = 1": (lambda seed: NOLA(basis=1, projection_seed=seed), 0.03),
-    "LoRA, r = 1, one matrix": (lambda seed: LoRA(rank=1, alpha=8, targets=("h.5.mlp.c_proj",), seed=seed), 1e-2),
+    "LoRA, r = 1, one matrix": (lambda seed: LoRA(rank=1, alpha=8, targets=("h.5.mlp.c_proj",), seed=seed), 3e-2),
 }
 numbers = {name: trained_numbers(make(0)) for name, (make, _) in METHODS.items()}
 
@@ -479,15 +479,16 @@ show(
 # ### Spend 200 numbers
 #
 # NOLA with k = 4 puts eight numbers on each of the 24 matrices. Is that the best way to spend them? You can put more of
-# them on fewer matrices (`targets=("mlp.c_proj",)` are 6 matrices, `("h.5.mlp.c_proj",)` is one), and choose the rank:
-# it costs no number. Change `my_plan`, write down whether you expect to win, and run the cell. Two seeds each: only a
-# plan that wins with both is better.
+# them on fewer matrices (a block has `attn.c_attn`, `attn.c_proj`, `mlp.c_fc` and `mlp.c_proj`; "h.5.mlp.c_proj" is a
+# single matrix), and you can choose the rank, which costs no number. The plan below takes the two matrices of each
+# block that write into the residual stream. Change `my_plan`, write down whether you expect to win, and run the cell.
+# Two seeds each: only a plan that wins with both is better.
 
 
 # %%
 def my_plan(seed):
     """A method with at most 200 numbers, and its learning rate. Change this; keep `projection_seed=seed`."""
-    return NOLA(rank=8, basis=16, targets=("mlp.c_proj",), projection_seed=seed), 0.03
+    return NOLA(rank=8, basis=8, targets=("c_proj",), projection_seed=seed), 0.05
 
 
 def compare_with_eight_numbers_everywhere(plan):
