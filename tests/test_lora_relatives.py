@@ -18,9 +18,11 @@ from lora_from_scratch.methods.glora import FORMS, GLoRA, GLoRALinear
 from lora_from_scratch.methods.lora import LoRALinear
 from lora_from_scratch.methods.mora import ROTATION, SHARING, MoRALinear, side_for_rank
 from lora_from_scratch.methods.multilora import MultiLoRALinear
-from lora_from_scratch.methods.nola import NOLA, NOLALinear, RandomCombination, random_matrices
+from lora_from_scratch.methods.nola import NOLA, NOLALinear, RandomCombination, draw_matrices, random_combination
+from lora_from_scratch.methods.placement import find_targets, target_sizes
 from lora_from_scratch.methods.registry import load_adapter
-from lora_from_scratch.methods.tied_lora import TiedLoRA
+from lora_from_scratch.methods.tied_lora import TiedLoRA, tied_lora_parameter_count
+from lora_from_scratch.museum import reseeded_generator
 from tests.any_models import logits_of, model_of, randomise
 
 
@@ -80,6 +82,15 @@ def test_a_tied_layer_computes_the_equation_and_its_factors_get_the_gradients_of
     torch.testing.assert_close(both, parts[0] + parts[1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("targets", [("c_attn",), ("c_proj",), ("c_attn", "mlp.c_fc", "mlp.c_proj")])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_tied_loras_count_is_what_it_trains(targets: tuple[str, ...], rank: int) -> None:
+    model, method = model_of("gpt2"), TiedLoRA(targets=targets, rank=rank)
+    sizes = dict(zip(find_targets(model, targets), target_sizes(model, targets), strict=True))
+    method.adapt(model)
+    assert tied_lora_parameter_count(sizes, rank) == sum(p.numel() for p in method.trainable(model).values())
+
+
 # --- NOLA ------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +99,7 @@ def test_a_combination_is_the_sum_of_its_random_matrices_and_so_is_its_gradient(
 ) -> None:
     monkeypatch.setattr("lora_from_scratch.methods.nola.CHUNK", 40)  # several chunks
     coefficients = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    matrices = torch.cat([chunk for _, chunk in random_matrices(7, 12, seed=5)]).double().view(7, 3, 4)
+    matrices = draw_matrices(7, 12, 7, torch.Generator().manual_seed(5)).double().view(7, 3, 4)
     expected = torch.einsum("k,kij->ij", coefficients, matrices)
     result = RandomCombination.apply(coefficients, (3, 4), 5)
     torch.testing.assert_close(result, expected)
@@ -101,10 +112,19 @@ def test_a_combination_is_the_sum_of_its_random_matrices_and_so_is_its_gradient(
 def test_the_random_matrices_are_uniform_and_leave_the_global_generator_alone() -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    matrices = torch.cat([chunk for _, chunk in random_matrices(16, 5000, seed=2)])
+    matrices = random_combination(torch.eye(16)[3], (50, 100), seed=2)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert 0.24 < float(matrices.abs().max()) <= 0.25  # 1 / sqrt(16)
     assert abs(float(matrices.std()) / (0.25 / 3**0.5) - 1) < 0.02
+
+
+def test_the_museums_combination_is_right_and_its_test_finds_the_fault() -> None:
+    coefficients = torch.randn(3)
+    faulty = reseeded_generator.faulty_random_combination
+    torch.testing.assert_close(faulty(coefficients, (4, 2), 5), random_combination(coefficients, (4, 2), 5))
+    with pytest.raises(AssertionError, match="global generator"):
+        reseeded_generator.test_random_combination(faulty)
+    reseeded_generator.test_random_combination(random_combination)
 
 
 def test_a_directory_holds_a_seed_and_coefficients_only(tmp_path: Path) -> None:

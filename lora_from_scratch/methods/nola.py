@@ -15,6 +15,7 @@ random numbers are left alone, and on every device the numbers are the CPU's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
@@ -35,35 +36,78 @@ from lora_from_scratch.support.tape import Tape, TensorSize
 CHUNK = 2**21  # random numbers that are in memory at a time
 
 
-class RandomCombination(torch.autograd.Function):
-    """The sum of k random matrices with these coefficients (k,); the matrices are drawn when they are needed.
+def random_combination(coefficients: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
+    """The sum of k random matrices, each multiplied by its coefficient: sum over i of c_i U_i (NOLA, section 3).
 
-    Each entry is uniform between -1/sqrt(k) and 1/sqrt(k).
+    Every entry of a U is uniform between -1/sqrt(k) and 1/sqrt(k): `U_i = (2 R_i - 1) / sqrt(k)`, where R stands for
+    the numbers of `torch.rand(k, *shape)`, drawn in this order from `torch.Generator().manual_seed(seed)`. So the seed
+    stands for the matrices, and the same seed gives the same result in every call.
+
+    PyTorch's global generator is neither read nor changed.
+
+    Args:
+        coefficients: c, (k,), in float32 or float64.
+        shape: of the result and of each U_i.
+        seed: of the random matrices.
+
+    Returns:
+        A tensor of this shape, in the dtype of the coefficients.
     """
+    k, numbers = len(coefficients), math.prod(shape)
+    generator = torch.Generator().manual_seed(seed)
+    total = coefficients.new_zeros(numbers)
+    for part in coefficients.split(counts_at_a_time(k, numbers)):
+        U = draw_matrices(len(part), numbers, k, generator)  # (count, numbers)
+        total += part @ U.to(total)
+    return total.view(shape)
+
+
+def coefficient_gradient(gradient: Tensor, k: int, seed: int) -> Tensor:
+    """The gradient by the coefficients of `random_combination`, from the gradient G by its result.
+
+    Entry i says how the loss changes with c_i. The result changes by U_i when c_i changes by 1, so entry i is the sum
+    of the entries of G * U_i.
+
+    No U_i was kept: they are drawn again, the same as in `random_combination(c, G.shape, seed)` with k coefficients.
+
+    PyTorch's global generator is neither read nor changed.
+
+    Args:
+        gradient: G, a matrix, which need not be contiguous, in float32 or float64.
+        k: the number of random matrices.
+        seed: of the random matrices.
+
+    Returns:
+        (k,), in the dtype of G.
+    """
+    flat = gradient.reshape(-1)
+    generator = torch.Generator().manual_seed(seed)
+    counts = counts_at_a_time(k, len(flat))
+    return torch.cat([draw_matrices(count, len(flat), k, generator).to(flat) @ flat for count in counts])
+
+
+def draw_matrices(count: int, numbers: int, k: int, generator: torch.Generator) -> Tensor:
+    """The next `count` of k random matrices, as rows (count, numbers): uniform between -1/sqrt(k) and 1/sqrt(k)."""
+    return torch.rand(count, numbers, generator=generator).mul_(2).sub_(1).mul_(k**-0.5)
+
+
+def counts_at_a_time(k: int, numbers: int) -> list[int]:
+    """How many of k matrices with so many numbers are drawn at a time, so that they need little memory."""
+    most = max(1, CHUNK // numbers)
+    return [min(most, k - first) for first in range(0, k, most)]
+
+
+class RandomCombination(torch.autograd.Function):
+    """`random_combination` with its gradient. What is kept for the backward pass is the seed."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
         ctx.seed, ctx.k = seed, len(coefficients)
-        total = torch.zeros(shape[0] * shape[1], device=coefficients.device, dtype=coefficients.dtype)
-        for first, chunk in random_matrices(len(coefficients), len(total), seed):
-            chunk = chunk.to(total)
-            total += coefficients[first : first + len(chunk)] @ chunk
-        return total.view(shape)
+        return random_combination(coefficients, shape, seed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        flat = gradient.reshape(-1)
-        parts = [chunk.to(flat) @ flat for _, chunk in random_matrices(ctx.k, len(flat), ctx.seed)]
-        return torch.cat(parts), None, None
-
-
-def random_matrices(k: int, numbers: int, seed: int) -> Any:
-    """Yield the k random matrices of a seed as rows, some at a time: (place of the first, (rows, numbers))."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = max(1, CHUNK // numbers)
-    for first in range(0, k, rows):
-        chunk = torch.rand(min(rows, k - first), numbers, generator=generator)
-        yield first, chunk.mul_(2).sub_(1).mul_(k**-0.5)
+        return coefficient_gradient(gradient, ctx.k, ctx.seed), None, None
 
 
 class NOLALinear(LoRALinear):
@@ -164,6 +208,6 @@ class NOLA(WrapsLayers):
 def _(module: NOLALinear, x: TensorSize, tape: Tape) -> TensorSize:
     if not module.merged:
         for numbers in (module.rank * in_and_out(module.base)[0], module.rank * in_and_out(module.base)[1]):
-            rows = min(len(module.nola_a), max(1, CHUNK // numbers))  # random matrices that are drawn at a time
+            rows = counts_at_a_time(len(module.nola_a), numbers)[0]
             tape.add([], TensorSize(1, 1), [], [module.nola_a], scratch=4 * rows * numbers)
     return lora_on_computed_factors(module, x, tape)

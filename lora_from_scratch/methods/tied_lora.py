@@ -29,6 +29,26 @@ from lora_from_scratch.support.linear_layers import in_and_out
 from lora_from_scratch.support.tape import Tape, TensorSize
 
 
+def kind_of(name: str, size: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+    """The kind of a matrix: the last two parts of its name, and its size (in, out)."""
+    return ".".join(name.split(".")[-2:]), size
+
+
+def tied_lora_parameter_count(sizes: Mapping[str, tuple[int, int]], rank: int) -> int:
+    """How many numbers Tied-LoRA trains: an A (r, in) and a B (out, r) for each kind, a u (r,) and a v (out,) for each
+    matrix.
+
+    Two matrices are of one kind if the last two parts of their names ("attn.c_proj") agree and their sizes do too.
+
+    Args:
+        sizes: (in, out) of each adapted matrix, by its full name in the model: "transformer.h.0.attn.c_proj".
+        rank: r, the same for all of them.
+    """
+    kinds = {kind_of(name, size) for name, size in sizes.items()}
+    shared = sum(rank * (inputs + outputs) for _, (inputs, outputs) in kinds)
+    return shared + sum(rank + outputs for _, outputs in sizes.values())
+
+
 class TiedFactors(nn.Module):
     """The A (r, in) and B (out, r) that the matrices of one kind share, in the dtype of the first."""
 
@@ -94,7 +114,7 @@ class TiedLoRA(WrapsLayers):
         kinds: dict[tuple[str, tuple[int, int]], TiedFactors] = {}
         layers: dict[str, nn.Module] = {}
         for name, base in bases.items():
-            kind = ".".join(name.split(".")[-2:]), in_and_out(base)
+            kind = kind_of(name, in_and_out(base))
             first = kind not in kinds
             if first:
                 kinds[kind] = TiedFactors(base, self.rank, generator)

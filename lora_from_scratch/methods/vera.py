@@ -38,10 +38,21 @@ PEFT_A, PEFT_B = "base_model.vera_A", "base_model.vera_B"
 
 
 def draw_projections(rank: int, in_features: int, out_features: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The random A (r, in) and B (out, r) of a seed, drawn on the CPU: the same as PEFT's.
+    """The random matrices that all layers share, from a seed: the same as PEFT's.
 
     Each entry is uniform between -sqrt(6 / fan_in) and sqrt(6 / fan_in), with fan_in = in for A and r for B (He et al.
     2015, arXiv:1502.01852; VeRA, section 3.3).
+
+    The numbers come from `torch.Generator().manual_seed(seed)`, row by row, first all of A and then all of B. PyTorch's
+    global generator is neither read nor changed.
+
+    Args:
+        rank: r.
+        in_features, out_features: the most inputs and the most outputs of a layer.
+        seed: the same seed gives the same matrices in every call.
+
+    Returns:
+        A (r, in) and B (out, r), in float32.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = ((rank, in_features), (out_features, rank))
@@ -50,6 +61,26 @@ def draw_projections(rank: int, in_features: int, out_features: int, seed: int) 
         for shape in shapes
     )
     return A, B
+
+
+def vera_delta_weight(A: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor, in_features: int) -> Tensor:
+    """The learned change of one layer's weight, diag(lambda_b) B diag(lambda_d) A (VeRA, eq. 2).
+
+    A and B are shared by all layers and as large as the largest one needs. A layer with fewer inputs uses the first
+    columns of A, and one with fewer outputs the first rows of B.
+
+    Args:
+        A: (r, most inputs).
+        B: (most outputs, r).
+        lambda_d: (r,), this layer's.
+        lambda_b: (out,), this layer's, one number for each of its outputs.
+        in_features: in, the number of this layer's inputs.
+
+    Returns:
+        (out, in). Gradients flow to lambda_d and lambda_b.
+    """
+    A, B = A[:, :in_features], B[: len(lambda_b)]
+    return lambda_b[:, None] * (B * lambda_d) @ A
 
 
 class Projections(nn.Module):
@@ -90,8 +121,8 @@ class VeRALinear(LoRALinear):
 
     def change(self, W: Tensor) -> Tensor:
         """diag(lambda_b) B diag(lambda_d) A."""
-        A, B = self.factors()
-        return self.vera_lambda_b.float()[:, None] * (B.float() * self.vera_lambda_d.float()) @ A.float()
+        A, B, d, b = (t.float() for t in (self.shared.A, self.shared.B, self.vera_lambda_d, self.vera_lambda_b))
+        return vera_delta_weight(A, B, d, b, in_and_out(self.base)[0])
 
 
 @dataclass(frozen=True)
