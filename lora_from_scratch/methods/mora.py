@@ -59,7 +59,7 @@ def compress(x: Tensor, q: int) -> Tensor:
     """MoRA's way from in to q numbers in the variant "sharing" (Jiang et al. 2024, section 4.2).
 
     Entry i of the result is x[i] + x[i + q] + x[i + 2 q] + ...: the entries of x whose places are the same modulo q
-    share a row of M. Where in is no multiple of q, x is first filled up to one with its own first entries
+    share a column of M. Where in is no multiple of q, x is first filled up to one with its own first entries
     (`fill_up`), as in the authors' code. Gradients flow to x.
 
     Args:

@@ -43,19 +43,18 @@ class FaultyReLoRALayer(nn.Module):
 class ReLoRALayer(nn.Module):
     """A frozen linear layer that is trained by ReLoRA: y = W x + s B A x (Lialin et al. 2023, arXiv:2307.05695).
 
-    A new layer computes W x, and yet the first gradient is not zero: not both of A and B start at zero. The numbers of
-    a random start are drawn anew for every layer, from PyTorch's own generator; their distribution is up to you.
+    A new layer computes W x. Its first gradient is not zero, so not both of A and B start at zero. The random numbers
+    of the start are drawn anew for every layer, from PyTorch's own generator; how they are distributed is up to you.
 
     Args:
-        W: (out, in), the pretrained weight. The layer has its own copy of it.
+        W: (out, in), the pretrained weight. The layer has a copy of its own.
         rank: r.
         scaling: s.
 
     Attributes:
-        W: (out, in), a buffer: it is not trained by the optimiser, but saved with the layer.
-        A: (r, in), a parameter.
-        B: (out, r), a parameter.
-        scaling: s.
+        W: a buffer, (out, in): it gets no gradient, and it is in the layer's `state_dict`.
+        A: a parameter, (r, in).
+        B: a parameter, (out, r).
     """
 
     W: Tensor
@@ -74,10 +73,10 @@ class ReLoRALayer(nn.Module):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """End a cycle: merge the update into W, and let the next one start (section 3 and algorithm 1).
+        """End a cycle (algorithm 1): W becomes W + s B A, and A and B start again as in a new layer.
 
-        W becomes W + s B A. A and B start as in a new layer, with other random numbers than before, so what the layer
-        computes stays the same. W, A and B stay the same tensors, changed in place, as an optimiser holds A and B.
+        So what the layer computes stays the same. The random numbers of the new start are others than before. W, A and
+        B are changed in place: an optimiser holds A and B. No gradient is recorded.
         """
         self.W += self.scaling * (self.B @ self.A)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
