@@ -74,18 +74,20 @@ def scale_and_shift(
     Returns:
         The new weight (out, in), and the new bias (out,), or None if b is None.
     """
-    weight, bias = W, b
+    weight = W
     if A is not None:
         weight = weight + W * A
     if B is not None:
         weight = weight + B
-    if b is not None and bias is not None:
-        if D is not None:
-            bias = bias + b * D
-        if E is not None:
-            bias = bias + E
-        if C is not None:
-            bias = bias + (W * C.T).sum(dim=-1)
+    if b is None:
+        return weight, None
+    bias = b
+    if D is not None:
+        bias = bias + b * D
+    if E is not None:
+        bias = bias + E
+    if C is not None:
+        bias = bias + (W * C.T).sum(dim=-1)
     return weight, bias
 
 

@@ -102,6 +102,7 @@ def decompress_cases(draw: Draw) -> Iterator[Case]:
     yield case("q = 3, 9 outputs, three rows", (3, 3), 9, axes, repeated, out)
     yield case("q = 3, 7 outputs", (2, 3), 7, cut, repeated)
     yield case("q = 4, 11 outputs, without a batch", (4,), 11, cut, axes, flows)
+    yield case("q = 2, 7 outputs, nine rows", (9, 2), 7, repeated, cut)
     yield case("q = 5, 5 outputs", (2, 5), 5, repeated, shape)
     yield case("q = 8, 5 outputs", (2, 8), 5, smaller, cut)
 
@@ -265,4 +266,59 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "first_cycle",
+        question=(
+            "A run has four cycles. It uses the constructor above in every layer, and it also trains the embeddings and "
+            "the normalisation layers in full. How does its training loss look in the first cycle, compared with the "
+            "loss of the model that it started from?"
+        ),
+        choices={
+            "a": "flat: it begins to fall after the first restart",
+            "b": "it falls, so that nothing looks wrong",
+            "c": "it rises, and the first restart repairs it",
+        },
+        answer="b",
+        explanation=(
+            "In the first cycle no matrix of the model learns: the gradient of A contains B as a factor and that of B "
+            "contains A, and both are zero. But the embeddings and the normalisation learn, and they lower the loss. "
+            "The first restart draws A anew, and from then on the matrices learn too."
+        ),
+        replies={
+            "a": "That is the curve of A and B alone. Something else is trained beside them.",
+            "c": "Nothing disturbs the model: B A is zero, so the layers compute what they computed before.",
+        },
+        measured="32 steps on the bundled GPT-2, 8 steps in each cycle",
+        idea="restarts",
+    ),
+    Prediction(
+        "who_remembers",
+        question=(
+            "Four methods train about 2,050 numbers at a time: LoRA with r = 1, ReLoRA with r = 1 in four cycles, MoRA "
+            "by sharing and MoRA by rotation. Each gets the same steps, and its own tuned learning rate. Whose model "
+            "remembers the most tokens of the 64 values?"
+        ),
+        choices={
+            "a": "LoRA's: it can choose its directions freely, and never starts again",
+            "b": "ReLoRA's: over the whole run it trains four times as many numbers",
+            "c": "MoRA's, by sharing: M sees a sum of all inputs",
+            "d": "MoRA's, by rotation: its update has full rank",
+            "e": "nobody's: the same number of parameters stores the same amount",
+        },
+        answer="d",
+        explanation=(
+            "What LoRA of rank 1 adds to a layer depends on a single number, the product of x with its one row: 64 keys "
+            "that differ in many directions all have to be told apart by it. An update of full rank passes on "
+            "differences in every direction. ReLoRA comes in between: it ends with rank 4."
+        ),
+        replies={
+            "a": "Free, but only one direction for each layer, and 64 keys have to be told apart along it.",
+            "b": "It does, and that helps, but the rank is still no more than four.",
+            "c": "Adding inputs up loses what tells them apart.",
+            "e": "The number of parameters is a limit for all of them, but not the only one.",
+        },
+        measured="100 steps on two sets of 64 pairs, with the rates of the notebook",
+        idea="who can memorise",
+    ),
+]

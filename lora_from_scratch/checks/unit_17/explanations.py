@@ -148,8 +148,7 @@ def _explain(
     if seen.changed:
         return None
     if isinstance(result, Tensor) and result.shape != wanted.shape:
-        yours, right = tuple(result.shape), tuple(wanted.shape)
-        return "shape", f"The shape of the result should be {shape}, here {right}, but yours is {yours}."
+        return _shape(tuple(result.shape), tuple(wanted.shape), shape)
     if (found := not_a_tensor(result, wanted.shape, "the result")) is not None:
         return found
     if same(result, wanted):
@@ -163,3 +162,13 @@ def _explain(
         "all wrong",
         "No entry is right. Work out the first one by hand, with the example in the notebook.",
     )
+
+
+def _shape(yours: tuple[int, ...], right: tuple[int, ...], axes: str) -> tuple[str, str]:
+    """Which axis is wrong."""
+    end = f"The shape should be {axes}, here {right}, but yours is {yours}."
+    if len(yours) != len(right):
+        return "number of axes", f"Your result has too {'many' if len(yours) > len(right) else 'few'} axes. {end}"
+    if yours[-1] != right[-1]:
+        return "last axis", f"The last axis of your result is too {'long' if yours[-1] > right[-1] else 'short'}. {end}"
+    return "leading axes", f"The leading axes of your result are not those of the input. {end}"
