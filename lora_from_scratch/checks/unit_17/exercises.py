@@ -270,9 +270,9 @@ PREDICTIONS = [
     Prediction(
         "first_cycle",
         question=(
-            "A run has four cycles. It uses the constructor above in every layer, and it also trains the embeddings and "
-            "the normalisation layers in full. How does its training loss look in the first cycle, compared with the "
-            "loss of the model that it started from?"
+            "A run has four cycles. It uses the constructor above in every layer, and it also trains the embeddings "
+            "and the normalisation layers in full. How does its training loss look in the first cycle, compared with "
+            "the loss of the model that it started from?"
         ),
         choices={
             "a": "flat: it begins to fall after the first restart",
@@ -308,8 +308,8 @@ PREDICTIONS = [
         },
         answer="d",
         explanation=(
-            "What LoRA of rank 1 adds to a layer depends on a single number, the product of x with its one row: 64 keys "
-            "that differ in many directions all have to be told apart by it. An update of full rank passes on "
+            "What LoRA of rank 1 adds to a layer depends on a single number, the product of x with its one row: 64 "
+            "keys that differ in many directions all have to be told apart by it. An update of full rank passes on "
             "differences in every direction. ReLoRA comes in between: it ends with rank 4."
         ),
         replies={
