@@ -71,16 +71,16 @@ CYCLES = 4  # of ReLoRA
 #
 # ### An exhibit
 #
-# This unit begins in a museum. The following constructor is ours, but its fault is that of a published implementation
-# of ReLoRA, whose users asked why the first thousand steps of their runs looked odd. The layer holds W, A and B, and
-# computes y = W x + s B A x. Read it, and find the fault before you read on.
+# This unit begins in a museum of faults. The following constructor is ours, but its fault is that of a published
+# implementation of ReLoRA. The layer holds W, A and B, and computes y = W x + s B A x. Read it, and find the fault before
+# you read on.
 
 # %%
 print(inspect.getsource(FaultyReLoRALayer.__init__))
 
 # %% [markdown]
-# The comment says something true: a new layer has to compute what W computes. Now, what does the fault *do*? In the
-# published script ReLoRA trains the embeddings and the normalisation layers as well, in full, as the paper advises.
+# The comment says something true: a new layer has to compute what W computes. Now, what does the fault *do* to a run?
+# The published script also trains the embeddings and the normalisation layers, in full, as the paper does.
 
 # %% prediction="first_cycle"
 
@@ -173,7 +173,7 @@ def pretrain(method, dead_start=False, rate=1e-3):
     if dead_start:
         for layer in lora_layers(trained).values():
             nn.init.zeros_(layer.lora_A)
-    settings = TrainingSettings(steps=STEPS, learning_rate=rate, warmup_steps=2, schedule="constant")
+    settings = TrainingSettings(steps=STEPS, learning_rate=rate, warmup_steps=min(2, STEPS - 1), schedule="constant")
     return trained, Trainer(trained, windows, settings, method=method, progress=False).run().losses
 
 
@@ -404,8 +404,8 @@ for name, ((weight, bias), wanted) in special.items():
     print(f"{name:<25} the same: {torch.allclose(F.linear(x, weight, bias), wanted, atol=1e-5)}")
 
 # %% [markdown]
-# The rank of W * A can be high even if A is a column or has rank 1: it is a multiple of each row of W, which has full
-# rank itself. HiRA (Huang et al. 2025) is built on this term alone.
+# The rank of W * A can be high although A has few parameters: a column A multiplies each row of W by a number, and the
+# result has the rank of W. HiRA (Huang et al. 2025) is built on this term alone, with an A of low rank.
 #
 # ## Who can memorise?
 #
@@ -419,7 +419,8 @@ for name, ((weight, bias), wanted) in special.items():
 SMALL = GPT2Config(
     vocab_size=256, n_positions=8, n_embd=64, n_layer=2, n_head=4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0
 )
-PAIRS, KEY, LEARNING = 64, 4, 100
+PAIRS, KEY = 64, 4
+PAIR_STEPS = 100
 
 
 def random_pairs(seed):
@@ -463,7 +464,7 @@ print(f"of others                     {remembered(pretrained, random_pairs(1)):.
 def memorise(method, rate, seed):
     """Teach a copy of the small model the pairs of this seed; return what it remembers."""
     small = copy.deepcopy(pretrained)
-    learn(small, method, random_pairs(seed), LEARNING, rate)
+    learn(small, method, random_pairs(seed), PAIR_STEPS, rate)
     trained = sum(p.numel() for p in method.trainable(small).values())
     return remembered(small, random_pairs(seed)), trained
 
@@ -501,7 +502,7 @@ plotting.label(
 )
 show(
     figure,
-    f"Bars of the share of tokens remembered after {LEARNING} steps, with the number of trained parameters: "
+    f"Bars of the share of tokens remembered after {PAIR_STEPS} steps, with the number of trained parameters: "
     + ", ".join(f"{name}: {mean:.0f} %" for name, mean in means.items())
     + ".",
 )

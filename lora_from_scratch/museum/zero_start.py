@@ -19,12 +19,15 @@ from torch import Tensor, nn
 class FaultyReLoRALayer(nn.Module):
     """A frozen linear layer that is trained by ReLoRA: y = W x + s B A x."""
 
+    W: Tensor
+
     def __init__(self, W: Tensor, rank: int, scaling: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("W", W.clone())
+        out_features, in_features = W.shape
         self.scaling = scaling
-        self.A = nn.Parameter(torch.empty(rank, W.shape[1]))
-        self.B = nn.Parameter(torch.empty(W.shape[0], rank))
+        self.register_buffer("W", W.clone())
+        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.B = nn.Parameter(torch.empty(out_features, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
         # At the start the layer has to compute exactly what W computes, so there must not be an update yet.
@@ -35,9 +38,10 @@ class FaultyReLoRALayer(nn.Module):
 
     @torch.no_grad()
     def restart(self) -> None:
-        self.W += self.scaling * (self.B @ self.A)
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        nn.init.zeros_(self.B)
+        self.W.addmm_(self.B, self.A, alpha=self.scaling)
+        bound = self.W.shape[1] ** -0.5
+        self.A.uniform_(-bound, bound)
+        self.B.zero_()
 
 
 class ReLoRALayer(nn.Module):

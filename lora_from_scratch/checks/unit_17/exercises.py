@@ -289,7 +289,7 @@ PREDICTIONS = [
             "a": "That is the curve of A and B alone. Something else is trained beside them.",
             "c": "Nothing disturbs the model: B A is zero, so the layers compute what they computed before.",
         },
-        measured="32 steps on the bundled GPT-2, 8 steps in each cycle",
+        measured="32 steps on the bundled GPT-2, in four cycles",
         idea="restarts",
     ),
     Prediction(
