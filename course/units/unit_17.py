@@ -134,7 +134,7 @@ for name, kind in {"the exhibit": FaultyReLoRALayer, "your layer": Layer}.items(
         test_layer(kind)
         print(f"{name}: passes")
     except AssertionError as error:
-        print(f"{name}: fails {error}")
+        print(f"{name}: fails ({error})")
 
 # %% [markdown]
 # ## ReLoRA on a GPT-2
@@ -450,6 +450,7 @@ def remembered(small, pairs):
 torch.manual_seed(0)
 pretrained = GPT2(SMALL)
 learn(pretrained, FullFineTuning(keep_base=False), random_pairs(1000), 60, 3e-3)
+weights = pretrained.state_dict()
 print(f"of its own pairs it remembers {remembered(pretrained, random_pairs(1000)):.0%}")
 print(f"of others                     {remembered(pretrained, random_pairs(1)):.0%}")
 
@@ -463,7 +464,8 @@ print(f"of others                     {remembered(pretrained, random_pairs(1)):.
 # %%
 def memorise(method, rate, seed):
     """Teach a copy of the small model the pairs of this seed; return what it remembers."""
-    small = copy.deepcopy(pretrained)
+    small = GPT2(SMALL)
+    small.load_state_dict(weights)
     learn(small, method, random_pairs(seed), PAIR_STEPS, rate)
     trained = sum(p.numel() for p in method.trainable(small).values())
     return remembered(small, random_pairs(seed)), trained
