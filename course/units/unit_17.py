@@ -206,6 +206,7 @@ gains = {
 
 # %%
 figure, panels = plotting.panels(2, width=5, height=3.6)
+top = max(max(values) for values in gains.values())
 TITLES = ("A and B only", "embeddings and normalisation in full as well")
 for axes, title, names in zip(panels, TITLES, (list(plan)[:3], list(plan)[3:]), strict=True):
     for place, name in enumerate(names):
@@ -224,7 +225,7 @@ for axes, title, names in zip(panels, TITLES, (list(plan)[:3], list(plan)[3:]), 
     for restart in relora().restarts(STEPS):
         axes.axvline(restart, color="0.7", linestyle=":", zorder=0)
     axes.set_xlim(1, 1.3 * STEPS)
-    axes.set_ylim(-0.1, 1.1 * max(max(values) for values in gains.values()))
+    axes.set_ylim(-0.05 * top, 1.1 * top)
     plotting.label(axes, x="step (dotted: restarts)", y="nats per token below the base", title=title)
 first = STEPS // CYCLES
 show(
@@ -315,12 +316,11 @@ updates = {
     "MoRA, sharing": decompressed(F.linear(compressed(torch.eye(d), q), M), d).T,
     "MoRA, rotation": rotation.change(torch.zeros(d, d)).detach(),
 }
-figure, panels = plotting.panels(3, width=3.1, height=3.3)
+figure, panels = plotting.panels(3, width=3.2, height=3.5)
 for axes, (name, update) in zip(panels, updates.items(), strict=True):
     axes.imshow(update, cmap="gray", vmin=-3, vmax=3)
     rank = int(torch.linalg.matrix_rank(update))
     plotting.label(axes, x="input", y="output", title=f"{name}: rank {rank}")
-figure.suptitle(f"Three updates of a {d} x {d} matrix, each made from {q * q} numbers")
 show(
     figure,
     "Three updates of a 32 x 32 matrix as heat maps, each made from 64 numbers: LoRA, whose rows are all multiples of "

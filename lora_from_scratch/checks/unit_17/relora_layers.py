@@ -20,8 +20,8 @@ class Layer(nn.Module):
         super().__init__()
         self.register_buffer("W", W.clone())
         self.factor = scaling
-        self.A = nn.Parameter(torch.empty(rank, W.shape[1]))
-        self.B = nn.Parameter(torch.empty(W.shape[0], rank))
+        self.A = nn.Parameter(torch.empty(rank, W.shape[1], dtype=W.dtype))
+        self.B = nn.Parameter(torch.empty(W.shape[0], rank, dtype=W.dtype))
         self.start()
 
     @torch.no_grad()
