@@ -260,12 +260,13 @@ for label, (trained, _) in runs.items():
 print(f"{'the base':<18} {0:>18} {0:>32.2f} {start:>15.2f}")
 
 # %% [markdown]
-# The rank is what the equation says: with 4 cycles of rank 4 it is four times that of LoRA. On the bundled model it buys
-# nothing here: LoRA learns the training windows faster, since it never starts again, and it also overfits faster (its
-# held-out loss rises, with 4,000 tokens to learn from). Lialin et al. report that ReLoRA does better than LoRA in
+# The rank is what the equation says: with 4 cycles of rank 4 it is four times that of LoRA, and the exhibit lacks one
+# cycle. On the bundled model the rank buys nothing here: LoRA learns the windows that it reads faster, since it never
+# starts again. (On the held-out tale LoRA gains nothing and ReLoRA a little. With 3,920 tokens to learn from, that is a
+# matter of overfitting, and one run cannot decide it.) Lialin et al. report that ReLoRA does better than LoRA in
 # pretraining, in runs of 20,000 steps that begin with 5,000 steps of *full* training. A run of 32 steps can neither
-# confirm nor refute that. It does show what a high rank is not: a gain in itself. For a task that needs the rank, you
-# have to wait for the end of this unit.
+# confirm nor refute that. It does show that a high rank is not a gain in itself. For a task that needs the rank, wait for
+# the end of this unit.
 
 # %% [markdown]
 # ## One square matrix
