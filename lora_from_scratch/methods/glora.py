@@ -50,6 +50,47 @@ GROUPS = {
 PEFT_NAMES = {"form_of_weight": "config_A_B", "form_of_coupling": "config_C", "form_of_bias": "config_D_E"}
 
 
+def scale_and_shift(
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    E: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The weight W + W * A + B and the bias b + b * D + E + W C (Chavan et al. 2023, eq. 10).
+
+    The star is a product entry by entry, and W C is a product of matrices with the weight as it was before. A term
+    whose tensor is None is left out. W and b keep their values; gradients flow to the other tensors.
+
+    Args:
+        W: (out, in).
+        b: (out,). None: the layer has no bias, and C, D and E are ignored.
+        A, B: (out, in), or a column (out, 1), or a single number (a tensor without axes).
+        C: (in, 1).
+        D, E: (out,), or a single number.
+
+    Returns:
+        The new weight (out, in), and the new bias (out,), or None if b is None.
+    """
+    weight = W
+    if A is not None:
+        weight = weight + W * A
+    if B is not None:
+        weight = weight + B
+    if b is None:
+        return weight, None
+    bias = b
+    if D is not None:
+        bias = bias + b * D
+    if E is not None:
+        bias = bias + E
+    if C is not None:
+        bias = bias + (W * C.T).sum(dim=-1)
+    return weight, bias
+
+
 class Support(nn.Module):
     """One of the five tensors, in the form of a product, a column or a number. It starts at zero.
 
@@ -122,20 +163,7 @@ class GLoRALinear(nn.Module):
 
     def weight_and_bias(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + W * A + B, (out, in), and b + b * D + E + W C, (out,)."""
-        A, B, C, D, E = (self._part(letter, W.dtype) for letter in "ABCDE")
-        new_W, new_b = W, b
-        if A is not None:
-            new_W = new_W + W * A
-        if B is not None:
-            new_W = new_W + B
-        if b is not None and new_b is not None:
-            if D is not None:
-                new_b = new_b + b * D
-            if E is not None:
-                new_b = new_b + E
-            if C is not None:
-                new_b = new_b + (W * C.T).sum(dim=-1)
-        return new_W, new_b
+        return scale_and_shift(W, b, *(self._part(letter, W.dtype) for letter in "ABCDE"))
 
     def _part(self, letter: str, dtype: torch.dtype) -> Tensor | None:
         support: Support | None = getattr(self, f"glora_{letter}")

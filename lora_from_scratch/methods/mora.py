@@ -52,6 +52,43 @@ def side_for_rank(in_features: int, out_features: int, rank: int, even: bool = F
     return q + q % 2 if even else q
 
 
+# --- From in to q numbers, and from q to out ----------------------------------------------------------------
+
+
+def compress(x: Tensor, q: int) -> Tensor:
+    """MoRA's way from in to q numbers in the variant "sharing" (Jiang et al. 2024, section 4.2).
+
+    Entry i of the result is x[i] + x[i + q] + x[i + 2 q] + ...: the entries of x whose places are the same modulo q
+    share a column of M. Where in is no multiple of q, x is first filled up to one with its own first entries
+    (`fill_up`), as in the authors' code. Gradients flow to x.
+
+    Args:
+        x: (..., in), with any number of leading axes, also none.
+        q: the side of M. It may be larger than in.
+
+    Returns:
+        (..., q).
+    """
+    return fill_up(x, q).unflatten(-1, (-1, q)).sum(dim=-2)
+
+
+def decompress(z: Tensor, outputs: int) -> Tensor:
+    """MoRA's way from q numbers to out in the variant "sharing" (Jiang et al. 2024, section 4.2).
+
+    The q numbers are repeated one after the other, as a whole, until there are enough of them: entry i of the result
+    is z[i mod q]. What is too much at the end is cut off. Gradients flow to z.
+
+    Args:
+        z: (..., q), with any number of leading axes, also none.
+        outputs: out, the length of the result. It may be smaller than q.
+
+    Returns:
+        (..., out).
+    """
+    times = math.ceil(outputs / z.shape[-1])
+    return z.repeat(*[1] * (z.ndim - 1), times)[..., :outputs]
+
+
 def fill_up(x: Tensor, multiple: int) -> Tensor:
     """x (..., n) with its own first entries behind it, until n is a multiple of this."""
     missing = -x.shape[-1] % multiple
@@ -71,6 +108,9 @@ def rotate(pieces: Tensor) -> Tensor:
     cos, sin = angles.cos().to(pieces.dtype), angles.sin().to(pieces.dtype)
     first, second = pieces.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+# --- The layer and the method -------------------------------------------------------------------------------
 
 
 class MoRALinear(LoRALinear):
@@ -103,16 +143,14 @@ class MoRALinear(LoRALinear):
 
     def compress(self, x: Tensor) -> Tensor:
         """(..., in) to (..., q), or in the variant "rotation" to (..., pieces, q)."""
-        x = fill_up(x, self.q)
-        pieces = x.reshape(*x.shape[:-1], -1, self.q)
-        return pieces.sum(dim=-2) if self.variant == SHARING else rotate(pieces)
+        if self.variant == SHARING:
+            return compress(x, self.q)
+        return rotate(fill_up(x, self.q).unflatten(-1, (-1, self.q)))
 
     def decompress(self, z: Tensor) -> Tensor:
         """The inverse direction, to (..., out)."""
         _, outputs = in_and_out(self.base)
-        flat = z if self.variant == SHARING else z.flatten(-2)
-        times = -(-outputs // flat.shape[-1])
-        return flat.repeat(*[1] * (flat.ndim - 1), times)[..., :outputs]
+        return decompress(z if self.variant == SHARING else z.flatten(-2), outputs)
 
     def change(self, W: Tensor) -> Tensor:
         """What merging adds to the weight (out, in): what the layer adds for each unit vector."""

@@ -29,6 +29,23 @@ from lora_from_scratch.support.linear_layers import in_and_out
 from lora_from_scratch.support.tape import Tape, TensorSize
 
 
+def scaled_B(B: Tensor, scales: Tensor) -> Tensor:
+    """The B of the one LoRA of rank n r that does what n LoRAs of rank r do, each with its scales.
+
+    With A' = the A of all n LoRAs, one below the other, and B' = the result, B' A' is the sum of
+    diag(c_i) B_i A_i over the LoRAs i (Wang et al. 2023, section 3.3). Gradients flow to B and to the scales.
+
+    Args:
+        B: (out, n r), the B of all LoRAs side by side: the first r columns are those of LoRA 0.
+        scales: (n, out). Row i is c_i, with one number for each output.
+
+    Returns:
+        (out, n r).
+    """
+    rank = B.shape[1] // len(scales)
+    return B * scales.T.repeat_interleave(rank, dim=1)
+
+
 class MultiLoRALinear(LoRALinear):
     """n LoRAs on a layer: `lora_A` (n r, in) and `lora_B` (out, n r), one LoRA after the other; `scales` (n, out)."""
 
@@ -52,7 +69,7 @@ class MultiLoRALinear(LoRALinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (n r, in), and B (out, n r) with the columns of each LoRA multiplied by its scales."""
-        return self.lora_A, self.lora_B * self.scales.T.repeat_interleave(self.rank, dim=1)
+        return self.lora_A, scaled_B(self.lora_B, self.scales)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,15 @@ HEAD = """\
 
 
 def table(root: Path) -> str:
-    """A row for each unit, and the totals."""
+    """A row for each unit, the totals, and a sentence on what the command `progress` counts of them."""
     rows = [_row(unit, root) for unit in units()]
     sums = [sum(row[column] for row in rows) for column in range(6)]
     lines = [f"| {unit.number} {unit.title} | {_cells(row)} |\n" for unit, row in zip(units(), rows, strict=True)]
-    return HEAD + "".join(lines) + f"| **Total** | {_cells(sums)} |\n"
+    counted = (
+        "\nThe command `lora-from-scratch progress` counts exercises and predictions, "
+        f"{sums[2] + sums[3]} of these points; the other {sums[4]} are open questions.\n"
+    )
+    return HEAD + "".join(lines) + f"| **Total** | {_cells(sums)} |\n" + counted
 
 
 def _row(unit: Unit, root: Path) -> list[int]:
