@@ -1,6 +1,6 @@
 """Tune the learning rate of each method by its loss on the validation cards, and write the results.
 
-    python -m benchmarks.learning_rates [--methods dora pissa] [--steps 50] [--shard 0/2] [--results FOLDER]
+    python -m benchmarks.learning_rates [--methods dora pissa] [--steps 50] [--shard 1/2] [--results FOLDER]
 
 The rates are 1 and 3 times powers of ten. The search begins at the rate in the method's file and goes on until the best
 rate lies between two that are worse, so the best is never at the edge. Each run leaves a small JSON file in the results
@@ -33,6 +33,7 @@ from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.methods.registry import load_adapter
 from lora_from_scratch.models.checkpoint import load_language_model
 from lora_from_scratch.support.files import write_atomically, write_json
+from lora_from_scratch.support.shard import EVERYTHING, parse_shard
 
 STEPS = 50
 CARDS = 64  # validation cards for the loss
@@ -73,7 +74,7 @@ def next_rung(losses: dict[int, float], start: int) -> int | None:
 def validation_loss(run: Run) -> float | None:
     """Train, and return the loss on the first reference of validation cards in nats per token; None if it diverged."""
     try:
-        finetune(run)
+        finetune(run, progress=False)
     except NonFiniteLossError:
         return None
     model, tokenizer = load_language_model(run.model)
@@ -124,7 +125,7 @@ unless stated otherwise. The test cards play no part. The best rate of each meth
 LOSSES = """
 ## {steps} steps: validation loss
 
-Nats per token of the first reference of {cards} validation cards, for learning rates that are a factor of about 3 apart.
+Nats per token of the first reference of {cards} validation cards, for learning rates a factor of about 3 apart.
 """
 SCORES = """
 ## {steps} steps: validation scores
@@ -194,26 +195,17 @@ def collect(results: Path, place: Path, model: str) -> None:
     write_atomically(place, lambda path: path.write_text(page(everything, model), encoding="utf-8"))
 
 
-def shard(text: str) -> tuple[int, int]:
-    """Parse "0/3": part 0 of 3."""
-    part, _, parts = text.partition("/")
-    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-        raise argparse.ArgumentTypeError(f"a shard is i/n with 0 <= i < n, such as 0/3, got {text!r}")
-    return int(part), int(parts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--methods", nargs="+", choices=tuple(contestants()), default=tuple(contestants()))
-    parser.add_argument("--shard", type=shard, default=(0, 1), help="tune only every n-th method, from the i-th: i/n")
+    parser.add_argument("--shard", type=parse_shard, default=EVERYTHING, help="tune only the methods in shard K/N")
     parser.add_argument("--results", type=Path, default=Path("runs/learning-rates"))
     options = parser.parse_args()
     fingerprint = model_fingerprint(options.model)
     results = options.results / f"{fingerprint}-{options.steps}-steps"
-    part, parts = options.shard
-    for name in options.methods[part::parts]:
+    for name in filter(options.shard.holds, options.methods):
         print(f"{name}: {sweep(name, results, model=options.model, steps=options.steps):.0e}", flush=True)
     collect(results, PLACE, fingerprint)
 
