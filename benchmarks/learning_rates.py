@@ -56,8 +56,8 @@ def nearest_rung(rate: float) -> int:
 
 
 def best_rung(losses: dict[int, float], start: int) -> int:
-    """The rung with the lowest loss; of several, the one nearest to the start."""
-    return min(losses, key=lambda rung: (losses[rung], abs(rung - start)))
+    """The rung with the lowest loss; of several, the one nearest to the start, or the lowest if all diverged."""
+    return min(losses, key=lambda rung: (losses[rung], abs(rung - start) if math.isfinite(losses[rung]) else rung))
 
 
 def next_rung(losses: dict[int, float], start: int) -> int | None:
