@@ -99,7 +99,7 @@ class PiSSA(LoRA):
     name: ClassVar[str] = "pissa"
     learning_rates: ClassVar[LearningRates] = LearningRates(1e-3, 2e-5, "GraphPKU/PiSSA, scripts for LLaMA-2-7B")
     position: ClassVar[float] = 14
-    only_on_request: ClassVar[frozenset[str]] = frozenset({"pissa"})
+    only_on_request: ClassVar[frozenset[str]] = frozenset({"pissa", "olora"})
     layer: ClassVar[type[LoRALinear]] = PiSSALinear
 
     def __post_init__(self) -> None:
@@ -163,6 +163,10 @@ class PiSSA(LoRA):
                 "transpose of B A; such an adapter is not supported"
             )
         return method, state
+
+    @classmethod
+    def contestants(cls) -> dict[str, dict[str, Any]]:
+        return {PEFT_NAMES[decomposition]: {"decomposition": decomposition} for decomposition in DECOMPOSITIONS}
 
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> LoRA:
