@@ -198,7 +198,7 @@ def _cells(method: Mapping[str, Any]) -> tuple[str, ...]:
         f"{method['learning_rate']:.2g}",
         f"{trained:,}" + (f" ({kept:,} kept)" if 0 < kept < trained else ""),
         size(method["saved_bytes"]),
-        size(max(values(method, "peak_memory_bytes"))),
+        size(max(run["peak_memory_bytes"] for run in method["runs"])),
         f"{100 * method['forward_work']:.1f} %" + (" (100 % merged)" if method["can_merge"] else ""),
         f"{100 * method['step_work']:.1f} %",
         str(len(method["runs"])),
