@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import learning_rates
 from benchmarks.learning_rates import RUNGS, best_rung, nearest_rung, next_rung, rate_at, sweep
+from lora_from_scratch.compare.shootout import contestants
 from lora_from_scratch.compare.side_by_side import tuned_run
 from lora_from_scratch.finetune import run as finetune_run
 from lora_from_scratch.finetune.run import Run, finetune
@@ -129,13 +130,18 @@ def test_the_committed_table_is_written_from_the_committed_results() -> None:
     assert learning_rates.page(results, fingerprint) == written
 
 
-def test_the_committed_sweeps_end_with_the_best_rate_inside() -> None:
+def test_the_committed_sweep_has_the_best_rate_inside_and_every_method_uses_it() -> None:
     results = json.loads(learning_rates.PLACE.with_suffix(".json").read_text(encoding="utf-8"))
-    by_method: dict[tuple[str, int], dict[float, float]] = {}
+    earlier = {result["method"] for result in results if "bleu" in result}  # tuned with 500 steps, and kept
+    methods = contestants()
+    swept: dict[str, dict[float, float]] = {}
     for result in results:
         if "bleu" not in result:
-            losses = by_method.setdefault((result["method"], result["steps"]), {})
-            losses[result["learning_rate"]] = math.inf if result["loss"] is None else result["loss"]
-    for method, losses in by_method.items():
+            loss = math.inf if result["loss"] is None else result["loss"]
+            swept.setdefault(result["method"], {})[result["learning_rate"]] = loss
+    assert len(swept) >= 20
+    for name, losses in swept.items():
         best = min(losses, key=lambda rate: losses[rate])
-        assert min(losses) < best < max(losses), method
+        assert min(losses) < best < max(losses), name
+        used = methods[name].learning_rate(256)
+        assert best / 2 <= used <= 2 * best if name in earlier else used == best, name

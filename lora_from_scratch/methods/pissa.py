@@ -97,7 +97,9 @@ class PiSSA(LoRA):
     decomposition: str = hyperparameter("svd", "begin with the first directions of an SVD (PiSSA) or of a QR (OLoRA)")
 
     name: ClassVar[str] = "pissa"
-    learning_rates: ClassVar[LearningRates] = LearningRates(1e-3, 2e-5, "GraphPKU/PiSSA, scripts for LLaMA-2-7B")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        1e-2, 2e-5, "GraphPKU/PiSSA, scripts for LLaMA-2-7B; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 14
     only_on_request: ClassVar[frozenset[str]] = frozenset({"pissa", "olora"})
     layer: ClassVar[type[LoRALinear]] = PiSSALinear
