@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +32,9 @@ from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.support.files import check_writable, write_atomically, write_json
 from lora_from_scratch.support.shard import EVERYTHING, Shard
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SEEDS = (0, 1, 2)
 TOKENS = 128  # in the text on which the work is counted
@@ -253,7 +256,21 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     figure, panels = plotting.panels(len(columns), width=1.75, height=1.1 + 0.24 * len(order))
     names = [m["name"] for m in order]
     for place, (axes, (title, logarithmic, numbers)) in enumerate(zip(panels, columns, strict=True)):
-        plotting.ranges(axes, numbers, names if place == 0 else None, logarithmic=logarithmic)
+        plotting.styled(_draw_rows)(axes, numbers, names if place == 0 else None, logarithmic)
         plotting.label(axes, x=title)
     description = alternative_text(results)
     write_atomically(path, lambda temporary: plotting.save(figure, temporary, description))
+
+
+def _draw_rows(axes: Axes, rows: Sequence[Sequence[float]], names: Sequence[str] | None, logarithmic: bool) -> None:
+    """For each row, from top to bottom, a dot at the mean and a line from the smallest number to the largest."""
+    if logarithmic:
+        axes.set_xscale("log")
+    for place, numbers in enumerate(rows):
+        axes.plot([min(numbers), max(numbers)], [place, place], color="0.4", linewidth=1.8)
+        axes.plot(mean(numbers), place, "o", color="0.1", markersize=5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), names or [""] * len(rows))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(color="0.92", linewidth=0.7)
+    axes.set_axisbelow(True)

@@ -189,29 +189,6 @@ def points(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
             axes.annotate("", place, xytext=(x, y), textcoords="offset points", arrowprops=LEADER)
 
 
-@styled
-def ranges(
-    axes: Axes, values: Sequence[Sequence[float]], names: Sequence[str] | None = None, *, logarithmic: bool = False
-) -> None:
-    """Draw a row for each list of numbers, from top to bottom: a dot at the mean, a line from the smallest to the
-    largest.
-
-    Args:
-        names: of the rows; None: the panel beside it has them.
-    """
-    if logarithmic:
-        axes.set_xscale("log")
-    for place, numbers in enumerate(values):
-        axes.plot([min(numbers), max(numbers)], [place, place], color=COLOURS[0], linewidth=1.8, alpha=0.6)
-        axes.plot(sum(numbers) / len(numbers), place, "o", color=COLOURS[0], markersize=5)
-    axes.set_ylim(len(values) - 0.4, -0.6)
-    axes.set_yticks(range(len(values)), names or [""] * len(values))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.grid(axis="x", color="0.93", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
 def _box_around(x: float, y: float, radius: float = 6) -> Bbox:
     from matplotlib.transforms import Bbox
 
