@@ -13,7 +13,8 @@ pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -
 
 from lora_from_scratch.grading import marking_run
 from lora_from_scratch.grading.marking_run import Options
-from lora_from_scratch.grading.shards import Shard, ShardSummary, grade_shard
+from lora_from_scratch.grading.shards import ShardSummary, grade_shard
+from lora_from_scratch.support.shard import Shard
 from tests.cli_calls import call, complaint
 from tests.grading_course import MARKER, NAME, RIGHT, GradingCourse, template
 from tests.test_grade import NOT_AGAIN, files

@@ -9,16 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks import learning_rates
 from lora_from_scratch.compare import shootout, side_by_side
 from lora_from_scratch.compare.side_by_side import FINISHED, run_in_processes, run_or_reload, tuned_run
 from lora_from_scratch.finetune.evaluation import Scores
 from lora_from_scratch.finetune.run import Report, Run, finetune
-from lora_from_scratch.finetune.training import NonFiniteLossError
 from lora_from_scratch.methods.bitfit import BitFit
 from lora_from_scratch.methods.registry import method_classes
 from lora_from_scratch.support.files import write_json
@@ -254,57 +251,3 @@ def test_on_a_terminal_each_process_under_way_has_a_bar(monkeypatch: pytest.Monk
     for line in ("full: 3 of 9 examples are skipped", "full   60%|######    | 300/500", "lora   10%|"):
         assert line in said
     assert said.index("full  trained, evaluating") < said.index("full: done, 1 of 2, about ")
-
-
-# --- The sweep --------------------------------------------------------------------------------------
-
-
-def test_the_sweep_tries_every_core_method_at_three_rates_or_more_around_its_default() -> None:
-    for name in shootout.default_contestants():
-        entries = [entry for entry in learning_rates.GRID if entry.name == name]
-        rates = [rate for entry in entries for rate in entry.rates]
-        default = entries[0].method.learning_rate(256)
-        assert len(rates) >= 3
-        assert min(rates) < default <= max(rates)
-
-
-def test_the_sweep_records_a_row_as_it_comes_and_does_not_repeat_it(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[str] = []
-
-    def play(runs: list[Run], jobs: Any, done: Done, diverged: Callable[[int, Exception], object]) -> None:
-        for place, run in reversed(list(enumerate(runs))):
-            tried.append(run.output.name)
-            if run.settings.learning_rate > 1:
-                diverged(place, NonFiniteLossError("the loss is nan"))
-                continue
-            if run.settings.learning_rate == 0.5:
-                raise KeyboardInterrupt
-            done(place, replace(report(run.method.name), learning_rate=run.settings.learning_rate))
-
-    monkeypatch.setattr(learning_rates, "run_in_processes", play)
-    place = tmp_path / "sweep.md"
-
-    def sweep(names: tuple[str, ...], *rates: float, steps: int = 7) -> list[str]:
-        tried.clear()
-        entries = [e._replace(rates=rates) for e in learning_rates.GRID if e.name in names]
-        learning_rates.sweep(entries, place, str(here / "model"), steps, None, tmp_path / "scratch")
-        return list(tried)
-
-    assert sweep(("bitfit",), 1e-3, 2.0) == ["bitfit-2.0e+00", "bitfit-1.0e-03"]
-    assert sweep(("full", "bitfit"), 1e-3) == ["full-1.0e-03"]
-    with pytest.raises(KeyboardInterrupt):
-        sweep(("full",), 0.5, 1e-4)
-    rows = [line for line in place.read_text().splitlines() if line.startswith("| ")][1:]
-    assert [row.split(" | ")[:3] for row in rows] == [
-        ["| full", "1.0e-04", "40.0"],
-        ["| full", "1.0e-03", "40.0"],
-        ["| bitfit", "1.0e-03", "40.0"],
-        ["| bitfit", "2.0e+00", "diverged"],
-    ]
-    assert len({row.count("|") for row in rows}) == 1
-    before = place.read_text()
-    with pytest.raises(SystemExit, match="of another sweep"):
-        sweep(("full",), 1e-3, steps=8)
-    assert place.read_text() == before

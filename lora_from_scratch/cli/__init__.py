@@ -16,6 +16,7 @@ from lora_from_scratch.support.plain_text import one_line
 COMMANDS = (
     "demo",
     "shootout",
+    "atlas",
     "finetune",
     "generate",
     "evaluate",
@@ -46,6 +47,7 @@ EPILOG = """\
 examples:
   lora-from-scratch demo                                     full fine-tuning and LoRA, side by side
   lora-from-scratch shootout                                 every core method on the same task
+  lora-from-scratch atlas                                    all methods, with three seeds (hours)
   lora-from-scratch finetune --method lora --rank 4          train an adapter, saved in runs/story-cards-lora
   lora-from-scratch generate --adapter runs/story-cards-lora --card "hero[fox], wish[a crown], ending[happy]"
   lora-from-scratch evaluate --adapter runs/story-cards-lora

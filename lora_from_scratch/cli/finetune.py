@@ -13,6 +13,7 @@ from lora_from_scratch.finetune.training import PRECISIONS, SCHEDULES, TrainingS
 
 if TYPE_CHECKING:
     from lora_from_scratch.finetune.run import Report
+    from lora_from_scratch.methods.method import Method
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -83,7 +84,8 @@ def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.finetune.distributed import World
     from lora_from_scratch.finetune.run import Run, finetune
 
-    method, settings = shared.method_from(options), _settings(options)
+    method = shared.method_from(options)
+    settings = _settings(options, method)
     first = World.from_environment().rank == 0  # under torchrun only one process prints
     report = finetune(
         Run(
@@ -107,12 +109,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> TrainingSettings:
+def _settings(options: argparse.Namespace, method: Method) -> TrainingSettings:
     from lora_from_scratch.models.checkpoint import shape_of
 
     rate, warmup = options.learning_rate, options.warmup_steps
     if rate is None:
-        rate = defaults.learning_rate_for(options.method, shape_of(options.model))
+        rate = method.learning_rate(shape_of(options.model).n_embd)
     return TrainingSettings(
         steps=options.steps,
         learning_rate=rate,

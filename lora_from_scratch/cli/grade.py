@@ -61,7 +61,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     from lora_from_scratch.grading.grade import Options, grade
-    from lora_from_scratch.grading.shards import grade_shard, parse_shard
+    from lora_from_scratch.grading.shards import grade_shard
+    from lora_from_scratch.support.shard import parse_shard
 
     if options.workers < 0:
         raise ValueError(f"--workers must be at least 1, or 0 for one per CPU, got {options.workers}")

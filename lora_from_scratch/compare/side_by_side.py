@@ -249,9 +249,7 @@ def run_or_reload(runs: Sequence[Run], jobs: int | None = None) -> list[Report]:
     Raises:
         ChildProcessError, ValueError, OSError: as for `run_in_processes`.
     """
-    data = {name: zlib.crc32(repr(load_dataset(name)).encode()) for name in {run.data for run in runs}}
-    models = {name: model_fingerprint(name) for name in {run.model for run in runs}}
-    identities = [_identity(run, models[run.model], data[run.data]) for run in runs]
+    identities = _identities(runs)
     reports = {place: report for place, run in enumerate(runs) if (report := finished_report(run, identities[place]))}
     missing = [place for place in range(len(runs)) if place not in reports]
     if reports:
@@ -269,6 +267,17 @@ def run_or_reload(runs: Sequence[Run], jobs: int | None = None) -> list[Report]:
     if missing:
         run_in_processes([runs[place] for place in missing], jobs, keep)
     return [reports[place] for place in range(len(runs))]
+
+
+def reload(runs: Sequence[Run]) -> list[Report | None]:
+    """The reports of those of the runs that are finished with the same settings, model and data."""
+    return [finished_report(run, identity) for run, identity in zip(runs, _identities(runs), strict=True)]
+
+
+def _identities(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    data = {name: zlib.crc32(repr(load_dataset(name)).encode()) for name in {run.data for run in runs}}
+    models = {name: model_fingerprint(name) for name in {run.model for run in runs}}
+    return [_identity(run, models[run.model], data[run.data]) for run in runs]
 
 
 def _identity(run: Run, model: str, data: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ shard records its version of the course, and machines with another version are r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -23,21 +22,7 @@ from lora_from_scratch.grading.course_folder import CourseFolder
 from lora_from_scratch.grading.keys import why_changed
 from lora_from_scratch.grading.marking_run import MarkingRun, Options, Preparation, locked, pool_of, prepare
 from lora_from_scratch.grading.summary import PreviousResult
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Shard `number` of `count`, counted from 1."""
-
-    number: int
-    count: int
-
-    def holds(self, learner: str) -> bool:
-        digest = hashlib.sha256(learner.encode(errors="surrogateescape")).digest()
-        return int.from_bytes(digest[:8], "big") % self.count == self.number - 1
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
+from lora_from_scratch.support.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -59,18 +44,6 @@ class ShardSummary:
     marked: int
     trouble: tuple[str, ...]
     seconds: float
-
-
-def parse_shard(text: str) -> Shard:
-    """Parse a shard such as "3/16".
-
-    Raises:
-        ValueError: the text is not a valid shard.
-    """
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"--shard should look like 3/16, the third of sixteen, got {text!r}")
-    return Shard(int(number), int(count))
 
 
 def grade_shard(number: str, shard: Shard, options: Options) -> ShardSummary:

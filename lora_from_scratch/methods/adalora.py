@@ -141,7 +141,9 @@ class AdaLoRA(WrapsLayers):
 
     name: ClassVar[str] = "adalora"
     peft_type: ClassVar[str] = "ADALORA"
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 2e-4, "as LoRA")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        1e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 16
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"adalora"})

@@ -102,7 +102,9 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 2e-4, "as LoRA")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 12
     only_on_request: ClassVar[frozenset[str]] = frozenset({"dora"})
     layer: ClassVar[type[LoRALinear]] = DoRALinear

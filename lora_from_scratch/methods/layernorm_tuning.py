@@ -45,7 +45,9 @@ class LayerNormTuning(Method):
 
     name: ClassVar[str] = "layernorm"
     peft_type: ClassVar[str] = "LN_TUNING"
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-2, 1e-3, "as BitFit")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        1e-1, 1e-3, "as BitFit; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 76
     can_merge: ClassVar[bool] = True  # what is trained is in the model
     only_on_request: ClassVar[frozenset[str]] = frozenset({"layernorm"})

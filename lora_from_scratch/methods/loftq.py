@@ -127,7 +127,9 @@ class LoftQ(QLoRA):
     iterations: int = hyperparameter(1, "how often Q, and then A and B, are fitted to what the other leaves")
 
     name: ClassVar[str] = "loftq"
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 3e-4, "GSM8K with LLaMA-2 in yxli2123/LoftQ")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        3e-3, 3e-4, "GSM8K with LLaMA-2 in yxli2123/LoftQ; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 21
     only_on_request: ClassVar[frozenset[str]] = frozenset({"loftq"})
 

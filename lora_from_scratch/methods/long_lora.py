@@ -165,7 +165,9 @@ class LongLoRA(LoRA):
 
     name: ClassVar[str] = "long-lora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_LONGLORA"  # PEFT has no such method
-    learning_rates: ClassVar[LearningRates] = LearningRates(1e-3, 2e-5, "LLaMA-2 in dvlab-research/LongLoRA")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        3e-3, 2e-5, "LLaMA-2 in dvlab-research/LongLoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 19
     needs_gpt2: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"long-lora"})

@@ -32,7 +32,9 @@ class LoRAFA(LoRA):
     """
 
     name: ClassVar[str] = "lora-fa"
-    learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 6e-4, "three times LoRA's")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        1e-2, 6e-4, "three times LoRA's; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 13
     only_on_request: ClassVar[frozenset[str]] = frozenset({"lora-fa"})
 

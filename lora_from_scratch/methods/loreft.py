@@ -229,7 +229,9 @@ class LoReFT(Method):
 
     name: ClassVar[str] = "loreft"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_LOREFT"  # PEFT has no such method
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 9e-4, "stanfordnlp/pyreft, for LLaMA-7B")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        1e-2, 9e-4, "stanfordnlp/pyreft, for LLaMA-7B; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 40
     needs_gpt2: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"loreft", "direft"})

@@ -162,6 +162,9 @@ class MoRALinear(LoRALinear):
         return f"variant={self.variant}, q={self.q}, dropout={self.dropout_p:g}, merged={self.merged}"
 
 
+SHARING_RATES = LearningRates(3e-3, 3e-4, "kongds/MoRA; bundled: benchmarks/learning_rates.md, 50 steps")
+
+
 @dataclass(frozen=True)
 class MoRA(WrapsLayers):
     """MoRA on whole linear layers of any model; see the module for the equation.
@@ -177,7 +180,9 @@ class MoRA(WrapsLayers):
 
     name: ClassVar[str] = "mora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_MORA"  # PEFT has no such method
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 3e-4, "kongds/MoRA")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        1e-2, 3e-4, "kongds/MoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 18
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"mora-sharing", "mora-rotation"})
@@ -193,6 +198,9 @@ class MoRA(WrapsLayers):
 
     def make_layers(self, bases: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         return {name: MoRALinear(base, self.rank, self.variant, self.dropout) for name, base in bases.items()}
+
+    def learning_rate(self, width: int) -> float:
+        return (SHARING_RATES if self.variant == SHARING else self.learning_rates).for_width(width)
 
     @classmethod
     def contestants(cls) -> dict[str, dict[str, object]]:

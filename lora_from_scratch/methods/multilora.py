@@ -88,7 +88,9 @@ class MultiLoRA(WrapsLayers):
 
     name: ClassVar[str] = "multilora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_MULTILORA"  # PEFT has no such method
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 2e-4, "as LoRA")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        3e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 17
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"multilora"})

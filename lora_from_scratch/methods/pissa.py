@@ -109,9 +109,11 @@ class PiSSA(LoRA):
     decomposition: str = hyperparameter("svd", "begin with the first directions of an SVD (PiSSA) or of a QR (OLoRA)")
 
     name: ClassVar[str] = "pissa"
-    learning_rates: ClassVar[LearningRates] = LearningRates(1e-3, 2e-5, "GraphPKU/PiSSA, scripts for LLaMA-2-7B")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        1e-2, 2e-5, "GraphPKU/PiSSA, scripts for LLaMA-2-7B; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 14
-    only_on_request: ClassVar[frozenset[str]] = frozenset({"pissa"})
+    only_on_request: ClassVar[frozenset[str]] = frozenset({"pissa", "olora"})
     layer: ClassVar[type[LoRALinear]] = PiSSALinear
 
     def __post_init__(self) -> None:
@@ -175,6 +177,10 @@ class PiSSA(LoRA):
                 "transpose of B A; such an adapter is not supported"
             )
         return method, state
+
+    @classmethod
+    def contestants(cls) -> dict[str, dict[str, Any]]:
+        return {PEFT_NAMES[decomposition]: {"decomposition": decomposition} for decomposition in DECOMPOSITIONS}
 
     @classmethod
     def sample(cls, rng: Random, config: GPT2Config) -> LoRA:

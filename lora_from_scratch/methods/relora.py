@@ -226,7 +226,9 @@ class ReLoRA(Restarts, LoRA):
 
     name: ClassVar[str] = "relora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_RELORA"  # PEFT has no such method
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 2e-4, "as LoRA")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 17
     only_on_request: ClassVar[frozenset[str]] = frozenset({"relora"})
 

@@ -95,7 +95,9 @@ class ReMoRA(Restarts, WrapsLayers):
 
     name: ClassVar[str] = "remora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_REMORA"  # PEFT has no such method
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 5e-4, "kongds/MoRA, for pretraining")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        3e-3, 5e-4, "kongds/MoRA, for pretraining; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 18.5
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"remora"})

@@ -97,7 +97,9 @@ class TiedLoRA(WrapsLayers):
 
     name: ClassVar[str] = "tied-lora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_TIED_LORA"  # PEFT has no such method
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 2e-4, "as LoRA")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 15.1
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"tied-lora"})

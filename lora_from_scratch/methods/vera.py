@@ -145,7 +145,9 @@ class VeRA(WrapsLayers):
 
     name: ClassVar[str] = "vera"
     peft_type: ClassVar[str] = "VERA"
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-2, 2e-2, "GPT-2 medium on E2E (VeRA, table 9)")
+    learning_rates: ClassVar[LearningRates] = LearningRates(
+        1e-1, 2e-2, "GPT-2 medium on E2E (VeRA, table 9); bundled: benchmarks/learning_rates.md, 50 steps"
+    )
     position: ClassVar[float] = 15
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"vera"})
