@@ -32,6 +32,7 @@ COMMANDS = (
     "grade",
     "similar",
     "teaching",
+    "room",
     "bundle",
     "doctor",
 )

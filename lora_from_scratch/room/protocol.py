@@ -6,7 +6,7 @@ POST /report   {"token": ..., "sent": ..., "exercises": {"rank": {"state": "fail
 POST /leave    {"token": ...}                                     answered by {}
 
 A learner's computer makes up the token, a secret that identifies it from then on, so that a request can be repeated
-when its answer was lost. `sent` and `at` are seconds on the learner's own clock: they give the order of what happened, and
+when its answer was lost. `sent` and `at` are seconds on the learner's own clock: they give the order of events, and
 with their difference the teacher's computer needs no clock in common with it. An error is {"error": message}.
 """
 
