@@ -32,9 +32,7 @@ def join(invitation: str, name: str) -> None:
     try:
         place = read_invitation(invitation)
         joined = member.join(place, name)
-    except ValueError as error:
-        display.show_text(f"You have not joined: {error}.")
-    except RefusedError as error:
+    except (ValueError, RefusedError) as error:
         display.show_text(f"You have not joined: {error}.")
     except OSError:
         display.show_text(
@@ -57,8 +55,8 @@ def leave() -> None:
         display.show_text("You have left the room, and your row was removed from the teacher's page.")
     else:
         display.show_text(
-            "You have left the room: nothing more is sent. The teacher's computer does not answer, so your row stays on "
-            "its page until the room is closed."
+            "You have left the room: nothing more is sent. The teacher's computer does not answer, so your row stays "
+            "on its page until the room is closed."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import ipaddress
 import json
@@ -83,10 +84,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if not options.no_browser:
         webbrowser.open(page)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=listening)
-    except KeyboardInterrupt:
-        pass
     print("The room is closed.", file=sys.stderr)
     return 0
 

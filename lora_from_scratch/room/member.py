@@ -183,7 +183,8 @@ class Reporter:
     def add(self, member: Membership, statuses: Mapping[str, Status]) -> None:
         with self._changed:
             self._member = member
-            self._unsent.update(statuses)
+            for name, status in statuses.items():
+                self._unsent[name] = status.after(self._unsent.get(name))
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="room", daemon=True)
                 self._thread.start()

@@ -13,12 +13,11 @@ with their difference the teacher's computer needs no clock in common with it. A
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 import secrets
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_from_scratch.support.plain_text import REPLACEMENT, one_line
@@ -54,6 +53,17 @@ class Status:
 
     def as_json(self) -> dict[str, Any]:
         return {"state": self.state, "misconception": self.misconception, "hints": self.hints, "at": self.at}
+
+    def after(self, before: Status | None) -> Status:
+        """The status that holds when this one is reported after another one of the same exercise.
+
+        A passed exercise stays passed, a status does not replace a later one, and "trying" says nothing new of an
+        exercise that has been tried before. So reports may arrive twice, or in another order than they were sent.
+        """
+        if before is None:
+            return self
+        stays = before.state == "passed" or self.state == "trying" or self.at < before.at
+        return replace(before if stays and self.state != "passed" else self, hints=max(before.hints, self.hints))
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,6 @@ def _read_status(value: Any) -> Status:
 
 
 def _time(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value < 2**40:
+    if type(value) not in (int, float) or not 0 <= value < 2**40:  # false for NaN too
         raise ValueError(f"{name} must be a time in seconds since 1970")
     return float(value)

@@ -60,6 +60,7 @@ class Room:
     def __init__(self, table: Table, invitation: Invitation, keep: Path | None = None) -> None:
         self.table, self.invitation, self.keep = table, invitation, keep
         self.key = secrets.token_urlsafe(24)
+        self.cookie = f"room-{invitation.port}"  # a browser does not separate cookies by port
         self.is_closing: Callable[[], bool] = lambda: False  # set by whoever runs the server
         self.page = PAGE.read_bytes()
         self._guesses, self._reports = Rate(*GUESSES), Rate(*REPORTS)
@@ -119,7 +120,7 @@ class Room:
         token = body.get("token")
         learner = self.table.find(token) if isinstance(token, str) and token.isascii() else None
         if learner is None:
-            raise HTTPException(401, "the room does not know you: it was closed, or you were removed from it")
+            raise HTTPException(401, "the room was closed, or you were removed from it")
         return learner
 
     # --- The teacher ---
@@ -128,7 +129,7 @@ class Room:
         """The page. With the key in the address it becomes a cookie, so that no projector shows the key."""
         if _same(http.query_params.get("key", ""), self.key):
             opened = RedirectResponse("/", 303)
-            opened.set_cookie(self._cookie(http), self.key, httponly=True, samesite="strict")
+            opened.set_cookie(self.cookie, self.key, httponly=True, samesite="strict")
             return opened
         if not self._is_teacher(http):
             text = f'Learners join in a notebook: join("{self.invitation}", "your name").\n'
@@ -166,10 +167,7 @@ class Room:
             raise HTTPException(403, "this is for the teacher's page only")
 
     def _is_teacher(self, http: Request) -> bool:
-        return _same(http.cookies.get(self._cookie(http), ""), self.key)
-
-    def _cookie(self, http: Request) -> str:
-        return f"room-{http.url.port}"  # a browser does not separate cookies by port
+        return _same(http.cookies.get(self.cookie, ""), self.key)
 
     # --- Keeping ---
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lora_from_scratch.room.protocol import Status
@@ -116,9 +116,6 @@ class Table:
     def update(self, learner: Learner, statuses: Mapping[str, Status], sent: float, now: float) -> None:
         """Enter what a learner's computer has reported.
 
-        Reports may arrive twice, or in another order than they were sent: a passed exercise stays passed, and a status
-        does not replace a later one. "trying" says nothing new of an exercise that was tried before.
-
         Args:
             sent: when the report was sent, on the learner's clock.
         """
@@ -126,13 +123,7 @@ class Table:
         for name, status in sorted(statuses.items(), key=lambda item: item[1].at):
             if name not in self.exercises:
                 continue
-            before = learner.statuses.get(name)
-            if before is None:
-                learner.statuses[name] = status
-            else:
-                stays = before.state == "passed" or status.state == "trying" or status.at < before.at
-                hints = max(before.hints, status.hints)
-                learner.statuses[name] = replace(before if stays else status, hints=hints)
+            learner.statuses[name] = status.after(learner.statuses.get(name))
             if status.at >= learner.latest:
                 if name != learner.here:
                     learner.here, learner.since = name, now - max(sent - status.at, 0)
