@@ -68,19 +68,25 @@ class RunningRoom:
 
 
 @contextlib.contextmanager
-def open_room(*units: str, seats: int = 100, port: int = 0, **options: Any) -> Iterator[RunningRoom]:
+def open_room(*units: str, seats: int = 100, **options: Any) -> Iterator[RunningRoom]:
     """Open a room with these units."""
-    listening = socket.create_server(("127.0.0.1", port))
+    listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     table = Table(find_units(list(units)), seats, message_of)
-    room = Room(table, Invitation(CODE, "127.0.0.1", port), **options)
+    with served(Room(table, Invitation(CODE, "127.0.0.1", port), **options), listening) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def served(room: Room, listening: socket.socket) -> Iterator[RunningRoom]:
+    """Run a room's server in a thread."""
     server = uvicorn.Server(uvicorn.Config(room.app, log_level="warning", timeout_graceful_shutdown=2))
     room.is_closing = lambda: server.should_exit
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
         eventually(lambda: server.started)
-        yield RunningRoom(room, port)
+        yield RunningRoom(room, room.invitation.port)
     finally:
         server.should_exit = True
         thread.join()
