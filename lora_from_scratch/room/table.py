@@ -16,7 +16,7 @@ from lora_from_scratch.room.protocol import Status
 STUCK = 5 * 60.0  # seconds at one exercise without passing it
 AWAY = 45 * 60.0  # seconds without a sign of life; who is away does not count as stuck
 MOST_HELP = 8  # learners listed as in need of help
-MOST_MISCONCEPTIONS = 8
+MOST_MISCONCEPTIONS = 6
 A_THIRD, TWO_THIRDS = 1 / 3, 2 / 3
 FEW = 3  # learners; what fewer do says nothing about the group
 DONE = ("passed", "library")
