@@ -1,4 +1,4 @@
-"""The functions that learners call in a notebook: `check`, `hint`, `library`, `progress` and `working`."""
+"""The functions that learners call in a notebook: those of `__all__`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 
 from lora_from_scratch.checks import cells, display, in_room, progress_file
 from lora_from_scratch.checks.exercise import Exercise, Prediction
+from lora_from_scratch.checks.in_room import join, leave
 from lora_from_scratch.checks.judge import judge, judge_prediction
 from lora_from_scratch.checks.observation import observe, plain
 from lora_from_scratch.checks.progress_report import report
 from lora_from_scratch.checks.units import find
 from lora_from_scratch.checks.verdict import Verdict, describe
 from lora_from_scratch.support.figures import BUILDING
+
+__all__ = ["check", "hint", "join", "leave", "library", "progress", "working"]
 
 
 class Points(float):
