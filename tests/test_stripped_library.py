@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+from lora_from_scratch import checks
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.grading.building.solution import BEGIN, END, solved_source
+from lora_from_scratch.grading.sandbox import standin
 from lora_from_scratch.grading.sandbox.stripped import TAKEN_OUT, find_unit, stripped
 
 UNITS = [pytest.param(unit, id=unit.number, marks=getattr(pytest.mark, f"unit_{unit.number}")) for unit in units()]
@@ -33,6 +36,13 @@ def test_the_stripped_library_holds_no_solution_and_no_answer_to_a_prediction(un
     for name, source in texts.items():
         if name.endswith(".py"):
             ast.parse(source)
+
+
+def test_in_the_sandbox_there_is_every_function_that_learners_call() -> None:
+    for name in checks.__all__:
+        assert (
+            inspect.signature(getattr(standin, name)).parameters == inspect.signature(getattr(checks, name)).parameters
+        )
 
 
 def bodies(target: object, blank: tuple[str, ...]) -> list[list[str]]:

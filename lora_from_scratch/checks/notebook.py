@@ -1,4 +1,4 @@
-"""The functions that learners call in a notebook: `check`, `hint`, `library`, `progress` and `working`."""
+"""The functions that learners call in a notebook: those of `__all__`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from lora_from_scratch.checks import cells, display, progress_file
+from lora_from_scratch.checks import cells, display, in_room, progress_file
 from lora_from_scratch.checks.exercise import Exercise, Prediction
+from lora_from_scratch.checks.in_room import join, leave
 from lora_from_scratch.checks.judge import judge, judge_prediction
 from lora_from_scratch.checks.observation import observe, plain
 from lora_from_scratch.checks.progress_report import report
@@ -19,6 +20,8 @@ from lora_from_scratch.checks.units import find
 from lora_from_scratch.checks.verdict import Verdict, describe
 from lora_from_scratch.support.contention import watch
 from lora_from_scratch.support.figures import BUILDING
+
+__all__ = ["check", "hint", "join", "leave", "library", "progress", "working"]
 
 
 class Points(float):
@@ -67,7 +70,8 @@ def check(name: str, seed: int | None = None, namespace: Mapping[str, Any] | Non
             raise
         message = f"This is an error in the course, not in your code; please report it. {type(error).__name__}: {error}"
         verdict = Verdict(name, "broken", 0, find(name)[1].points, message=message)
-    verdict = dataclasses.replace(verdict, notes=(*verdict.notes, *progress_file.record(verdict)))
+    notes = [*progress_file.record(verdict), *(in_room.report_verdict(verdict) if namespace is None else [])]
+    verdict = dataclasses.replace(verdict, notes=(*verdict.notes, *notes))
     display.show(verdict)
     return Points(verdict.points, verdict.max_points)
 
@@ -140,7 +144,9 @@ def hint(name: str) -> None:
     if isinstance(item, Prediction):
         display.show_text("Predictions have no hints. Make a guess and see what happens.")
         return
-    display.show_hints(name, item.hints[: progress_file.open_hint(name, len(item.hints))], len(item.hints))
+    opened = progress_file.open_hint(name, len(item.hints))
+    in_room.report_hints(name, opened)
+    display.show_hints(name, item.hints[:opened], len(item.hints))
 
 
 def library(name: str) -> Any:
@@ -153,6 +159,7 @@ def library(name: str) -> Any:
     """
     exercise = _exercise(name)
     progress_file.took_library(name)
+    in_room.report_library(name)
     display.show_text(
         f"The rest of the notebook now works with the library's `{name}`. As long as you use it, "
         f'`check("{name}")` gives 0 of {exercise.points} points. You can come back at any time: delete this line and '

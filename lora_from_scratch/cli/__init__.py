@@ -33,6 +33,7 @@ COMMANDS = (
     "grade",
     "similar",
     "teaching",
+    "room",
     "bundle",
     "doctor",
     "wheelhouse",

@@ -38,6 +38,14 @@ def progress(unit: str | int | None = None) -> None:
     """Does nothing: there is nobody to read it."""
 
 
+def join(invitation: str, name: str) -> None:
+    """Does nothing: there is no network."""
+
+
+def leave() -> None:
+    """Does nothing: there is no network."""
+
+
 def library(name: str) -> Any:
     """The library's own version, if it is in the sandbox."""
     if name not in OBJECTS:
