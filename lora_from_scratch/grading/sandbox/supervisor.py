@@ -74,7 +74,7 @@ class SandboxProcess:
         given: its standard input.
         output: what it writes to its own stdout and stderr.
         frames: the frames that it sends.
-        first: with bubblewrap, the id of the first process in the sandbox; 0 if there is none.
+        sandbox: with bubblewrap, a pidfd of the first process in the sandbox, with which everything in it ends.
         reports: with bubblewrap, the fork server's reports on the process (see `forking.serve`).
     """
 
@@ -82,7 +82,7 @@ class SandboxProcess:
     given: int
     output: int
     frames: int
-    first: int = 0
+    sandbox: int | None = None
     reports: int | None = None
 
 
@@ -138,18 +138,17 @@ def start_in_bubblewrap(
         reports, to_reports = _pipe(ours, theirs)
         stdin, given = _pipe(theirs, ours)
         os.write(given, key)
-        process, first = _sandbox(command, to_output)
+        process, sandbox = _sandbox(command, to_output)
         ours.callback(process.kill)
-        if first:
-            sandbox = os.pidfd_open(first)
-            theirs.callback(os.close, sandbox)
+        if sandbox is not None:
+            ours.callback(os.close, sandbox)
             server.fork(program(FRAMES), sandbox, stdin, to_output, to_frames, to_reports)
         ours.pop_all()
-        return SandboxProcess(process, given, output, frames, first, reports)
+        return SandboxProcess(process, given, output, frames, sandbox, reports)
 
 
-def _sandbox(command: Callable[[int, int], Sequence[str]], output: int) -> tuple[subprocess.Popen[bytes], int]:
-    """bubblewrap with a process that waits in it, and the id of that process; 0 if it did not start."""
+def _sandbox(command: Callable[[int, int], Sequence[str]], output: int) -> tuple[subprocess.Popen[bytes], int | None]:
+    """bubblewrap with a process that waits in it, and a pidfd of that process; None if it did not start."""
     with ExitStack() as ours, ExitStack() as theirs:
         (info, to_info), (waits, to_waits) = _pipe(ours, theirs), _pipe(ours, theirs)
         filtered = _readable(seccomp.program(starting=True))
@@ -167,9 +166,11 @@ def _sandbox(command: Callable[[int, int], Sequence[str]], output: int) -> tuple
         theirs.close()
         ready, _, _ = select.select([waits], [], [], STARTING)
         if not ready or not os.read(waits, 1):
-            return process, 0
+            return process, None
         found = re.search(rb'"child-pid": (\d+)\D', os.read(info, CHUNK))
-        return process, int(found[1]) if found else 0
+        with contextlib.suppress(OSError):  # it has ended already
+            return process, os.pidfd_open(int(found[1])) if found else None
+        return process, None
 
 
 def _pipe(readers: ExitStack, writers: ExitStack) -> tuple[int, int]:
@@ -197,8 +198,7 @@ class Supervisor:
         self.reader = wire.Reader(key, largest, limits.sent)
         self.output, self.reports = bytearray(), b""
         self.code: int | None = None  # the exit status that the fork server reports
-        self.runner = 0 if started.first else started.process.pid  # the process that sends frames, once it is known
-        self.handle = os.pidfd_open(started.first) if started.first else None  # to end the sandbox
+        self.runner = started.process.pid if started.reports is None else 0  # the sender of the frames, once known
         self.data = 0.0  # its private memory at the last measurement
         self.most = 0  # its limit
         self.started_at = time.monotonic()
@@ -302,7 +302,7 @@ class Supervisor:
                 return "threads", f"{sizes['threads']:g} threads"
             if sizes["processor"] > self.limits.processor_seconds:
                 return "processor time", f"{sizes['processor']:.0f} seconds"
-        if self.started.first and self.runner:
+        if self.started.sandbox is not None and self.runner:
             with contextlib.suppress(OSError):
                 folder = os.statvfs(f"/proc/{self.runner}/root/tmp")
                 if folder.f_files and folder.f_files - folder.f_ffree > self.limits.files:
@@ -312,28 +312,24 @@ class Supervisor:
     # --- The end
 
     def _kill(self) -> None:
-        """Kill the process inside, with which everything inside ends, or bubblewrap, which ends it too; then wait."""
-        process = self.started.process
-        if self.handle is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-        if process.poll() is None and self.handle is None:
-            with contextlib.suppress(ProcessLookupError):
+        """Kill the first process of the sandbox, with which everything inside ends, or else the process; then wait."""
+        process, sandbox = self.started.process, self.started.sandbox
+        with contextlib.suppress(ProcessLookupError):
+            if sandbox is not None:
+                signal.pidfd_send_signal(sandbox, signal.SIGKILL)
+            elif process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
         if process.poll() is None:
             process.kill()
             process.wait()
-        if self.handle is not None:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.handle, selectors.EVENT_READ)
-                selector.select(10)
-            os.close(self.handle)
-            self.handle = None
+        if sandbox is not None:
+            select.select([sandbox], [], [], 10)  # readable when the process has ended
 
     def _close(self) -> None:
-        for file in (self.started.given, self.started.output, self.started.frames, self.started.reports):
+        started = self.started
+        for file in (started.given, started.output, started.frames, started.reports, started.sandbox):
             if file is not None:
                 os.close(file)
 
