@@ -34,7 +34,7 @@ PACKAGE = Path(lora_from_scratch.__file__).resolve().parent
 REGISTRY = "lora_from_scratch.methods.registry"
 PACKAGES = ("ipython", "matplotlib", "numpy", "pillow", "sacrebleu", "safetensors", "tokenizers", "torch")
 RUNS_IT = "import lora_from_scratch.grading.building.execution"
-ASIDE = {"room"}  # folders of the package that are imported and do nothing while a notebook is built
+ASIDE = ("room", "checks.in_room")  # what is imported, but does nothing while a notebook is built
 READ_AS_TEXT = {"getdoc", "getsource", "getsourcelines", "help", "__doc__"}  # with these, source text is output
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -183,7 +183,7 @@ def _imports(tree: ast.AST | None) -> list[str]:
 def _files(module: str) -> set[Path]:
     """The files of a module of the library and of the packages that it is in; of another name, none."""
     first, *rest = module.split(".")
-    if first != PACKAGE.name or (rest and rest[0] in ASIDE):
+    if first != PACKAGE.name or f"{'.'.join(rest)}.".startswith(tuple(f"{name}." for name in ASIDE)):
         return set()
     files, place = {PACKAGE / "__init__.py"}, PACKAGE
     for part in rest:
