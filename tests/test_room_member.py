@@ -117,7 +117,12 @@ def test_what_is_sent_is_names_states_hints_and_times(
     room: RunningRoom, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bodies: list[Any] = []
-    monkeypatch.setattr(member, "post", lambda *given, **options: bodies.append(given[3]) or {"name": "Ada"})
+
+    def post(address: str, port: int, route: str, body: Any) -> dict[str, Any]:
+        bodies.append(body)
+        return {"name": "Ada"}
+
+    monkeypatch.setattr(member, "post", post)
     names["row_echelon"] = lambda matrix, tolerance=None: "a secret"
     join(invitation(room), "Ada")
     check("row_echelon")
