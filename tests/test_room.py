@@ -77,6 +77,13 @@ def test_a_name_that_is_taken_gets_a_number(room: RunningRoom) -> None:
     assert given_names == ["Ada", "ADA 2", "Ada 3", "Ada 2 2"]
 
 
+def test_a_long_name_that_is_taken_is_shortened_for_its_number(room: RunningRoom) -> None:
+    longest = "x" * protocol.LONGEST_NAME
+    given_names = [room.join(number, longest)[1]["name"] for number in range(11)]
+    assert len(set(given_names)) == 11
+    assert {len(name) for name in given_names} == {protocol.LONGEST_NAME}
+
+
 def test_to_join_again_with_the_same_token_is_to_be_the_same_learner(room: RunningRoom) -> None:
     room.join(0, "Ada")
     room.report(0, rank=status("passed"))
