@@ -40,11 +40,11 @@ class RunningRoom:
     def request(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any, http.client.HTTPResponse]:
-        """The status, the body (JSON is read) and the whole answer."""
+        """The status, the body (JSON is read; "" for a stream of events, which does not end) and the whole answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request(method, path, body, {"Content-Type": "application/json"} | dict(headers or {}))
         answer = connection.getresponse()
-        text = answer.read().decode()
+        text = "" if "event-stream" in answer.headers.get("Content-Type", "") else answer.read().decode()
         connection.close()
         return answer.status, json.loads(text) if text.startswith("{") else text, answer
 

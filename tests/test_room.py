@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ pytest.importorskip("starlette", reason="Starlette is not installed: pip install
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install -e '.[room]'")
 
 from lora_from_scratch.cli.room import find_address, find_units, listen, restore
-from lora_from_scratch.room import protocol, server
+from lora_from_scratch.room import member, protocol, server
 from lora_from_scratch.room.protocol import Invitation, Status, new_code, read_invitation, read_name
 from lora_from_scratch.room.rate import Rate
 from lora_from_scratch.room.table import AWAY, STUCK, Table
@@ -72,6 +75,13 @@ def test_who_joins_with_the_code_is_in_the_room_until_they_leave(room: RunningRo
 def test_a_name_that_is_taken_gets_a_number(room: RunningRoom) -> None:
     given_names = [room.join(number, name)[1]["name"] for number, name in enumerate(["Ada", "ADA", " Ada ", "Ada 2"])]
     assert given_names == ["Ada", "ADA 2", "Ada 3", "Ada 2 2"]
+
+
+def test_a_long_name_that_is_taken_is_shortened_for_its_number(room: RunningRoom) -> None:
+    longest = "x" * protocol.LONGEST_NAME
+    given_names = [room.join(number, longest)[1]["name"] for number in range(11)]
+    assert len(set(given_names)) == 11
+    assert {len(name) for name in given_names} == {protocol.LONGEST_NAME}
 
 
 def test_to_join_again_with_the_same_token_is_to_be_the_same_learner(room: RunningRoom) -> None:
@@ -391,7 +401,7 @@ def test_without_keep_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Mon
         (["99"], "there is no unit '99'"),
         (["--host", "0.0.0.0"], "not all (0.0.0.0)"),
         (["--host", "room.example"], "--host must be an IPv4 address"),
-        (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1"),
+        (["--host", "198.51.100.77"], "cannot listen at 198.51.100.77"),
         (["--seats", "0"], "--seats must be at least 1"),
         (["--keep", "/dev/null/room.json"], "cannot write to"),
     ],
@@ -433,3 +443,35 @@ def test_forty_at_once_all_join_with_different_names(room: RunningRoom) -> None:
         thread.join()
     eventually(lambda: len(names(room)) == 40)
     assert set(names(room)) == {"Ada", *(f"Ada {number}" for number in range(2, 41))}
+
+
+def test_the_command_opens_a_room_and_closes_it_again(tmp_path: Path) -> None:
+    file = tmp_path / "room.json"
+    command = [sys.executable, "-m", "lora_from_scratch", "room", "01", "--host", "127.0.0.1", "--port", "0"]
+    running = subprocess.Popen(
+        [*command, "--no-browser", "--keep", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        said = read_until(running, "Stop with")
+        found = re.search(r'join\("(\S+)", "your name"\)', said)
+        assert found, said
+        place = read_invitation(found[1])
+        member.post(place.address, place.port, "/join", {"code": place.code, "name": "Ada", "token": TOKENS[0]})
+        page = re.search(rf"http://127.0.0.1:{place.port}/\?key=\S+", said)
+        assert page, said
+        running.send_signal(signal.SIGINT)
+        rest, errors = running.communicate(timeout=120)
+        assert (running.returncode, rest, errors) == (0, "", "The room is closed.\n")
+    finally:
+        running.kill()
+    assert [learner["name"] for learner in json.loads(file.read_text())["learners"]] == ["Ada"]
+
+
+def read_until(running: subprocess.Popen[str], start: str) -> str:
+    """What a process has printed up to a line that starts so."""
+    said = ""
+    for line in iter(running.stdout.readline, ""):  # type: ignore[union-attr]
+        said += line
+        if line.startswith(start):
+            break
+    return said

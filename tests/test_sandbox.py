@@ -86,6 +86,7 @@ HONEST = (
         "from lora_from_scratch.support import plotting\nfrom lora_from_scratch.support.figures import show\n"
         "figure, (axes,) = plotting.panels(1)\naxes.plot([1, 2])\nshow(figure, 'a line')",
     ),
+    Run("room", "from lora_from_scratch.checks import join, leave\njoin('K7M3QX@192.168.1.20', 'Ada')\nleave()"),
     Run("taken", "row_echelon = library('row_echelon')"),
     Run("rank", OWN["rank"].replace("    echelon", "    import warnings; warnings.warn('slow')\n    echelon", 1)),
     Run("loud", "def loud(answer):\n    return lambda *a, **k: print('hello') or answer(*a, **k)\nrank = loud(rank)"),
@@ -126,7 +127,7 @@ def honest(library_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Obs
 def test_warnings_prints_and_plots_cost_nothing(honest: Observations) -> None:
     assert verdict_of(honest, "check-rank", SEED).passed
     assert honest.probes["check-rank"].seen[0].printed == "hello\n"
-    assert [honest.outputs[cell].status for cell in ("noise", "magic", "plot", "taken", "late")] == ["ran"] * 5
+    assert [honest.outputs[cell].status for cell in ("noise", "magic", "plot", "room", "taken", "late")] == ["ran"] * 6
     noise = honest.outputs["noise"]
     assert noise.stdout.startswith("printed\nxxx")
     assert noise.stdout.endswith("more characters)")

@@ -69,12 +69,14 @@ def report_verdict(verdict: Verdict) -> list[str]:
 
 def report_hints(name: str, hints: int) -> None:
     """Report the number of hints opened, if the learner is in a room."""
-    _report(name, "trying", hints=min(hints, MOST_HINTS))
+    for note in _report(name, "trying", hints=min(hints, MOST_HINTS)):
+        display.show_text(note)
 
 
 def report_library(name: str) -> None:
     """Report that the learner works with the library's version, if the learner is in a room."""
-    _report(name, "library")
+    for note in _report(name, "library"):
+        display.show_text(note)
 
 
 def _report(name: str, state: str | None, misconception: str = "", hints: int = 0) -> list[str]:

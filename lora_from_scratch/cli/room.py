@@ -40,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--seats", type=int, default=SEATS, metavar="N", help="maximum number of learners (%(default)s)"
     )
     parser.add_argument(
-        "--keep", type=Path, metavar="FILE", help="keep the room in this file, and continue it if the file exists"
+        "--keep", type=Path, metavar="FILE", help="keep the room in this file; continue it if the file exists"
     )
     parser.add_argument("--no-browser", action="store_true", help="only print the address of the page")
     return parser
@@ -75,11 +75,11 @@ def run(options: argparse.Namespace) -> int:
     server = uvicorn.Server(uvicorn.Config(room.app, log_level="warning", timeout_graceful_shutdown=GRACE))
     room.is_closing = lambda: server.should_exit
     page = f"http://127.0.0.1:{port}/?key={room.key}"
-    kept = f"kept in {options.keep}" if options.keep else "not kept (see --keep)"
+    kept = f"The room is kept in {options.keep}." if options.keep else "Nothing is kept (see --keep)."
     print(
         "The room is open. To join, learners run in a notebook:\n\n    from lora_from_scratch.checks import join\n"
         f'    join("{room.invitation}", "your name")\n\nYour page, for you alone: {page}\n'
-        f"Stop with Ctrl-C; the room is then {kept}.",
+        f"Stop with Ctrl-C. {kept}",
         flush=True,
     )
     if not options.no_browser:

@@ -91,8 +91,11 @@ def join(invitation: Invitation, name: str) -> Membership:
     token = before.token if before is not None and same else _token
     body = {"code": invitation.code, "name": read_name(name), "token": token}
     answer = post(invitation.address, invitation.port, "/join", body)
-    now = time.time()
-    member = Membership(invitation.address, invitation.port, invitation.code, token, read_name(answer.get("name")), now)
+    try:
+        shown = read_name(answer.get("name"))
+    except ValueError:
+        raise OSError("the answer is not that of a room") from None
+    member = Membership(invitation.address, invitation.port, invitation.code, token, shown, time.time())
     _unsaved = member
     if not switched_off():
         with contextlib.suppress(OSError):  # not writable: the membership holds in this kernel

@@ -6,12 +6,12 @@ Times are in seconds since the epoch, on the teacher's clock unless it is said t
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lora_from_scratch.room.protocol import Status
+from lora_from_scratch.room.protocol import LONGEST_NAME, Status
 
 STUCK = 5 * 60.0  # seconds at one exercise without passing it
 AWAY = 45 * 60.0  # seconds without a sign of life; who is away does not count as stuck
@@ -135,7 +135,7 @@ class Table:
         free, number = name, 1
         while free.casefold() in taken:
             number += 1
-            free = f"{name} {number}"
+            free = f"{name[: LONGEST_NAME - len(f' {number}')].rstrip()} {number}"
         return free
 
     # --- What the page shows ---
@@ -184,15 +184,14 @@ class Table:
 
     def _misconceptions(self, now: float) -> list[dict[str, Any]]:
         """The mistakes of those who are at an exercise now, the most frequent first."""
-        who: dict[tuple[str, str], list[Learner]] = defaultdict(list)
-        for learner in self.learners.values():
-            if learner.is_working(now) and (name := learner.statuses[learner.here].misconception):
-                who[learner.here, name].append(learner)
-        common = sorted(who.items(), key=lambda item: (-len(item[1]), item[0]))[:MOST_MISCONCEPTIONS]
+        working = [learner for learner in self.learners.values() if learner.is_working(now)]
+        counts = Counter((learner.here, learner.statuses[learner.here].misconception) for learner in working)
+        common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         return [
-            {"exercise": exercise, "name": name, "message": self.message(exercise, name), "count": len(learners)}
-            for (exercise, name), learners in common
-        ]
+            {"exercise": exercise, "name": name, "message": self.message(exercise, name), "count": count}
+            for (exercise, name), count in common
+            if name
+        ][:MOST_MISCONCEPTIONS]
 
     def _advice(self, now: float) -> list[dict[str, Any]]:
         """For exercises at which someone is working: whether a third of the group is stuck, or two thirds are done."""
