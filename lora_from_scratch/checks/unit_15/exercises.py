@@ -338,8 +338,8 @@ PREDICTIONS = [
             "On the queries, which Liu et al. measured as well, DoRA's runs have the negative correlation "
             "of the paper; LoRA's is weaker than theirs. On `c_fc` every method has a strongly positive one: all rows "
             "move little in some blocks and much in others, and those that turn more also stretch more. Which "
-            "sign one sees depends on the kind of matrix as much as on the method; and on something that the next figure "
-            "shows."
+            "sign one sees depends on the kind of matrix as much as on the method, and on something that the next "
+            "figure shows."
         ),
         replies={
             "a": "The paper's plot is of q and v. The MLP's matrices behave in another way.",
