@@ -358,21 +358,21 @@ PREDICTIONS = [
         ),
         choices={
             "a": "none: the same numbers are added and subtracted",
-            "b": "about half; the first evaluation alone changes a fifth, and later ones ever fewer",
-            "c": "nearly all; the first changes very few, and the errors add up",
+            "b": "about half; a single evaluation with the final B changes a fifth already, ten more than a third",
+            "c": "nearly all; a single evaluation changes very few, but the errors add up",
         },
         answer="b",
         explanation=(
             "The sum is rounded to the precision of the larger number: where W is small beside W + s B A, its last "
             "bits are lost at once. With the same B A a second evaluation would change almost nothing, because what "
-            "is left of W fits into the sum. But B A has changed by then, and other entries lose their last bits; "
-            "fewer each time."
+            "is left of W fits into the sum. With another B A, other entries lose theirs. So the share grows with the "
+            "number of evaluations, but more and more slowly."
         ),
         replies={
             "a": "The difference would be exact if the sum were. It is rounded to 8 significant bits first.",
             "c": (
-                "Most of the rounding happens in the first evaluations. The bits that the sum cannot hold are gone "
-                "after that, and there is less and less left to round."
+                "The errors do not add up: bits that the sum cannot hold are gone after one evaluation, and the next "
+                "can only take bits that are still there."
             ),
         },
         measured="the LoRA of 24 steps on the bundled GPT-2, seed 0, its B scaled up in equal steps",
