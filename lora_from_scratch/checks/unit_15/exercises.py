@@ -57,7 +57,6 @@ def norm_cases(draw: Draw) -> Iterator[Case]:
     tiny: dict[str, Data] = {"W": draw.normal(4, 5) / 1000, "B": draw.normal(4, 2) / 1000}
     yield Case(small.name, {**small.inputs, **tiny}, sentences=small.sentences)
     yield case("12 outputs, 30 inputs, r = 2: which tensors are created?", (12, 30, 2), 2.0, memory, norm, size=True)
-    yield case("30 outputs, 12 inputs, r = 2: which tensors are created?", (30, 12, 2), 2.0, memory, norm, size=True)
     A_, B_ = draw.normal(2, 8), draw.normal(200, 2)
     W_ = -2.0 * (B_ @ A_)  # V is zero but for rounding
     W_[0] = 100.0
@@ -104,9 +103,7 @@ def dora_cases(draw: Draw) -> Iterator[Case]:
     yield case("W and B with a row of zeros", forward, (5, 4, 2), zero, combine, what="zeros", **row)
     yield case("a Linear with a bias, merged", merge, (4, 3, 2), change, learns)
     yield case("a square Conv1D, merged", merge, (4, 4, 2), change, learns, **conv)
-    yield case("a Linear merged at the start, B = 0", merge, (5, 4, 2), change, **start)
     yield case("a row of zeros, merged", merge, (5, 4, 2), zero, change, **row)
-    # With these numbers the sum is the same in float32 in whatever order; in bfloat16 it is not.
     yield case("a Linear in bfloat16, merged", merge, (8, 6, 2), change, dtype="bfloat16")
 
 
@@ -115,7 +112,9 @@ def dora_cases(draw: Draw) -> Iterator[Case]:
 
 def group_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, shapes: dict[str, list[int]], ratio: float, *sentences: str) -> Case:
-        return Case(name, {"shapes": dict(shapes), "ratio": ratio}, sentences=sentences)
+        return Case(
+            name, {"shapes": {key: list(shape) for key, shape in shapes.items()}, "ratio": ratio}, sentences=sentences
+        )
 
     two, last, one_group = "The optimiser's two groups", "A parameter is a B if", "Every parameter is in exactly one"
     others, given, times = "a magnitude or a bias", "parameters: what is trained", "ratio: the learning rate of B"
@@ -191,7 +190,8 @@ def test_cases(draw: Draw) -> Iterator[Case]:
     sound, merged, back = "A sound layer passes", "its weight is not W + s B A in", "its weight is not W, bit for bit"
     twice, itself, made = "if a second `eval()`", "if `eval()` or `train()` does not", "MergingLinear: a class with"
     attributes, start, test = "Its layers have `weight`", "They start in training mode", "A test of a `MergingLinear`"
-    of = dict.fromkeys(SOUND, (sound, attributes, made, start, test)) | dict.fromkeys(FAULTY, (back, test))
+    of: dict[str, tuple[str, ...]] = dict.fromkeys(SOUND, (sound, attributes, made, start, test))
+    of |= dict.fromkeys(FAULTY, (back, test))
     for name in FAULTY:
         if "returns" in name or "return None" in name:
             of[name] = (itself,)
