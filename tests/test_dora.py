@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_from_scratch.checks.unit_15.probes import LargestNewTensor
 from lora_from_scratch.methods.dora import DoRA, DoRALinear, row_norms
 from lora_from_scratch.methods.lora import LoRALinear
 from lora_from_scratch.methods.registry import load_adapter
@@ -29,6 +30,17 @@ def test_the_norms_are_those_of_the_rows_of_the_changed_weight(
     W, A, B = torch.randn(out, inputs), torch.randn(rank, inputs), torch.randn(out, rank)
     V = W.double() + scaling * B.double() @ A.double()
     torch.testing.assert_close(row_norms(W, A, B, scaling).double(), V.norm(dim=1), atol=2e-3, rtol=1e-4)
+
+
+def test_the_norms_need_no_tensor_of_the_size_of_the_weight() -> None:
+    torch.manual_seed(0)
+    W, A, B = torch.randn(30, 40), torch.randn(2, 40), torch.randn(30, 2)
+    with LargestNewTensor(W, A, B) as largest:
+        row_norms(W, A, B, 2.0)
+    assert 0 < largest.elements <= B.numel()
+    with LargestNewTensor(W, A, B) as largest:
+        (W + 2.0 * B @ A).norm(dim=1)
+    assert largest.elements == W.numel()
 
 
 def layer(bias: bool = True, **options: Any) -> Any:

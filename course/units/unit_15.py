@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 from lora_from_scratch.checks import check, hint, library, progress, working
+from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.tasks import load_dataset
@@ -53,8 +54,8 @@ from lora_from_scratch.support.figures import show
 from lora_from_scratch.support.linear_layers import weight_of
 from lora_from_scratch.support.progress_bar import tqdm
 
-# The model: "bundled" (90 seconds on two cores), "gpt2" (needs a network connection, about 15 minutes and 5 GB of
-# memory), or the path of a checkpoint directory.
+# The model: "bundled" (90 seconds on two cores), "gpt2" (needs a network connection, and many times as long), or the path
+# of a checkpoint directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 24))  # per training run
 BATCH, SEEDS = 8, (0, 1)
@@ -198,6 +199,9 @@ for method in (OwnDoRA(), ExactDoRA()):
 print(f"cosine of the two gradients of all B: {torch.cosine_similarity(*gradients, dim=0):.3f}")
 
 # %% [markdown]
+# On the bundled model the two gradients have nearly the same direction, and the exact one keeps more than twice as much:
+# every V, and what the norm of V needs.
+#
 # ## How training turns and stretches
 #
 # Before they propose DoRA, Liu et al. (section 3.2) look at how a run changes magnitude and direction. For a weight that
@@ -232,6 +236,8 @@ print(stretched_and_turned(torch.tensor([[8.0, 6.0]]), torch.tensor([[3.0, 4.0]]
 
 # %%
 RATES = {"full": 2e-3, "lora": 4e-3, "dora": 4e-3, "lora-plus": 5e-4, "lora-fa": 1e-2, "pissa": 8e-3}
+if MODEL != "bundled":
+    RATES = {name: defaults.learning_rate_for(name, config) for name in RATES}
 QUARTER = max(1, STEPS // 4)
 
 
@@ -414,7 +420,7 @@ for block, name in enumerate(name for name in names if name.endswith("c_attn")):
 # ## From the museum of faults
 #
 # A DoRA layer is merged before it is served, like any LoRA layer. Some libraries also merge for every evaluation, so that
-# it costs one product. Here is a layer that does so by itself; its faults are those of the first LoRA library, loralib
+# it costs one product. Here is a layer that does so by itself; its faults are those of the LoRA authors' own library, loralib
 # (microsoft/LoRA, `loralib/layers.py`), where they still are. There are two. Read the code before you go on.
 
 # %%
@@ -628,10 +634,18 @@ print(f"an untrained PiSSA adapter, loaded on W itself: the output changes by {e
 # **The magnitude in the fast group.** The authors' code of LoRA+ gives every vector the rate of B, and so would give DoRA's
 # m sixteen times the rate. Above, all vectors are in the first group: a group is chosen by what a parameter is.
 #
-# **A gain in memory that is none.** LoRA-FA saves x only if nothing else keeps it. If a base layer were trained too, or if
-# a library's backward pass keeps the input of every layer, the saving is gone; in PEFT's comparison LoRA-FA needs as
-# much memory as LoRA. Measure it.
-#
+# **A gain in memory that is none.** LoRA-FA saves x only if nothing else keeps it. Train the base's weight as well, and x is
+# back. (In PEFT's comparison LoRA-FA needs as much memory as LoRA, 20.7 and 20.8 GiB.)
+
+# %%
+layer = LoRALinear(copy.deepcopy(model.get_submodule(names[2])), 8)
+layer.lora_A.requires_grad_(False)
+x = torch.randn(16, W.shape[1])
+for trained in (False, True):
+    layer.base.weight.requires_grad_(trained)
+    print(f"A frozen, the base's weight {'trained' if trained else 'frozen '}: keeps {kept_bytes(layer, x):>6,} bytes")
+
+# %% [markdown]
 # ## Summary
 #
 # - DoRA gives each row a learned length; the norm of V = W + s B A comes from three small products, and is a constant for
