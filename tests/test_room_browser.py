@@ -55,9 +55,9 @@ NAMES = [
     *("Ada", "Ada", "Grace", "Wolfeschlegelsteinhausenberger", MARKUP),
 ]
 WHAT_THE_TABLE_SAYS = """
-const rows = [...document.querySelectorAll("tbody tr")]
+const rows = [...document.querySelectorAll("tbody tr")]  // the second cell is the unit where the learner is
 return Object.fromEntries(rows.map(row => [row.querySelector("bdi").textContent,
-  [...row.querySelectorAll("td")].map(cell => [cell.className, cell.querySelector(".hidden").textContent])]))
+  [row.cells[1].textContent, ...[...row.cells].slice(2).map(cell => [cell.className, cell.querySelector(".hidden").textContent])]]))
 """
 # The texts of the page whose contrast with their background is below level AA of WCAG 2.2 (1.4.3).
 LOW_CONTRAST = """
@@ -167,7 +167,9 @@ def test_the_table_says_of_forty_learners_what_they_have_reported(room: RunningR
     exercises = [name for unit in view["units"] for name in unit["exercises"]]
     assert len(said) == 40
     for row in view["learners"]:
-        for name, (look, word) in zip(exercises, said[row["name"]], strict=True):
+        unit, *cells = said[row["name"]]
+        assert unit == room.table.exercises[row["here"]].number
+        for name, (look, word) in zip(exercises, cells, strict=True):
             status = row["exercises"].get(name)
             assert word.startswith(words[status["state"]] if status else "not started")
             assert look.split()[0] == (status["state"] if status else "none")
