@@ -55,9 +55,11 @@ NAMES = [
     *("Ada", "Ada", "Grace", "Wolfeschlegelsteinhausenberger", MARKUP),
 ]
 WHAT_THE_TABLE_SAYS = """
-const rows = [...document.querySelectorAll("tbody tr")]  // the second cell is the unit where the learner is
-return Object.fromEntries(rows.map(row => [row.querySelector("bdi").textContent,
-  [row.cells[1].textContent, ...[...row.cells].slice(2).map(cell => [cell.className, cell.querySelector(".hidden").textContent])]]))
+const said = cell => [cell.className, cell.querySelector(".hidden").textContent]
+return Object.fromEntries([...document.querySelectorAll("tbody tr")].map(row => {
+  const [name, unit, ...exercises] = row.cells
+  return [name.querySelector("bdi").textContent, [unit.textContent, ...exercises.map(said)]]
+}))
 """
 # The texts of the page whose contrast with their background is below level AA of WCAG 2.2 (1.4.3).
 LOW_CONTRAST = """
