@@ -130,7 +130,7 @@ def room(server: Running) -> RunningRoom:
             statuses[name] = Status("library", now - 1200)
         state = chosen.choice(("failed", "failed", "trying"))
         mistake = chosen.choice(mistakes[exercises[place]][:3]) if state == "failed" else ""
-        at = now - chosen.uniform(0, 2.2 * STUCK)
+        at = now - chosen.uniform(*chosen.choice(((0, 60), (STUCK + 60, 2 * STUCK))))  # far from STUCK
         statuses[exercises[place]] = Status(state, at, mistake, hints=chosen.randint(0, 3))
         assert opened.report(number, **statuses)[0] == 200
 
