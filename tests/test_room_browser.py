@@ -55,9 +55,11 @@ NAMES = [
     *("Ada", "Ada", "Grace", "Wolfeschlegelsteinhausenberger", MARKUP),
 ]
 WHAT_THE_TABLE_SAYS = """
-const rows = [...document.querySelectorAll("tbody tr")]
-return Object.fromEntries(rows.map(row => [row.querySelector("bdi").textContent,
-  [...row.querySelectorAll("td")].map(cell => [cell.className, cell.querySelector(".hidden").textContent])]))
+const said = cell => [cell.className, cell.querySelector(".hidden").textContent]
+return Object.fromEntries([...document.querySelectorAll("tbody tr")].map(row => {
+  const [name, unit, ...exercises] = row.cells
+  return [name.querySelector("bdi").textContent, [unit.textContent, ...exercises.map(said)]]
+}))
 """
 # The texts of the page whose contrast with their background is below level AA of WCAG 2.2 (1.4.3).
 LOW_CONTRAST = """
@@ -128,7 +130,7 @@ def room(server: Running) -> RunningRoom:
             statuses[name] = Status("library", now - 1200)
         state = chosen.choice(("failed", "failed", "trying"))
         mistake = chosen.choice(mistakes[exercises[place]][:3]) if state == "failed" else ""
-        at = now - chosen.uniform(0, 2.2 * STUCK)
+        at = now - chosen.uniform(*chosen.choice(((0, 60), (STUCK + 60, 2 * STUCK))))  # far from STUCK
         statuses[exercises[place]] = Status(state, at, mistake, hints=chosen.randint(0, 3))
         assert opened.report(number, **statuses)[0] == 200
 
@@ -167,7 +169,9 @@ def test_the_table_says_of_forty_learners_what_they_have_reported(room: RunningR
     exercises = [name for unit in view["units"] for name in unit["exercises"]]
     assert len(said) == 40
     for row in view["learners"]:
-        for name, (look, word) in zip(exercises, said[row["name"]], strict=True):
+        unit, *cells = said[row["name"]]
+        assert unit == room.table.exercises[row["here"]].number
+        for name, (look, word) in zip(exercises, cells, strict=True):
             status = row["exercises"].get(name)
             assert word.startswith(words[status["state"]] if status else "not started")
             assert look.split()[0] == (status["state"] if status else "none")
