@@ -301,3 +301,132 @@ for name, attention in {"mended": shifted_sparse_attention, "the museum's": faul
         print(f"{name}: passes")
     except AssertionError as error:
         print(f"{name}: fails {error}")
+
+# %% [markdown]
+# ## What is saved, and what it costs
+#
+# Count the scores of one head, T = 512: T² in full, n g² in n groups. How many groups would you take? Choose, write down
+# what you expect of the held-out loss, and run the cell.
+
+# %%
+MY_GROUPS = 2
+
+for n in sorted({1, 4, MY_GROUPS}):
+    g = -(-N // n)
+    print(
+        f"{n} groups: {n * g * g:>9,} scores for each head and text of {N} tokens, {n * g * g / N**2:.0%} of full attention"
+    )
+_, mine = trained(MY_GROUPS, {}, seed=0)
+print(f"\nheld-out loss with {MY_GROUPS} groups: {mine.mean():.2f}")
+for name in ("full", "shifted groups"):
+    print(f"{name}, {KINDS[name][0]} group{'s' if KINDS[name][0] > 1 else ''}: {results[name, 0][1].mean():.2f}")
+
+# %% [markdown]
+# The scores are only a part of a step. At this width and length the matrices of the block cost more; only for long texts
+# do the scores dominate:
+
+
+# %%
+def share_of_scores(tokens, width):
+    """The share of the multiplications in a block that full attention's scores and their use take."""
+    scores = 2 * tokens * tokens * width  # q k^T, and the weights times v
+    matrices = 12 * tokens * width * width  # c_attn, both c_proj and c_fc
+    return scores / (scores + matrices)
+
+
+for tokens in (512, 8192, 100_000):
+    print(
+        f"{tokens:>7,} tokens: {share_of_scores(tokens, config.n_embd):.0%} at width {config.n_embd}, {share_of_scores(tokens, 4096):.0%} at width 4,096"
+    )
+
+
+# %% volatile=true
+def seconds_of(groups):
+    """Seconds of one forward and backward pass."""
+    method = LongLoRA(factor=2, groups=groups)
+    method.adapt(model)
+    model.train()
+    start = time.perf_counter()
+    F.cross_entropy(model(training[:2])[:, :-1].flatten(0, 1), training[:2, 1:].flatten()).backward()
+    seconds = time.perf_counter() - start
+    method.undo(model)
+    return seconds
+
+
+rounds = [{groups: seconds_of(groups) for groups in (1, 4, 16)} for _ in range(4)]
+least = {groups: min(times[groups] for times in rounds) for groups in (1, 4, 16)}
+for groups, seconds in least.items():
+    print(f"{groups:>2} groups: {seconds / least[1]:.2f} times as long as full attention")
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# **More positions than there are.** A text longer than the table is an error here. In a library that clamps or wraps
+# positions it is none, only worse.
+
+# %%
+try:
+    model(held_out[:1])
+except (ValueError, IndexError) as error:
+    print(f"{type(error).__name__}: {error}")
+
+# %% [markdown]
+# **New rows in place of stretched ones.** If the table is continued with small random rows, the positions that the model
+# knows keep their place, and the others mean nothing.
+
+# %%
+method = LongLoRA(factor=2)
+method.adapt(model)
+stretched = losses_by_position(held_out)
+with torch.no_grad():
+    noise = 0.02 * torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
+    model.transformer.wpe.weight.copy_(torch.cat([table, noise]))
+continued = losses_by_position(held_out)
+method.undo(model)
+half = config.n_positions
+for name, losses in {"stretched": stretched, "random rows": continued}.items():
+    print(f"{name:<12} before training: first half {losses[:half].mean():.2f}, second half {losses[half:].mean():.2f}")
+
+# %% [markdown]
+# **Evaluated with the attention of training.** A model that is trained on groups and also evaluated on groups looks
+# fine: nothing in the number depends on what lies further back. Evaluate as the model will be used.
+#
+# **A mask that is right for the lengths that were tried.** The last group is the special case twice: it is rolled, and it
+# may not be whole. Test lengths that the group size does not divide.
+#
+# ## Summary
+#
+# - Learned positions can be stretched: before any training, twice the length costs the bundled model little.
+# - Shifted sparse attention trains on n g² scores instead of T², and the shift lets neighbours across a border meet.
+# - A roll puts the beginning of the text behind its end: one block of the mask keeps the two apart.
+# - TODO
+# - That no output sees the future is shown by a test that changes tokens, and not by a loss.
+#
+# ## Go further
+#
+# - Chen et al. 2023, *LongLoRA* (arXiv:2309.12307): section 3.2 for the attention, 3.3 for why embeddings and norms are
+#   trained as well.
+# - Chen et al. 2023, *Extending Context Window of Large Language Models via Positional Interpolation* (arXiv:2306.15595).
+# - Press et al. 2021, *Train Short, Test Long* (ALiBi, arXiv:2108.12409): positions that need no table.
+# - `lora_from_scratch/methods/long_lora.py`: what you wrote, with masks for padding, and the method around it.
+
+# %% [markdown] open_question="a_context_of_32k" points=4
+# ### Open question
+#
+# A team fine-tunes a model to 32,768 tokens with sparse attention in four groups, evaluates with the same attention, and
+# reports: "the loss is lower than the base's at 4,096 tokens, and training is four times as fast". Write at most 150
+# words: which two of their claims can you not believe yet, which measurements would settle them, and which test should
+# run before all of them?
+#
+# **Rubric.**
+#
+# - 1 point: the evaluation has to use full attention (the attention that is used later), on held-out text.
+# - 1 point: losses at different lengths are of different tokens; compare the same tokens with and without the far
+#   context, or by position.
+# - 1 point: "four times as fast" is the number of scores; the matrices of the blocks cost as much as before, so the time
+#   of a whole step has to be measured.
+# - 1 point: a causality test on the attention: changing a token must not change an output before it, in any head and for
+#   lengths that the group size does not divide.
+
+# %% volatile=true
+progress("20")

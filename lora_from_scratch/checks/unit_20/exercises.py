@@ -201,4 +201,57 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "stretched_untrained",
+        question=(
+            "The bundled model reads texts of 256 tokens, but token i gets row i of a table that was stretched by 2. "
+            "All positions are other ones than in its training, and nothing is trained. How does its held-out loss on "
+            "these texts change? (It is 3.7; with all tokens equally likely it would be 8.3.)"
+        ),
+        choices={
+            "a": "it hardly rises, by less than 0.2",
+            "b": "it rises by about 1",
+            "c": "it rises to about 8: the positions make no sense to the model",
+        },
+        answer="a",
+        explanation=(
+            "Neighbouring rows of the table are alike, because neighbouring positions play the same part in a text. A "
+            "row between two of them is alike too, so the model finds its way. What changes is only how far apart two "
+            "tokens seem to be, half as far."
+        ),
+        replies={
+            "b": "That would be a model for which each row is something of its own.",
+            "c": "That is what rows of random numbers would do. These lie between rows that the model knows.",
+        },
+        measured="8 texts of 256 tokens, bundled GPT-2",
+        idea="positions",
+    ),
+    Prediction(
+        "does_it_show",
+        question=(
+            "You train the bundled model for 30 steps with the function above, and once more with the fault mended. "
+            "All else is the same. What do the two training losses say?"
+        ),
+        choices={
+            "a": "that of the faulty one is clearly lower: it sees the future",
+            "b": "nothing that would make you suspicious: that of the faulty one is as high or higher",
+            "c": "that of the faulty one does not fall at all",
+        },
+        answer="b",
+        explanation=(
+            "What the first tokens see is the end of the text, far away, and not the next token. It would help a model "
+            "that had learned to use it. In so few steps it disturbs more than it helps: keys from the end appear "
+            "where the model expects nothing. So no loss gives the fault away, and the model is spoiled all the same."
+        ),
+        replies={
+            "a": (
+                "A leak of the next token would do that. This one shows the end of the text to its beginning, and what "
+                "stands there has to be of use first."
+            ),
+            "c": "Most tokens and half of the heads do not notice anything.",
+        },
+        measured="30 steps with 2 texts of 512 tokens on the bundled GPT-2, seeds 0 and 1",
+        idea="attention in groups",
+    ),
+]
