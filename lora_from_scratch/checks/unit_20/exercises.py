@@ -179,6 +179,7 @@ EXERCISES = [
         ),
         cases=mask_cases,
         explain=explain_mask,
+        dtypes=True,
     ),
     Exercise(
         test_shifted_sparse_attention,
