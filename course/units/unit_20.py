@@ -284,8 +284,8 @@ for (name, seed), (losses, by_position) in results.items():
 # - **Full attention is the best on held-out text, by far more than in training.** The sparse models are asked to do
 #   something that they were not trained for, to look back beyond their groups.
 # - **The shift does not help here**: groups alone come out better when attention is full again. The paper finds the
-#   opposite for LLaMA-2 7B at 8,192 tokens and more, after a thousand steps. Thirty steps of a model of this size can
-#   neither confirm nor refute that; they show what a method costs at the start.
+#   opposite for LLaMA-2 7B (section 3.2). Thirty steps of a model of this size can neither confirm nor refute that; they
+#   show what a method costs at the start.
 #
 # Now mend the function: its mask has to know about the roll.
 
