@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_from_scratch.gpt2.checkpoint import load_model, save_gpt2
 from lora_from_scratch.gpt2.model import GPT2, Attention, causal_attention
-from lora_from_scratch.methods.long_lora import LongLoRA, ShiftedSparseAttention, shifted_sparse_attention, stretched
+from lora_from_scratch.methods.long_lora import LongLoRA, ShiftedSparseAttention, shifted_sparse_attention, stretch_positions
 from lora_from_scratch.methods.registry import load_adapter
 from tests.any_models import randomise
 from tests.helpers import tiny_model
@@ -170,7 +170,7 @@ def test_embeddings_norms_and_positions_are_trained_and_counted() -> None:
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_the_positions_are_interpolated_between_the_first_and_the_last(factor: int) -> None:
     table = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-    longer = stretched(table, factor)
+    longer = stretch_positions(table, factor)
     assert longer.shape == (8 * factor, 3)
     for i, row in enumerate(longer):
         place = i * 7 / (8 * factor - 1)

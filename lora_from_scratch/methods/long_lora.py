@@ -59,40 +59,80 @@ def shifted_sparse_attention(
         (B, H, T, hd).
     """
     heads, tokens = q.shape[1:3]
-    q, k, v = (_to_groups(x, group_size) for x in (q / math.sqrt(q.shape[-1]), k, v))  # (B, H, n, g, hd)
+    q, k, v = (to_groups(x, group_size) for x in (q / math.sqrt(q.shape[-1]), k, v))  # (B, H, n, g, hd)
     hidden = ~_allowed(heads, q.shape[2], group_size, mask, q.device)  # (B or 1, H, n, g, g)
     bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, -math.inf)
     weights = torch.softmax(q @ k.transpose(-2, -1) + bias, dim=-1)
-    return _from_groups(F.dropout(weights, dropout) @ v, group_size)[:, :, :tokens]
+    return from_groups(F.dropout(weights, dropout) @ v, tokens)
 
 
-def _to_groups(x: Tensor, group_size: int) -> Tensor:
-    """(B, H, T, hd) to (B, H, n, g, hd): padded to whole groups, the second half of the heads rolled by -(g // 2)."""
+def to_groups(x: Tensor, group_size: int) -> Tensor:
+    """Cut the tokens of each head into groups of g (LongLoRA, section 3.2).
+
+    The first H // 2 heads have the tokens in their order. In the other heads they are rolled: each moves g // 2 places
+    to the front, and the first g // 2 move to the end.
+
+    Zeros are appended first if g does not divide T. They are rolled like tokens.
+
+    Args:
+        x: (B, H, T, hd), the queries, keys or values of H heads.
+        group_size: g, at least 1.
+
+    Returns:
+        (B, H, n, g, hd), n groups, so that n g is the smallest multiple of g that is at least T.
+    """
     x = F.pad(x, (0, 0, 0, -x.shape[2] % group_size))
     half = x.shape[1] // 2
     x = torch.cat([x[:, :half], x[:, half:].roll(-(group_size // 2), dims=2)], dim=1)
     return x.unflatten(2, (-1, group_size))
 
 
-def _from_groups(x: Tensor, group_size: int) -> Tensor:
-    """The inverse of `_to_groups`, (B, H, n g, hd)."""
-    x, half = x.flatten(2, 3), x.shape[1] // 2
-    return torch.cat([x[:, :half], x[:, half:].roll(group_size // 2, dims=2)], dim=1)
+def from_groups(x: Tensor, tokens: int) -> Tensor:
+    """The inverse of `to_groups`: every token in its place again, and what was appended left out.
+
+    Args:
+        x: (B, H, n, g, hd), cut and rolled as by `to_groups`.
+        tokens: T, the number of tokens of the text.
+
+    Returns:
+        (B, H, T, hd).
+    """
+    half, group_size = x.shape[1] // 2, x.shape[3]
+    x = x.flatten(2, 3)
+    return torch.cat([x[:, :half], x[:, half:].roll(group_size // 2, dims=2)], dim=1)[:, :, :tokens]
+
+
+def allowed_in_groups(heads: int, groups: int, group_size: int) -> Tensor:
+    """Whether a query may attend to a key of its group, with the tokens in the order of `to_groups`.
+
+    A query may attend to the keys of its group that come no later in the text, itself among them.
+
+    In the first heads // 2 heads a group is a piece of the text. So it is in the other heads, but for the last group:
+    it has the end of the text, and then its first g // 2 tokens. Those two pieces do not attend to each other.
+
+    Args:
+        heads: H.
+        groups: n.
+        group_size: g.
+
+    Returns:
+        (H, n, g, g), boolean: entry (h, i, q, k) is True if, in head h and group i, query q may attend to key k.
+    """
+    causal = torch.ones(group_size, group_size, dtype=torch.bool).tril()
+    allowed = causal.repeat(heads, groups, 1, 1)
+    end = group_size - group_size // 2
+    allowed[heads // 2 :, -1, end:, :end] = False
+    return allowed
 
 
 def _allowed(heads: int, groups: int, group_size: int, mask: Tensor | None, device: torch.device) -> Tensor:
-    """(B or 1, H, n, g, g): whether a query of a group may attend to a key of that group."""
-    causal = torch.ones(group_size, group_size, dtype=torch.bool, device=device).tril()
-    shifted = causal.repeat(groups, 1, 1)  # (n, g, g)
-    ends = group_size - group_size // 2  # the last group holds the end of the text, then its beginning
-    shifted[-1, ends:, :ends] = False  # the beginning must not attend to the end
-    half = heads // 2
-    allowed = torch.cat([causal.expand(half, groups, -1, -1), shifted.expand(heads - half, -1, -1, -1)])[None]
+    """(B or 1, H, n, g, g): `allowed_in_groups`, and the mask allows it too."""
+    allowed = allowed_in_groups(heads, groups, group_size).to(device)[None]
     if mask is None:
         return allowed
     both = mask.expand(-1, heads, -1, -1)
-    rows = _to_groups(both, group_size)  # (B, H, n, g, T): the queries in groups
-    columns = _to_groups(rows.flatten(2, 3).transpose(2, 3), group_size)  # then the keys
+    rows = to_groups(both, group_size)  # (B, H, n, g, T): the queries in groups
+    columns = to_groups(rows.flatten(2, 3).transpose(2, 3), group_size)  # then the keys
     blocks = columns.unflatten(-1, (-1, group_size)).diagonal(dim1=2, dim2=4)  # (B, H, g keys, g queries, n)
     # Padding attends to itself, so that no softmax is 0 / 0.
     return (allowed & blocks.permute(0, 1, 4, 3, 2)) | torch.eye(group_size, dtype=torch.bool, device=device)
@@ -125,9 +165,21 @@ class ShiftedSparseAttention(Attention):
 # --- Positions -------------------------------------------------------------------------------------------
 
 
-def stretched(table: Tensor, factor: int) -> Tensor:
-    """(n, d) to (factor n, d): the rows at equal steps from the first to the last, linear between neighbours."""
-    return F.interpolate(table.T[None].float(), scale_factor=factor, mode="linear", align_corners=True)[0].T.to(table)
+def stretch_positions(table: Tensor, factor: int) -> Tensor:
+    """A table of position embeddings for a context that is `factor` times as long, by linear interpolation.
+
+    The new table has the first and the last row of the old one at its ends, and all its rows are at equal distances in
+    between: a row that falls between two old ones is a mixture of the two, each the more the closer it is.
+
+    Args:
+        table: (n, d), n at least 2.
+        factor: a whole number, at least 1.
+
+    Returns:
+        (factor n, d), in the dtype of the table.
+    """
+    stretched = F.interpolate(table.T[None].float(), scale_factor=factor, mode="linear", align_corners=True)
+    return stretched[0].T.to(table)
 
 
 # --- The method ------------------------------------------------------------------------------------------
@@ -195,7 +247,7 @@ class LongLoRA(LoRA):
         if self.factor > 1:
             table = body.wpe.weight.detach()
             body.wpe = Embedding(self.factor * len(table), table.shape[1], device="meta").train(body.wpe.training)
-            body.wpe.weight = nn.Parameter(stretched(table, self.factor), requires_grad=False)
+            body.wpe.weight = nn.Parameter(stretch_positions(table, self.factor), requires_grad=False)
             model.config = replace(model.config, n_positions=self.factor * len(table))
         if self.embeddings_and_norms:
             norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
