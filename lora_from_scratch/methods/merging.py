@@ -66,7 +66,7 @@ def merge_agreeing(updates: Tensor) -> Tensor:
         The merged update, (...).
     """
     elected = updates.sum(dim=0).sign()
-    agrees = (updates.sign() == elected) & (updates != 0)
+    agrees = updates.sign() == elected  # where 0 is elected, only zeros agree
     return (updates * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
 
 

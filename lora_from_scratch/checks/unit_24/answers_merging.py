@@ -176,9 +176,7 @@ def the_majority(): ...
 
 
 @wrong("merge_agreeing", "You count the zeros as values that agree, which makes the mean too small.")
-@changed(
-    merge_agreeing, ("(updates.sign() == elected) & (updates != 0)", "(updates.sign() == elected) | (updates == 0)")
-)
+@changed(merge_agreeing, ("updates.sign() == elected", "(updates.sign() == elected) | (updates == 0)"))
 def zeros_agree(): ...
 
 

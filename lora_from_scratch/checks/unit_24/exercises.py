@@ -63,6 +63,7 @@ def test_cases(draw: Draw) -> Iterator[Case]:
         "the weights are divided by their sum": "makes the weights add up to 1",
         "the weights lose their signs": "takes a negative weight",
         "the weights are multiplied into the given B": "changes an A or a B",
+        "the weights are multiplied into the given A": "changes an A or a B",
     }
     for name in SOUND:
         yield Case(f"a sound function: {name}", {"function": name}, sentences=("A sound function passes",))
@@ -277,4 +278,53 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "sum_of_two",
+        question=(
+            "You add the writer's update and the reader's, both with the weight 1, to the base. What are the held-out "
+            "losses of the two tasks, compared with those of the base and of the adapter alone?"
+        ),
+        choices={
+            "a": "both are nearly those of the adapter alone, since orthogonal updates do not meet",
+            "b": "one is nearly that of its adapter alone, the other is worse than that of the base",
+            "c": "both lie about halfway between the base and the adapter alone",
+        },
+        answer="b",
+        explanation=(
+            "The reader's update is the larger one, and it wins: reading is nearly as good as alone, and writing worse "
+            "than without any adapter. That two updates are orthogonal as vectors only means that no weight moves "
+            "in two directions at once. What a layer computes, and passes on to the next, is changed by both."
+        ),
+        replies={
+            "a": "Orthogonal weights are not separate functions: both change what every later layer sees.",
+            "c": "That would need both to disturb each other equally, but one update is larger than the other.",
+        },
+        measured="32 steps for each adapter, rank 8",
+        idea="interference",
+    ),
+    Prediction(
+        "intruders",
+        question=(
+            "LoRA of rank 8 and full fine-tuning learn the same task, each with its tuned learning rate and the same "
+            "steps. How many of the 240 leading singular vectors are intruder dimensions?"
+        ),
+        choices={
+            "a": "LoRA has many, full fine-tuning none or nearly none",
+            "b": "full fine-tuning has more, since it changes every direction",
+            "c": "both have about as many, since they have learned the same task",
+        },
+        answer="a",
+        explanation=(
+            "Full fine-tuning changes every direction a little, and no leading singular vector has to give way. A "
+            "LoRA has eight directions to make the same difference to the output, so its changes are strong in these "
+            "eight, stronger than some of the leading singular values of the weight."
+        ),
+        replies={
+            "b": "It does change every direction, but each by little: the leading ones stay what they were.",
+            "c": "The same loss can be reached by different weights.",
+        },
+        measured="32 steps on the bundled GPT-2, rank 8, seed 0",
+        idea="intruders",
+    ),
+]

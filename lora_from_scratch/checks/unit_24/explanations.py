@@ -127,6 +127,6 @@ def explain_intruders(case: Case, seen: Seen, expected: Seen) -> Explanation:
         return "no number", f"Return a whole number. Yours is {describe(seen.value)}."
     kind = "too many" if one > other else "too few"
     return kind, (
-        f"You count {one} of {case.inputs['leading']} vectors, {kind}: {other} of them have cosines below the threshold "
+        f"You count {one} of {case.inputs['leading']} vectors, {kind}: {other} have cosines below the threshold "
         "with every left singular vector of W."
     )
