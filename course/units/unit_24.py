@@ -29,6 +29,7 @@ import inspect
 import os
 
 import torch
+from matplotlib import colormaps
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune import defaults
@@ -223,17 +224,18 @@ table(results)
 # %% exercise="trim"
 
 # %% [markdown]
-# Look at a part of one matrix, where each update keeps its largest fifth.
+# Look at a part of one matrix, of which each update keeps its largest fifth.
 
 # %% figure="unit_24.png"
 trimmed = working("trim")
 
-kept = [trimmed(updates[task][names[0]], 0.2)[:64, :64] for task in tasks]
+name = next(name for name in names if name.endswith("h.2.mlp.c_fc"))
+kept = [trimmed(updates[task][name][:64, :64], 0.2) for task in tasks]
 only = (kept[0] != 0).int() + (kept[1] != 0).int()
 agree = kept[0] * kept[1]
 picture = torch.where(agree < 0, 3.0, torch.where(agree > 0, 2.0, only.clamp(max=1).float()))
 figure, (axes,) = plotting.panels(1, width=6.4, height=4.2)
-image = axes.imshow(picture, cmap="gray_r", vmin=0, vmax=3)
+image = axes.imshow(picture, cmap=colormaps["gray_r"].resampled(4), vmin=-0.5, vmax=3.5)
 bar = figure.colorbar(image, ax=axes, ticks=[0, 1, 2, 3])
 bar.ax.set_yticklabels(["neither", "one of them", "both, same sign", "both, opposite signs"])
 plotting.label(axes, x="input", y="output", title="Whose entries are kept, of two adapters")
@@ -282,7 +284,7 @@ for rate in (0.5, 0.9):
 table([name for name in results if name.startswith(("the", "sum", "TIES", "DARE"))])
 
 # %%
-figure, (axes,) = plotting.panels(1, width=7, height=4.4)
+figure, (axes,) = plotting.panels(1, width=8, height=5)
 plotting.points(axes, {name: (result["writing"], result["reading"]) for name, result in results.items()})
 axes.set_yscale("log")
 plotting.label(axes, x="held-out loss of writing", y="held-out loss of reading", title="Two tasks in one model")
