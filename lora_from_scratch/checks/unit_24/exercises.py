@@ -63,7 +63,7 @@ def test_cases(draw: Draw) -> Iterator[Case]:
         "the weights are divided by their sum": "makes the weights add up to 1",
         "the weights lose their signs": "takes a negative weight",
         "the weights are multiplied into the given B": "changes an A or a B",
-        "the weights are multiplied into the given A": "changes an A or a B",
+        "the given A are doubled and the given B halved": "changes an A or a B",
     }
     for name in SOUND:
         yield Case(f"a sound function: {name}", {"function": name}, sentences=("A sound function passes",))

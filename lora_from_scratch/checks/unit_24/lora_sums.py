@@ -79,10 +79,12 @@ def out_of_step(pairs: Pairs, weights: Sequence[float]) -> tuple[Tensor, Tensor]
     return torch.cat([A for A, _ in reversed(pairs)]), B
 
 
-def in_place_in_A(pairs: Pairs, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    for (A, _), weight in zip(pairs, weights, strict=True):
-        A *= weight
-    return unweighted(pairs, weights)
+def balanced_in_place(pairs: Pairs, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The products stay the same, but not the factors."""
+    for A, B in pairs:
+        A *= 2
+        B /= 2
+    return weights_on_B(pairs, weights)
 
 
 def in_place(pairs: Pairs, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -106,6 +108,6 @@ FAULTY: dict[str, Merge] = {
     "the weights are divided by their sum": normalised,
     "the weights lose their signs": without_signs,
     "the weights are multiplied into the given B": in_place,
-    "the weights are multiplied into the given A": in_place_in_A,
+    "the given A are doubled and the given B halved": balanced_in_place,
 }
 MERGES = SOUND | FAULTY
