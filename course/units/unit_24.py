@@ -337,7 +337,7 @@ print(compare_with_the_mean(my_merge()))
 # The same task can be learned by full fine-tuning, at its own tuned rate, to about the same loss. Both change 24
 # matrices; look at the ten leading singular vectors of each, 240 in all.
 
-# %% prediction="intruders"
+# %% prediction="new_directions"
 
 # %%
 count = working("intruder_dimensions")
@@ -363,7 +363,7 @@ for name, of in {"LoRA": updates["writing"], "full": full_update}.items():
     loss = results["the writer"]["writing"] if name == "LoRA" else completion_loss(full, held_out["writing"])
     print(f"{name:<8} {sum(intruders[name].values()):>8} {LEADING * len(names):>4} {largest:>44.1f} {loss:>17.2f}")
 
-# %% check="intruders"
+# %% check="new_directions"
 
 # %% [markdown]
 # LoRA has only eight directions in each matrix, so it has to make them strong: the largest singular values of its update

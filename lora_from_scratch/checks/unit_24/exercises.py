@@ -258,7 +258,6 @@ EXERCISES = [
         cases=drop_cases,
         probe=run_drop,
         explain=explain_dropped,
-        background=("so that the mean over many",),
     ),
     Exercise(
         intruder_dimensions,
@@ -304,7 +303,7 @@ PREDICTIONS = [
         idea="interference",
     ),
     Prediction(
-        "intruders",
+        "new_directions",
         question=(
             "LoRA of rank 8 and full fine-tuning learn the same task, each with its tuned learning rate and the same "
             "steps. How many of the 240 leading singular vectors are intruder dimensions?"
