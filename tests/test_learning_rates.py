@@ -132,8 +132,8 @@ def test_the_committed_table_is_written_from_the_committed_results() -> None:
 
 def test_the_committed_sweep_has_the_best_rate_inside_and_every_method_uses_it() -> None:
     results = json.loads(learning_rates.PLACE.with_suffix(".json").read_text(encoding="utf-8"))
-    earlier = {result["method"] for result in results if "bleu" in result}  # tuned with 500 steps, and kept
     methods = contestants()
+    earlier = {methods[r["method"]].name for r in results if r["method"] in methods and "bleu" in r}  # with 500 steps
     swept: dict[str, dict[float, float]] = {}
     for result in results:
         if "bleu" not in result:
@@ -144,4 +144,7 @@ def test_the_committed_sweep_has_the_best_rate_inside_and_every_method_uses_it()
         best = min(losses, key=lambda rate: losses[rate])
         assert min(losses) < best < max(losses), name
         used = methods[name].learning_rate(256)
-        assert best / 2 <= used <= 2 * best if name in earlier else used == best, name
+        if methods[name].name in earlier:  # that rate was kept; the short sweep is at most one rung away from it
+            assert abs(nearest_rung(used) - nearest_rung(best)) <= 1, name
+        else:
+            assert used == best, name
