@@ -19,7 +19,12 @@ from torch import Tensor
 
 from lora_from_scratch.gpt2.checkpoint import load_model, save_gpt2
 from lora_from_scratch.gpt2.model import GPT2, Attention, causal_attention
-from lora_from_scratch.methods.long_lora import LongLoRA, ShiftedSparseAttention, shifted_sparse_attention, stretch_positions
+from lora_from_scratch.methods.long_lora import (
+    LongLoRA,
+    ShiftedSparseAttention,
+    shifted_sparse_attention,
+    stretch_positions,
+)
 from lora_from_scratch.methods.registry import load_adapter
 from tests.any_models import randomise
 from tests.helpers import tiny_model
