@@ -274,8 +274,26 @@ for (name, seed), (losses, by_position) in results.items():
 
 # %% check="does_it_show"
 
+# %%
+figure, (axes,) = plotting.panels(1, width=7.4, height=3.6)
+smooth = {name: plotting.smooth(results[name, 0][1].tolist(), window=101) for name in KINDS}
+highest_first = sorted(KINDS, key=lambda name: -smooth[name][-1])
+for style, name in enumerate(KINDS):
+    colour = plotting.COLOURS[style]
+    axes.plot(smooth[name], linestyle=plotting.LINES[style], color=colour, linewidth=1.8)
+    height = 0.92 - 0.12 * highest_first.index(name)
+    axes.annotate(name, (1.02, height), xycoords="axes fraction", color=colour, fontweight="bold", va="center")
+axes.set_xlim(0, N)
+axes.axvline(config.n_positions, color="0.7", linewidth=1)
+plotting.label(axes, x="position", y="held-out loss, nats per token", title="Held-out loss by position, full attention")
+show(
+    figure,
+    "The held-out loss, smoothed, against the position in the text, for four kinds of attention in training; names on "
+    "the right in the order of the ends of the lines, from high to low: " + ", ".join(highest_first) + ".",
+)
+
 # %% [markdown]
-# What the table shows, on the bundled model after 30 steps:
+# What the table and the figure show, on the bundled model after 30 steps:
 #
 # - **The leak does not flatter here.** With the fault the training loss is a little *higher*, and so is the held-out loss
 #   with full attention. Whoever looks at losses alone sees a method that works somewhat less well, and tries another
