@@ -20,7 +20,8 @@
 #
 # **Prerequisites**: LoRA's arithmetic (unit 09), a training run (unit 04), the singular value decomposition (unit 02).
 #
-# **Time**: about one hour, including 90 seconds of computation. 6 exercises, 2 predictions, one open question.
+# **Time**: about 75 minutes, including one and a half minutes of computation. 6 exercises, 2 predictions, one open
+# question.
 #
 # ![Three arrows in a plane, twice. Left, LoRA: a row w of the weight, the change that is added, and the sum, which has
 # another direction and another length. Right, DoRA: the same sum only gives the direction; the length m is learned by
