@@ -13,7 +13,7 @@ from lora_from_scratch.checks.bank import changed, right, wrong
 from lora_from_scratch.methods.long_lora import shifted_sparse_attention
 from lora_from_scratch.museum.rolled_without_mask import test_shifted_sparse_attention
 
-Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Attention = Callable[..., Tensor]
 
 
 def drawn(tokens: int, heads: int = 4, seed: int = 0) -> list[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
+from lora_from_scratch.checks.observation import Data
 from lora_from_scratch.checks.unit_20.explanations import (
     explain_back,
     explain_groups,
@@ -51,7 +52,7 @@ def group_cases(draw: Draw) -> Iterator[Case]:
     )
     zeros, like, result = "Zeros are appended first", "They are rolled like tokens", "(B, H, n, g, hd), n groups"
     counted = torch.arange(8.0).repeat(2, 1).view(1, 2, 8, 1)
-    example = {"x": counted, "group_size": 4}
+    example: dict[str, Data] = {"x": counted, "group_size": 4}
     yield Case("2 heads with the tokens 0 to 7, g = 4", example, sentences=(cut, order, moved))
     yield case("2 texts, 4 heads, 6 tokens, g = 2", (2, 4, 6, 3), 2, order, moved, result, "x: (B, H, T, hd)")
     yield case("9 tokens, g = 3", (1, 2, 9, 2), 3, moved, "group_size: g", cut)
@@ -69,7 +70,7 @@ def back_cases(draw: Draw) -> Iterator[Case]:
     inverse, cut, tokens = "The inverse of `to_groups`", "x: (B, H, n, g, hd), cut", "tokens: T"
     shape = "(B, H, T, hd)."
     grouped = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7, 0, 1]]).view(1, 2, 2, 4, 1)
-    example = {"x": grouped, "tokens": 8}
+    example: dict[str, Data] = {"x": grouped, "tokens": 8}
     yield Case("2 heads with the tokens 0 to 7, g = 4", example, sentences=(inverse, cut))
     yield case("2 texts, 4 heads, g = 2", (2, 4, 3, 2, 3), 6, cut, shape, inverse)
     yield case("g = 3", (1, 2, 3, 3, 2), 9, inverse, cut)

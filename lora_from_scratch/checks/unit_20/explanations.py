@@ -35,14 +35,16 @@ def explain_groups(case: Case, seen: Seen, expected: Seen) -> Explanation:
     wanted: Any = expected.value
     if found := _axes(seen.value, wanted, ("B texts", "H heads", "n groups", "g tokens", "hd numbers of a token")):
         return found
-    return _heads(seen.value, wanted) or where_right(seen.value, wanted, ("text", "head", "group", "place")) or _none()
+    given: Any = seen.value
+    return _heads(given, wanted) or where_right(given, wanted, ("text", "head", "group", "place")) or _none()
 
 
 def explain_back(case: Case, seen: Seen, expected: Seen) -> Explanation:
     wanted: Any = expected.value
     if found := _axes(seen.value, wanted, ("B texts", "H heads", "T tokens", "hd numbers of a token")):
         return found
-    return _heads(seen.value, wanted) or where_right(seen.value, wanted, ("text", "head", "token")) or _none()
+    given: Any = seen.value
+    return _heads(given, wanted) or where_right(given, wanted, ("text", "head", "token")) or _none()
 
 
 def explain_mask(case: Case, seen: Seen, expected: Seen) -> Explanation:
