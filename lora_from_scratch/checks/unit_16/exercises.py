@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_from_scratch.checks.exercise import Case, Draw, Exercise, Prediction
+from lora_from_scratch.checks.observation import Data
 from lora_from_scratch.checks.unit_16.explanations import (
     explain_change,
     explain_combination,
@@ -126,7 +127,7 @@ def combination_cases(draw: Draw) -> Iterator[Case]:
 
 def gradient_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, G: Tensor, k: int, *sentences: str, transposed: bool = False) -> Case:
-        given = {"gradient": G, "k": k, "seed": draw.integer(0, 10**6), "transposed": transposed}
+        given: dict[str, Data] = {"gradient": G, "k": k, "seed": draw.integer(0, 10**6), "transposed": transposed}
         return Case(name, given, sentences=sentences)
 
     gradient = "The gradient by the coefficients"
