@@ -264,8 +264,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 def _draw_rows(axes: Axes, rows: Sequence[Sequence[float]], names: Sequence[str] | None, logarithmic: bool) -> None:
     """For each row, from top to bottom, a dot at the mean and a line from the smallest number to the largest."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     if logarithmic:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        every = [number for numbers in rows for number in numbers]
+        if max(every) < 30 * min(every):  # powers of ten alone would be too few
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     for place, numbers in enumerate(rows):
         axes.plot([min(numbers), max(numbers)], [place, place], color="0.4", linewidth=1.8)
         axes.plot(mean(numbers), place, "o", color="0.1", markersize=5)
