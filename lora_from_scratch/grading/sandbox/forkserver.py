@@ -64,8 +64,9 @@ class ForkServer:
             )
         ready, _, _ = select.select([self.connection], [], [], STARTING)
         if not ready or self.connection.recv(16) != b"ready":
+            said = self.said()
             self.close()
-            raise OSError(f"the process from which the sandboxes are forked did not start: {self.said()}")
+            raise OSError(f"the process from which the sandboxes are forked did not start: {said}")
 
     def fork(self, program: str, *files: int) -> None:
         """Run a program in a sandbox: see `forking.serve` for the files.
@@ -83,6 +84,7 @@ class ForkServer:
         self.connection.close()
         self.process.kill()
         self.process.wait()
+        self.output.close()
 
     def said(self) -> str:
         """The end of its output, in one line."""
