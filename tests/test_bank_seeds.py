@@ -17,6 +17,7 @@ from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.notebook import verdict_on
 from lora_from_scratch.checks.units import PACKAGE, find, units
 from lora_from_scratch.grading.building.dependencies import closure
+from tests import turns
 from tests.bank_on_seeds import drawn_once, surprise, surprises
 
 SEEDS = 500
@@ -90,3 +91,20 @@ def test_the_judge_belongs_to_the_code_of_every_unit() -> None:
 
 def test_only_units_that_exist_are_recorded() -> None:
     assert set(bank_seeds.recorded()) <= {f"unit_{unit.number}" for unit in units()}
+
+
+def test_make_test_tries_a_unit_unless_its_present_code_was_tried_with_enough_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [unit] = [unit for unit in units() if unit.number == "01"]
+    now, enough = bank_seeds.code(unit), bank_seeds.FEWEST
+    monkeypatch.setattr(turns, "tried", bank_seeds.tried.__wrapped__)
+    monkeypatch.setattr(turns, "TEN", set())
+    for entry, slow in (
+        ({}, False),
+        ({"code": "another", "seeds": 500}, False),
+        ({"code": now, "seeds": enough - 1}, False),
+        ({"code": now, "seeds": enough}, True),
+    ):
+        monkeypatch.setattr(bank_seeds, "recorded", lambda entry=entry: {"unit_01": entry})
+        assert (pytest.mark.slow in turns.bank_marks("01", "rank")) == slow, entry

@@ -8,11 +8,19 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from lora_from_scratch.checks import notebook
+from lora_from_scratch.finetune import training
+from lora_from_scratch.finetune.training import TrainingSettings
+from lora_from_scratch.gpt2 import generation
 from lora_from_scratch.support import contention
+from tests.helpers import tiny_model
 
 pytestmark = pytest.mark.skipif(contention.waiting() is None, reason="this system does not count waiting threads")
 
@@ -107,3 +115,28 @@ def test_it_is_watched_by_one_thread_and_not_at_all_with_a_single_thread() -> No
     """
     assert run(program) == (["contention"] if sys.platform == "linux" else [])
     assert run(program, threads=1) == []
+
+
+def train() -> None:
+    rows = torch.zeros(1, 4, dtype=torch.long)
+    settings = TrainingSettings(steps=1, learning_rate=1e-3, warmup_steps=0)
+    training.Trainer(tiny_model(), lambda step: training.Batch(rows, rows), settings, progress=False).run()
+
+
+@pytest.mark.parametrize(
+    ("module", "use"),
+    [
+        (training, train),
+        (generation, lambda: generation.generate(tiny_model(), [[1, 2]], max_new_tokens=1)),
+        (notebook, lambda: notebook.check("rank", namespace={})),
+        (notebook, lambda: notebook.working("rank", namespace={})),
+    ],
+    ids=["training", "generation", "check", "working"],
+)
+def test_what_computes_for_long_is_watched(
+    module: ModuleType, use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(module, "watch", lambda: calls.append("watch"))
+    use()
+    assert calls
