@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -128,6 +129,16 @@ def test_an_explanation_is_for_survivors_and_refused_without_one(entry: dict, na
 def test_an_explanation_without_a_reason_is_refused() -> None:
     with pytest.raises(ValueError, match="no reason"):
         explained([survivor("`a` -> `b`")], [{"mutants": ["`a` -> `b`"]}])
+
+
+@pytest.mark.parametrize("unit", [unit.number for unit in units()])
+def test_every_explanation_is_of_a_mutant_that_exists(unit: str) -> None:
+    for exercise, found in entries(unit).items():
+        names = [one.name for one in mutants_by_exercise()[exercise]]
+        for entry in found:
+            assert [name for name in entry.get("mutants", ()) if name not in names] == [], exercise
+            patterns = entry.get("matching", ())
+            assert [one for one in patterns if not any(re.search(one, name) for name in names)] == [], exercise
 
 
 def test_explanations_are_of_exercises_that_exist_in_their_unit() -> None:
