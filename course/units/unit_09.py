@@ -17,14 +17,16 @@
 #
 # **Prerequisites**: the rank of a matrix (unit 01) and one block of GPT-2 (unit 03). Units 02, 04 and 07 help.
 #
-# **Time**: about 90 minutes. 7 exercises, 2 predictions, one open question.
+# **Time**: about 100 minutes. 8 exercises, 2 predictions, one open question.
 #
 # ![Left, the loss of LoRA and of full fine-tuning over the same training steps, two falling curves. Right, bars of
 # LoRA's share of full fine-tuning: a few per cent of the trained parameters and of the bytes on disk, slightly more
 # than 100 per cent of the forward pass before merging, and exactly 100 per cent after it.](unit_09.png)
 
 # %%
+import inspect
 import os
+from types import SimpleNamespace
 
 import safetensors.torch
 import torch
@@ -42,6 +44,7 @@ from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import Conv1D
 from lora_from_scratch.methods.placement import find_targets
+from lora_from_scratch.museum.wide_start import FaultyLoRALayer
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show, slider
 from lora_from_scratch.support.progress_bar import tqdm
@@ -650,6 +653,80 @@ for factor in (1, 2):
         layer.lora_B.copy_(blocks(B_both, ("q", "v"), ("q", "k", "v")))
         difference = (layer(x) - loralib).abs().max() / loralib.abs().max()
     print(f"one LoRA of rank 2r with {factor} x alpha differs from loralib's by {difference:.1e} of the largest entry")
+
+# %% [markdown]
+# ## A fault in the start
+#
+# The layer below is ours, but its fault is that of a widely used tutorial. It is the low-rank path alone, for an
+# `nn.Linear`, with A and B stored the other way round: $x A B$ with A (in, r) and B (r, out). Both ways are LoRA. Find
+# the fault before you read on: compare the comment with what the line does.
+
+# %%
+print(inspect.getsource(FaultyLoRALayer))
+
+# %% [markdown]
+# `kaiming_uniform_` with $a = \sqrt 5$ draws uniform numbers up to 1/sqrt(fan_in), and it takes the *second* axis of a
+# matrix for fan_in. That is right for a weight stored as (out, in). This A is stored as (in, r), so its bound is 1/sqrt(r):
+# $\sqrt{\text{in} / r}$ times too wide.
+
+# %%
+print("              r   bound as it should be   the layer's    too wide by")
+for name, inputs in (("c_attn", model.config.n_embd), ("mlp.c_proj", 4 * model.config.n_embd), ("GPT-2 small", 768)):
+    for r in (1, 8, 64):
+        largest = FaultyLoRALayer(inputs, 10, r, 16).A.abs().max().item()
+        print(f"{name:<12} {r:>3} {inputs**-0.5:>23.3f} {largest:>13.3f} {largest * inputs**0.5:>13.1f}")
+
+# %% [markdown]
+# B is zero, so the layer starts as the base model, and no output tells you that something is wrong. But each step of B
+# now changes $B A$ by several times as much, and by how much depends on the layer and on r: what alpha / r had achieved
+# is lost. Train the LoRA of this unit with this start, at the learning rate that is right for the sound one and at 0.3
+# times that rate.
+
+
+# %%
+def train_wide(times):
+    """Train LoRA from an A that is wider by sqrt(in / r)."""
+    wide, _ = load_gpt2(MODEL)
+    wide_layers = wrap(wide, rank=8)
+    with torch.no_grad():
+        for layer in wide_layers.values():
+            layer.lora_A *= (layer.base.in_features / 8) ** 0.5
+    inject(wide, wide_layers)
+    mark(wide)
+    return train(wide, "lora", times)[1]
+
+
+print(f"the base model:                       held-out loss {before:.3f}")
+print(f"A as it should be, tuned rate:        held-out loss {results['lora'][1]:.3f}")
+for times in (1.0, 0.3):
+    print(f"A too wide, {times:.1f} times that rate:      held-out loss {train_wide(times):.3f}")
+
+# %% [markdown]
+# At the rate that was tuned for the sound start, the run is destroyed. At a smaller rate it reaches about the same loss.
+# So the fault is easily overlooked: whoever tunes the learning rate with the faulty layer finds a good one, and it is
+# wrong for everybody else's LoRA, and for another rank. When learning rates of two codes do not agree, compare the
+# starts first.
+#
+# Only a test finds such a fault. Write one that would have found it. The check runs yours on several sound layers and on
+# several faulty ones.
+
+# %% exercise="test_lora_start"
+
+# %%
+test_start = working("test_lora_start")
+
+
+def with_initial_factors(in_features, out_features, rank, alpha):
+    A, B = initial(in_features, out_features, rank)
+    return SimpleNamespace(A=A, B=B)
+
+
+for name, kind in {"the exhibit": FaultyLoRALayer, "initial_factors": with_initial_factors}.items():
+    try:
+        test_start(kind)
+        print(f"{name}: passes")
+    except AssertionError as error:
+        print(f"{name}: fails ({error})")
 
 # %% [markdown]
 # ## What goes wrong in practice

@@ -16,6 +16,7 @@ from lora_from_scratch.checks.unit_09.explanations import (
     explain_layer,
     explain_marked,
     explain_start,
+    explain_start_test,
     explain_state,
 )
 from lora_from_scratch.checks.unit_09.probes import (
@@ -25,9 +26,11 @@ from lora_from_scratch.checks.unit_09.probes import (
     run_delta,
     run_layer,
     run_start,
+    run_start_test,
     same_start,
 )
 from lora_from_scratch.checks.unit_09.probes_model import QKV, run_inject, run_mark, run_state
+from lora_from_scratch.checks.unit_09.start_layers import FAULTY, SOUND
 from lora_from_scratch.methods.lora import (
     LoRALinear,
     delta_weight,
@@ -37,6 +40,7 @@ from lora_from_scratch.methods.lora import (
     mark_only_lora_as_trainable,
 )
 from lora_from_scratch.methods.placement import block_diagonal_B
+from lora_from_scratch.museum.wide_start import test_lora_start
 
 TITLE = "LoRA"
 
@@ -231,6 +235,22 @@ def model_cases(draw: Draw, only: str, before: str, names: str, *more: str) -> I
     yield case("a model without LoRA", "no LoRA", "all", only)
 
 
+# --- test_lora_start ---------------------------------------------------------------------------------
+
+
+def start_test_cases(draw: Draw) -> Iterator[Case]:
+    passes, either, uses = "A sound layer passes", "It passes whichever way round", "may use nothing else of it"
+    manner, draws = "A test of how a `LoRALayer` starts", "Its random numbers come from PyTorch's own generator"
+    made = "a class that is made as"
+    width, some, b = "wider or narrower", "right for some layers only", "if its B is not zero"
+    stand_for = {name: b for name in FAULTY if "B is" in name or "both random" in name}
+    stand_for |= {name: some for name in FAULTY if name.endswith(("(r)", "(out)", "and out", "0.02", "alpha"))}
+    for name in SOUND:
+        yield Case(f"a sound layer: {name}", {"layer": name}, sentences=(passes, either, made, uses, draws))
+    for name in FAULTY:
+        yield Case(f"a faulty layer: {name}", {"layer": name}, sentences=(stand_for.get(name, width), manner))
+
+
 # --- The lists ---------------------------------------------------------------------------------------
 
 EXERCISES = [
@@ -374,6 +394,25 @@ EXERCISES = [
             "n of them are adapted, each by an A",
             "This is what loralib's `MergedLinear` computes",
         ),
+    ),
+    Exercise(
+        test_lora_start,
+        idea="how LoRA starts",
+        difficulty=3,
+        minutes=10,
+        points=3,
+        hints=(
+            "Make a layer, measure the standard deviation of its A, and compare it with the number that it should be. "
+            "Then look at B.",
+            "A width that depends on the wrong number can be right by chance. Try at least two layers: one with more "
+            "inputs than outputs and one with more outputs than inputs, a rank that is much smaller than both, and an "
+            "alpha other than 1.",
+            "`layer.A.std() * math.sqrt(3 * in_features)` should be about 1: assert that it is between 0.8 and 1.25. "
+            "Use layers with some thousand entries in A, so that the random deviation stays small.",
+        ),
+        cases=start_test_cases,
+        probe=run_start_test,
+        explain=explain_start_test,
     ),
 ]
 

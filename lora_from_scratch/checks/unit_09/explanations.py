@@ -257,3 +257,17 @@ def _records(case: Case, seen: Seen, expected: Seen) -> tuple[Any, Any, dict[str
     assert isinstance(seen.value, dict)
     assert isinstance(expected.value, dict)
     return seen.value, expected.value, dict(case.inputs)
+
+
+def explain_start_test(case: Case, seen: Seen, expected: Seen) -> Explanation:
+    """Which layer is judged wrongly, and how."""
+    layer = case.inputs["layer"]
+    if expected.value == "passes":
+        return "a sound layer fails", (
+            f"Your test refuses a sound layer, in which {layer}. Which of your assertions fails there, and does the "
+            "statement demand it?"
+        )
+    return "a faulty layer passes", (
+        f"Your test lets a faulty layer pass: {layer}. Which line of the statement is it for? If there is an assertion "
+        "for it, with which sizes would it fail?"
+    )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.observation import Seen
+from lora_from_scratch.checks.unit_09.start_layers import LAYERS
 from lora_from_scratch.gpt2.model import Conv1D
 
 LINEAR, CONV1D = "Linear", "Conv1D"
@@ -246,3 +247,15 @@ OBSERVE: dict[str, Callable[[Any, Tensor, int], Any]] = {
     "move": seen_of_move,
     "twice": seen_of_two_rounds,
 }
+
+
+# --- test_lora_start ---------------------------------------------------------------------------------
+
+
+def run_start_test(answer: Callable[..., Any], layer: str) -> str:
+    """Whether the learner's test lets this layer pass; other errors than an AssertionError are its own."""
+    try:
+        answer(LAYERS[layer])
+    except AssertionError:
+        return "fails"
+    return "passes"
