@@ -26,15 +26,20 @@ def page() -> str:
 
 
 def section(cls: type[Method]) -> str:
-    """A heading, one paragraph, and a table of hyperparameters."""
+    """A heading, what it is and what it is for, and a table of hyperparameters."""
     file = cls.__module__.replace(".", "/") + ".py"
     told = "; ".join([f"[`{Path(file).name}`](../{file})", *facts(cls)])
-    return f"\n## `{cls.name}`\n\n{summary(cls)}\n\n{told}.\n{hyperparameters(cls)}"
+    return f"\n## `{cls.name}`\n\n{summary(cls)}\n{use(cls)}\n{told}.\n{hyperparameters(cls)}"
 
 
 def summary(cls: type[Method]) -> str:
     """The first paragraph of the class's docstring, on one line."""
     return (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def use(cls: type[Method]) -> str:
+    """What it is for: a paragraph after a blank line, or nothing."""
+    return f"\n**Use it when** {cls.use_when}.\n" if cls.use_when else ""
 
 
 def facts(cls: type[Method]) -> list[str]:

@@ -18,6 +18,7 @@ from sphinx.cmd.build import build_main
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for `benchmarks`, which is not installed
 
+from atlas_pages import write_script  # noqa: E402
 from sources import REPOSITORY, write_sources  # noqa: E402
 
 
@@ -29,7 +30,9 @@ def build(output: Path, sources: Path) -> int:
     doctrees = sources.with_name(f"{sources.name}-doctrees")
     shutil.rmtree(doctrees, ignore_errors=True)
     options = ["-b", "html", "-c", HERE, "-d", doctrees, "--fail-on-warning", "--keep-going", "--quiet"]
-    return build_main([str(option) for option in (*options, sources, output)])
+    status = build_main([str(option) for option in (*options, sources, output)])
+    write_script(output / "_static")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A page for each method: its equation, its hyperparameters, and its code without the solutions of exercises."""
+"""A page for each method: equation, use, hyperparameters, place in the atlas, and code without solutions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from api_pages import first_paragraph
+from atlas_pages import place_in_atlas
 
-from benchmarks.methods_table import facts, hyperparameters
+from benchmarks.methods_table import facts, hyperparameters, use
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.grading.building.solution import BEGIN, END, solved_source
@@ -47,12 +48,15 @@ def method_page(cls: type[Method]) -> str:
     parts = [
         f"# `{cls.name}`",
         str(inspect.getdoc(module)),
+        use(cls).strip(),
         "## At a glance",
         "".join(f"- {fact[0].upper()}{fact[1:]}\n" for fact in facts(cls)),
         f"```bash\nlora-from-scratch finetune --method {cls.name}\n```",
     ]
     if table := hyperparameters(cls):
         parts.append(f"## Hyperparameters\n{table}")
+    if figure := place_in_atlas(cls):
+        parts.append(f"## In the atlas\n\n{figure}")
     if built:
         units_of = {unit.number: unit for unit, _ in built}.values()
         links = [f"[{u.number} {u.title}](../notebooks/unit_{u.number}/unit_{u.number}.ipynb)" for u in units_of]

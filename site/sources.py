@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from api_pages import api_pages, page_of_module
+from atlas_pages import with_chart, write_places
 from method_pages import method_pages
+
+from lora_from_scratch.methods.registry import method_classes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
@@ -39,6 +42,7 @@ def write_sources(folder: Path) -> None:
         write(folder / name, with_links(text, PurePosixPath(name).parent, set(pages)))
     for name, text in notebooks():
         write(folder / name, text)
+    write_places(folder / "methods", method_classes())
     for pattern in PICTURES:
         for file in REPOSITORY.glob(pattern):
             copy(file, folder / file.relative_to(REPOSITORY))
@@ -72,7 +76,8 @@ def documents() -> Iterator[tuple[str, str]]:
         for file in sorted(REPOSITORY.glob(pattern)):
             name = file.relative_to(REPOSITORY).as_posix()
             if name not in LEFT_OUT | set(INSTEAD):
-                yield name, file.read_text(encoding="utf-8")
+                text = file.read_text(encoding="utf-8")
+                yield name, with_chart(text) if name == "docs/atlas.md" else text
 
 
 def picture(markdown: str, file: str) -> str:

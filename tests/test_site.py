@@ -18,10 +18,11 @@ from tests.helpers import REPOSITORY
 from tests.jupyter_browser import CHROMIUM, DRIVER, browser
 from tests.test_stripped_library import bodies
 
-for package in ("sphinx", "myst_nb", "furo", "sphinx_design"):
+for package in ("sphinx", "myst_nb", "furo", "sphinx_design", "altair", "vl_convert"):
     pytest.importorskip(package, reason="Sphinx is not installed: pip install -e '.[site]'")
 sys.path.insert(0, str(REPOSITORY / "site"))
 
+import atlas_pages  # noqa: E402
 import docstrings  # noqa: E402
 import method_pages  # noqa: E402
 import sources  # noqa: E402
@@ -214,7 +215,7 @@ def test_text_can_be_told_from_its_background(scheme: str, chromium: Any, site: 
     )
     for name in (
         *("index.html", "units.html", "glossary.html", "notebooks/unit_09/unit_09.html", "methods/lora.html"),
-        *("api/lora_from_scratch.linear_algebra.svd.html", "course/instructor_guide.html"),
+        *("api/lora_from_scratch.linear_algebra.svd.html", "course/instructor_guide.html", "docs/atlas.html"),
     ):
         chromium.get(site[name].path.as_uri())
         chromium.execute_script("document.querySelectorAll('details').forEach(details => details.open = true)")
@@ -232,7 +233,59 @@ def test_search_finds_a_method(chromium: Any, site: Site) -> None:
     assert any("qlora" in link.get_attribute("href") for link in links)
 
 
+@pytest.mark.slow
+def test_the_chart_of_the_atlas_shows_the_methods_within_the_chosen_limits(chromium: Any, site: Site) -> None:
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    def names(driver: Any) -> set[str]:
+        found = driver.find_elements("css selector", f"#{atlas_pages.PLACE} .mark-text.role-mark text")
+        return {text.get_attribute("textContent") for text in found}
+
+    def shown(expected: set[str]) -> None:
+        WebDriverWait(chromium, 60).until(lambda driver: names(driver) == expected)
+
+    chromium.get(site["docs/atlas.html"].path.as_uri())
+    rows = atlas_pages.rows()
+    shown({row["method"] for row in rows})
+    limit = 30_000
+    Select(chromium.find_element("name", "limit_trained")).select_by_visible_text(f"{limit:,}")
+    shown({row["method"] for row in rows if row["trained"] <= limit})
+    Select(chromium.find_element("name", "across")).select_by_visible_text(atlas_pages.COSTS["tales"])
+    shown({row["method"] for row in rows if row["trained"] <= limit})
+
+
 # --- How its sources are made ------------------------------------------------------------------------------------
+
+
+def test_every_document_is_in_a_table_of_contents() -> None:
+    pages = dict(sources.documents())
+    listed = {
+        (sources.PurePosixPath(name).parent / entry.strip().split("<")[-1].rstrip(">")).as_posix() + ".md"
+        for name, text in pages.items()
+        for block in re.findall(r"```\{toctree\}\n(.*?)```", text, flags=re.DOTALL)
+        for entry in block.splitlines()
+        if entry and not entry.startswith(":")
+    }
+    unlisted = {page for page in pages if not any(sources.PurePosixPath(page).match(entry) for entry in listed)}
+    assert unlisted == {"index.md"}
+
+
+def test_a_method_in_the_atlas_has_its_numbers_on_its_page_and_another_has_none() -> None:
+    classes = method_classes()
+    row = next(row for row in atlas_pages.rows() if row["method"] == "lora")
+    said = atlas_pages.place_in_atlas(classes["lora"])
+    assert f"lora: {row['trained']:,}, {row['perplexity']:g} and {row['tales']:g}" in said
+    in_atlas = {row["method"] for row in atlas_pages.rows()}
+    for name, cls in classes.items():
+        assert bool(atlas_pages.place_in_atlas(cls)) == bool(in_atlas & set(cls.contestants())), name
+
+
+def test_every_method_says_when_to_use_it() -> None:
+    for name, cls in method_classes().items():
+        assert cls.use_when, name
+        assert "use_when" in vars(cls), f"{name} has the sentence of another method"
+        assert not cls.use_when.endswith("."), name
+        assert f"**Use it when** {cls.use_when}." in method_pages.method_page(cls), name
 
 
 def test_a_docstring_becomes_restructured_text() -> None:

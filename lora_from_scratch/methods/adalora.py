@@ -145,6 +145,10 @@ class AdaLoRA(WrapsLayers):
         1e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 16
+    use_when: ClassVar[str] = (
+        "you do not know which layers need the rank, and the run is long enough to find out; the number of steps "
+        "has to be known in advance"
+    )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"adalora"})
     layer: ClassVar[type[nn.Module]] = AdaLoRALinear

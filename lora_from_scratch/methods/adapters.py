@@ -324,6 +324,9 @@ class Adapter(Method):
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_ADAPTER"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 3e-4, "the example in google-research/adapter-bert")
     position: ClassVar[float] = 30
+    use_when: ClassVar[str] = (
+        "a nonlinear path is wanted and latency does not matter: an adapter cannot be merged into the weights"
+    )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"adapter-pfeiffer"})
 
     def __post_init__(self) -> None:

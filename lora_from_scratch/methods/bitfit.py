@@ -106,6 +106,7 @@ class BitFit(Method):
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_BITFIT"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(6e-2, 1e-3, "run_glue.py in benzakenelad/BitFit")
     position: ClassVar[float] = 70
+    use_when: ClassVar[str] = "a few ten thousand numbers are enough, and nothing may be added to the model"
     can_merge: ClassVar[bool] = True  # biases are trained in place; only `bias_q` is copied back
 
     def __post_init__(self) -> None:

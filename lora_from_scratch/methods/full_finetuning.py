@@ -30,6 +30,10 @@ class FullFineTuning(Method):
     peft_type: ClassVar[str] = ""  # no adapter: a whole checkpoint
     learning_rates: ClassVar[LearningRates] = LearningRates(2.5e-4, 5e-5, "a common choice, from no particular paper")
     position: ClassVar[float] = 0
+    use_when: ClassVar[str] = (
+        "you want the reference that every other method is compared with, and a whole model for each task is not "
+        "too much memory while training, or too much on disk"
+    )
     saves_model: ClassVar[bool] = True
 
     def _install(self, model: nn.Module) -> None:

@@ -214,6 +214,9 @@ class GLoRA(WrapsLayers):
         1e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 19
+    use_when: ClassVar[str] = (
+        "the bias and the scale of each weight are to be learned as well, and everything has to be merged in the end"
+    )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"glora"})
     layer: ClassVar[type[nn.Module]] = GLoRALinear

@@ -114,6 +114,10 @@ class IA3(WrapsLayers):
         3e-1, 3e-3, "T-Few (Liu et al. 2022, section 3.5); bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 75
+    use_when: ClassVar[str] = (
+        "an adapter may have only a few numbers per layer, each of which scales an activation, and has to be "
+        "merged in the end"
+    )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"ia3"})
     layer: ClassVar[type[nn.Module]] = IA3Linear

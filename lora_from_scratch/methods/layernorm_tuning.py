@@ -49,6 +49,10 @@ class LayerNormTuning(Method):
         1e-1, 1e-3, "as BitFit; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 76
+    use_when: ClassVar[str] = (
+        "only the normalisation layers may be trained, for example because everything else is quantised; at the "
+        "rate of the atlas it forgot more than any other method"
+    )
     can_merge: ClassVar[bool] = True  # what is trained is in the model
     only_on_request: ClassVar[frozenset[str]] = frozenset({"layernorm"})
 

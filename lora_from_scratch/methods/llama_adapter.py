@@ -137,6 +137,10 @@ class LlamaAdapter(Method):
         8e-2, 1e-3, "9e-3 for a batch of 256 in OpenGVLab/LLaMA-Adapter, here of 32"
     )
     position: ClassVar[float] = 60
+    use_when: ClassVar[str] = (
+        "training has to start exactly as the base model although it attends to learned positions: the gate "
+        "starts at zero"
+    )
     needs_gpt2: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

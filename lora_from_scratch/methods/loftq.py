@@ -131,6 +131,10 @@ class LoftQ(QLoRA):
         3e-3, 3e-4, "GSM8K with LLaMA-2 in yxli2123/LoftQ; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 21
+    use_when: ClassVar[str] = (
+        "you would use QLoRA, and the run is so short that its start matters: the first A and B make up for a "
+        "part of the rounding, though a small one (unit 13)"
+    )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"loftq"})
 
     def __post_init__(self) -> None:

@@ -221,6 +221,7 @@ class LongLoRA(LoRA):
         3e-3, 2e-5, "LLaMA-2 in dvlab-research/LongLoRA; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 19
+    use_when: ClassVar[str] = "texts have to be longer than the model's context; on short texts it has no advantage"
     needs_gpt2: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"long-lora"})
 

@@ -312,6 +312,10 @@ class LoRA(TrainsParts):
     peft_type: ClassVar[str] = "LORA"
     learning_rates: ClassVar[LearningRates] = LearningRates(3e-3, 2e-4, "GPT-2 medium on E2E in microsoft/LoRA")
     position: ClassVar[float] = 10
+    use_when: ClassVar[str] = (
+        "you have no reason for another method: merged it costs nothing, unmerged many adapters share one model, "
+        "and every library reads it"
+    )
     can_merge: ClassVar[bool] = True
     layer: ClassVar[type[LoRALinear]] = LoRALinear  # of a whole matrix; a variant has its own
 

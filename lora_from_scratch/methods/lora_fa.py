@@ -36,6 +36,9 @@ class LoRAFA(LoRA):
         1e-2, 6e-4, "three times LoRA's; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 13
+    use_when: ClassVar[str] = (
+        "the activations of wide layers are what fills the memory: a frozen A needs only r numbers of each token"
+    )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"lora-fa"})
 
     def _install(self, model: nn.Module) -> None:

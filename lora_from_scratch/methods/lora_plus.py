@@ -54,6 +54,10 @@ class LoRAPlus(LoRA):
         3e-4, 2e-4, "GPT-2 script in nikhil-ghosh-berkeley/loraplus; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 11
+    use_when: ClassVar[str] = (
+        "you want to try a higher learning rate for B than for A; at tuned rates it was not ahead of LoRA here "
+        "(unit 15)"
+    )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"lora-plus"})
 
     def __post_init__(self) -> None:

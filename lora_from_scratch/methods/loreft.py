@@ -233,6 +233,10 @@ class LoReFT(Method):
         1e-2, 9e-4, "stanfordnlp/pyreft, for LLaMA-7B; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 40
+    use_when: ClassVar[str] = (
+        "only the representation of the prompt is to be edited, with very few numbers; it cannot be merged, and "
+        "it lost to the others on the task of the atlas"
+    )
     needs_gpt2: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"loreft", "direft"})
 

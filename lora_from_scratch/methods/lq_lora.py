@@ -260,6 +260,9 @@ class LQLoRA(QuantizedLoRA):
         3e-3, 2e-5, "C4 with LLaMA-2 in HanGuo97/lq-lora; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 23
+    use_when: ClassVar[str] = (
+        "the weights have to fit in a given number of bytes, so that some matrices get fewer bits than others"
+    )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"lq-lora"})
 
     def __post_init__(self) -> None:

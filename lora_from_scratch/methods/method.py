@@ -91,6 +91,7 @@ class Method(ABC):
     peft_type: ClassVar[str]  # in `adapter_config.json`; "": it writes a whole model
     learning_rates: ClassVar[LearningRates]
     position: ClassVar[float] = 1000  # among the methods, in tables; a variant inherits it and comes next
+    use_when: ClassVar[str] = ""  # completes "Use it when ...", in the documentation
     can_merge: ClassVar[bool] = False  # whether what is trained can be added to the weights
     saves_model: ClassVar[bool] = False  # whether `save` writes a whole model instead of an adapter
     needs_gpt2: ClassVar[bool] = False  # whether it works on our own GPT-2 only

@@ -184,6 +184,10 @@ class MoRA(WrapsLayers):
         1e-2, 3e-4, "kongds/MoRA; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 18
+    use_when: ClassVar[str] = (
+        "the task is to remember facts, such as random pairs (unit 17): an update of high rank stores more of "
+        "them with the same number of parameters"
+    )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"mora-sharing", "mora-rotation"})
     layer: ClassVar[type[nn.Module]] = MoRALinear

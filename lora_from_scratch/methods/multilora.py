@@ -92,6 +92,10 @@ class MultiLoRA(WrapsLayers):
         3e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 17
+    use_when: ClassVar[str] = (
+        "one adapter has to learn several tasks; the paper's point is an update with several directions of "
+        "similar size, which was not tried on several tasks here"
+    )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"multilora"})
     layer: ClassVar[type[nn.Module]] = MultiLoRALinear

@@ -159,6 +159,10 @@ class NOLA(WrapsLayers):
         3e-2, 1e-2, "GPT-2 large on E2E in UCDvision/NOLA; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 15.2
+    use_when: ClassVar[str] = (
+        "an adapter may have a few hundred numbers in total, whatever the size of the layers; each step also "
+        "draws the random matrices again"
+    )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"nola"})
     layer: ClassVar[type[nn.Module]] = NOLALinear

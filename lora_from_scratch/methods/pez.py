@@ -149,6 +149,9 @@ class PEZ(PromptTuning):
         1e-1, 1e-1, "YuxinWenRick/hard-prompts-made-easy; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 51
+    use_when: ClassVar[str] = (
+        "the prompt has to consist of tokens, so that it can be read, or used where only text is accepted"
+    )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"pez"})
 
     def __post_init__(self) -> None:

@@ -229,6 +229,9 @@ class PrefixTuning(Method):
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     learning_rates: ClassVar[LearningRates] = LearningRates(5e-3, 5e-5, "train_e2e.py in XiangLi1999/PrefixTuning")
     position: ClassVar[float] = 40
+    use_when: ClassVar[str] = (
+        "the weights must not be touched, and every layer may attend to a few learned positions, which take up context"
+    )
     needs_gpt2: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

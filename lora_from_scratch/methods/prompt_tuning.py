@@ -285,6 +285,10 @@ class PromptTuning(Method):
         3e-1, 1e-1, "a guess; Lester et al. 2021 have 0.3, but with Adafactor"
     )
     position: ClassVar[float] = 50
+    use_when: ClassVar[str] = (
+        "many tasks share one frozen model in one batch, and a few kilobytes of learned vectors are all that you "
+        "can give each; it learns slowly"
+    )
     needs_gpt2: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -114,6 +114,10 @@ class QALoRA(QuantizedLoRA):
         3e-3, 2e-5, "LLaMA-7B on Alpaca (QA-LoRA, section 4.1); bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 22
+    use_when: ClassVar[str] = (
+        "the merged model has to stay in its 4, 3 or 2 bits, as it is when it runs in a format with group-wise "
+        "scales and zeros"
+    )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"qa-lora"})
     layer: ClassVar[type[LoRALinear]] = QALoRALinear
 

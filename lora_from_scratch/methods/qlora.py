@@ -177,6 +177,10 @@ class QLoRA(QuantizedLoRA):
         3e-3, 2e-4, "finetune_guanaco_7b.sh in artidoro/qlora; bundled: as LoRA"
     )
     position: ClassVar[float] = 20
+    use_when: ClassVar[str] = (
+        "the frozen weights are what does not fit in memory: 4 bits instead of 16 or 32 for each, at the price "
+        "of time for dequantising"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

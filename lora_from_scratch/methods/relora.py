@@ -230,6 +230,10 @@ class ReLoRA(Restarts, LoRA):
         3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 17
+    use_when: ClassVar[str] = (
+        "you pretrain or train for long, and an update of low rank is not enough; what is saved is as large as "
+        "the adapted weights"
+    )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"relora"})
 
     def start_cycle(self, layer: LoRALinear, generator: torch.Generator) -> None:

@@ -99,6 +99,9 @@ class ReMoRA(Restarts, WrapsLayers):
         3e-3, 5e-4, "kongds/MoRA, for pretraining; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 18.5
+    use_when: ClassVar[str] = (
+        "as MoRA, in runs that are long enough for restarts; what is saved is as large as the adapted weights"
+    )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"remora"})
     layer: ClassVar[type[nn.Module]] = ReMoRALinear

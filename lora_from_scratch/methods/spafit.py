@@ -71,6 +71,9 @@ class SPAFIT(Method):
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_SPAFIT"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 2e-4, "as LoRA")
     position: ClassVar[float] = 80
+    use_when: ClassVar[str] = (
+        "you want a fixed rule by depth: the first layers stay frozen, the middle ones get biases, the last ones LoRA"
+    )
     needs_gpt2: ClassVar[bool] = True
     can_merge: ClassVar[bool] = True
 

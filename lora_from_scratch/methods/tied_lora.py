@@ -101,6 +101,9 @@ class TiedLoRA(WrapsLayers):
         3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 15.1
+    use_when: ClassVar[str] = (
+        "an adapter has to be smaller than a LoRA of rank 1, and the blocks of the model have the same shapes"
+    )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"tied-lora"})
     layer: ClassVar[type[nn.Module]] = TiedLoRALinear

@@ -149,6 +149,10 @@ class VeRA(WrapsLayers):
         1e-1, 2e-2, "GPT-2 medium on E2E (VeRA, table 9); bundled: benchmarks/learning_rates.md, 50 steps"
     )
     position: ClassVar[float] = 15
+    use_when: ClassVar[str] = (
+        "thousands of adapters have to be stored, a few kilobytes each, and time while training matters less "
+        "than bytes; merge it before use, because its rank is high"
+    )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"vera"})
     layer: ClassVar[type[nn.Module]] = VeRALinear
