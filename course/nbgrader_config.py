@@ -25,7 +25,13 @@ from lora_from_scratch.grading.feedback import FeedbackPage
 from lora_from_scratch.grading.formgrader import escape_names
 from lora_from_scratch.grading.late import LatePolicy
 from lora_from_scratch.grading.preprocessors import ClearSolutions as CourseClearSolutions
-from lora_from_scratch.grading.preprocessors import HarmlessComments, HarmlessNames, MarkInSandbox, MatchRelease
+from lora_from_scratch.grading.preprocessors import (
+    HarmlessComments,
+    HarmlessNames,
+    MarkInSandbox,
+    MatchRelease,
+    ShowRubrics,
+)
 
 c = get_config()  # noqa: F821
 
@@ -78,7 +84,7 @@ c.LatePolicy.days = 3  # late days of a learner for the whole term
 c.LatePolicy.percent_a_day = 20  # of the earned points, for each further day
 
 # Show names and comments as plain text in the formgrader, in feedback pages and in exports.
-c.HTMLExporter.preprocessors = [HarmlessNames]
+c.HTMLExporter.preprocessors = [HarmlessNames, ShowRubrics]
 c.GenerateFeedback.preprocessors = [GetGrades, HarmlessComments, CSSHTMLHeaderPreprocessor]
 c.GenerateFeedback.exporter_class = FeedbackPage
 c.ExportApp.plugin_class = CsvExport

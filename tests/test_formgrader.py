@@ -48,6 +48,7 @@ def test_an_instructor_sees_the_grades_grades_by_hand_and_keeps_that_when_it_is_
 
         page.open(notebook_of(course, "ada"))
         page.until(lambda: page.placeholder("check-fourfold_root") == "4", "the automatic points are there")
+        assert "1 point: a reason." in page.find("body").text  # the rubric
         assert page.value("why_count") == ""
         page.write("why_count", "2.5")
         page.write("why_count-comment", "Good: **counting** is knowing.")
@@ -79,3 +80,10 @@ def test_what_was_found_is_shown_and_a_learners_script_is_only_text(course: Grad
         page.open(notebook_of(course, "mallory"))
         page.until(lambda: SCRIPT in page.find("body").text, "the script is shown as text")
         assert driver.title != "taken over"
+
+
+def test_feedback_does_not_show_the_rubric(course: GradingCourse) -> None:
+    course.grade(feedback=True)
+    page = (course.root / "feedback" / "ada" / NAME / f"{NAME}.html").read_text(encoding="utf-8")
+    assert "why_count" in page
+    assert "1 point: a reason." not in page

@@ -27,6 +27,7 @@ WITHOUT = (
     *(f"grading/{name}.py" for name in ("autograded", "course_folder", "exporters", "feedback", "formgrader", "grade")),
     *(f"grading/{name}.py" for name in ("gradebook", "keys", "late", "marking_run", "pool", "preprocessors")),
     *(f"grading/{name}.py" for name in ("report", "shards", "similarity", "similarity_report", "summary", "tasks")),
+    "grading/rubrics.py",
     "grading/teaching.py",
 )
 LARGEST_FILE = 25_000_000  # bytes; of larger files only the size is used

@@ -104,6 +104,30 @@ class HarmlessNames(NbGraderPreprocessor):
         return nb, resources
 
 
+class ShowRubrics(NbGraderPreprocessor):
+    """In the formgrader, puts the rubric of an open question below the answer. Feedback pages do not show it."""
+
+    def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
+        import nbformat
+
+        from lora_from_scratch.grading.rubrics import rubrics
+
+        if "submission_id" not in resources:  # not in the formgrader
+            return nb, resources
+        directory = CourseDirectory(config=self.config)
+        folder = Path(directory.format_path(directory.source_directory, ".", resources["assignment_id"]))
+        items = rubrics(folder / f"{resources['notebook_id']}.ipynb")
+        cells = []
+        for cell in nb.cells:
+            cells.append(cell)
+            name = cell.metadata.get("nbgrader", {}).get("grade_id", "")
+            if name in items:
+                text = "\n".join(["**Rubric** (learners do not see it)", "", *(f"- {item}" for item in items[name])])
+                cells.append(nbformat.v4.new_markdown_cell(text, id=f"rubric-{name}"[:64]))
+        nb.cells = cells
+        return nb, resources
+
+
 class HarmlessComments(NbGraderPreprocessor):
     """Sanitises comments after GetGrades: feedback pages render them as Markdown, and they may quote learners."""
 

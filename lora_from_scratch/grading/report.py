@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from lora_from_scratch.checks.verdict import Verdict
-from lora_from_scratch.grading.building.assemble import RUBRIC
+from lora_from_scratch.grading.rubrics import rubrics
 from lora_from_scratch.grading.tasks import write_text
 from lora_from_scratch.support.plain_text import in_html, in_markdown, one_line
 
@@ -165,15 +165,7 @@ def _needs_a_human(summary: Summary) -> Section:
 
 def _rubrics(summary: Summary) -> Section:
     """The rubrics of the open questions, from the solved notebook (learners' notebooks do not contain them)."""
-    import nbformat
-
-    rows = []
-    if summary.course.solved.is_file():
-        for cell in nbformat.read(summary.course.solved, as_version=4).cells:
-            _, _, rubric = cell.source.partition(RUBRIC)
-            items = re.split(r"^\s*[-*] ", rubric, flags=re.MULTILINE)[1:]
-            name = cell.metadata.get("nbgrader", {}).get("grade_id", "")
-            rows += [(name, " ".join(item.split())) for item in items]
+    rows = [(name, item) for name, items in rubrics(summary.course.solved).items() for item in items]
     return Section("Rubrics of the open questions", (), ("Question", "What earns points"), tuple(rows))
 
 
