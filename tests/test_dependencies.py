@@ -42,6 +42,12 @@ def test_comments_docstrings_and_layout_are_not_code(old: str, new: str) -> None
     assert code_of(CODE.replace(old, new)) == code_of(CODE)
 
 
+def test_when_to_use_a_method_is_not_code() -> None:
+    one = 'class M:\n    name: ClassVar[str] = "m"\n    use_when: ClassVar[str] = "it rains"\n'
+    assert code_of(one) == code_of(one.replace("it rains", "the sun shines")) != code_of(one.replace('"m"', '"n"'))
+    assert code_of(one) == code_of("\n".join(one.splitlines()[:2]))
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -7,8 +7,8 @@
 - the pinned versions of the packages that compute, draw or show something;
 - the bundled files (model, tales, ...) that those files name.
 
-Code is hashed as its syntax tree, so comments, docstrings and layout do not matter. The record also names the processor
-used, because another one rounds differently and training then ends with different numbers.
+Code is hashed as its syntax tree, so comments, docstrings, a method's `use_when` and layout do not matter. The record
+also names the processor used, because another one rounds differently and training then ends with different numbers.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PACKAGES = ("ipython", "matplotlib", "numpy", "pillow", "sacrebleu", "safetensor
 RUNS_IT = "import lora_from_scratch.grading.building.execution"
 ASIDE = ("room", "checks.in_room")  # what is imported, but does nothing while a notebook is built
 READ_AS_TEXT = {"getdoc", "getsource", "getsourcelines", "help", "__doc__"}  # with these, source text is output
+TEXT = "use_when"  # an attribute of classes that is documentation, as a docstring is
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 Hashes = dict[str, str]
@@ -112,13 +113,17 @@ def code_of(text: str) -> str:
 def _plain(node: Any) -> Any:
     """A syntax tree as tuples; the output of `ast.dump` depends on the version of Python."""
     if isinstance(node, list):
-        return [_plain(item) for item in node]
+        return [_plain(item) for item in node if not _is_text(item)]
     if not isinstance(node, ast.AST):
         return node
     parts: list[tuple[str, Any]] = [(name, getattr(node, name, None)) for name in node._fields]
     if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
         parts = [(name, value[1:] if name == "body" else value) for name, value in parts]
     return (type(node).__name__, *((name, _plain(value)) for name, value in parts if value not in (None, [])))
+
+
+def _is_text(node: Any) -> bool:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == TEXT
 
 
 @functools.cache
