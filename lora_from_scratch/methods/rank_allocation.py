@@ -1,8 +1,8 @@
 """Which triplets AdaLoRA keeps (Zhang et al. 2023, arXiv:2303.10512): their importance, the budget, and the choice.
 
 A triplet is one entry of E with its row of A and its column of B. In every training step the importance of each number
-is updated (`smoothed_sensitivity`), and each triplet gets a score (`triplet_scores`). From time to time as many of the
-best are chosen (`allocate`) as the budget of that step allows (`cubic_budget`). `adalora.py` trains with these functions.
+is updated (`smoothed_sensitivity`), and each triplet gets a score (`triplet_scores`). From time to time the best are
+chosen (`allocate`), as many as the budget of that step allows (`cubic_budget`). `adalora.py` trains with these.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def cubic_budget(step: int, first: int, last: int, whole: int, target: int) -> i
 
     Args:
         step: counted from 1.
-        first, last: the steps between which the budget falls; `last` is the larger one.
-        whole, target: numbers of triplets; `target` is at most `whole`.
+        first, last: the steps between which the budget falls, the smaller one first.
+        whole, target: numbers of triplets, the larger one first.
     """
     if step <= first:
         return whole
