@@ -7,7 +7,7 @@ chosen (`allocate`), as many as the budget of that step allows (`cubic_budget`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def cubic_budget(step: int, first: int, last: int, whole: int, target: int) -> i
     return int((whole - target) * left**3) + target
 
 
-def allocate(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
+def allocate(scores: list[Tensor], budget: int) -> list[Tensor]:
     """Which triplets are kept: the best `budget` ones of all matrices together.
 
     So a matrix may keep all of its triplets, or none. Exactly `budget` are kept. Among triplets with the same score the
@@ -90,7 +90,7 @@ def allocate(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
     Returns:
         A mask for each matrix, (r_i,): 1 where a triplet is kept, and 0 where it is cut.
     """
-    order = torch.cat(list(scores)).argsort(descending=True, stable=True)
+    order = torch.cat(scores).argsort(descending=True, stable=True)
     kept = torch.zeros(len(order), device=order.device)
     kept[order[:budget]] = 1
     return list(kept.split([len(score) for score in scores]))

@@ -158,7 +158,7 @@ def one_after_the_other(scores, budget):
     return masks
 
 
-ORDER = "order = torch.cat(list(scores)).argsort(descending=True, stable=True)"
+ORDER = "order = torch.cat(scores).argsort(descending=True, stable=True)"
 
 
 @wrong("allocate", "You keep the worst triplets. The best ones are kept.")
@@ -205,7 +205,7 @@ def above_a_threshold(scores, budget):
 @wrong("allocate", "Among triplets with the same score you keep the last. The first are kept.")
 @changed(
     allocate,
-    (ORDER, "order = torch.cat(list(scores)).flip(0).argsort(descending=True, stable=True)"),
+    (ORDER, "order = torch.cat(scores).flip(0).argsort(descending=True, stable=True)"),
     ("return list(kept.split(", "kept = kept.flip(0)\n    return list(kept.split("),
 )
 def the_last_of_equal_ones(): ...

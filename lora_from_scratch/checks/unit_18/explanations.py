@@ -27,8 +27,8 @@ def explain_layer(case: Case, seen: Seen, expected: Seen) -> Explanation:
             found = (
                 "other distances",
                 (
-                    f"The distance of {' and that of '.join(wrong)} is wrong. Yours are {_numbers(one['distances'])} for "
-                    f"A and B; they should be {_numbers(other['distances'])}."
+                    f"The distance of {' and that of '.join(wrong)} is wrong. Yours are {_numbers(one['distances'])} "
+                    f"for A and B; they should be {_numbers(other['distances'])}."
                 ),
             )
         return found or ("no gradient", "The distances are right, but no gradient flows from them to A and to B.")
