@@ -158,6 +158,14 @@ def zeros_are_not_seen(train):
     assert not torch.equal(seen.weights[0], seen.start)
 
 
+@wrong("test_train", "Your test looks at the gradients of a single step. They could be gone in another one.")
+def gradients_of_one_step(train):
+    seen = Recorded(train)
+    assert seen.steps == [1, 2, 3, 4]
+    assert any(g is not None and g.any() for g in seen.gradients)
+    assert not torch.equal(seen.weights[0], seen.start)
+
+
 @wrong("test_train", "Your test does not look at the gradients during the call.")
 def gradients_are_not_seen(train):
     seen = Recorded(train)

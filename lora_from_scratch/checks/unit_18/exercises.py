@@ -188,6 +188,7 @@ def test_cases(draw: Draw) -> Iterator[Case]:
         "every call gets the number 1": number,
         "the gradients are set to None before the call": there,
         "the gradients are set to zero before the call": there,
+        "the gradients are set to None before the call, except in the first step": there,
         "the optimiser takes its step after the call": before,
     }
     for name in SOUND:
@@ -323,8 +324,8 @@ PREDICTIONS = [
         },
         answer="b",
         explanation=(
-            "The tables have a correlation of about 0.9, and two random ones of about 0. With both seeds the MLPs and the "
-            "last two blocks keep most of the rank, and about half of the matrices keep one triplet or none."
+            "The tables have a correlation of about 0.9, and two random ones of about 0. With both seeds the MLPs and "
+            "the last two blocks keep most of the rank, and about half of the matrices keep one triplet or none."
         ),
         replies={
             "a": "Then the correlation of the two tables would be close to zero.",
@@ -337,8 +338,8 @@ PREDICTIONS = [
     Prediction(
         "is_it_worth_it",
         question=(
-            "Each method has its own tuned learning rate, and 32 steps. Which of these three has the lowest held-out loss "
-            "with both seeds?"
+            "Each method has its own tuned learning rate, and 32 steps. Which of these three has the lowest held-out "
+            "loss with both seeds?"
         ),
         choices={
             "a": "AdaLoRA",
@@ -348,8 +349,8 @@ PREDICTIONS = [
         },
         answer="a",
         explanation=(
-            "With the same number of triplets AdaLoRA is clearly ahead of the flat ranks, and it is ahead of an ordinary "
-            "LoRA with a quarter more parameters than it keeps. Rank in a matrix that hardly needs it buys little."
+            "With as many triplets AdaLoRA is clearly ahead of the flat ranks, and it is ahead of an ordinary LoRA "
+            "with a quarter more parameters than it keeps. Rank in a matrix that hardly needs it buys little."
         ),
         replies={
             "b": "It does keep the most, but many of them are in matrices that do not need them.",

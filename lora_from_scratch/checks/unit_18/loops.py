@@ -154,6 +154,16 @@ def gradients_are_zero(model: Any, batches: Any, optimizer: Any) -> None:
         model.update_and_allocate(step)
 
 
+def gradients_are_there_once(model: Any, batches: Any, optimizer: Any) -> None:
+    for step, batch in enumerate(batches, start=1):
+        backward(model, batch)
+        optimizer.step()
+        if step > 1:
+            optimizer.zero_grad()
+        model.update_and_allocate(step)
+        optimizer.zero_grad()
+
+
 def before_the_step(model: Any, batches: Any, optimizer: Any) -> None:
     for step, batch in enumerate(batches, start=1):
         backward(model, batch)
@@ -180,6 +190,7 @@ FAULTY: dict[str, Callable[..., None]] = {
     "every call gets the number 1": always_1,
     "the gradients are set to None before the call": gradients_are_none,
     "the gradients are set to zero before the call": gradients_are_zero,
+    "the gradients are set to None before the call, except in the first step": gradients_are_there_once,
     "the optimiser takes its step after the call": before_the_step,
 }
 LOOPS = SOUND | FAULTY
