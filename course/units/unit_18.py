@@ -73,6 +73,9 @@ STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 32))  # of each training r
 # are orthonormal. AdaLoRA does not enforce that, but it adds to the loss how far A and B are from it (eq. 4).
 #
 # An example with r = 1: A = (1, 1) has A A^T = 2, so its distance from orthonormal is |2 - 1| = 1.
+#
+# The layer below is a `LoRALinear` (unit 09) with E as an additional parameter. It computes y from the two factors that
+# its method `factors` returns, as every LoRA does. Write that method, and the distances for the penalty.
 
 # %% exercise="AdaLoRALinear"
 
