@@ -338,24 +338,24 @@ PREDICTIONS = [
     Prediction(
         "is_it_worth_it",
         question=(
-            "Each method has its own tuned learning rate, and 32 steps. Which of these three has the lowest held-out "
-            "loss with both seeds?"
+            "AdaLoRA, flat ranks and random ranks keep the same number of triplets. Each has its own tuned learning "
+            "rate, and 32 steps. How do their held-out losses compare, with both seeds?"
         ),
         choices={
-            "a": "AdaLoRA",
-            "b": "LoRA of rank 3, since it keeps the most parameters",
-            "c": "flat, since AdaLoRA spends most of its training on triplets that are cut",
-            "d": "none: the differences are no larger than those between the seeds",
+            "a": "AdaLoRA has the lowest, and flat and random ranks are close to each other",
+            "b": "AdaLoRA and random ranks are close to each other, and better than flat ranks: matrices differ",
+            "c": "flat ranks have the lowest: AdaLoRA spends most of its training on triplets that are cut",
+            "d": "there is no difference that is larger than the one between the seeds",
         },
         answer="a",
         explanation=(
-            "With as many triplets AdaLoRA is clearly ahead of the flat ranks, and it is ahead of an ordinary LoRA "
-            "with a quarter more parameters than it keeps. Rank in a matrix that hardly needs it buys little."
+            "AdaLoRA is ahead by 0.1 or more. Random ranks are no better than flat ones, so it does not help by itself "
+            "that the ranks differ: they have to be high in the right matrices."
         ),
         replies={
-            "b": "It does keep the most, but many of them are in matrices that do not need them.",
+            "b": "Matrices do differ, but a random distribution does not know how.",
             "c": "Those triplets are not trained in vain: that is how it finds out where the rank is needed.",
-            "d": "The two seeds of one method differ by a few hundredths here, and the methods by more.",
+            "d": "The two seeds of one method differ by less than 0.1 here, and AdaLoRA is ahead by more.",
         },
         measured="32 steps on the bundled GPT-2, seeds 0 and 1",
         idea="where the rank goes",
