@@ -35,6 +35,7 @@ from lora_from_scratch.methods.lora import LoRALinear
 from lora_from_scratch.methods.lora_peft import targets_in_peft
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS
+from lora_from_scratch.methods.rank_allocation import allocate, cubic_budget, smoothed_sensitivity, triplet_scores
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers
 from lora_from_scratch.support.linear_layers import in_and_out
 from lora_from_scratch.support.tape import Tape, TensorSize
@@ -46,7 +47,11 @@ ALLOCATION = "adalora_allocation"  # where an adapted model keeps its `Allocatio
 
 
 class AdaLoRALinear(LoRALinear):
-    """A LoRA layer with a diagonal E between A and B. The scaling alpha / r keeps the first rank, whatever is cut."""
+    """A LoRA layer with a diagonal E between A and B: y = W x + b + s B diag(E) A x (Zhang et al. 2023, eq. 3).
+
+    The parameters are `lora_A` (r, in), `lora_E` (r, 1) and `lora_B` (out, r). The scaling s = alpha / r keeps the
+    first rank: cutting a triplet, that is setting its E to zero, does not change what the others add.
+    """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
         super().__init__(base, rank, alpha, dropout=dropout, generator=generator)
@@ -60,12 +65,20 @@ class AdaLoRALinear(LoRALinear):
         return A, INITIAL_DEVIATION * torch.randn(outputs, self.rank, generator=generator)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """diag(E) A (r, in) and B (out, r)."""
+        """diag(E) A (r, in) and B (out, r), whose product the layer multiplies by s. Gradients flow to A, E and B."""
         return self.lora_A * self.lora_E, self.lora_B
 
-    def importance(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """The score of each triplet, (r,), from those of the entries of A, B and E (eq. 7)."""
-        return scores["lora_E"].flatten() + scores["lora_A"].mean(dim=1) + scores["lora_B"].mean(dim=0)
+    def distances_from_orthonormal(self) -> Tensor:
+        """How far the rows of A and the columns of B are from orthonormal: ||A A^T - I|| and ||B^T B - I|| (eq. 4).
+
+        These are Frobenius norms. As in the authors' code, they are not squared. Gradients flow to A and B.
+
+        Returns:
+            (2,), first the distance of A, then that of B.
+        """
+        A, B = self.lora_A, self.lora_B
+        identity = torch.eye(len(A), dtype=A.dtype, device=A.device)
+        return torch.stack([torch.linalg.matrix_norm(gram - identity) for gram in (A @ A.T, B.T @ B)])
 
 
 class Allocation:
@@ -85,26 +98,21 @@ class Allocation:
 
     def observe(self, layers: Mapping[str, AdaLoRALinear], beta1: float, beta2: float) -> None:
         """Update sensitivity and uncertainty from the gradients (eq. 9 and 10)."""
-        for name, smoothed in self.sensitivity.items():
+        for name, smoothed in list(self.sensitivity.items()):
             layer, _, part = name.rpartition(".")
             parameter = getattr(layers[layer], part)
-            now = (parameter * parameter.grad).abs()
-            smoothed.mul_(beta1).add_(now, alpha=1 - beta1)
-            self.uncertainty[name].mul_(beta2).add_((now - smoothed).abs(), alpha=1 - beta2)
+            self.sensitivity[name], self.uncertainty[name] = smoothed_sensitivity(
+                parameter, parameter.grad, smoothed, self.uncertainty[name], beta1, beta2
+            )
 
     def choose(self, layers: Mapping[str, AdaLoRALinear], budget: int) -> None:
         """Choose the best triplets of all layers together; among equals the first."""
-        scores = [
-            layer.importance(
-                {part: self.sensitivity[f"{name}.{part}"] * self.uncertainty[f"{name}.{part}"] for part in PARTS}
-            )
-            for name, layer in layers.items()
-        ]
-        order = torch.cat(scores).argsort(descending=True, stable=True)
-        chosen = torch.zeros(len(order), device=order.device)
-        chosen[order[:budget]] = 1
-        for kept, mask in zip(self.kept.values(), chosen.split([len(score) for score in scores]), strict=True):
-            kept.copy_(mask)
+
+        def of(layer: str, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {part: table[f"{layer}.{part}"] for part in PARTS}
+
+        scores = [triplet_scores(of(name, self.sensitivity), of(name, self.uncertainty)) for name in layers]
+        self.kept = dict(zip(layers, allocate(scores, budget), strict=True))
 
     def cut(self, layers: Mapping[str, AdaLoRALinear]) -> None:
         """Set E to zero where a triplet is not kept."""
@@ -184,9 +192,7 @@ class AdaLoRA(WrapsLayers):
     def budget(self, step: int, steps: int, matrices: int) -> int:
         """How many triplets are kept after a step (eq. 12)."""
         first, last = self.phases(steps)
-        whole, target = self.rank * matrices, self.target_rank * matrices
-        left = 1 - (step - first) / (last - first) if last > first else 0.0
-        return int((whole - target) * min(max(left, 0.0), 1.0) ** 3) + target
+        return cubic_budget(step, first, last, self.rank * matrices, self.target_rank * matrices)
 
     def phases(self, steps: int) -> tuple[int, int]:
         """The last step before the budget falls, and the step at which it has fallen."""
@@ -199,11 +205,8 @@ class AdaLoRA(WrapsLayers):
         """The mean over all A and B of ||P P^T - I||, the Frobenius norm (eq. 4), times `orthogonality`."""
         if self.orthogonality == 0:
             return None
-        terms = []
-        for layer in self.layers(model).values():
-            identity = torch.eye(layer.rank, device=layer.lora_A.device, dtype=layer.lora_A.dtype)
-            terms += [torch.linalg.matrix_norm(P @ P.T - identity) for P in (layer.lora_A, layer.lora_B.T)]
-        return self.orthogonality * torch.stack(terms).mean()
+        distances = [layer.distances_from_orthonormal() for layer in self.layers(model).values()]
+        return self.orthogonality * torch.cat(distances).mean()
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
