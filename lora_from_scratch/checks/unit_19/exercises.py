@@ -1,0 +1,142 @@
+"""Unit 19, merging into four bits: its exercises with their hints, and its predictions. The cases are in `cases.py`."""
+
+from __future__ import annotations
+
+from lora_from_scratch.checks.exercise import Exercise, Prediction
+from lora_from_scratch.checks.unit_19.cases import (
+    greedy_cases,
+    merge_cases,
+    quantize_cases,
+    split_cases,
+    sum_cases,
+    test_cases,
+)
+from lora_from_scratch.checks.unit_19.explanations import (
+    explain_allocation,
+    explain_merged,
+    explain_quantized,
+    explain_split,
+    explain_sums,
+    explain_test,
+)
+from lora_from_scratch.checks.unit_19.probes import run_allocation, run_quantize, run_split, run_sums, run_test
+from lora_from_scratch.methods.greedy_allocation import allocate_greedily
+from lora_from_scratch.methods.lq_lora import split
+from lora_from_scratch.methods.qa_lora import merge_into_zeros, sum_groups
+from lora_from_scratch.museum.last_iterate import test_split
+from lora_from_scratch.quantization.low_bit import quantize_groups
+
+TITLE = "Merging into four bits"
+
+EXERCISES = [
+    Exercise(
+        quantize_groups,
+        idea="quantisation",
+        difficulty=2,
+        minutes=9,
+        points=2,
+        hints=(
+            "`in_groups(weight, bits, group_size)`, imported above, cuts the rows into groups: (out, G, g). The smallest "
+            "and the largest weight of each group determine everything else.",
+            "2^bits codes have 2^bits - 1 steps between them. Divide by the scale and round; where the scale is 0, "
+            "divide by something tiny instead. At the end, leave out what a short group was filled up with.",
+            "`aminmax(dim=2)` gives both ends. `zero[..., None]` has the shape (out, G, 1) and can be subtracted from "
+            "(out, G, g). `codes.flatten(1)[:, :weight.shape[1]]` is (out, in) again.",
+        ),
+        cases=quantize_cases,
+        probe=run_quantize,
+        explain=explain_quantized,
+    ),
+    Exercise(
+        sum_groups,
+        idea="merging",
+        difficulty=2,
+        minutes=5,
+        points=2,
+        hints=(
+            "If every group were complete, one reshape of the last axis to (G, g) and one sum would do.",
+            "Zeros do not change a sum. How many of them complete the last group?",
+            "`F.pad(x, (0, n))` appends n zeros to the last axis, `-x.shape[-1] % group_size` is their number, and "
+            "`unflatten(-1, (-1, group_size))` splits an axis in two.",
+        ),
+        cases=sum_cases,
+        probe=run_sums,
+        explain=explain_sums,
+    ),
+    Exercise(
+        merge_into_zeros,
+        idea="merging",
+        difficulty=2,
+        minutes=6,
+        points=2,
+        hints=(
+            "Write y_i as a sum over the inputs j, with the scale, the code and the zero of each. What does A add to y_i, "
+            "written as a sum over the same j?",
+            "The sum of a group of inputs, times a number, is the sum of the inputs times the same number. So every "
+            "weight of group k gets the same addition. Which of its three numbers can carry it?",
+            "The addition for output i and group k is s times the entry (i, k) of B A. Convert both with `.float()` first.",
+        ),
+        cases=merge_cases,
+        explain=explain_merged,
+        dtypes=True,
+    ),
+    Exercise(
+        split,
+        idea="low rank and few bits",
+        difficulty=3,
+        minutes=12,
+        points=3,
+        hints=(
+            "Write the loop without stopping first: factors of what Q leaves, then Q of what the factors leave, then the "
+            "error. What has to be kept from one iteration to the next?",
+            "Keep two things apart: the current iteration, which the next one starts from, and the best one, which is "
+            "returned. Compare before you overwrite the best.",
+            "`weighted_factors(W - dequantized, rank, weighting)` gives A and B; `squared_error(difference, weighting)` the "
+            "error. Start with `least = math.inf`, `dequantized = torch.zeros_like(W)` and `W.detach().float()`.",
+        ),
+        cases=split_cases,
+        probe=run_split,
+        explain=explain_split,
+        background=("(The authors' code returns", "`Q.dequantize()` is a matrix", "How B A is factored"),
+    ),
+    Exercise(
+        test_split,
+        idea="tests of one's own",
+        difficulty=3,
+        minutes=10,
+        points=3,
+        hints=(
+            "On most weights the error falls for many iterations, and the fault does not show. You write `quantize`, so "
+            "you decide how large the error of each iteration is.",
+            "Let `quantize` count its calls and round to more bits in the second call than in the first and the third. "
+            "Then the second iteration is the best. Let it remember W - B A and Q of each call, too.",
+            "`calls = []`, and in `quantize` `calls.append((matrix, quantize_normal_float(matrix, bits[len(calls)], 16)))`. "
+            "Call `split` with 2 and with 3 iterations, each time with an empty list. The error of a call is "
+            "`(matrix - Q.dequantize()).norm()`; compare the returned one with the smallest.",
+        ),
+        cases=test_cases,
+        probe=run_test,
+        explain=explain_test,
+        background=("split: is called as", "Give it a float32 matrix", "It calls `quantize` once"),
+    ),
+    Exercise(
+        allocate_greedily,
+        idea="bits under a budget",
+        difficulty=4,
+        minutes=12,
+        points=3,
+        hints=(
+            "Do it by hand first: write down the current choice of each matrix, and for every other choice how much "
+            "error it saves and how much size it costs.",
+            "A loop over all matrices and choices finds the best change. Leave out changes that do not save error, do not "
+            "cost size, or do not fit; if none is left, return.",
+            "The size that is left is the budget minus the sum of `sizes[i, chosen[i]]`. The smallest choices are "
+            "`sizes.argmin(dim=1)`. Compare saved / cost, and remember matrix and choice of the largest.",
+        ),
+        cases=greedy_cases,
+        probe=run_allocation,
+        explain=explain_allocation,
+    ),
+]
+
+PREDICTIONS: list[Prediction] = []
