@@ -261,8 +261,8 @@ def the_largest(x, group_size):
 
 @wrong("sum_groups", "You take x for a matrix. It may have any number of axes before the last.")
 def two_axes_only(x, group_size):
-    rows, inputs = x.shape
-    return sum_groups(x, group_size)
+    rows, _ = x.shape
+    return sum_groups(x.view(rows, -1), group_size)
 
 
 @wrong("sum_groups", "You group the first axis. The inputs are on the last one.")

@@ -36,8 +36,8 @@ EXERCISES = [
         minutes=9,
         points=2,
         hints=(
-            "`in_groups(weight, bits, group_size)`, imported above, cuts the rows into groups: (out, G, g). The smallest "
-            "and the largest weight of each group determine everything else.",
+            "`in_groups(weight, bits, group_size)`, imported above, cuts the rows into groups: (out, G, g). The "
+            "smallest and the largest weight of each group determine everything else.",
             "2^bits codes have 2^bits - 1 steps between them. Divide by the scale and round; where the scale is 0, "
             "divide by something tiny instead. At the end, leave out what a short group was filled up with.",
             "`aminmax(dim=2)` gives both ends. `zero[..., None]` has the shape (out, G, 1) and can be subtracted from "
@@ -70,11 +70,12 @@ EXERCISES = [
         minutes=6,
         points=2,
         hints=(
-            "Write y_i as a sum over the inputs j, with the scale, the code and the zero of each. What does A add to y_i, "
-            "written as a sum over the same j?",
+            "Write y_i as a sum over the inputs j, with the scale, the code and the zero of each. What do A and B add "
+            "to y_i, written as a sum over the same j?",
             "The sum of a group of inputs, times a number, is the sum of the inputs times the same number. So every "
             "weight of group k gets the same addition. Which of its three numbers can carry it?",
-            "The addition for output i and group k is s times the entry (i, k) of B A. Convert both with `.float()` first.",
+            "The addition for output i and group k is s times the entry (i, k) of B A. Convert both with `.float()` "
+            "first.",
         ),
         cases=merge_cases,
         explain=explain_merged,
@@ -87,12 +88,12 @@ EXERCISES = [
         minutes=12,
         points=3,
         hints=(
-            "Write the loop without stopping first: factors of what Q leaves, then Q of what the factors leave, then the "
-            "error. What has to be kept from one iteration to the next?",
+            "Write the loop without stopping first: factors of what Q leaves, then Q of what the factors leave, then "
+            "the error. What has to be kept from one iteration to the next?",
             "Keep two things apart: the current iteration, which the next one starts from, and the best one, which is "
             "returned. Compare before you overwrite the best.",
-            "`weighted_factors(W - dequantized, rank, weighting)` gives A and B; `squared_error(difference, weighting)` the "
-            "error. Start with `least = math.inf`, `dequantized = torch.zeros_like(W)` and `W.detach().float()`.",
+            "`weighted_factors(W - dequantized, rank, weighting)` gives A and B, `squared_error(difference, weighting)`"
+            " the error. Start with `least = math.inf`, `dequantized = torch.zeros_like(W)`, `W.detach().float()`.",
         ),
         cases=split_cases,
         probe=run_split,
@@ -106,12 +107,12 @@ EXERCISES = [
         minutes=10,
         points=3,
         hints=(
-            "On most weights the error falls for many iterations, and the fault does not show. You write `quantize`, so "
-            "you decide how large the error of each iteration is.",
+            "Where the error falls in every iteration, the fault does not show. But you write `quantize`, so you "
+            "decide how large the error of each iteration is.",
             "Let `quantize` count its calls and round to more bits in the second call than in the first and the third. "
             "Then the second iteration is the best. Let it remember W - B A and Q of each call, too.",
-            "`calls = []`, and in `quantize` `calls.append((matrix, quantize_normal_float(matrix, bits[len(calls)], 16)))`. "
-            "Call `split` with 2 and with 3 iterations, each time with an empty list. The error of a call is "
+            "In `quantize`: `calls.append((matrix, quantize_normal_float(matrix, bits[len(calls)], 16)))`. Call `split` "
+            "with 2 and with 3 iterations, each time with an empty list. The error of a call is "
             "`(matrix - Q.dequantize()).norm()`; compare the returned one with the smallest.",
         ),
         cases=test_cases,
@@ -128,8 +129,8 @@ EXERCISES = [
         hints=(
             "Do it by hand first: write down the current choice of each matrix, and for every other choice how much "
             "error it saves and how much size it costs.",
-            "A loop over all matrices and choices finds the best change. Leave out changes that do not save error, do not "
-            "cost size, or do not fit; if none is left, return.",
+            "A loop over all matrices and choices finds the best change. Leave out changes that do not save error, do "
+            "not cost size, or do not fit; if none is left, return.",
             "The size that is left is the budget minus the sum of `sizes[i, chosen[i]]`. The smallest choices are "
             "`sizes.argmin(dim=1)`. Compare saved / cost, and remember matrix and choice of the largest.",
         ),

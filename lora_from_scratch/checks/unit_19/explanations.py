@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
@@ -100,8 +99,8 @@ def explain_split(case: Case, seen: Seen, expected: Seen) -> Explanation:
     if one["calls"] != other["calls"]:
         kind = "too many" if one["calls"] > other["calls"] else "too few"
         return f"{kind} iterations", (
-            f"You call `quantize` {one['calls']} times here, {kind}: {other['calls']} iterations are right. After which "
-            "iteration does it stop?"
+            f"You call `quantize` {one['calls']} times here, {kind}: {other['calls']} iterations are right. After "
+            "which iteration does it stop?"
         )
     if one["iteration"] != other["iteration"]:
         return "another iteration", (
@@ -144,6 +143,6 @@ def explain_allocation(case: Case, seen: Seen, expected: Seen) -> Explanation:
     if size > given["budget"]:
         return "over the budget", f"Your choices take {size:g}, more than the budget of {given['budget']:g}."
     return "other choices", (
-        f"You choose {chosen}, which takes {size:g} of {given['budget']:g}. Follow the rule by hand: which change has the "
-        "largest value at the start, which one then, and what still fits?"
+        f"You choose {chosen}, which takes {size:g} of {given['budget']:g}. Follow the rule by hand: which change has "
+        "the largest value at the start, which one then, and what still fits?"
     )
