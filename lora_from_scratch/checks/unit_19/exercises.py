@@ -111,8 +111,8 @@ EXERCISES = [
             "decide how large the error of each iteration is.",
             "Let `quantize` count its calls and round to more bits in the second call than in the first and the third. "
             "Then the second iteration is the best. Let it remember W - B A and Q of each call, too.",
-            "In `quantize`: `calls.append((matrix, quantize_normal_float(matrix, bits[len(calls)], 16)))`. Call `split` "
-            "with 2 and with 3 iterations, each time with an empty list. The error of a call is "
+            "In `quantize`: `calls.append((matrix, quantize_normal_float(matrix, bits[len(calls)], 16)))`. Call "
+            "`split` with 2 and with 3 iterations, each time with an empty list. The error of a call is "
             "`(matrix - Q.dequantize()).norm()`; compare the returned one with the smallest.",
         ),
         cases=test_cases,
@@ -140,4 +140,53 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "who_survives",
+        question=(
+            "At how many bits does the merged QA-LoRA have a lower held-out loss than the QLoRA that was merged and "
+            "then rounded?"
+        ),
+        choices={
+            "a": "at 4, 3 and 2 bits",
+            "b": "at 2 bits only",
+            "c": "at none of them",
+        },
+        answer="b",
+        explanation=(
+            "Rounding to 4 bits costs QLoRA about 0.01, to 3 bits 0.07 and to 2 bits 0.38. QA-LoRA's merge costs "
+            "nothing, but before it QA-LoRA lacks about 0.2 of loss: its A has a thirty-second of the columns. Only 2 bits make "
+            "rounding more expensive than that."
+        ),
+        replies={
+            "a": "An exact merge only keeps what was learned, and QA-LoRA has learned less before it.",
+            "c": "The fewer the bits, the larger the steps: at 2 bits a group has only four levels to round to.",
+        },
+        idea="merging",
+        measured="40 steps, seed 0",
+    ),
+    Prediction(
+        "greedy_or_best",
+        question=(
+            "The integer programme finds the smallest possible sum of squared errors for this budget. How much larger "
+            "is the sum that the greedy rule finds?"
+        ),
+        choices={
+            "a": "by less than 1 %",
+            "b": "by 5 to 20 %",
+            "c": "by more than 20 %: it is no better than the same bits for all",
+        },
+        answer="a",
+        explanation=(
+            "The greedy rule can go wrong only where it runs out of budget: until then every bit is spent where it "
+            "helps most. With 24 matrices what is left at the end is small, so both agree almost everywhere. The integer "
+            "programme proves how little is lost; and it also works where a single matrix takes half of the budget."
+        ),
+        replies={
+            "b": "It would take a few large matrices, so that what cannot be spent at the end is a large part.",
+            "c": "The same bits for all ignore the table; the greedy rule looks at every entry of it.",
+        },
+        idea="bits under a budget",
+        measured="the 24 matrices of the bundled model",
+    ),
+]
