@@ -155,8 +155,8 @@ PREDICTIONS = [
         answer="b",
         explanation=(
             "Rounding to 4 bits costs QLoRA about 0.01, to 3 bits 0.07 and to 2 bits 0.38. QA-LoRA's merge costs "
-            "nothing, but before it QA-LoRA lacks about 0.2 of loss: its A has a thirty-second of the columns. Only 2 bits make "
-            "rounding more expensive than that."
+            "nothing, but before it QA-LoRA lacks about 0.2 of loss: its A has a thirty-second of the columns. Only 2 "
+            "bits make rounding more expensive than that."
         ),
         replies={
             "a": "An exact merge only keeps what was learned, and QA-LoRA has learned less before it.",
@@ -179,8 +179,8 @@ PREDICTIONS = [
         answer="a",
         explanation=(
             "The greedy rule can go wrong only where it runs out of budget: until then every bit is spent where it "
-            "helps most. With 24 matrices what is left at the end is small, so both agree almost everywhere. The integer "
-            "programme proves how little is lost; and it also works where a single matrix takes half of the budget."
+            "helps most. With 24 matrices what is left at the end is small, so both agree almost everywhere. The "
+            "integer programme proves how little is lost, and it also works where one matrix takes half of the budget."
         ),
         replies={
             "b": "It would take a few large matrices, so that what cannot be spent at the end is a large part.",
