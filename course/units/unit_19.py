@@ -28,6 +28,7 @@ import copy
 import inspect
 import math
 import os
+from dataclasses import replace
 
 import torch
 
@@ -39,7 +40,6 @@ from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.tasks import load_dataset
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
-from lora_from_scratch.methods.lora import lora_layers
 from lora_from_scratch.methods.loftq import best_factors
 from lora_from_scratch.methods.lq_lora import CHOICES, allocate, squared_error
 from lora_from_scratch.methods.qa_lora import QALoRA
@@ -47,6 +47,7 @@ from lora_from_scratch.methods.qlora import QLoRA
 from lora_from_scratch.methods.quantized_lora import layers_to_quantize, quantize_linear_layers
 from lora_from_scratch.museum.last_iterate import faulty_split
 from lora_from_scratch.quantization.low_bit import quantize_integer, quantize_normal_float
+from lora_from_scratch.quantization.nf4_linear import quantized_layers
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show
 from lora_from_scratch.support.linear_layers import weight_of
@@ -216,24 +217,24 @@ def rounded(plain, bits, group_size=32):
 
 
 def qa_lora(bits, group_size=32, rank=8):
-    """The held-out loss of QA-LoRA before and after its merge, and the number of trained parameters."""
+    """The held-out loss of QA-LoRA before and after its merge, the number of trained parameters, and the merged model."""
     method = QALoRA(rank=rank, alpha=8 * rank, bits=bits, group_size=group_size, seed=SEED, keep_base=False)
     tuned = trained(method)
     before, count = completion_loss(tuned, held_out), sum(p.numel() for p in method.trainable(tuned).values())
     method.merge(tuned)
-    return before, completion_loss(tuned, held_out), count
+    return before, completion_loss(tuned, held_out), count, tuned
 
 
 BITS = (4, 3, 2)
-results = {}  # (method, bits): the loss before and after the merge
+results, merged_models = {}, {}  # (method, bits): the loss before and after the merge; bits: QA-LoRA's model
 method = QLoRA(rank=8, alpha=64, seed=SEED, keep_base=False)
 tuned = trained(method)
 plain, before = method.merged_copy(tuned), completion_loss(tuned, held_out)
 parameters = {"QLoRA": sum(p.numel() for p in method.trainable(tuned).values())}
 for bits in tqdm(BITS, desc="runs", unit="run"):
     results["QLoRA, rounded", bits] = before, completion_loss(rounded(plain, bits), held_out)
-    *losses, parameters["QA-LoRA"] = qa_lora(bits)
-    results["QA-LoRA, merged", bits] = tuple(losses)
+    before_merge, after_merge, parameters["QA-LoRA"], merged_models[bits] = qa_lora(bits)
+    results["QA-LoRA, merged", bits] = before_merge, after_merge
 
 print(f"trained parameters: {', '.join(f'{name} {count:,}' for name, count in parameters.items())}")
 print("                  bits   held-out loss before the merge   after   difference")
@@ -282,7 +283,7 @@ def my_setting():
 def tried(bits, group_size, rank):
     if (bits, group_size, rank) == (3, 32, 8):
         return "That is the run from above: change `my_setting`."
-    _, loss, count = qa_lora(bits, group_size, rank)
+    _, loss, count, _ = qa_lora(bits, group_size, rank)
     other = results["QLoRA, rounded", 3][1]
     return f"{bits + 32 / group_size:g} bits per weight, {count:,} trained: loss {loss:.3f}, QLoRA rounded to 3 bits {other:.3f}"
 
@@ -451,34 +452,34 @@ for name in (name, next(name for name in weights if name.endswith("h.0.mlp.c_pro
 # merge; the danger is in other code that reads its files. (For layers that are not quantised by GPTQ, the same
 # library ignores the option without a word, and trains a plain LoRA.)
 #
-# **Zeros in whole numbers.** GPTQ stores zero-points -zero / scale, rounded to integers of b bits. A merged zero-point is
-# no whole number. If the file format rounds it, the merge is as lossy as quantising again:
+# **Zeros in whole numbers.** GPTQ stores zero-points -zero / scale as integers. A merged zero-point is no whole number;
+# if the file format rounds it, every weight of a group is off by the same amount, up to half a step. With the merged
+# models from above:
+
 
 # %%
-name = next(iter(weights))
-bits = 4
-method = QALoRA(rank=8, alpha=64, bits=bits, seed=SEED)
-small = copy.deepcopy(model)
-method.adapt(small)
-layer = lora_layers(small)[name]
-with torch.no_grad():
-    layer.lora_B.normal_(std=0.001, generator=torch.Generator().manual_seed(0))
-q = layer.base.quantized
-step = q.scale.clamp(min=1e-9)
-before, after = -q.zero / step, -merge(q.zero, layer.lora_A, layer.lora_B, layer.scaling).detach() / step
-lost = (after.round() - before.round() - (after - before)).norm() / (after - before).norm()
-print(f"the change of the zero-points: {(after - before).abs().mean():.2f} steps on average")
-print(f"rounded to whole numbers, {(after.round() == before.round()).float().mean():.0%} do not change; error {lost:.0%} of the change")
+def with_whole_zero_points(merged):
+    small = copy.deepcopy(merged)
+    for layer in quantized_layers(small).values():
+        q = layer.quantized
+        step = q.scale.clamp(min=1e-9)
+        layer.quantized = replace(q, zero=(q.zero / step).round() * step)
+    return small
+
+
+for bits in BITS:
+    loss = completion_loss(with_whole_zero_points(merged_models[bits]), held_out)
+    print(f"{bits} bits: merged {results['QA-LoRA, merged', bits][1]:.3f}, with whole zero-points {loss:.3f}")
 
 # %% [markdown]
 # **Quantising a merged model once more, in other groups.** A merged QA-LoRA consists of 2^b levels per group. A tool that
 # quantises it again with its own group size rounds everything that was exact:
 
 # %%
-merged_weight = spread(q.scale, 32) * q.codes + spread(merge(q.zero, layer.lora_A, layer.lora_B, layer.scaling).detach(), 32)
+merged_weight = next(iter(quantized_layers(merged_models[4]).values())).quantized.dequantize()
 for group_size in (32, 64, 128):
-    error = (quantize_integer(merged_weight, bits, group_size).dequantize() - merged_weight).norm() / merged_weight.norm()
-    print(f"quantised again in groups of {group_size}: error {error:.1%}")
+    again = quantize_integer(merged_weight, 4, group_size).dequantize()
+    print(f"groups of {group_size}: error {(again - merged_weight).norm() / merged_weight.norm():.1%} of the weight")
 
 # %% [markdown]
 # ## Summary
