@@ -149,18 +149,17 @@ print(f"the merged weight, quantised again to 2 bits: differs by at most {(again
 # four levels per group already. In the picture the groups have eight weights, and the change is large.
 
 # %% figure="unit_19.png"
-row, bits, group_size = 3, 2, 8
-codes, scale, zero = quantize(W[:, :16], bits, group_size)
-change = torch.zeros_like(zero)
-change[row] = torch.tensor([0.6, -0.9]) * scale[row]
+part = next(weights[name] for name in weights if name.endswith("h.3.mlp.c_fc"))[3:4, :16]  # one row
+codes, scale, zero = quantize(part, 2, 8)
+moved = zero + torch.tensor([[0.9, -1.4]]) * scale
 figure, axes = plotting.panels(2, width=4.2, height=3.4)
-for panel, zeros, title in ((axes[0], zero, "Before the merge"), (axes[1], zero + change, "After the merge")):
-    values = spread(scale, group_size)[row] * codes[row] + spread(zeros, group_size)[row]
+lowest, highest = min(zero.min(), moved.min()), max((zero + 3 * scale).max(), (moved + 3 * scale).max())
+for panel, zeros, title in zip(axes, (zero, moved), ("Before the merge", "After the merge"), strict=True):
     for k in range(2):
-        levels = zeros[row, k] + scale[row, k] * torch.arange(4.0)
-        panel.hlines(levels, k * group_size - 0.4, (k + 1) * group_size - 0.6, color="0.6", linewidth=1)
-    panel.scatter(range(16), values, s=28, color="black", zorder=3)
-    panel.set_ylim(float((zero + change.clamp(max=0))[row].min()) - 0.02, float((zero + change.clamp(min=0) + 3 * scale)[row].max()) + 0.02)
+        panel.hlines(zeros[0, k] + scale[0, k] * torch.arange(4), 8 * k - 0.4, 8 * k + 7.4, color="0.6", linewidth=1)
+    panel.scatter(range(16), (spread(scale, 8) * codes + spread(zeros, 8))[0], s=28, color="black", zorder=3)
+    panel.set_ylim(float(lowest - 0.3 * scale.max()), float(highest + 0.3 * scale.max()))
+    panel.set_xticks([0, 4, 8, 12])
     plotting.label(panel, x="input", y="weight" if panel is axes[0] else "", title=title)
 show(
     figure,
