@@ -311,7 +311,7 @@ print(inspect.getsource(faulty_split))
 # %% [markdown]
 # Mend it. The mended function also takes a `weighting`: LQ-LoRA counts the errors of some rows and columns more than
 # others (by the Fisher information, section 3.3). You need not know how: `weighted_factors` and `squared_error`, which are
-# imported above the exercise, take it as an argument.
+# imported in the first cell, take it as an argument.
 
 # %% exercise="split"
 
