@@ -269,10 +269,9 @@ show(
 # ### Your own setting
 #
 # QA-LoRA loses nothing by its merge, so all that it lacks, it lacks before. The size of the groups decides how much A can
-# see: smaller groups make it more like LoRA, and cost more bits per weight. Choose a number of bits, a group size and a
-# rank (at most the number of groups) for at most 3.5 bits per weight, counting 16 bits for each scale and each zero. Say
-# first whether you expect it to beat QLoRA rounded to 3 bits in groups of 32, which takes 4 bits per weight.
-
+# see: smaller groups make it more like LoRA, and cost more storage. QLoRA rounded to 3 bits in groups of 32 takes 4 bits
+# per weight, counting 16 bits for each scale and each zero. Choose bits, a group size and a rank (at most the number of
+# groups) for QA-LoRA that take no more. Say first whether you expect it to reach QLoRA's loss, and why.
 
 # %%
 def my_setting():

@@ -48,7 +48,7 @@ def explain_sums(case: Case, seen: Seen, expected: Seen) -> Explanation:
     if "result" in one:
         return "no tensor", f"Return a tensor of sums. Yours is {describe(one['result'])}."
     if (found := not_a_tensor(one["sums"], other["sums"].shape, "the result")) is not None:
-        return found
+        return "another shape", f"{found[1]} The last axis should have one number for each group, the others stay."
     if not same(one["sums"], other["sums"]):
         return "other sums", (
             "The result has the right shape but other numbers than the sums. Work out the first case on paper: which "
