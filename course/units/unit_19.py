@@ -20,8 +20,8 @@
 #
 # **Time**: about 75 minutes, including one minute of computation. 6 exercises, 2 predictions, one open question.
 #
-# ![A row of 16 weights in two groups of eight, stored in two bits, before and after a merge. Each group has four levels.
-# The merge moves the four levels of a group together, and every weight stays on its level.](unit_19.png)
+# ![A row of 16 weights in two groups of eight, stored in two bits, before and after a merge. Each group has four
+# levels. The merge moves the four levels of a group together, and every weight stays on its level.](unit_19.png)
 
 # %%
 import copy
@@ -66,19 +66,19 @@ weights = {name: weight_of(layer).detach().clone() for name, layer in layers_to_
 # %% [markdown]
 # ## A scale and a zero for each group
 #
-# QLoRA (unit 13) trains A and B beside a base in four bits. If you merge them, the sum needs 16 bits again; if the result
-# has to stay small, it must be rounded to a few bits *after* training. What the rounding does to what was learned is
-# the question of this unit. The answer begins with how the weights are stored.
+# QLoRA (unit 13) trains A and B beside a base in four bits. If you merge them, the sum needs 16 bits again; if the
+# result has to stay small, it must be rounded to a few bits *after* training. What the rounding does to what was
+# learned is the question of this unit. The answer begins with how the weights are stored.
 #
-# QA-LoRA (Xu et al. 2023, arXiv:2309.14717) stores integers. The inputs are cut into groups of g, and in each row i every
-# group k has a scale and a zero (section 3.2):
+# QA-LoRA (Xu et al. 2023, arXiv:2309.14717) stores integers. The inputs are cut into groups of g, and in each row i
+# every group k has a scale and a zero (section 3.2):
 #
 # $$W_{ij} \approx \text{scale}_{ik} \cdot \text{code}_{ij} + \text{zero}_{ik}, \qquad k = \lfloor j / g \rfloor$$
 #
-# where W is (out, in), the codes are whole numbers from 0 to 2^b - 1, and scales and zeros are (out, G) with G = ceil(in /
-# g). NF4 (unit 12) has no zero: its levels lie around 0. Here they lie between the smallest and the largest weight of the
-# group, at equal distances. An example with 2 bits and the group (0.2, 0.7, -0.5, 0.4): the zero is -0.5, the scale (0.7 +
-# 0.5) / 3 = 0.4, and the levels are -0.5, -0.1, 0.3 and 0.7. The codes are 2, 3, 0 and 2.
+# where W is (out, in), the codes are whole numbers from 0 to 2^b - 1, and scales and zeros are (out, G) with G =
+# ceil(in / g). NF4 (unit 12) has no zero: its levels lie around 0. Here they lie between the smallest and the largest
+# weight of the group, at equal distances. An example with 2 bits and the group (0.2, 0.7, -0.5, 0.4): the zero is
+# -0.5, the scale (0.7 + 0.5) / 3 = 0.4, and the levels are -0.5, -0.1, 0.3 and 0.7. The codes are 2, 3, 0 and 2.
 
 # %% exercise="quantize_groups"
 
@@ -107,17 +107,17 @@ for bits in (4, 3, 2):
 #
 # $$\sum_{j \in \text{group } k} d \, x_j \;=\; d \sum_{j \in \text{group } k} x_j$$
 #
-# So a change fits if it sees only the *sum* of each group of inputs. That is QA-LoRA: its A is (r, G) instead of (r, in),
-# and it is applied to the sums (section 3.3):
+# So a change fits if it sees only the *sum* of each group of inputs. That is QA-LoRA: its A is (r, G) instead of (r,
+# in), and it is applied to the sums (section 3.3):
 #
 # $$y = W x + b + s B A P x, \qquad P x: \text{(G,), the sums over the groups}$$
 
 # %% exercise="sum_groups"
 
 # %% [markdown]
-# Now the merge. An example with one output, four inputs in two groups of two, and rank 1: A = (1, 2), B = (3), s = 1, and
-# x = (1, 1, 5, 0). The sums are 2 and 5, so A P x = 1 * 2 + 2 * 5 = 12, and 36 is added to y. Which four additions to
-# the four weights do the same? Find them, and then the two numbers that are stored.
+# Now the merge. An example with one output, four inputs in two groups of two, and rank 1: A = (1, 2), B = (3), s = 1,
+# and x = (1, 1, 5, 0). The sums are 2 and 5, so A P x = 1 * 2 + 2 * 5 = 12, and 36 is added to y. Which four
+# additions to the four weights do the same? Find them, and then the two numbers that are stored.
 
 # %% exercise="merge_into_zeros"
 
@@ -163,8 +163,8 @@ for panel, zeros, title in zip(axes, (zero, moved), ("Before the merge", "After 
     plotting.label(panel, x="input", y="weight" if panel is axes[0] else "", title=title)
 show(
     figure,
-    "A row of 16 weights in two groups of eight, stored in two bits, before and after a merge. Each group has four levels. "
-    "The merge moves the four levels of a group together, and every weight stays on its level.",
+    "A row of 16 weights in two groups of eight, stored in two bits, before and after a merge. Each group has four "
+    "levels. The merge moves the four levels of a group together, and every weight stays on its level.",
 )
 
 # %% [markdown]
@@ -174,12 +174,13 @@ show(
 #
 # - **QLoRA, then round**: train a LoRA on the base in NF4, merge it in full precision, and quantise the result to b-bit
 #   integers in groups of 32 (round to nearest).
-# - **QA-LoRA**: quantise the base to b-bit integers in groups of 32, train A (r, G) and B, and merge them into the zeros.
+# - **QA-LoRA**: quantise the base to b-bit integers in groups of 32, train A (r, G) and B, and merge them into the
+#   zeros.
 #
 # The task is the story cards; both have rank 8 on every matrix, and their own tuned learning rates.
 #
-# One merge is exact, the other is not. But the exact one has a price: QA-LoRA's A has G columns instead of `in`, 32 times
-# fewer. In the paper (LLaMA, MMLU), QA-LoRA is better than QLoRA with GPTQ at 4, 3 and 2 bits.
+# One merge is exact, the other is not. But the exact one has a price: QA-LoRA's A has G columns instead of `in`, 32
+# times fewer. In the paper (LLaMA, MMLU), QA-LoRA is better than QLoRA with GPTQ at 4, 3 and 2 bits.
 
 # %% prediction="who_survives"
 
@@ -216,7 +217,7 @@ def rounded(plain, bits, group_size=32):
 
 
 def qa_lora(bits, group_size=32, rank=8):
-    """The held-out loss of QA-LoRA before and after its merge, the number of trained parameters, and the merged model."""
+    """The held-out loss of QA-LoRA before and after its merge, how many parameters it trains, and the merged model."""
     method = QALoRA(rank=rank, alpha=8 * rank, bits=bits, group_size=group_size, seed=SEED, keep_base=False)
     tuned = trained(method)
     before, count = completion_loss(tuned, held_out), sum(p.numel() for p in method.trainable(tuned).values())
@@ -253,7 +254,8 @@ for place, bits in enumerate(BITS):
 axes.set_xticks(range(len(BITS)), [f"{bits} bits" for bits in BITS])
 axes.set_xlim(-0.5, 3.2)
 axes.margins(y=0.1)
-plotting.label(axes, x="bits of the merged model", y="held-out loss", title="Before (white) and after (black) the merge")
+title = "Before (white) and after (black) the merge"
+plotting.label(axes, x="bits of the merged model", y="held-out loss", title=title)
 show(
     figure,
     "Held-out loss before and after the merge: "
@@ -264,25 +266,25 @@ show(
 # %% check="who_survives"
 
 # %% [markdown]
-# QA-LoRA's merge changes nothing, and its loss hardly depends on the number of bits: training makes up for most of what the
-# base has lost. QLoRA has learned more, and rounding to 4 or 3 bits takes little of it. At 2 bits rounding takes more than
-# QA-LoRA lacks. Other seeds (change `SEED`) agree:
+# QA-LoRA's merge changes nothing, and its loss hardly depends on the number of bits: training makes up for most of
+# what the base has lost. QLoRA has learned more, and rounding to 4 or 3 bits takes little of it. At 2 bits rounding
+# takes more than QA-LoRA lacks. Other seeds (change `SEED`) agree:
 #
 # | | 4 bits | 3 bits | 2 bits |
 # |---|---|---|---|
 # | QLoRA, rounded, seeds 0, 1, 2 | 1.24, 1.24, 1.29 | 1.30, 1.28, 1.33 | 1.61, 1.74, 1.67 |
 # | QA-LoRA, merged, seeds 0, 1, 2 | 1.42, 1.46, 1.51 | 1.43, 1.48, 1.47 | 1.47, 1.52, 1.52 |
 #
-# So the merge that is exact wins only where rounding is coarse. The paper finds an advantage at 4 and 3 bits as well, with
-# far larger models, whose matrices have many more groups, and with another rounding (GPTQ). These are runs of 40 steps on a
-# small model; what they show is what to measure: the loss before the merge, and the loss after it.
+# So the merge that is exact wins only where rounding is coarse. The paper finds an advantage at 4 and 3 bits as well,
+# with far larger models, whose matrices have many more groups, and with another rounding (GPTQ). These are runs of 40
+# steps on a small model; what they show is what to measure: the loss before the merge, and the loss after it.
 #
 # ### Your own setting
 #
-# QA-LoRA loses nothing by its merge, so all that it lacks, it lacks before. The size of the groups decides how much A can
-# see: smaller groups make it more like LoRA, and cost more storage. QLoRA rounded to 3 bits in groups of 32 takes 4 bits
-# per weight, counting 16 bits for each scale and each zero. Choose bits, a group size and a rank (at most the number of
-# groups) for QA-LoRA that take no more. Say first whether you expect it to reach QLoRA's loss, and why.
+# QA-LoRA loses nothing by its merge, so all that it lacks, it lacks before. The size of the groups decides how much A
+# can see: smaller groups make it more like LoRA, and cost more storage. QLoRA rounded to 3 bits in groups of 32 takes
+# 4 bits per weight, counting 16 bits for each scale and each zero. Choose bits, a group size and a rank (at most the
+# number of groups) for QA-LoRA that take no more. Say first whether you expect it to reach QLoRA's loss, and why.
 
 # %%
 def my_setting():
@@ -295,7 +297,8 @@ def tried(bits, group_size, rank):
         return "That is the run from above: change `my_setting`."
     _, loss, count, _ = qa_lora(bits, group_size, rank)
     other = results["QLoRA, rounded", 3][1]
-    return f"{bits + 32 / group_size:g} bits per weight, {count:,} trained: loss {loss:.3f}, QLoRA rounded to 3 bits {other:.3f}"
+    size = bits + 32 / group_size
+    return f"{size:g} bits per weight, {count:,} trained: loss {loss:.3f}; QLoRA rounded to 3 bits: {other:.3f}"
 
 
 print(tried(*my_setting()))
@@ -309,8 +312,8 @@ print(tried(*my_setting()))
 #
 # $$B A = \text{SVD}_r(W - Q), \qquad Q = \text{quant}(W - B A)$$
 #
-# until the error $\lVert W - Q - B A \rVert$ rises. It may rise: the SVD is optimal for its Q, but rounding each weight to
-# its nearest level is not optimal for an A and B that will be fitted afterwards.
+# until the error $\lVert W - Q - B A \rVert$ rises. It may rise: the SVD is optimal for its Q, but rounding each
+# weight to its nearest level is not optimal for an A and B that will be fitted afterwards.
 #
 # A visit to the museum of faults. The loop of the authors' code works like this function of ours. Read it, and decide
 # which iteration it returns.
@@ -320,14 +323,14 @@ print(inspect.getsource(faulty_split))
 
 # %% [markdown]
 # Mend it. The mended function also takes a `weighting`: LQ-LoRA counts the errors of some rows and columns more than
-# others (by the Fisher information, section 3.3). You need not know how: `weighted_factors` and `squared_error`, which are
-# imported in the first cell, take it as an argument.
+# others (by the Fisher information, section 3.3). You need not know how: `weighted_factors` and `squared_error`,
+# which are imported in the first cell, take it as an argument.
 
 # %% exercise="split"
 
 # %% [markdown]
-# The fault raises no error, and on many weights the result is right. Write the test that finds it, and with it the mistakes
-# that are close to it. The check runs it on several sound functions and several faulty ones.
+# The fault raises no error, and on many weights the result is right. Write the test that finds it, and with it the
+# mistakes that are close to it. The check runs it on several sound functions and several faulty ones.
 
 # %% exercise="test_split"
 
@@ -367,10 +370,10 @@ print(f"yours, at most 8 iterations: {100 * best:.2f} %")
 #
 # ## Bits under a budget
 #
-# So far every matrix has the same number of bits. But matrices differ: the error of quantising one is larger than that of
-# another. LQ-LoRA lets each matrix have its own bits and group size, and minimises the sum of squared errors within a
-# budget of storage (section 3.2). First, the table: for each matrix and each choice, its error and its size. As in
-# LQ-LoRA, what is quantised is W without its largest directions.
+# So far every matrix has the same number of bits. But matrices differ: the error of quantising one is larger than
+# that of another. LQ-LoRA lets each matrix have its own bits and group size, and minimises the sum of squared errors
+# within a budget of storage (section 3.2). First, the table: for each matrix and each choice, its error and its size.
+# As in LQ-LoRA, what is quantised is W without its largest directions.
 
 # %%
 RANK = 8
@@ -390,10 +393,10 @@ for c, (bits, group_size) in enumerate(CHOICES[:9]):
 
 # %% [markdown]
 # Finding the best choice for all matrices at once is an integer programme. For 24 matrices and 12 choices there are
-# 12^24 ways; a solver finds the best one without trying them all. A *greedy* rule is simpler: start small, and spend the
-# budget where it helps most. Two matrices A and B, the sizes 2, 3 and 4, errors of A 9, 5 and 3.5, of B 4, 2 and 1.5, and
-# a budget of 6.5: both start with size 2. A's first step saves 4 for 1, its double step 5.5 for 2, B's first step 2 for
-# 1. So A takes its first step. Then 1.5 are left: A's second step saves 1.5 for 1, B's first one 2 for 1.
+# 12^24 ways; a solver finds the best one without trying them all. A *greedy* rule is simpler: start small, and spend
+# the budget where it helps most. Two matrices A and B, the sizes 2, 3 and 4, errors of A 9, 5 and 3.5, of B 4, 2 and
+# 1.5, and a budget of 6.5: both start with size 2. A's first step saves 4 for 1, its double step 5.5 for 2, B's first
+# step 2 for 1. So A takes its first step. Then 1.5 are left: A's second step saves 1.5 for 1, B's first one 2 for 1.
 
 # %% exercise="allocate_greedily"
 
@@ -438,14 +441,14 @@ for label, plan in plans.items():
 
 # %% [markdown]
 # The greedy rule is close to the optimum, and both leave 7 % less squared error than the same bits for all. But the
-# perplexity is no better: the sum of squared errors counts every weight alike, and the model does not. That is why LQ-LoRA
-# weights the errors by the Fisher information (`weighting`), which this table does without.
+# perplexity is no better: the sum of squared errors counts every weight alike, and the model does not. That is why
+# LQ-LoRA weights the errors by the Fisher information (`weighting`), which this table does without.
 #
 # ## What goes wrong in practice
 #
-# **Another pooling than the merge expects.** A popular library pools for QA-LoRA, too: it takes the *mean* of each group,
-# and multiplies it by the number of groups G, not by their size g. Training adapts to the factor, and nothing looks
-# wrong. But who then merges by the rule of the paper adds too little or too much:
+# **Another pooling than the merge expects.** A popular library pools for QA-LoRA, too: it takes the *mean* of each
+# group, and multiplies it by the number of groups G, not by their size g. Training adapts to the factor, and nothing
+# looks wrong. But who then merges by the rule of the paper adds too little or too much:
 
 # %%
 for name in (name for name in weights if name.endswith(("h.0.attn.c_attn", "h.0.mlp.c_proj"))):
@@ -456,12 +459,13 @@ for name in (name for name in weights if name.endswith(("h.0.attn.c_attn", "h.0.
     A, B, x = torch.randn(8, groups), torch.randn(W.shape[0], 8), torch.randn(5, inputs)
     learned = (sums(x, 32) / 32 * groups) @ A.T @ B.T
     in_zeros = x @ spread(merge(torch.zeros(W.shape[0], groups), A, B, 1.0), 32).T
-    print(f"{name}: in = {inputs}, G = {groups}, g = 32: the merge adds {in_zeros.norm() / learned.norm():.2f} times what was learned")
+    factor = in_zeros.norm() / learned.norm()
+    print(f"{name}: in = {inputs}, G = {groups}, g = 32: the merge adds {factor:.2f} times what was learned")
 
 # %% [markdown]
-# Where G happens to be equal to g there is no error at all, so that a test on such a layer passes. The library refuses to
-# merge; the danger is in other code that reads its files. (For layers that are not quantised by GPTQ, the same
-# library ignores the option without a word, and trains a plain LoRA.)
+# Where G happens to be equal to g there is no error at all, so that a test on such a layer passes. The library
+# refuses to merge; the danger is in other code that reads its files. (For layers that are not quantised by GPTQ, the
+# same library ignores the option without a word, and trains a plain LoRA.)
 #
 # **Zeros in whole numbers.** GPTQ stores zero-points -zero / scale as integers. A merged zero-point is no whole number;
 # if the file format rounds it, every weight of a group is off by the same amount, up to half a step. The loss of the
@@ -483,8 +487,8 @@ for bits in BITS:
     print(f"{bits} bits: merged {results['QA-LoRA, merged', bits][1]:.3f}, with whole zero-points {loss:.3f}")
 
 # %% [markdown]
-# **Quantising a merged model once more, in other groups.** A merged QA-LoRA consists of 2^b levels per group. A tool that
-# quantises it again with its own group size rounds everything that was exact:
+# **Quantising a merged model once more, in other groups.** A merged QA-LoRA consists of 2^b levels per group. A tool
+# that quantises it again with its own group size rounds everything that was exact:
 
 # %%
 merged_weight = next(iter(quantized_layers(merged_models[4]).values())).quantized.dequantize()
@@ -511,10 +515,10 @@ for group_size in (32, 64, 128):
 # %% [markdown] open_question="stay_small" points=4
 # ### Open question
 #
-# A team fine-tunes a model with QLoRA and has to ship a single file of 4-bit integers for phones. Merged and rounded to
-# 4 bits, the model answers almost as well as before; at 2 bits, for the smallest phones, it does not. Someone proposes to
-# change everything to QA-LoRA. Write at most 150 words: what would you expect at 4 and at 2 bits, which measurements
-# would decide, and what has to be true of the file format?
+# A team fine-tunes a model with QLoRA and has to ship a single file of 4-bit integers for phones. Merged and rounded
+# to 4 bits, the model answers almost as well as before; at 2 bits, for the smallest phones, it does not. Someone
+# proposes to change everything to QA-LoRA. Write at most 150 words: what would you expect at 4 and at 2 bits, which
+# measurements would decide, and what has to be true of the file format?
 #
 # **Rubric.**
 #
