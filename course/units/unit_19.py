@@ -394,9 +394,10 @@ for c, (bits, group_size) in enumerate(CHOICES[:9]):
 # %% [markdown]
 # Finding the best choice for all matrices at once is an integer programme. For 24 matrices and 12 choices there are
 # 12^24 ways; a solver finds the best one without trying them all. A *greedy* rule is simpler: start small, and spend
-# the budget where it helps most. Two matrices A and B, the sizes 2, 3 and 4, errors of A 9, 5 and 3.5, of B 4, 2 and
-# 1.5, and a budget of 6.5: both start with size 2. A's first step saves 4 for 1, its double step 5.5 for 2, B's first
-# step 2 for 1. So A takes its first step. Then 1.5 are left: A's second step saves 1.5 for 1, B's first one 2 for 1.
+# the budget where it helps most. Two matrices X and Y, the sizes 2, 3 and 4, errors of X 9, 5 and 3.5, of Y 4, 2 and
+# 1.5, and a budget of 6.5: both start with size 2. X's first step saves 4 for 1, its double step 5.5 for 2, Y's first
+# step 2 for 1. So X takes its first step. Then 1.5 are left: X's second step saves 1.5 for 1, Y's first one 2 for 1. So
+# Y is next, and the 0.5 that are left buy nothing.
 
 # %% exercise="allocate_greedily"
 
@@ -469,7 +470,7 @@ for name in (name for name in weights if name.endswith(("h.0.attn.c_attn", "h.0.
 #
 # **Zeros in whole numbers.** GPTQ stores zero-points -zero / scale as integers. A merged zero-point is no whole number;
 # if the file format rounds it, every weight of a group is off by the same amount, up to half a step. The loss of the
-# merged models from above rises, and at 2 bits the rounding undoes most of what was learned:
+# merged models from above rises, and the fewer the bits, the more:
 
 
 # %%
