@@ -275,9 +275,10 @@ show(
 # | QLoRA, rounded, seeds 0, 1, 2 | 1.24, 1.24, 1.29 | 1.30, 1.28, 1.33 | 1.61, 1.74, 1.67 |
 # | QA-LoRA, merged, seeds 0, 1, 2 | 1.42, 1.46, 1.51 | 1.43, 1.48, 1.47 | 1.47, 1.52, 1.52 |
 #
-# So the merge that is exact wins only where rounding is coarse. The paper finds an advantage at 4 and 3 bits as well,
-# with far larger models, whose matrices have many more groups, and with another rounding (GPTQ). These are runs of 40
-# steps on a small model; what they show is what to measure: the loss before the merge, and the loss after it.
+# So with rank 8 and groups of 32, the merge that is exact wins only where rounding is coarse. The paper finds an
+# advantage at 4 and 3 bits as well, with far larger models, whose matrices have many more groups, and with another
+# rounding (GPTQ). These are runs of 40 steps on a small model; what they show is what to measure: the loss before the
+# merge, and the loss after it.
 #
 # ### Your own setting
 #
@@ -502,7 +503,7 @@ for group_size in (32, 64, 128):
 #
 # - Integers in groups have a scale and a zero; a change fits into the zeros if it is the same for a whole group.
 # - QA-LoRA's A sees only sums of groups, so its merge is exact and stays in b bits; the price is paid in training.
-# - Here QLoRA, merged and rounded, is better at 4 and 3 bits, and QA-LoRA at 2: rounding has to cost more than pooling.
+# - With rank 8 and groups of 32, QLoRA that is rounded is better at 4 and 3 bits here, and QA-LoRA at 2.
 # - LQ-LoRA divides a weight between few bits and a low rank; keep the best iteration, not the last.
 # - Bits that are chosen for each matrix leave less squared error in the same storage, which need not help the model.
 #
