@@ -285,7 +285,9 @@ show(
 # QA-LoRA loses nothing by its merge, so all that it lacks, it lacks before. The size of the groups decides how much A
 # can see: smaller groups make it more like LoRA, and cost more storage. QLoRA rounded to 3 bits in groups of 32 takes
 # 4 bits per weight, counting 16 bits for each scale and each zero. Choose bits, a group size and a rank (at most the
-# number of groups) for QA-LoRA that take no more. Say first whether you expect it to reach QLoRA's loss, and why.
+# number of groups) for QA-LoRA that take no more. Say first whether you expect it to reach QLoRA's loss, and why. If
+# you change the rank, the comparison is fair only if QLoRA gets the same rank in the run above.
+
 
 # %%
 def my_setting():
