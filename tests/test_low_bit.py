@@ -13,6 +13,7 @@ from lora_from_scratch.quantization.low_bit import (
     LowBitTensor,
     normal_float_codebook,
     pack_bits,
+    quantize_groups,
     quantize_integer,
     quantize_normal_float,
     unpack_bits,
@@ -61,6 +62,21 @@ def test_each_weight_is_the_nearest_of_the_steps_of_its_group(bits: int, columns
         nearest = (part[:, :, None] - steps[:, None, :]).abs().amin(dim=2)
         torch.testing.assert_close((got - part).abs(), nearest, atol=1e-6, rtol=1e-5)
         assert ((got[:, :, None] - steps[:, None, :]).abs().amin(dim=2) < 1e-6).all()
+
+
+@pytest.mark.parametrize(("columns", "group"), [(32, 8), (30, 8), (5, 32), (7, 1)])
+def test_codes_scales_and_zeros_are_those_of_the_packed_weight(columns: int, group: int) -> None:
+    W = normal(6, columns)
+    codes, scale, zero = quantize_groups(W, 3, group)
+    q = quantize_integer(W, 3, group)
+    assert torch.equal(codes.int(), q.codes)
+    assert torch.equal(scale, q.scale)
+    assert q.zero is not None
+    assert torch.equal(zero, q.zero)
+    for k, start in enumerate(range(0, columns, group)):
+        part = W[:, start : start + group]
+        torch.testing.assert_close(zero[:, k], part.amin(1))
+        torch.testing.assert_close(zero[:, k] + 7 * scale[:, k], part.amax(1))
 
 
 def test_a_group_of_equal_weights_is_exact_and_a_bfloat16_weight_stays_one() -> None:

@@ -18,7 +18,7 @@ from lora_from_scratch.finetune.accounting import memory_of
 from lora_from_scratch.gpt2.checkpoint import load_model, save_gpt2
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.lora import LoRA, LoRALinear
-from lora_from_scratch.methods.qa_lora import QALoRA, QALoRALinear, sum_groups
+from lora_from_scratch.methods.qa_lora import QALoRA, QALoRALinear, merge_into_zeros, sum_groups
 from lora_from_scratch.methods.qlora import QLoRA, quantize_model
 from lora_from_scratch.methods.registry import load_adapter
 from lora_from_scratch.quantization.low_bit import LowBitTensor, quantize_integer
@@ -126,6 +126,13 @@ def test_a_merged_weight_is_made_of_the_same_codes_and_the_same_scales(bits: int
     layer.unmerge()
     assert layer.base.quantized is before or torch.equal(layer.base.quantized.zero, before.zero)  # type: ignore[arg-type]
     assert torch.equal(layer(x), y)
+
+
+def test_the_merged_zeros_add_to_every_weight_of_a_group_what_its_sum_was_multiplied_by() -> None:
+    torch.manual_seed(0)
+    zero, A, B, x = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2), torch.randn(3, 20)
+    change = (merge_into_zeros(zero, A, B, 0.7) - zero).repeat_interleave(4, dim=1)
+    torch.testing.assert_close(x @ change.T, 0.7 * sum_groups(x, 4) @ A.T @ B.T, atol=1e-5, rtol=1e-5)
 
 
 def test_the_zero_points_of_gptq_change_by_the_change_over_the_scale() -> None:

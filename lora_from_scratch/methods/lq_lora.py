@@ -60,19 +60,25 @@ def split(
 ) -> tuple[LowBitTensor, Tensor, Tensor]:
     """Find Q, A (r, in) and B (out, r) with Q + B A close to W (algorithm 2).
 
-    The best iteration is returned: the one before the error rose. (The authors' code returns the one in which it rose.)
+    Starting from Q = 0, each iteration takes A and B from `weighted_factors` of W - Q, and then Q = quant(W - B A). Its
+    error is the `squared_error` of W - Q - B A. After the first iteration whose error is not smaller than that of the
+    one before, there are no more. The best iteration is returned: the one before the error rose. (The authors' code
+    returns the one in which it rose.)
 
     Args:
-        W: (out, in).
+        W: (out, in), floating-point; perhaps a parameter, which gets no gradient. The computation runs in float32.
         rank: r, from 1 to the smaller side of W.
-        quantize: maps a matrix to Q.
+        quantize: maps a matrix to Q; `Q.dequantize()` is a matrix again. It is called once per iteration.
         iterations: the largest number of iterations, at least 1.
-        weighting: the square roots of the weights of squared errors, by row and by column; None: no weighting.
+        weighting: passed on to `weighted_factors` and `squared_error`; None: no weighting.
+
+    Returns:
+        Q, A and B, all of the same iteration. Q is what `quantize` returned. How B A is factored is not specified.
     """
     W = W.detach().float()
     best, least, quantized = None, math.inf, torch.zeros_like(W)
     for _ in range(iterations):
-        A, B = _weighted_factors(W - quantized, rank, weighting)
+        A, B = weighted_factors(W - quantized, rank, weighting)
         Q = quantize(W - B @ A)
         quantized = Q.dequantize()
         error = squared_error(W - quantized - B @ A, weighting)
@@ -83,7 +89,13 @@ def split(
     return best
 
 
-def _weighted_factors(matrix: Tensor, rank: int, weighting: Weighting | None) -> tuple[Tensor, Tensor]:
+def weighted_factors(matrix: Tensor, rank: int, weighting: Weighting | None = None) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) whose product is the matrix of rank r with the smallest `squared_error`.
+
+    Args:
+        matrix: (out, in), float32.
+        weighting: the square roots of the weights of squared errors, by row and by column; None: no weighting.
+    """
     if weighting is None:
         return best_factors(matrix, rank)
     row, column = weighting
@@ -159,7 +171,7 @@ def choose_bits(
     for i, (name, W) in enumerate(weights.items()):
         rest, of_it = W.detach().float(), weighting.get(name)
         if name in ranks and not W.is_meta:
-            A, B = _weighted_factors(rest, ranks[name], of_it)
+            A, B = weighted_factors(rest, ranks[name], of_it)
             rest = rest - B @ A
         for c, (bits, group_size) in enumerate(CHOICES):
             Q = quantize_normal_float(rest, bits, group_size)

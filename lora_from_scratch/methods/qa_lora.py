@@ -42,8 +42,37 @@ from lora_from_scratch.support.tape import Tape, TensorSize
 
 
 def sum_groups(x: Tensor, group_size: int) -> Tensor:
-    """P x: (..., in) to (..., G), the sum of each group of inputs; the last group may be shorter."""
+    """P x, the sum of each group of inputs: what QA-LoRA's A sees (QA-LoRA, algorithm 1).
+
+    A group is `group_size` neighbours on the last axis, from the first on; the last group may be shorter. No group is
+    averaged, nor scaled in another way.
+
+    Args:
+        x: (..., in), with any number of axes before the last, or none.
+        group_size: g.
+
+    Returns:
+        (..., G), with G = ceil(in / g), in the dtype of x. Gradients flow to x.
+    """
     return F.pad(x, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size)).sum(dim=-1)
+
+
+def merge_into_zeros(zero: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """The zeros of the merged weight (QA-LoRA, section 3.3).
+
+    With these zeros in place of the old ones, and the same codes and scales, the layer without A and B computes what
+    it computed with them: y = W x + b + s B A P x, where P x are the sums over the groups (`sum_groups`).
+
+    Args:
+        zero: (out, G), float32, added to scale * code.
+        A: (r, G), in any dtype. All is computed in float32.
+        B: (out, r), in any dtype.
+        scaling: s, which is alpha / r already.
+
+    Returns:
+        (out, G), float32: a new tensor.
+    """
+    return zero + scaling * (B.float() @ A.float())
 
 
 class QALoRALinear(LoRALinear):
@@ -77,7 +106,8 @@ class QALoRALinear(LoRALinear):
         if self._before is None:
             q = self.base.quantized
             assert q.zero is not None
-            self.base.quantized = replace(q, zero=q.zero + self.scaling * (self.lora_B.float() @ self.lora_A.float()))
+            zero = merge_into_zeros(q.zero, self.lora_A, self.lora_B, self.scaling)
+            self.base.quantized = replace(q, zero=zero)
             self._before = q
 
     @torch.no_grad()

@@ -181,12 +181,31 @@ def quantize_integer(weight: Tensor, bits: int = 4, group_size: int = 32) -> Low
     Raises:
         ValueError: the weight is not a matrix of finite numbers, or `bits` or `group_size` is out of range.
     """
-    groups = _in_groups(weight, bits, group_size)  # (out, G, g)
+    codes, scale, zero = quantize_groups(weight, bits, group_size)
+    return LowBitTensor(pack_bits(codes, bits), scale.flatten(), zero, bits, group_size, weight.shape, weight.dtype)
+
+
+def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Min-max quantisation: codes, scales and zeros with scale * code + zero close to W (QA-LoRA, section 3.2).
+
+    A group is `group_size` neighbours in a row, from left to right; the last one of a row may be shorter. The zero of a
+    group is its smallest weight, and zero + (2^bits - 1) * scale its largest. Each weight gets the code that is
+    nearest. If the weights of a group are all equal, its scale and its codes are 0.
+
+    Args:
+        weight: (out, in), finite; float32, float16 or bfloat16. The computation runs in float32.
+        bits: b.
+        group_size: g.
+
+    Returns:
+        The codes (out, in), whole numbers from 0 to 2^bits - 1, in any dtype. The scales and the zeros, both (out, G)
+        with G = ceil(in / g).
+    """
+    groups = in_groups(weight, bits, group_size)  # (out, G, g)
     zero, most = groups.aminmax(dim=2)  # (out, G)
     scale = (most - zero) / (2**bits - 1)
     codes = ((groups - zero[..., None]) / scale.clamp(min=TINY)[..., None]).round_().clamp_(0, 2**bits - 1)
-    packed = pack_bits(codes.flatten(1)[:, : weight.shape[1]], bits)
-    return LowBitTensor(packed, scale.flatten(), zero, bits, group_size, weight.shape, weight.dtype)
+    return codes.flatten(1)[:, : weight.shape[1]], scale, zero
 
 
 @functools.cache
@@ -218,7 +237,7 @@ def quantize_normal_float(weight: Tensor, bits: int = 4, group_size: int = 64, d
     Raises:
         ValueError: as for `quantize_integer`.
     """
-    groups = _in_groups(weight, bits, group_size)  # (out, G, g)
+    groups = in_groups(weight, bits, group_size)  # (out, G, g)
     absmax = groups.abs().amax(dim=2)  # (out, G)
     levels = normal_float_codebook(bits).to(weight.device)
     z = groups / absmax.clamp(min=TINY)[..., None]
@@ -228,8 +247,12 @@ def quantize_normal_float(weight: Tensor, bits: int = 4, group_size: int = 64, d
     return LowBitTensor(packed, scales, None, bits, group_size, weight.shape, weight.dtype)
 
 
-def _in_groups(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """(out, G, g) float32; a short last group is filled up with its last weight."""
+def in_groups(weight: Tensor, bits: int, group_size: int) -> Tensor:
+    """(out, in) to (out, G, g), in float32; a short last group is filled up with its last weight.
+
+    Raises:
+        ValueError: as for `quantize_integer`.
+    """
     check_bits(bits, group_size)
     if weight.ndim != 2:
         raise ValueError(f"the weight must be a matrix (out, in), got shape {tuple(weight.shape)}")
