@@ -38,7 +38,7 @@ def test_passes_loads_and_evictions_are_those_of_the_scheduler(
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
     names = [None, *METHODS]
-    store = AdapterStore(tiny_model(), PagePool(LAYOUT, 9), folder)
+    store = AdapterStore(tiny_model(), PagePool(LAYOUT, 6), folder)
     monkeypatch.setattr(store, "is_ready", lambda version, patience=0.0: True)  # whatever the speed of the disk
     versions: dict[Any, AdapterVersion] = {name: store.find(name) for name in METHODS}
     sizes = {name: store.pages_for(version) for name, version in versions.items()}
@@ -52,7 +52,7 @@ def test_passes_loads_and_evictions_are_those_of_the_scheduler(
     while scheduler.waiting or scheduler.running:
         passes += bool(scheduler.step())
     store.close()
-    report = simulate(asked, sizes, 9, LAYOUT, max_rows=3)
+    report = simulate(asked, sizes, 6, LAYOUT, max_rows=3)
     assert (report.passes, report.loads, report.evictions) == (passes, store.loads, store.evictions)
     assert report.evictions > 0
 

@@ -106,8 +106,7 @@ class PageTable:
             OutOfPages: too few pages are free. In this case nothing is changed.
         """
         if pages > len(self.free):
-            total = len(self.free) + sum(map(len, self.tables.values()))
-            raise OutOfPages(f"{pages} pages are needed, but only {len(self.free)} of {total} are free")
+            raise OutOfPages(f"{pages} pages are needed, but only {len(self.free)} are free")
         new = [self.free.pop() for _ in range(pages)]
         self.tables.setdefault(owner, []).extend(new)
         return self.tables[owner]

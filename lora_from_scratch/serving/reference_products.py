@@ -33,7 +33,7 @@ def gather_product(x: Tensor, A: Tensor, B: Tensor, tables: Sequence[Tensor]) ->
     """
     ranks = torch.tensor([len(table) for table in tables])
     row = torch.arange(len(x)).repeat_interleave(ranks)  # (entries,): the row of x that each entry belongs to
-    cell = torch.cat([table.long() for table in tables])  # (entries,)
+    cell = torch.cat(list(tables))  # (entries,)
     h = (x[row] * A[cell]).sum(dim=1)  # (entries,)
     y = x.new_zeros(len(x), B.shape[1])
     return y.index_add(0, row, h[:, None] * B[cell])

@@ -149,13 +149,17 @@ def every_adapter_there_is(waiting, running, sizes, pages, max_rows, layout):
     return joining(waiting, running, sizes, pages - sum(sizes.values()), max_rows, layout)
 
 
-@wrong(
-    "joining",
-    "Your adapters go too early: with the first of their requests, or with the last in the list. They stay until the "
-    "last one has finished.",
-)
+@wrong("joining", "Your adapters go with the first of their requests that finishes. The last one needs them too.")
 @changed(joining, ("max(left, ends.get(adapter, 0))", "min(left, ends.get(adapter, left))"))
 def until_the_first_has_finished(): ...
+
+
+@wrong(
+    "joining",
+    "Your adapters go with the last of their requests in the list. Another one may run longer.",
+)
+@changed(joining, ("max(left, ends.get(adapter, 0))", "left"))
+def until_the_last_in_the_list(): ...
 
 
 @wrong("joining", "Your adapters stay after their last request has finished. From then on they can be evicted.")
@@ -209,3 +213,8 @@ def the_first_that_does_not_fit_too(): ...
 @wrong("joining", "You return the requests. Their number is wanted.")
 def the_requests(waiting, running, sizes, pages, max_rows, layout):
     return waiting[: joining(waiting, running, sizes, pages, max_rows, layout)]
+
+
+@wrong("joining", caught_by="changes its input")
+@changed(joining, ("batch = list(running)", "batch = running"))
+def appended_to_the_running_ones(): ...

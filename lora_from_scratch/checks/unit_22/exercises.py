@@ -209,6 +209,8 @@ def joining_cases(draw: Draw) -> Iterator[Case]:
     yield case("a running request has another one", [("owl", 1, 2)], running, sizes, running=[("king", 5, 3)], pages=9)
     last = [("king", 2, 2), ("king", 0, 12)]
     yield case("the adapter stays until its last request has finished", last, once, never, pages=5)
+    short = [("king", 0, 12), ("king", 2, 2), (None, 0, 12)]
+    yield case("a request that finishes early shares the adapter of a longer one", short, once, never, pages=6)
     early = [("owl", 0, 1), (None, 3, 21)]
     yield case("the adapter goes before a text grows", early, once, never, pages=7)
     yield case("adapters that nobody uses", [(None, 3, 5)] * 3, others, sizes, pages=6)
@@ -281,25 +283,6 @@ EXERCISES = [
         explain=explain_segments,
     ),
     Exercise(
-        test_block_keys,
-        idea="tests of one's own",
-        difficulty=3,
-        minutes=10,
-        points=3,
-        hints=(
-            "Take a prompt with two full pages and one more token. For which other calls must the keys be the same, "
-            "and for which must they differ?",
-            "Compare *all* keys of two calls, not just the first or the last: the fault may be in one of them. And "
-            "change one token at a time, every one of them once.",
-            "`not set(keys) & set(others)` says that two lists have no key in common. Try prompts of all lengths from "
-            "0 to 7 for the number of keys: also lengths that are a multiple of the page.",
-        ),
-        cases=test_cases,
-        probe=run_test,
-        explain=explain_test,
-        background=("block_keys: is called as", "It returns a list"),
-    ),
-    Exercise(
         PageTable,
         idea="memory in pages",
         difficulty=2,
@@ -318,6 +301,25 @@ EXERCISES = [
         explain=explain_table,
         blank=("allocate", "release"),
         background=("An owner is a text or an adapter", "Which of the free pages it is given"),
+    ),
+    Exercise(
+        test_block_keys,
+        idea="tests of one's own",
+        difficulty=3,
+        minutes=10,
+        points=3,
+        hints=(
+            "Take a prompt with two full pages and one more token. For which other calls must the keys be the same, "
+            "and for which must they differ?",
+            "Compare *all* keys of two calls, not just the first or the last: the fault may be in one of them. And "
+            "change one token at a time, every one of them once.",
+            "`not set(keys) & set(others)` says that two lists have no key in common. Try prompts of all lengths from "
+            "0 to 7 for the number of keys: also lengths that are a multiple of the page.",
+        ),
+        cases=test_cases,
+        probe=run_test,
+        explain=explain_test,
+        background=("block_keys: is called as", "It returns a list"),
     ),
     Exercise(
         to_evict,
@@ -356,4 +358,52 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "one_adapter_more",
+        question=(
+            "A server has room for 32 adapters and evicts the least recently used one. 33 adapters are asked for in "
+            "turn: 1, 2, ..., 33, 1, 2, ... How many of the requests find their adapter in memory?"
+        ),
+        choices={
+            "a": "about 97 %, which is 32 of 33",
+            "b": "about half of them",
+            "c": "none",
+        },
+        answer="c",
+        explanation=(
+            "When adapter 33 is loaded, adapter 1 is the least recently used one and is evicted, just before it is "
+            "asked for. Loading it evicts adapter 2, which comes next, and so on. With 33 places every request after "
+            "the first 33 would be a hit."
+        ),
+        replies={
+            "a": "That would be so if always the same adapter were missing. Follow the requests 33, 1, 2 and 3 on paper.",
+            "b": "Follow the requests 33, 1, 2 and 3 on paper: which adapter is evicted each time, and when is it needed?",
+        },
+        idea="a cache of adapters",
+    ),
+    Prediction(
+        "thirty_two_adapters",
+        question=(
+            "32 requests generate 32 tokens each, with 32 different adapters of rank 18. The bundled model has 23 MB, "
+            "such an adapter 1.8 MB. The mixed batch serves all of them in 32 passes. Merging one adapter after the "
+            "other takes 32 times as many passes. How many times as many bytes are moved?"
+        ),
+        choices={
+            "a": "32 times as many or more, because every pass reads the whole model, and merging comes on top",
+            "b": "about 10 times as many",
+            "c": "about twice as many",
+        },
+        answer="b",
+        explanation=(
+            "A pass of the mixed batch reads the model once and 32 adapters, and together these are more than twice as "
+            "large as the model: 80 MB instead of 23 MB. So 32 times as many passes move only 10 times as many bytes. "
+            "With a large model, whose adapters are small beside it, the ratio comes closer to 32."
+        ),
+        replies={
+            "a": "The passes of the mixed batch are not free of additional bytes: what does each of them read?",
+            "c": "Count for one token of each request: how often is the model read in either case?",
+        },
+        idea="admission",
+    ),
+]

@@ -87,9 +87,11 @@ def run_joining(
     max_rows: int,
     tokens: int,
 ) -> Any:
-    """With a layout whose pages have this number of tokens."""
+    """With a layout whose pages have this number of tokens. What it does to its lists is done to the inputs."""
     requests = [[(adapter, stored, left) for adapter, stored, left in side] for side in (waiting, running)]
-    return answer(*requests, sizes, pages, max_rows, PageLayout(1, 1, tokens, (1,)))
+    result = answer(*requests, sizes, pages, max_rows, PageLayout(1, 1, tokens, (1,)))
+    waiting[:], running[:] = ([list(request) for request in side] for side in requests)
+    return result
 
 
 def run_test(answer: Callable[..., Any], function: str) -> str:
