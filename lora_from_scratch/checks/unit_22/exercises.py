@@ -404,6 +404,6 @@ PREDICTIONS = [
             "a": "The passes of the mixed batch are not free of additional bytes: what does each of them read?",
             "c": "Count for one token of each request: how often is the model read in either case?",
         },
-        idea="admission",
+        idea="mixed ranks",
     ),
 ]
