@@ -44,9 +44,9 @@ from lora_from_scratch.serving.adapter_reading import LayerFactors
 from lora_from_scratch.serving.adapter_store import AdapterStore, AdapterVersion
 from lora_from_scratch.serving.batched_lora import switch_task
 from lora_from_scratch.serving.mixed_product import SEGMENT_FROM
-from lora_from_scratch.serving.page_pool import PageLayout, PagePool
+from lora_from_scratch.serving.page_pool import OutOfPages, PageLayout, PagePool
 from lora_from_scratch.serving.paged_model import PagedModel, Text
-from lora_from_scratch.serving.scheduler import Request, Scheduler
+from lora_from_scratch.serving.scheduler import Request, Scheduler, peak_pages
 from lora_from_scratch.serving.simulation import Job, simulate
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show
@@ -127,14 +127,14 @@ gather, segments = working("gather_product"), working("segment_product")
 
 inputs, outputs = layers["transformer.h.0.attn.c_attn"]
 generator = torch.Generator().manual_seed(0)
-pool_A = torch.randn(sum(ranks[name] for name in different), inputs, generator=generator)
-pool_B = torch.randn(len(pool_A), outputs, generator=generator)
-places = torch.randperm(len(pool_A), generator=generator).split([ranks[name] for name in different])
+A_cells = torch.randn(sum(ranks[name] for name in different), inputs, generator=generator)
+B_cells = torch.randn(len(A_cells), outputs, generator=generator)
+places = torch.randperm(len(A_cells), generator=generator).split([ranks[name] for name in different])
 x = torch.randn(len(batch), inputs, generator=generator)
 index = torch.tensor([different.index(name) for name in batch])
 
-one = gather(x, pool_A, pool_B, [places[k] for k in index])
-other = segments(x, [(pool_A[cells], pool_B[cells].T, 1.0) for cells in places], index)
+one = gather(x, A_cells, B_cells, [places[k] for k in index])
+other = segments(x, [(A_cells[cells], B_cells[cells].T, 1.0) for cells in places], index)
 print(f"largest difference of the two results: {(one - other).abs().max() / one.abs().max():.0e} of the largest entry")
 
 own, largest = [ranks[name] for name in batch], max(ranks[name] for name in batch)
@@ -142,7 +142,7 @@ work = {
     "the base, W x": len(batch) * inputs * outputs,
     "gather or segments": sum(own) * (inputs + outputs),
     "padded": len(batch) * largest * (inputs + outputs),
-    "every A, and a mask": len(batch) * len(pool_A) * (inputs + outputs),
+    "every A, and a mask": len(batch) * len(A_cells) * (inputs + outputs),
 }
 for name, count in work.items():
     print(f"{name:<20} {count / 1e6:>6.2f} million multiplications")
@@ -170,7 +170,9 @@ def pages_of(rank):
 
 sizes = {name: pages_of(rank) for name, rank in ranks.items()}
 print(f"a page: {4 * layout.size / MB:.2f} MB, the keys and values of {layout.tokens} tokens")
-print(f"an adapter of rank 18: {pages_of(18)} pages, as much as the keys and values of {pages_of(18) * layout.tokens} tokens")
+print(
+    f"an adapter of rank 18: {pages_of(18)} pages, as much as the keys and values of {pages_of(18) * layout.tokens} tokens"
+)
 
 # %% [markdown]
 # The bookkeeping is a list of free pages, and a table that says which pages each owner has, in order. It is little code,
@@ -269,8 +271,8 @@ print("b on the pages of a:", compare([next_token(a, b, t) for a, b in pairs for
 print("adapter a alone:    ", compare([one for a, _ in pairs for one in alone[a]], wanted))
 
 # %% [markdown]
-# No error is raised, but what is written is not what adapter b would write: it depends on who asked before. The fault was
-# in vLLM in March 2024 (issue 3264, mended by pull request 3263). Later it was reported in another form (issue 30931, for
+# No error is raised, but on the pages of a adapter b is more than half as far from itself as a is. What it writes depends
+# on who asked before. The fault was in vLLM in March 2024 (issue 3264, mended by pull request 3263). Later it was reported in another form (issue 30931, for
 # version 0.11.1): two adapters with the same name and different weights shared their pages. So the key must contain the
 # name of the adapter *and* its version.
 #
@@ -344,9 +346,16 @@ for name, found in rates.items():
 # %%
 figure, (axes,) = plotting.panels(1, width=7, height=3.8)
 plotting.named_curve(axes, [100 * r for r in rates["Zipf"]], "Zipf", at=20, offset=(0, 8), side="right", style=0)
-plotting.named_curve(axes, [100 * r for r in rates["at random"]], "equally popular", at=30, offset=(6, -12), side="left", style=1)
+plotting.named_curve(
+    axes, [100 * r for r in rates["at random"]], "equally popular", at=30, offset=(6, -12), side="left", style=1
+)
 plotting.named_curve(axes, [100 * r for r in rates["in turn"]], "in turn", at=58, offset=(0, 6), side="right", style=2)
-plotting.label(axes, x="adapters that fit into the cache", y="hits, % of the requests", title="64 adapters, least recently used goes")
+plotting.label(
+    axes,
+    x="adapters that fit into the cache",
+    y="hits, % of the requests",
+    title="64 adapters, least recently used goes",
+)
 show(
     figure,
     "Hit rate against the number of adapters that fit, of 64. Zipf traffic: a steep rise that flattens, "
@@ -402,7 +411,10 @@ if all(hit_rate(requests, 32, my_rule) == rates[name][31] for name, requests in 
 
 # %%
 print(peak_pages([11, 3], [1, 9], [], PageLayout(1, 1, 4, (1,))))
-print(peak_pages([11, 3], [1, 9], [(2, 9)], PageLayout(1, 1, 4, (1,))), "with an adapter of 2 pages that is needed for 9 passes")
+print(
+    peak_pages([11, 3], [1, 9], [(2, 9)], PageLayout(1, 1, 4, (1,))),
+    "with an adapter of 2 pages that is needed for 9 passes",
+)
 
 # %% [markdown]
 # An adapter needs its pages once, however many of the requests use it, and until the last of them has finished. Now write
@@ -447,7 +459,9 @@ print("pages   MB    passes   tokens per pass   loads   hits")
 for pages in (100, 200, 400, 800, 1600):
     found = simulate(many, sizes, pages, layout, 32, table=Table, evict=evict, join=join)
     hits = 1 - found.loads / len(many)
-    print(f"{pages:>5} {4 * pages * layout.size / MB:>4.0f} {found.passes:>9} {tokens / found.passes:>17.1f} {found.loads:>7} {hits:>6.0%}")
+    print(
+        f"{pages:>5} {4 * pages * layout.size / MB:>4.0f} {found.passes:>9} {tokens / found.passes:>17.1f} {found.loads:>7} {hits:>6.0%}"
+    )
 
 # %% [markdown]
 # Two things limit a small pool: fewer requests fit into a batch, so more passes are needed; and adapters are loaded more
@@ -580,11 +594,11 @@ print("adapters              " + "".join(f"{count:>14}" for count in counts))
 for way in ways:
     speeds = [32 * NEW / seconds[way, count] for count in counts]
     relative = [seconds["mixed batch", count] / seconds[way, count] for count in counts]
-    print(f"{way:<22}" + "".join(f"{speed:>7,.0f} ({part:.2f})" for speed, part in zip(speeds, relative)))
+    print(f"{way:<22}" + "".join(f"{speed:>7,.0f} ({part:.2f})" for speed, part in zip(speeds, relative, strict=True)))
 
 # %% [markdown]
-# The mixed batch keeps its speed, and the other two lose theirs, as counted; but the ratios are not those of the bytes,
-# since a processor has to compute as well as to read. The library's own measurement, with 1,000 adapters and Zipf traffic
+# With more adapters the mixed batch loses a part of its speed, and the other two most of theirs, as counted. The ratios
+# are not those of the bytes, since a processor has to compute as well as to read. The library's own measurement, with 1,000 adapters and Zipf traffic
 # (`benchmarks/serving.md`), has the mixed batch ahead of merging by a factor of 4.8, and at 0.44 of the throughput of the
 # base without adapters.
 #
@@ -607,9 +621,11 @@ print("prompts without the scaling:", compare(found, [right for name in names fo
 # %%
 k = min(range(len(different)), key=lambda k: len(places[k]))
 padded = torch.cat([places[k], torch.zeros(4, dtype=torch.long)])
-right, wrong = gather(x[:1], pool_A, pool_B, [places[k]]), gather(x[:1], pool_A, pool_B, [padded])
+right, wrong = gather(x[:1], A_cells, B_cells, [places[k]]), gather(x[:1], A_cells, B_cells, [padded])
 owner = next(different[other] for other in range(len(different)) if 0 in places[other])
-print(f"four cells of padding: {different[k]} is off by {(wrong - right).norm() / right.norm():.0%}, from a cell of {owner}")
+print(
+    f"four cells of padding: {different[k]} is off by {(wrong - right).norm() / right.norm():.0%}, from a cell of {owner}"
+)
 
 # %% [markdown]
 # **Looking only at the next pass.** If a request joins as soon as the pool has room for its next token, the pool is full

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ from lora_from_scratch.serving.mixed_product import LayerRows, PoolRows
 from lora_from_scratch.serving.page_pool import PageLayout, PagePool
 from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d
 
-T = TypeVar("T")
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # an adapter's name: a relative path; no part starts with a dot
 READ_AHEAD = 8  # the maximum number of staged adapters
 
@@ -71,7 +70,7 @@ class Resident:
     users: int = field(default=0)  # running requests that use it
 
 
-def to_evict(adapters: Iterable[tuple[T, int, int]], missing: int) -> list[T]:
+def to_evict(adapters: Iterable[tuple[Any, int, int]], missing: int) -> list[Any]:
     """Which adapters to evict from the pool, so that `missing` more pages become free.
 
     The least recently used one goes first. An adapter that a running request uses is never evicted. Evicting stops as

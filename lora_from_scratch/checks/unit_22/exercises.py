@@ -377,8 +377,8 @@ PREDICTIONS = [
             "the first 33 would be a hit."
         ),
         replies={
-            "a": "That would be so if always the same adapter were missing. Follow the requests 33, 1, 2 and 3 on paper.",
-            "b": "Follow the requests 33, 1, 2 and 3 on paper: which adapter is evicted each time, and when is it needed?",
+            "a": "That needs an adapter that is always the one missing. Follow the requests 33, 1, 2 and 3 on paper.",
+            "b": "Follow the requests 33, 1, 2 and 3 on paper: which one is evicted each time, and when is it needed?",
         },
         idea="a cache of adapters",
     ),
