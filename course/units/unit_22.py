@@ -84,7 +84,7 @@ def zipf(count, adapters, seed):
 
 
 batch = zipf(32, 1000, seed=1)
-different = sorted(set(batch), key=batch.count, reverse=True)
+different = sorted(dict.fromkeys(batch), key=batch.count, reverse=True)
 print(f"in a batch of {len(batch)} requests: {len(different)} adapters, {', '.join(different[:3])}, ...")
 print(f"their ranks: {sorted(ranks[name] for name in different)}")
 
