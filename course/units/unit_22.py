@@ -271,10 +271,10 @@ print("b on the pages of a:", compare([next_token(a, b, t) for a, b in pairs for
 print("adapter a alone:    ", compare([one for a, _ in pairs for one in alone[a]], wanted))
 
 # %% [markdown]
-# No error is raised, but on the pages of a adapter b is more than half as far from itself as a is. What it writes depends
-# on who asked before. The fault was in vLLM in March 2024 (issue 3264, mended by pull request 3263). Later it was reported in another form (issue 30931, for
-# version 0.11.1): two adapters with the same name and different weights shared their pages. So the key must contain the
-# name of the adapter *and* its version.
+# No error is raised, but on the pages of adapter a, adapter b is more than half as far from its own predictions as adapter
+# a is. What it writes depends on who asked before. The fault was in vLLM in March 2024 (issue 3264, mended by pull request
+# 3263). Later it was reported in another form (issue 30931, for version 0.11.1): two adapters with the same name and
+# different weights shared their pages. So the key must contain the name of the adapter *and* its version.
 #
 # Write the test that finds such faults. The check runs it on several sound functions and several faulty ones.
 
