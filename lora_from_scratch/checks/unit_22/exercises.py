@@ -66,8 +66,13 @@ def segment_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, ranks: Sequence[int], index: Sequence[int], *sentences: str) -> Case:
         As: list[Data] = [draw.normal(rank, 5) for rank in ranks]
         Bs: list[Data] = [draw.normal(4, rank) for rank in ranks]
-        scalings: list[Data] = [2.0, 0.5, -1.5, 4.0][: len(ranks)]
-        given: dict[str, Data] = {"x": draw.normal(len(index), 5), "As": As, "Bs": Bs, "scalings": scalings}
+        scalings: list[Data] = [2.0, 0.5, -1.5, 4.0]
+        given: dict[str, Data] = {
+            "x": draw.normal(len(index), 5),
+            "As": As,
+            "Bs": Bs,
+            "scalings": scalings[: len(ranks)],
+        }
         return Case(name, given | {"index": torch.tensor(index)}, sentences=sentences)
 
     product, together, most, x = (
