@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,30 @@ class Resident:
     pages: int
     rows: LayerRows
     users: int = field(default=0)  # running requests that use it
+
+
+def to_evict(adapters: Iterable[tuple[Any, int, int]], missing: int) -> list[Any]:
+    """Which adapters to evict from the pool, so that `missing` more pages become free.
+
+    The least recently used one goes first. An adapter that a running request uses is never evicted. Evicting stops as
+    soon as enough pages are free. If all unused adapters together have fewer pages than are missing, all of them go.
+
+    Args:
+        adapters: the adapters in the pool, the least recently used first: the name of each, its number of pages, and
+            the number of running requests that use it.
+        missing: a number of pages. If it is zero or negative, no adapter goes.
+
+    Returns:
+        Their names, in the order in which they are evicted.
+    """
+    evicted = []
+    for name, pages, users in adapters:
+        if missing <= 0:
+            break
+        if not users:
+            evicted.append(name)
+            missing -= pages
+    return evicted
 
 
 def stage(factors: AdapterFactors, layout: PageLayout) -> Staged:
@@ -222,12 +247,10 @@ class AdapterStore:
 
     def make_room(self, pages: int) -> None:
         """Evict unused adapters until `pages` pages are free or no unused adapter is left."""
-        while len(self.pool.free) < pages:
-            unused = next((version for version, resident in self.resident.items() if not resident.users), None)
-            if unused is None:
-                return
-            del self.resident[unused]
-            self.pool.release(unused)
+        resident = ((version, one.pages, one.users) for version, one in self.resident.items())
+        for version in to_evict(resident, pages - len(self.pool.free)):
+            del self.resident[version]
+            self.pool.release(version)
             self.evictions += 1
 
     def close(self) -> None:

@@ -79,8 +79,45 @@ class OutOfPages(ValueError):  # noqa: N818
     """The pool has fewer free pages than requested."""
 
 
-class PagePool:
-    """A pool of pages, each of which is either free or has exactly one owner.
+class PageTable:
+    """Which pages are free, and which owners have the others. No page is ever in two places.
+
+    An owner is a text or an adapter. Which of the free pages it is given does not matter.
+
+    Args:
+        pages: the number of pages. They are numbered from 0.
+
+    Attributes:
+        free: the pages that are free, a list.
+        tables: the pages of each owner, a dictionary of lists. An owner whose pages are released is not in it.
+    """
+
+    def __init__(self, pages: int) -> None:
+        self.free = list(range(pages))  # a stack; the last one is allocated next
+        self.tables: dict[Hashable, list[int]] = {}  # owner -> its pages, in order
+
+    def allocate(self, owner: Hashable, pages: int) -> list[int]:
+        """Append this number of free pages to those of an owner, which may be new.
+
+        Returns:
+            All pages of the owner, in the order in which they were allocated.
+
+        Raises:
+            OutOfPages: too few pages are free. In this case nothing is changed.
+        """
+        if pages > len(self.free):
+            raise OutOfPages(f"{pages} pages are needed, but only {len(self.free)} are free")
+        new = [self.free.pop() for _ in range(pages)]
+        self.tables.setdefault(owner, []).extend(new)
+        return self.tables[owner]
+
+    def release(self, owner: Hashable) -> None:
+        """Free all pages of an owner. For an owner without pages, nothing happens."""
+        self.free.extend(self.tables.pop(owner, []))
+
+
+class PagePool(PageTable):
+    """The pages of a `PageTable` with their contents. A page that is allocated still holds its previous owner's data.
 
     Args:
         layout: the layout of a page.
@@ -94,10 +131,9 @@ class PagePool:
     def __init__(self, layout: PageLayout, pages: int, device: torch.device | str = "cpu") -> None:
         if pages < 1:
             raise ValueError(f"the pool must have at least one page of {4 * layout.size / 2**20:.1f} MiB, got {pages}")
+        super().__init__(pages)
         self.layout = layout
         self.data = torch.zeros(pages, layout.size, device=device)
-        self.free = list(range(pages))  # a stack; the last one is allocated next
-        self.tables: dict[Hashable, list[int]] = {}  # owner -> its pages, in order
 
     def __len__(self) -> int:
         """The total number of pages."""
@@ -106,22 +142,3 @@ class PagePool:
     def rows(self, width: int) -> Tensor:
         """The whole pool as rows of this width (a view)."""
         return self.data.view(-1, width)
-
-    def allocate(self, owner: Hashable, pages: int) -> list[int]:
-        """Append pages to those of an owner. They are not cleared: they still hold the previous owner's data.
-
-        Returns:
-            All pages of the owner.
-
-        Raises:
-            OutOfPages: too few pages are free. In this case none is allocated.
-        """
-        if pages > len(self.free):
-            raise OutOfPages(f"{pages} pages are needed, but only {len(self.free)} of {len(self)} are free")
-        new = [self.free.pop() for _ in range(pages)]
-        self.tables.setdefault(owner, []).extend(new)
-        return self.tables[owner]
-
-    def release(self, owner: Hashable) -> None:
-        """Free all pages of an owner. Idempotent."""
-        self.free.extend(self.tables.pop(owner, []))
