@@ -180,7 +180,7 @@ show(
 # The task is the story cards; both have rank 8 on every matrix, and their own tuned learning rates.
 #
 # One merge is exact, the other is not. But the exact one has a price: QA-LoRA's A has G columns instead of `in`, 32
-# times fewer. In the paper (LLaMA, MMLU), QA-LoRA is better than QLoRA with GPTQ at 4, 3 and 2 bits.
+# times fewer. The paper reports that QA-LoRA is better than QLoRA with GPTQ at 4 bits (LLaMA-7B, MMLU).
 
 # %% prediction="who_survives"
 
@@ -275,10 +275,10 @@ show(
 # | QLoRA, rounded, seeds 0, 1, 2 | 1.24, 1.24, 1.29 | 1.30, 1.28, 1.33 | 1.61, 1.74, 1.67 |
 # | QA-LoRA, merged, seeds 0, 1, 2 | 1.42, 1.46, 1.51 | 1.43, 1.48, 1.47 | 1.47, 1.52, 1.52 |
 #
-# So with rank 8 and groups of 32, the merge that is exact wins only where rounding is coarse. The paper finds an
-# advantage at 4 and 3 bits as well, with far larger models, whose matrices have many more groups, and with another
-# rounding (GPTQ). These are runs of 40 steps on a small model; what they show is what to measure: the loss before the
-# merge, and the loss after it.
+# So with rank 8 and groups of 32, the merge that is exact wins only where rounding is coarse. The paper reports an
+# advantage at 4 bits, with a far larger model, whose matrices have many more groups, and with another rounding (GPTQ).
+# These are runs of 40 steps on a small model; what they show is what to measure: the loss before the merge, and the
+# loss after it.
 #
 # ### Your own setting
 #
