@@ -110,7 +110,9 @@ def explain_search(case: Case, seen: Seen, expected: Seen) -> Explanation:
         return None
     if "result" in one:
         return "no pair", f"Return the ids of the tokens and the loss. Yours is {describe(one['result'])}."
-    tokens = torch.tensor(one["tokens"]) if isinstance(one["tokens"], list) else one["tokens"]
+    tokens = one["tokens"]
+    if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens):
+        tokens = torch.tensor(tokens)
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.shape != other["tokens"].shape:
         return "no ids", f"The first result should be the ids (p,) of tokens. Yours is {describe(one['tokens'])}."
     if one["calls"] != other["calls"]:
