@@ -18,7 +18,8 @@
 # **Prerequisites**: the singular value decomposition (unit 02), soft prompts (unit 05), and LoRA (unit 09). It is an
 # elective: no other unit needs it.
 #
-# **Time**: about 75 minutes, including a minute and a half of computation. 5 exercises, 2 predictions, one open question.
+# **Time**: about 75 minutes, including a minute and a half of computation. 5 exercises, 2 predictions, one open
+# question.
 #
 # ![FIGURE](unit_21.png)
 
@@ -30,27 +31,31 @@ import os
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import orthogonal
 
 from lora_from_scratch.checks import check, hint, library, progress, working
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
 from lora_from_scratch.finetune.data import Example, parse_mr
+from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.tasks import load_dataset
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
+from lora_from_scratch.gpt2.generation import generate
+from lora_from_scratch.gpt2.model import next_token_loss
 from lora_from_scratch.methods.lora import LoRA
-from lora_from_scratch.methods.loreft import LoReFT, interventions
+from lora_from_scratch.methods.loreft import EditedBlock, Intervention, LoReFT
 from lora_from_scratch.methods.prompt_tuning import initial_prompt, nearest_tokens
 from lora_from_scratch.museum.dropped_stream import FaultyEdit
 from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show
 from lora_from_scratch.support.progress_bar import tqdm
 
-# The model: "bundled" (a minute and a half on two cores), "gpt2" (needs a network connection and several minutes), or the
-# path of a checkpoint directory.
+# The model: "bundled" (a minute and a half on two cores), "gpt2" (needs a network connection and several minutes), or
+# the path of a checkpoint directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
-STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 48))  # of each training run
-SEARCH_STEPS = 4 * STEPS  # of each search for a prompt
+STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 40))  # of each training run
+SEARCH_STEPS = 3 * STEPS  # of each search for a prompt
 
 # %% [markdown]
 # ## Edits instead of updates
@@ -67,9 +72,9 @@ SEARCH_STEPS = 4 * STEPS  # of each search for a prompt
 # | R | (r, d) | its orthonormal rows span the subspace |
 # | W, b | (r, d), (r,) | what the coordinates in the subspace are to become, as a function of h |
 #
-# R h are the coordinates of h in the subspace. The brackets contain by how much they are to change, and R^T carries that
-# change back into the space of h. Since the rows of R are orthonormal (R R^T = I), the new coordinates are exactly what
-# was asked for: R h' = R h + (W h + b - R h) = W h + b. Everything orthogonal to the subspace stays.
+# R h are the coordinates of h in the subspace. The brackets contain by how much they are to change, and R^T carries
+# that change back into the space of h. Since the rows of R are orthonormal (R R^T = I), the new coordinates are exactly
+# what was asked for: R h' = R h + (W h + b - R h) = W h + b. Everything orthogonal to the subspace stays.
 #
 # Per edited block these are 2 r d + r numbers: 4,104 with r = 8 and d = 256.
 #
@@ -113,9 +118,9 @@ print(f"outside of the subspace h' is h, up to {((edited - h) @ rest).abs().max(
 # %% [markdown]
 # ## Where to edit
 #
-# The authors edit the first p and the last s tokens of the *prompt*, and write this f7+l7 for p = s = 7. What the
-# model writes afterwards is not edited; the edits reach it through the keys and values of the prompt. A prompt ends with
-# a line break here. In a batch the texts have different lengths, so there is padding, which may be on either side:
+# The authors edit the first p and the last s tokens of the *prompt*, and write this f7+l7 for p = s = 7. What the model
+# writes afterwards is not edited; the edits reach it through the keys and values of the prompt. A prompt ends with a
+# line break here. In a batch the texts have different lengths, so there is padding, which may be on either side:
 #
 #     tokens   pad  pad   A    sad  tale  \n   sad
 #     place     -1   -1   0     1    2     3    4
@@ -160,19 +165,233 @@ for name, kind in {"the exhibit": FaultyEdit, "yours": MyEdit}.items():
     except AssertionError as error:
         print(f"{name}: fails ({error})")
 
+
+# %% [markdown]
+# ## A few thousand numbers
+#
+# Two tasks show what such edits can do. In both the prompt ends with a line break.
+#
+# - *One word*: the prompt is a tale, and the answer how it ends, one of four words. Many benchmarks of the paper are of
+#   this kind: a question, and an answer of a word or a letter.
+# - *A tale*: the prompt is a story card, and the answer a whole tale.
+
+# %%
+model, tokenizer = load_gpt2(MODEL)
+config = model.config
+dataset = load_dataset("story-cards")
+WORDS = {"happy": " happy", "sad": " sad", "a wedding": " wedding", "a feast": " feast"}
+
+
+def shortest(examples, number):
+    return sorted(examples, key=lambda example: len(example.mr) + len(example.ref))[:number]
+
+
+def endings(examples, number):
+    """Tales, and the word that says how they end; so many of each word."""
+    asked = [
+        Example(example.ref, WORDS[ending])
+        for example in shortest(examples, len(examples))
+        if (ending := parse_mr(example.mr).get("ending")) in WORDS
+    ]
+    return [example for word in WORDS.values() for example in [one for one in asked if one.ref == word][:number]]
+
+
+def words_only(examples):
+    """Nothing but the word is learned, not the end of the text behind it."""
+    data = Completions(examples, tokenizer, config.n_positions)
+    data.rows = [(ids[:-1], labels[:-1]) for ids, labels in data.rows]
+    return data
+
+
+def whole_tales(examples):
+    return Completions(examples, tokenizer, config.n_positions)
+
+
+tasks = {
+    "one word": words_only(endings(dataset.train, 300)),
+    "a tale": whole_tales(shortest(dataset.train, 800)),
+}
+held_out = {
+    "one word": words_only(endings(dataset.validation, 24)).batches(24),
+    "a tale": whole_tales(shortest(dataset.validation, 96)[::4]).batches(12),
+}
+
+
+def adapted(method, prepare=None):
+    """A copy of the model with this method; `prepare` may change it before it is trained."""
+    tuned = copy.deepcopy(model)
+    method.adapt(tuned)
+    if prepare:
+        prepare(tuned)
+    return tuned
+
+
+def trained(method, task, prepare=None):
+    """The same, trained on a task with the method's tuned learning rate."""
+    tuned = adapted(method, prepare)
+    settings = TrainingSettings(
+        steps=STEPS,
+        learning_rate=defaults.learning_rate_for(method.name, config),
+        warmup_steps=defaults.warmup_steps_for(STEPS),
+    )
+    Trainer(tuned, lambda step: tasks[task].batch_at(step, 8, 0), settings, method=method, progress=False).run()
+    return tuned
+
+
+def loreft(**fields):
+    return LoReFT(rank=8, **fields).for_tokenizer(tokenizer)
+
+
+@torch.no_grad()
+def share_right(tuned):
+    """The share of the held-out tales whose word is the most likely one."""
+    right = []
+    for batch in held_out["one word"]:
+        place = (batch.labels != -100).int().argmax(dim=1)  # of the word; the token before it predicts it
+        rows = torch.arange(len(place))
+        guess = tuned.eval()(batch.input_ids)[rows, place - 1].argmax(dim=-1)
+        right.append(guess == batch.labels[rows, place])
+    return float(torch.cat(right).float().mean())
+
+
+plans = {
+    "LoRA, rank 1": LoRA(rank=1, alpha=8),
+    "LoReFT, l1": loreft(positions="l1"),
+    "LoReFT, f7+l7": loreft(positions="f7+l7"),
+    "LoReFT, all": loreft(positions="all"),
+}
+word_losses = {}
+print("one word         numbers   held-out loss   right")
+for name, method in tqdm(plans.items(), desc="one word", unit="run"):
+    tuned = trained(method, "one word")
+    word_losses[name] = completion_loss(tuned, held_out["one word"])
+    numbers = sum(p.numel() for p in method.trainable(tuned).values())
+    print(f"{name:<16} {numbers:>7,} {word_losses[name]:>15.2f} {share_right(tuned):>7.0%}")
+
+# %% [markdown]
+# With as many numbers as LoRA of rank 1, the edits of the first and last seven tokens are better here. (Learning rates
+# were tuned for each. LoRA of rank 8 has eight times the numbers, and a loss below 0.01.) The word is predicted at the
+# last token of the prompt, which is edited itself, and in most tales the ending is told in the first or the last words.
+#
+# ### Which block?
+#
+# Now edit one block only, with 4,104 numbers, at all positions.
+
+# %% figure="unit_21.png"
+block_losses = []
+for layer in tqdm(range(config.n_layer), desc="blocks", unit="run"):
+    tuned = trained(loreft(positions="all", layers=(layer,)), "one word")
+    block_losses.append(completion_loss(tuned, held_out["one word"]))
+chance = float(torch.tensor(len(WORDS)).log())
+
+figure, (axes,) = plotting.panels(1, width=6.4)
+plotting.curve(axes, block_losses, label="edited after this block", style=0)
+axes.axhline(chance, color="black", linestyle=":")
+axes.annotate("guessing one of four words", (1, chance), xytext=(0, 4), textcoords="offset points")
+axes.set_ylim(bottom=0)
+plotting.label(axes, x="block", y="held-out loss (nats)", title="4,104 numbers after one block")
+show(
+    figure,
+    "The held-out loss of a one-word task when hidden states are edited after a single block, at all positions: "
+    + ", ".join(f"block {block} {loss:.2f}" for block, loss in enumerate(block_losses, start=1))
+    + f". Guessing one of four words would give {chance:.2f}.",
+)
+
+# %% [markdown]
+# BLOCKS
+#
+# ### Whole tales
+#
+# Now the other task. Before you train: what do the same edits do for the writing of tales?
+
+# %% prediction="edits_for_tales"
+
+# %%
+tale_losses = {"no training": completion_loss(model, held_out["a tale"])}
+for name in tqdm(("LoRA, rank 1", "LoReFT, f7+l7", "LoReFT, all"), desc="tales", unit="run"):
+    tale_losses[name] = completion_loss(trained(plans[name], "a tale"), held_out["a tale"])
+for name, loss in tale_losses.items():
+    print(f"{name:<16} held-out loss of tales {loss:.2f}")
+
+# %% check="edits_for_tales"
+
+# %% [markdown]
+# TALES
+#
+# ### Your own edits
+#
+# Choose positions, blocks and a rank with **at most 5,000 numbers**, so that tales have a lower loss than with the
+# 24,624 numbers at f7+l7. Write down first which of the three you expect to matter most.
+
+
+# %%
+def my_edits():
+    """Change this line. Positions: "l1", "f7+l7", ..., "all"; layers are counted from 0."""
+    return LoReFT(rank=8, positions="f7+l7", layers=(2,))
+
+
+def compare_with_the_authors_positions(method):
+    tuned = trained(method.for_tokenizer(tokenizer), "a tale")
+    numbers = sum(p.numel() for p in method.trainable(tuned).values())
+    if numbers > 5000:
+        return f"Your edits have {numbers:,} numbers, more than 5,000."
+    mine, theirs = completion_loss(tuned, held_out["a tale"]), tale_losses["LoReFT, f7+l7"]
+    word = "lower" if mine < theirs else "higher"
+    return f"Your {numbers:,} numbers: {mine:.2f}, {word} than {theirs:.2f} with 24,624 numbers at f7+l7."
+
+
+print(compare_with_the_authors_positions(my_edits()))
+
+# %% [markdown]
+# ### What the exhibit does to a run
+#
+# Put the exhibit's dropout into a model: with a probability of 0.1, on everything that comes out of an edited block, at
+# all positions. Beside it the same probability on the change alone.
+
+
+# %%
+def dropout_after(kind):
+    """What puts dropout behind every module of this kind."""
+
+    def prepare(tuned):
+        for module in tuned.modules():
+            if isinstance(module, kind):
+                module.register_forward_hook(lambda one, inputs, output: F.dropout(output, 0.1, one.training))
+
+    return prepare
+
+
+@torch.no_grad()
+def loss_in_training_mode(tuned):
+    torch.manual_seed(0)
+    batches = held_out["a tale"]
+    return sum(float(next_token_loss(tuned.train()(b.input_ids), b.labels)) for b in batches) / len(batches)
+
+
+print("dropout of 0.1            tales, training mode, before the first step   one word, after training")
+for name, kind in {"none": (), "exhibit: h and change": EditedBlock, "mended: the change": Intervention}.items():
+    before = loss_in_training_mode(adapted(plans["LoReFT, all"], dropout_after(kind)))
+    after = word_losses["LoReFT, all"]
+    if kind:
+        after = completion_loss(trained(plans["LoReFT, all"], "one word", dropout_after(kind)), held_out["one word"])
+    print(f"{name:<25} {before:>45.2f} {after:>26.2f}")
+
+# %% [markdown]
+# EXHIBIT
+
 # %% [markdown]
 # ## A prompt that can be read
 #
 # The other way to influence a frozen model from outside its weights is the prompt. A soft prompt (unit 05) is found
-# easily by gradients, but no text has its rows. PEZ (Wen et al. 2023, arXiv:2302.03668) looks for p real tokens. It keeps
-# a soft prompt P beside them, and in each step
+# easily by gradients, but no text has its rows. PEZ (Wen et al. 2023, arXiv:2302.03668) looks for p real tokens. It
+# keeps a soft prompt P beside them, and in each step
 #
 # $$E_i = \text{the embedding nearest to } P_i \text{ by cosine}, \qquad g = \nabla_E \, \mathrm{loss}(E), \qquad
 # P \leftarrow P - \mathrm{update}(g)$$
 #
-# The loss and its gradient are always those of real tokens, E; but it is P that the optimiser moves. An example with one
-# row in the plane: the tokens have the embeddings (1, 0) and (0, 1), and P = (1, 0). Each step with the gradient
-# g = (0, -1) and the rate 0.4 adds 0.4 to the second coordinate: P is (1, 0.4), (1, 0.8), (1, 1.2). The nearest token is
+# The loss and its gradient are always those of real tokens, E; but it is P that the optimiser moves. An example with
+# one row in the plane: the tokens have the embeddings (1, 0) and (0, 1), and P = (1, 0). Each step with the gradient g
+# = (0, -1) and the rate 0.4 adds 0.4 to the second coordinate: P is (1, 0.4), (1, 0.8), (1, 1.2). The nearest token is
 # the first one for two steps, and then the second. If P were set back to E after each step, nothing would ever change.
 
 # %% exercise="hard_prompt_search"
@@ -224,8 +443,8 @@ def start(seed):
 
 
 # %% [markdown]
-# Four searches get the same number of forward passes. *PEZ* is your function. *Rounded* trains a soft prompt and takes its
-# nearest tokens at the end. *Random* draws eight random tokens each time and keeps the best. *Mutation* changes one
+# Four searches get the same number of forward passes. *PEZ* is your function. *Rounded* trains a soft prompt and takes
+# its nearest tokens at the end. *Random* draws eight random tokens each time and keeps the best. *Mutation* changes one
 # token of its best prompt at random, and keeps the change if the loss falls. The last two need no gradients.
 
 # %% prediction="readable_prompt"
@@ -236,12 +455,13 @@ search = working("hard_prompt_search")
 
 def pez(seed):
     rows = start(seed).requires_grad_()
-    return search(dragon_loss, rows, table, SEARCH_STEPS, torch.optim.AdamW([rows], lr=0.1, weight_decay=0.1))
+    optimizer = torch.optim.AdamW([rows], lr=defaults.learning_rate_for("pez", config), weight_decay=0.1)
+    return search(dragon_loss, rows, table, SEARCH_STEPS, optimizer)
 
 
 def rounded(seed):
     rows = start(seed).requires_grad_()
-    optimizer = torch.optim.Adam([rows], lr=0.1)
+    optimizer = torch.optim.Adam([rows], lr=defaults.learning_rate_for("prompt", config))
     for _ in range(SEARCH_STEPS - 1):
         optimizer.zero_grad()
         loss = dragon_loss(rows)
@@ -286,3 +506,103 @@ for name, results in found.items():
         print(f"{name:<14} {loss:.2f}   {tokenizer.decode(tokens.tolist())!r}")
 
 # %% check="readable_prompt"
+
+# %% [markdown]
+# SEARCH
+#
+# Does the prompt work for sentences that it was not made for, and does it make the model write about dragons?
+
+# %%
+best = {name: min(results, key=lambda one: one[1])[0] for name, results in found.items()}
+best = {"no prompt": torch.tensor(tokenizer.encode("\n")), "typed by hand": torch.tensor(typed)} | best
+print("prompt           three other sentences   texts with a dragon, of 24")
+for name, tokens in best.items():
+    with torch.no_grad():
+        other = float(dragon_loss(table[tokens], others))
+    prompts = [tokens.tolist()] * 24
+    texts = [tokenizer.decode(text) for text in generate(model, prompts, max_new_tokens=24, temperature=0.8, top_k=50)]
+    print(f"{name:<16} {other:>21.2f} {sum('dragon' in text for text in texts):>28}")
+
+# %% [markdown]
+# USE
+#
+# ## What goes wrong in practice
+#
+# **Loading another R than was saved.** PyTorch keeps a matrix orthonormal by a parametrisation with two parts: a
+# parameter, and a buffer called `base`. A file of the trained *parameters* lacks the buffer, and with `strict=False`
+# nobody complains. (The authors' package therefore overwrites `base` when it loads an edit.)
+
+# %%
+torch.manual_seed(0)
+saved, loaded = (orthogonal(nn.Linear(256, 8, bias=False)) for _ in range(2))
+file = dict(saved.named_parameters())
+loaded.load_state_dict(file, strict=False)
+print(f"saved: {list(file)}; missing: {sorted(set(saved.state_dict()) - set(file))}")
+print(f"the loaded R differs from the saved one by {(loaded.weight - saved.weight).norm() / saved.weight.norm():.0%}")
+
+# %% [markdown]
+# **A prompt whose end is not found.** The last positions are counted from the first line break. A prompt without one,
+# or with an earlier one than in training, is edited elsewhere, and no error is raised.
+
+# %%
+positions = working("prompt_positions")
+line_break = tokenizer.encode("\n")[0]
+for text in ("A tale with a sad ending.\n", "A tale with a sad ending.", "Question\nA tale with a sad ending.\n"):
+    ids = torch.tensor([tokenizer.encode(text)])
+    place = torch.arange(ids.shape[1])[None]
+    last = ids[positions(ids, place, 0, 3, line_break)[1]]
+    print(f"{text!r:<42} the last three: {tokenizer.decode(last.tolist())!r}")
+
+# %% [markdown]
+# **A random start.** In the authors' package W is random, so the model is another one before the first step. With W = R
+# and b = 0 it is the base.
+
+# %%
+for first in ("base", "random"):
+    tuned = adapted(loreft(positions="all", start=first))
+    print(f"start={first!r:<9} loss of tales before the first step {completion_loss(tuned, held_out['a tale']):.2f}")
+
+# %% [markdown]
+# **Expecting to merge it.** An edit depends on the position, and on h after a whole block. No weight of the block can
+# take it in, so the edits cost something in every forward pass, and serving software has to know them.
+#
+# **Taking ids for text.** A found prompt is a list of ids. Typed as a text, it may be split into other tokens.
+
+# %%
+for name, results in found.items():
+    for tokens, loss in results:
+        again = tokenizer.encode(tokenizer.decode(tokens.tolist()))
+        with torch.no_grad():
+            typed_loss = float(dragon_loss(table[torch.tensor(again)]))
+        same_ids = "the same ids" if again == tokens.tolist() else f"{len(again)} other ids"
+        print(f"{name:<10} {loss:.2f}, typed {typed_loss:.2f} ({same_ids})")
+
+# %% [markdown]
+# ## Summary
+#
+# SUMMARY
+#
+# ## Go further
+#
+# - Wu et al. 2024, *ReFT: Representation Finetuning for Language Models* (arXiv:2404.03592); their package is
+#   stanfordnlp/pyreft.
+# - Wen et al. 2023, *Hard Prompts Made Easy* (arXiv:2302.03668); their code is YuxinWenRick/hard-prompts-made-easy.
+# - Khashabi et al. 2022, *Prompt Waywardness* (arXiv:2112.08348): soft prompts whose nearest tokens say something else.
+# - `lora_from_scratch/methods/loreft.py` and `lora_from_scratch/methods/pez.py`: both methods in full.
+
+# %% [markdown] open_question="edits_or_weights" points=4
+# ### Open question
+#
+# A team has tuned LoReFT with f7+l7 for a classifier of customer letters, and it is as good as LoRA with a fraction of
+# the numbers. Now they want the same model to write the replies, half a page each, with LoReFT at the same positions.
+# Write at most 150 words: what do you expect, why, which experiment would you do first, and what would you propose?
+#
+# **Rubric.**
+#
+# - 1 point: only the prompt is edited; a reply is influenced through keys and values alone, and less with every token.
+# - 1 point: distinguishes a single decision at the last position of the prompt from the prediction of many tokens.
+# - 1 point: an experiment that varies the positions (more, all) with tuned rates, and measures the loss of replies.
+# - 1 point: a proposal with its costs: edits at all positions, or LoRA, which can be merged; one adapter per task.
+
+# %% volatile=true
+progress("21")

@@ -324,4 +324,55 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "edits_for_tales",
+        question=(
+            "Without training the loss of tales is about 4.3. The same methods, with the same numbers and the same steps, "
+            "now learn to write tales. What do you expect of the edits, compared with LoRA of rank 1?"
+        ),
+        choices={
+            "a": "as for one word: f7+l7 and all positions are both at least as good as LoRA",
+            "b": "f7+l7 gains far less than LoRA, and all positions come close to LoRA or are better",
+            "c": "both gain far less than LoRA: eight directions are too few for writing",
+        },
+        answer="b",
+        explanation=(
+            "A tale has 20 tokens or more, and all but the first are predicted at positions that f7+l7 does not edit. The "
+            "edits reach them only as keys and values of the prompt. Edited everywhere, eight directions are enough to do "
+            "what LoRA of rank 1 does."
+        ),
+        replies={
+            "a": "The word was predicted at an edited position. Where are the tokens of a tale predicted?",
+            "c": "Eight directions after every block are not few: LoRA of rank 1 adds one direction to each matrix.",
+        },
+        measured="40 steps on the bundled GPT-2, seed 0",
+        idea="where to edit",
+    ),
+    Prediction(
+        "readable_prompt",
+        question=(
+            "Each search has the same number of forward passes. Whose prompt of eight real tokens has the lowest loss, "
+            "and how good is the rounded soft prompt?"
+        ),
+        choices={
+            "a": "PEZ finds the best prompts, and the rounded ones are no better than random ones",
+            "b": "PEZ finds the best prompts, and the rounded ones come next: both were found by gradients",
+            "c": "mutation finds the best ones: a gradient at one token says little about the other 4,095",
+            "d": "all four are about equal: eight real tokens cannot do much",
+        },
+        answer="a",
+        explanation=(
+            "The gradient at real tokens says in which direction better ones lie, and P sums it up over the steps. The "
+            "soft prompt has a much lower loss than any of these, but its rows are far from all embeddings, and what "
+            "they do is lost when they are rounded."
+        ),
+        replies={
+            "b": "The gradients of the soft prompt were computed at rows that no token has.",
+            "c": "It says little about each, but the steps add up. Mutation tries one of 32,000 changes at a time.",
+            "d": "A prompt that mentions a dragon makes these sentences much more likely.",
+        },
+        measured="120 forward passes, eight tokens, seeds 0 and 1",
+        idea="prompts of real tokens",
+    ),
+]
