@@ -226,12 +226,12 @@ def adapted(method, prepare=None):
     return tuned
 
 
-def trained(method, task, prepare=None):
-    """The same, trained on a task with the method's tuned learning rate."""
+def trained(method, task, prepare=None, rate=None):
+    """The same, trained on a task, with the method's tuned learning rate if none is given."""
     tuned = adapted(method, prepare)
     settings = TrainingSettings(
         steps=STEPS,
-        learning_rate=defaults.learning_rate_for(method.name, config),
+        learning_rate=rate or defaults.learning_rate_for(method.name, config),
         warmup_steps=defaults.warmup_steps_for(STEPS),
     )
     Trainer(tuned, lambda step: tasks[task].batch_at(step, 8, 0), settings, method=method, progress=False).run()
@@ -308,8 +308,9 @@ show(
 
 # %%
 tale_losses = {"no training": completion_loss(model, held_out["a tale"])}
-for name in tqdm(("LoRA, rank 1", "LoReFT, f7+l7", "LoReFT, all"), desc="tales", unit="run"):
-    tale_losses[name] = completion_loss(trained(plans[name], "a tale"), held_out["a tale"])
+rates = {"LoRA, rank 1": 1e-2, "LoReFT, f7+l7": 1e-2, "LoReFT, all": 2e-2}  # tuned for this task, on the bundled model
+for name, rate in tqdm(rates.items(), desc="tales", unit="run"):
+    tale_losses[name] = completion_loss(trained(plans[name], "a tale", rate=rate), held_out["a tale"])
 for name, loss in tale_losses.items():
     print(f"{name:<16} held-out loss of tales {loss:.2f}")
 
@@ -331,7 +332,7 @@ def my_edits():
 
 
 def compare_with_the_authors_positions(method):
-    tuned = trained(method.for_tokenizer(tokenizer), "a tale")
+    tuned = trained(method.for_tokenizer(tokenizer), "a tale", rate=2e-2)
     numbers = sum(p.numel() for p in method.trainable(tuned).values())
     if numbers > 5000:
         return f"Your edits have {numbers:,} numbers, more than 5,000."

@@ -328,8 +328,8 @@ PREDICTIONS = [
     Prediction(
         "edits_for_tales",
         question=(
-            "Without training the loss of tales is about 4.3. The same methods, with the same numbers and the same steps, "
-            "now learn to write tales. What do you expect of the edits, compared with LoRA of rank 1?"
+            "Without training the loss of tales is about 4.3. The same methods, with the same numbers, now learn to "
+            "write tales, each at its own tuned rate. What do you expect of the edits, compared with LoRA of rank 1?"
         ),
         choices={
             "a": "as for one word: f7+l7 and all positions are both at least as good as LoRA",
@@ -338,9 +338,9 @@ PREDICTIONS = [
         },
         answer="b",
         explanation=(
-            "A tale has 20 tokens or more, and all but the first are predicted at positions that f7+l7 does not edit. The "
-            "edits reach them only as keys and values of the prompt. Edited everywhere, eight directions are enough to do "
-            "what LoRA of rank 1 does."
+            "A tale has 20 tokens or more, and all but the first are predicted at positions that f7+l7 does not edit: "
+            "the edits reach them only as keys and values of the prompt. At all positions, eight directions are enough "
+            "to do what LoRA of rank 1 does."
         ),
         replies={
             "a": "The word was predicted at an edited position. Where are the tokens of a tale predicted?",
