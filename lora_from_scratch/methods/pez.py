@@ -19,7 +19,6 @@ different tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -82,16 +81,15 @@ def hard_prompt_search(
     Returns:
         The ids (p,) of the best prompt, and its loss, a number.
     """
-    best, lowest = nearest_tokens(prompt.detach(), table), math.inf
+    seen = []
     for _ in range(steps):
         tokens = nearest_tokens(prompt.detach(), table)
         E = table[tokens].detach().requires_grad_()
         loss = loss_of(E)
-        if loss.item() < lowest:
-            best, lowest = tokens, loss.item()
+        seen.append((tokens, loss.item()))
         (prompt.grad,) = torch.autograd.grad(loss, E)
         optimizer.step()
-    return best, lowest
+    return min(seen, key=lambda one: one[1])
 
 
 class HardPrompt(SoftPrompt):

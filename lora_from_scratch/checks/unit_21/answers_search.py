@@ -90,14 +90,12 @@ def with_a_gradient_of_ones_own(loss_of, prompt, table, steps, optimizer):
 
 
 @wrong("hard_prompt_search", "You return the last prompt. The best one may have come before it.")
-@changed(hard_prompt_search, ("if loss.item() < lowest:", "if True:"))
+@changed(hard_prompt_search, ("min(seen, key=lambda one: one[1])", "seen[-1]"))
 def the_last(): ...
 
 
 @wrong("hard_prompt_search", "You keep the prompt with the highest loss.")
-@changed(
-    hard_prompt_search, ("loss.item() < lowest", "loss.item() > lowest"), ("table), math.inf", "table), -math.inf")
-)
+@changed(hard_prompt_search, ("min(seen,", "max(seen,"))
 def the_worst(): ...
 
 
@@ -175,11 +173,10 @@ def with_distance(loss_of, prompt, table, steps, optimizer, choose):
 @wrong("hard_prompt_search", "The loss belongs to the tokens before the step; you keep those after it.")
 @changed(
     hard_prompt_search,
-    ("best, lowest = tokens, loss.item()", "best, lowest, better = tokens, loss.item(), True"),
-    ("        tokens = nearest_tokens", "        better = False\n        tokens = nearest_tokens"),
+    ("        seen.append((tokens, loss.item()))\n", ""),
     (
         "        optimizer.step()",
-        "        optimizer.step()\n        if better:\n            best = nearest_tokens(prompt.detach(), table)",
+        "        optimizer.step()\n        seen.append((nearest_tokens(prompt.detach(), table), loss.item()))",
     ),
 )
 def the_tokens_after_the_step(): ...
@@ -205,7 +202,7 @@ def by_hand(loss_of, prompt, table, steps, optimizer):
 
 
 @wrong("hard_prompt_search", "Of equally good prompts you return the last one; the first is wanted.")
-@changed(hard_prompt_search, ("loss.item() < lowest", "loss.item() <= lowest"))
+@changed(hard_prompt_search, ("min(seen,", "min(reversed(seen),"))
 def the_last_of_equals(): ...
 
 
@@ -217,7 +214,7 @@ def one_step_fewer(): ...
 @wrong(
     "hard_prompt_search", "You compute the loss twice in a step. A comparison with other searches counts these calls."
 )
-@changed(hard_prompt_search, ("best, lowest = tokens, loss.item()", "best, lowest = tokens, loss_of(E).item()"))
+@changed(hard_prompt_search, ("(tokens, loss.item())", "(tokens, loss_of(E).item())"))
 def two_calls_in_a_step(): ...
 
 
@@ -228,7 +225,10 @@ def the_embeddings(loss_of, prompt, table, steps, optimizer):
 
 
 @wrong("hard_prompt_search", "You return the loss of the last prompt with the tokens of the best one.")
-@changed(hard_prompt_search, ("return best, lowest", "return best, loss.item()"))
+@changed(
+    hard_prompt_search,
+    ("return min(seen, key=lambda one: one[1])", "return min(seen, key=lambda one: one[1])[0], loss.item()"),
+)
 def the_last_loss(): ...
 
 

@@ -128,7 +128,7 @@ def positions_cases(draw: Draw) -> Iterator[Case]:
         return Case(name, inputs | {"first": first, "last": last, "end_id": END}, sentences=sentences)
 
     def words(number: int) -> list[int]:
-        return draw.integers(1, 8, number).tolist()
+        return [token + 2 * (token >= END) for token in draw.integers(1, 16, number).tolist()]
 
     masks, ends, without, both = "of the last s tokens", "A prompt ends with", "A text without", "shorter than p + s"
     padded, place, counts, result = "Padding is in neither", "position of each token", "p and s, 0 or", "Two boolean"
