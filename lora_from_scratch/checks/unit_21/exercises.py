@@ -372,7 +372,7 @@ PREDICTIONS = [
             "c": "It says little about each, but the steps add up. Mutation tries one of 32,000 changes at a time.",
             "d": "A prompt that mentions a dragon makes these sentences much more likely.",
         },
-        measured="120 forward passes, eight tokens, seeds 0 and 1",
+        measured="100 forward passes, eight tokens, seeds 0 and 1",
         idea="prompts of real tokens",
     ),
 ]
