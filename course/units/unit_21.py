@@ -123,10 +123,10 @@ print(f"outside of the subspace h' is h, up to {((edited - h) @ rest).abs().max(
 # writes afterwards is not edited; the edits reach it through the keys and values of the prompt. A prompt ends with a
 # line break here. In a batch the texts have different lengths, so there is padding, which may be on either side:
 #
-#     tokens   pad  pad   A    sad  tale  \n   sad
-#     place     -1   -1   0     1    2     3    4
-#     first 2              x     x
-#     last 2                          x    x
+#     tokens      pad   pad     A   sad  tale    \n   sad
+#     place        -1    -1     0     1     2     3     4
+#     first 2                   x     x
+#     last 2                                x     x
 
 # %% exercise="prompt_positions"
 
@@ -323,7 +323,7 @@ for name, loss in tale_losses.items():
 # %% [markdown]
 # At f7+l7 the edits gain less than half of what LoRA of rank 1 gains; other learning rates, from 0.005 to 0.1, change
 # nothing about it. At all positions the same numbers do better than LoRA (with another seed, 1.44 against 1.77). So the
-# edit is not what fails here, but where it is made. [The atlas](../../docs/atlas.md), in which LoReFT loses clearly,
+# edit is not what fails here, but where it is made. The atlas (`docs/atlas.md`), in which LoReFT loses clearly,
 # has these positions and this task.
 #
 # Edits at all positions have a price: they are computed for every token that is written, not once for the prompt.
