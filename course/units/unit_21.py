@@ -588,7 +588,7 @@ for first in ("base", "random"):
 # take it in, so the edits cost something in every forward pass, and serving software has to know them.
 #
 # **Taking ids for text.** A found prompt is a list of ids. Typed as a text, it may be split into other tokens, as some
-# of these are, and then its loss is another one.
+# of these are, and then its loss can be another one.
 
 # %%
 for name, results in found.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -62,16 +62,22 @@ def rows_cases(draw: Draw) -> Iterator[Case]:
 
 def change_cases(draw: Draw) -> Iterator[Case]:
     def case(
-        name: str, *sentences: str, d: int = 6, r: int = 2, where: Sequence[Sequence[int]] = (), **other: Data
+        name: str,
+        *sentences: str,
+        d: int = 6,
+        r: int = 2,
+        where: Sequence[Sequence[int]] = (),
+        variant: str = "loreft",
+        given: Mapping[str, Data] | None = None,
     ) -> Case:
         B, T = (len(where), len(where[0])) if where else (2, 3)
         marked = torch.tensor(where).bool()[..., None] if where else None
         R = orthonormal(draw, r, d)
         inputs: dict[str, Data] = {"h": draw.normal(B, T, d), "R": R, "W": draw.normal(r, d), "b": draw.normal(r)}
-        return Case(name, inputs | {"where": marked, "variant": "loreft"} | other, sentences=sentences)
+        return Case(name, inputs | {"where": marked, "variant": variant} | (given or {}), sentences=sentences)
 
     formula, zero, states, b = "LoReFT adds R^T", "that are not edited", "h: (B, T, d)", "b: (r,)."
-    where, variant, alone, flow = "where: boolean", 'variant: "loreft"', "the change alone", "Gradients must flow"
+    where, kind, alone, flow = "where: boolean", 'variant: "loreft"', "the change alone", "Gradients must flow"
     matrices, everywhere, adds = "R, W: (r, d)", "None: at all positions", "What LoReFT or DiReFT adds"
     small: dict[str, Data] = {
         "h": torch.tensor([[[2.0, 5.0]]]),
@@ -79,17 +85,24 @@ def change_cases(draw: Draw) -> Iterator[Case]:
         "W": torch.tensor([[0.0, 1.0]]),
         "b": torch.tensor([1.0]),
     }
-    yield case("the example: r = 1, d = 2", formula, alone, adds, **small)
+    yield case("the example: r = 1, d = 2", formula, alone, adds, given=small)
     yield case("LoReFT at all positions", formula, matrices, states, b, everywhere, adds)
-    yield case("DiReFT at all positions", formula, variant, everywhere, variant="direft")
+    yield case("DiReFT at all positions", formula, kind, everywhere, variant="direft")
     yield case("LoReFT at three of eight positions", zero, where, where=[[1, 0, 0, 1], [0, 0, 1, 0]])
-    free: dict[str, Data] = {"variant": "direft", "R": draw.normal(2, 6)}
-    yield case("DiReFT with any R, at some positions", variant, zero, where, where=[[0, 1, 1]], **free)
+    yield case(
+        "DiReFT with any R, at some positions",
+        kind,
+        zero,
+        where,
+        where=[[0, 1, 1]],
+        variant="direft",
+        given={"R": draw.normal(2, 6)},
+    )
     yield case("no position is edited", zero, where, where=[[0, 0, 0], [0, 0, 0]])
     yield case("r = d = 3", matrices, formula, flow, d=3, r=3)
     unit = torch.eye(6)[1:3]  # with which the change is zero however it is computed
     start: dict[str, Data] = {"R": unit, "W": unit.clone(), "b": torch.zeros(2)}
-    yield case("W = R and b = 0: no change, and yet a gradient", flow, formula, alone, **start)
+    yield case("W = R and b = 0: no change, and yet a gradient", flow, formula, alone, given=start)
     yield case("as many texts as tokens and entries", states, where, d=3, where=[[1, 0, 1], [0, 0, 0], [0, 1, 0]])
 
 
