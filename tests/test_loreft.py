@@ -21,7 +21,14 @@ from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
 from lora_from_scratch.gpt2.generation import generate
 from lora_from_scratch.gpt2.model import GPT2, KVCache
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
-from lora_from_scratch.methods.loreft import Intervention, LoReFT, first_and_last, interventions, orthonormal_rows
+from lora_from_scratch.methods.loreft import (
+    Intervention,
+    LoReFT,
+    first_and_last,
+    interventions,
+    orthonormal_rows,
+    reft_change,
+)
 from tests.helpers import real_checkpoint, tiny_model
 
 END = 7  # ends a prompt
@@ -64,6 +71,19 @@ def test_direft_adds_what_r_makes_of_w_h_plus_b() -> None:
     h = torch.randn(5, 2, 12)
     expected = (h @ edit.loreft_W.T + edit.loreft_b) @ edit.loreft_R
     torch.testing.assert_close(edit(h, None), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["loreft", "direft"])
+def test_the_change_is_zero_where_nothing_is_edited_and_the_formula_elsewhere(variant: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    h, W, b = (torch.randn(shape, generator=generator) for shape in ((2, 4, 6), (3, 6), (3,)))
+    R = orthonormal_rows(torch.randn(3, 6, generator=generator))
+    where = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]]).bool()[..., None]
+    change = reft_change(h, R, W, b, where, variant)
+    for i in range(2):
+        for j in range(4):
+            z = W @ h[i, j] + b - (R @ h[i, j] if variant == "loreft" else 0)
+            torch.testing.assert_close(change[i, j], R.T @ z if where[i, j] else torch.zeros(6))
 
 
 @pytest.mark.parametrize("variant", ["loreft", "direft"])

@@ -22,7 +22,7 @@ from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
 from lora_from_scratch.gpt2.checkpoint import load_gpt2
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.methods.adapter_files import WEIGHTS_FILE
-from lora_from_scratch.methods.pez import PEZ, hard_prompt, project
+from lora_from_scratch.methods.pez import PEZ, hard_prompt, hard_prompt_search, project
 from lora_from_scratch.methods.registry import load_adapter
 from tests.helpers import tiny_model
 from tests.tiny_runs import run_in
@@ -70,6 +70,27 @@ def test_projecting_gives_rows_of_the_table_and_passes_the_gradient_on(p: int, s
     weights = torch.randn(p, d, generator=generator)
     (rows * weights).sum().backward()
     assert torch.equal(prompt.grad, weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_search_is_descent_with_straight_through_gradients_whose_best_prompt_is_kept(make: Any) -> None:
+    torch.manual_seed(0)
+    table, target, start = torch.randn(30, 6), torch.randn(3, 6), torch.randn(3, 6)
+    rows = start.clone().requires_grad_()
+    tokens, loss = hard_prompt_search(lambda E: (E - target).square().sum(), rows, table, 25, make([rows], lr=0.2))
+    P = start.clone().requires_grad_()
+    optimizer = make([P], lr=0.2)
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        one = (project(P, table) - target).square().sum()
+        losses.append(one.item())
+        one.backward()
+        optimizer.step()
+    torch.testing.assert_close(rows, P)
+    assert loss == pytest.approx(min(losses))
+    assert loss < losses[0]
+    assert (table[tokens] - target).square().sum().item() == pytest.approx(loss)
 
 
 def test_before_during_and_after_training_the_model_is_the_base_with_real_tokens_in_front() -> None:

@@ -69,14 +69,19 @@ def first_and_last(positions: str) -> tuple[int, int]:
 def prompt_positions(input_ids: Tensor, place: Tensor, first: int, last: int, end_id: int) -> tuple[Tensor, Tensor]:
     """Masks of the first p tokens of each text and of the last s tokens of its prompt.
 
+    A prompt ends with the first token `end_id` of its text, which belongs to it. A text without that token has no last
+    positions. If a prompt is shorter than p + s, a token can be in both masks. Padding is in neither, whatever token it
+    consists of, and may be on either side.
+
     Args:
-        input_ids: (B, T).
-        place: (B, T), the position of each token in its text, from 0; negative: padding.
-        first, last: p and s.
-        end_id: the token whose first occurrence ends the prompt.
+        input_ids: (B, T), the tokens.
+        place: (B, T), the position of each token in its text, from 0; negative: padding. If the beginning of the texts
+            is in a cache, the places do not begin at 0.
+        first, last: p and s, 0 or more.
+        end_id: the token that ends a prompt.
 
     Returns:
-        Two boolean tensors (B, T).
+        Two boolean tensors (B, T): the first positions, and the last ones.
     """
     ends = (input_ids == end_id) & (place >= 0)
     end = place.masked_fill(~ends, torch.iinfo(place.dtype).max).amin(dim=1, keepdim=True)  # (B, 1)
@@ -118,9 +123,43 @@ class Positions:
 
 
 def orthonormal_rows(R: Tensor) -> Tensor:
-    """The matrix with orthonormal rows that is nearest to R (r, d) in the Frobenius norm: U V^T of R = U S V^T."""
+    """The matrix with orthonormal rows that is nearest to R in the Frobenius norm.
+
+    If the rows of R are orthonormal already, the result is R. The order of the rows does not matter, in contrast to
+    Gram-Schmidt and QR, which keep the direction of the first row.
+
+    Args:
+        R: (r, d), r at most d, with linearly independent rows.
+
+    Returns:
+        (r, d), a new tensor with the dtype of R; dtypes of 16 bits are computed in float32.
+    """
     U, _, Vh = torch.linalg.svd(R.float(), full_matrices=False)
     return (U @ Vh).to(R.dtype)
+
+
+def reft_change(
+    h: Tensor, R: Tensor, W: Tensor, b: Tensor, where: Tensor | None = None, variant: str = "loreft"
+) -> Tensor:
+    """What LoReFT or DiReFT adds to hidden states (Wu et al. 2024, equations 2 and 3).
+
+    LoReFT adds R^T (W h + b - R h), DiReFT adds R^T (W h + b). At positions that are not edited the change is zero.
+
+    Args:
+        h: (B, T, d), the hidden states, B texts of T tokens.
+        R, W: (r, d).
+        b: (r,).
+        where: boolean (B, T, 1), True at the positions that are edited; None: at all positions.
+        variant: "loreft" or "direft".
+
+    Returns:
+        (B, T, d), the change alone, without h. Gradients must flow to R, W, b and h.
+    """
+    down = W - R if variant == "loreft" else W  # (r, d)
+    z = F.linear(h, down, b)  # (B, T, r)
+    if where is not None:
+        z = z * where.to(z.dtype)
+    return F.linear(z, R.T)
 
 
 class Intervention(nn.Module):
@@ -155,14 +194,7 @@ class Intervention(nn.Module):
 
     def forward(self, h: Tensor, where: Tensor | None) -> Tensor:
         """The change of h (B, T, d): (B, T, d), zero outside `where` (B, T, 1)."""
-        z = F.linear(h, self.down(), self.loreft_b)  # (B, T, r)
-        if where is not None:
-            z = z * where.to(z.dtype)
-        return F.linear(z, self.loreft_R.T)
-
-    def down(self) -> Tensor:
-        """The matrix (r, d) applied to h: W - R in LoReFT, W in DiReFT."""
-        return self.loreft_W - self.loreft_R if self.variant == "loreft" else self.loreft_W
+        return reft_change(h, self.loreft_R, self.loreft_W, self.loreft_b, where, self.variant)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -309,7 +341,8 @@ def _(module: EditedBlock, x: TensorSize, tape: Tape) -> TensorSize:
     edits = []
     for edit in module.interventions:
         assert isinstance(edit, Intervention)
-        z = tape.linear(h, edit.down(), len(edit.loreft_W), edit.loreft_b)
+        down = edit.loreft_W - edit.loreft_R if edit.variant == "loreft" else edit.loreft_W
+        z = tape.linear(h, down, len(edit.loreft_W), edit.loreft_b)
         if not module.positions.everywhere:
             z = tape.like(z, [TensorSize(z.rows, 1, z.width)])  # the mask
         edits.append(tape.linear(z, edit.loreft_R, h.columns))

@@ -19,7 +19,7 @@ different tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -60,6 +60,36 @@ def project(prompt: Tensor, table: Tensor) -> Tensor:
     with torch.no_grad():
         nearest = table[nearest_tokens(prompt, table)].to(prompt.dtype)
     return nearest + (prompt - prompt.detach())  # the term in brackets is zero, but its gradient is not
+
+
+def hard_prompt_search(
+    loss_of: Callable[[Tensor], Tensor], prompt: Tensor, table: Tensor, steps: int, optimizer: torch.optim.Optimizer
+) -> tuple[Tensor, float]:
+    """PEZ for any loss: look for a prompt of real tokens by gradients (Wen et al. 2023, algorithm 1).
+
+    Each step replaces the rows of P by the embeddings E of their nearest tokens (by cosine similarity), computes the
+    loss of E and its gradient with respect to E, and lets the optimiser change P with that gradient. The best prompt of
+    tokens is kept, the one whose E had the lowest loss; of equally good ones, the first.
+
+    Args:
+        loss_of: the loss of a prompt, given its embeddings (p, d). A step calls it once.
+        prompt: P (p, d), the parameter of the optimiser.
+        table: (V, d), the token embeddings.
+        steps: their number, at least 1.
+        optimizer: changes P.
+
+    Returns:
+        The ids (p,) of the best prompt, and its loss, a number.
+    """
+    seen = []
+    for _ in range(steps):
+        tokens = nearest_tokens(prompt.detach(), table)
+        E = table[tokens].detach().requires_grad_()
+        loss = loss_of(E)
+        seen.append((tokens, loss.item()))
+        (prompt.grad,) = torch.autograd.grad(loss, E)
+        optimizer.step()
+    return min(seen, key=lambda one: one[1])
 
 
 class HardPrompt(SoftPrompt):
