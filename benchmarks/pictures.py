@@ -55,7 +55,7 @@ SEEDS = range(5)
 DIFFUSION_SEEDS, DIFFUSION_STEPS = range(3), 60
 DIGIT = 7  # the digit to which the diffusion model is adapted
 SAMPLES = 50
-UNIT_25_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+UNIT_25_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 DIFFUSION: dict[str, tuple[Method, float]] = {
     "LoRA, rank 1": (LoRA(rank=1, alpha=8), 3e-3),
     "LoRA, rank 4": (LoRA(rank=4, alpha=8), 3e-3),

@@ -295,4 +295,54 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "which_is_best",
+        question=(
+            "The output-level shift: every class has the number of the next. There are 100 pictures and 60 steps, and "
+            "each choice has its own tuned learning rate. Which gets the highest accuracy on new pictures?"
+        ),
+        choices={
+            "a": "tuning the whole model, since it can do everything that a part can do",
+            "b": "LoRA on every linear layer, the head among them",
+            "c": "tuning the head, or the last block, alone",
+        },
+        answer="c",
+        explanation=(
+            "Everything that sees the picture is right already; only the last step, from what is seen to a number, has "
+            "changed. The head, or the last block, can take the large learning rate that this takes. The whole model "
+            "cannot: its other parts would lose what they know, so the rate that is best for it is small, and 60 steps "
+            "are too few."
+        ),
+        replies={
+            "a": "It can, in principle. In 60 steps it does not get there: see which learning rate it needs.",
+            "b": "LoRA changes all layers too, and its head only by a product of low rank.",
+        },
+        measured="60 steps of 10 pictures, three seeds",
+        idea="surgical fine-tuning",
+    ),
+    Prediction(
+        "norm_as_guide",
+        question=(
+            "For the feature-level shift the embedding has the largest relative gradient norm, five times that of the "
+            "head or of block 2. Tuned alone, each with its own learning rate, which part is the best?"
+        ),
+        choices={
+            "a": "the embedding: where the gradient is large, there is most to gain",
+            "b": "the second block",
+            "c": "the head, since the classes contain other digits now",
+        },
+        answer="b",
+        explanation=(
+            "The norm says how far the loss falls for a small step, relative to the weights. It does not say what can "
+            "be reached in 60 steps, nor at which learning rate. A plausible reason for the block: the strokes are the "
+            "old ones, and only their combinations are new."
+        ),
+        replies={
+            "a": "The slope at the start is steepest there, but that is not how far you get.",
+            "c": "The head can only separate what the blocks have kept apart, and they have never seen these digits.",
+        },
+        measured="60 steps of 10 pictures, three seeds",
+        idea="surgical fine-tuning",
+    ),
+]
