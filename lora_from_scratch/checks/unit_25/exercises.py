@@ -324,23 +324,24 @@ PREDICTIONS = [
     Prediction(
         "norm_as_guide",
         question=(
-            "For the feature-level shift the embedding has the largest relative gradient norm, five times that of the "
-            "head or of block 2. Tuned alone, each with its own learning rate, which part is the best?"
+            "The input-level shift, grey paper: Lee et al. find the first layers to be the best for such shifts. The "
+            "norms above are largest for the head. Tuned alone, each at its own rate, which part is the best here?"
         ),
         choices={
-            "a": "the embedding: where the gradient is large, there is most to gain",
-            "b": "the second block",
-            "c": "the head, since the classes contain other digits now",
+            "a": "the embedding, since only the pixels have changed",
+            "b": "the last block, since it has the richest features",
+            "c": "the head",
         },
-        answer="b",
+        answer="c",
         explanation=(
-            "The norm says how far the loss falls for a small step, relative to the weights. It does not say what can "
-            "be reached in 60 steps, nor at which learning rate. A plausible reason for the block: the strokes are the "
-            "old ones, and only their combinations are new."
+            "The head alone reaches 83 %, as much as LoRA on everything, and the embedding 41 % with a large spread. A "
+            "plausible reason: grey paper moves the features of all pictures alike, which a linear head can undo at a "
+            "large learning rate; a rate at which the embedding learns in 60 steps often ruins it. The norm was right "
+            "here. It is no rule: for the feature-level shift it names the embedding, and there most parts are alike."
         ),
         replies={
-            "a": "The slope at the start is steepest there, but that is not how far you get.",
-            "c": "The head can only separate what the blocks have kept apart, and they have never seen these digits.",
+            "a": "That is what Lee et al. find for larger models and other pictures. Here it is not so.",
+            "b": "The last block is among the worst here.",
         },
         measured="60 steps of 10 pictures, three seeds",
         idea="surgical fine-tuning",
