@@ -80,6 +80,8 @@ def explain_noisy(case: Case, seen: Seen, expected: Seen) -> Explanation:
     result: Any = seen.value
     if (where := where_right(result, wanted, ("picture",))) is not None:
         return where
+    if not result.isfinite().all():
+        return "no finite number", "Your result contains NaN or infinity. Of which number do you take the root?"
     given: Any = case.inputs
     both = torch.stack([given["x"][0].flatten(), given["noise"][0].flatten()], dim=1)
     mine, right = (
