@@ -3,6 +3,7 @@
     python -m benchmarks.pictures pretrain            train the two models in lora_from_scratch/assets/pictures
     python -m benchmarks.pictures surgical [SHIFT]    compare which part to tune for which shift, with five seeds
     python -m benchmarks.pictures diffusion           adapt the diffusion model to one digit: LoRA and full fine-tuning
+    python -m benchmarks.pictures rates               choose the learning rates of unit 25, and write unit_25_rates.md
     python -m benchmarks.pictures report              write surgical.md, digit_style.md and figures from stored results
 
 The results are stored as JSON lines in runs/pictures, so an interrupted benchmark can be continued.
@@ -24,8 +25,17 @@ from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.pictures.diffusion import Denoiser, sample
-from lora_from_scratch.pictures.digits import SHIFTS, distance_to_digits, load_digits, nearest_digit, shifted, source
-from lora_from_scratch.pictures.surgical import STEPS, choices, compare
+from lora_from_scratch.pictures.digits import (
+    SHIFTS,
+    Pictures,
+    distance_to_digits,
+    load_digits,
+    nearest_digit,
+    on_grey_paper,
+    shifted,
+    source,
+)
+from lora_from_scratch.pictures.surgical import AUTO_RGN, STEPS, adapt, choices, compare
 from lora_from_scratch.pictures.training import (
     accuracy,
     classification_loss,
@@ -45,6 +55,7 @@ SEEDS = range(5)
 DIFFUSION_SEEDS, DIFFUSION_STEPS = range(3), 60
 DIGIT = 7  # the digit to which the diffusion model is adapted
 SAMPLES = 50
+UNIT_25_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 DIFFUSION: dict[str, tuple[Method, float]] = {
     "LoRA, rank 1": (LoRA(rank=1, alpha=8), 3e-3),
     "LoRA, rank 4": (LoRA(rank=4, alpha=8), 3e-3),
@@ -73,6 +84,32 @@ def surgical(shifts: list[str]) -> None:
         for choice in choices(ViT()):
             if not any(row["shift"] == shift and row["choice"] == choice for row in _kept("surgical-*")):
                 _keep(f"surgical-{shift}", compare(shift, choice, SEEDS))
+
+
+def unit_25(shift: str, part: str) -> Pictures:
+    """The tasks of unit 25: the input-level shift is milder than that of `surgical`."""
+    return on_grey_paper(part) if shift == "input" else shifted(shift, part)
+
+
+def rates() -> None:
+    """The mean accuracy on the validation pictures, for each rate, over two seeds that the unit does not use."""
+    for shift in SHIFTS:
+        for choice in choices(ViT()):
+            if choice == AUTO_RGN or any((row["shift"], row["choice"]) == (shift, choice) for row in _kept("rates")):
+                continue
+            data, validation = unit_25(shift, "train"), unit_25(shift, "validation")
+            found = {
+                rate: statistics.mean(accuracy(adapt(choice, data, rate, seed=s), validation) for s in (991, 992))
+                for rate in UNIT_25_RATES
+            }
+            _keep("rates", {"shift": shift, "choice": choice, "found": list(found.values())})
+    lines = [f"| shift | tuned | {' | '.join(f'{rate:g}' for rate in UNIT_25_RATES)} |"]
+    lines.append("|---|---|" + "---:|" * len(UNIT_25_RATES))
+    for row in _kept("rates"):
+        best = max(row["found"])
+        cells = [f"**{100 * value:.0f}**" if value == best else f"{100 * value:.0f}" for value in row["found"]]
+        lines.append(f"| {row['shift']} | {row['choice']} | {' | '.join(cells)} |")
+    (HERE / "unit_25_rates.md").write_text(RATES_PAGE.format(steps=STEPS, table="\n".join(lines)), encoding="utf-8")
 
 
 def diffusion() -> None:
@@ -184,8 +221,8 @@ def _draw_samples() -> None:
     names = ("pretrained", *DIFFUSION)
     figure, panels = plotting.panels(len(names), width=2.4, height=2.7)
     for axes, name in zip(panels, names, strict=True):
-        _grid(axes, torch.load(KEPT / f"samples-{name}.pt", weights_only=True)[:25], 5)
-        axes.set_title(name)
+        made = torch.load(KEPT / f"samples-{name}.pt", weights_only=True)
+        plotting.picture_grid(axes, made[:25], 5, title=name)
     said = f"Samples of the diffusion model of all digits, and of the same model adapted to the digit {DIGIT}."
     plotting.save(figure, DOCS / "pictures-diffusion.png", said)
 
@@ -195,18 +232,10 @@ def _draw_shifts() -> None:
     chosen = {"learned: classes 0 to 4": source("train")} | {f"{s}-level shift": shifted(s, "train") for s in SHIFTS}
     for axes, (name, data) in zip(panels, chosen.items(), strict=True):
         first = torch.cat([(data.labels == label).nonzero()[:5, 0] for label in range(5)])
-        _grid(axes, data.pictures[first], 5)
-        axes.set_title(name)
+        plotting.picture_grid(axes, data.pictures[first], 5, title=name)
     plotting.save(
         figure, DOCS / "pictures-shifts.png", "Five pictures of each of the five classes, before and after each shift."
     )
-
-
-def _grid(axes: Any, pictures: Tensor, columns: int) -> None:
-    padded = torch.nn.functional.pad(pictures, (1, 1, 1, 1), value=0.5)
-    rows = [torch.cat(list(row), dim=1) for row in padded.split(columns)]
-    axes.imshow(torch.cat(rows).numpy(), cmap="gray_r", vmin=0, vmax=1)
-    axes.set_axis_off()
 
 
 SURGICAL = """# Surgical fine-tuning on pictures of digits
@@ -227,6 +256,15 @@ pictures, with another seed. Because there are 150 test pictures, the standard e
 The learning rates: {rates}.
 """
 
+RATES_PAGE = """# The learning rates of unit 25
+
+Written by `python -m benchmarks.pictures rates`. The table shows the accuracy in % on 50 validation pictures,
+the mean of two seeds, after {steps} steps, for each learning rate. The unit uses the best of each row (the smallest of
+equal ones), with other seeds and on the test pictures. The input-level shift is the milder one, `on_grey_paper`.
+
+{table}
+"""
+
 DIFFUSION_PAGE = """# One digit's style
 
 Written by `python -m benchmarks.pictures report`. The machine was shared with other work, so no times are given.
@@ -243,7 +281,7 @@ fine-tuning) were not tuned.
 ![Samples: various digits before adaptation, mostly the digit 7 after it.](../docs/pictures-diffusion.png)
 """
 
-COMMANDS = {"pretrain": pretrain, "diffusion": diffusion, "report": report}
+COMMANDS = {"pretrain": pretrain, "rates": rates, "diffusion": diffusion, "report": report}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

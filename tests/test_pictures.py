@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from lora_from_scratch.methods.lora import LoRA
-from lora_from_scratch.pictures.diffusion import STEPS, Denoiser, add_noise, denoising_loss, noise_levels, sample
+from lora_from_scratch.pictures.diffusion import (
+    STEPS,
+    Denoiser,
+    add_noise,
+    denoising_loss,
+    denoising_step,
+    noise_levels,
+    sample,
+)
+from lora_from_scratch.pictures.forgetting import forgotten
 from lora_from_scratch.pictures.vit import ViT, from_patches, parts, to_patches
 
 digits = pytest.importorskip("lora_from_scratch.pictures.digits")
@@ -46,6 +55,12 @@ def test_no_picture_is_both_learned_from_and_tested_on() -> None:
     assert not learned & {tuple(p.flatten().tolist()) for p in digits.shifted("output", "train").pictures}
 
 
+def test_grey_paper_is_a_milder_input_shift_of_the_same_pictures() -> None:
+    grey, plain = digits.on_grey_paper("train"), digits.source("test")
+    torch.testing.assert_close(grey.pictures, 0.4 + 0.6 * plain.pictures[:100])
+    assert torch.equal(grey.labels, plain.labels[:100])
+
+
 def test_a_wrong_shift_is_refused() -> None:
     with pytest.raises(ValueError, match="the shift must be one of input, feature, output, got 'colour'"):
         digits.shifted("colour", "train")
@@ -65,6 +80,18 @@ def test_patches_are_squares_of_pixels_and_come_back() -> None:
     assert torch.equal(from_patches(to_patches(pictures)), pictures)
 
 
+def test_patches_of_any_size_cover_a_picture_that_they_fill() -> None:
+    pictures = noise(2, 6, 9)
+    patches = to_patches(pictures, 3)
+    assert patches.shape == (2, 6, 9)
+    assert torch.equal(patches[1, 4], pictures[1, 3:6, 3:6].flatten())
+    for sides in ((7, 9), (6, 8)):
+        with pytest.raises(
+            ValueError, match=f"patches of 3 x 3 pixels do not fill pictures of .{sides[0]}, {sides[1]}."
+        ):
+            to_patches(noise(2, *sides), 3)
+
+
 def test_every_parameter_of_the_classifier_is_in_one_part() -> None:
     model = ViT()
     names = [name for part in parts(model).values() for name in part]
@@ -81,6 +108,23 @@ def test_the_noise_levels_fall_from_the_picture_to_noise() -> None:
     noisy = add_noise(x, torch.full((4000,), 50), noise(4000, 8, 8))
     assert noisy.mean().item() == pytest.approx(0.5 * levels[50].sqrt().item(), abs=0.01)
     assert noisy.var().item() == pytest.approx(1 - levels[50].item(), abs=0.01)
+
+
+@pytest.mark.parametrize("t", [2, 30, 99])
+def test_a_step_back_from_a_noisy_picture_gives_the_distribution_of_the_step_before(t: int) -> None:
+    """If x_t is drawn given x_0, and x_{t - 1} given both, then x_{t - 1} is distributed as equation 4 says."""
+    x, e = torch.full((200_000, 1, 1), 0.5), noise(200_000, 1, 1)
+    back = denoising_step(add_noise(x, torch.full((len(x),), t), e), e, t, noise(200_000, 1, 1, seed=1))
+    level = noise_levels()[t - 1].item()
+    assert back.mean().item() == pytest.approx(0.5 * level**0.5, abs=0.01)
+    assert back.var().item() == pytest.approx(1 - level, abs=0.01 + 0.01 * (1 - level))
+
+
+def test_the_last_step_back_is_the_predicted_picture() -> None:
+    x, e = noise(3, 8, 8), noise(3, 8, 8, seed=1)
+    a = noise_levels()[1]
+    wanted = ((x - (1 - a).sqrt() * e) / a.sqrt()).clamp(-1, 1)
+    torch.testing.assert_close(denoising_step(x, e, 1, noise(3, 8, 8, seed=2)), wanted)
 
 
 class Oracle(torch.nn.Module):
@@ -155,6 +199,14 @@ def test_a_model_that_was_saved_and_loaded_is_the_same_but_for_rounding(
     assert torch.equal(training.pretrained_vit()(x), model(x))  # the weights are in 16 bits already
 
 
+# --- Forgetting ---
+
+
+def test_only_what_was_known_can_be_forgotten() -> None:
+    before, after, labels = (torch.tensor(row) for row in ([0, 0, 1, 1, 1, 2], [0, 1, 1, 0, 0, 2], [0, 0, 0, 1, 1, 1]))
+    torch.testing.assert_close(forgotten(before, after, labels, 3), torch.tensor([0.5, 1.0, torch.nan]), equal_nan=True)
+
+
 # --- Surgical fine-tuning ---------------------------------------------------------------------------------------
 
 
@@ -181,6 +233,21 @@ def test_auto_rgn_changes_the_tensors_in_proportion_to_their_relative_gradients(
     moved = {n: (after.state_dict()[n] - p).abs().max().item() for n, p in model.named_parameters()}
     largest = max(norms, key=norms.__getitem__)
     assert moved[largest] == max(moved.values())
+
+
+def test_the_relative_norm_of_a_part_is_that_of_all_its_tensors_together() -> None:
+    model = ViT()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    gradients = {name: -2 * p for name, p in weights.items()}
+    assert surgical.relative_norm_of_parts(gradients, weights, parts(model)) == pytest.approx(
+        dict.fromkeys(parts(model), 2.0)
+    )
+    del gradients["head.weight"]
+    found = surgical.relative_norm_of_parts(gradients, weights, {"head": ["head.weight", "head.bias"]})["head"]
+    size, rest = (float(weights[name].norm()) for name in ("head.weight", "head.bias"))
+    assert found == pytest.approx(2 * rest / (size**2 + rest**2) ** 0.5)
+    with pytest.raises(ValueError, match="all weights of nothing are zero, so its gradient has no relative size"):
+        surgical.relative_norm_of_parts({}, {"a": torch.zeros(3)}, {"nothing": ["a"]})
 
 
 def test_an_unknown_choice_is_refused() -> None:

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 
 from lora_from_scratch.support import figures, plotting
@@ -193,3 +194,15 @@ def test_smoothing_is_the_mean_of_the_last_values(window: int) -> None:
     expected = [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(4)]
     assert plotting.smooth(values, window) == pytest.approx(expected)
     assert plotting.smooth([]) == []
+
+
+def test_a_grid_of_pictures_has_them_in_the_order_of_reading_with_frames() -> None:
+    axes: Any
+    _, (axes,) = plotting.panels(1)
+    pictures = torch.arange(5.0)[:, None, None].expand(5, 2, 3) / 5
+    plotting.picture_grid(axes, pictures, 2, title="five")
+    drawn = torch.as_tensor(axes.images[0].get_array())
+    assert drawn.shape == (3 * 4, 2 * 5)
+    assert (drawn[5, 6:9] == 3 / 5).all()  # the second row, the second column
+    assert (drawn[0] == 0.5).all()
+    assert (drawn[9, 6:9] == 0).all()  # what is left of the last row

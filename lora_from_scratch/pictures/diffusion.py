@@ -37,7 +37,18 @@ def noise_levels() -> Tensor:
 
 
 def add_noise(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Compute x_t from pictures (B, 8, 8), steps t (B,) from 0 to T, and noise (B, 8, 8)."""
+    """Add the noise of step t to pictures: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e (Ho et al. 2020, equation 4).
+
+    Each picture has a step of its own. At step 0 it stays what it is. The a_t are those of `noise_levels()`.
+
+    Args:
+        x: the pictures x_0 (B, H, W).
+        t: their steps (B,), integers from 0 to T.
+        noise: e (B, H, W).
+
+    Returns:
+        x_t (B, H, W).
+    """
     a = noise_levels()[t][:, None, None]
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
@@ -91,19 +102,41 @@ def denoising_loss(model: nn.Module, pictures: Tensor, generator: torch.Generato
     return F.mse_loss(model(add_noise(x, t, noise), t), noise)
 
 
+def denoising_step(x: Tensor, predicted: Tensor, t: int, noise: Tensor) -> Tensor:
+    """One step back, from x_t to x_{t - 1} (Ho et al. 2020, equations 6 and 7).
+
+    The predicted noise e gives the predicted picture: equation 4, solved for x_0. Its pixels are clipped to the range
+    from -1 to 1. Then x_{t - 1} is drawn from a normal distribution with
+
+        mean = (sqrt(a_{t - 1}) (1 - alpha_t) x_0 + sqrt(alpha_t) (1 - a_{t - 1}) x_t) / (1 - a_t)
+        variance = (1 - a_{t - 1}) (1 - alpha_t) / (1 - a_t),    alpha_t = a_t / a_{t - 1}
+
+    At the last step, t = 1, this is the predicted picture, without noise.
+
+    Args:
+        x: x_t, of any shape.
+        predicted: e, the noise that the model predicts in x_t.
+        t: the step, from T to 1.
+        noise: standard normal numbers, for the draw.
+
+    Returns:
+        x_{t - 1}, of the same shape. The a_t are those of `noise_levels()`.
+    """
+    levels = noise_levels()
+    a, before = levels[t], levels[t - 1]
+    kept = a / before  # alpha_t
+    x_0 = ((x - (1 - a).sqrt() * predicted) / a.sqrt()).clamp(-1, 1)
+    mean = (before.sqrt() * (1 - kept) * x_0 + kept.sqrt() * (1 - before) * x) / (1 - a)
+    deviation = ((1 - before) / (1 - a) * (1 - kept)).sqrt()
+    return mean + deviation * noise
+
+
 @torch.no_grad()
 def sample(model: nn.Module, count: int, seed: int = 0) -> Tensor:
     """Sample pictures (count, 8, 8), with values from 0 to 1 (algorithm 2, with the predicted x_0 clipped)."""
     generator = torch.Generator().manual_seed(seed)
-    levels = noise_levels()
     x = torch.randn(count, SIDE, SIDE, generator=generator)
     for t in range(STEPS, 0, -1):
-        a, before = levels[t], levels[t - 1]
-        noise = model(x, torch.full((count,), t))
-        x_0 = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(-1, 1)
-        kept = a / before  # alpha_t
-        # The mean and variance of x_{t - 1}, given x_t and x_0 (equations 6 and 7).
-        mean = (before.sqrt() * (1 - kept) * x_0 + kept.sqrt() * (1 - before) * x) / (1 - a)
-        deviation = ((1 - before) / (1 - a) * (1 - kept)).sqrt()
-        x = mean + deviation * torch.randn(x.shape, generator=generator)
+        predicted = model(x, torch.full((count,), t))
+        x = denoising_step(x, predicted, t, torch.randn(x.shape, generator=generator))
     return ((x + 1) / 2).clamp(0, 1)

@@ -75,6 +75,12 @@ def shifted(kind: str, part: str) -> Pictures:
     return Pictures(pictures, labels).rows(places[part])
 
 
+def on_grey_paper(part: str) -> Pictures:
+    """The pictures of `shifted("input", part)` in grey, 0.4 for paper and 1 for ink: a milder input-level shift."""
+    inverted = shifted("input", part)
+    return Pictures(1 - 0.6 * inverted.pictures, inverted.labels)
+
+
 def _digits(first: int) -> Pictures:
     """Five successive digits from `first`, with labels from 0 to 4, in a fixed random order."""
     every = load_digits()

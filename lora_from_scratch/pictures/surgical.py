@@ -8,7 +8,7 @@ the others, to tune all parts with the same learning rate, to tune all parts wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,35 @@ def relative_norms(model: nn.Module, data: Pictures) -> dict[str, float]:
     pieces = [data.rows(slice(i, i + BATCH_SIZE)) for i in range(0, len(data.labels), BATCH_SIZE)]
     norms = relative_gradient_norms(OnePrediction(model), map(as_text, pieces))
     return {name.removeprefix("inside."): norm for name, norm in norms.items()}
+
+
+def relative_norm_of_parts(
+    gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """The norm of each part's gradient relative to its weights: `||g|| / ||p||` (Lee et al. 2023, section 4).
+
+    All tensors of a part together count as one long vector: g has the entries of all its gradients, p those of all its
+    weights. A tensor without a gradient, because the loss does not depend on it, has a gradient of zeros.
+
+    Args:
+        gradients: name -> gradient of that tensor.
+        weights: name -> tensor. There may be tensors that belong to no part.
+        parts: part -> the names of its tensors.
+
+    Returns:
+        part -> its relative gradient norm, for every part.
+
+    Raises:
+        ValueError: all weights of a part are zero, so that its quotient is undefined.
+    """
+    found = {}
+    for part, names in parts.items():
+        p = torch.cat([weights[name].flatten() for name in names]).norm()
+        g = torch.cat([gradients.get(name, torch.zeros_like(weights[name])).flatten() for name in names]).norm()
+        if p == 0:
+            raise ValueError(f"all weights of {part} are zero, so its gradient has no relative size")
+        found[part] = float(g / p)
+    return found
 
 
 def adapt(choice: str, data: Pictures, learning_rate: float, *, steps: int = STEPS, seed: int = 0) -> ViT:

@@ -12,9 +12,25 @@ PATCH = 2  # pixels on each side
 PATCHES = (SIDE // PATCH) ** 2
 
 
-def to_patches(pictures: Tensor) -> Tensor:
-    """Divide pictures (B, 8, 8) into patches of 2 x 2 pixels (B, 16, 4), row by row."""
-    return F.unfold(pictures[:, None], PATCH, stride=PATCH).transpose(1, 2)
+def to_patches(pictures: Tensor, size: int = PATCH) -> Tensor:
+    """Divide pictures into square patches, the tokens of a vision transformer (Dosovitskiy et al. 2021, section 3.1).
+
+    The patches of a picture are in the order of reading: row by row, each row from left to right. The pixels of a patch
+    are in the same order.
+
+    Args:
+        pictures: (B, H, W).
+        size: the side of a patch in pixels.
+
+    Returns:
+        (B, N, size * size), with N = (H / size) * (W / size) patches.
+
+    Raises:
+        ValueError: H or W is not a multiple of `size`.
+    """
+    if pictures.shape[1] % size or pictures.shape[2] % size:
+        raise ValueError(f"patches of {size} x {size} pixels do not fill pictures of {tuple(pictures.shape[1:])}")
+    return F.unfold(pictures[:, None], size, stride=size).transpose(1, 2)
 
 
 def from_patches(patches: Tensor) -> Tensor:
