@@ -76,7 +76,7 @@ def group_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
     """The advantage of each text: its reward minus the mean of its group.
 
     If all rewards of a group are equal, its advantages are 0, with and without `normalize`. Rewards that differ only by
-    rounding, with a standard deviation below 1e-6, count as equal.
+    rounding (a standard deviation below 1e-6) count as equal.
 
     Args:
         rewards: (P, G), the rewards of G texts for each of P prompts.

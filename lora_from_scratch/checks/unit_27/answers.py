@@ -145,7 +145,8 @@ def relative_to_the_first(rewards, normalize=True):
     centred = from_first - from_first.mean(1, keepdim=True)
     if not normalize:
         return centred
-    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
+    spread = centred.square().mean(1, keepdim=True).sqrt()
+    return centred * torch.where(spread < 1e-5, 0.0, 1 / spread)
 
 
 @right("group_advantages")

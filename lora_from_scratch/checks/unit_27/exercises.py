@@ -80,6 +80,8 @@ def advantage_cases(draw: Draw) -> Iterator[Case]:
     yield case("a group of nearly equal rewards", near, True, scale)
     constant = ((torch.arange(60) + 1) / 61)[:, None].repeat(1, 11)
     constant[0, 0] = 1.0
+    close = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.5, 0.5 + 2**-24], [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]])
+    yield case("0.5 five times and 0.50000006", close, True, rounding, part="equal rewards")
     yield case("59 groups whose rewards are equal", constant, True, rounding, equal, part="equal rewards")
 
 
@@ -278,4 +280,51 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "one_rank",
+        question=(
+            "Each method writes 192 texts in 12 steps and learns from their rewards. The base has a mean reward of 0.58. "
+            "What mean reward do the methods have afterwards, on new texts for other prompts?"
+        ),
+        choices={
+            "a": "all three less than 0.75: a few hundred rewards are too little to learn from",
+            "b": "full fine-tuning more than 0.9, LoRA of rank 8 less, and LoRA of rank 1 much less",
+            "c": "all three more than 0.9",
+        },
+        answer="c",
+        explanation=(
+            "All three come close to 1, rank 1 among them. A reward says little about a text, and 12 steps with 16 texts "
+            "each say little altogether. Here that little fits into one direction per matrix."
+        ),
+        replies={
+            "a": "A few hundred bits of information are enough to make some tokens more likely and others less likely.",
+            "b": "What has to be learned from these rewards is little, so there is no need for many directions.",
+        },
+        measured="12 steps on the bundled GPT-2, each method at its own rate, seeds 0 and 1",
+        idea="verifiable rewards",
+    ),
+    Prediction(
+        "price",
+        question=(
+            "Before training, the bundled model has a perplexity of 39 on the tales that ship with the project. What is it "
+            "after 12 steps of LoRA of rank 1 on the reward?"
+        ),
+        choices={
+            "a": "from 39 to 80: 24,576 numbers that have learned from 192 texts change little else",
+            "b": "from 80 to 1,000",
+            "c": "more than 10,000",
+        },
+        answer="c",
+        explanation=(
+            "The reward asks for nothing but words without an e, and nothing in the loss holds the model back. Twelve steps "
+            "are enough for it to expect a few short words everywhere, so it gives nearly no probability to those of a tale."
+        ),
+        replies={
+            "a": "A small number of trained parameters doesn't limit how far they move the model's predictions.",
+            "b": "The model still writes text at such a perplexity, and a text of the language contains many words with the letter.",
+        },
+        measured="12 steps on the bundled GPT-2, rate 0.01, seeds 0 and 1",
+        idea="forgetting",
+    ),
+]
