@@ -165,7 +165,7 @@ print("ln p per token:     ", " ".join(f"{value:.2f}" for value in (chosen.sum(d
 # $$\text{loss} = - \frac{1}{N} \sum_i \frac{A_i}{L_i} \sum_t \ln p(y_{i,t} \mid x_i, y_{i,<t})$$
 #
 # The length is a choice. With the text's own length (GRPO), each *text* weighs the same, so a token of a long bad text is
-# punished less than one of a short bad text, and a model that fails can fail at length. With the same number for all
+# punished less than one of a short bad text, and bad texts tend to become longer. With the same number for all
 # texts, each *token* weighs the same (Liu et al. 2025, arXiv:2503.20783, section 3). In this unit nearly all texts have 24
 # tokens, and the library uses the second.
 #
@@ -241,9 +241,12 @@ def estimates(one, seed=5):
 estimates(tuned)
 
 # %% [markdown]
+# After one step the model is still close to its base. Both means are near the exact value, and k3's standard deviation is
+# about a twelfth of k1's: for the same precision k1 would need over a hundred times as many tokens.
+#
 # ## Is one rank enough?
 #
-# Now train. Each run has 12 steps, each with 16 texts: 2 prompts, groups of 8. That is 192 texts, a minute of writing.
+# Now train. Each run has 12 steps, each with 16 texts: 2 prompts, groups of 8. That is 192 texts in all.
 # The reward is then measured on new texts for prompts that were not used in training.
 #
 # LoRA of rank 1, LoRA of rank 8 and full fine-tuning get a learning rate of their own, chosen from five between too small
@@ -298,6 +301,7 @@ figure, panels = plotting.panels(3, width=3.2, height=3)
 for axes, (name, (_, rate)) in zip(panels, METHODS.items(), strict=True):
     for seed in (0, 1):
         axes.plot(range(1, STEPS + 1), histories[name, seed], linestyle=plotting.LINES[seed], color="black")
+    axes.set_xticks(range(2, STEPS + 1, 2))
     axes.set_ylim(0, 1.05)
     plotting.label(axes, x="step", y="mean reward of 16 texts", title=f"{name}, rate {rate:g}")
 show(
@@ -312,7 +316,8 @@ show(
 )
 
 # %% [markdown]
-# Read what the models write.
+# Rank 1 climbs steadily. Full fine-tuning is faster at its rate, but one of its two runs falls to 0.03 on the way and
+# recovers. Now read what the models write.
 
 # %%
 for name, seed in scores:
@@ -327,13 +332,13 @@ for name, seed in scores:
 # teach a few hundred bits, and a LoRA of rank 1 has 24,576 numbers to store them in. The runs above agree, and so do those
 # with a third seed: rank 1 reaches 1.00, rank 8 0.96 and full fine-tuning 0.99, with standard deviations of up to 0.05
 # ([benchmarks/rewards.md](../../benchmarks/rewards.md)). But this is an easy test. To make a few tokens more likely
-# everywhere, one direction in each matrix is plenty. It says nothing about rewards for which the model has to learn
+# everywhere, one direction in each matrix is plenty. The runs say nothing about rewards for which a model has to learn
 # something new.
 #
 # The price is the same for all three, too: at these rates each model ends several nats per token from its base. At a third
 # of the rate less is lost and less is learned. In the benchmark, full fine-tuning at 3e-4 reaches 0.86 with a perplexity of
-# about 120; rank 1 at 3e-3 reaches 0.66 with about 45, and rank 8 at 1e-3 0.69 with about 50. No method gets a high reward
-# and keeps its language.
+# about 120; rank 1 at 3e-3 reaches 0.66 with about 45, and rank 8 at 1e-3 0.69 with about 50. None of these
+# runs has a reward above 0.95 and keeps its language.
 #
 # ## What the reward misses
 #
@@ -405,8 +410,9 @@ with torch.no_grad():
 print(f"ln p per token: shifted {chosen[chosen != 0].mean():.2f}, not shifted {own_place.mean():.2f}")
 
 # %% [markdown]
-# **No baseline.** The gradient of the group means alone has an expectation of zero. It is not zero on a sample. Compare the
-# lengths of the gradients for a LoRA of rank 1 on the 64 texts from above.
+# **No baseline.** If every text is weighted by the mean of its group, the gradient has an expectation of zero, but on a
+# sample it is not zero. Compare the lengths of the gradients for a LoRA of rank 1 on the 64 texts from above: without a
+# baseline the gradient is nearly all noise.
 
 # %%
 tuned = copy.deepcopy(model)
@@ -421,8 +427,8 @@ for name, weights in {"rewards": rewards, "advantages": centred, "group means": 
     print(f"length of the gradient, weighted by the {name}: {torch.cat([g.flatten() for g in gradients]).norm():.3f}")
 
 # %% [markdown]
-# **Groups whose rewards are nearly equal.** Divided by the standard deviation, one word in a hundred counts as much as
-# everything. Without the division it does not.
+# **Groups whose rewards are nearly equal.** Divided by the standard deviation, a difference of 0.01 counts as much as one
+# of 1. Without the division it does not.
 
 # %%
 nearly = torch.tensor([[0.50, 0.50, 0.50, 0.51], [0.0, 0.0, 0.0, 1.0]])
@@ -431,8 +437,8 @@ for normalize in (True, False):
     print(f"normalize={normalize}: {rows[0]} and {rows[1]}")
 
 # %% [markdown]
-# **k3 far away from the base.** It has the right expectation, but the correction base / p is rarely large, and then very
-# large. For a model that repeats a few words, k1 is the better estimate.
+# **k3 far away from the base.** It has the right expectation, but base / p is very large for a few rare tokens. The mean
+# then depends on whether the sample contains them. For a model that repeats a few words, k1 is the better estimate.
 
 # %%
 estimates(models["LoRA, rank 1"])
@@ -446,7 +452,7 @@ estimates(models["LoRA, rank 1"])
 # - A policy gradient makes each sampled text more likely in proportion to its advantage; the reward needs no gradient.
 # - The mean of the group is the baseline; a group of equal rewards teaches nothing, if rounding does not get in the way.
 # - LoRA of rank 1 reached the same reward as rank 8 and full fine-tuning, each at its own rate, on an easy reward.
-# - All of them hacked it: a reward near 1, repeated words, and a perplexity a hundred times higher or more.
+# - All six runs hacked it: a reward near 1, repeated words, and a perplexity that is over a hundred times the base's.
 # - Measure what the reward leaves out: the divergence from the base, held-out text, and samples that you read.
 #
 # ## Go further

@@ -284,8 +284,8 @@ PREDICTIONS = [
     Prediction(
         "one_rank",
         question=(
-            "Each method writes 192 texts in 12 steps and learns from their rewards. The base has a mean reward of 0.58. "
-            "What mean reward do the methods have afterwards, on new texts for other prompts?"
+            "Each method writes 192 texts in 12 steps and learns from their rewards. The base has a mean reward of "
+            "0.58. What mean reward do the methods have afterwards, on new texts for other prompts?"
         ),
         choices={
             "a": "all three less than 0.75: a few hundred rewards are too little to learn from",
@@ -294,8 +294,8 @@ PREDICTIONS = [
         },
         answer="c",
         explanation=(
-            "All three come close to 1, rank 1 among them. A reward says little about a text, and 12 steps with 16 texts "
-            "each say little altogether. Here that little fits into one direction per matrix."
+            "All three come close to 1, rank 1 among them. A reward says little about a text, and 12 steps with 16 "
+            "texts each say little altogether. Here that little fits into one direction per matrix."
         ),
         replies={
             "a": "A few hundred bits of information are enough to make some tokens more likely and others less likely.",
@@ -307,8 +307,8 @@ PREDICTIONS = [
     Prediction(
         "price",
         question=(
-            "Before training, the bundled model has a perplexity of 39 on the tales that ship with the project. What is it "
-            "after 12 steps of LoRA of rank 1 on the reward?"
+            "Before training, the bundled model has a perplexity of 39 on the tales that ship with the project. What "
+            "is it after 12 steps of LoRA of rank 1 on the reward?"
         ),
         choices={
             "a": "from 39 to 80: 24,576 numbers that have learned from 192 texts change little else",
@@ -317,12 +317,13 @@ PREDICTIONS = [
         },
         answer="c",
         explanation=(
-            "The reward asks for nothing but words without an e, and nothing in the loss holds the model back. Twelve steps "
-            "are enough for it to expect a few short words everywhere, so it gives nearly no probability to those of a tale."
+            "The reward asks for nothing but words without an e, and nothing in the loss holds the model back. Twelve "
+            "steps are enough for it to expect a few short words everywhere, so it gives nearly no probability to the "
+            "words of a tale."
         ),
         replies={
             "a": "A small number of trained parameters doesn't limit how far they move the model's predictions.",
-            "b": "The model still writes text at such a perplexity, and a text of the language contains many words with the letter.",
+            "b": "At such a perplexity a model still expects many words with an e, and its reward would be lower.",
         },
         measured="12 steps on the bundled GPT-2, rate 0.01, seeds 0 and 1",
         idea="forgetting",
