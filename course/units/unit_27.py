@@ -18,7 +18,7 @@
 # **Prerequisites**: the next-token loss and sampling (unit 03), LoRA (units 09 and 10), and forgetting (unit 11). It is an
 # elective: no other unit needs it.
 #
-# **Time**: about 70 minutes, including one and a half minutes of computation. 5 exercises, 2 predictions, one open
+# **Time**: about 65 minutes, including one and a half minutes of computation. 5 exercises, 2 predictions, one open
 # question.
 #
 # ![The rewards of eight texts for each of eight prompts, as circles on one line per prompt, with a black mark at the mean

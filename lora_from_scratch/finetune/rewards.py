@@ -276,8 +276,8 @@ def train_on_rewards(
         model.train()
         with autocast(device, settings.precision):
             logits, read, begin, end = read_texts(model, ids, texts)
-            chosen = token_log_probabilities(logits, read, begin, end)
-            loss = policy_gradient_loss(chosen, advantages, end - begin, divisor=settings.new_tokens)
+            each = token_log_probabilities(logits, read, begin, end)
+            loss = policy_gradient_loss(each, advantages, end - begin, divisor=settings.new_tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(method.trainable(model).values()), 1.0)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
