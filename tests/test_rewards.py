@@ -10,6 +10,10 @@ from lora_from_scratch.finetune.rewards import (
     group_advantages,
     log_probabilities,
     mean_reward,
+    policy_gradient_loss,
+    sampled_divergence,
+    score_on_rewards,
+    token_log_probabilities,
     train_on_rewards,
     without_letter,
 )
@@ -46,6 +50,67 @@ def test_a_text_has_the_product_of_its_tokens_probabilities() -> None:
         expected.append(sum(steps[len(prompt) - 1 + i, token] for i, token in enumerate(text)))
     torch.testing.assert_close(log_probabilities(model, prompts, texts), torch.stack(expected))
     assert log_probabilities(model, [[3, 5]], [[]]).tolist() == [0.0]
+
+
+def test_equal_rewards_have_no_advantages_although_their_mean_is_rounded() -> None:
+    for group in range(2, 20):
+        rewards = torch.tensor([0.1, 0.3, 0.7, 2 / 3])[:, None].repeat(1, group)
+        assert torch.equal(group_advantages(rewards), torch.zeros(4, group))
+
+
+def test_the_gradient_of_the_loss_is_that_of_the_mean_reward() -> None:
+    """Over all texts of one token, with their probabilities as weights, and the mean reward as the baseline."""
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.1], requires_grad=True)
+    rewards = torch.tensor([1.0, 0.0, 0.25, 0.5])
+    mean_of_rewards = logits.softmax(0) @ rewards
+    (wanted,) = torch.autograd.grad(mean_of_rewards, logits)
+    weights = 4 * logits.softmax(0).detach()  # the loss takes the mean of four texts
+    advantages = weights * (rewards - mean_of_rewards.detach())
+    loss = policy_gradient_loss(logits.log_softmax(0)[:, None], advantages, torch.ones(4))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, -wanted)
+
+
+def test_the_sampled_divergence_has_the_divergence_as_its_expectation() -> None:
+    p, base = torch.tensor([0.5, 0.3, 0.15, 0.05]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    each = torch.stack(
+        [
+            sampled_divergence(a.log().view(1, 1), b.log().view(1, 1), torch.ones(1))
+            for a, b in zip(p, base, strict=True)
+        ]
+    )
+    assert (each > 0).all()
+    torch.testing.assert_close(p @ each, (p * (p / base).log()).sum())
+
+
+def test_prompt_and_padding_do_not_count() -> None:
+    logits, ids = torch.randn(1, 5, 7), torch.tensor([[1, 2, 3, 4, 0]])
+    found = token_log_probabilities(logits, ids, torch.tensor([2]), torch.tensor([4]))
+    expected = logits.log_softmax(dim=-1)
+    torch.testing.assert_close(
+        found, torch.stack([torch.tensor(0.0), expected[0, 1, 3], expected[0, 2, 4], torch.tensor(0.0)])[None]
+    )
+
+
+def test_the_base_has_not_moved_from_itself_and_another_model_has() -> None:
+    model, tokenizer = load_gpt2()
+    prompts = ["The king", "One day"]
+    alone = score_on_rewards(model, model, tokenizer, without_letter, prompts=prompts, texts=2, new_tokens=6)
+    assert alone.divergence == 0
+    assert alone.reward == mean_reward(model, tokenizer, without_letter, prompts=prompts, texts=2, new_tokens=6)
+    moved, _ = load_gpt2()
+    with torch.no_grad():
+        moved.transformer.ln_f.weight.mul_(1.1)
+    scores = score_on_rewards(moved, model, tokenizer, without_letter, prompts=prompts, texts=2, new_tokens=6)
+    total = tokens = 0.0
+    for prompt, text in zip([p for p in prompts for _ in range(2)], scores.texts, strict=True):
+        begin, ids = len(tokenizer.encode(prompt)), tokenizer.encode(prompt) + tokenizer.encode(text)
+        with torch.no_grad():
+            p, q = (one(torch.tensor([ids]))[0, begin - 1 : -1].log_softmax(dim=-1) for one in (moved, model))
+        total += float((p.exp() * (p - q)).sum())
+        tokens += len(ids) - begin
+    assert scores.divergence == pytest.approx(total / tokens, rel=1e-4)
+    assert scores.perplexity != alone.perplexity
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=1), FullFineTuning()], ids=["lora", "full"])

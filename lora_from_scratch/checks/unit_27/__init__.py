@@ -1,0 +1,1 @@
+"""Unit 27: its exercises and predictions (`exercises`), and its bank of answers (`answers*`)."""
