@@ -35,6 +35,7 @@ from lora_from_scratch.pictures.digits import (
     shifted,
     source,
 )
+from lora_from_scratch.pictures.grid import picture_grid
 from lora_from_scratch.pictures.surgical import AUTO_RGN, STEPS, adapt, choices, compare
 from lora_from_scratch.pictures.training import (
     accuracy,
@@ -222,7 +223,7 @@ def _draw_samples() -> None:
     figure, panels = plotting.panels(len(names), width=2.4, height=2.7)
     for axes, name in zip(panels, names, strict=True):
         made = torch.load(KEPT / f"samples-{name}.pt", weights_only=True)
-        plotting.picture_grid(axes, made[:25], 5, title=name)
+        picture_grid(axes, made[:25], 5, title=name)
     said = f"Samples of the diffusion model of all digits, and of the same model adapted to the digit {DIGIT}."
     plotting.save(figure, DOCS / "pictures-diffusion.png", said)
 
@@ -232,7 +233,7 @@ def _draw_shifts() -> None:
     chosen = {"learned: classes 0 to 4": source("train")} | {f"{s}-level shift": shifted(s, "train") for s in SHIFTS}
     for axes, (name, data) in zip(panels, chosen.items(), strict=True):
         first = torch.cat([(data.labels == label).nonzero()[:5, 0] for label in range(5)])
-        plotting.picture_grid(axes, data.pictures[first], 5, title=name)
+        picture_grid(axes, data.pictures[first], 5, title=name)
     plotting.save(
         figure, DOCS / "pictures-shifts.png", "Five pictures of each of the five classes, before and after each shift."
     )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
+from lora_from_scratch.pictures.grid import picture_grid
 from lora_from_scratch.support import figures, plotting
 from tests.helpers import REPOSITORY
 
@@ -200,7 +201,7 @@ def test_a_grid_of_pictures_has_them_in_the_order_of_reading_with_frames() -> No
     axes: Any
     _, (axes,) = plotting.panels(1)
     pictures = torch.arange(5.0)[:, None, None].expand(5, 2, 3) / 5
-    plotting.picture_grid(axes, pictures, 2, title="five")
+    picture_grid(axes, pictures, 2, title="five")
     drawn = torch.as_tensor(axes.images[0].get_array())
     assert drawn.shape == (3 * 4, 2 * 5)
     assert (drawn[5, 6:9] == 3 / 5).all()  # the second row, the second column

@@ -16,7 +16,7 @@
 # - noise a picture and denoise it step by step, and teach a diffusion model a style with a LoRA.
 #
 # **Prerequisites**: attention (unit 03), relative gradient norms (unit 08), and LoRA (unit 09). It is an elective: no
-# other unit needs it. It needs scikit-learn, which contains the pictures: `pip install -e '.[pictures]'`.
+# other unit needs it.
 #
 # **Time**: about 70 minutes, including a minute and a half of computation. 5 exercises, 2 predictions, one open
 # question.
@@ -36,6 +36,7 @@ from lora_from_scratch.methods.lora import LoRA, lora_layers
 from lora_from_scratch.pictures import surgical
 from lora_from_scratch.pictures.diffusion import denoising_loss, noise_levels, sample
 from lora_from_scratch.pictures.digits import Pictures, load_digits, nearest_digit, on_grey_paper, shifted, source
+from lora_from_scratch.pictures.grid import picture_grid
 from lora_from_scratch.pictures.training import accuracy, diffusion_loss, pretrained_denoiser, pretrained_vit, train
 from lora_from_scratch.pictures.vit import parts
 from lora_from_scratch.support import plotting
@@ -116,7 +117,7 @@ def five_of_each(data):
 figure, panels = plotting.panels(4, width=2.3, height=2.6)
 named = {"learned": source("train")} | {f"{name}-level shift": data("train") for name, data in SHIFTS.items()}
 for axes, (name, data) in zip(panels, named.items(), strict=True):
-    plotting.picture_grid(axes, five_of_each(data), 5, title=name)
+    picture_grid(axes, five_of_each(data), 5, title=name)
 show(
     figure,
     "Twenty-five small handwritten digits, five of each class, as the classifier has learned them, and the same for three "
@@ -330,7 +331,7 @@ times = (0, 20, 40, 60, 80, 100)
 stages = [noisy(one, torch.full((3,), t), noise) for t in times]
 figure, (axes,) = plotting.panels(1, width=5.4, height=3.0)
 shown = ((torch.stack(stages, dim=1).flatten(0, 1) + 1) / 2).clamp(0, 1)
-plotting.picture_grid(axes, shown, len(times), title="Noise at the steps 0, 20, 40, 60, 80, 100")
+picture_grid(axes, shown, len(times), title="Noise at the steps 0, 20, 40, 60, 80, 100")
 show(figure, "Three digits at the steps 0, 20, 40, 60, 80 and 100: more and more noise, and at the end only noise.")
 
 # %% [markdown]
@@ -371,7 +372,7 @@ for t in range(100, 0, -1):
 figure, (axes,) = plotting.panels(1, width=5.4, height=3.7)
 shown = torch.stack([path[t] for t in reversed(times)], dim=1).flatten(0, 1)
 shown = ((shown + 1) / 2).clamp(0, 1)
-plotting.picture_grid(axes, shown, len(times), title="Back to a digit: the steps 100, 80, 60, 40, 20, 0")
+picture_grid(axes, shown, len(times), title="Back to a digit: the steps 100, 80, 60, 40, 20, 0")
 show(figure, "Four pictures at the steps 100, 80, 60, 40, 20 and 0: noise at first, then a shape, at the end a digit.")
 
 # %% [markdown]
@@ -423,7 +424,7 @@ for name, losses in rows.items():
 # %%
 figure, panels = plotting.panels(3, width=2.7, height=3.0)
 for axes, (name, pictures) in zip(panels, made.items(), strict=True):
-    plotting.picture_grid(axes, pictures[:25], 5, title=name)
+    picture_grid(axes, pictures[:25], 5, title=name)
 show(
     figure,
     "Twenty-five samples of the diffusion model before, with a LoRA, and after full fine-tuning. Before, digits of all "

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
-    from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -188,19 +187,6 @@ def points(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
         taken.append(text.get_window_extent())
         if abs(y) > NEAR:  # too far from its point: add a line
             axes.annotate("", place, xytext=(x, y), textcoords="offset points", arrowprops=LEADER)
-
-
-@styled
-def picture_grid(axes: Axes, pictures: Tensor, columns: int, *, title: str = "") -> None:
-    """Draw pictures (N, H, W) with values from 0, white, to 1, black, in rows of so many, with grey frames."""
-    import torch
-
-    missing = pictures.new_zeros(-len(pictures) % columns, *pictures.shape[1:])  # to fill the last row
-    framed = torch.nn.functional.pad(torch.cat([pictures, missing]), (1, 1, 1, 1), value=0.5)
-    rows = framed.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2).flatten(0, 1)  # (rows * H, columns * W)
-    axes.imshow(rows.numpy(), cmap="gray_r", vmin=0, vmax=1)
-    axes.set_axis_off()
-    axes.set_title(title)
 
 
 def _box_around(x: float, y: float, radius: float = 6) -> Bbox:
