@@ -317,7 +317,7 @@ def tuned(method, rate, seed):
 
 FIRST, TARGET = 8, 2
 # Learning rates: the best of several, each tried with 32 steps and evaluated on other held-out cards than below.
-RATES = {"AdaLoRA": 2e-2, "flat": 2.8e-2, "random": 2.8e-2, "LoRA of rank 3": 5.6e-3, "a plan": 2e-2}
+RATES = {"AdaLoRA": 2e-2, "flat": 2.8e-2, "random": 2.8e-2, "other seed's": 2.8e-2, "LoRA of rank 3": 5.6e-3}
 losses, allocations = {}, {}
 for seed in tqdm((0, 1), desc="AdaLoRA", unit="run"):
     method = AdaLoRA(rank=FIRST, target_rank=TARGET, alpha=8 * FIRST, interval=4, seed=seed)
@@ -399,6 +399,8 @@ for label, axis in (("matrix", 0), ("block", 1)):
 #
 # - *flat*: rank 2 for every matrix, the same number of triplets;
 # - *random*: the same number of triplets, distributed at random;
+# - *other seed's*: the ranks that AdaLoRA has found with the *other* seed. If this is as good as AdaLoRA itself, it is
+#   the pattern that helps, and not the choice among many triplets of one run;
 # - *LoRA of rank 3*: an ordinary LoRA with **more** parameters than AdaLoRA keeps, since a triplet of a large matrix costs
 #   more than one of a small matrix.
 
@@ -422,6 +424,7 @@ for seed in tqdm((0, 1), desc="comparison", unit="seed"):
     methods = {
         "flat": with_ranks(dict.fromkeys(NAMES, TARGET), seed),
         "random": with_ranks(random_plan(seed), seed),
+        "other seed's": with_ranks(allocations[1 - seed], seed),
         "LoRA of rank 3": LoRA(rank=3, alpha=24, seed=seed),
     }
     for name, method in methods.items():
@@ -438,6 +441,7 @@ def kept(plan):
 
 parameters = {"AdaLoRA": [kept(allocations[seed]) for seed in (0, 1)]}
 parameters |= {"flat": [kept(dict.fromkeys(NAMES, TARGET))] * 2, "random": [kept(random_plan(s)) for s in (0, 1)]}
+parameters["other seed's"] = parameters["AdaLoRA"][::-1]
 parameters["LoRA of rank 3"] = [3 * sum(COSTS.values())] * 2
 print("                 parameters kept     held-out loss")
 print("                 seed 0   seed 1     seed 0   seed 1")
@@ -448,27 +452,29 @@ for name, (one, other) in parameters.items():
 
 # %% [markdown]
 # With both seeds AdaLoRA is ahead of the flat and the random ranks, and a random distribution is no better than a flat one.
-# The ordinary LoRA of rank 3 is closer to AdaLoRA: about a quarter more parameters make up for more than half of the
-# difference. In practice that is the alternative to compare with.
+# The ranks of the other seed do about as well as AdaLoRA itself, although they are fixed from the first step on. So it is
+# the pattern that helps, and a pattern that is found once can be used again. (How easily this comparison goes wrong: at
+# AdaLoRA's own rate of 0.02, instead of theirs, the ranks of seed 0 have a loss of 1.55 with seed 1, almost that of flat
+# ranks.)
 #
-# Two things have to be said beside that. While it trains, AdaLoRA has four times as many numbers as it keeps, so the
-# comparison is fair to what is stored and served, not to what is trained. And these are two seeds of 32 steps, on one
-# task whose cards are all alike.
+# The ordinary LoRA of rank 3 is not far behind: about a quarter more parameters make up for more than half of the difference.
+# In practice that is the alternative to compare with.
+#
+# Three things have to be said beside that. With as many triplets AdaLoRA keeps a sixth more parameters than flat ranks, since
+# it prefers the large matrices. While it trains, it has four times as many numbers as it keeps, so the comparison is fair
+# to what is stored and served, not to what is trained. And these are two seeds of 32 steps, on one task whose cards are
+# all alike.
 #
 # ### Your own plan
 #
-# If the pattern is what matters, you can do without AdaLoRA once you know it: give each matrix its rank from the first
-# step on. Below, a run with seed 1 gets the ranks that AdaLoRA has found with *seed 0*. If it does as well as AdaLoRA
-# itself, the pattern is worth something, and not only the choice among many triplets of one run.
-#
-# Then write a rule of your own that distributes 48 triplets, at most 8 to each matrix, as simple as you can. Say first
-# what you expect. Which is more important, the kind of matrix or the block? Try the opposite of the pattern as well.
+# Now distribute the 48 triplets yourself, at most 8 to each matrix, by a rule that is as simple as you can make it. Say
+# first what you expect. Which is more important, the kind of matrix or the block? Try the opposite of the pattern as well.
 
 
 # %%
 def my_rank(block, matrix):
     """The rank of a matrix, by the number of its block (0 to 5) and its name. Change this."""
-    return int(as_table(allocations[0])[block, MATRICES.index(matrix)])
+    return 4 if matrix.startswith("mlp") else 0
 
 
 def plan_of(rule):
@@ -481,7 +487,7 @@ def try_my_plan(seed=1):
         return (
             f"The plan has {sum(plan.values())} triplets instead of {TARGET * len(NAMES)}, or more than {FIRST} in one."
         )
-    loss = completion_loss(tuned(with_ranks(plan, seed), RATES["a plan"], seed), held_out)
+    loss = completion_loss(tuned(with_ranks(plan, seed), RATES["other seed's"], seed), held_out)
     others = ", ".join(f"{name} {losses[name, seed]:.3f}" for name in ("AdaLoRA", "flat", "random"))
     return f"your plan: {loss:.3f} with {kept(plan):,} parameters ({others})"
 
@@ -489,9 +495,8 @@ def try_my_plan(seed=1):
 print(try_my_plan())
 
 # %% [markdown]
-# In this run the ranks of the other seed are hardly better than flat ones. So the pattern alone does not explain why AdaLoRA
-# is ahead: it also chooses among the triplets of its own run, four times as many as it keeps. One run with one learning
-# rate does not settle how much each of the two counts. Try other rates and seeds.
+# A rule by the kind of matrix alone, with all of the rank in the MLPs, is no better than flat ranks here. Did you find a
+# rule that is?
 #
 # ## What goes wrong in practice
 #
@@ -564,7 +569,7 @@ print(f"numbers that are trained: {first:,}; in the adapter in the end: {paramet
 # - The importance of a number is smoothed |w g| times how much that varies; a triplet's score adds up E, a row and a column.
 # - The budget falls along a cubic, and all triplets of all matrices compete for it.
 # - Somebody has to call the allocation, after the optimiser's step and before the gradients are cleared; test that.
-# - Here the rank goes to the MLPs and the last blocks with both seeds, and AdaLoRA beats flat and random ranks.
+# - Here the rank goes to the MLPs of the last blocks with both seeds, and that pattern beats flat and random ranks.
 #
 # ## Go further
 #

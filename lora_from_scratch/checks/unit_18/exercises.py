@@ -325,7 +325,7 @@ PREDICTIONS = [
         answer="b",
         explanation=(
             "The tables have a correlation of about 0.9, and two random ones of about 0. With both seeds the MLPs and "
-            "the last two blocks keep most of the rank, and about half of the matrices keep one triplet or none."
+            "the last two blocks keep most of the rank, and more than half of the matrices keep one or none."
         ),
         replies={
             "a": "Then the correlation of the two tables would be close to zero.",
@@ -349,8 +349,8 @@ PREDICTIONS = [
         },
         answer="a",
         explanation=(
-            "AdaLoRA is ahead by 0.1 or more. Random ranks are no better than flat ones, so it does not help by itself "
-            "that the ranks differ: they have to be high in the right matrices."
+            "AdaLoRA is ahead by 0.1 or more. Random ranks are no better than flat ones: it does not help by itself "
+            "that the ranks of the matrices differ."
         ),
         replies={
             "b": "Matrices do differ, but a random distribution does not know how.",
