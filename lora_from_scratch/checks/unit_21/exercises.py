@@ -74,7 +74,7 @@ def change_cases(draw: Draw) -> Iterator[Case]:
         marked = torch.tensor(where).bool()[..., None] if where else None
         R = orthonormal(draw, r, d)
         inputs: dict[str, Data] = {"h": draw.normal(B, T, d), "R": R, "W": draw.normal(r, d), "b": draw.normal(r)}
-        return Case(name, inputs | {"where": marked, "variant": variant} | (given or {}), sentences=sentences)
+        return Case(name, inputs | {"where": marked, "variant": variant} | dict(given or {}), sentences=sentences)
 
     formula, zero, states, b = "LoReFT adds R^T", "that are not edited", "h: (B, T, d)", "b: (r,)."
     where, kind, alone, flow = "where: boolean", 'variant: "loreft"', "the change alone", "Gradients must flow"
