@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,12 @@ from lora_from_scratch.museum import last_iterate
 from lora_from_scratch.quantization.low_bit import LowBitTensor, quantize_normal_float
 
 
+def with_bits(*bits: int) -> Callable[[torch.Tensor], LowBitTensor]:
+    """A way to quantise that takes another number of bits at each call."""
+    following = iter(bits)
+    return lambda M: quantize_normal_float(M, next(following), 16)
+
+
 def off(W: torch.Tensor, result: tuple[LowBitTensor, torch.Tensor, torch.Tensor]) -> float:
     Q, A, B = result
     return float((W - Q.dequantize() - B @ A).norm())
@@ -23,10 +30,8 @@ def test_the_exhibit_returns_the_iteration_in_which_the_error_rose_and_the_libra
     W = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
     errors = {}
     for name, function in {"exhibit": last_iterate.faulty_split, "library": split}.items():
-        bits = iter((2, 4, 3, 8))
-        errors[name] = off(W, function(W, 2, lambda M, bits=bits: quantize_normal_float(M, next(bits), 16), 4))
-    bits = iter((2, 4))
-    best = off(W, split(W, 2, lambda M: quantize_normal_float(M, next(bits), 16), 2))
+        errors[name] = off(W, function(W, 2, with_bits(2, 4, 3, 8), 4))
+    best = off(W, split(W, 2, with_bits(2, 4), 2))
     assert errors["library"] == pytest.approx(best, rel=1e-6)
     assert errors["exhibit"] > 1.2 * best
 
