@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.folklore_claims import CLAIMS, Claim
 from benchmarks.folklore_runs import BATCH, CARDS, SEEDS, STEPS, NotRunError, Runs
-from lora_from_scratch.finetune.folklore import verdict
+from lora_from_scratch.compare.folklore import verdict
 from lora_from_scratch.support.files import write_atomically, write_json
 
 PLACE = Path(__file__).with_suffix(".md")
@@ -52,7 +52,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{', '.join(map(str, SEEDS))}, loss on {CARDS} held-out cards, each setting at its own tuned learning rate (a",
         "factor of 2 between neighbouring rates, 4 for SGD). Cells: mean (smallest to largest). A difference is",
         "positive where it is in favour of the claim; for a claim that something makes no difference, the margin is",
-        "given. Verdicts by `lora_from_scratch.finetune.folklore.verdict`. Advice that fails here may be right for",
+        "given. Verdicts by `lora_from_scratch.compare.folklore.verdict`. Advice that fails here may be right for",
         "larger models.",
         "",
         "; ".join(f"{kind}: {count}" for kind, count in counts.items()) + ".",

@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.folklore_runs import BATCH, SEEDS, Result, Runs, Setting, training_examples
+from lora_from_scratch.compare.folklore import best_rate_ratio, matched_rank
 from lora_from_scratch.finetune.accounting import predicted_memory
 from lora_from_scratch.finetune.completions import Completions
-from lora_from_scratch.finetune.folklore import best_rate_ratio, matched_rank
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
 from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.checkpoint import checkpoint_directory

@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from benchmarks.learning_rates import best_rung, next_rung
+from lora_from_scratch.compare.folklore import relative_change_by_block
 from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.completions import Completions
 from lora_from_scratch.finetune.data import Example, references_by_mr
 from lora_from_scratch.finetune.evaluation import tale_perplexity
-from lora_from_scratch.finetune.folklore import relative_change_by_block
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.tasks import load_dataset
 from lora_from_scratch.finetune.training import NonFiniteLossError, Trainer, TrainingSettings

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_from_scratch.compare.capstone.choosing import best_learning_rate
+
 HOLDS = "holds here"
 FAILS = "does not hold here"
 UNDECIDED = "cannot be decided at this size"
@@ -22,13 +24,18 @@ UNDECIDED = "cannot be decided at this size"
 def verdict(differences: Sequence[float], margin: float | None = None) -> str:
     """Judge a claim by a difference between two settings that was measured with several seeds.
 
-    Each difference is between two runs with the same seed. Their mean is compared with their spread, which is the
-    largest minus the smallest. There are two kinds of claims:
+    The mean of the differences is compared with their spread, which is the largest minus the smallest. There are two
+    kinds of claims.
 
-    - "A is better than B" (`margin` is None). A difference is positive if it is in favour of the claim. The claim holds
-      if the mean is above the spread. It does not hold if the mean is below minus the spread.
-    - "A and B are the same" (`margin` is a number). The claim holds if no difference is larger than the margin,
-      whatever its sign. It does not hold if the mean, whatever its sign, is larger than the margin and than the spread.
+    Without a margin, the claim is that one setting is better, and differences in its favour are positive:
+
+    - it holds if the mean is above the spread;
+    - it does not hold if the mean is below minus the spread.
+
+    With a margin, the claim is that the settings are equally good, apart from differences that do not matter:
+
+    - it holds if no difference is larger than the margin, whatever its sign;
+    - it does not hold if the mean, whatever its sign, is larger than the margin and also larger than the spread.
 
     In all other cases the claim cannot be decided.
 
@@ -37,7 +44,7 @@ def verdict(differences: Sequence[float], margin: float | None = None) -> str:
         margin: the largest difference that does not matter, at least 0.
 
     Returns:
-        `HOLDS`, `FAILS` or `UNDECIDED`.
+        "holds here", "does not hold here" or "cannot be decided at this size".
 
     Raises:
         ValueError: there are fewer than two differences, one is not finite, or the margin is negative.
@@ -96,22 +103,26 @@ def relative_change_by_block(weights: Mapping[str, Tensor], changes: Mapping[str
 
 
 def best_rate_ratio(losses: Mapping[float, float], other_losses: Mapping[float, float]) -> float:
-    """The best learning rate of a method divided by that of another: ten, for LoRA and full fine-tuning, as is said.
+    """The best learning rate of a method divided by the best learning rate of another.
 
-    The best rate is the one with the lowest loss. If it is the lowest or the highest rate that was tried, a better one
-    may lie beyond, and the ratio is not known.
+    For LoRA and full fine-tuning it is said to be about ten (Schulman et al. 2025). If the best rate of one of the two
+    is the smallest or the largest that was tried, a better one may lie beyond it, and the ratio is not known.
 
     Args:
-        losses, other_losses: the loss by learning rate, in any order. The loss of a run that diverged is infinite.
+        losses, other_losses: the loss on held-out data by learning rate, in any order; NaN if the run diverged. They
+            may have different rates.
 
     Raises:
-        ValueError: the best rate of one of the two is at the edge of what was tried.
+        ValueError: the best rate of one of the two is the smallest or the largest that was tried, or all of its runs
+            diverged.
     """
-    best, other = (min(tried, key=lambda rate: tried[rate]) for tried in (losses, other_losses))
-    for rate, tried in ((best, losses), (other, other_losses)):
-        if rate in (min(tried), max(tried)):
-            raise ValueError(f"the best learning rate, {rate:g}, is at the edge of what was tried; try rates beyond it")
-    return best / other
+    best = []
+    for tried in (losses, other_losses):
+        rate, trusted = best_learning_rate(tried)
+        if not trusted:
+            raise ValueError(f"the best learning rate, {rate:g}, is at the edge of those tried; try others beyond it")
+        best.append(rate)
+    return best[0] / best[1]
 
 
 def steps_per_epoch(examples: int, micro_batch: int, accumulation: int = 1, processes: int = 1) -> int:
