@@ -81,8 +81,19 @@ def spread(values: Sequence[float]) -> str:
 def write() -> None:
     """Write the table and the package's copy of it from the results that are there."""
     rows = [entry(claim, Runs(RECORD, run=False)) for claim in CLAIMS]
-    write_json(ASSET, rows)
+    write_json(ASSET, {"claims": rows, "sweeps": sweeps()})
     write_atomically(PLACE, lambda path: path.write_text(page(rows), encoding="utf-8"))
+
+
+def sweeps() -> dict[str, list[dict[str, float | None]]]:
+    """The losses by learning rate of the two default settings, for each seed; see `rate_sweeps`."""
+    found: dict[str, list[dict[str, float | None]]] = {"lora": [], "full": []}
+    results = Runs(RECORD, run=False).results.values()
+    for name, seeds in found.items():
+        for seed in SEEDS:
+            tried = {r["rate"]: r["loss"] for r in results if (r["setting"], r["seed"]) == (name, seed)}
+            seeds.append({f"{rate:g}": tried[rate] for rate in sorted(tried)})
+    return found
 
 
 def main() -> None:

@@ -141,6 +141,19 @@ def tested_claims() -> list[dict[str, Any]]:
     "margin" (null for a claim that something is better) and "verdict". If a claim has not been tested yet, its verdict
     is "not run yet" and it has no sides.
     """
+    claims: list[dict[str, Any]] = _document()["claims"]
+    return claims
+
+
+def rate_sweeps() -> dict[str, list[dict[float, float]]]:
+    """The losses by learning rate of "lora" and of "full" fine-tuning, one dictionary per seed, from the same file."""
+    sweeps = _document()["sweeps"]
+    return {
+        name: [{float(rate): loss for rate, loss in one.items()} for one in seeds] for name, seeds in sweeps.items()
+    }
+
+
+def _document() -> dict[str, Any]:
     text = resources.files("lora_from_scratch").joinpath("assets", "folklore.json").read_text(encoding="utf-8")
-    document: list[dict[str, Any]] = json.loads(text)
+    document: dict[str, Any] = json.loads(text)
     return document

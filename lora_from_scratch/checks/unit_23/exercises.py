@@ -222,7 +222,7 @@ EXERCISES = [
         minutes=4,
         points=1,
         hints=(
-            "How many examples does one step use, over all processes and all micro-batches? That is the effective batch.",
+            "How many examples does one step use, over all processes and micro-batches? That is the effective batch.",
             "Divide the examples by the effective batch. What happens to the rest?",
             "`math.ceil(a / b)`, or with whole numbers only: `-(-a // b)`.",
         ),
@@ -238,7 +238,7 @@ EXERCISES = [
         hints=(
             "How many parameters does the given LoRA train in all? And how many does a LoRA of rank 1 train on the "
             "other layers?",
-            "The quotient of the two is rarely a whole number. Two ranks are candidates: the one below and the one above.",
+            "The quotient of the two is rarely a whole number. Two ranks are candidates: one below and one above.",
             "`divmod(budget, per_rank)` gives the rank below and what is left over. Go up if what is left over is more "
             "than half of `per_rank`. Python's `round` takes halves to the even number, which is not what is wanted.",
         ),
@@ -255,7 +255,7 @@ EXERCISES = [
         hints=(
             "For each of the two: which rate has the lowest loss, and was a smaller and a larger rate tried as well?",
             "`best_learning_rate(losses)` of unit 14, which is imported above, answers both questions.",
-            "Call it for each of the two in a loop, raise a ValueError if the second value is false, and keep the rate.",
+            "Call it for each of the two in a loop, raise a ValueError if the second value is False, keep the rate.",
         ),
         cases=ratio_cases,
         probe=run_ratio,
@@ -271,8 +271,8 @@ EXERCISES = [
         hints=(
             "Compute the mean and the spread first. They decide the claims without a margin; draw the differences as "
             "points on a line, with 0 marked.",
-            "With a margin two quantities count: the largest difference in size, for *holds*, and the mean in size, for "
-            "*does not hold*.",
+            "With a margin two quantities count: the largest difference in size, for *holds*, and the size of the "
+            "mean, for *does not hold*.",
             "Check the input first (`math.isfinite`). Use `margin is None`, since a margin of 0 is a margin. "
             "`abs(mean) > max(margin, spread)` combines two conditions.",
         ),
@@ -299,4 +299,45 @@ EXERCISES = [
     ),
 ]
 
-PREDICTIONS: list[Prediction] = []
+PREDICTIONS = [
+    Prediction(
+        "by_chance",
+        question=(
+            "Two settings are equally good, and the differences of three seeds are random. How often does your verdict "
+            "say that one of them is better, whichever it is?"
+        ),
+        choices={
+            "a": "about once in 100 times",
+            "b": "about once in 12 times",
+            "c": "about once in 4 times",
+        },
+        answer="b",
+        explanation=(
+            "All three differences have the same sign once in four times. In a third of these cases their mean is also "
+            "larger than their spread: 8 %, half of it for *holds* and half for *does not hold*."
+        ),
+        replies={
+            "a": "Three numbers are few: it is not rare that they lie close together by chance.",
+            "c": "That is how often all three agree in sign. The rule asks for more.",
+        },
+        measured="4,000 times three normal numbers",
+        idea="verdicts",
+    ),
+    Prediction(
+        "which_blocks",
+        question=(
+            "LoRA of rank 8 on all matrices, three seeds. Which half of the blocks changes more, relative to the size of "
+            "its weights?"
+        ),
+        choices={
+            "a": "the upper half, clearly, as is said",
+            "b": "the lower half, clearly",
+            "c": "neither: the difference is smaller than the spread of the seeds",
+        },
+        answer="a",
+        explanation="TO BE WRITTEN",
+        replies={"b": "TO BE WRITTEN", "c": "TO BE WRITTEN"},
+        measured="20 steps on the bundled GPT-2, rank 8, seeds 0 to 2",
+        idea="verdicts",
+    ),
+]

@@ -34,8 +34,8 @@ def explain_matched(case: Case, seen: Seen, expected: Seen) -> Explanation:
     wanted = given["rank"] * sum(map(sum, given["layers"]))
     one = sum(map(sum, given["other_layers"]))
     return ("too high" if rank > expected.value else "too low"), (  # type: ignore[operator]
-        f"The given LoRA trains {wanted} parameters. On the other layers, rank 1 takes {one} and your rank {rank} takes "
-        f"{rank * one}. Is there a rank whose number is nearer, or as near and lower?"
+        f"The given LoRA trains {wanted} parameters. On the other layers rank 1 takes {one}, and your rank {rank} "
+        f"takes {rank * one}. Is there a rank whose number is nearer, or as near and lower?"
     )
 
 
