@@ -326,8 +326,8 @@ PREDICTIONS = [
     Prediction(
         "which_blocks",
         question=(
-            "LoRA of rank 8 on all matrices, three seeds. Which half of the blocks changes more, relative to the size of "
-            "its weights?"
+            "LoRA of rank 8 on all matrices, three seeds. Which half of the blocks changes more, relative to the size "
+            "of its weights?"
         ),
         choices={
             "a": "the upper half, clearly, as is said",
