@@ -29,7 +29,7 @@ NOT_RUN = "not run yet"
 
 
 def entry(claim: Claim, runs: Runs) -> dict[str, Any]:
-    """The claim's row of the table; see `tested_claims`."""
+    """The claim's row of the table; see `read_claims`."""
     columns = ("key", "claim", "source", "compared", "unit", "margin")
     row: dict[str, Any] = {name: getattr(claim, name) for name in columns}
     try:

@@ -20,9 +20,9 @@ from lora_from_scratch.compare.folklore import (
     best_rate_ratio,
     matched_rank,
     rate_sweeps,
+    read_claims,
     relative_change_by_block,
     steps_per_epoch,
-    tested_claims,
     verdict,
 )
 from lora_from_scratch.gpt2 import load_gpt2
@@ -175,7 +175,7 @@ def test_nothing_is_run_for_a_table(tmp_path: Path) -> None:
 
 def test_the_package_and_the_table_have_the_results_of_the_record() -> None:
     rows = [folklore.entry(claim, Runs(folklore.RECORD, run=False)) for claim in CLAIMS]
-    assert tested_claims() == json.loads(json.dumps(rows))
+    assert read_claims() == json.loads(json.dumps(rows))
     assert folklore.PLACE.read_text(encoding="utf-8") == folklore.page(rows)
     for name, seeds in rate_sweeps().items():
         recorded = [r for r in json.loads(folklore.RECORD.read_text(encoding="utf-8")) if r["setting"] == name]

@@ -134,7 +134,7 @@ def steps_per_epoch(examples: int, micro_batch: int, accumulation: int = 1, proc
     return -(-examples // (micro_batch * accumulation * processes))
 
 
-def tested_claims() -> list[dict[str, Any]]:
+def read_claims() -> list[dict[str, Any]]:
     """The results of `benchmarks/folklore.py` that ship with the package: one dictionary per claim.
 
     Each has "key", "claim", "source", "compared", "sides" (by name, the values of the seeds), "differences", "unit",

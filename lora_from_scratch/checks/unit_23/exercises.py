@@ -107,6 +107,8 @@ def ratio_cases(draw: Draw) -> Iterator[Case]:
     )
     yield case("the largest rates diverged", (1.4, 1.1, nan, nan), (1.6, 1.2, nan), diverged, ratio)
     yield case("the smallest rate diverged", (nan, 1.1, 1.3), (1.5, 1.2, 1.6), diverged)
+    late = (2.0, 1.9, 1.8, 1.6, 1.5, 1.2, 1.4)
+    yield case("the other has the higher rate", (1.4, 1.1, 1.3), late, ratio, own)
     yield case("a loss of 0", (0.5, 0.0, 0.3), (1.5, 1.2, 1.6), ratio)
     yield case("the first is best at its largest rate", (1.4, 1.3, 1.1), (1.5, 1.2, 1.6), error, edge)
     yield case("the first is best at its smallest rate", (1.1, 1.3, 1.4), (1.5, 1.2, 1.6), edge, error)
