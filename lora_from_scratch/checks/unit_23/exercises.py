@@ -328,17 +328,24 @@ PREDICTIONS = [
     Prediction(
         "which_blocks",
         question=(
-            "LoRA of rank 8 on all matrices, three seeds. Which half of the blocks changes more, relative to the size "
-            "of its weights?"
+            "LoRA of rank 8 on all matrices, three seeds. How does the relative change go from block 0, the lowest, to "
+            "block 5?"
         ),
         choices={
-            "a": "the upper half, clearly, as is said",
-            "b": "the lower half, clearly",
-            "c": "neither: the difference is smaller than the spread of the seeds",
+            "a": "it rises from each block to the next",
+            "b": "it rises, except that block 0 changes more than block 1",
+            "c": "the upper half changes less than the lower half",
         },
-        answer="a",
-        explanation="TO BE WRITTEN",
-        replies={"b": "TO BE WRITTEN", "c": "TO BE WRITTEN"},
+        answer="b",
+        explanation=(
+            "From block 1 on, each block changes about as much as the one below it or more, and the upper half changes "
+            "more than the lower half with every seed. So the claim gets its verdict. But block 0 does not follow the "
+            "rule: a verdict on two means says nothing about every block."
+        ),
+        replies={
+            "a": "That is what one expects from the claim. Look at block 0 and block 1.",
+            "c": "The upper half changes more, with each of the three seeds.",
+        },
         measured="20 steps on the bundled GPT-2, rank 8, seeds 0 to 2",
         idea="verdicts",
     ),
