@@ -299,8 +299,8 @@ for one in claims:
 #   meant for.
 # - LoRA forgets less than full fine-tuning, but it has also learned less, as the losses show. After 500 steps, at about
 #   equal quality, LoRA forgets more (`benchmarks/forgetting.md` in the repository).
-# - What QLoRA saves depends on the share that the weights of the blocks have in the memory. In this small model, with
-#   batches of 8, activations and logits have a larger share than in the model of the claim.
+# - What QLoRA saves depends on the share that the weights of the blocks have in the memory. Here all weights together are
+#   23 of 109 MiB; most of the rest are activations and logits.
 # - A verdict is no size. Dropout is worse by less than a hundredth here, with every seed.
 #
 # ### Your own claim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -174,7 +174,7 @@ def verdict_cases(draw: Draw) -> Iterator[Case]:
 
 
 def change_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, shapes: dict[str, tuple[int, ...]], *sentences: str, only: Sequence[str] = ()) -> Case:
+    def case(name: str, shapes: Mapping[str, tuple[int, ...]], *sentences: str, only: Sequence[str] = ()) -> Case:
         weights: dict[str, Data] = {n: draw.number(0.5, 3) * draw.normal(*shape) for n, shape in shapes.items()}
         changes: dict[str, Data] = {}
         for n, shape in shapes.items():
