@@ -1,0 +1,1 @@
+"""Unit 23: its exercises and predictions (`exercises`), and its bank of answers (`answers`)."""
