@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def norm_cases(draw: Draw) -> Iterator[Case]:
         name: str,
         weights: dict[str, Tensor],
         gradients: dict[str, Tensor],
-        parts: dict[str, Sequence[str]],
+        parts: Mapping[str, Sequence[str]],
         *sentences: str,
         part: str = "the result",
     ) -> Case:
