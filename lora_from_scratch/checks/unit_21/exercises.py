@@ -352,7 +352,7 @@ PREDICTIONS = [
         answer="b",
         explanation=(
             "A tale has 20 tokens or more, and all but the first are predicted at positions that f7+l7 does not edit: "
-            "what is edited reaches them only by attention to the prompt. At all positions, eight directions are enough "
+            "what is edited reaches them by attention to the prompt only. At all positions, eight directions suffice "
             "to do what LoRA of rank 1 does."
         ),
         replies={
