@@ -1,4 +1,4 @@
-"""Unit 23: mistakes that people make, and other right ways. The verdict."""
+"""Unit 23: mistakes that people make, and other right ways. The verdict, and the change of blocks."""
 
 # The wrong answers are wrong on purpose, and the right ones are written differently on purpose.
 
@@ -11,6 +11,8 @@ import torch
 
 from lora_from_scratch.checks.bank import changed, right, wrong
 from lora_from_scratch.compare.folklore import verdict
+
+# --- verdict -----------------------------------------------------------------------------------------
 
 YES, NO, OPEN = "holds here", "does not hold here", "cannot be decided at this size"
 
@@ -183,3 +185,172 @@ def infinity_is_accepted(): ...
 @wrong("verdict", "You accept a negative margin.")
 @changed(verdict, ("margin < 0", "margin < -1"))
 def a_negative_margin(): ...
+
+
+# --- relative_change_by_block ------------------------------------------------------------------------
+
+
+def _block(name):
+    parts = name.split(".")
+    return int(parts[parts.index("h") + 1])
+
+
+@right("relative_change_by_block")
+def long_vectors(weights, changes):
+    blocks = sorted({_block(name) for name in changes})
+
+    def norm(tensors, block):
+        return float(torch.cat([tensors[name].flatten() for name in changes if _block(name) == block]).norm())
+
+    return {block: norm(changes, block) / norm(weights, block) for block in blocks}
+
+
+@right("relative_change_by_block")
+def norms_of_norms(weights, changes):
+    result = {}
+    for block in sorted(set(map(_block, changes))):
+        names = [name for name in changes if _block(name) == block]
+        above = torch.stack([changes[name].norm() for name in names]).norm()
+        below = torch.stack([weights[name].norm() for name in names]).norm()
+        result[block] = (above / below).item()
+    return result
+
+
+@right("relative_change_by_block")
+def with_numpy_arrays(weights, changes):
+    sums = {}
+    for name in changes:
+        both = sums.setdefault(_block(name), np.zeros(2))
+        both += [np.sum(changes[name].numpy() ** 2), np.sum(weights[name].numpy() ** 2)]
+    return {block: float(np.sqrt(sums[block][0] / sums[block][1])) for block in sorted(sums)}
+
+
+@right("relative_change_by_block")
+def with_a_regular_expression(weights, changes):
+    import re
+
+    above, below = {}, {}
+    for name, change in changes.items():
+        block = int(re.search(r"(?:^|\.)h\.(\d+)\.", name).group(1))
+        above[block] = above.get(block, 0) + torch.sum(change * change).item()
+        below[block] = below.get(block, 0) + torch.sum(weights[name] * weights[name]).item()
+    return {block: (above[block] / below[block]) ** 0.5 for block in sorted(above)}
+
+
+def _per_block(weights, changes, value, block=_block, order=sorted):
+    """The function `value` of the changes and weights of each block."""
+    return {
+        number: value(
+            [changes[name] for name in changes if block(name) == number],
+            [weights[name] for name in changes if block(name) == number],
+        )
+        for number in order(dict.fromkeys(map(block, changes)))
+    }
+
+
+def _norm(tensors):
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors))
+
+
+def _quotient(above, below):
+    return _norm(above) / _norm(below)
+
+
+@wrong("relative_change_by_block", "You average the quotients of the matrices. A large matrix should count for more.")
+def mean_of_the_quotients(weights, changes):
+    return _per_block(weights, changes, lambda a, b: sum(float(x.norm() / y.norm()) for x, y in zip(a, b)) / len(a))
+
+
+@wrong("relative_change_by_block", "You add up the quotients of the matrices of a block. It is one long vector.")
+def sum_of_the_quotients(weights, changes):
+    return _per_block(weights, changes, lambda a, b: sum(float(x.norm() / y.norm()) for x, y in zip(a, b)))
+
+
+@wrong("relative_change_by_block", "You add up norms. The norm of a long vector is the root of the sum of squares.")
+def sums_of_norms(weights, changes):
+    return _per_block(weights, changes, lambda a, b: sum(float(x.norm()) for x in a) / sum(float(y.norm()) for y in b))
+
+
+@wrong(
+    "relative_change_by_block",
+    "You forget the root: the quotient of two sums of squares is the square of what is wanted.",
+)
+def without_the_root(weights, changes):
+    return _per_block(weights, changes, lambda a, b: _quotient(a, b) ** 2)
+
+
+@wrong("relative_change_by_block", "You do not divide by the size of the weights.")
+def not_relative(weights, changes):
+    return _per_block(weights, changes, lambda a, b: _norm(a))
+
+
+@wrong(
+    "relative_change_by_block",
+    "You divide by the norm of the weights after the change. It is relative to those before.",
+)
+def relative_to_the_new_weights(weights, changes):
+    return _per_block(weights, changes, lambda a, b: _norm(a) / (_norm([x + y for x, y in zip(a, b)]) or 1.0))
+
+
+@wrong("relative_change_by_block", "You count weights that were not changed.")
+def all_weights_of_the_block(weights, changes):
+    blocks = sorted(set(map(_block, changes)))
+    return {
+        block: _norm([t for n, t in changes.items() if _block(n) == block])
+        / _norm([t for n, t in weights.items() if _block(n) == block])
+        for block in blocks
+    }
+
+
+@wrong("relative_change_by_block", "You list blocks that have no change at all.")
+def blocks_without_a_change(weights, changes):
+    found = _per_block(weights, changes, _quotient)
+    return {block: found.get(block, 0.0) for block in sorted(set(map(_block, weights)))}
+
+
+@wrong("relative_change_by_block", "Your blocks are in the order of the names, or sorted as text: 10 comes before 2.")
+def sorted_as_text(weights, changes):
+    return _per_block(weights, changes, _quotient, order=lambda blocks: sorted(blocks, key=str))
+
+
+@wrong("relative_change_by_block", "Your blocks are in the order in which they are given. They should ascend.")
+def in_the_given_order(weights, changes):
+    return _per_block(weights, changes, _quotient, order=list)
+
+
+@wrong("relative_change_by_block", 'You take the first number in the name. The block is what comes after "h".')
+def the_first_number(weights, changes):
+    return _per_block(
+        weights, changes, _quotient, block=lambda name: int(next(part for part in name.split(".") if part.isdigit()))
+    )
+
+
+@wrong("relative_change_by_block", 'You take the last number in the name. The block is what comes after "h".')
+def the_last_number(weights, changes):
+    return _per_block(
+        weights, changes, _quotient, block=lambda name: int([part for part in name.split(".") if part.isdigit()][-1])
+    )
+
+
+@wrong("relative_change_by_block", "Your blocks are texts. They should be whole numbers.")
+def blocks_as_text(weights, changes):
+    return {str(block): value for block, value in _per_block(weights, changes, _quotient).items()}
+
+
+@wrong(
+    "relative_change_by_block",
+    "You use the largest entry, or the mean of the magnitudes, instead of the Frobenius norm.",
+)
+def mean_magnitudes(weights, changes):
+    def size(tensors):
+        return sum(float(t.abs().sum()) for t in tensors)
+
+    return _per_block(weights, changes, lambda a, b: size(a) / size(b))
+
+
+@wrong("relative_change_by_block", caught_by="changes its input")
+def squared_in_place(weights, changes):
+    result = _per_block(weights, changes, _quotient)
+    for change in changes.values():
+        change.square_()
+    return result
