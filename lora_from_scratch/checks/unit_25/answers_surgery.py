@@ -287,7 +287,7 @@ def what_is_learned(before, after, labels, classes):
 def by_the_new_class(): ...
 
 
-@wrong("forgotten", "You sort the known pictures by class, but not the forgotten ones, or the other way round.")
+@wrong("forgotten", "You count the forgotten pictures by the class that is predicted now. Count them by their label.")
 def lost_by_the_new_class(before, after, labels, classes):
     known = before == labels
     lost = after[known & (after != labels)]

@@ -189,6 +189,8 @@ def step_cases(draw: Draw) -> Iterator[Case]:
         a, e = noise_levels()[t], draw.normal(*shape)
         x = a.sqrt() * (1.6 * torch.rand(*shape, generator=draw.generator) - 0.8) + (1 - a).sqrt() * e
         predicted = e if clear else 0.5 * e + draw.normal(*shape)
+        if t == 1:  # there x_t is nearly x_0, so that only large pixels have to be clipped
+            x = x if clear else 1.5 * x
         return Case(name, {"x": x, "predicted": predicted, "t": t, "noise": draw.normal(*shape)}, sentences=sentences)
 
     back, picture, clipped, drawn = (
@@ -310,9 +312,9 @@ PREDICTIONS = [
         answer="c",
         explanation=(
             "Everything that sees the picture is right already; only the last step, from what is seen to a number, has "
-            "changed. The head, or the last block, can take the large learning rate that this takes. The whole model "
-            "cannot: its other parts would lose what they know, so the rate that is best for it is small, and 60 steps "
-            "are too few."
+            "changed. The head, or the last block, can take the large learning rate that this takes. The rate that is "
+            "best for the whole model is smaller, and 60 steps are too few for it. A plausible reason: at a larger one "
+            "its other parts lose what they know."
         ),
         replies={
             "a": "It can, in principle. In 60 steps it does not get there: see which learning rate it needs.",

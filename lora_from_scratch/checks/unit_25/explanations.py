@@ -103,7 +103,10 @@ def explain_step(case: Case, seen: Seen, expected: Seen) -> Explanation:
     result: Any = seen.value
     given: Any = case.inputs
     if not result.isfinite().all():
-        return "no finite number", "Your result contains NaN or infinity. Do you divide by something that is 0 here?"
+        return "no finite number", (
+            "Your result contains NaN or infinity. Is something that you divide by 0, or is your variance negative? "
+            "alpha_t is at most 1."
+        )
     error, noise = (result - wanted).flatten(), given["noise"].flatten()
     factor = float((error @ noise) / (noise @ noise))
     if same(error, factor * noise, 1e-2):
@@ -111,4 +114,9 @@ def explain_step(case: Case, seen: Seen, expected: Seen) -> Explanation:
             "noise",
             f"At t = {given['t']} the mean is right, but not the factor of the noise: it is off by {factor:.3g}.",
         )
-    return "mean", f"At t = {given['t']} your mean is wrong. Print x_0 first: are all its pixels between -1 and 1?"
+    hint = (
+        "are all its pixels between -1 and 1?"
+        if "clipped" in case.name and "nothing" not in case.name
+        else ("then look which factor belongs to x_0 and which to x_t.")
+    )
+    return "mean", f"At t = {given['t']} your result is wrong apart from the noise. Print x_0 first: {hint}"
