@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def layer_cases(draw: Draw) -> Iterator[Case]:
         "(2,), first",
     )
     learned = "Gradients flow to A and B"
-    ones: dict[str, Data] = {"A": torch.tensor([[1.0, 1.0]]), "B": torch.tensor([[2.0], [0.0], [0.0]])}
+    ones: dict[str, Any] = {"A": torch.tensor([[1.0, 1.0]]), "B": torch.tensor([[2.0], [0.0], [0.0]])}
     yield case("A = (1, 1) and B = (2, 0, 0), r = 1", distances, (2, 3, 1), far, both, **ones)
     yield case("5 inputs, 4 outputs, r = 3", distances, (5, 4, 3), norms, square, far, learned)
     yield case("as many inputs and outputs as triplets: 3, with distances", distances, (3, 3, 3), far, norms, learned)
