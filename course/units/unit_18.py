@@ -21,8 +21,8 @@
 # **Time**: about 75 minutes, including one and a half minutes of computation. 6 exercises, 2 predictions, one open
 # question.
 #
-# ![The strength of eight triplets of two matrices in 200 training steps. All start at zero. In the end three triplets of
-# the first matrix and one of the second are left, as many as the task needs.](unit_18.png)
+# ![The strength of eight triplets of two matrices in 200 training steps. All start at zero. In the end three triplets
+# of the first matrix and one of the second are left, as many as the task needs.](unit_18.png)
 
 # %%
 import copy
@@ -47,8 +47,8 @@ from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show
 from lora_from_scratch.support.progress_bar import tqdm
 
-# The model: "bundled" (one and a half minutes on two cores), "gpt2" (needs a network connection and much longer), or the
-# path of a checkpoint directory.
+# The model: "bundled" (one and a half minutes on two cores), "gpt2" (needs a network connection and much longer), or
+# the path of a checkpoint directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 32))  # of each training run of the language model
 
@@ -114,26 +114,27 @@ for step in range(101):
 # A gradient comes from one batch, and is noisy. AdaLoRA therefore keeps two running means for every number (eq. 9 and
 # 10), with $I = |w g|$ of this step:
 #
-# $$\bar I \leftarrow \beta_1 \bar I + (1 - \beta_1)\, I, \qquad \bar U \leftarrow \beta_2 \bar U + (1 - \beta_2)\, |I - \bar I|$$
+# $$\bar I \leftarrow \beta_1 \bar I + (1 - \beta_1)\, I, \qquad
+# \bar U \leftarrow \beta_2 \bar U + (1 - \beta_2)\, |I - \bar I|$$
 #
 # The second one, with the *new* $\bar I$, says how much the sensitivity varies: how uncertain it is. An example with
-# $\beta_1 = \beta_2 = 0.5$: w = 2, g = 0.5, and before the step $\bar I = 2$ and $\bar U = 0$. Then I = 1, the new $\bar I$
-# is 1.5, and the new $\bar U$ is 0.25.
+# $\beta_1 = \beta_2 = 0.5$: w = 2, g = 0.5, and before the step $\bar I = 2$ and $\bar U = 0$. Then I = 1, the new
+# $\bar I$ is 1.5, and the new $\bar U$ is 0.25.
 
 # %% exercise="smoothed_sensitivity"
 
 # %% [markdown]
-# The *importance* of a number is $\bar I \cdot \bar U$ (eq. 11): a number that has not been important yet, but varies a lot,
-# gets another chance. The score of a triplet adds up its three parts, with the mean over the row and over the column, so
-# that a large matrix has no advantage (eq. 7).
+# The *importance* of a number is $\bar I \cdot \bar U$ (eq. 11): a number that has not been important yet, but varies a
+# lot, gets another chance. The score of a triplet adds up its three parts, with the mean over the row and over the
+# column, so that a large matrix has no advantage (eq. 7).
 
 # %% exercise="triplet_scores"
 
 # %% [markdown]
 # ## The budget
 #
-# How many triplets are kept? At first all of them, since nothing is known yet; in the end the target; and in between the
-# budget falls along a cubic (eq. 12), fast while there is much that is useless, and then slowly.
+# How many triplets are kept? At first all of them, since nothing is known yet; in the end the target; and in between
+# the budget falls along a cubic (eq. 12), fast while there is much that is useless, and then slowly.
 
 # %% exercise="cubic_budget"
 
@@ -147,7 +148,8 @@ for step in range(101):
 # %% [markdown]
 # ## Two matrices
 #
-# Put the pieces together, in a problem whose answer you know. Two matrices have to be changed: the first by a matrix of
+# Put the pieces together, in a problem whose answer you know. After each step the masks multiply E, and the budget falls
+# from 8 to 4 between the steps 20 and 140. Two matrices have to be changed: the first by a matrix of
 # rank 3, the second by one of rank 1. Each gets four triplets, and four of the eight may stay. (The penalty is left out
 # here, to keep the code short.)
 
@@ -238,12 +240,13 @@ show(
 print(f"ranks {fitted.ranks()}, error {error:.5f}")
 
 # %% [markdown]
-# The allocation finds the ranks 3 and 1, and there is almost no error left. Nobody told it the ranks. (A triplet that was
-# cut goes on being trained: its line can rise from zero again, as long as the choice is not final.)
+# The allocation finds the ranks 3 and 1, and there is almost no error left. It was told only their sum, 4, and not how to
+# divide it. On the way it was wrong for a while, when the first matrix had all four: a look at step 100 would mislead.
+# (A triplet that is cut is not frozen. The next step moves its E again, and if its score is then high enough, it is kept.)
 #
 # ## Nobody calls it
 #
-# Another visit to the museum of faults. In PEFT the allocation is a method of the adapted model,
+# A visit to the museum of faults, where code fails without a message. In PEFT the allocation is a method of the adapted model,
 # `update_and_allocate(step)`, and the training loop has to call it. The training loops that people use, such as the
 # `Trainer` of transformers, do not know of it. Here is such a loop, in short.
 
@@ -285,10 +288,11 @@ print(inspect.getsource(train))
 # %% [markdown]
 # ## On a GPT-2
 #
-# Now the question of this unit: where does a language model need its rank? Train the bundled GPT-2 on the story cards. It
-# has 6 blocks with 4 matrices each: `attn.c_attn` (queries, keys and values), `attn.c_proj` (the output of the attention),
-# `mlp.c_fc` and `mlp.c_proj` (up and down in the MLP). Each of the 24 matrices starts with 8 triplets, and a quarter of
-# the 192 triplets is kept: 2 for each matrix on average. The library's AdaLoRA uses the functions that you have written.
+# Now the question of this unit: where does a language model need its rank? Train the bundled GPT-2 on the story cards.
+# It has 6 blocks with 4 matrices each: `attn.c_attn` (queries, keys and values), `attn.c_proj` (the output of the
+# attention), `mlp.c_fc` and `mlp.c_proj` (up and down in the MLP). Each of the 24 matrices starts with 8 triplets, and
+# a quarter of the 192 triplets is kept: 2 for each matrix on average. The library's AdaLoRA uses the functions that you
+# have written.
 
 # %%
 base, tokenizer = load_gpt2(MODEL)
@@ -329,8 +333,8 @@ print(f"held-out loss: {completion_loss(base, held_out):.2f} before; with AdaLoR
 print(", ".join(f"{losses['AdaLoRA', seed]:.2f}" for seed in (0, 1)))
 
 # %% [markdown]
-# The two runs differ in their random start and in the order of the cards. Each has chosen 48 of its 192 triplets. (Those
-# of one run are not those of the other: only their numbers in each matrix can be compared.)
+# The two runs differ in their random start and in the order of the cards. Each has chosen 48 of its 192 triplets.
+# (Those of one run are not those of the other: only their numbers in each matrix can be compared.)
 
 # %% prediction="two_seeds"
 
@@ -384,9 +388,8 @@ for label, axis in (("matrix", 0), ("block", 1)):
 
 # %% [markdown]
 # The pattern is the same in both runs, far beyond chance. Most of the rank is in the MLPs and in the last two blocks;
-# `attn.c_proj` keeps next to nothing anywhere, and most matrices of blocks 1 and 2 have lost everything. Zhang et al.
-# report the same preference, for the MLPs and for the top layers, in a DeBERTa. What is *not* stable is the exact number:
-# single matrices differ by two or three triplets from seed to seed.
+# `attn.c_proj` keeps next to nothing anywhere, and most matrices of blocks 1 and 2 have lost everything. What is *not*
+# stable is the exact number: single matrices differ by two triplets from seed to seed.
 #
 # That a pattern comes back does not make it right. The measure of importance could always favour the same matrices for
 # another reason, for example because their gradients are larger. Whether the pattern is worth anything is another
@@ -395,14 +398,14 @@ for label, axis in (("matrix", 0), ("block", 1)):
 # ## Was it worth it?
 #
 # Compare with models whose ranks are fixed from the first step on. For a fair comparison they are made of the same
-# triplets with the same scaling, and each has its own tuned learning rate:
+# triplets with the same scaling, except for the last one, and each has its own tuned learning rate:
 #
-# - *flat*: rank 2 for every matrix, the same number of triplets;
+# - *flat*: rank 2 for every matrix, the same number of triplets. They have fewer parameters than AdaLoRA's, which are
+#   mostly in the large matrices of the MLPs;
 # - *random*: the same number of triplets, distributed at random;
 # - *other seed's*: the ranks that AdaLoRA has found with the *other* seed. If this is as good as AdaLoRA itself, it is
 #   the pattern that helps, and not the choice among many triplets of one run;
-# - *LoRA of rank 3*: an ordinary LoRA with **more** parameters than AdaLoRA keeps, since a triplet of a large matrix costs
-#   more than one of a small matrix.
+# - *LoRA of rank 3*: an ordinary LoRA, with **more** parameters than AdaLoRA keeps.
 
 # %% prediction="is_it_worth_it"
 
@@ -451,29 +454,30 @@ for name, (one, other) in parameters.items():
 # %% check="is_it_worth_it"
 
 # %% [markdown]
-# With both seeds AdaLoRA is ahead of the flat and the random ranks, and a random distribution is no better than a flat one.
-# The ranks of the other seed do about as well as AdaLoRA itself, although they are fixed from the first step on. So it is
-# the pattern that helps, and a pattern that is found once can be used again. (How easily this comparison goes wrong: at
-# AdaLoRA's own rate of 0.02, instead of theirs, the ranks of seed 0 have a loss of 1.55 with seed 1, almost that of flat
-# ranks.)
+# With both seeds AdaLoRA is ahead of the flat and the random ranks, and a random distribution is no better than a flat
+# one. The ranks of the other seed do about as well as AdaLoRA itself, although they are fixed from the first step on.
+# So it is the pattern that helps, and a pattern that is found once can be used again. (How easily this comparison goes
+# wrong: at AdaLoRA's own rate of 0.02, instead of theirs, the ranks of seed 0 have a loss of 1.55 with seed 1, almost
+# that of flat ranks.)
 #
-# The ordinary LoRA of rank 3 is not far behind: about a quarter more parameters make up for more than half of the difference.
-# In practice that is the alternative to compare with.
+# The ordinary LoRA of rank 3 is not far behind: about a quarter more parameters make up for more than half of the
+# difference. In practice that is the alternative to compare with.
 #
-# Three things have to be said beside that. With as many triplets AdaLoRA keeps a sixth more parameters than flat ranks, since
-# it prefers the large matrices. While it trains, it has four times as many numbers as it keeps, so the comparison is fair
-# to what is stored and served, not to what is trained. And these are two seeds of 32 steps, on one task whose cards are
-# all alike.
+# Three things have to be said beside that. With as many triplets AdaLoRA keeps a sixth more parameters than flat ranks,
+# since it prefers the large matrices. While it trains, it has four times as many numbers as it keeps, so the comparison
+# is fair to what is stored and served, not to what is trained. And these are two seeds of 32 steps, on one task whose
+# cards are all alike.
 #
 # ### Your own plan
 #
 # Now distribute the 48 triplets yourself, at most 8 to each matrix, by a rule that is as simple as you can make it. Say
-# first what you expect. Which is more important, the kind of matrix or the block? Try the opposite of the pattern as well.
+# first what you expect. Which is more important, the kind of matrix or the block? Try the opposite of the pattern as
+# well.
 
 
 # %%
 def my_rank(block, matrix):
-    """The rank of a matrix, by the number of its block (0 to 5) and its name. Change this."""
+    """The rank of a matrix, by the number of its block (from 0) and its name. Change this."""
     return 4 if matrix.startswith("mlp") else 0
 
 
@@ -495,8 +499,8 @@ def try_my_plan(seed=1):
 print(try_my_plan())
 
 # %% [markdown]
-# A rule by the kind of matrix alone, with all of the rank in the MLPs, is no better than flat ranks here. Did you find a
-# rule that is?
+# A rule by the kind of matrix alone, with all of the rank in the MLPs, is no better than flat ranks here. Did you find
+# a rule that is?
 #
 # ## What goes wrong in practice
 #
@@ -526,8 +530,8 @@ for name, loop in {"sound": train, "after zero_grad": after_clearing, "before th
 
 # %% [markdown]
 # After `zero_grad` all gradients are zero, and so are all scores: among equals the first are kept, and the first matrix
-# gets everything. (With gradients of None there would be an error.) Before the optimiser's step the choice is right, but
-# Adam moves each E that was cut away from zero again, and no triplet is ever gone.
+# gets everything. (With gradients of None there would be an error.) Before the optimiser's step the choice is right,
+# but Adam moves each E that was cut away from zero again, and no triplet is ever gone.
 #
 # **All scores are zero at first.** E starts at zero. Then the gradients of A and B are zero too, and every score is.
 
@@ -540,9 +544,8 @@ print("kept, among equals the first:", [mask.int().tolist() for mask in masks])
 print("kept, if they have to be above the threshold:", [(torch.zeros(4) > 0).int().tolist() for _ in range(2)])
 
 # %% [markdown]
-# PEFT keeps what is *above* the threshold, so that among equal scores none is kept. A loop that allocates before the
-# first step of the optimiser cuts everything there, if the budget falls from the first step on. So let it begin to fall
-# later (`initial_share` here, `tinit` in PEFT).
+# PEFT keeps what is *above* the threshold, so that among equal scores none is kept. Such masks mean nothing: with the first
+# scores, nothing is known of any triplet. So let the budget begin to fall later (`initial_share` here, `tinit` in PEFT).
 #
 # **The scaling stays.** s is alpha divided by the *first* rank, whatever is left in the end. A LoRA of the rank that is
 # left, with the same alpha, is stronger. Compare methods with the same s.
@@ -555,8 +558,8 @@ print(f"AdaLoRA, {int(layer.lora_E.count_nonzero())} of 8 triplets left, alpha 6
 print(f"LoRA of rank 2, alpha 64:                  s = {LoRALinear(frozen(16, 16), 2, 64.0).scaling:.1f}")
 
 # %% [markdown]
-# **What is saved, and what is not.** Triplets that are cut go on being trained, since they may come back: while it trains,
-# AdaLoRA has the gradients and Adam's moments of the first rank.
+# **What is saved, and what is not.** Triplets that are cut go on being trained, since they may come back: while it
+# trains, AdaLoRA has the gradients and Adam's moments of the first rank.
 
 # %%
 first = kept(dict.fromkeys(NAMES, FIRST))
@@ -565,26 +568,28 @@ print(f"numbers that are trained: {first:,}; in the adapter in the end: {paramet
 # %% [markdown]
 # ## Summary
 #
-# - An update in the form of triplets can be cut one rank at a time; a penalty keeps their directions orthonormal.
-# - The importance of a number is smoothed |w g| times how much that varies; a triplet's score adds up E, a row and a column.
+# - An update in the form of triplets can be cut one rank at a time; a penalty keeps their directions nearly orthonormal.
+# - The importance of a number is smoothed |w g| times how much that varies; a triplet's score adds up E, a row and a
+#   column.
 # - The budget falls along a cubic, and all triplets of all matrices compete for it.
 # - Somebody has to call the allocation, after the optimiser's step and before the gradients are cleared; test that.
-# - Here the rank goes to the MLPs of the last blocks with both seeds, and that pattern beats flat and random ranks.
+# - Here the rank goes to the MLPs of the last blocks with both seeds, and AdaLoRA beats flat and random ranks. It trains
+#   four times as many numbers for that, and a LoRA with somewhat more parameters closes much of the gap.
 #
 # ## Go further
 #
 # - Zhang et al. 2023, *AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning* (arXiv:2303.10512).
-# - Zhang et al. 2022, *PLATON* (arXiv:2206.12562), where this measure of importance comes from, for pruning; Sanh et al.
-#   2020, *Movement Pruning* (arXiv:2005.07683).
+# - Zhang et al. 2022, *PLATON* (arXiv:2206.12562), where this measure of importance comes from, for pruning; Sanh et
+#   al. 2020, *Movement Pruning* (arXiv:2005.07683).
 # - `lora_from_scratch/methods/adalora.py` in full, with files that PEFT reads.
 # - In `AdaLoRA(...)` change `target_rank` to 1 or 4. Where does the allocation matter more?
 
 # %% [markdown] open_question="one_heat_map" points=4
 # ### Open question
 #
-# A report shows one heat map of ranks after AdaLoRA, with most of the rank in the MLPs of the last blocks, and concludes:
-# "The knowledge that a task needs is stored there." Write at most 150 words: what does the heat map show, what else could
-# explain it, and which two experiments would you ask for?
+# A report shows one heat map of ranks after AdaLoRA, with most of the rank in the MLPs of the last blocks, and
+# concludes: "The knowledge that a task needs is stored there." Write at most 150 words: what does the heat map show,
+# what else could explain it, and which two experiments would you ask for?
 #
 # **Rubric.**
 #
@@ -592,8 +597,8 @@ print(f"numbers that are trained: {first:,}; in the adapter in the end: {paramet
 #   where knowledge is stored.
 # - 1 point: another explanation: the measure favours some matrices, for example by the size of their activations or
 #   gradients; the learning rate; the start; the task.
-# - 1 point: an experiment on stability: several seeds, learning rates, or another measure, with a random allocation beside
-#   them.
+# - 1 point: an experiment on stability: several seeds, learning rates, or another measure, with a random allocation
+#   beside them.
 # - 1 point: an experiment on the effect: train with that allocation from the start, against a flat, a random, and the
 #   opposite one, at the same number of parameters and at tuned rates.
 

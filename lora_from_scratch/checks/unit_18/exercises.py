@@ -318,7 +318,7 @@ PREDICTIONS = [
         ),
         choices={
             "a": "as different as two random distributions: most matrices would do",
-            "b": "nearly the same, matrix by matrix, with many matrices that have lost everything",
+            "b": "much the same, matrix by matrix: the same ones keep a lot, and many keep one or none",
             "c": "the same kinds of matrices, in other blocks",
             "d": "both are nearly flat, with two triplets in almost every matrix",
         },
@@ -355,7 +355,7 @@ PREDICTIONS = [
         replies={
             "b": "Matrices do differ, but a random distribution does not know how.",
             "c": "Those triplets are not trained in vain: that is how it finds out where the rank is needed.",
-            "d": "The two seeds of one method differ by less than 0.1 here, and AdaLoRA is ahead by more.",
+            "d": "The two seeds of one method differ by less than 0.1 here, which is less than AdaLoRA is ahead.",
         },
         measured="32 steps on the bundled GPT-2, seeds 0 and 1",
         idea="where the rank goes",

@@ -124,6 +124,12 @@ def explain_allocation(case: Case, seen: Seen, expected: Seen) -> Explanation:
         return "number", f"You keep {int(mine.sum())} triplets. The budget is {case.inputs['budget']}."
     if (mine != right).all():
         return "the wrong way round", "You keep just the triplets that should be cut."
+    scores = torch.cat([score.flatten() for score in case.inputs["scores"]])  # type: ignore[union-attr]
+    if same(scores[mine > 0].sort().values, scores[right > 0].sort().values):
+        return "equal scores", (
+            "Among triplets with equal scores you do not keep the first ones. `topk`, or an ascending sort that is "
+            "read from its end, does not promise that order."
+        )
     return "other triplets", "You keep as many triplets as the budget allows, but not the best ones of all matrices."
 
 
