@@ -49,7 +49,7 @@ class Claim:
 WIDTH = 256  # of the bundled model; the shapes (out, in) of a block's weights:
 ATTENTION = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH)]
 MLP = [(4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)]
-SMALL = {"examples": 80}  # which 40 steps of batch 8 go through four times
+SMALL: dict[str, Any] = {"examples": 80}  # which 40 steps of batch 8 go through four times
 
 BASE = Setting()
 FULL = Setting("full", start=7.5e-4)
@@ -143,14 +143,15 @@ def same_rate(runs: Runs) -> Outcome:
         own = runs.tuned(setting)
         sides[f"{name} at rate {rate:.2g} of rank 8"] = losses(runs.at_rate(setting, rate))
         sides[f"{name} at its own rate {own[0]['rate']:.2g}"] = losses(own)
-    there, own, there_too, own_too = sides.values()
-    return Outcome(sides, [*minus(there, own), *minus(there_too, own_too)])
+    one, own_of_one, many, own_of_many = sides.values()
+    return Outcome(sides, [*minus(one, own_of_one), *minus(many, own_of_many)])
 
 
 def large_batches(runs: Runs) -> Outcome:
     """How much larger LoRA's distance from full fine-tuning is with batches of 32 than with batches of 8."""
     sides, gaps = {}, []
-    for options in ({}, {"batch": 32, "steps": 10}):
+    both: tuple[dict[str, Any], ...] = ({}, {"batch": 32, "steps": 10})
+    for options in both:
         pair = [runs.tuned(replace(setting, **options)) for setting in (BASE, FULL)]
         for name, results in zip(("LoRA", "full"), pair, strict=True):
             sides[f"{name}, batch {options.get('batch', BATCH)}"] = losses(results)

@@ -90,7 +90,7 @@ def _plain(value: object) -> str:
 
 def in_cipher(text: str) -> str:
     """The text with every vowel replaced by the next vowel, and every consonant by the next consonant."""
-    table = {}
+    table: dict[str, str | int | None] = {}
     for letters in ("aeiou", "bcdfghjklmnpqrstvwxyz"):
         for case in (str.lower, str.upper):
             table.update(zip(case(letters), case(letters[1:] + letters[0]), strict=True))

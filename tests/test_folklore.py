@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_a_matched_rank_has_the_parameters_of_the_other_lora_on_a_real_model(set
 
 def test_the_shapes_of_the_claims_are_those_of_the_bundled_model() -> None:
     model, _ = load_gpt2("bundled")
-    block = model.transformer.h[0]
+    block: Any = model.transformer.h[0]
     assert [tuple(layer.weight.T.shape) for layer in (block.attn.c_attn, block.attn.c_proj)] == ATTENTION
     assert [tuple(layer.weight.T.shape) for layer in (block.mlp.c_fc, block.mlp.c_proj)] == MLP
     assert matched_rank(5, MLP, MLP) == 5
