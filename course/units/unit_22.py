@@ -19,7 +19,7 @@
 # **Prerequisites**: keys and values in GPT-2 (unit 03), LoRA's arithmetic (unit 09), and several adapters on one model
 # (unit 10). It is an elective: no other unit needs it.
 #
-# **Time**: about 75 minutes, including half a minute of computation. 6 exercises, 2 predictions, one open question.
+# **Time**: about 75 minutes, including a minute of computation. 6 exercises, 2 predictions, one open question.
 #
 # ![The pages of a server's memory (up) over the passes of the model (right). Each page is free, holds a part of an adapter,
 # or holds keys and values of a text. Texts appear and vanish in many small pieces, adapters stay for a longer
@@ -96,7 +96,7 @@ print(f"their ranks: {sorted(ranks[name] for name in different)}")
 # two better ways, known by the names of Punica's kernels (Chen et al. 2023, arXiv:2310.18547); S-LoRA (Sheng et al. 2023,
 # arXiv:2311.03285) extends both to mixed ranks.
 #
-# **Gather** (BGMV), for rows of one token, as in decoding. All factors lie in one memory of numbered cells. A cell p holds
+# **Gather** (BGMV, batched gather matrix-vector multiplication), for rows of one token, as in decoding. All factors lie in one memory of numbered cells. A cell p holds
 # one row A_p of some A, of length `in`, and one column of its s B, written as a row B_p of length `out`. An adapter of
 # rank r is a list of r cells, in any place. Then
 #
@@ -113,7 +113,7 @@ print(f"their ranks: {sorted(ranks[name] for name in different)}")
 # %% exercise="gather_product"
 
 # %% [markdown]
-# **Segments** (SGMV), for many rows with the same adapter. A prompt of 200 tokens has 200 such rows, and a popular adapter
+# **Segments** (SGMV, segmented gather matrix-vector multiplication), for many rows with the same adapter. A prompt of 200 tokens has 200 such rows, and a popular adapter
 # may be that of half the batch. Then two products of matrices are faster than a sum for each row.
 
 # %% exercise="segment_product"
@@ -200,7 +200,7 @@ print("fox is released. The text grows, and has", table.allocate("text", 3))
 # tokens up to the end of that page, because the keys and values there depend on them.
 #
 # Our server has no prefix cache. vLLM has one, and when it was new, its keys were made like those of this function of
-# ours: another exhibit for the museum of faults. What is wrong with it?
+# ours, which is an exhibit for the museum of faults. What is wrong with it? Decide before you read on.
 
 # %%
 print(inspect.getsource(faulty_block_keys))
@@ -272,7 +272,7 @@ print("adapter a alone:    ", compare([one for a, _ in pairs for one in alone[a]
 
 # %% [markdown]
 # No error is raised, but on the pages of adapter a, adapter b is more than half as far from its own predictions as adapter
-# a is. What it writes depends on who asked before. The fault was in vLLM in March 2024 (issue 3264, mended by pull request
+# a is, and by the most likely token it is no nearer to them. What it writes depends on who asked before. The fault was in vLLM in March 2024 (issue 3264, mended by pull request
 # 3263). Later it was reported in another form (issue 30931, for version 0.11.1): two adapters with the same name and
 # different weights shared their pages. So the key must contain the name of the adapter *and* its version.
 #
@@ -374,7 +374,8 @@ show(
 #
 # Write a rule that beats LRU on one of the three kinds of traffic, and see what it does to the others. You may evict by any
 # order that you like (`adapters` has the least recently used first), but never one in use. Say first which traffic you
-# want to improve, and what you expect of the other two.
+# want to improve, and what you expect of the other two. (A rule sees what is in the cache when a place is missing, and no
+# counts of requests. What does that rule out for Zipf traffic?)
 
 
 # %%
@@ -398,8 +399,11 @@ if all(hit_rate(requests, 32, my_rule) == rates[name][31] for name, requests in 
 # largest number of pages that are ever in use at once? S-LoRA (section 5.2) adopts this rule from LightLLM, and the
 # library's `peak_pages` computes it.
 #
-# An example with 4 tokens in a page. Text a has stored 11 tokens and has 1 pass left. Text b has a prompt of 4 tokens
-# (3 stored, one to read) and 9 passes left. In each pass a text stores one token:
+# `peak_pages(stored, left, adapters, layout)` takes a list of stored tokens, a list of passes left, and a list of pairs, one
+# for each *different* adapter: its pages, and the number of passes for which it is needed. An example with 4 tokens in a
+# page. Text a has stored 11 tokens and has 1 pass left. Text b has a prompt of 4 tokens and 9 passes left. Its first pass
+# reads the whole prompt, so that afterwards 4 tokens are stored; before it, count one less, 3. In each pass a text then
+# stores one token:
 #
 # | after pass | tokens of a | pages of a | tokens of b | pages of b | together |
 # |---:|---:|---:|---:|---:|---:|
@@ -410,9 +414,10 @@ if all(hit_rate(requests, 32, my_rule) == rates[name][31] for name, requests in 
 # Each of them needs up to 3 pages, but never at the same time: the peak is 4, not 6.
 
 # %%
-print(peak_pages([11, 3], [1, 9], [], PageLayout(1, 1, 4, (1,))))
+small = PageLayout(1, 1, 4, (1,))  # 4 tokens in a page; the rest does not matter here
+print(peak_pages([11, 3], [1, 9], [], small))
 print(
-    peak_pages([11, 3], [1, 9], [(2, 9)], PageLayout(1, 1, 4, (1,))),
+    peak_pages([11, 3], [1, 9], [(2, 9)], small),
     "with an adapter of 2 pages that is needed for 9 passes",
 )
 
@@ -537,7 +542,7 @@ print(f"32 adapters: merge and switch moves {ratio:.1f} times as many bytes as t
 # an adapter for every row, however many rows share it.
 #
 # Then by the clock: 32 requests with 12 tokens each, on the library's server. The times differ in every run and
-# on every computer; look at the ratios. All ways must give the same tokens.
+# on every computer; look at the ratios. All ways should give the same tokens, but for ties that rounding decides.
 
 
 # %%
@@ -597,10 +602,11 @@ for way in ways:
     print(f"{way:<22}" + "".join(f"{speed:>7,.0f} ({part:.2f})" for speed, part in zip(speeds, relative, strict=True)))
 
 # %% [markdown]
-# With more adapters the mixed batch loses a part of its speed, and the other two most of theirs, as counted. The ratios
-# are not those of the bytes, since a processor has to compute as well as to read. The library's own measurement, with 1,000 adapters and Zipf traffic
-# (`benchmarks/serving.md`), has the mixed batch ahead of merging by a factor of 4.8, and at 0.44 of the throughput of the
-# base without adapters.
+# With more adapters the other two ways lose most of their speed, as counted. The mixed batch loses much less than its
+# bytes say, and the step at 8 adapters need not show, since a processor has to compute as well as to read. The
+# library's own measurement, with Zipf traffic over 1,000 adapters, in which several requests share an adapter
+# (`benchmarks/serving.md`), has the mixed batch ahead of merging by a factor of 4.8, and at 0.44 of the throughput of
+# the base without adapters.
 #
 # ## What goes wrong in practice
 #

@@ -47,7 +47,7 @@ def test_block_keys(block_keys: Callable[..., Any]) -> None:
     """A test of a `block_keys`, in the manner of pytest: an AssertionError if it does not do what it should.
 
     - A sound function passes, whatever its keys are: numbers, text, tuples.
-    - A function fails if it has the same key for adapters with different names.
+    - A function fails if it has the same key for adapters with different names and the same version.
     - A function fails if it has the same key for two versions of an adapter.
     - A function fails if the key of a page does not depend on all tokens before that page and in it.
     - A function fails if the key of a page depends on tokens after that page.

@@ -133,7 +133,11 @@ def keys_are_numbers(block_keys):
     piece_by_piece(block_keys)
 
 
-@wrong("test_block_keys", "Your test never compares two adapters with different names.")
+@wrong(
+    "test_block_keys",
+    "Your test never compares two adapters that differ in the name alone. With another version too, the version would "
+    "be enough to tell them apart.",
+)
 def names_are_not_compared(block_keys):
     number(block_keys)
     twice(block_keys)

@@ -257,7 +257,7 @@ EXERCISES = [
     Exercise(
         gather_product,
         idea="mixed ranks",
-        difficulty=3,
+        difficulty=2,
         minutes=10,
         points=2,
         hints=(
