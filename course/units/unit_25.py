@@ -171,8 +171,8 @@ for name, found in norms.items():
 # Tune each part alone, then the whole model, and LoRA on every linear layer: 60 steps of 10 pictures for three seeds.
 # Each choice has its own learning rate for each shift, the best of eight from 0.0001 to 0.3 on 50 validation pictures
 # (`python -m benchmarks.pictures rates`; the table is in `benchmarks/unit_25_rates.md`). Here are the rates in the
-# order embedding, block 1 to 4, head, all, LoRA. For the head on grey paper the best rate is the largest of the eight, so
-# a larger one might be better still. The test has 150 other pictures. This takes about a minute.
+# order embedding, block 1 to 4, head, all, LoRA. For the head on grey paper the best rate is the largest of the eight; a
+# trial with 1.0 was worse. The test has 150 other pictures. This takes about a minute.
 
 # %%
 RATES = {
@@ -244,8 +244,7 @@ for shift in SHIFTS:
 # So *that* one part can beat the whole model holds here for two of the three shifts (on grey paper, one of the three
 # seeds of the whole model did as well as the head). *Which* part is a question for each task. The relative norm names
 # the best one for the input-level shift; for the output-level shift it cannot tell the embedding from the head, which
-# are 30 points apart. And 60 steps are few: in a trial with one seed, the whole model reached 97 % on grey paper in
-# 150 steps.
+# are 30 points apart. And 60 steps are few: more steps may change the order.
 #
 # ### Your own shift
 #
