@@ -44,11 +44,12 @@ def explain_advantages(case: Case, seen: Seen, expected: Seen) -> Explanation:
     if not result.isfinite().all():
         return "no finite number", "Your result contains NaN or infinity: where do you divide by 0?"
     rewards: Any = case.inputs["rewards"]
-    equal = rewards.amax(dim=1) == rewards.amin(dim=1)
+    equal = rewards.double().std(dim=1, correction=0) < 1e-6
     if equal.any() and float(result[equal].abs().max()) > 1e-3:
         return "equal rewards", (
-            "The rewards of a group are equal, but its advantages are up to "
-            f"{float(result[equal].abs().max()):.2g}. They should be 0."
+            "The rewards of a group are equal, up to rounding, but its advantages are up to "
+            f"{float(result[equal].abs().max()):.2g}. They should be 0. Do you compare the standard deviation with exactly "
+            "0? Rounding can leave a little of it: compare with 1e-6."
         )
     if float(result.mean(dim=1).abs().max()) > 1e-3 * float(1 + result.abs().max()):
         return "another baseline", (
