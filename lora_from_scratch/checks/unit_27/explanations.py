@@ -48,8 +48,8 @@ def explain_advantages(case: Case, seen: Seen, expected: Seen) -> Explanation:
     if equal.any() and float(result[equal].abs().max()) > 1e-3:
         return "equal rewards", (
             "The rewards of a group are equal, up to rounding, but its advantages are up to "
-            f"{float(result[equal].abs().max()):.2g}. They should be 0. Do you compare the standard deviation with exactly "
-            "0? Rounding can leave a little of it: compare with 1e-6."
+            f"{float(result[equal].abs().max()):.2g}. They should be 0. Do you compare the standard deviation with "
+            "exactly 0? Rounding can leave a little of it: compare with 1e-6."
         )
     if float(result.mean(dim=1).abs().max()) > 1e-3 * float(1 + result.abs().max()):
         return "another baseline", (
