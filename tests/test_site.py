@@ -340,3 +340,16 @@ def test_the_code_of_a_method_lacks_the_bodies_of_exercises() -> None:
         assert all("\n".join(body) not in text for body in bodies(exercise.object, exercise.blank))
         assert f"{exercise.name}(" in text
     compile(method_pages.unsolved(module), "lora.py", "exec")
+
+
+@pytest.mark.parametrize("unit", [pytest.param(unit, id=unit.number) for unit in units()])
+def test_every_equation_of_a_unit_can_be_written_as_mathml(unit: Unit) -> None:
+    from docutils import nodes
+    from mathml import mathml
+
+    nbformat = pytest.importorskip("nbformat")
+    path = REPOSITORY / "notebooks" / f"unit_{unit.number}" / f"unit_{unit.number}.ipynb"
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            for block, inline in re.findall(r"\$\$(.+?)\$\$|(?<![\\$])\$([^$\n]+?)\$", cell.source, flags=re.DOTALL):
+                mathml(nodes.math("", block or inline), as_block=bool(block))

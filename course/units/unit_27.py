@@ -210,8 +210,8 @@ for place in advantages[0].argsort(descending=True).tolist():
 # token under both models. The mean of $k_1 = \ln (p / \text{base})$ over samples estimates the divergence, but each token
 # with $p < \text{base}$ contributes a negative number. Schulman's $k_3$ adds something whose expectation is zero,
 #
-# $$k_3 = \underbrace{\ln \frac{p}{\text{base}}}_{k_1} + \Big( \frac{\text{base}}{p} - 1 \Big), \qquad
-# \mathbb{E}_p \Big[ \frac{\text{base}}{p} \Big] = \sum_v p_v \frac{\text{base}_v}{p_v} = 1$$
+# $$k_3 = \underbrace{\ln \frac{p}{\text{base}}}_{k_1} + \left( \frac{\text{base}}{p} - 1 \right), \qquad
+# \mathbb{E}_p \left[ \frac{\text{base}}{p} \right] = \sum_v p_v \frac{\text{base}_v}{p_v} = 1$$
 #
 # and is never negative, since $e^d \geq 1 + d$ with $d = \ln (\text{base} / p)$. An example: for p = 1/2 and base = 1/4,
 # k1 is 0.69 and k3 is 0.5 - 1 + 0.69 = 0.19. For p = 1/4 and base = 1/2, k1 is -0.69 and k3 is 2 - 1 - 0.69 = 0.31.
