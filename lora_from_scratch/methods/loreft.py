@@ -153,7 +153,7 @@ def reft_change(
         variant: "loreft" or "direft".
 
     Returns:
-        (B, T, d), the change alone, without h. Gradients must flow to R, W, b and h.
+        (B, T, d), the change alone, without h. Gradients flow to R, W, b and h.
     """
     down = W - R if variant == "loreft" else W  # (r, d)
     z = F.linear(h, down, b)  # (B, T, r)
@@ -266,8 +266,8 @@ class LoReFT(Method):
     )
     position: ClassVar[float] = 40
     use_when: ClassVar[str] = (
-        "only the representation of the prompt is to be edited, with very few numbers; it cannot be merged, and "
-        "it lost to the others on the task of the atlas"
+        "hidden states are to be edited with few numbers; it cannot be merged. Edits at the ends of the prompt lost to the "
+        "others in the atlas; edits at all positions were ahead of LoRA of rank 1 on the same task (unit 21)"
     )
     needs_gpt2: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"loreft", "direft"})

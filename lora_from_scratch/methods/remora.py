@@ -100,7 +100,7 @@ class ReMoRA(Restarts, WrapsLayers):
     )
     position: ClassVar[float] = 18.5
     use_when: ClassVar[str] = (
-        "as MoRA, in runs that are long enough for restarts; what is saved is as large as the adapted weights"
+        "you would use MoRA, and the run is long enough for restarts; what is saved is as large as the adapted weights"
     )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"remora"})

@@ -10,6 +10,7 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, first_difference, not_a_tensor
 from lora_from_scratch.checks.observation import Data, Seen
+from lora_from_scratch.checks.trial import explain_trial
 from lora_from_scratch.checks.verdict import describe
 
 Record = dict[str, Data]
@@ -259,15 +260,6 @@ def _records(case: Case, seen: Seen, expected: Seen) -> tuple[Any, Any, dict[str
     return seen.value, expected.value, dict(case.inputs)
 
 
-def explain_start_test(case: Case, seen: Seen, expected: Seen) -> Explanation:
-    """Which layer is judged wrongly, and how."""
-    layer = case.inputs["layer"]
-    if expected.value == "passes":
-        return "a sound layer fails", (
-            f"Your test refuses a sound layer, in which {layer}. Which of your assertions fails there, and does the "
-            "statement demand it?"
-        )
-    return "a faulty layer passes", (
-        f"Your test lets a faulty layer pass: {layer}. Which line of the statement is it for? If there is an assertion "
-        "for it, with which sizes would it fail?"
-    )
+explain_start_test = explain_trial(
+    "layer", "Which line of the statement is it for? If there is an assertion for it, with which sizes would it fail?"
+)

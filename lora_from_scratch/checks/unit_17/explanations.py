@@ -10,6 +10,7 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, first_difference, not_a_tensor, where_right
 from lora_from_scratch.checks.observation import Seen
+from lora_from_scratch.checks.trial import explain_trial
 from lora_from_scratch.checks.verdict import describe
 from lora_from_scratch.methods.mora import fill_up
 
@@ -51,18 +52,7 @@ def explain_layer(case: Case, seen: Seen, expected: Seen) -> Explanation:
     return "the same numbers", "Two restarts, one after the other, draw the same random numbers."
 
 
-def explain_test(case: Case, seen: Seen, expected: Seen) -> Explanation:
-    """Which layer is judged wrongly, and how."""
-    layer = case.inputs["layer"]
-    if expected.value == "passes":
-        return "a sound layer fails", (
-            f"Your test refuses a sound layer, in which {layer}. Which of your assertions fails there, and does the "
-            "statement demand it?"
-        )
-    return "a faulty layer passes", (
-        f"Your test lets a faulty layer pass: {layer}. Which line of the statement is it for, and what would you have "
-        "to compare?"
-    )
+explain_test = explain_trial("layer", "Which line of the statement is it for, and what would you have to compare?")
 
 
 def explain_compressed(case: Case, seen: Seen, expected: Seen) -> Explanation:

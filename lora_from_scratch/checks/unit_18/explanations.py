@@ -11,6 +11,7 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, not_a_tensor
 from lora_from_scratch.checks.observation import Seen
+from lora_from_scratch.checks.trial import explain_trial
 from lora_from_scratch.checks.verdict import describe
 
 
@@ -133,14 +134,4 @@ def explain_allocation(case: Case, seen: Seen, expected: Seen) -> Explanation:
     return "other triplets", "You keep as many triplets as the budget allows, but not the best ones of all matrices."
 
 
-def explain_test(case: Case, seen: Seen, expected: Seen) -> Explanation:
-    """Which loop is judged wrongly, and how."""
-    loop = case.inputs["loop"]
-    if expected.value == "passes":
-        return "a sound loop fails", (
-            f"Your test refuses a sound loop, in which {loop}. Which of your assertions fails there, and does the "
-            "statement demand it?"
-        )
-    return "a faulty loop passes", (
-        f"Your test lets a faulty loop pass: {loop}. What would a function that is called at that moment see?"
-    )
+explain_test = explain_trial("loop", "What would a function that is called at that moment see?")

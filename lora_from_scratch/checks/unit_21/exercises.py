@@ -77,7 +77,7 @@ def change_cases(draw: Draw) -> Iterator[Case]:
         return Case(name, inputs | {"where": marked, "variant": variant} | dict(given or {}), sentences=sentences)
 
     formula, zero, states, b = "LoReFT adds R^T", "that are not edited", "h: (B, T, d)", "b: (r,)."
-    where, kind, alone, flow = "where: boolean", 'variant: "loreft"', "the change alone", "Gradients must flow"
+    where, kind, alone, flow = "where: boolean", 'variant: "loreft"', "the change alone", "Gradients flow to R, W"
     matrices, everywhere, adds = "R, W: (r, d)", "None: at all positions", "What LoReFT or DiReFT adds"
     small: dict[str, Data] = {
         "h": torch.tensor([[[2.0, 5.0]]]),

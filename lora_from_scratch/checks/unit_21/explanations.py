@@ -11,6 +11,7 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, not_a_tensor, where_right
 from lora_from_scratch.checks.observation import Seen
+from lora_from_scratch.checks.trial import explain_trial
 from lora_from_scratch.checks.verdict import describe
 
 
@@ -89,17 +90,7 @@ def explain_positions(case: Case, seen: Seen, expected: Seen) -> Explanation:
     return None
 
 
-def explain_test(case: Case, seen: Seen, expected: Seen) -> Explanation:
-    """Which edit is judged wrongly, and how."""
-    edit = case.inputs["edit"]
-    if expected.value == "passes":
-        return "a sound edit fails", (
-            f"Your test refuses a sound edit: {edit}. Which of your assertions fails there, and does the statement "
-            "demand it?"
-        )
-    return "a faulty edit passes", (
-        f"Your test lets a faulty edit pass: {edit}. In which mode, and with which W and b, would that show?"
-    )
+explain_test = explain_trial("edit", "In which mode, and with which W and b, would that show?")
 
 
 def explain_search(case: Case, seen: Seen, expected: Seen) -> Explanation:

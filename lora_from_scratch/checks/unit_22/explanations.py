@@ -10,6 +10,7 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, not_a_tensor
 from lora_from_scratch.checks.observation import Seen
+from lora_from_scratch.checks.trial import explain_trial
 from lora_from_scratch.checks.verdict import describe
 
 
@@ -120,14 +121,4 @@ def explain_joining(case: Case, seen: Seen, expected: Seen) -> Explanation:
     )
 
 
-def explain_test(case: Case, seen: Seen, expected: Seen) -> Explanation:
-    """Which function is judged wrongly, and how."""
-    function = case.inputs["function"]
-    if expected.value == "passes":
-        return "a sound function fails", (
-            f"Your test refuses a sound function: {function}. Which of your assertions fails there, and does the "
-            "statement demand it?"
-        )
-    return "a faulty function passes", (
-        f"Your test lets a faulty function pass: {function}. With which prompts and adapters would that show?"
-    )
+explain_test = explain_trial("function", "With which prompts and adapters would that show?")

@@ -11,6 +11,7 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, first_difference, not_a_tensor
 from lora_from_scratch.checks.observation import Seen
+from lora_from_scratch.checks.trial import explain_trial
 from lora_from_scratch.checks.verdict import describe
 
 DROPPED = {  # what the messages say of each entry of the record
@@ -59,17 +60,7 @@ def _share(rest: Tensor, B: Tensor, A: Tensor) -> float:
     return float((rest * product).sum().abs() / (rest.norm() * product.norm() + 1e-12))
 
 
-def explain_test(case: Case, seen: Seen, expected: Seen) -> Explanation:
-    """Which function is judged wrongly, and how."""
-    function = case.inputs["function"]
-    if expected.value == "passes":
-        return "a sound function fails", (
-            f"Your test refuses a sound function: {function}. Which of your assertions fails there, and does the "
-            "statement demand it?"
-        )
-    return "a faulty function passes", (
-        f"Your test lets a faulty function pass: {function}. With which LoRAs and weights would that show?"
-    )
+explain_test = explain_trial("function", "With which LoRAs and weights would that show?")
 
 
 def explain_trimmed(case: Case, seen: Seen, expected: Seen) -> Explanation:
