@@ -2,7 +2,8 @@
 
 Colour is never the only signal: every state has a symbol and a word. Text keeps the page's own colour, so it is
 readable in light and dark themes and without any styles (JupyterLab strips some of them from untrusted notebooks).
-Everything that comes from a learner's code is escaped.
+Everything that comes from a learner's code is escaped. Verdicts are in English; what is shown of them is translated
+into the learner's language here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lora_from_scratch.checks.verdict import CaseResult, Failure, Verdict
 from lora_from_scratch.support.progress_bar import in_notebook
+from lora_from_scratch.support.translation import translate, translate_sentence
 
 WIDTH = 100  # columns of plain text
 NBSP = "\N{NO-BREAK SPACE}"
@@ -30,6 +32,7 @@ LOOKS = {
     "broken": ("!", "The check itself failed", "var(--jp-warn-color1, #b26a00)"),
 }
 PREDICTED = {"passed": "Your prediction is right", "failed": "It comes out differently"}
+FIRST = "First case that is not right:"
 
 BOX = "border: 1px solid var(--jp-border-color2, #9e9e9e); border-left: 5px solid {colour}; padding: 0.5em 1em; "
 BOX += "margin: 0.4em 0; max-width: 60em; line-height: 1.5;"
@@ -47,19 +50,21 @@ def show(verdict: Verdict) -> None:
 
 def show_text(text: str) -> None:
     """Show a short text."""
+    text = translate(text)
     publish(_paragraph(text), _wrapped(_without_backticks(text)))
 
 
 def show_hints(name: str, hints: Sequence[str], of: int) -> None:
     """Show the hints opened so far, the newest last, and say how to open the next one."""
     left = of - len(hints)
-    then = f'{left} more: `hint("{name}")` again.' if left else "That was the last hint."
-    if not left:
-        then += f' Still stuck? `{name} = library("{name}")` lets you continue. It earns no points; your own still can.'
+    stuck = f'Still stuck? `{name} = library("{name}")` lets you continue. It earns no points; your own still can.'
+    then = translate(f'{left} more: `hint("{name}")` again.' if left else f"That was the last hint. {stuck}")
+    hints = [translate(text) for text in hints]
     items = "".join(f'<li style="{PARAGRAPH}">{_inline(text)}</li>' for text in hints)
-    body = f'<p style="{PARAGRAPH}"><strong>Hints for {_code(name)}</strong></p>'
+    body = f'<p style="{PARAGRAPH}"><strong>{translate("Hints for")} {_code(name)}</strong></p>'
     body += f'<ol style="margin: 0.4em 0 0.4em 1.5em; padding: 0;">{items}</ol>{_paragraph(then)}'
-    lines = [_wrapped(_without_backticks(f"Hint {number} of {of}: {text}")) for number, text in enumerate(hints, 1)]
+    numbered = [f"{translate(f'Hint {number} of {of}:')} {text}" for number, text in enumerate(hints, 1)]
+    lines = [_wrapped(_without_backticks(text)) for text in numbered]
     publish(_box(body, LOOKS["library"][2]), "\n".join([*lines, _wrapped(_without_backticks(then))]))
 
 
@@ -81,9 +86,9 @@ def as_text(verdict: Verdict, advice: bool = True) -> str:
     """
     lines = [f"{_title(verdict)}: {verdict.exercise}{_points_after(verdict, ', ')}"]
     if verdict.message:
-        lines.append(_wrapped(_without_backticks(verdict.message), "  "))
+        lines.append(_wrapped(_without_backticks(translate(verdict.message)), "  "))
     if verdict.failure:
-        lines.append(_wrapped(f"First case that is not right: {verdict.failure.case}", "  "))
+        lines.append(_wrapped(f"{translate(FIRST)} {translate(verdict.failure.case)}", "  "))
         width = max(len(name) for name, _ in _rows(verdict.failure))
         lines += [_wrapped(f"{name:<{width}}  {value}", "    ", width + 2) for name, value in _rows(verdict.failure)]
     if _shows_cases(verdict):
@@ -91,7 +96,7 @@ def as_text(verdict: Verdict, advice: bool = True) -> str:
         lines += [
             f"    {mark}" if heading else f"      {mark}" for heading, mark in _case_lines(verdict, verdict.failure)
         ]
-    lines += [_wrapped(_without_backticks(text), "  ") for text in (_next_steps(verdict) if advice else verdict.notes)]
+    lines += [_wrapped(_without_backticks(text), "  ") for text in _next_steps(verdict, advice)]
     return "\n".join(lines)
 
 
@@ -100,20 +105,21 @@ def as_html(verdict: Verdict, advice: bool = True) -> str:
     heading = f"<strong>{html.escape(_title(verdict))}</strong> · {_code(verdict.exercise)}"
     body = f'<p style="{PARAGRAPH}">{heading}{html.escape(_points_after(verdict, " · "))}</p>'
     if verdict.message:
-        body += _paragraph(verdict.message)
+        body += _paragraph(translate(verdict.message))
     if verdict.failure:
-        body += f'<p style="{PARAGRAPH}">First case that is not right: <strong>{html.escape(verdict.failure.case)}'
-        body += f"</strong></p>{_table(_rows(verdict.failure))}"
+        case = html.escape(translate(verdict.failure.case))
+        body += f'<p style="{PARAGRAPH}">{translate(FIRST)} <strong>{case}</strong></p>{_table(_rows(verdict.failure))}'
     if _shows_cases(verdict):
         opened = " open" if verdict.failure else ""
         body += f'<details{opened} style="{PARAGRAPH}"><summary>{html.escape(_count(verdict.cases))}</summary>'
         body += f"{_case_list(verdict)}</details>"
-    body += "".join(_paragraph(text) for text in (_next_steps(verdict) if advice else verdict.notes))
+    body += "".join(_paragraph(text) for text in _next_steps(verdict, advice))
     return _box(body, LOOKS[verdict.status][2])
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> tuple[str, str]:
     """A table, as HTML and as text. The first column contains the row headings."""
+    headings, caption = [translate(text) for text in headings], translate(caption)
     rows = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     text = "\n".join(
@@ -136,20 +142,22 @@ def _title(verdict: Verdict) -> str:
     symbol, words, _ = LOOKS[verdict.status]
     if not verdict.cases:
         words = PREDICTED.get(verdict.status, words)
-    return f"{symbol} {words}"
+    return f"{symbol} {translate(words)}"
 
 
 def _points_after(verdict: Verdict, separator: str) -> str:
-    return f"{separator}{verdict.points:.3g} of {verdict.max_points:g} points" if verdict.max_points else ""
+    points = translate(f"{verdict.points:.3g} of {verdict.max_points:g} points")
+    return f"{separator}{points}" if verdict.max_points else ""
 
 
 def _rows(failure: Failure) -> list[tuple[str, str]]:
+    says = [("the exercise says", translate_sentence(failure.sentence))] if failure.sentence else []
     given = [(f"input {name}", value) for name, value in failure.inputs.items()]
     printed = [("your code printed", failure.printed.strip())] if failure.printed.strip() else []
-    says = [("the exercise says", failure.sentence)] if failure.sentence else []
-    if not failure.expected:
-        return [*says, *given, ("what the check saw", failure.got), *printed]
-    return [*says, *given, ("your code gives", failure.got), *printed, ("expected", failure.expected)]
+    got = "your code gives" if failure.expected else "what the check saw"
+    expected = [("expected", translate(failure.expected))] if failure.expected else []
+    rows = [*says, *given, (got, translate(failure.got)), *printed, *expected]
+    return [(translate(name), value) for name, value in rows]
 
 
 def _shows_cases(verdict: Verdict) -> bool:
@@ -161,7 +169,7 @@ def _count(cases: Sequence[CaseResult]) -> str:
     tried = sum(case.tried for case in cases)
     words = f"{tried} of {len(cases)} cases tried" if tried < len(cases) else f"{tried} cases tried"
     words = words.replace("1 cases", "1 case") if tried == 1 else words
-    return f"{words}, all right" if right == len(cases) else f"{words}: {right} right, {tried - right} not"
+    return translate(f"{words}, all right" if right == len(cases) else f"{words}: {right} right, {tried - right} not")
 
 
 def _parts(verdict: Verdict) -> Mapping[str, list[CaseResult]]:
@@ -175,13 +183,12 @@ def _part_heading(verdict: Verdict, part: str, cases: Sequence[CaseResult], part
     """For example "elimination: 2.5 of 2.5 points"; empty if the exercise has only one part."""
     worth = verdict.max_points / parts
     earned = worth if all(case.right for case in cases) else 0.0
-    return f"{part}: {earned:.3g} of {worth:.3g} points" if parts > 1 else ""
+    return translate(f"{part}: {earned:.3g} of {worth:.3g} points") if parts > 1 else ""
 
 
 def _mark(case: CaseResult) -> str:
-    if case.right:
-        return f"✓ right: {case.name}"
-    return f"✗ not right: {case.name}" if case.tried else f"– not tried: {case.name}"
+    mark = "✓ right:" if case.right else "✗ not right:" if case.tried else "– not tried:"
+    return f"{translate(mark)} {translate(case.name)}"
 
 
 def _case_lines(verdict: Verdict, failure: Failure | None) -> list[tuple[bool, str]]:
@@ -205,15 +212,14 @@ def _case_list(verdict: Verdict) -> str:
     return page
 
 
-def _next_steps(verdict: Verdict) -> list[str]:
-    """The notes, followed by what to do next."""
-    if verdict.status not in ("failed", "stopped", "not started") or not verdict.cases:
-        return list(verdict.notes)
-    name = verdict.exercise
-    if verdict.status == "not started":
-        return [*verdict.notes, f'For a hint: `hint("{name}")`.']
-    again = f'Inputs are new every time; these again: `check("{name}", seed={verdict.seed})`.'
-    return [*verdict.notes, f'For a hint: `hint("{name}")`. {again}']
+def _next_steps(verdict: Verdict, advice: bool) -> list[str]:
+    """The notes, followed, with `advice`, by what to do next."""
+    steps = list(verdict.notes)
+    if verdict.status in ("failed", "stopped", "not started") and verdict.cases and advice:
+        name = verdict.exercise
+        again = f' Inputs are new every time; these again: `check("{name}", seed={verdict.seed})`.'
+        steps.append(f'For a hint: `hint("{name}")`.{again if verdict.status != "not started" else ""}')
+    return [translate(step) for step in steps]
 
 
 def _box(body: str, colour: str) -> str:

@@ -10,6 +10,7 @@ from lora_from_scratch.checks.exercise import Exercise, Prediction
 from lora_from_scratch.checks.progress_file import Entry, Progress
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.support import learner_folder
+from lora_from_scratch.support.translation import translate
 
 Table = tuple[str, str]  # the table as HTML and as text
 OPEN_QUESTIONS = "Open questions are not counted here: a person grades them."
@@ -31,12 +32,12 @@ def report(unit: str | int | None = None) -> tuple[list[Table], list[str]]:
     if chosen is not None:
         return [_exercises(chosen, progress)], notes
     everything = [item for each in units() for item in each.checked]
-    rows = [_row(f"{each.number} {each.title}", each.checked, progress) for each in units()]
-    tables = [table(("unit", *SUMMARY[1:]), [*rows, _row("all", everything, progress)], "Your progress")]
+    rows = [_row(f"{each.number} {translate(each.title)}", each.checked, progress) for each in units()]
+    tables = [table(("unit", *SUMMARY[1:]), [*rows, _row(translate("all"), everything, progress)], "Your progress")]
     ideas: dict[str, list[Exercise | Prediction]] = {}
     for item in everything:
         ideas.setdefault(item.idea, []).append(item)
-    begun = [_row(idea, items, progress) for idea, items in ideas.items() if _begun(items, progress)]
+    begun = [_row(translate(idea), items, progress) for idea, items in ideas.items() if _begun(items, progress)]
     if begun:
         tables.append(table(("idea", *SUMMARY[1:]), begun, "By idea, those that you have begun"))
     return tables, notes
@@ -71,9 +72,11 @@ def _exercises(unit: Unit, progress: Progress) -> Table:
         symbol, state = ("◐", "begun") if entry.attempts else ("○", "not begun")
         if entry.passed:
             symbol, state = "✓", f"passed on {entry.passed[:10]}"
-        state += ", took the library's" if entry.library else ""
+        state = translate(state) + (translate(", took the library's") if entry.library else "")
         points = f"{min(entry.points, item.points):g} of {item.points}"
-        rows.append([f"{symbol} {item.name}", item.idea, state, points, str(entry.attempts), str(entry.hints)])
+        rows.append(
+            [f"{symbol} {item.name}", translate(item.idea), state, points, str(entry.attempts), str(entry.hints)]
+        )
     headings = ("exercise", "idea", "state", *SUMMARY[2:])
     return table(headings, rows, f"Your progress in unit {unit.number}, {unit.title}")
 

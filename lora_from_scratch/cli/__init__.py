@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lora_from_scratch.cli.help_texts import translate_help
 from lora_from_scratch.support.plain_text import one_line
+from lora_from_scratch.support.translation import ENGLISH, language
 
 COMMANDS = (
     "demo",
@@ -115,6 +117,8 @@ def _run(arguments: Sequence[str]) -> int:
         raise ValueError(_no_such_command(arguments[0]))
     known = arguments[:1] if arguments and arguments[0] in COMMANDS else COMMANDS
     parser = build_parser(known)
+    if language() != ENGLISH:
+        translate_help(parser)
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()

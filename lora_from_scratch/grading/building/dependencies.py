@@ -34,7 +34,11 @@ PACKAGE = Path(lora_from_scratch.__file__).resolve().parent
 REGISTRY = "lora_from_scratch.methods.registry"
 PACKAGES = ("ipython", "matplotlib", "numpy", "pillow", "sacrebleu", "safetensors", "tokenizers", "torch")
 RUNS_IT = "import lora_from_scratch.grading.building.execution"
-ASIDE = ("room", "checks.in_room")  # what is imported, but does nothing while a notebook is built
+ASIDE = (
+    "room",
+    "checks.in_room",
+    "support.translation",
+)  # what is imported, but does nothing while a notebook is built
 READ_AS_TEXT = {"getdoc", "getsource", "getsourcelines", "help", "__doc__"}  # with these, source text is output
 TEXT = "use_when"  # an attribute of classes that is documentation, as a docstring is
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -1,0 +1,118 @@
+"""Notebooks in another language: the same cells with translated prose.
+
+Markdown is translated block by block (a paragraph, a list, a table), and so are the docstrings of the functions that
+a learner writes, since they are the exercises' statements. All other code stays as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from lora_from_scratch.support.translation import translate
+
+FENCE = re.compile(r"^\s*(```|~~~)")
+NOT_PROSE = re.compile(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|https?://\S+|\]\([^)]*\)", re.DOTALL)
+CHOOSE = """\
+from lora_from_scratch.checks import set_language
+
+set_language("{language}")"""
+
+
+def translated(notebook: dict[str, Any], language: str) -> dict[str, Any]:
+    """A copy of a notebook (its JSON) in another language, whose checks speak that language too."""
+    made = copy.deepcopy(notebook)
+    for cell in made["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            source = translated_markdown(source, language)
+        elif is_exercise(cell):
+            source = translated_docstrings(source, language)
+        else:
+            continue
+        cell["source"] = source.splitlines(keepends=True)
+        if "checksum" in cell.get("metadata", {}).get("nbgrader", {}):
+            cell["metadata"]["nbgrader"]["checksum"] = checksum(cell)
+    made["cells"].insert(1, _chooses(language))
+    return made
+
+
+def texts_of(notebook: dict[str, Any]) -> Iterator[str]:
+    """The blocks of a notebook that have a translation, in its order."""
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            found = blocks(source)
+        elif is_exercise(cell):
+            found = [block for text in docstrings(source) for block in blocks(inspect.cleandoc(text.value))]
+        else:
+            continue
+        yield from (block for block in found if has_prose(block))
+
+
+def translated_markdown(text: str, language: str) -> str:
+    """Markdown with every block translated that has an entry."""
+    return "\n\n".join(translate(block, language) if has_prose(block) else block for block in blocks(text))
+
+
+def translated_docstrings(code: str, language: str) -> str:
+    """Python code with the blocks of its docstrings translated."""
+    lines = code.splitlines()
+    for node in reversed(list(docstrings(code))):
+        text = translated_markdown(inspect.cleandoc(node.value), language).replace("\\", "\\\\")
+        quoted = f'"""{text}\n"""' if "\n" in text else f'"""{text}"""'
+        end = node.end_lineno or node.lineno
+        lines[node.lineno - 1 : end] = textwrap.indent(quoted, " " * node.col_offset).splitlines()
+    return "\n".join(lines)
+
+
+def docstrings(code: str) -> Iterator[ast.Constant]:
+    """The docstrings of the functions and classes of a cell, from top to bottom."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    owners = [node for node in ast.walk(ast.parse(code)) if isinstance(node, kinds) and ast.get_docstring(node)]
+    yield from sorted((owner.body[0].value for owner in owners), key=lambda node: node.lineno)  # type: ignore[attr-defined]
+
+
+def blocks(text: str) -> list[str]:
+    """The blocks of a Markdown text: what blank lines separate, outside fenced code."""
+    found: list[list[str]] = [[]]
+    fenced = False
+    for line in text.strip("\n").split("\n"):
+        fenced ^= bool(FENCE.match(line))
+        if line.strip() or fenced:
+            found[-1].append(line)
+        elif found[-1]:
+            found.append([])
+    return ["\n".join(lines) for lines in found if lines]
+
+
+def has_prose(block: str) -> bool:
+    """Whether there are words outside code, formulas and addresses."""
+    return bool(re.search(r"[^\W\d_]{2,}", NOT_PROSE.sub(" ", block)))
+
+
+def is_exercise(cell: dict[str, Any]) -> bool:
+    """Whether it is the cell in which a learner writes an answer to an exercise."""
+    return cell["cell_type"] == "code" and cell.get("metadata", {}).get("nbgrader", {}).get("solution") is True
+
+
+def checksum(cell: dict[str, Any]) -> str:
+    """nbgrader's checksum of a cell, by which it knows whether the cell was changed after the release."""
+    about = cell["metadata"]["nbgrader"]
+    said = [about["grade"], about["solution"], about["locked"], about["grade_id"]]
+    said += [float(about["points"])] if about["grade"] else []
+    text = "".join(cell["source"]) + cell["cell_type"] + "".join(map(str, said))
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _chooses(language: str) -> dict[str, Any]:
+    """The cell that chooses the language of the checks."""
+    source = CHOOSE.format(language=language).splitlines(keepends=True)
+    cell = {"cell_type": "code", "execution_count": None, "id": "language", "metadata": {}, "outputs": []}
+    return cell | {"source": source}
