@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MAKE_IT := $(BIN)/python -m lora_from_scratch make
-TARGETS := demo lab build site readme smollm2 test test-all test-gpu test-gpt2 lint bench install install-course install-dev
+TARGETS := demo lab build translations site readme smollm2 test test-all test-gpu test-gpt2 lint bench install install-course install-dev
 
 .PHONY: help clean $(TARGETS)
 

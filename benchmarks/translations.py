@@ -1,12 +1,12 @@
 """Collect what is translated, and bring the catalogues up to date.
 
-    python -m benchmarks.translations [--language zh] [--unit 06 ...] [--check]
+    python -m benchmarks.translations [--language zh] [--begin unit_15 ...] [--check]
 
 `make translations` runs it. Each unit has a catalogue, `translations/LANGUAGE/unit_NN.po`, with the prose of its
 notebook, its exercises' statements and hints, the names of its cases, and the messages of its checks; `checks.po`
 contains what the checks of all units have in common, and `commands.po` the help of the commands. Translations of texts
 that are still there are kept, those of others are removed. With `--check` nothing is written: it lists what is missing
-in a released language and fails if anything is.
+or stale in a language, and fails if anything is. `--begin` starts a catalogue; the tests refuse an incomplete one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from lora_from_scratch.support.files import write_atomically
 from lora_from_scratch.support.translated_notebook import blocks, has_prose, texts_of
 from lora_from_scratch.support.translation import ENGLISH, FOLDER, LANGUAGES, form_of, is_form, one_line, read_entries
 
-RELEASED = {"zh": tuple(f"{number:02}" for number in range(15))}  # the units that are complete in each language
 PACKAGE = Path(lora_from_scratch.__file__).resolve().parent
 COMMON = (
     "checks/cells.py",
@@ -54,6 +53,12 @@ MESSAGES = ("explanations*.py", "probes*.py")  # of a unit, beside its exercises
 SEEDS = range(3)  # of the cases whose names are collected
 WRITTEN = datetime.datetime(2026, 11, 29, tzinfo=datetime.UTC)  # the header is the same every time
 PROJECT = "lora-from-scratch"
+SITE = PACKAGE.parent / "site"
+# The alternative text of the figure on the first page, whose numbers change.
+PICTURE = (
+    "![BLEU of each method against the number of parameters that it trains, on a logarithmic axis: "
+    "{0}](docs/shootout.png)"
+)
 
 NO_MESSAGE = re.compile(r"</|<\w+ |--jp-|margin:|padding:|text-align:|\(\?:|^from __|^# |^lora_from_scratch|ipykernel")
 Texts = dict[str, str]  # each text with a note for the translator
@@ -63,7 +68,7 @@ def collect() -> dict[str, Texts]:
     """What is translated, by catalogue ("unit_06", "checks", "commands")."""
     common = _messages([PACKAGE / name for name in COMMON])
     forms = [form_of(text) for text in common if is_form(text)]
-    found = {"checks": common, "commands": _commands()}
+    found = {"checks": common, "commands": _commands(), "site": _site()}
     for unit in units():
         texts = {text: note for text, note in _of_unit(unit).items() if text not in common}
         found[f"unit_{unit.number}"] = {
@@ -74,10 +79,10 @@ def collect() -> dict[str, Texts]:
     return found
 
 
-def update(language: str, catalogues: Mapping[str, Texts]) -> None:
-    """Write the catalogues of a language, keeping the translations that there are."""
+def update(language: str, catalogues: Mapping[str, Texts], begin: Iterable[str] = ()) -> None:
+    """Write the catalogues of a language that exist or are to begin, keeping the translations that there are."""
     known = translations(language)
-    for name in sorted(released(language) & set(catalogues)):
+    for name in sorted({*released(language), *begin} & set(catalogues)):
         texts, file = catalogues[name], FOLDER / language / f"{name}.po"
         text = as_po(language, [(text, known.get(one_line(text), ""), note) for text, note in texts.items()])
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +111,8 @@ def as_po(language: str, entries: Iterable[tuple[str, str, str]]) -> bytes:
 
 
 def released(language: str) -> set[str]:
-    """The names of the catalogues that are complete in a language."""
-    return {f"unit_{number}" for number in RELEASED[language]} | {"checks", "commands"}
+    """The names of the catalogues of a language; each has to be complete."""
+    return {file.stem for file in (FOLDER / language).glob("*.po")}
 
 
 def problems(language: str, catalogues: Mapping[str, Texts]) -> list[str]:
@@ -211,6 +216,20 @@ def _commands() -> Texts:
     return texts
 
 
+def _site() -> Texts:
+    """The website's own pages, its note on each unit, and the rows of the table of units."""
+    sys.path.insert(0, str(SITE))
+    from sources import NOTE, TRANSLATED, documents
+    from translated_pages import texts_in
+
+    texts: Texts = {}
+    for name, page in documents():
+        if name in TRANSLATED:
+            _add(texts, (text for text in texts_in(page) if not text.startswith("![")), name)
+    _add(texts, [NOTE, PICTURE], "site/sources.py")
+    return texts
+
+
 def _add(texts: Texts, found: Iterable[str], note: str) -> None:
     seen = {one_line(text) for text in texts}
     for text in found:
@@ -225,17 +244,15 @@ def _add(texts: Texts, found: Iterable[str], note: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", choices=sorted(set(LANGUAGES) - {ENGLISH}), default="zh")
-    parser.add_argument("--unit", nargs="+", metavar="NN", help="only the catalogues of these units")
+    parser.add_argument("--begin", nargs="+", default=[], metavar="NAME", help="catalogues to start: unit_15")
     parser.add_argument("--check", action="store_true", help="write nothing; list what is missing or stale")
     options = parser.parse_args()
     catalogues = collect()
-    if options.unit:
-        catalogues = {name: texts for name, texts in catalogues.items() if name.removeprefix("unit_") in options.unit}
     if options.check:
         found = problems(options.language, catalogues)
         print("\n".join(found) or "Everything is translated.")
         return 1 if found else 0
-    update(options.language, catalogues)
+    update(options.language, catalogues, options.begin)
     return 0
 
 

@@ -19,20 +19,35 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for `benchmarks`, which is not installed
 
 from atlas_pages import write_script  # noqa: E402
-from sources import REPOSITORY, write_sources  # noqa: E402
+from sources import REPOSITORY, write_sources, write_translated_sources  # noqa: E402
+
+from lora_from_scratch.support.translation import ENGLISH, LANGUAGES  # noqa: E402
+
+SPHINX = {"zh": "zh_CN"}  # how Sphinx calls the languages
 
 
 def build(output: Path, sources: Path) -> int:
-    """Write the site into `output`; return Sphinx's exit status, which is 0 if all is well."""
+    """Write the site into `output`, in each language; return Sphinx's exit status, which is 0 if all is well."""
     for folder in (output, sources):
         shutil.rmtree(folder, ignore_errors=True)
     write_sources(sources)
+    status = render(sources, output)
+    write_script(output / "_static")
+    for language in set(LANGUAGES) - {ENGLISH}:
+        own = sources.with_name(f"{sources.name}-{language}")
+        shutil.rmtree(own, ignore_errors=True)
+        write_translated_sources(own, language)
+        status = status or render(own, output / language, f"language={SPHINX[language]}")
+    return status
+
+
+def render(sources: Path, output: Path, *settings: str) -> int:
+    """Let Sphinx write the pages, with settings that override those of `conf.py`; return its exit status."""
     doctrees = sources.with_name(f"{sources.name}-doctrees")
     shutil.rmtree(doctrees, ignore_errors=True)
     options = ["-b", "html", "-c", HERE, "-d", doctrees, "--fail-on-warning", "--keep-going", "--quiet"]
-    status = build_main([str(option) for option in (*options, sources, output)])
-    write_script(output / "_static")
-    return status
+    overrides = [part for setting in settings for part in ("-D", setting)]
+    return build_main([str(option) for option in (*options, *overrides, sources, output)])
 
 
 if __name__ == "__main__":

@@ -6,17 +6,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from api_pages import api_pages, page_of_module
 from atlas_pages import with_chart, write_places
 from method_pages import method_pages
+from translated_pages import translated_page, with_pages
 
 from lora_from_scratch.methods.registry import method_classes
+from lora_from_scratch.support.translated_notebook import translated
+from lora_from_scratch.support.translation import ENGLISH, LANGUAGES, translate, translated_units
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
+NOTE = "This page is for reading. To work on the unit, open its notebook in JupyterLab (`make lab`), or download FILE."
+TRANSLATED = ("index.md", "units.md", "glossary.md")  # beside the notebooks
 DOCUMENTS = (
     "course/*.md",
     "docs/*.md",
@@ -48,6 +53,24 @@ def write_sources(folder: Path) -> None:
             copy(file, folder / file.relative_to(REPOSITORY))
     for file in REPOSITORY.glob("notebooks/*/*.ipynb"):
         copy(file, folder / "downloads" / file.name)
+
+
+def write_translated_sources(folder: Path, language: str) -> None:
+    """Write the pages of the site in another language: the first pages, the glossary, and the translated units."""
+    units = translated_units(language)
+    english = set(dict(documents()) | dict(method_pages()) | dict(api_pages()))
+    english |= {name for name, _ in notebooks() if PurePosixPath(name).stem not in units}
+    pages = {name: translated_page(text, language) for name, text in documents() if name in TRANSLATED}
+    pages["index.md"] += f'\n<a href="../index.html" lang="{ENGLISH}">{LANGUAGES[ENGLISH]}</a>\n'
+    for name, text in pages.items():
+        text = with_pages(text, {page.removesuffix(".md") for page in TRANSLATED})
+        write(folder / name, with_links(text, PurePosixPath(name).parent, set(pages), english - set(pages)))
+    for name, text in notebooks(language):
+        if PurePosixPath(name).stem in units:
+            write(folder / name, text)
+    for pattern in PICTURES:
+        for file in REPOSITORY.glob(pattern):
+            copy(file, folder / file.relative_to(REPOSITORY))
 
 
 def write(path: Path, text: str) -> None:
@@ -99,11 +122,14 @@ def units_table(readme: str) -> str:
     return "".join(["| Unit | What you build | What you find out |\n|---|---|---|\n", *rows])
 
 
-def with_links(text: str, folder: PurePosixPath, pages: set[str]) -> str:
+def with_links(text: str, folder: PurePosixPath, pages: set[str], above: Collection[str] = ()) -> str:
     """The text with links that work on the site.
 
     A link to a file that has a page leads to that page; to any other file of the repository, to GitHub if the site is
     built there; otherwise only the text of the link is left.
+
+    Args:
+        above: pages that only the English site has, in the folder above this one.
     """
 
     def relinked(link: re.Match[str]) -> str:
@@ -113,9 +139,12 @@ def with_links(text: str, folder: PurePosixPath, pages: set[str]) -> str:
         name = os.path.normpath(folder / target).replace(os.sep, "/")
         name = INSTEAD.get(name, name)
         page = name if name in pages or name.endswith(".ipynb") else page_of_module(name)
-        if page in pages or name.endswith(".ipynb"):
+        if page in pages or (name.endswith(".ipynb") and name not in above):
             relative = os.path.relpath(page, folder).replace(os.sep, "/")
             return f"[{link['text']}]({relative}{link['anchor'] or ''})"
+        if page in above:
+            relative = os.path.relpath(f"../{page}", folder).replace(os.sep, "/")
+            return f'<a href="{os.path.splitext(relative)[0]}.html{link["anchor"] or ""}">{link["text"]}</a>'
         address = repository_address()
         return f"[{link['text']}]({address}/blob/HEAD/{name}{link['anchor'] or ''})" if address else link["text"]
 
@@ -131,14 +160,14 @@ def repository_address() -> str:
 # --- Notebooks -----------------------------------------------------------------------------------------
 
 
-def notebooks() -> Iterator[tuple[str, str]]:
+def notebooks(language: str = ENGLISH) -> Iterator[tuple[str, str]]:
     """The learners' notebooks, each with a note after its first cell that says where to work on it."""
     for file in sorted(REPOSITORY.glob("notebooks/*/*.ipynb")):
         notebook = json.loads(file.read_text(encoding="utf-8"))
-        note = (
-            "```{note}\nThis page is for reading. To work on the unit, open its notebook in JupyterLab (`make lab`), "
-            f"or download\n{{download}}`{file.name} </downloads/{file.name}>`.\n```"
-        )
+        if language != ENGLISH:
+            notebook = translated(notebook, language)
+        note = translate(NOTE, language).replace("FILE", f"{{download}}`{file.name} </downloads/{file.name}>`")
+        note = f"```{{note}}\n{note}\n```"
         first_code = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
         first_code["metadata"]["tags"] = ["hide-input"]  # the imports
         notebook["cells"].insert(1, {"cell_type": "markdown", "id": "site-note", "metadata": {}, "source": note})

@@ -6,14 +6,18 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
 from lora_from_scratch.support.allocator import quick_allocator
 from lora_from_scratch.support.course_files import Copied, copy_unchanged, course_files, install_command
 from lora_from_scratch.support.files import write_atomically
+from lora_from_scratch.support.translated_notebook import translated
+from lora_from_scratch.support.translation import ENGLISH, LANGUAGES, VARIABLE, language, translated_units
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "assets" / "lab"  # JupyterLab without nbgrader's buttons
 CONTENTS = "Units.md"  # in the learner's folder: the units with their titles
@@ -33,6 +37,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--folder", type=Path, default=Path("work"), help="the folder for your notebooks (default: %(default)s)"
     )
+    parser.add_argument(
+        "--language",
+        choices=sorted(LANGUAGES),
+        default=language(),
+        help="the language of the notebooks and of their checks: en (English) or zh (Chinese, units 00 to 14; the rest "
+        f"is in English); default: that of {VARIABLE}, or en",
+    )
     parser.add_argument("--no-browser", action="store_true", help="only start the server and print its address")
     parser.add_argument("--port", type=int, help="the server's port (default: chosen by Jupyter)")
     return parser
@@ -48,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if importlib.util.find_spec("jupyterlab") is None:
         raise ImportError(NOT_INSTALLED)
-    copied = copy_unchanged(NOTEBOOKS, options.folder)
+    copied = copy_notebooks(options.folder, options.language)
     notebook = find_notebook(options.folder, options.unit)
     write_contents(options.folder)
     print("\n".join(report(copied, options.folder)), flush=True)
@@ -59,6 +70,28 @@ def run(options: argparse.Namespace) -> int:
         if os.name == "nt":  # where `execv` returns to the shell at once
             return subprocess.run(command).returncode
         os.execv(command[0], command)
+
+
+def copy_notebooks(folder: Path, into: str) -> Copied:
+    """Copy the notebooks in a language into the learner's folder; see `copy_unchanged`.
+
+    Raises:
+        OSError: there are no notebooks here, or the folder cannot be written to.
+        ImportError: Babel, which reads the translations, is not installed.
+    """
+    if into == ENGLISH:
+        return copy_unchanged(NOTEBOOKS, folder)
+    if importlib.util.find_spec("babel") is None:
+        raise ImportError(f"Babel, which reads the translations, is not installed; run: {install_command('[course]')}")
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place, NOTEBOOKS.name)
+        shutil.copytree(NOTEBOOKS, made)
+        for unit in translated_units(into):
+            file = made / unit / f"{unit}.ipynb"
+            if file.is_file():
+                notebook = translated(json.loads(file.read_bytes()), into)
+                file.write_text(json.dumps(notebook, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        return copy_unchanged(made, folder)
 
 
 def report(copied: Copied, folder: Path) -> list[str]:

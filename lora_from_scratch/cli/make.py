@@ -47,6 +47,9 @@ TARGETS = {
     "demo": Target("fine-tune the bundled GPT-2 twice, fully and with LoRA, and compare", "", ((*COMMAND, "demo"),)),
     "lab": Target("open JupyterLab on the first unit of the course", "course", ((*COMMAND, "lab"),)),
     "build": Target("build notebooks/ and solutions/ from course/units", "course", ((*COMMAND, "build"),)),
+    "translations": Target(
+        "collect the texts to translate into lora_from_scratch/translations", DEV, (("-m", "benchmarks.translations"),)
+    ),
     "site": Target("build the website in build/site", DEV, (("site/build_site.py",),)),
     "smollm2": Target(
         "install what --model smollm2 needs: a real pretrained model of 135 M parameters",

@@ -50,7 +50,7 @@ def texts_of(notebook: dict[str, Any]) -> Iterator[str]:
         if cell["cell_type"] == "markdown":
             found = blocks(source)
         elif is_exercise(cell):
-            found = [block for text in docstrings(source) for block in blocks(inspect.cleandoc(text.value))]
+            found = [block for text in docstrings(source) for block in blocks(cleaned(text))]
         else:
             continue
         yield from (block for block in found if has_prose(block))
@@ -65,7 +65,7 @@ def translated_docstrings(code: str, language: str) -> str:
     """Python code with the blocks of its docstrings translated."""
     lines = code.splitlines()
     for node in reversed(list(docstrings(code))):
-        text = translated_markdown(inspect.cleandoc(node.value), language).replace("\\", "\\\\")
+        text = translated_markdown(cleaned(node), language).replace("\\", "\\\\")
         quoted = f'"""{text}\n"""' if "\n" in text else f'"""{text}"""'
         end = node.end_lineno or node.lineno
         lines[node.lineno - 1 : end] = textwrap.indent(quoted, " " * node.col_offset).splitlines()
@@ -77,6 +77,11 @@ def docstrings(code: str) -> Iterator[ast.Constant]:
     kinds = (ast.FunctionDef, ast.ClassDef)
     owners = [node for node in ast.walk(ast.parse(code)) if isinstance(node, kinds) and ast.get_docstring(node)]
     yield from sorted((owner.body[0].value for owner in owners), key=lambda node: node.lineno)  # type: ignore[attr-defined]
+
+
+def cleaned(docstring: ast.Constant) -> str:
+    """A docstring without its indentation."""
+    return inspect.cleandoc(str(docstring.value))
 
 
 def blocks(text: str) -> list[str]:
@@ -114,5 +119,11 @@ def checksum(cell: dict[str, Any]) -> str:
 def _chooses(language: str) -> dict[str, Any]:
     """The cell that chooses the language of the checks."""
     source = CHOOSE.format(language=language).splitlines(keepends=True)
-    cell = {"cell_type": "code", "execution_count": None, "id": "language", "metadata": {}, "outputs": []}
+    cell: dict[str, Any] = {
+        "cell_type": "code",
+        "execution_count": None,
+        "id": "language",
+        "metadata": {},
+        "outputs": [],
+    }
     return cell | {"source": source}

@@ -89,6 +89,11 @@ def translate_sentence(sentence: str) -> str:
     return texts[min(around, key=len)] if around else sentence
 
 
+def translated_units(code: str) -> list[str]:
+    """The units that have been translated into a language: "unit_00", "unit_01", ..."""
+    return sorted(file.stem for file in (FOLDER / code).glob("unit_*.po"))
+
+
 def has_entry(text: str, into: str) -> bool:
     """Whether the whole text is an entry, or has the form of one."""
     return _whole(text, catalogue(into), into) is not None

@@ -1,0 +1,236 @@
+"""Translations: every text has one, nothing but prose differs, and the grade is the same in every language."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("babel", reason="Babel is not installed: pip install -e '.[course]'")
+
+from benchmarks import translations
+from benchmarks.translation_rules import wrong
+from lora_from_scratch.checks import display
+from lora_from_scratch.checks.bank import wrong_answers
+from lora_from_scratch.checks.exercise import Exercise
+from lora_from_scratch.checks.judge import judge
+from lora_from_scratch.checks.observation import observe
+from lora_from_scratch.checks.units import find, units
+from lora_from_scratch.cli.lab import copy_notebooks
+from lora_from_scratch.support import translation
+from lora_from_scratch.support.translated_notebook import blocks, checksum, translated
+from lora_from_scratch.support.translation import FOLDER, translate
+from tests.cli_calls import output_of
+from tests.helpers import REPOSITORY
+
+LANGUAGES = sorted(set(translation.LANGUAGES) - {translation.ENGLISH})
+CATALOGUES = [(language, file.stem) for language in LANGUAGES for file in sorted((FOLDER / language).glob("*.po"))]
+ENGLISH_WORDS = translation.re.compile(r"(?:\b[a-z]{2,}\b[ ,]+){5,}")
+
+
+@pytest.fixture(autouse=True)
+def english_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(translation.VARIABLE, raising=False)
+    yield
+    translation.set_language("en")
+
+
+@pytest.fixture(scope="module")
+def collected() -> dict[str, translations.Texts]:
+    return translations.collect()
+
+
+def notebook(name: str) -> dict[str, Any]:
+    return json.loads((REPOSITORY / "notebooks" / name / f"{name}.ipynb").read_bytes())
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_nothing_lacks_a_translation_or_is_left_over(language: str, collected: dict[str, translations.Texts]) -> None:
+    found = translations.problems(language, collected)
+    assert not found, "run make translations, then translate what is new:\n" + "\n".join(found[:20])
+
+
+@pytest.mark.parametrize(("language", "name"), CATALOGUES)
+def test_translations_keep_code_formulas_structure_and_terms(language: str, name: str) -> None:
+    entries = translation.read_entries(FOLDER / language / f"{name}.po")
+    found = {text: problems for text, done in entries if done and (problems := wrong(text, done, language))}
+    assert not found
+
+
+def test_a_missing_and_a_stale_text_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translations, "FOLDER", tmp_path)
+    translations.update("zh", {"checks": {"A rank.": "", "A bias.": ""}}, begin=["checks"])
+    written = (tmp_path / "zh/checks.po").read_text(encoding="utf-8")
+    assert len(translations.problems("zh", {"checks": {"A rank.": "", "A bias.": ""}})) == 2
+    written = written.replace('"A rank."\nmsgstr ""', '"A rank."\nmsgstr "秩。"')
+    (tmp_path / "zh/checks.po").write_text(written, encoding="utf-8")
+    found = translations.problems("zh", {"checks": {"A rank.": "", "A bias.": ""}})
+    assert found == ["checks: not translated: A bias."]
+    found = translations.problems("zh", {"checks": {"A\nrank.": ""}})
+    assert found == ["checks: no longer in the sources: A bias."]
+    translations.update("zh", {"checks": {"A\nrank.": ""}})
+    assert translations.problems("zh", {"checks": {"A rank.": ""}}) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "done", "problem"),
+    [
+        ("The `A` matrix.", "`B` 矩阵。", "code"),
+        ("It is $r$.", "它是 $k$。", "formulas"),
+        ("{0} of {1}", "共 {1}", "places"),
+        ("See [unit](a.md).", "见[单元](b.md)。", "links"),
+        ("- one\n- two", "- 一，二", "lines begin"),
+        ("The gradient is wrong.", "斜率不对。", "'gradient' should be 梯度"),
+        ("Everything is right.", "一切 all of this is still here in English 正确。", "English is left"),
+        ("Everything is right.", "一切正确.", "punctuation"),
+    ],
+)
+def test_the_rules_notice(text: str, done: str, problem: str) -> None:
+    assert problem in " ".join(wrong(text, done))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("unit", units(), ids=lambda unit: unit.number)
+def test_a_translated_notebook_differs_in_prose_only(language: str, unit: Any) -> None:
+    name = f"unit_{unit.number}"
+    if name not in translation.translated_units(language):
+        pytest.skip(f"{name} is in English only")
+    ours = notebook(name)
+    theirs = translated(ours, language)
+    chosen = theirs["cells"].pop(1)
+    assert f'set_language("{language}")' in "".join(chosen["source"])
+    for one, other in zip(ours["cells"], theirs["cells"], strict=True):
+        if one["cell_type"] == "code":
+            assert code_of(one) == code_of(other)
+        else:
+            assert one["source"] == other["source"] or len(blocks_of(one)) == len(blocks_of(other))
+        assert {**one, "source": 0, "metadata": 0} == {**other, "source": 0, "metadata": 0}
+
+
+def test_checksums_are_those_of_nbgrader() -> None:
+    nbformat = pytest.importorskip("nbformat")
+    utils = pytest.importorskip("nbgrader.utils")
+    cells = translated(notebook("unit_06"), "zh")["cells"]
+    graded = [cell for cell in cells if "nbgrader" in cell["metadata"]]
+    assert len(graded) > 10
+    for cell in graded:
+        node = nbformat.from_dict({**cell, "source": "".join(cell["source"])})
+        assert cell["metadata"]["nbgrader"].get("checksum", checksum(cell)) == utils.compute_checksum(node)
+
+
+def code_of(cell: dict[str, Any]) -> str:
+    """The code without docstrings."""
+    text = "".join(cell["source"])
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return text
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return ast.unparse(tree)
+
+
+def blocks_of(cell: dict[str, Any]) -> list[str]:
+    return blocks("".join(cell["source"]))
+
+
+# --- What is displayed ---------------------------------------------------------------------------------
+
+
+def test_english_is_the_default_and_the_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert translation.language() == "en"
+    translation.set_language("zh")
+    assert translation.language() == "zh"
+    monkeypatch.setenv(translation.VARIABLE, "en")
+    assert translation.language() == "en"
+    monkeypatch.setenv(translation.VARIABLE, "zh_CN.UTF-8")
+    assert translation.language() == "zh"
+    monkeypatch.setenv(translation.VARIABLE, "xx")
+    assert translation.language() == "zh"  # the notebook's
+    with pytest.raises(ValueError, match=r"there is no language 'fr'; there are \"en\" \(English\), \"zh\""):
+        translation.set_language("fr")
+
+
+def test_what_is_inserted_into_a_message_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"There should be {0} pairs, but you return {1}.": "应有 {0} 对，你返回 {1} 对。", "no pair": "没有"}
+    made = translation.Catalogue(texts, tuple(translation.form_of(*item) for item in texts.items() if "{" in item[0]))
+    monkeypatch.setattr(translation, "catalogue", lambda code: made)
+    assert translate("There should be 3 pairs, but you return no pair.", "zh") == "应有 3 对，你返回 没有 对。"
+    assert translate("There should be 3\npairs, but you return 2. Why?", "zh") == "应有 3 对，你返回 2 对。 Why?"
+    assert translate("Something else.", "zh") == "Something else."
+    assert translate("There should be 3 pairs, but you return no pair.", "en").endswith("no pair.")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("name", ["rank", "prefix_attention", "split_prefix", "LoRALinear", "quantize_nf4"])
+def test_every_message_of_an_exercise_is_translated(language: str, name: str) -> None:
+    untranslated_messages(language, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("unit", units(), ids=lambda unit: unit.number)
+def test_every_message_of_a_unit_is_translated(language: str, unit: Any) -> None:
+    if f"unit_{unit.number}" not in translation.translated_units(language):
+        pytest.skip("in English only")
+    for exercise in unit.exercises:
+        untranslated_messages(language, exercise.name)
+
+
+def untranslated_messages(language: str, name: str) -> None:
+    """Show the verdict on every wrong answer of the bank in another language, and look for English sentences."""
+    exercise = find(name)[1]
+    assert isinstance(exercise, Exercise)
+    translation.set_language(language)
+    for answer in wrong_answers(name):
+        if answer.hangs:
+            continue
+        inputs = [case.inputs for case in exercise.inputs(0)]
+        verdict = judge(exercise, 0, observe(exercise.probe, answer.object, inputs, exercise.seconds, 0))
+        assert verdict.failure is not None
+        shown = " ".join([translate(verdict.message), translate(verdict.failure.case)])
+        assert not ENGLISH_WORDS.search(translation.re.sub(r"`[^`]*`", "", shown)), shown
+        assert translate(verdict.message) in display.as_text(verdict).replace("\n", "") or "`" in verdict.message
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_verdict_and_points_do_not_depend_on_the_language(language: str) -> None:
+    exercise = find("rank")[1]
+    assert isinstance(exercise, Exercise)
+    inputs = [case.inputs for case in exercise.inputs(0)]
+    verdicts = []
+    for code in ("en", language):
+        translation.set_language(code)
+        for answer in wrong_answers("rank")[:2]:
+            verdicts.append(judge(exercise, 0, observe(exercise.probe, answer.object, inputs, exercise.seconds, 0)))
+    assert verdicts[:2] == verdicts[2:]
+    assert display.as_text(verdicts[0]) != verdicts[0].message
+
+
+# --- Notebooks and commands ----------------------------------------------------------------------------
+
+
+def test_the_learner_gets_the_notebooks_in_the_language_and_keeps_what_was_written(tmp_path: Path) -> None:
+    copied = copy_notebooks(tmp_path, "zh")
+    assert "unit_00/unit_00.ipynb" in copied.new
+    first = json.loads((tmp_path / "unit_00/unit_00.ipynb").read_bytes())["cells"][0]
+    assert "单元 00" in "".join(first["source"])
+    assert copy_notebooks(tmp_path, "zh") == ([], [], [])
+    (tmp_path / "unit_00/unit_00.ipynb").write_text("mine", encoding="utf-8")
+    back = copy_notebooks(tmp_path, "en")
+    assert "unit_01/unit_01.ipynb" in back.updated
+    assert back.kept == ["unit_00/unit_00.ipynb"]
+    assert (tmp_path / "unit_00/unit_00.ipynb").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_help_of_a_command_is_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(translation.VARIABLE, "zh")
+    help_text = output_of("lab", "--help")
+    assert "笔记本" in help_text
+    assert "--language" in help_text
+    assert "open JupyterLab" not in help_text
