@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from api_pages import api_pages, page_of_module
 from atlas_pages import with_chart, write_places
@@ -68,6 +69,8 @@ def write_translated_sources(folder: Path, language: str) -> None:
     for name, text in notebooks(language):
         if PurePosixPath(name).stem in units:
             write(folder / name, text)
+            notebook = notebook_in(language, REPOSITORY / name)
+            write(folder / "downloads" / PurePosixPath(name).name, json.dumps(notebook, ensure_ascii=False, indent=1))
     for pattern in PICTURES:
         for file in REPOSITORY.glob(pattern):
             copy(file, folder / file.relative_to(REPOSITORY))
@@ -160,12 +163,16 @@ def repository_address() -> str:
 # --- Notebooks -----------------------------------------------------------------------------------------
 
 
+def notebook_in(language: str, file: Path) -> dict[str, Any]:
+    """A learner's notebook in a language."""
+    notebook = json.loads(file.read_text(encoding="utf-8"))
+    return notebook if language == ENGLISH else translated(notebook, language)
+
+
 def notebooks(language: str = ENGLISH) -> Iterator[tuple[str, str]]:
     """The learners' notebooks, each with a note after its first cell that says where to work on it."""
     for file in sorted(REPOSITORY.glob("notebooks/*/*.ipynb")):
-        notebook = json.loads(file.read_text(encoding="utf-8"))
-        if language != ENGLISH:
-            notebook = translated(notebook, language)
+        notebook = notebook_in(language, file)
         note = translate(NOTE, language).replace("FILE", f"{{download}}`{file.name} </downloads/{file.name}>`")
         note = f"```{{note}}\n{note}\n```"
         first_code = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")

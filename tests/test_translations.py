@@ -228,6 +228,24 @@ def test_the_learner_gets_the_notebooks_in_the_language_and_keeps_what_was_writt
     assert (tmp_path / "unit_00/unit_00.ipynb").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_translated_submission_gets_the_same_marks(language: str, tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    from lora_from_scratch.grading.marking import Settings, mark
+    from lora_from_scratch.grading.submissions.matching import match
+    from tests.damages import released, submission
+
+    english, unit = submission("00"), find("count_parameters")[0]
+    other = nbformat.reads(json.dumps(translated(json.loads(nbformat.writes(english)), language)), as_version=4)
+    settings = Settings(tmp_path, isolation="none")
+    graded = [
+        mark(match(one, released("00")), released("00"), unit, "ada", "secret", settings) for one in (english, other)
+    ]
+    assert graded[0].verdicts == graded[1].verdicts
+    assert graded[0].findings == graded[1].findings
+    assert all(verdict.points for verdict in graded[0].verdicts.values())
+
+
 def test_the_help_of_a_command_is_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(translation.VARIABLE, "zh")
     help_text = output_of("lab", "--help")

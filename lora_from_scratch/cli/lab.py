@@ -6,18 +6,16 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
 from lora_from_scratch.support.allocator import quick_allocator
 from lora_from_scratch.support.course_files import Copied, copy_unchanged, course_files, install_command
 from lora_from_scratch.support.files import write_atomically
-from lora_from_scratch.support.translated_notebook import translated
-from lora_from_scratch.support.translation import ENGLISH, LANGUAGES, VARIABLE, language, translated_units
+from lora_from_scratch.support.translated_files import files_in
+from lora_from_scratch.support.translation import LANGUAGES, VARIABLE, language
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "assets" / "lab"  # JupyterLab without nbgrader's buttons
 CONTENTS = "Units.md"  # in the learner's folder: the units with their titles
@@ -79,19 +77,8 @@ def copy_notebooks(folder: Path, into: str) -> Copied:
         OSError: there are no notebooks here, or the folder cannot be written to.
         ImportError: Babel, which reads the translations, is not installed.
     """
-    if into == ENGLISH:
-        return copy_unchanged(NOTEBOOKS, folder)
-    if importlib.util.find_spec("babel") is None:
-        raise ImportError(f"Babel, which reads the translations, is not installed; run: {install_command('[course]')}")
-    with tempfile.TemporaryDirectory() as place:
-        made = Path(place, NOTEBOOKS.name)
-        shutil.copytree(NOTEBOOKS, made)
-        for unit in translated_units(into):
-            file = made / unit / f"{unit}.ipynb"
-            if file.is_file():
-                notebook = translated(json.loads(file.read_bytes()), into)
-                file.write_text(json.dumps(notebook, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        return copy_unchanged(made, folder)
+    with files_in(into, NOTEBOOKS) as source:
+        return copy_unchanged(source, folder)
 
 
 def report(copied: Copied, folder: Path) -> list[str]:
