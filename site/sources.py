@@ -175,7 +175,9 @@ def notebooks(language: str = ENGLISH) -> Iterator[tuple[str, str]]:
         notebook = notebook_in(language, file)
         note = translate(NOTE, language).replace("FILE", f"{{download}}`{file.name} </downloads/{file.name}>`")
         note = f"```{{note}}\n{note}\n```"
-        first_code = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
-        first_code["metadata"]["tags"] = ["hide-input"]  # the imports
+        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        code[0]["metadata"]["tags"] = ["remove-input"]  # what only Google Colab needs
+        imports = next(cell for cell in code if "import check" in "".join(cell["source"]))
+        imports["metadata"]["tags"] = ["hide-input"]
         notebook["cells"].insert(1, {"cell_type": "markdown", "id": "site-note", "metadata": {}, "source": note})
         yield file.relative_to(REPOSITORY).as_posix(), json.dumps(notebook)

@@ -87,7 +87,7 @@ def test_a_rubric_stands_where_the_answer_will_be_and_not_in_the_learners_notebo
 
 
 def test_what_solutions_use_is_imported_and_no_exercise_of_the_unit_is(course: Course) -> None:
-    cell = course.draft().solved.cells[1].source  # with the unit's own imports: one cell to run before all others
+    cell = course.draft().solved.cells[2].source  # with the unit's own imports: one cell to run before all others
     assert cell.startswith("from __future__ import annotations\n\nimport torch\n")  # Counter names itself
     assert cell.partition("that your code can use.\n")[2].splitlines() == [
         "import math",
@@ -136,7 +136,7 @@ def test_the_solved_notebook_is_executed_and_holds_nothing_of_the_machine(built:
     code = [cell for cell in solved.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert solved.metadata == {"kernelspec": solved.metadata.kernelspec, "language_info": {"name": "python"}}
-    assert not any(set(cell.metadata) - {"nbgrader"} for cell in solved.cells)
+    assert not any(set(cell.metadata) - {"nbgrader", "jupyter"} for cell in solved.cells)
     results = {cell.id: cell.outputs[-1].data["text/plain"] for cell in code if cell.id.startswith("check-")}
     assert {name: float(points) for name, points in results.items()} == {
         "check-fourfold_root": 4,

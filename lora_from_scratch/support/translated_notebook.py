@@ -39,7 +39,7 @@ def translated(notebook: dict[str, Any], language: str) -> dict[str, Any]:
         cell["source"] = source.splitlines(keepends=True)
         if "checksum" in cell.get("metadata", {}).get("nbgrader", {}):
             cell["metadata"]["nbgrader"]["checksum"] = checksum(cell)
-    made["cells"].insert(1, _chooses(language))
+    made["cells"].insert(_place(made["cells"]), _chooses(language))
     return made
 
 
@@ -114,6 +114,12 @@ def checksum(cell: dict[str, Any]) -> str:
     said += [float(about["points"])] if about["grade"] else []
     text = "".join(cell["source"]) + cell["cell_type"] + "".join(map(str, said))
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _place(cells: list[dict[str, Any]]) -> int:
+    """Before the first code cell that needs the library, which on Google Colab the cell before it installs."""
+    needs = (index for index, cell in enumerate(cells) if "import check" in "".join(cell["source"]))
+    return next(needs, 1)
 
 
 def _chooses(language: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_from_scratch import __version__
 from lora_from_scratch.checks.exercise import Exercise, Prediction
 from lora_from_scratch.checks.units import Unit
 from lora_from_scratch.grading.building.refused import Refused
@@ -24,6 +25,16 @@ from lora_from_scratch.grading.building.source import SourceCell
 SCHEMA = 3  # of nbgrader's metadata
 RUBRIC = "**Rubric.**"  # in an open question's cell, it separates the question from the rubric
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
+INSTALLER = """\
+# On Google Colab this installs the course; anywhere else it does nothing.
+import importlib.util
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and importlib.util.find_spec("lora_from_scratch") is None:
+    package = "lora-from-scratch[course]=={version}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)"""
 
 
 @dataclass
@@ -76,7 +87,20 @@ def assemble(unit: Unit, source: Iterable[SourceCell]) -> list[Cell]:
         problems.append(f"checks/unit_{unit.number}/exercises.py: {error}")
     if problems:
         raise Refused(problems)
+    if cells and cells[0].kind == "markdown":
+        cells.insert(1, _installer())
     return cells
+
+
+def is_installer(source: str) -> bool:
+    """Whether it is the code of the cell that installs the course on Google Colab."""
+    return source.startswith(INSTALLER.partition("\n")[0])
+
+
+def _installer() -> Cell:
+    """The cell that installs the course on Google Colab. Its code is folded in JupyterLab."""
+    text = INSTALLER.format(version=__version__)
+    return Cell("code", text, "the cell for Google Colab", metadata={"jupyter": {"source_hidden": True}})
 
 
 def as_notebook(cells: Iterable[Cell]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.grading.building import dependencies, refusals
-from lora_from_scratch.grading.building.assemble import Cell, as_notebook, assemble
+from lora_from_scratch.grading.building.assemble import INSTALLER, Cell, as_notebook, assemble, is_installer
 from lora_from_scratch.grading.building.differences import differences
 from lora_from_scratch.grading.building.execution import STEPS, Cost, execute
 from lora_from_scratch.grading.building.refused import Refused
@@ -165,7 +165,8 @@ def reasons(
 
 def _code(notebook: Any) -> list[str]:
     """The code of a notebook's cells, without whatever cannot change an output."""
-    return [dependencies.code_of(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    code = (cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return [INSTALLER if is_installer(source) else dependencies.code_of(source) for source in code]
 
 
 def keep_outputs(notebook: Any, before: Any) -> None:

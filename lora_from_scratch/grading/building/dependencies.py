@@ -2,7 +2,7 @@
 
 `solutions/executed.json` holds each unit's hashes from its last execution. They cover
 
-- its code cells;
+- its code cells, except the one for Google Colab, which does nothing here;
 - the library's files that these cells and the unit's `exercises.py` import, directly or indirectly;
 - the pinned versions of the packages that compute, draw or show something;
 - the bundled files (model, tales, ...) that those files name.
@@ -25,6 +25,7 @@ from typing import Any
 
 import lora_from_scratch
 from lora_from_scratch.checks.units import Unit, unit_files
+from lora_from_scratch.grading.building.assemble import is_installer
 from lora_from_scratch.support.files import write_atomically
 
 RECORD = Path("solutions/executed.json")
@@ -51,7 +52,7 @@ def hashes(unit: Unit, notebook: Any, root: Path) -> Hashes:
 
     The entry "processor", which `changed` ignores, describes the machine of this process.
     """
-    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code" and not is_installer(cell.source)]
     names = {name for cell in cells for name in _names(_parsed(cell))}
     form = str if names & READ_AS_TEXT else code_of
     checks = unit_files("exercises.py", f"unit_{unit.number}")
