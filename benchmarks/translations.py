@@ -33,6 +33,7 @@ from lora_from_scratch.support.translated_notebook import blocks, has_prose, tex
 from lora_from_scratch.support.translation import ENGLISH, FOLDER, LANGUAGES, form_of, is_form, one_line, read_entries
 
 PACKAGE = Path(lora_from_scratch.__file__).resolve().parent
+HEADINGS = "grading/building/assemble.py"  # has what the build adds to the cells of every unit
 COMMON = (
     "checks/cells.py",
     "checks/diagnosis.py",
@@ -47,7 +48,7 @@ COMMON = (
     "checks/trial.py",
     "checks/units.py",
     "checks/verdict.py",
-    "grading/building/assemble.py",
+    HEADINGS,
 )
 MESSAGES = ("explanations*.py", "probes*.py")  # of a unit, beside its exercises and answers
 SEEDS = range(3)  # of the cases whose names are collected
@@ -60,14 +61,25 @@ PICTURE = (
     "{0}](docs/shootout.png)"
 )
 
-NO_MESSAGE = re.compile(r"</|<\w+ |--jp-|margin:|padding:|text-align:|\(\?:|^from __|^# |^lora_from_scratch|ipykernel")
+NO_MESSAGE = re.compile(
+    r"</|<\w+ |--jp-|margin:|padding:|text-align:|\(\?:|^from __|^# |^lora_from_scratch|ipykernel| = None|find_spec"
+    r"|^the cell for"
+)
+# Subjects of sentences, and single words that messages insert.
+INSERTED = (
+    "The result {0}", "result {0} {1}", "`{0}` {1}", "`{0}`, result {1} {2}", "{0} cases",
+    "{0} in line {1} of the cell",
+    "line", "lines", "point", "points", "many", "few", "large", "small", "trained", "frozen", "total", "expected",
+    "what is trained", "exceeds", "positive", "negative", "learning rate", "old", "new", "first", "second", "third",
+    "fourth", "fifth", "prompt", "completion", "labels", "the first", "the second", "the last", "a result",
+)  # fmt: skip
 Texts = dict[str, str]  # each text with a note for the translator
 
 
 def collect() -> dict[str, Texts]:
     """What is translated, by catalogue ("unit_06", "checks", "commands")."""
-    common = _messages([PACKAGE / name for name in COMMON])
-    forms = [form_of(text) for text in common if is_form(text)]
+    common = _messages([PACKAGE / name for name in COMMON]) | dict.fromkeys(INSERTED, "inserted into messages")
+    forms = [form_of(text) for text in _messages([PACKAGE / HEADINGS]) if is_form(text)]
     found = {"checks": common, "commands": _commands(), "site": _site()}
     for unit in units():
         texts = {text: note for text, note in _of_unit(unit).items() if text not in common}
@@ -198,14 +210,18 @@ def _strings(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
                 yield from _strings(part)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value, []
-        elif isinstance(node, ast.Tuple) and len(node.elts) == 2 and all(map(_is_string, node.elts)):
+        elif isinstance(node, ast.Tuple) and len(node.elts) == 2 and _is_name(node.elts[0]):
             yield from _strings(ast.Tuple(node.elts[1:]))  # a misconception's name, which is recorded, and the message
         else:
             yield from _strings(node)
 
 
-def _is_string(node: ast.AST) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+def _is_name(node: ast.AST) -> bool:
+    """Whether it is a misconception's name rather than a sentence."""
+    if not isinstance(node, ast.Constant | ast.JoinedStr):
+        return False
+    words = [str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return bool(words) and not words[-1].endswith((".", "?", ":"))
 
 
 def _commands() -> Texts:

@@ -24,17 +24,32 @@ ENGLISH = "en"
 LANGUAGES = {ENGLISH: "English", "zh": "简体中文"}
 PLACE = re.compile(r"\{(\d+)\}")
 SENTENCE_END = re.compile(r"(?<=[.!?:])\s+")
+LIST = re.compile(r", (?:and )?| and ")
+LISTED = {"zh": "、"}  # what separates the items of a list
+WORD = re.compile(r"(?<![\w`])[A-Za-z]{2,}(?![\w`(])")
+QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"|'[^']*'")
 MOST_SENTENCES = 12  # of a message that is translated sentence by sentence
-FEWEST_LETTERS = 6  # outside the places of an entry; with fewer it would match almost anything
+FEWEST_LETTERS = 4  # outside the places of an entry; with fewer it would match almost anything
+LONGEST_SPLIT = 200  # characters that several places in a row can share
 
 _of_notebook: list[str] = []  # the language that the notebook chose
 
 
 class Form(NamedTuple):
-    """An entry with places: what stands before the first, the pattern of the whole, and the translation."""
+    """An entry with places.
+
+    Attributes:
+        start: what stands before the first place.
+        pattern: matches a whole text; a group of its own for places that stand directly one after the other.
+        groups: the numbers of the places of each group.
+        quoted: the numbers of the places in quotes or backticks, whose values are not translated.
+        translation: with the same places.
+    """
 
     start: str
     pattern: re.Pattern[str]
+    groups: tuple[tuple[str, ...], ...]
+    quoted: frozenset[str]
     translation: str
 
 
@@ -72,11 +87,9 @@ def translate(text: str, into: str | None = None) -> str:
         into: the language; by default `language()`.
     """
     into = into or language()
-    if into == ENGLISH or not text.strip():
+    if into == ENGLISH or not WORD.search(text):
         return text
-    entries = catalogue(into)
-    found = _whole(text, entries, into)
-    return found if found is not None else _by_sentences(text, entries, into)
+    return _translated(" ".join(text.split()), into) or text
 
 
 def translate_sentence(sentence: str) -> str:
@@ -94,11 +107,6 @@ def translated_units(code: str) -> list[str]:
     return sorted(file.stem for file in (FOLDER / code).glob("unit_*.po"))
 
 
-def has_entry(text: str, into: str) -> bool:
-    """Whether the whole text is an entry, or has the form of one."""
-    return _whole(text, catalogue(into), into) is not None
-
-
 @functools.cache
 def catalogue(code: str) -> Catalogue:
     """All entries of a language that have a translation; none if Babel is not installed."""
@@ -106,7 +114,7 @@ def catalogue(code: str) -> Catalogue:
     for file in sorted((FOLDER / code).glob("*.po")):
         texts |= {one_line(text): translation for text, translation in read_entries(file) if translation}
     forms = [form_of(text, translation) for text, translation in texts.items() if is_form(text)]
-    forms.sort(key=lambda form: -len(PLACE.sub("", form.pattern.pattern)))
+    forms.sort(key=lambda form: -len(form.pattern.pattern))
     return Catalogue(texts, tuple(forms))
 
 
@@ -128,57 +136,82 @@ def one_line(text: str) -> str:
 
 def is_form(text: str) -> bool:
     """Whether the text has places and enough letters around them to be recognised."""
-    return bool(PLACE.search(text)) and len(re.findall(r"[^\W\d_]", PLACE.sub("", text))) >= FEWEST_LETTERS
+    rest = PLACE.sub("", text)
+    return rest != text and ("`" in rest or len(re.findall(r"[^\W\d_]", rest)) >= FEWEST_LETTERS)
 
 
 def form_of(text: str, translation: str = "") -> Form:
     """The entry with places that a text is."""
-    pieces = PLACE.split(one_line(text))  # literal, number, literal, ...
-    named: set[str] = set()
-    pattern = ""
-    for index, piece in enumerate(pieces):
-        if index % 2 == 0:
-            pattern += re.escape(piece)
-        elif piece in named:
-            pattern += f"(?P=p{piece})"
-        else:
-            named.add(piece)
-            pattern += f"(?P<p{piece}>.*?)"
-    return Form(pieces[0], re.compile(pattern, re.DOTALL), translation)
-
-
-def _whole(text: str, entries: Catalogue, into: str) -> str | None:
     line = one_line(text)
-    if (found := entries.texts.get(line)) is not None and not PLACE.search(line):
-        return found
+    pieces = re.split(r"((?:\{\d+\})+)", line)  # literal, places, literal, ...
+    groups = tuple(tuple(PLACE.findall(piece)) for piece in pieces[1::2])
+    pattern = "".join("(.*?)" if index % 2 else re.escape(piece) for index, piece in enumerate(pieces))
+    quoted = re.findall(r"[`'\"]\{(\d+)\}[`'\"]", line)
+    return Form(pieces[0], re.compile(pattern, re.DOTALL), groups, frozenset(quoted), translation)
+
+
+# --- Finding a translation -----------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def _translated(line: str, into: str) -> str | None:
+    """The translation that leaves least of a text in English; None if there is no entry for any part of it."""
+    entries = catalogue(into)
+    for one in (line, line[:1].lower() + line[1:]):
+        if one in entries.texts and not PLACE.search(one):
+            return entries.texts[one]
+    found = [*_by_forms(line, entries, into), *_by_sentences(line, into), *_by_items(line, into)]
+    return min(found, key=english_words) if found else None
+
+
+def english_words(text: str) -> int:
+    """How many English words there are outside code and quotes."""
+    return len(WORD.findall(QUOTED.sub(" ", text)))
+
+
+def _by_forms(line: str, entries: Catalogue, into: str) -> Iterator[str]:
+    lower = line[:1].lower() + line[1:]
     for form in entries.forms:
-        if line.startswith(form.start) and (match := form.pattern.fullmatch(line)):
-            return PLACE.sub(lambda place, found=match: _value(place, found, into), form.translation)  # type: ignore[misc]
-    return None
-
-
-def _value(place: re.Match[str], found: re.Match[str], into: str) -> str:
-    """What stands in a place, translated; a place that the English text lacks stays as it is."""
-    values = found.groupdict()
-    return translate(values[f"p{place[1]}"], into) if f"p{place[1]}" in values else place[0]
-
-
-def _by_sentences(text: str, entries: Catalogue, into: str) -> str:
-    """Translate runs of sentences for which there is an entry, the longest first; the others stay as they are."""
-    sentences = SENTENCE_END.split(text)
-    if not 1 < len(sentences) <= MOST_SENTENCES:
-        return text
-    done: list[str] = []
-    while sentences:
-        for length in range(len(sentences), 0, -1):
-            if length == len(sentences) and not done:
-                continue  # the whole text, which has no entry
-            found = _whole(" ".join(sentences[:length]), entries, into)
-            if found is not None:
-                done.append(found)
+        for one in dict.fromkeys((line, lower)):
+            if one.startswith(form.start) and (match := form.pattern.fullmatch(one)):
+                values: dict[str, str] = {}
+                for numbers, text in zip(form.groups, match.groups(), strict=True):
+                    values |= _values(numbers, text, form.quoted, into)
+                yield PLACE.sub(lambda place, values=values: values.get(place[1], place[0]), form.translation)  # type: ignore[misc]
                 break
-        else:
-            length = 1
-            done.append(sentences[0])
-        sentences = sentences[length:]
-    return " ".join(done)
+
+
+def _values(numbers: tuple[str, ...], text: str, quoted: frozenset[str], into: str) -> dict[str, str]:
+    """The translated values of places that stand directly one after the other: they share a text as it fits best."""
+    first, *rest = numbers
+    if not rest:
+        return {first: text if first in quoted else translate(text, into)}
+    cuts = [0, *(found.start() for found in re.finditer(r"[ ,(.]", text[:LONGEST_SPLIT])), len(text)]
+    shared = [
+        {first: text[:cut] if first in quoted else translate(text[:cut], into)}
+        | _values(tuple(rest), text[cut:], quoted, into)
+        for cut in dict.fromkeys(cuts)
+    ]
+    return min(shared, key=lambda values: english_words(" ".join(values.values())))
+
+
+def _by_sentences(line: str, into: str) -> Iterator[str]:
+    """The text with its first sentences and the rest translated by themselves, if there is an entry for the first."""
+    sentences = SENTENCE_END.split(line)
+    for length in range(min(len(sentences) - 1, MOST_SENTENCES), 0, -1):
+        first, rest = " ".join(sentences[:length]), " ".join(sentences[length:])
+        found, after = (_translated(first, into) if length == 1 else _whole(first, into)), _translated(rest, into)
+        if found is not None or after is not None:
+            yield f"{found or first}{'' if found and found[-1] in '。？！：；' else ' '}{after or rest}"
+
+
+def _whole(line: str, into: str) -> str | None:
+    entries = catalogue(into)
+    return entries.texts.get(line) or next(_by_forms(line, entries, into), None)
+
+
+def _by_items(line: str, into: str) -> Iterator[str]:
+    """A list ("a number and a vector") whose items have entries."""
+    items = [_translated(item, into) for item in LIST.split(line)] if len(line) <= LONGEST_SPLIT else []
+    if len(items) > 1 and all(items):
+        yield LISTED[into].join(filter(None, items))
