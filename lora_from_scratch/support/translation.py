@@ -212,6 +212,8 @@ def _whole(line: str, into: str) -> str | None:
 
 def _by_items(line: str, into: str) -> Iterator[str]:
     """A list ("a number and a vector") whose items have entries."""
-    items = [_translated(item, into) for item in LIST.split(line)] if len(line) <= LONGEST_SPLIT else []
-    if len(items) > 1 and all(items):
-        yield LISTED[into].join(filter(None, items))
+    items = LIST.split(line)
+    if len(items) > 1 and len(line) <= LONGEST_SPLIT:
+        found = [_translated(item, into) for item in items]
+        if all(found):
+            yield LISTED[into].join(filter(None, found))
