@@ -333,6 +333,16 @@ print("share of gain:   " + " ".join(f"{(losses[0] - loss) / gain:>6.0%}" for lo
 #
 # $$ \phi(A, B, i, j) = \frac{\lVert V_A^\top V_B \rVert_F^2}{\min(i, j)} \in [0, 1] . $$
 
+# %% [markdown]
+# An example by hand, with n = 3. The directions of A are (1, 0, 0) and (0, 1, 0); those of B are (0, 1, 0) and
+# (0.6, 0, 0.8). The entries of $V_A^\top V_B$ are the scalar products of each direction of A with each of B:
+#
+# $$ V_A^\top V_B = \begin{pmatrix} 0 & 0.6 \\ 1 & 0 \end{pmatrix}. $$
+#
+# - One direction of each: $\phi = 0$, although the first direction of B is the second of A.
+# - Two of A and one of B: $\phi = (0^2 + 1^2) / 1 = 1$, because B's direction lies in the plane of the two of A.
+# - Two of each: $\phi = (0.6^2 + 1^2) / 2 = 0.68$.
+
 # %% exercise="subspace_similarity"
 
 # %% [markdown]
