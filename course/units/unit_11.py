@@ -649,6 +649,15 @@ for name in METHODS:
 # B grow faster. With Adam these are *the same hyperparameter*, provided that the initial A and B are scaled
 # accordingly. By how much?
 
+# %% [markdown]
+# A case to test your answer on, with pencil and paper. Let r = 1 and all matrices be 1 x 1, with A = 0.5, B = 0.2,
+# alpha = 4 and the learning rate 0.1. Then $\Delta W = 4 \cdot 0.2 \cdot 0.5 = 0.4$. The first step of Adam moves every
+# entry by the learning rate (unit 04). Suppose that both gradients are negative: A becomes 0.6 and B becomes 0.3, so
+# $\Delta W = 4 \cdot 0.3 \cdot 0.6 = 0.72$.
+#
+# Now let alpha be 1. If you multiply only A by 4, the start is right, $1 \cdot 0.2 \cdot 2 = 0.4$, but after the step
+# $\Delta W$ is $1 \cdot 0.3 \cdot 2.1 = 0.63$. With the right A, B and learning rate it is 0.4 and then 0.72.
+
 # %% exercise="exchange_alpha"
 
 # %% [markdown]
