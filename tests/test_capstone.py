@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lora_from_scratch.finetune.data import references_by_mr
 from lora_from_scratch.finetune.story_cards import references, story_cards
 from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
 from lora_from_scratch.gpt2.config import GPT2Config
+from lora_from_scratch.methods import registry
 from lora_from_scratch.methods.adapters import Adapter
 from lora_from_scratch.methods.bitfit import BitFit
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
@@ -267,3 +269,11 @@ def test_the_courses_own_entries_are_of_the_bundled_model_and_cost_what_is_compu
     for name, line in lines.items():
         method, _, merged = name.partition(", ")
         assert line.cost == budget.cost_of(CONFIG, methods[method], merged=bool(merged))
+
+
+def test_the_decision_guide_names_every_method_of_the_library() -> None:
+    text = (Path(__file__).parent.parent / "course" / "units" / "unit_14.py").read_text(encoding="utf-8")
+    guide = text.split("# ## Which method to use when")[1].split("# ## What goes wrong in practice")[0].lower()
+    said = {word.replace("-", "") for word in re.findall(r"[a-z0-9-]+", guide.replace("+", "-plus"))}
+    missing = [name for name in registry.method_classes() if not {name.replace("-", ""), f"{name}s"} & said]
+    assert missing == []

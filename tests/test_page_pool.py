@@ -28,7 +28,7 @@ class PoolMachine(RuleBasedStateMachine):
     def allocate(self, owner: object, pages: int) -> None:
         if pages > PAGES - sum(self.expected.values()):
             before = {name: list(table) for name, table in self.pool.tables.items()}
-            with pytest.raises(OutOfPages, match="are free"):
+            with pytest.raises(OutOfPages, match=rf"of {len(self.pool)} are free"):
                 self.pool.allocate(owner, pages)
             assert self.pool.tables == before
             return

@@ -129,6 +129,18 @@ print("share of the prefix for each of 6 tokens:", [f"{s:.2f}" for s in part[0, 
 # A prefix is stored as one matrix, (P, 2 L d): for each virtual token a row with the K and V of every layer, in PEFT's
 # layout. The model needs them by layer and head.
 
+# %% [markdown]
+# One prefix by hand: P = 2 virtual tokens, L = 2 layers, d = 4, H = 2 heads, so hd = 2. Let the first row contain the
+# numbers 0, 1, ..., 15 and the second 100, 101, ..., 115. Each entry of the table is a (P, hd) block, with the rows
+# separated by a semicolon:
+#
+# | | head 0 | head 1 |
+# |---|---|---|
+# | K of layer 0 | 0, 1; 100, 101 | 2, 3; 102, 103 |
+# | V of layer 0 | 4, 5; 104, 105 | 6, 7; 106, 107 |
+# | K of layer 1 | 8, 9; 108, 109 | 10, 11; 110, 111 |
+# | V of layer 1 | 12, 13; 112, 113 | 14, 15; 114, 115 |
+
 # %% exercise="split_prefix"
 
 # %% [markdown]
@@ -159,6 +171,18 @@ for name, hidden in {"kept, the prefix itself": None, "trained, with an MLP of m
 # Now write the module that holds all this. `enter`, which passes the prefix to the model as past keys and values, is
 # provided; it uses your `split_prefix`. You write the encoder's parameters and the method that computes the prefix.
 # `seeded_linear(in, out, generator)`, also provided, creates a linear layer with reproducible random weights.
+
+# %% [markdown]
+# A tiny encoder by hand: P = 2, L = 1, d = 2 and m = 1, so a row of the prefix has 2 L d = 4 numbers, two for K and two
+# for V. Suppose that
+#
+# - the embedding has the rows (1, 0) and (0, 2);
+# - the first linear layer has the weights (0.5, 0.5) and the bias 0, so the hidden layer is $\tanh(0.5) = 0.46$ for the
+#   first row and $\tanh(1) = 0.76$ for the second;
+# - the second linear layer multiplies this number by (1, 2, 0, -1) and adds the bias (0, 0, 1, 0).
+#
+# The prefix has the rows (0.46, 0.92, 1, -0.46) and (0.76, 1.52, 1, -0.76). The 4 + 3 + 8 = 15 numbers of the embedding
+# and the two layers are trained to obtain these 8. Without an MLP, the 8 numbers are the embedding.
 
 # %% exercise="PrefixEncoder"
 

@@ -134,6 +134,17 @@ slider(
 # **it adds x**: what does not pass through the bottleneck still gets through. If its weights are small, the adapter is
 # *nearly the identity*, and the adapted model starts out almost exactly as the model that you loaded.
 
+# %% [markdown]
+# One adapter by hand, with d = 2, width 1, $W_{down} = (1, -1)$, $W_{up} = (0.2, -0.1)^\top$ and biases of zero:
+#
+# | x | $W_{down}\, x$ | gelu | $W_{up}$ times this | output |
+# |---|---|---|---|---|
+# | (3, 2) | 1 | 0.841 | (0.168, -0.084) | (3.168, 1.916) |
+# | (2, 3) | -1 | -0.159 | (-0.032, 0.016) | (1.968, 3.016) |
+#
+# Without the gelu, the two changes would be equal and opposite. With it, the second x is changed far less than the
+# first.
+
 # %% exercise="BottleneckAdapter"
 
 # %%
@@ -189,6 +200,18 @@ print(inspect.getsource(AdapterAfter))
 # %%
 for variant, parts in PLACES.items():
     print(f"{variant:<9} {[part or 'the whole block' for part in parts]}")
+
+# %% [markdown]
+# What you expect for a GPT-2 with 2 blocks, d = 4 and adapters of width 1: a bottleneck adapter has
+# 4 + 1 + 4 + 4 = 13 parameters, a parallel one, which has no biases, 4 + 4 = 8.
+#
+# | variant | wrapped modules | parameters |
+# |---|---|---|
+# | houlsby | `transformer.h.0.attn`, `h.0.mlp`, `h.1.attn`, `h.1.mlp` | 4 x 13 = 52 |
+# | pfeiffer | `transformer.h.0.mlp`, `h.1.mlp` | 2 x 13 = 26 |
+# | parallel | `transformer.h.0.mlp`, `h.1.mlp` | 2 x 8 = 16 |
+#
+# With `layers=(1,)`, houlsby wraps only the last two of its four modules.
 
 # %% exercise="insert_adapters"
 

@@ -137,6 +137,17 @@ del changed
 # train a whole tensor. So you need a layer that replaces `c_attn`, holds the first third as a separate parameter, and
 # can write it back.
 
+# %% [markdown]
+# One layer by hand, with d = 2. The bias of `c_attn` is [1, 2 | 3, 4 | 5, 6], and training changes `bias_q` from (1, 2)
+# to (1.5, 1):
+#
+# | | `bias_q` | `base.bias` | `bias()` | `_unmerged` |
+# |---|---|---|---|---|
+# | new | 1, 2 | 1, 2, 3, 4, 5, 6 | 1, 2, 3, 4, 5, 6 | None |
+# | trained | 1.5, 1 | 1, 2, 3, 4, 5, 6 | 1.5, 1, 3, 4, 5, 6 | None |
+# | merged | 1.5, 1 | 1.5, 1, 3, 4, 5, 6 | 1.5, 1, 3, 4, 5, 6 | 1, 2, 3, 4, 5, 6 |
+# | unmerged | 1.5, 1 | 1, 2, 3, 4, 5, 6 | 1.5, 1, 3, 4, 5, 6 | None |
+
 # %% exercise="QueryBias"
 
 # %%
@@ -340,6 +351,16 @@ show(
 #
 # A large value means that the task pulls hard at this tensor, relative to the tensor's size. (Here you measure the
 # matrices only; what happens with vectors is shown below.)
+
+# %% [markdown]
+# Two tensors and two batches by hand. The tensor $p = (3, 4)$ has the norm 5, and its gradients are $g_1 = (0.3, 0.4)$,
+# with the norm 0.5, and $g_2 = (0, 1)$, with the norm 1:
+#
+# $$\mathrm{RGN}(p) = \tfrac{1}{2} \left( \tfrac{0.5}{5} + \tfrac{1}{5} \right) = 0.15.$$
+#
+# Another tensor has the norm 50, and its gradients have the norms 1 and 2. They are twice as large, but the RGN is only
+# $\frac{1}{2} (0.02 + 0.04) = 0.03$, because the tensor is ten times as large. (The norm of the *mean* gradient of $p$,
+# (0.15, 0.7), would give 0.143: gradients of different batches may cancel in part, their norms do not.)
 
 # %% exercise="relative_gradient_norms"
 

@@ -333,6 +333,16 @@ print("share of gain:   " + " ".join(f"{(losses[0] - loss) / gain:>6.0%}" for lo
 #
 # $$ \phi(A, B, i, j) = \frac{\lVert V_A^\top V_B \rVert_F^2}{\min(i, j)} \in [0, 1] . $$
 
+# %% [markdown]
+# An example by hand, with n = 3. The directions of A are (1, 0, 0) and (0, 1, 0); those of B are (0, 1, 0) and
+# (0.6, 0, 0.8). The entries of $V_A^\top V_B$ are the scalar products of each direction of A with each of B:
+#
+# $$ V_A^\top V_B = \begin{pmatrix} 0 & 0.6 \\ 1 & 0 \end{pmatrix}. $$
+#
+# - One direction of each: $\phi = 0$, although the first direction of B is the second of A.
+# - Two of A and one of B: $\phi = (0^2 + 1^2) / 1 = 1$, because B's direction lies in the plane of the two of A.
+# - Two of each: $\phi = (0.6^2 + 1^2) / 2 = 0.68$.
+
 # %% exercise="subspace_similarity"
 
 # %% [markdown]
@@ -638,6 +648,15 @@ for name in METHODS:
 # $\Delta W = \frac{\alpha}{r} B A$. A larger alpha makes the change larger at once. A larger learning rate makes A and
 # B grow faster. With Adam these are *the same hyperparameter*, provided that the initial A and B are scaled
 # accordingly. By how much?
+
+# %% [markdown]
+# A case to test your answer on, with pencil and paper. Let r = 1 and all matrices be 1 x 1, with A = 0.5, B = 0.2,
+# alpha = 4 and the learning rate 0.1. Then $\Delta W = 4 \cdot 0.2 \cdot 0.5 = 0.4$. The first step of Adam moves every
+# entry by the learning rate (unit 04). Suppose that both gradients are negative: A becomes 0.6 and B becomes 0.3, so
+# $\Delta W = 4 \cdot 0.3 \cdot 0.6 = 0.72$.
+#
+# Now let alpha be 1. If you multiply only A by 4, the start is right, $1 \cdot 0.2 \cdot 2 = 0.4$, but after the step
+# $\Delta W$ is $1 \cdot 0.3 \cdot 2.1 = 0.63$. With the right A, B and learning rate it is 0.4 and then 0.72.
 
 # %% exercise="exchange_alpha"
 

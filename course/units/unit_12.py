@@ -179,6 +179,15 @@ show(
 # And zero has to be exactly one of the values, for padding and pruned weights. As sixteen is even, the two sides cannot
 # be symmetric: there are eight positive values, zero, and seven negative ones.
 
+# %% [markdown]
+# A smaller codebook by hand, with two positive values, zero and one negative value. On each side the probabilities go
+# in equal steps from 0.5, whose quantile is zero, to 0.9. You need two quantiles, $Q(0.7) = 0.524$ and
+# $Q(0.9) = 1.282$.
+#
+# - Positive: two equal steps from 0.5 to 0.9 are 0.7 and 0.9; the values are 0.524 and 1.282.
+# - Negative: one step from 0.5 to 0.9; the value is -1.282.
+# - All divided by the largest: -1, 0, 0.41, 1.
+
 # %% exercise="nf4_codebook"
 
 # %%
@@ -230,6 +239,18 @@ show(
 #
 # This exercise uses what you have written so far. If a part is missing, use the library's version for now, for example
 # `pack_nibbles = library("pack_nibbles")`.
+
+# %% [markdown]
+# Four weights by hand, as one block of 4. The largest magnitude is $c = 0.5$.
+#
+# | weight | divided by c | nearest value of NF4 | code | restored, times c |
+# |---|---|---|---|---|
+# | 0.30 | 0.60 | 0.56 | 13 | 0.28 |
+# | -0.50 | -1.00 | -1.00 | 0 | -0.50 |
+# | 0.03 | 0.06 | 0.08 | 8 | 0.04 |
+# | -0.10 | -0.20 | -0.18 | 5 | -0.09 |
+#
+# Stored are two bytes, `11010000` (13 and 0) and `10000101` (8 and 5), or 208 and 133; and the scale 0.5.
 
 # %% exercise="quantize_nf4"
 

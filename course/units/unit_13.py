@@ -127,6 +127,21 @@ print(f"saved by six layers of F.linear: {plain_bytes:,} bytes, the size of {pla
 #
 # A `torch.autograd.Function` does that. You write both directions yourself, and only what you store on `ctx` is kept.
 
+# %% [markdown]
+# Two input rows by hand, with in = 3 and out = 2. Let the dequantised $W$, the bias, the input and the gradient
+# that arrives be
+#
+# $$ W = \begin{pmatrix} 1 & 0 & -2 \\ 0.5 & 1 & 0 \end{pmatrix}, \quad b = (1, -1), \quad
+# x = \begin{pmatrix} 1 & 2 & 0 \\ 0 & 1 & 1 \end{pmatrix}, \quad
+# \frac{\partial L}{\partial y} = \begin{pmatrix} 1 & 0 \\ 2 & -1 \end{pmatrix}. $$
+#
+# - Forward: the rows of $y$ are (1, 2.5) + b = (2, 1.5) and (-2, 1) + b = (-1, 0).
+# - Backward: the rows of $\partial L / \partial x$ are 1 (1, 0, -2) + 0 (0.5, 1, 0) = (1, 0, -2) and
+#   2 (1, 0, -2) - 1 (0.5, 1, 0) = (1.5, -1, -4).
+# - The bias is added to both rows, so its gradient is the sum of both: (3, -1).
+#
+# Both gradients can be computed without $x$.
+
 # %% exercise="FourBitProduct"
 
 # %%
@@ -272,6 +287,18 @@ print(f"\nQLoRA's peak is {budgets['QLoRA'].total / budgets['LoRA'].total:.0%} o
 # discard everything inside it, and compute the block again when the backward pass reaches it. That is **gradient
 # checkpointing** (Chen et al. 2016, arXiv:1604.06174). For $L$ blocks that save $a$ bytes each and have an input of $x$
 # bytes, $L a$ becomes about $L x + a$, because only one block is expanded at a time.
+
+# %% [markdown]
+# A block by hand: $h = w x$ and $y = h^2$, with the weight $w = 3$ and the input $x = 2$, so $h = 6$ and $y = 36$. The
+# gradient that arrives is $\partial L / \partial y = 1$.
+#
+# - As usual, the forward pass keeps $x$ and $h$. The backward pass uses both:
+#   $\partial L / \partial w = 2 h x = 24$ and $\partial L / \partial x = 2 h w = 36$.
+# - With checkpointing, the forward pass keeps $x = 2$ and nothing else. The backward pass first computes
+#   $h = 3 \cdot 2 = 6$ again, and then the same two gradients.
+#
+# If the block also had dropout, and it happened to set $h$ to zero the second time, both gradients would be zero: they
+# would belong to another function than the one that gave 36.
 
 # %% exercise="CheckpointFunction"
 

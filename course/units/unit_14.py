@@ -143,7 +143,7 @@ def train(method, rate, steps, seed=0):
     settings = TrainingSettings(
         steps=steps, learning_rate=rate, warmup_steps=defaults.warmup_steps_for(steps), seed=seed
     )
-    Trainer(model, lambda step: examples.batch_at(step, 8, seed), settings, progress=False).run()
+    Trainer(model, lambda step: examples.batch_at(step, 8, seed), settings, method=method, progress=False).run()
     return model, completion_loss(model, held_out)
 
 
@@ -333,6 +333,34 @@ for name, scores in others.items():
 # Three questions decide most cases. *How many tasks are there?* With many, use something small that is not merged.
 # *What is scarce during training?* If it is memory, use a quantised base, checkpointing, and methods with short
 # backward passes. *What is scarce at inference?* If it is latency, use a method that can be merged.
+#
+# The table covers what you have built. The library has more methods, most of them variants of LoRA, each made for one
+# situation. The electives (units 15 to 27) explain most of them. Start from your situation:
+#
+# | Situation | Methods | Unit |
+# |---|---|---|
+# | No particular constraint | LoRA | 09 to 11 |
+# | LoRA does not reach the quality that you need, although its learning rate is tuned | LoRA+, DoRA, PiSSA, OLoRA | 15 |
+# | As few trained numbers or stored bytes as possible, merged in the end | VeRA, Tied-LoRA, NOLA; IA3, LayerNorm tuning, BitFit | 16, 17, 08 |
+# | Low rank is not enough: many facts to remember, or very long training | MoRA, ReLoRA, ReMoRA; full fine-tuning | 17, 04 |
+# | Several LoRAs side by side, or scales and biases trained along with one | MultiLoRA, GLoRA | 17 |
+# | Some layers need more than others | AdaLoRA, if the run is long enough to find out which; SPAFIT, if you already know | 18, 08 |
+# | The base does not fit into memory | QLoRA; LoftQ for short runs; LQ-LoRA for a given number of bytes | 13, 19 |
+# | The merged model has to stay in 4 bits or fewer | QA-LoRA | 19 |
+# | Activations fill the memory | LoRA-FA; checkpointing with any method | 15, 13 |
+# | Texts are longer than the model's context | LongLoRA | 20 |
+# | Weights must not be changed | prefix, LLaMA-Adapter; LoReFT, DiReFT, which edit hidden states | 06, 21 |
+# | The prompt has to consist of real tokens | PEZ | 21 |
+# | Many tenants share one base | LoRA, not merged, or soft prompts; several in each batch | 10, 22, 05 |
+# | Several adapters have to become one | merging by concatenation, TIES, DARE | 24 |
+# | There are rewards, but no texts to imitate | LoRA with policy gradients | 27 |
+# | The model does not process text | LoRA and other methods for linear layers, BitFit | 25 |
+#
+# For each method, `docs/methods.md` says when to use it and lists its settings. `docs/atlas.md` measures them all on
+# one task: what each reaches, what it costs, and what it forgets. Read it as you read the leaderboard: a difference
+# that is smaller than the spread of the seeds is not a difference, and another task may have another order. Unit 23
+# tests common advice about LoRA in the same way. Any of these methods can be your entry, too: `docs/methods.md` names
+# the module to import it from.
 #
 # ## What goes wrong in practice
 #

@@ -108,7 +108,8 @@ print(f"their ranks: {sorted(ranks[name] for name in different)}")
 # B_1 = (1, 0, 2) and B_2 = (0, 5, 0). For x = (1, 2) the two inner products are 11 and 1, and y = 11 (1, 0, 2) +
 # 1 (0, 5, 0) = (11, 5, 22).
 #
-# The cells that no row uses are not empty. They hold other adapters, or what was there before.
+# The cells that no row uses are not empty. They hold other adapters, or what was there before. (The check of this exercise
+# looks at the result only. How much work each way needs is counted after the next one.)
 
 # %% exercise="gather_product"
 

@@ -229,8 +229,10 @@ def estimates(one, seed=5):
         logits, read, begin, end = read_texts(one, own_ids, own_texts)
         base_logits = read_texts(model, own_ids, own_texts)[0]
         log_p, log_base = (log_probabilities_of(each, read, begin, end) for each in (logits, base_logits))
-        exact = kl_divergence(logits, base_logits)[:, :-1][log_p != 0]
-    k1 = (log_p - log_base)[log_p != 0]
+        place = torch.arange(1, read.shape[1])  # of the token that each column belongs to
+        in_text = (begin[:, None] <= place) & (place < end[:, None])  # (N, T - 1)
+        exact = kl_divergence(logits, base_logits)[:, :-1][in_text]
+    k1 = (log_p - log_base)[in_text]
     k3 = (-k1).exp() - 1 + k1
     print(f"exact {exact.mean():.4f}")
     print(

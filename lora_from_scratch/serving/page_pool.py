@@ -106,7 +106,8 @@ class PageTable:
             OutOfPages: too few pages are free. In this case nothing is changed.
         """
         if pages > len(self.free):
-            raise OutOfPages(f"{pages} pages are needed, but only {len(self.free)} are free")
+            total = len(self.free) + sum(len(own) for own in self.tables.values())
+            raise OutOfPages(f"{pages} pages are needed, but only {len(self.free)} of {total} are free")
         new = [self.free.pop() for _ in range(pages)]
         self.tables.setdefault(owner, []).extend(new)
         return self.tables[owner]

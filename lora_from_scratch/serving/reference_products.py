@@ -43,7 +43,8 @@ def segment_product(x: Tensor, adapters: Sequence[tuple[Tensor, Tensor, float]],
     """The LoRA product of a batch in which many rows have the same adapter: y_i = s_k B_k A_k x_i.
 
     Rows with the same adapter are multiplied together, wherever they are in the batch. So there are at most two matrix
-    products for each adapter that occurs in the batch, however many rows it has, and none for other adapters.
+    products for each adapter that occurs in the batch, however many rows it has, and none for other adapters. With few
+    rows, no intermediate result has as many numbers as the layer's weight, (out, in).
 
     Args:
         x: (n, in).

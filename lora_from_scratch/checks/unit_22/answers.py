@@ -203,7 +203,11 @@ def rows_in_a_dictionary(x, adapters, adapter_index):
     return y
 
 
-@right("segment_product")
+@wrong(
+    "segment_product",
+    "You form B A of each adapter, which is as large as the layer's weight. Multiply x by A first: what comes out has "
+    "only r numbers for each row.",
+)
 def by_the_update(x, adapters, adapter_index):
     y = torch.zeros(len(x), adapters[0][1].shape[0])
     for k in set(adapter_index.tolist()) - {-1}:

@@ -63,12 +63,12 @@ def gather_cases(draw: Draw) -> Iterator[Case]:
 
 
 def segment_cases(draw: Draw) -> Iterator[Case]:
-    def case(name: str, ranks: Sequence[int], index: Sequence[int], *sentences: str) -> Case:
-        As: list[Data] = [draw.normal(rank, 5) for rank in ranks]
-        Bs: list[Data] = [draw.normal(4, rank) for rank in ranks]
+    def case(name: str, ranks: Sequence[int], index: Sequence[int], *sentences: str, width: int = 5) -> Case:
+        As: list[Data] = [draw.normal(rank, width) for rank in ranks]
+        Bs: list[Data] = [draw.normal(width - 1, rank) for rank in ranks]
         scalings: list[Data] = [2.0, 0.5, -1.5, 4.0]
         given: dict[str, Data] = {
-            "x": draw.normal(len(index), 5),
+            "x": draw.normal(len(index), width),
             "As": As,
             "Bs": Bs,
             "scalings": scalings[: len(ranks)],
@@ -81,6 +81,7 @@ def segment_cases(draw: Draw) -> Iterator[Case]:
         "there are at most two matrix products",
         "x: (n, in)",
     )
+    size = "no intermediate result has as many"
     pairs, ranks, index, none, shape = (
         "adapters: (A_k, B_k, s_k)",
         "Their ranks r_k may",
@@ -95,6 +96,7 @@ def segment_cases(draw: Draw) -> Iterator[Case]:
     yield case("two rows without an adapter", (2, 2), (-1, 1, 0, -1, 1, 0), none, index)
     yield case("an adapter of which no row is", (2, 1, 2, 1), (3, 0, 3, 0, 3), most, ranks, index)
     yield case("no row has an adapter", (2, 3), (-1, -1, -1), none, shape, most)
+    yield case("a weight of 31 x 32", (2, 1), (0, 1, 1, -1, 0, 1), size, together, width=32)
 
 
 # --- PageTable, to_evict -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, not_a_tensor
 from lora_from_scratch.checks.observation import Seen
+from lora_from_scratch.checks.shown_rows import first_wrong
 from lora_from_scratch.checks.trial import explain_trial
 from lora_from_scratch.checks.verdict import describe
 
@@ -33,14 +34,17 @@ def explain_gathered(case: Case, seen: Seen, expected: Seen) -> Explanation:
 def wrong_rows(result: Any, wanted: Tensor, ranks: list[int]) -> Explanation:
     """The rows that are wrong, with the ranks of their adapters."""
     wrong = [row for row in range(len(wanted)) if not same(result[row], wanted[row])]
+    numbers = first_wrong(result, wanted, "row")
     if len(wrong) == len(wanted) or not wrong:
-        return "all rows", "No row of your result is right. Work one row with a rank of 1 out on paper."
+        return "all rows", f"No row of your result is right.{numbers} Work one row with a rank of 1 out on paper."
     named = ", ".join(f"{row} (rank {ranks[row]})" for row in wrong)
-    return "some rows", f"Counted from 0, these rows are wrong: {named}. The others are right. What is different there?"
+    return "some rows", (
+        f"Counted from 0, these rows are wrong: {named}.{numbers} The others are right. What is different there?"
+    )
 
 
 def explain_segments(case: Case, seen: Seen, expected: Seen) -> Explanation:
-    """The result first, then the number of products."""
+    """The result first, then the sizes and the number of products."""
     one: Any = seen.value
     other: Any = expected.value
     if seen.changed or not isinstance(one, dict):
@@ -49,6 +53,11 @@ def explain_segments(case: Case, seen: Seen, expected: Seen) -> Explanation:
     if (found := not_a_tensor(one["result"], wanted.shape, "the result")) is not None:
         return ("another shape", found[1]) if found[0] == "shape" else found
     if same(one["result"], wanted):
+        if one["as large as the weight"]:
+            return "as large as the weight", (
+                "The result is right, but you create a tensor with as many numbers as the layer's weight, such as the "
+                "product of B and A. In which order do you multiply to avoid that?"
+            )
         return "too many products", (
             "The result is right, but there are more than two matrix products for each adapter that occurs."
         )

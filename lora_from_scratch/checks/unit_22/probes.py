@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lora_from_scratch.checks.trial import trial
+from lora_from_scratch.checks.unit_15.probes import LargestNewTensor
 from lora_from_scratch.checks.unit_22.prefix_keys import FUNCTIONS
 from lora_from_scratch.serving.page_pool import OutOfPages, PageLayout
 
@@ -32,12 +33,21 @@ class CountedProducts(TorchFunctionMode):
 def run_segments(
     answer: Callable[..., Any], x: Tensor, As: list[Tensor], Bs: list[Tensor], scalings: list[float], index: Tensor
 ) -> Any:
-    """The result, and whether there were too many matrix products."""
+    """The result; whether there were too many matrix products; and whether a tensor of the weight's size was created.
+
+    The last is only asked if there are fewer rows than the weight has, since otherwise x and y are as large as it.
+    """
     adapters = list(zip(As, Bs, scalings, strict=True))
     occurring = len(set(index.tolist()) - {-1})
-    with CountedProducts() as products:
+    largest, weight = LargestNewTensor(x, *As, *Bs), x.shape[1] * Bs[0].shape[0]
+    with largest, CountedProducts() as products:
         result = answer(x, adapters, index)
-    return {"result": result, "too many products": products.count > 2 * occurring}
+    small = len(x) < min(x.shape[1], Bs[0].shape[0])
+    return {
+        "result": result,
+        "too many products": products.count > 2 * occurring,
+        "as large as the weight": small and largest.elements >= weight,
+    }
 
 
 def run_table(answer: Callable[..., Any], pages: int, steps: list[list[Any]]) -> list[Any]:

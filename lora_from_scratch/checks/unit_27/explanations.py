@@ -12,6 +12,7 @@ from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, not_a_tensor, where_right
 from lora_from_scratch.checks.observation import Seen
+from lora_from_scratch.checks.shown_rows import first_wrong
 from lora_from_scratch.checks.verdict import describe
 
 
@@ -55,9 +56,10 @@ def explain_advantages(case: Case, seen: Seen, expected: Seen) -> Explanation:
         return "another baseline", (
             "The advantages of a group should add up to 0. Yours do not: the baseline is the mean of the group itself."
         )
+    numbers = first_wrong(result, wanted, "group")
     if (found := where_right(result, wanted, ("group",))) is not None:
-        return found
-    return "another scale", "Your advantages add up to 0 in each group, but they are too large or too small."
+        return found[0], found[1] + numbers
+    return "another scale", f"Your advantages add up to 0 in each group, but they are too large or too small.{numbers}"
 
 
 def explain_tokens(case: Case, seen: Seen, expected: Seen) -> Explanation:
@@ -80,10 +82,11 @@ def explain_tokens(case: Case, seen: Seen, expected: Seen) -> Explanation:
             "`end` belong to the text, and column 0 of the result is the token at place 1."
         )
     if not same(values, wanted):
-        return where_right(values, wanted, ("text", "column")) or (
+        found = where_right(values, wanted, ("text", "column")) or (
             "other values",
             "The right places are filled, but with other numbers than the log-probabilities of the tokens there.",
         )
+        return found[0], found[1] + first_wrong(values, wanted, "text")
     if one["gradient"] is None:
         return "no gradient", "The values are right, but no gradient flows back into the logits."
     return "another gradient", "The values are right, but the gradient with respect to the logits is not."
