@@ -36,7 +36,7 @@ from lora_from_scratch.support.progress_bar import tqdm
 # ## How much is in a matrix?
 #
 # Unit 00 ended with a puzzle: 18.9 million numbers describe how every entry of GPT-3's query and value matrices
-# changes, and there are $2 \cdot 96 \cdot 12288^2 \approx 29$ billion of those entries. That can only work if the
+# changes, and there are $2 \cdot 96 \cdot 12288^2$ of those entries, about 29 billion. That can only work if the
 # change is a very special kind of matrix. Which kind?
 #
 # Start with a matrix that is easy to write down.

@@ -116,7 +116,7 @@ for times in (0, 1, 2, 4, 8):
     print(f"G x, {times} times: ({x[0]:5.0f}, {x[1]:5.0f}), of length 1: ({unit[0]:.4f}, {unit[1]:7.4f})")
 
 # %% [markdown]
-# It turns towards $v_1$, and grows without bound. So divide it by its length at every step, and stop when it no longer
+# It turns towards $v_1$, and here it grows without bound, since $\lambda_1 > 1$. So divide it by its length at every step, and stop when it no longer
 # moves. How many steps does that take? Relative to the part along $v_1$, the part along $v_2$ shrinks by the factor
 # $\lambda_2 / \lambda_1$ at each step:
 
@@ -166,8 +166,9 @@ print(f"M v - sigma u: {(M @ v - sigma * u).norm():.1e},  M^T u - sigma v: {(M.T
 # %% exercise="svd_by_deflation"
 
 # %% [markdown]
-# A hard test is the Hilbert matrix of unit 01, whose singular values fall faster and faster, each between 5 and more
-# than 100 times smaller than the one before. Compare your decomposition with torch's for the 12 x 12 matrix:
+# A hard test is the Hilbert matrix of unit 01, whose singular values fall faster and faster: of the 12 x 12 matrix, the
+# second is a fifth of the first, and the last less than a hundredth of the one before. Compare your decomposition with
+# torch's:
 
 # %%
 deflation = working("svd_by_deflation")

@@ -325,7 +325,7 @@ show(
 # reduction in loss. Where these parameters are matters more than how many there are: there are more than twice as many
 # biases as in the two-biases-per-block run, so compare how little the rest add. (Ben Zaken et al. lose little without
 # them, on classification with BERT.) Compare the LayerNorms too, which have the fewest parameters; and the soft prompt
-# of unit 05, which had hardly fewer parameters and reduced the loss far less in as many steps.
+# of unit 05, which had hardly fewer parameters than they have and reduced the loss far less in as many steps.
 #
 # This short run does not show which choice is best in the end. Over the course's 500 steps the gap to full fine-tuning
 # depends on the task; the sweeps in `benchmarks/` have those numbers. Hu et al. (2021, table 4) compare the methods on

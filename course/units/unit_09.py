@@ -20,8 +20,8 @@
 # **Time**: about 100 minutes. 8 exercises, 2 predictions, one open question.
 #
 # ![Left, the loss of LoRA and of full fine-tuning over the same training steps, two falling curves. Right, bars of
-# LoRA's share of full fine-tuning: a few per cent of the trained parameters and of the bytes on disk, slightly more
-# than 100 per cent of the forward pass before merging, and exactly 100 per cent after it.](unit_09.png)
+# LoRA as a percentage of full fine-tuning: it trains a few per cent of the parameters and saves a few per cent of the
+# bytes; its forward pass costs slightly more than 100 per cent before merging, and exactly 100 per cent after it.](unit_09.png)
 
 # %%
 import inspect

@@ -640,8 +640,8 @@ for name, model in starts.items():
 # rank. The loss need not follow the same order: it adds up changes of both signs, and its change is hardly larger than
 # its standard error (see unit 12 on perplexity).
 #
-# One thing does not depend on chance: a rank of 8 cannot restore most of the loss. The table after your prediction
-# shows why.
+# One thing does not depend on chance: a rank of 8 cannot restore most of what quantisation has lost. The table
+# below your prediction shows why.
 
 # %% [markdown]
 # ## And after training?

@@ -116,7 +116,7 @@ class LoRALinear(nn.Module):
         base: `nn.Linear`, or the `Conv1D` of a GPT-2.
         rank: r, from 1 to the smaller side of the weight.
         alpha: the strength; the scaling is alpha / r.
-        dropout: of the elements of A's input, in training.
+        dropout: the probability that an element of A's input is zeroed in training.
         rslora: scale by alpha / sqrt(r) instead.
         generator: where A's random numbers come from; None: PyTorch's own.
 

@@ -270,7 +270,7 @@ def pca_cases(draw: Draw) -> Iterator[Case]:
     yield case("a single sample", bad, tall[:1].clone(), 1, "there is only one sample", "data: (N, d)")
     refused = ("or count is out of range", "count: number of directions")
     for count in (0, -1, 5):
-        yield case(f"{count} directions of 4", bad, tall, count, *refused)
+        yield case(f"{count} directions of 4 features", bad, tall, count, *refused)
     yield case("5 directions of 4 samples with 6 features", bad, wide, 5, *refused)
     yield case("an entry that is not a number", bad, NOT_A_NUMBER, 1, "ValueError: see")
 
@@ -449,7 +449,7 @@ PREDICTIONS = [
             "weight": "The weight holds everything that the model knows; the update holds one small task.",
             "noise": "Noise prefers no direction, so it needs the most of all three.",
         },
-        measured="60 steps of 8 cards on the bundled GPT-2, seed 0",
+        measured="60 steps of 8 story cards each on the bundled GPT-2, seed 0",
         idea="low-rank approximation",
     ),
 ]

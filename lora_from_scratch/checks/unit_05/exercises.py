@@ -337,7 +337,7 @@ PREDICTIONS = [
         explanation=(
             "A soft prompt changes no weight. It can only make the frozen model do something that it can already do, "
             "and this small model cannot read cards. Lester et al. (2021, figure 1) find the same for T5: the gap to "
-            "full fine-tuning is wide for small models and closes at about 10 billion parameters. In addition, every "
+            "full fine-tuning is wide for small models and closes at 11 billion parameters. In addition, every "
             "gradient has to pass through all the layers to reach the only parameters that are trained."
         ),
         replies={

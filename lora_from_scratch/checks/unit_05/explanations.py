@@ -13,7 +13,7 @@ from lora_from_scratch.checks.observation import Data, Seen
 
 INITIAL = {  # what the messages say of each entry of the record
     "shape": "The shape of the initial prompt is not (P, d): P rows, each as wide as the table's.",
-    "in the graph": "The prompt is attached to the table's graph (or should be, and is not). Detach it.",
+    "in the graph": "The prompt is still attached to the table's graph. Detach it.",
     "shares memory with the table": "The prompt shares its memory with the table. Copy the rows (`.clone()`).",
     "the same again": "The same state of the generator does not give the same prompt. Which draw does not use it?",
     "another seed differs": "Another seed should give another prompt where something is drawn, and the same one where "

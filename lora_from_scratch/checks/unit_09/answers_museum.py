@@ -111,8 +111,7 @@ def always_fails(LoRALayer):
 
 @wrong(
     "test_lora_start",
-    "Your test looks only at B, or at the output, which does not show A as long as B is zero. The fault of the museum "
-    "is in A.",
+    "Your test looks only at B, or at the output, which does not show A as long as B is zero. The fault is in A.",
 )
 def only_B(LoRALayer):
     for sizes in (WIDE, TALL):

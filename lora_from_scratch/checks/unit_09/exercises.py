@@ -113,7 +113,7 @@ def layer_cases(draw: Draw) -> Iterator[Case]:
     yield case("a Conv1D, one token", forward, (3, 6, 3), "forward", sum_, scaling, kept, batch=(), **conv)
     rslora = "rslora: scale by alpha / sqrt(r)"
     yield case("rslora: a Linear with r = 3", forward, (4, 5, 3), "forward", rslora, rslora=True)
-    dropout = "dropout: of the elements of A's input, in training"
+    dropout = "dropout: the probability that an element of A's input is zeroed"
     yield case("dropout on the input of A", forward, (15, 2, 1), "dropout", dropped, dropout)
     puts, w, stored = "`merge()` puts W0 + s B A", "W = W0 + s B A", "The weight of a `Conv1D` is (in, out)"
     rounded, once, same = (

@@ -113,14 +113,14 @@ def the_prefix_everywhere(tensors: dict) -> dict:
     return {key.replace(PREFIX, "").removesuffix(".weight"): t for key, t in tensors.items() if refuse(key) is None}
 
 
-@wrong("lora_state_from_peft", "The names still end in .weight: no parameter of the model has such a name.")
+@wrong("lora_state_from_peft", "The names still end in `.weight`: no parameter of the model has such a name.")
 def keeps_the_ending(tensors: dict) -> dict:
     for key in tensors:
         refuse(key)
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
-@wrong("lora_state_from_peft", "You remove base_model. but leave model. in front. Both are PEFT's prefixes.")
+@wrong("lora_state_from_peft", "You remove `base_model.` but leave `model.` in front. Both are PEFT's prefixes.")
 def half_of_the_prefix(tensors: dict) -> dict:
     for key in tensors:
         refuse(key)
@@ -138,7 +138,7 @@ def stripped_by_characters(tensors: dict) -> dict:
     return {key.lstrip(PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
 
 
-@wrong("lora_state_from_peft", "You replace .weight everywhere, also in the middle of a module's name.")
+@wrong("lora_state_from_peft", "You replace `.weight` everywhere, also in the middle of a module's name.")
 def replaced_everywhere(tensors: dict) -> dict:
     for key in tensors:
         refuse(key)
@@ -147,7 +147,7 @@ def replaced_everywhere(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "You keep what comes after the last model. in the name. Some models have a part of that name themselves.",
+    "You keep what comes after the last `model.` in the name. Some models have a part of that name themselves.",
 )
 def behind_the_last_model(tensors: dict) -> dict:
     for key in tensors:
@@ -202,7 +202,7 @@ def the_last_part_only(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "You insert the adapter's name, default, into the names. PEFT does that in memory; the files and this model do not "
+    "You insert the adapter's name, `default`, into the names. PEFT does that in memory; the files and this model do not "
     "contain it.",
 )
 def with_the_adapters_name(tensors: dict) -> dict:

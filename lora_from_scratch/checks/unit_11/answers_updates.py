@@ -198,7 +198,7 @@ def any_rank(W: Tensor, delta_W: Tensor, rank: int) -> float:
 
 @wrong(
     "amplification_factor",
-    "You treat V as if its columns were the rows of Vh: `torch.linalg.svd` returns the right vectors as *rows*.",
+    "You take the columns of Vh for the right singular vectors: `torch.linalg.svd` returns them as *rows*.",
 )
 def Vh_for_V(W: Tensor, delta_W: Tensor, rank: int) -> float:
     W, delta_W = same_shapes(W, delta_W)
