@@ -235,14 +235,14 @@ def _commands() -> Texts:
 def _site() -> Texts:
     """The website's own pages, its note on each unit, and the rows of the table of units."""
     sys.path.insert(0, str(SITE))
-    from sources import NOTE, TRANSLATED, documents
+    from sources import IN_THE_CLOUD, NOTE, TRANSLATED, documents
     from translated_pages import texts_in
 
     texts: Texts = {}
     for name, page in documents():
         if name in TRANSLATED:
             _add(texts, (text for text in texts_in(page) if not text.startswith("![")), name)
-    _add(texts, [NOTE, PICTURE], "site/sources.py")
+    _add(texts, [NOTE, IN_THE_CLOUD, PICTURE], "site/sources.py")
     return texts
 
 

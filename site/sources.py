@@ -13,6 +13,7 @@ from typing import Any
 from api_pages import api_pages, page_of_module
 from atlas_pages import with_chart, write_places
 from method_pages import method_pages
+from one_click import links
 from translated_pages import translated_page, with_pages
 
 from lora_from_scratch.methods.registry import method_classes
@@ -22,6 +23,7 @@ from lora_from_scratch.support.translation import ENGLISH, LANGUAGES, translate,
 REPOSITORY = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 NOTE = "This page is for reading. To work on the unit, open its notebook in JupyterLab (`make lab`), or download FILE."
+IN_THE_CLOUD = "Or open it in the cloud:"
 TRANSLATED = ("index.md", "units.md", "glossary.md")  # beside the notebooks
 DOCUMENTS = (
     "course/*.md",
@@ -174,6 +176,8 @@ def notebooks(language: str = ENGLISH) -> Iterator[tuple[str, str]]:
     for file in sorted(REPOSITORY.glob("notebooks/*/*.ipynb")):
         notebook = notebook_in(language, file)
         note = translate(NOTE, language).replace("FILE", f"{{download}}`{file.name} </downloads/{file.name}>`")
+        opened = links(os.environ.get("GITHUB_REPOSITORY", ""), file.relative_to(REPOSITORY).as_posix())
+        note += f" {translate(IN_THE_CLOUD, language)} {opened}" if opened else ""
         note = f"```{{note}}\n{note}\n```"
         code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
         code[0]["metadata"]["tags"] = ["remove-input"]  # what only Google Colab needs

@@ -14,6 +14,7 @@ import pytest
 
 from lora_from_scratch.checks.units import Unit, units
 from lora_from_scratch.methods.registry import method_classes
+from lora_from_scratch.support.translation import ENGLISH, LANGUAGES, translated_units
 from tests.helpers import REPOSITORY
 from tests.jupyter_browser import CHROMIUM, DRIVER, browser
 from tests.test_stripped_library import bodies
@@ -25,6 +26,7 @@ sys.path.insert(0, str(REPOSITORY / "site"))
 import atlas_pages  # noqa: E402
 import docstrings  # noqa: E402
 import method_pages  # noqa: E402
+import one_click  # noqa: E402
 import sources  # noqa: E402
 from bs4 import BeautifulSoup  # noqa: E402
 
@@ -353,3 +355,23 @@ def test_every_equation_of_a_unit_can_be_written_as_mathml(unit: Unit) -> None:
         if cell.cell_type == "markdown":
             for block, inline in re.findall(r"\$\$(.+?)\$\$|(?<![\\$])\$([^$\n]+?)\$", cell.source, flags=re.DOTALL):
                 mathml(nodes.math("", block or inline), as_block=bool(block))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", sorted(set(LANGUAGES) - {ENGLISH}))
+def test_every_translated_unit_has_a_page_in_its_language(language: str, site: Site) -> None:
+    assert {f"{language}/index.html", f"{language}/units.html", f"{language}/glossary.html"} <= set(site)
+    for unit in translated_units(language):
+        page = site[f"{language}/notebooks/{unit}/{unit}.html"].tree
+        assert page.html is not None
+        assert str(page.html["lang"]).startswith(language)
+        heading = page.find("h1")
+        assert heading is not None
+        assert "Unit" not in heading.get_text()
+
+
+def test_links_to_the_cloud_need_a_known_repository() -> None:
+    assert one_click.links("", "notebooks/unit_00/unit_00.ipynb") == ""
+    found = one_click.links("ada/course", "notebooks/unit_00/unit_00.ipynb")
+    assert "(https://colab.research.google.com/github/ada/course/blob/HEAD/notebooks/unit_00/unit_00.ipynb)" in found
+    assert "(https://codespaces.new/ada/course)" in found

@@ -202,8 +202,8 @@ def the_last_part_only(tensors: dict) -> dict:
 
 @wrong(
     "lora_state_from_peft",
-    "You insert the adapter's name, `default`, into the names. PEFT does that in memory; the files and this model do not "
-    "contain it.",
+    "You insert the adapter's name, `default`, into the names. PEFT does that in memory; the files and this model do "
+    "not contain it.",
 )
 def with_the_adapters_name(tensors: dict) -> dict:
     for key in tensors:
