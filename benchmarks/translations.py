@@ -154,11 +154,15 @@ def _of_unit(unit: Unit) -> Texts:
         _add(texts, _of_prediction(item) if isinstance(item, Prediction) else _of_exercise(item, unit), item.name)
     found = {one_line(text) for text in texts}
     files = [file for pattern in MESSAGES for file in unit_files(pattern, f"unit_{unit.number}")]
-    messages = _messages(files) | _forms([*unit_files("exercises.py", f"unit_{unit.number}")])
+    messages = _messages(files)
+    for text, note in _messages(unit_files("exercises.py", f"unit_{unit.number}")).items():
+        if is_form(text) or (text.endswith((".", "?")) and not any(one_line(text) in one for one in found)):
+            messages[text] = note
     return texts | {text: note for text, note in messages.items() if one_line(text) not in found}
 
 
 def _of_prediction(prediction: Prediction) -> Iterator[str]:
+    yield from blocks(prediction.question)
     yield from prediction.replies.values()
     yield prediction.explanation
     if prediction.measured:
@@ -186,10 +190,6 @@ def _messages(files: Iterable[Path]) -> Texts:
                 if _is_message(block) and (is_form(block) or not values):
                     texts.setdefault(block, f"{file.parent.name}/{file.name} {note}".strip())
     return texts
-
-
-def _forms(files: Iterable[Path]) -> Texts:
-    return {text: note for text, note in _messages(files).items() if is_form(text)}
 
 
 def _is_message(text: str) -> bool:
