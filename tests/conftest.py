@@ -1,6 +1,8 @@
 """Set-up for all tests: one thread (the runner already uses every core), no progress bars of other libraries."""
 
 import os
+import re
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -31,6 +33,23 @@ LONGEST = (
     "test_alternatives",
     "test_sandbox",
 )
+
+# What files import that test what needs Linux: grading and its sandbox, a browser, POSIX itself.
+NEEDS_LINUX = re.compile(
+    r"^\s*(?:from|import) (?:lora_from_scratch\.(?:grading|cli\.grade)|tests\.(?!helpers|cli_calls|checkpoints|tiny_runs"
+    r"|any_models|served_adapters|method_outside|finetune_script|training_script|rooms|turns)|benchmarks\.answer_mutants|resource\b|fcntl\b|pwd\b)",
+    re.MULTILINE,
+)
+
+
+def needs_linux(path: Path) -> bool:
+    """Whether a file of tests cannot be imported, or makes no sense, on other systems than Linux."""
+    return bool(NEEDS_LINUX.search(path.read_text(encoding="utf-8")))
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    elsewhere = sys.platform != "linux" and collection_path.name.startswith("test_")
+    return True if elsewhere and needs_linux(collection_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)

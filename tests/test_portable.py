@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import needs_linux
+
 # The libraries that we use are imported first: they look at the system themselves, and this is about our own code.
 WITHOUT_POSIX = """
 import asyncio, json, multiprocessing, os, pathlib, pkgutil, signal, subprocess, sys, tempfile
@@ -73,3 +75,20 @@ def test_checks_hints_and_progress_work(tmp_path: Path) -> None:
 def test_a_model_is_fine_tuned(tmp_path: Path) -> None:
     run(A_RUN, tmp_path)
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+TESTS = """
+from _pytest.outcomes import Skipped
+for name in {names}:
+    try:
+        __import__("tests." + name)
+    except Skipped:  # a package is missing, or cannot be imported like this
+        pass
+"""
+
+
+@pytest.mark.slow
+def test_the_tests_that_run_on_other_systems_import_nothing_of_posix(tmp_path: Path) -> None:
+    files = [file for file in sorted(Path(__file__).parent.glob("test_*.py")) if not needs_linux(file)]
+    assert len(files) > 80
+    run(TESTS.format(names=[file.stem for file in files]), tmp_path)
