@@ -72,6 +72,8 @@ INSERTED = (
     "line", "lines", "point", "points", "many", "few", "large", "small", "trained", "frozen", "total", "expected",
     "what is trained", "exceeds", "positive", "negative", "learning rate", "old", "new", "first", "second", "third",
     "fourth", "fifth", "prompt", "completion", "labels", "the first", "the second", "the last", "a result",
+    "token {0}", "tokens {0}", "head {0}", "heads {0}", "text {0}", "texts {0}", "head", "token", "text", "row",
+    "column", "and so on",
 )  # fmt: skip
 Texts = dict[str, str]  # each text with a note for the translator
 
@@ -155,9 +157,10 @@ def _of_unit(unit: Unit) -> Texts:
     found = {one_line(text) for text in texts}
     files = [file for pattern in MESSAGES for file in unit_files(pattern, f"unit_{unit.number}")]
     messages = _messages(files)
-    for text, note in _messages(unit_files("exercises.py", f"unit_{unit.number}")).items():
-        if is_form(text) or (text.endswith((".", "?")) and not any(one_line(text) in one for one in found)):
-            messages[text] = note
+    for file in unit_files("exercises.py", f"unit_{unit.number}"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        said = {text for node in tree.body if _explains(node) for text, _ in _strings(node)}
+        messages |= {text: note for text, note in _messages([file]).items() if text in said or is_form(text)}
     return texts | {text: note for text, note in messages.items() if one_line(text) not in found}
 
 
@@ -190,6 +193,14 @@ def _messages(files: Iterable[Path]) -> Texts:
                 if _is_message(block) and (is_form(block) or not values):
                     texts.setdefault(block, f"{file.parent.name}/{file.name} {note}".strip())
     return texts
+
+
+def _explains(node: ast.stmt) -> bool:
+    """Whether a part of `exercises.py` has messages: a function that yields no cases, or a table of messages."""
+    if isinstance(node, ast.FunctionDef):
+        return not any(isinstance(inner, ast.Yield | ast.YieldFrom) for inner in ast.walk(node))
+    value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+    return isinstance(value, ast.Dict | ast.Tuple)
 
 
 def _is_message(text: str) -> bool:

@@ -36,8 +36,9 @@ LONGEST = (
 
 # What files import that test what needs Linux: grading and its sandbox, a browser, POSIX itself.
 NEEDS_LINUX = re.compile(
-    r"^\s*(?:from|import) (?:lora_from_scratch\.(?:grading|cli\.grade)|tests\.(?!helpers|cli_calls|checkpoints|tiny_runs"
-    r"|any_models|served_adapters|method_outside|finetune_script|training_script|rooms|turns)|benchmarks\.answer_mutants|resource\b|fcntl\b|pwd\b)",
+    r"^\s*(?:from|import) (?:lora_from_scratch\.(?:grading|cli\.grade)|tests\.(?!helpers|cli_calls|checkpoints|conftest"
+    r"|tiny_runs|any_models|served_adapters|method_outside|finetune_script|training_script|rooms|turns)"
+    r"|benchmarks\.answer_mutants|resource\b|fcntl\b|pwd\b)",
     re.MULTILINE,
 )
 

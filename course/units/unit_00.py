@@ -169,7 +169,7 @@ for precision in ("float32", "bfloat16", "mixed"):
 #
 # The LoRA paper says that fine-tuning GPT-3 with Adam took **1.2 TB**, and 350 GB with LoRA (Hu et al. 2021, section
 # 4.2). It does not say how it counts. With 16 bits for everything you get 1.4 TB, and 1.05 TB without the gradients.
-# 1.2 TB lies between the two, and 350 GB is the weights alone in 16 bits.
+# 1.2 TB lies between the two, and 350 GB is what the weights take, in 16 bits.
 #
 # Either way it is the *trained* parameters that are expensive: a frozen one costs 2 bytes in 16 bits, a trained one
 # costs 8, and 16 in mixed precision. An A100 has 80 GB.

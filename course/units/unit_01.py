@@ -51,9 +51,9 @@ print("the middle row:                        ", M[1].tolist())
 # %% check="rank_of_counting"
 
 # %% [markdown]
-# The **rank** of a matrix is the number of its independent rows: rows that are not sums of multiples of the others.
-# Counting independent columns always gives the same number. With three rows you can see it; with 12,288 you need a
-# method.
+# The **rank** of a matrix is the number of its independent rows: the most rows of which none is a sum of multiples of
+# the others. Counting independent columns always gives the same number. With three rows you can see it; with 12,288
+# you need a method.
 #
 # ## Elimination
 #

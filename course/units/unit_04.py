@@ -605,8 +605,8 @@ for t in (1, 3, 10, 30, 100, 1000):
     print(f"step {t:>4}: {(1 - 0.9**t) / (1 - 0.999**t) ** 0.5:4.2f} learning rates")
 
 # %% [markdown]
-# v averages over a hundred times as many steps as m, so it stays too small for longer, and the first steps, which
-# should be short, are far too *long*.
+# v averages over many more steps than m, a hundred times as many, so it stays too small for longer, and the first
+# steps, which should be short, are far too *long*.
 #
 # **eps in the wrong place.** Under the root, 1e-8 is no longer tiny: it corresponds to gradients of 1e-4.
 

@@ -24,13 +24,14 @@ ENGLISH = "en"
 LANGUAGES = {ENGLISH: "English", "zh": "简体中文"}
 PLACE = re.compile(r"\{(\d+)\}")
 SENTENCE_END = re.compile(r"(?<=[.!?:])\s+")
-LIST = re.compile(r", (?:and )?| and ")
-LISTED = {"zh": "、"}  # what separates the items of a list
+LISTS = (re.compile(r"; "), re.compile(r", (?:and )?| and "))
+LISTED = {"zh": ("；", "、")}  # what separates the items of such lists
 WORD = re.compile(r"(?<![\w`])[A-Za-z]{2,}(?![\w`(])")
 QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"|'[^']*'")
 MOST_SENTENCES = 12  # of a message that is translated sentence by sentence
 FEWEST_LETTERS = 4  # outside the places of an entry; with fewer it would match almost anything
 LONGEST_SPLIT = 200  # characters that several places in a row can share
+LONGEST_LIST = 500  # characters of a list that is translated item by item
 
 _of_notebook: list[str] = []  # the language that the notebook chose
 
@@ -173,12 +174,18 @@ def _by_forms(line: str, entries: Catalogue, into: str) -> Iterator[str]:
     lower = line[:1].lower() + line[1:]
     for form in entries.forms:
         for one in dict.fromkeys((line, lower)):
-            if one.startswith(form.start) and (match := form.pattern.fullmatch(one)):
+            match = form.pattern.fullmatch(one) if one.startswith(form.start) else None
+            if match and all(map(_is_closed, match.groups())):
                 values: dict[str, str] = {}
                 for numbers, text in zip(form.groups, match.groups(), strict=True):
                     values |= _values(numbers, text, form.quoted, into)
                 yield PLACE.sub(lambda place, values=values: values.get(place[1], place[0]), form.translation)  # type: ignore[misc]
                 break
+
+
+def _is_closed(text: str) -> bool:
+    """Whether every bracket that is opened in a text is closed in it."""
+    return all(text.count(left) == text.count(right) for left, right in ("()", "[]"))
 
 
 def _values(numbers: tuple[str, ...], text: str, quoted: frozenset[str], into: str) -> dict[str, str]:
@@ -212,8 +219,9 @@ def _whole(line: str, into: str) -> str | None:
 
 def _by_items(line: str, into: str) -> Iterator[str]:
     """A list ("a number and a vector") whose items have entries."""
-    items = LIST.split(line)
-    if len(items) > 1 and len(line) <= LONGEST_SPLIT:
-        found = [_translated(item, into) for item in items]
-        if all(found):
-            yield LISTED[into].join(filter(None, found))
+    for separator, joined in zip(LISTS, LISTED[into], strict=True):
+        items = separator.split(line)
+        if len(items) > 1 and len(line) <= LONGEST_LIST and all(map(_is_closed, items)):
+            found = [_translated(item, into) for item in items]
+            if all(found):
+                yield joined.join(filter(None, found))

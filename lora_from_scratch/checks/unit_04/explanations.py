@@ -66,7 +66,7 @@ def explain_adamw(case: Case, seen: Seen, expected: Seen) -> Explanation:
             )
             new = g if name == "m" else g * g
             return f"{name} is not right", (
-                f"The new {name} is not right. In one place the old {name} is {old:.4g} and {what} {new:.4g}. With "
+                f"The new {name} is not right. In one place the old {name} is {old:.4g} and {what} is {new:.4g}. With "
                 f"beta {beta:g} their running mean is {should:.4g}; yours is {is_now:.4g}."
             )
     if same(values[0], rights[0], 1e-5):
@@ -99,9 +99,10 @@ def explain_schedule(case: Case, seen: Seen, expected: Seen) -> Explanation:
             return "no number", f"At step {step} your function should return a number, but returns none."
         assert isinstance(step, int)
         phase = "of the warm-up" if step < warmup else "after the warm-up"
+        place = step + 1 if step < warmup else step - warmup + 1
         value = float(as_tensor(one)) if as_tensor(one).numel() == 1 else math.nan
         return f"a rate {phase}", (
-            f"With {warmup} warm-up steps out of {steps}, step {step} is the {_ordinal(step, warmup)} {phase}, and its "
+            f"With {warmup} warm-up steps out of {steps}, step {step} is number {place} {phase}, and its "
             f"rate should be {float(as_tensor(right)):.4g} of the peak; yours is {value:.4g}."
         )
     return None
@@ -156,8 +157,3 @@ def _betas(value: Any) -> tuple[float, float]:
 
 def _worst(one: Tensor, right: Tensor) -> int:
     return int((one - right).abs().nan_to_num(math.inf).argmax())
-
-
-def _ordinal(step: int, warmup: int) -> str:
-    place = step + 1 if step < warmup else step - warmup + 1
-    return f"{place}{'th' if 10 < place % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(place % 10, 'th')}"
