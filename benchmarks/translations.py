@@ -159,7 +159,7 @@ def _of_unit(unit: Unit) -> Texts:
     messages = _messages(files)
     for file in unit_files("exercises.py", f"unit_{unit.number}"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        said = {text for node in tree.body if _explains(node) for text, _ in _strings(node)}
+        said = {text for node in tree.body for part in _explaining(node) for text, _ in _strings(ast.Tuple([part]))}
         messages |= {text: note for text, note in _messages([file]).items() if text in said or is_form(text)}
     return texts | {text: note for text, note in messages.items() if one_line(text) not in found}
 
@@ -195,12 +195,12 @@ def _messages(files: Iterable[Path]) -> Texts:
     return texts
 
 
-def _explains(node: ast.stmt) -> bool:
-    """Whether a part of `exercises.py` has messages: a function that yields no cases, or a table of messages."""
+def _explaining(node: ast.stmt) -> list[ast.AST]:
+    """The parts of `exercises.py` with messages: functions that yield no cases, and the values of tables of messages."""
     if isinstance(node, ast.FunctionDef):
-        return not any(isinstance(inner, ast.Yield | ast.YieldFrom) for inner in ast.walk(node))
+        return [] if any(isinstance(inner, ast.Yield | ast.YieldFrom) for inner in ast.walk(node)) else [node]
     value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
-    return isinstance(value, ast.Dict | ast.Tuple)
+    return list(value.values) if isinstance(value, ast.Dict) else []
 
 
 def _is_message(text: str) -> bool:
