@@ -159,7 +159,12 @@ def _of_unit(unit: Unit) -> Texts:
     messages = _messages(files)
     for file in unit_files("exercises.py", f"unit_{unit.number}"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        said = {text for node in tree.body for part in _explaining(node) for text, _ in _strings(ast.Tuple([part]))}
+        said = {
+            text
+            for node in tree.body
+            for part in _explaining(node)
+            for text, _ in _strings(ast.Tuple([part]) if isinstance(part, ast.expr) else part)
+        }
         messages |= {text: note for text, note in _messages([file]).items() if text in said or is_form(text)}
     return texts | {text: note for text, note in messages.items() if one_line(text) not in found}
 
@@ -195,8 +200,8 @@ def _messages(files: Iterable[Path]) -> Texts:
     return texts
 
 
-def _explaining(node: ast.stmt) -> list[ast.AST]:
-    """The parts of `exercises.py` with messages: functions that yield no cases, and the values of tables of messages."""
+def _explaining(node: ast.stmt) -> list[ast.stmt | ast.expr]:
+    """The parts of `exercises.py` with messages: functions that yield no cases, and the values of tables."""
     if isinstance(node, ast.FunctionDef):
         return [] if any(isinstance(inner, ast.Yield | ast.YieldFrom) for inner in ast.walk(node)) else [node]
     value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
