@@ -65,22 +65,13 @@ NO_MESSAGE = re.compile(
     r"</|<\w+ |--jp-|margin:|padding:|text-align:|\(\?:|^from __|^# |^lora_from_scratch|ipykernel| = None|find_spec"
     r"|^the cell for"
 )
-# Subjects of sentences, and single words that messages insert.
-INSERTED = (
-    "The result {0}", "result {0} {1}", "`{0}` {1}", "`{0}`, result {1} {2}", "{0} cases",
-    "{0} in line {1} of the cell",
-    "line", "lines", "point", "points", "many", "few", "large", "small", "trained", "frozen", "total", "expected",
-    "what is trained", "exceeds", "positive", "negative", "learning rate", "old", "new", "first", "second", "third",
-    "fourth", "fifth", "prompt", "completion", "labels", "the first", "the second", "the last", "a result",
-    "token {0}", "tokens {0}", "head {0}", "heads {0}", "text {0}", "texts {0}", "head", "token", "text", "row",
-    "column", "and so on",
-)  # fmt: skip
+COMPOSED = Path(__file__).with_name("translated_forms.txt")  # what messages are composed to, or insert: one per line
 Texts = dict[str, str]  # each text with a note for the translator
 
 
 def collect() -> dict[str, Texts]:
     """What is translated, by catalogue ("unit_06", "checks", "commands")."""
-    common = _messages([PACKAGE / name for name in COMMON]) | dict.fromkeys(INSERTED, "inserted into messages")
+    common = _messages([PACKAGE / name for name in COMMON]) | dict.fromkeys(composed(), "composed")
     forms = [form_of(text) for text in _messages([PACKAGE / HEADINGS]) if is_form(text)]
     found = {"checks": common, "commands": _commands(), "site": _site()}
     for unit in units():
@@ -144,6 +135,11 @@ def problems(language: str, catalogues: Mapping[str, Texts]) -> list[str]:
 
 
 # --- Where the texts are -------------------------------------------------------------------------------
+
+
+def composed() -> list[str]:
+    """Forms of messages that cannot be read off the source, and single words that messages insert."""
+    return [line for line in COMPOSED.read_text(encoding="utf-8").splitlines() if line]
 
 
 def _of_unit(unit: Unit) -> Texts:

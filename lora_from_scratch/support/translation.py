@@ -26,6 +26,9 @@ PLACE = re.compile(r"\{(\d+)\}")
 SENTENCE_END = re.compile(r"(?<=[.!?:])\s+")
 LISTS = (re.compile(r"; "), re.compile(r", (?:and )?| and "))
 LISTED = {"zh": ("；", "、")}  # what separates the items of such lists
+ITEM = re.compile(r"\n(?=- | {4}\S)")  # begins an item of a list, or an argument
+SEPARATED = re.compile(r"(, | )?\{(\d+)\}")
+HAN, FULL_WIDTH = "\u4e00-\u9fff", "，。；：？！（）、“”"
 WORD = re.compile(r"(?<![\w`])[A-Za-z]{2,}(?![\w`(])")
 QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"|'[^']*'")
 MOST_SENTENCES = 12  # of a message that is translated sentence by sentence
@@ -36,28 +39,42 @@ LONGEST_LIST = 500  # characters of a list that is translated item by item
 _of_notebook: list[str] = []  # the language that the notebook chose
 
 
+class Place(NamedTuple):
+    """A place in an entry: its number, and what separates it from the place before ("", " " or ", ")."""
+
+    number: str
+    after: str
+
+
 class Form(NamedTuple):
     """An entry with places.
 
     Attributes:
         start: what stands before the first place.
-        pattern: matches a whole text; a group of its own for places that stand directly one after the other.
-        groups: the numbers of the places of each group.
+        pattern: matches a whole text, with a group for each run of places that hardly anything separates.
+        groups: the places of each group.
         quoted: the numbers of the places in quotes or backticks, whose values are not translated.
         translation: with the same places.
     """
 
     start: str
     pattern: re.Pattern[str]
-    groups: tuple[tuple[str, ...], ...]
+    groups: tuple[tuple[Place, ...], ...]
     quoted: frozenset[str]
     translation: str
 
 
 class Catalogue(NamedTuple):
-    """The entries of a language: texts by their form on one line, and the entries with places, most specific first."""
+    """The entries of a language.
+
+    Attributes:
+        texts: the translations by the text on one line.
+        sources: the texts as they are written, by the text on one line.
+        forms: the entries with places, most specific first.
+    """
 
     texts: dict[str, str]
+    sources: dict[str, str]
     forms: tuple[Form, ...]
 
 
@@ -90,17 +107,22 @@ def translate(text: str, into: str | None = None) -> str:
     into = into or language()
     if into == ENGLISH or not WORD.search(text):
         return text
-    return _translated(" ".join(text.split()), into) or text
+    return translated_line(" ".join(text.split()), into) or text
 
 
 def translate_sentence(sentence: str) -> str:
     """A sentence of a longer text, in the language to display: its paragraph, if the sentence has no entry itself."""
-    alone = translate(sentence)
-    if alone != sentence or language() == ENGLISH:
-        return alone
-    texts = catalogue(language()).texts
-    around = [text for text in texts if sentence in text]
-    return texts[min(around, key=len)] if around else sentence
+    if language() == ENGLISH:
+        return sentence
+    entries = catalogue(language())
+    around = [text for text in entries.texts if sentence in text]
+    if sentence in entries.texts or not around:
+        return translate(sentence)
+    text = min(around, key=len)
+    items, translated = ITEM.split(entries.sources[text]), ITEM.split(entries.texts[text])
+    places = [place for place, item in enumerate(items) if sentence in one_line(item)]
+    one = places and len(items) == len(translated)
+    return translated[places[0]].strip().removeprefix("- ") if one else entries.texts[text]
 
 
 def translated_units(code: str) -> list[str]:
@@ -111,12 +133,11 @@ def translated_units(code: str) -> list[str]:
 @functools.cache
 def catalogue(code: str) -> Catalogue:
     """All entries of a language that have a translation; none if Babel is not installed."""
-    texts: dict[str, str] = {}
-    for file in sorted((FOLDER / code).glob("*.po")):
-        texts |= {one_line(text): translation for text, translation in read_entries(file) if translation}
+    found = [entry for file in sorted((FOLDER / code).glob("*.po")) for entry in read_entries(file) if entry[1]]
+    texts = {one_line(text): translation for text, translation in found}
     forms = [form_of(text, translation) for text, translation in texts.items() if is_form(text)]
     forms.sort(key=lambda form: -len(form.pattern.pattern))
-    return Catalogue(texts, tuple(forms))
+    return Catalogue(texts, {one_line(text): text for text, _ in found}, tuple(forms))
 
 
 def read_entries(file: Path) -> Iterator[tuple[str, str]]:
@@ -144,8 +165,8 @@ def is_form(text: str) -> bool:
 def form_of(text: str, translation: str = "") -> Form:
     """The entry with places that a text is."""
     line = one_line(text)
-    pieces = re.split(r"((?:\{\d+\})+)", line)  # literal, places, literal, ...
-    groups = tuple(tuple(PLACE.findall(piece)) for piece in pieces[1::2])
+    pieces = re.split(r"((?:\{\d+\}(?:, | )?)*\{\d+\})", line)  # literal, places, literal, ...
+    groups = tuple(tuple(Place(*found[::-1]) for found in SEPARATED.findall(piece)) for piece in pieces[1::2])
     pattern = "".join("(.*?)" if index % 2 else re.escape(piece) for index, piece in enumerate(pieces))
     quoted = re.findall(r"[`'\"]\{(\d+)\}[`'\"]", line)
     return Form(pieces[0], re.compile(pattern, re.DOTALL), groups, frozenset(quoted), translation)
@@ -155,10 +176,10 @@ def form_of(text: str, translation: str = "") -> Form:
 
 
 @functools.lru_cache(maxsize=4096)
-def _translated(line: str, into: str) -> str | None:
+def translated_line(line: str, into: str) -> str | None:
     """The translation that leaves least of a text in English; None if there is no entry for any part of it."""
     entries = catalogue(into)
-    for one in (line, line[:1].lower() + line[1:]):
+    for one in (line, _lower(line)):
         if one in entries.texts and not PLACE.search(one):
             return entries.texts[one]
     found = [*_by_forms(line, entries, into), *_by_sentences(line, into), *_by_items(line, into)]
@@ -171,15 +192,16 @@ def english_words(text: str) -> int:
 
 
 def _by_forms(line: str, entries: Catalogue, into: str) -> Iterator[str]:
-    lower = line[:1].lower() + line[1:]
+    lower = _lower(line)
     for form in entries.forms:
         for one in dict.fromkeys((line, lower)):
             match = form.pattern.fullmatch(one) if one.startswith(form.start) else None
             if match and all(map(_is_closed, match.groups())):
                 values: dict[str, str] = {}
-                for numbers, text in zip(form.groups, match.groups(), strict=True):
-                    values |= _values(numbers, text, form.quoted, into)
-                yield PLACE.sub(lambda place, values=values: values.get(place[1], place[0]), form.translation)  # type: ignore[misc]
+                for places, text in zip(form.groups, match.groups(), strict=True):
+                    values |= _values(places, text, form.quoted, into)
+                filled = PLACE.sub(lambda place, values=values: values.get(place[1], place[0]), form.translation)  # type: ignore[misc]
+                yield _spaced(filled)
                 break
 
 
@@ -188,18 +210,31 @@ def _is_closed(text: str) -> bool:
     return all(text.count(left) == text.count(right) for left, right in ("()", "[]"))
 
 
-def _values(numbers: tuple[str, ...], text: str, quoted: frozenset[str], into: str) -> dict[str, str]:
-    """The translated values of places that stand directly one after the other: they share a text as it fits best."""
-    first, *rest = numbers
+def _values(places: tuple[Place, ...], text: str, quoted: frozenset[str], into: str) -> dict[str, str]:
+    """The translated values of places that share a text, divided as it leaves least in English."""
+    first, rest = places[0].number, places[1:]
     if not rest:
         return {first: text if first in quoted else translate(text, into)}
-    cuts = [0, *(found.start() for found in re.finditer(r"[ ,(.]", text[:LONGEST_SPLIT])), len(text)]
+    between = rest[0].after
+    ends = [found.start() for found in re.finditer(re.escape(between) or r"^|[ ,;(.]|$", text[:LONGEST_SPLIT])]
+    ends = [end for end in ends if _is_closed(text[:end])] or [len(text)]
     shared = [
-        {first: text[:cut] if first in quoted else translate(text[:cut], into)}
-        | _values(tuple(rest), text[cut:], quoted, into)
-        for cut in dict.fromkeys(cuts)
+        {first: text[:end] if first in quoted else translate(text[:end], into)}
+        | _values(rest, text[end + len(between) :], quoted, into)
+        for end in ends
     ]
     return min(shared, key=lambda values: english_words(" ".join(values.values())))
+
+
+def _lower(line: str) -> str:
+    """The text with a small first letter, unless it begins with a constant of Python."""
+    return line if line.startswith(("None", "True", "False")) else line[:1].lower() + line[1:]
+
+
+def _spaced(text: str) -> str:
+    """A space between Chinese and other letters, and none between Chinese and Chinese."""
+    text = re.sub(rf"(?<=[{HAN}{FULL_WIDTH}]) (?=[{HAN}{FULL_WIDTH}])", "", text)
+    return re.sub(rf"(?<=[{HAN}])(?=[A-Za-z0-9`\[(])|(?<=[A-Za-z0-9`\])])(?=[{HAN}])", " ", text)
 
 
 def _by_sentences(line: str, into: str) -> Iterator[str]:
@@ -207,7 +242,10 @@ def _by_sentences(line: str, into: str) -> Iterator[str]:
     sentences = SENTENCE_END.split(line)
     for length in range(min(len(sentences) - 1, MOST_SENTENCES), 0, -1):
         first, rest = " ".join(sentences[:length]), " ".join(sentences[length:])
-        found, after = (_translated(first, into) if length == 1 else _whole(first, into)), _translated(rest, into)
+        found, after = (
+            (translated_line(first, into) if length == 1 else _whole(first, into)),
+            translated_line(rest, into),
+        )
         if found is not None or after is not None:
             yield f"{found or first}{'' if found and found[-1] in '。？！：；' else ' '}{after or rest}"
 
@@ -222,6 +260,6 @@ def _by_items(line: str, into: str) -> Iterator[str]:
     for separator, joined in zip(LISTS, LISTED[into], strict=True):
         items = separator.split(line)
         if len(items) > 1 and len(line) <= LONGEST_LIST and all(map(_is_closed, items)):
-            found = [_translated(item, into) for item in items]
+            found = [translated_line(item, into) for item in items]
             if all(found):
                 yield joined.join(filter(None, found))
