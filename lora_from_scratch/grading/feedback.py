@@ -1,4 +1,4 @@
-"""The learner's feedback page: nbgrader's own, with its pictures in it, and the exercises named in its table of contents.
+"""The learner's feedback page: nbgrader's own, with its pictures in it and the exercises named in its contents.
 
 Whoever returns a page (`nbgrader release_feedback`, an upload, a mail) returns only this file.
 """
