@@ -6,8 +6,8 @@
 Both grade the same submissions, one after the other, in one run. Stock nbgrader is `nbgrader autograde` with its own
 preprocessors (only its own Execute), in its single process. `--feedback` adds `nbgrader generate_feedback` to it and
 the feedback pages to ours. Goal: ours takes at most 0.45 of its time on two cores. With `--patience R` stock nbgrader
-is stopped when it has taken R times as long as ours; 1 / R is then an upper bound for the ratio. With `--one-worker` the
-same class is graded a third time, by one worker, and the verdicts are compared byte for byte. `--write` writes the
+is stopped when it has taken R times as long as ours; 1 / R is then an upper bound for the ratio. With `--one-worker`
+the same class is graded a third time, by one worker, and the verdicts are compared byte for byte. `--write` writes the
 table to grading.md.
 
 Of every ten submissions six are solved, two have a wrong answer, one is not started, and one has the cells' metadata
