@@ -20,7 +20,6 @@ from lora_from_scratch.support.files import write_atomically
 from lora_from_scratch.support.plain_text import in_html, plain
 
 TIMESTAMP = "timestamp.txt"
-SECRET = "submission_secret.txt"  # of nbgrader's exchange, which needs it to return the feedback
 LONGEST_TIMESTAMP = 200  # bytes
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 LARGEST_PICTURE = 5_000_000
@@ -37,10 +36,9 @@ def write(course: CourseFolder, learner: str, notebook: str) -> None:
     folder = course.autograded(learner)
     _put(course, folder / f"{course.assignment}.ipynb", notebook.encode())
     handed_in = course.handed_in(learner)
-    for name in (TIMESTAMP, SECRET):
-        content = read_small(handed_in / name, LONGEST_TIMESTAMP)
-        if content is not None:
-            _put(course, folder / name, content)
+    when = read_small(handed_in / TIMESTAMP, LONGEST_TIMESTAMP)
+    if when is not None:
+        _put(course, folder / TIMESTAMP, when)
     own = {path.name: path.read_bytes() for path in course.released.parent.glob("*") if _is_extra(path)}
     for name, content in (dict(_pictures(handed_in)) | own).items():
         _put(course, folder / name, content)
