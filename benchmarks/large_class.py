@@ -139,7 +139,8 @@ class Watched(marking_run.Progress):
     def finished(self, count: int) -> None:
         super().finished(count)
         said = self.bar.format_dict
-        if self.tenth is None and self.waiting == 0 and said["n"] >= self.submissions / 10:
+        measured = self.waiting == 0 and said["n"] > said["initial"]  # after each worker's first submission
+        if self.tenth is None and measured and said["n"] >= self.submissions / 10:
             rate = (said["n"] - said["initial"]) / (time.time() - self.bar.start_t)
             self.tenth = (time.monotonic(), (self.submissions - said["n"]) / rate, resident_bytes() / MIB)
         self.end = (time.monotonic(), resident_bytes() / MIB)
@@ -154,7 +155,8 @@ class Watched(marking_run.Progress):
         return cls.last
 
     def row(self, submissions: int) -> str:
-        assert self.tenth is not None
+        if self.tenth is None:
+            raise ValueError(f"{submissions} submissions are too few to measure the time left")
         when, left, memory = self.tenth
         end, most = self.end
         good = most - memory <= MOST_GROWTH and abs(left / (end - when) - 1) <= WITHIN
