@@ -68,6 +68,15 @@ def test_only_an_instructor_is_told_of_what_grading_needs(monkeypatch: pytest.Mo
     assert "PROBLEM  alembic        nbgrader needs it" in out
 
 
+def test_an_instructor_is_told_where_the_sandbox_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guides say that this command checks it; the first grading was what said so."""
+    pytest.importorskip("nbgrader")
+    monkeypatch.setattr("lora_from_scratch.grading.sandbox.unavailable", lambda: "bubblewrap is not installed")
+    code, out, _ = call("doctor", "--instructor")
+    assert code == 1
+    assert "PROBLEM  sandbox        bubblewrap is not installed. Without it, grading stops\n" in out
+
+
 def test_every_problem_is_one_line_with_something_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "REQUIRED", ("no-such-package",))
     monkeypatch.setattr(doctor, "COURSE", ("no-such-package",))

@@ -138,11 +138,16 @@ def test_lti_score_messages_have_a_score_only_when_everything_is_decided(course:
     there = course.copy(tmp_path / "course")
 
     def enrol(gradebook: Any) -> None:
-        gradebook.add_student("eve", lms_user_id="../../eve")
+        gradebook.add_student("eve", lms_user_id="../../eve|\u2028")
+        gradebook.add_student("one", lms_user_id="same")
+        gradebook.add_student("two", lms_user_id="same")
+        gradebook.add_student("odd", lms_user_id="../../a|b:c@d/e")
+        gradebook.add_student("dots", lms_user_id="..")
         gradebook.add_student("waits", lms_user_id="a1b2")
 
     there.as_a_person(enrol)
-    there.hand_in("eve", **RIGHT)
+    for learner in ("eve", "one", "two", "odd", "dots"):
+        there.hand_in(learner, **RIGHT)
     there.hand_in("ada", "2026-05-01 12:00:00 UTC", **RIGHT, why_count="To know how many.")
     there.hand_in("waits", **RIGHT, why_count="To know how many.")
     there.grade()
@@ -151,9 +156,13 @@ def test_lti_score_messages_have_a_score_only_when_everything_is_decided(course:
     command = [sys.executable, "-m", "nbgrader", "export", f"--db={there.url}", f"--to={target}"]
     command += ["--exporter=lora_from_scratch.grading.platforms.lti.LtiExport"]
     done = subprocess.run(command, cwd=there.root / "course", capture_output=True, text=True)
-    assert "bob, jr., eve" in done.stderr  # who has no id, or one that is no file name
+    assert "bob, jr., eve" in done.stderr  # who has no id, or something else
+    assert "the same lms_user_id: one, two" in done.stderr  # one's score was sent for the other
+    assert "1 submissions still need a person" in done.stderr
     messages = {path.relative_to(target).as_posix(): json.loads(path.read_text()) for path in target.rglob("*.json")}
-    assert messages.keys() == {f"{NAME}/4711.json", f"{NAME}/a1b2.json"}
+    encoded = {"..%2F..%2Fa%7Cb%3Ac%40d%2Fe", "%2E%2E", "4711", "a1b2"}
+    assert messages.keys() == {f"{NAME}/{name}.json" for name in encoded}
+    assert {said["userId"] for said in messages.values()} == {"../../a|b:c@d/e", "..", "4711", "a1b2"}
     ada, waits = messages[f"{NAME}/4711.json"], messages[f"{NAME}/a1b2.json"]
     assert ada.pop("timestamp").endswith("+00:00")
     assert ada == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
 import os
@@ -268,6 +269,44 @@ def test_autograded_takes_over_pictures_and_no_links_and_has_nbgraders_permissio
     ]
     assert (shown / f"{NAME}.png").read_bytes() == b"a picture"
     assert stat.S_IMODE((shown / f"{NAME}.ipynb").stat().st_mode) == 0o444
+
+
+def test_feedback_can_be_returned_whatever_lies_beside_the_notebook(course: GradingCourse) -> None:
+    """`nbgrader release_feedback` stopped for the whole class at the first learner without one of its two files."""
+    secrets = {"ada": b"0123456789abcdef" * 8, "bob": b"\xff\xfe", "eve": None, "mallory": b"0123456789abcdef" * 9}
+    for learner, secret in secrets.items():
+        folder = course.hand_in(learner, **RIGHT)
+        if secret is not None:
+            (folder / "submission_secret.txt").write_bytes(secret)
+    (course.root / "submitted" / "bob" / NAME / "timestamp.txt").write_bytes(b"\xff")
+    course.grade(feedback=True)
+    folders = {learner: course.root / "feedback" / learner / NAME for learner in secrets}
+    texts = {learner: (folder / "submission_secret.txt").read_text() for learner, folder in folders.items()}
+    assert texts["ada"] == "0123456789abcdef" * 8
+    assert all(re.fullmatch(r"[0-9a-f]{128}", text) for text in texts.values())
+    assert len(set(texts.values())) == 4
+    assert {(folder / "timestamp.txt").read_text() for folder in folders.values()} == {"", "\N{REPLACEMENT CHARACTER}"}
+
+
+def test_a_feedback_page_needs_no_other_file(course: GradingCourse, tmp_path: Path) -> None:
+    """The exchange returns the page alone. Only pictures are put into it, no link is followed, and there is a limit."""
+    picture = b"\x89PNG\r\n\x1a\n" + b"pixels" * 100_000
+    (course.root / "notebooks" / NAME / f"{NAME}.png").write_bytes(picture)
+    (tmp_path / "secret.png").write_bytes(picture + b"secret")
+    names = ("mine.png", "text.png", "link.png", "none.png", "../ada/none.png", "http://x.org/y.png")
+    shown = "".join(f"![a]({name})" for name in names) + "![b](mine.png)" * 200
+    folder = course.hand_in("eve", **RIGHT, why_count=f'{shown} <b>src="mine.png"</b>')
+    (folder / "mine.png").write_bytes(picture + b"mine")
+    (folder / "text.png").write_bytes(b"root:x:0:0")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    course.grade(feedback=True)
+    page = (course.root / "feedback" / "eve" / NAME / f"{NAME}.html").read_text()
+    assert f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"' in page
+    assert f'src="data:image/png;base64,{base64.b64encode(picture + b"mine").decode()}"' in page
+    assert base64.b64encode(picture + b"secret").decode() not in page
+    assert base64.b64encode(b"root:x:0:0").decode() not in page
+    assert "src=&quot;mine.png" in page or '<b>src="mine.png"</b>' in page
+    assert len(page) < 21_000_000
 
 
 def test_feedback_pages_are_nbgraders_own_and_made_again_when_points_change(course: GradingCourse) -> None:

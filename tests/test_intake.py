@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import stat
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -e '.[course]'")
 
 from lora_from_scratch.grading.intake.downloads import safe
-from lora_from_scratch.grading.intake.roster import Roster, names_of
+from lora_from_scratch.grading.intake.roster import Roster, names_of, read_roster
 from tests.cli_calls import call, complaint
 from tests.grading_course import NAME, RIGHT, GradingCourse, template
 
@@ -233,6 +234,111 @@ def test_a_name_that_two_share_matches_nobody_and_a_row_that_joins_two_people_is
     assert learner is roster.learners[1]
     with pytest.raises(ValueError, match="a and b are the same person"):
         roster.add("c", [("id", "a"), ("email", "b@x")])
+
+
+def packed(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytearray:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return bytearray(target.getvalue())
+
+
+def damaged(at: bytes, skip: int, form: str, *values: int, method: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip file with these values `skip` bytes behind a mark: the contents, or the list's first entry (PK 1 2)."""
+    made = packed({f"{NAME}.ipynb": b"hello, world" * 99}, method)
+    struct.pack_into(form, made, made.index(at) + skip, *values)
+    return bytes(made)
+
+
+LIST = b"PK\x01\x02"
+ODD = {
+    "a wrong checksum": damaged(b"hello", 0, "B", 0),
+    "damaged data": damaged(b"ipynb", 5, "<I", 0xFFFFFFFF, method=zipfile.ZIP_DEFLATED),
+    "an unknown compression": damaged(LIST, 10, "<H", 99),
+    "a size that is not true": damaged(LIST, 20, "<II", 10**6, 10**6),
+    "a place that is not true": damaged(LIST, 42, "<I", 7),
+    "a list that is not true": damaged(b"PK\x05\x06", 12, "<I", 90_000_000),
+    "cut off": bytes(packed({f"{NAME}.ipynb": b"hello" * 99})[:-30]),
+    "a long name": bytes(packed({"é" * 150 + "/" + "漢" * 150 + ".ipynb": b"{}"})),
+    "many folders": bytes(packed({"/".join(["abcdefghij" * 14] * 60): b"{}"})),
+    "a file that is a folder": bytes(packed({"a": b"", "a/b": b"", f"{NAME}.ipynb/x": b""})),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_zip_file_of_one_learner_does_not_end_the_intake_of_the_others(
+    what: str, course: GradingCourse, tmp_path: Path
+) -> None:
+    work = {"diallo_4711_1_work.zip": ODD[what], f"nunez_4712_2_{NAME}.ipynb": notebook(course, 1)}
+    code, out, err = intake(course, zipped(tmp_path / "download.zip", work))
+    assert f"{NAME}: 2 taken in" in out
+    assert collected(course)["jose"] == {f"{NAME}.ipynb": notebook(course, 1)}
+    left_out = what.startswith(("a wrong", "damaged", "an unknown", "a size", "a place", "a list", "cut", "nothing"))
+    assert (code, "amina: " in err) == ((1, True) if left_out else (0, False))
+
+
+def test_a_zip_file_with_a_long_list_is_not_read(course: GradingCourse, tmp_path: Path) -> None:
+    many = bytes(packed({f"{number:0200}": b"" for number in range(25_000)}))
+    work = {"diallo_4711_1_work.zip": many, f"nunez_4712_2_{NAME}.ipynb": notebook(course, 1)}
+    assert "amina: work.zip cannot be unpacked" in intake(course, zipped(tmp_path / "download.zip", work))[2]
+
+
+SUBMITTERS = b"""\
+submission_1:
+  :submitters:
+  - :email: amina@example.org
+submission_2:
+  :submitters:
+  - :email: j@example.org
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Amina Diallo_1_assignsubmission_file_/submission_metadata.yml", "José Núñez-Ruiz_2_assignsubmission_file_/"),
+        ("diallo_4711_1_x_7_assignsubmission_file_notes.txt", "nunez_4712_2_"),
+        ("assignment_1_export/submission_1/submission_metadata.yml", "assignment_1_export/submission_2/"),
+    ],
+    ids=["Moodle", "Canvas", "Gradescope"],
+)
+def test_a_learner_does_not_choose_the_platform_by_the_name_of_a_file(
+    names: tuple[str, str], course: GradingCourse, tmp_path: Path
+) -> None:
+    """Such a file came first, and nobody's work was taken in."""
+    work = {
+        names[0]: b"e: {':submitters': [{':email': j@example.org}]}",
+        f"{names[1]}{NAME}.ipynb": notebook(course, 1),
+    }
+    if names[0].startswith("assignment"):
+        work["assignment_1_export/submission_metadata.yml"] = SUBMITTERS
+    intake(course, zipped(tmp_path / "download.zip", work))
+    assert collected(course)["jose"][f"{NAME}.ipynb"] == notebook(course, 1)
+
+
+def test_two_rows_of_a_table_are_two_people(tmp_path: Path) -> None:
+    """The second had been joined to the first, with the same address, and handed in for them."""
+    table = tmp_path / "table.csv"
+    table.write_text("id,email\nben,same@example.org\nchloe,same@example.org\n")
+    with pytest.raises(ValueError, match="ben and chloe have the same identifier or e-mail address"):
+        read_roster([], [table])
+    table.write_text("id,email\nben,ben@example.org\nben,ben@example.org\n")
+    assert [one.name for one in read_roster([], [table, table]).learners] == ["ben"]
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", ".evil", "a/b", "x\u202ey"])
+def test_a_name_in_a_roster_leads_nowhere(name: str, course: GradingCourse, tmp_path: Path) -> None:
+    """On Gradescope, learners write their student ID themselves."""
+    table = tmp_path / "table.csv"
+    table.write_text(f"SID,Email,Name\n{name},eve@example.org,Eve\n", encoding="utf-8")
+    metadata = b"submission_1:\n  :submitters:\n  - :email: eve@example.org\n"
+    work = {"submission_metadata.yml": metadata, f"submission_1/{NAME}.ipynb": notebook(course, 1)}
+    before = sorted(tmp_path.rglob("*.ipynb"))
+    code, _, err = intake(course, zipped(tmp_path / "download.zip", work), "--roster", table)
+    assert (code, "cannot be the name of a folder" in err) == (1, True)
+    assert sorted(tmp_path.rglob("*.ipynb")) == before
 
 
 def test_bad_input_ends_in_one_line(course: GradingCourse, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jsonschema
 import nbformat
 import pytest
 
@@ -25,6 +26,77 @@ from tests.cli_calls import complaint, output_of
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "unit_00"
 SECRET = "a secret of tests"
+
+NUMBER, TEXT = {"type": "number", "minimum": 0}, {"type": "string"}
+VISIBILITY = {"enum": ["visible", "after_due_date", "after_published", "hidden"]}
+FORMAT = {"enum": ["text", "html", "simple_format", "md", "ansi"]}
+# "Output Format" in Gradescope's "Autograder specifications", as far as we use it: nothing else may be in it.
+GRADESCOPE = {
+    "type": "object",
+    "additionalProperties": False,
+    "anyOf": [{"required": ["tests"]}, {"required": ["score"]}],
+    "properties": {
+        "score": NUMBER,
+        "execution_time": NUMBER,
+        "output": TEXT,
+        "output_format": FORMAT,
+        "test_output_format": FORMAT,
+        "test_name_format": FORMAT,
+        "visibility": VISIBILITY,
+        "stdout_visibility": VISIBILITY,
+        "tests": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["score", "max_score", "name"],
+                "properties": {
+                    "score": NUMBER,
+                    "max_score": NUMBER,
+                    "status": {"enum": ["passed", "failed"]},
+                    "name": TEXT,
+                    "number": TEXT,
+                    "output": TEXT,
+                    "output_format": FORMAT,
+                    "visibility": VISIBILITY,
+                },
+            },
+        },
+    },
+}
+# "Grading results" in PrairieLearn's documentation of external grading, as far as we use it.
+PRAIRIELEARN = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["gradable"],
+    "if": {"properties": {"gradable": {"const": True}}},
+    "then": {"required": ["score"]},
+    "else": {"required": ["format_errors"], "properties": {"score": False}},
+    "properties": {
+        "gradable": {"type": "boolean"},
+        "score": {"type": "number", "minimum": 0, "maximum": 1},
+        "message": TEXT,
+        "output": TEXT,
+        "format_errors": {"anyOf": [TEXT, {"type": "array", "items": TEXT}]},
+        "tests": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["name", "points", "max_points"],
+                "properties": {
+                    "name": TEXT,
+                    "description": TEXT,
+                    "points": NUMBER,
+                    "max_points": NUMBER,
+                    "message": TEXT,
+                    "output": TEXT,
+                },
+            },
+        },
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +127,10 @@ def unpack(bundle: Path, to: Path) -> None:
 
 
 def run(script: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a bundle's script where the platform runs it: in the folder above `source` or `tests`."""
     environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run([str(script)], env=environment, cwd="/", capture_output=True, text=True)
+    place = next(Path(variables[name]) for name in ("AUTOGRADER_ROOT", "GRADE_ROOT") if name in variables)
+    return subprocess.run([str(script)], env=environment, cwd=place, capture_output=True, text=True)
 
 
 def first_exercise() -> str:
@@ -67,7 +141,7 @@ def first_exercise() -> str:
 
 @pytest.mark.slow
 def test_gradescopes_bundle_runs_as_its_harness_runs_it(course: Path, tmp_path: Path) -> None:
-    """/autograder/source is the unpacked bundle, /autograder/submission what was handed in; run_autograder is run."""
+    """The layout of "Autograder specifications": run_autograder is copied out of /autograder/source and run there."""
     bundle, root = tmp_path / "bundle.zip", tmp_path / "autograder"
     options = ("--course", course, "--visibility", "after_due_date")
     said = output_of("bundle", "00", "--for", "gradescope", "--output", bundle, *options)
@@ -75,9 +149,13 @@ def test_gradescopes_bundle_runs_as_its_harness_runs_it(course: Path, tmp_path: 
     unpack(bundle, root / "source")
     wrong = first_exercise()
     hand_in(root / "submission", **{wrong: f"print('hello')\n{wrong} = lambda *_, **__: None"})
-    done = run(root / "source" / "run_autograder", AUTOGRADER_ROOT=str(root))
+    (root / "results").mkdir()
+    (root / "submission_metadata.json").write_text(json.dumps({"id": 123, "users": [{"email": "ada@example.org"}]}))
+    shutil.copy(root / "source" / "run_autograder", root)
+    done = run(root / "run_autograder", AUTOGRADER_ROOT=str(root))
     assert done.returncode == 0, done.stderr
     results = json.loads((root / "results" / "results.json").read_text())
+    jsonschema.validate(results, GRADESCOPE)
     scores = {test["name"]: (test["score"], test["max_score"]) for test in results["tests"]}
     assert scores.pop(wrong)[0] == 0
     assert all(score == most for score, most in scores.values())
@@ -100,7 +178,21 @@ def test_gradescopes_bundle_writes_no_results_for_what_cannot_be_read(course: Pa
     assert container.main(["prairielearn", *where]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["gradable"] is False
-    assert "score" not in results
+    jsonschema.validate(results, PRAIRIELEARN)
+
+
+def test_gradescopes_script_fails_where_there_is_nothing_to_grade(course: Path, tmp_path: Path) -> None:
+    """The unpacked bundle's own script and library: Gradescope then shows a failure of the autograder, no points."""
+    bundle, root = tmp_path / "bundle.zip", tmp_path / "autograder"
+    output_of("bundle", "00", "--for", "gradescope", "--output", bundle, "--course", course)
+    unpack(bundle, root / "source")
+    (root / "submission").mkdir()
+    shutil.copy(root / "source" / "run_autograder", root)
+    done = run(root / "run_autograder", AUTOGRADER_ROOT=str(root))
+    assert done.returncode == container.FAILED, done.stderr
+    assert f"{NAME}.ipynb" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert not (root / "results" / "results.json").exists()
 
 
 @pytest.mark.slow
@@ -118,6 +210,7 @@ def test_prairielearns_bundle_runs_as_its_grader_runs_it(course: Path, tmp_path:
     done = run(entrypoint, GRADE_ROOT=str(root), PYTHONPATH=str(tmp_path / "course" / "image"))
     assert done.returncode == 0, done.stderr
     results = json.loads((root / "results" / "results.json").read_text())
+    jsonschema.validate(results, PRAIRIELEARN)
     assert (results["gradable"], results["score"]) == (True, 1.0)
 
 
@@ -183,6 +276,8 @@ def graded(*findings: Finding) -> Graded:
 def test_results_have_partial_credit_and_messages_but_no_inputs() -> None:
     note = Finding("moved cell", "repaired", "b", "A cell was moved.")
     gradescope, prairielearn = for_gradescope(graded(note), "hidden"), for_prairielearn(graded(note))
+    jsonschema.validate(gradescope, GRADESCOPE)
+    jsonschema.validate(prairielearn, PRAIRIELEARN)
     assert gradescope["tests"][1] == {
         "name": "b",
         "score": 1,

@@ -56,6 +56,17 @@ def total(values, weights):
 """
 
 
+@pytest.mark.parametrize(
+    "source", ["x = 0x" + "f" * 5000, "(" * 300, "-" * 20_000 + "1", "x = '\\ud800'", "\ud800", "\0"]
+)
+def test_an_answer_that_cannot_be_written_again_is_compared_with_none(source: str) -> None:
+    """A long number ended the report for the whole class."""
+    assert similar_pairs("total", {"ada": ONE, "bob": RENAMED, "eve": source}, STUB, OTHER)[0].learners == (
+        "ada",
+        "bob",
+    )
+
+
 def test_names_and_layout_do_not_matter_and_calls_do() -> None:
     assert tokens_of(ONE) == tokens_of(RENAMED)
     assert tokens_of(ONE) != tokens_of(ONE.replace("max(", "min("))

@@ -141,6 +141,18 @@ def _alembic() -> str:
     raise RuntimeError(f"nbgrader needs it, but it is missing; run: {INSTALL_COURSE}")
 
 
+def _sandbox() -> str:
+    """Grading runs learners' code in bubblewrap, which needs user namespaces."""
+    try:
+        from lora_from_scratch.grading import sandbox
+    except ImportError as error:
+        raise RuntimeError(f"{error}; run: {INSTALL_COURSE}") from None
+    why = sandbox.unavailable()
+    if why:
+        raise RuntimeError(f"{why}. Without it, grading stops")
+    return "bubblewrap can be used"
+
+
 def _disk() -> str:
     free = shutil.disk_usage(Path.cwd()).free
     if free < MINIMUM_DISK:
@@ -195,4 +207,4 @@ CHECKS: dict[str, Callable[[], str]] = {
     "this folder": _writing,
     "progress": _progress,
 }
-FOR_INSTRUCTORS: dict[str, Callable[[], str]] = {"grading": _grading, "alembic": _alembic}
+FOR_INSTRUCTORS: dict[str, Callable[[], str]] = {"grading": _grading, "alembic": _alembic, "sandbox": _sandbox}

@@ -108,7 +108,7 @@ class CourseFolder:
         for path, name in self._handed_in():
             if name in excluded:
                 continue
-            why = _unfit(name) or _closed(path)
+            why = unfit(name) or _closed(path)
             if why:
                 refused.append(f"{path.encode(errors='replace').decode()}: {why}")
             else:
@@ -215,7 +215,7 @@ def _require_url(url: str) -> None:
         raise ValueError(f"the database driver of {make_url(url).drivername} is not installed; {install}") from None
 
 
-def _unfit(name: str) -> str:
+def unfit(name: str) -> str:
     """Why a learner of this name cannot be graded; "" if there is no obstacle."""
     try:
         name.encode()
@@ -223,6 +223,8 @@ def _unfit(name: str) -> str:
         return "the learner's name is not UTF-8; rename the folder"
     if name != name.strip() or not name.isprintable():
         return "a learner's name must not begin or end with a space or contain control characters; rename the folder"
+    if not name or "/" in name:
+        return "a learner's name must not be empty or contain a slash"
     if name.startswith("."):
         return "nbgrader ignores folders whose names begin with a dot; rename it, or delete it if it belongs to nobody"
     if len(name) > LONGEST_NAME:

@@ -65,8 +65,7 @@ class GradeExport(ExportPlugin):
         for submission in gradebook.assignment_submissions(unit):
             score = final_score(submission)
             found[submission.student.id] = "" if score is None else _number(score)
-        if waiting := sum(not score for score in found.values()):
-            self.log.warning("%s: %d submissions still need a person; their cells are empty", unit, waiting)
+        warn_of_waiting(self.log, unit, sum(not score for score in found.values()))
         return found
 
 
@@ -122,6 +121,9 @@ class CsvExport(CsvExportPlugin):
             writer = csv.writer(file)
             writer.writerow([*self.COLUMNS, *self.POINTS])
             writer.writerows(self._row(gradebook, unit, student) for unit in units for student in students)
+        for unit in units:
+            found = [one for one in gradebook.assignment_submissions(unit.name) if one.student in students]
+            warn_of_waiting(self.log, unit.name, sum(final_score(one) is None for one in found))
 
     def _row(self, gradebook: Any, unit: Any, student: Any) -> list[Any]:
         when: Any = None
@@ -141,6 +143,12 @@ def final_score(submission: Any) -> float | None:
     if submission.needs_manual_grade:
         return None
     return max(0.0, submission.score - submission.late_submission_penalty)
+
+
+def warn_of_waiting(log: Any, unit: str, waiting: int) -> None:
+    """Say how many submissions to a unit are exported without points."""
+    if waiting:
+        log.warning("%s: %d submissions still need a person and are exported without points", unit, waiting)
 
 
 def _wanted(name: str, chosen: list[Any]) -> bool:

@@ -61,7 +61,7 @@ def tokens_of(source: str) -> list[str]:
     chosen = _simplified(tree)
     try:
         found = list(tokenize.generate_tokens(io.StringIO(ast.unparse(tree)).readline))
-    except (tokenize.TokenError, RecursionError, SyntaxError):
+    except (tokenize.TokenError, RecursionError, SyntaxError, ValueError):  # ValueError: what `unparse` cannot write
         return []
     before = [None, *found]
     return [

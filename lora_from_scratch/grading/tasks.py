@@ -9,7 +9,9 @@ import errno
 import functools
 import hashlib
 import importlib
+import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,12 +161,15 @@ def publish(assignment: str, place: Path, db: str, learner: str, text: str, said
     Raises:
         ValueError, OSError: it could not be written.
     """
+    from lora_from_scratch.grading.feedback import for_the_exchange
+
     course = _course(assignment, place, with_timeout(db))
     autograded.write(course, learner, text)
     shown = course.autograded(learner) / f"{assignment}.ipynb"
-    made_of = hashlib.sha256(shown.read_bytes() + said.encode()).hexdigest()
+    beside = for_the_exchange(course.handed_in(learner), course.root, learner)
+    made_of = hashlib.sha256(shown.read_bytes() + said.encode() + json.dumps(beside).encode()).hexdigest()
     if feedback and not _has_feedback(course, learner, made_of):
-        make_feedback(course, learner, made_of)
+        make_feedback(course, learner, made_of, beside)
 
 
 def _has_feedback(course: CourseFolder, learner: str, made_of: str) -> bool:
@@ -175,8 +180,8 @@ def _has_feedback(course: CourseFolder, learner: str, made_of: str) -> bool:
         return False
 
 
-def make_feedback(course: CourseFolder, learner: str, made_of: str) -> None:
-    """Have nbgrader write the learner's feedback page, and store the hash of its inputs.
+def make_feedback(course: CourseFolder, learner: str, made_of: str, beside: Mapping[str, str]) -> None:
+    """Have nbgrader write the learner's feedback page with other files beside it, and store the hash of its inputs.
 
     Raises:
         ValueError: nbgrader failed.
@@ -199,6 +204,8 @@ def make_feedback(course: CourseFolder, learner: str, made_of: str) -> None:
         converter.start()
     except NbGraderException as error:
         raise ValueError(log.last or str(error)) from None
+    for name, text in beside.items():
+        write_text(course.feedback(learner) / name, text)
     write_text(course.feedback_mark(learner), made_of)
 
 

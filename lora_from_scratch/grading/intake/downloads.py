@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from lora_from_scratch.grading.intake.roster import Key
-from lora_from_scratch.grading.submissions.folder import MOST_ENTRIES, entries, open_plain
+from lora_from_scratch.grading.submissions.folder import DEEPEST, MOST_ENTRIES, entries, open_plain
 
 CANVAS = re.compile(
     r"(?P<name>.*?)_?(?P<late>LATE_)?(?:anon_(?P<anonymous>\w+?)|(?P<user>\d+))_(?P<number>\d+)_(?P<file>.+)"
@@ -28,6 +28,7 @@ MOODLE = re.compile(r"(?P<name>.+)_(?P<participant>\d+)_assignsubmission_(?P<kin
 METADATA = "submission_metadata.yml"
 LARGEST_METADATA = 50_000_000
 MOST_PARTS = 100_000  # the maximum number of files in a download
+LONGEST = 150  # the maximum number of bytes of a file's or folder's name
 NOISE = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 
 
@@ -69,12 +70,16 @@ def read_download(path: Path) -> tuple[str, list[Received]]:
         ValueError, OSError: the download cannot be read, or is not from one of the platforms.
     """
     parts = [part for part in _parts(path) if not any(piece in NOISE for piece in PurePosixPath(part.name).parts)]
-    if any(PurePosixPath(part.name).name == METADATA for part in parts):
-        return "Gradescope", _gradescope(parts)
+    described = _described(parts)
+    if described:
+        return "Gradescope", _gradescope(parts, described)
     below = [_without(part, _common(parts)) for part in parts]
-    if any(MOODLE.match(part.name) for part in below):
+    # Learners choose part of the names, so one name proves nothing: the platform is the one that fits more of them.
+    moodle = sum(MOODLE.fullmatch(part.name.partition("/")[0]) is not None for part in below)
+    canvas = sum(CANVAS.fullmatch(part.name) is not None for part in below)
+    if moodle > canvas:
         return "Moodle", _moodle(below)
-    if any(CANVAS.fullmatch(part.name) for part in below):
+    if canvas:
         return "Canvas", _canvas(below)
     example = "amina_4711_98765_unit_09.ipynb, Amina Diallo_123_assignsubmission_file_/unit_09.ipynb"
     raise ValueError(
@@ -84,12 +89,22 @@ def read_download(path: Path) -> tuple[str, list[Received]]:
 
 
 def safe(name: str) -> PurePosixPath | None:
-    """Convert a file name into a safe relative path, without "..", or None if nothing is left of it."""
-    pieces = [piece for piece in re.split(r"[/\\]+", name) if piece not in ("", ".", "..")]
-    clean = ["".join(c if c.isprintable() and c not in ':*?"<>|' else "_" for c in piece)[:150] for piece in pieces]
+    """Convert a file name into a safe relative path, or None if nothing is left of it.
+
+    The path has no "..", at most `DEEPEST` parts (the last ones), and parts that every file system can hold.
+    """
+    pieces = [piece for piece in re.split(r"[/\\]+", name) if piece not in ("", ".", "..")][-DEEPEST:]
+    clean = [_cut("".join(c if c.isprintable() and c not in ':*?"<>|' else "_" for c in piece)) for piece in pieces]
     if not clean or any(piece in NOISE for piece in clean):
         return None
     return PurePosixPath(*clean)
+
+
+def _cut(name: str) -> str:
+    """Shorten a name to `LONGEST` bytes and keep its suffix."""
+    suffix = PurePosixPath(name).suffix if len(PurePosixPath(name).suffix) <= 10 else ""
+    room = LONGEST - len(suffix.encode())
+    return name if len(name.encode()) <= LONGEST else name.encode()[:room].decode(errors="ignore") + suffix
 
 
 def parts_of_zip(file: zipfile.ZipFile) -> Iterator[Part]:
@@ -163,10 +178,17 @@ def _moodle(parts: Iterable[Part]) -> list[Received]:
     return list(found.values())
 
 
-def _gradescope(parts: list[Part]) -> list[Received]:
+def _described(parts: Iterable[Part]) -> Part | None:
+    """Gradescope's metadata: beside the folders of the submissions. In these folders, names are those of learners."""
+    found = [part for part in parts if PurePosixPath(part.name).name == METADATA]
+    top = [part for part in found if "/" not in part.name]
+    below = [part for part in found if part.name.count("/") == 1 and not MOODLE.match(part.name)]
+    return next(iter(top or below), None)
+
+
+def _gradescope(parts: list[Part], described: Part) -> list[Received]:
     import yaml
 
-    described = next(part for part in parts if PurePosixPath(part.name).name == METADATA)
     with described.open() as file:
         text = file.read(LARGEST_METADATA + 1)
     try:

@@ -57,8 +57,8 @@ class Roster:
     def __init__(self) -> None:
         self.learners: list[Learner] = []
 
-    def add(self, name: str, keys: Iterable[Key], time: str = "") -> None:
-        """Add a learner, or add keys to a learner who is already known by an identifier.
+    def add(self, name: str, keys: Iterable[Key], time: str = "") -> Learner | None:
+        """Add a learner, or add keys to a learner who is already known by an identifier; returns the learner, if any.
 
         Raises:
             ValueError: the keys belong to several learners.
@@ -73,8 +73,11 @@ class Roster:
         if known:
             known[0].keys |= new
             known[0].time = time or known[0].time
-        elif name:
-            self.learners.append(Learner(name, new, time))
+            return known[0]
+        if not name:
+            return None
+        self.learners.append(Learner(name, new, time))
+        return self.learners[-1]
 
     def find(self, keys: Iterable[Key]) -> tuple[Learner | None, str]:
         """The learner identified by the keys and "", or None and the reason."""
@@ -116,10 +119,17 @@ def read_roster(students: Iterable[Any], tables: Iterable[Path]) -> Roster:
     roster = Roster()
     for student in students:
         keys = [("id", student.id), ("email", student.email or ""), ("number", student.lms_user_id or "")]
-        roster.add(student.id, [*keys, *names_of(student.first_name or "", student.last_name or "")])
+        known = roster.add(student.id, [*keys, *names_of(student.first_name or "", student.last_name or "")])
+        if known and known.name != student.id:
+            raise ValueError(
+                f"the gradebook has the same e-mail address or lms_user_id for {known.name} and {student.id}"
+            )
     for path in tables:
+        rows: dict[str, str] = {}  # the learner's name -> the identifier in this table
         for row in _rows(path):
-            _add_row(roster, row)
+            known, name = _add_row(roster, row)
+            if known and rows.setdefault(known.name, name) != name:
+                raise ValueError(f"{path}: {rows[known.name]} and {name} have the same identifier or e-mail address")
     return roster
 
 
@@ -137,8 +147,12 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return [row for row in rows if row.get("student", "").strip() != "Points Possible"]  # Canvas's second line
 
 
-def _add_row(roster: Roster, row: Mapping[str, str]) -> None:
-    """Add a row. The column "id" is Canvas's internal number in Canvas's tables, and the learner's id in nbgrader's."""
+def _add_row(roster: Roster, row: Mapping[str, str]) -> tuple[Learner | None, str]:
+    """Add a row. The column "id" is Canvas's internal number in Canvas's tables, and the learner's id in nbgrader's.
+
+    Returns:
+        The learner, if there is one, and the identifier in this row.
+    """
     canvas = "sis login id" in row or "sis user id" in row
     found = [(COLUMNS[column], row[column].strip()) for column in COLUMNS if row.get(column, "").strip()]
     if row.get("id", "").strip():
@@ -149,4 +163,4 @@ def _add_row(roster: Roster, row: Mapping[str, str]) -> None:
     last = row.get("last_name") or row.get("last name") or last
     full = row.get("full name") or row.get("name") or ""
     keys = [*found, *names_of(first, last), ("name", full)]
-    roster.add(name, keys, row.get(TIME, "").strip(" -"))
+    return roster.add(name, keys, row.get(TIME, "").strip(" -")), name

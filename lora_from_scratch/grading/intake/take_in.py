@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +13,19 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lora_from_scratch.grading.course_folder import CourseFolder
+from lora_from_scratch.grading.course_folder import CourseFolder, unfit
 from lora_from_scratch.grading.intake.downloads import Part, Received, parts_of_zip, read_download, safe
 from lora_from_scratch.grading.intake.roster import Learner, Roster
 from lora_from_scratch.grading.submissions.folder import MOST_ENTRIES, ROOM, TIMESTAMP
 
 VERSION = re.compile(r"-(\d+)$")  # the suffix that Canvas adds to the file name for later attempts
 COPY = re.compile(r" ?\(\d+\)$")  # the suffix that browsers add to copies
+LARGEST_LIST = 5_000_000  # bytes of the list of files in a zip file that a learner handed in
 TIMES = ("%A, %d %B %Y, %I:%M %p", "%A, %d %B %Y, %H:%M", "%A, %B %d, %Y, %I:%M %p")  # Moodle's formats, in English
+
+
+class UnreadableError(Exception):
+    """A file of a download cannot be read, such as a damaged file in a zip file."""
 
 
 @dataclass
@@ -65,6 +71,8 @@ def take_in(course: CourseFolder, downloads: list[Path], roster: Roster, zone: s
             learner, why = roster.find(keys)
             if learner is None:
                 done.problems.append(f"{one.label}: {why}")
+            elif why := unfit(learner.name):
+                done.problems.append(f"{one.label}: {learner.name!r} cannot be the name of a folder: {why}")
             elif learner.name in placed:
                 other = placed[learner.name]
                 done.problems.append(f"{one.label}: {learner.name} has also handed in {other}, which counts")
@@ -116,7 +124,11 @@ def _write(one: Received, folder: Path, unit: str) -> list[str]:
         if count > MOST_ENTRIES or part.size > room:
             left_out.append(f"{path} was left out, because there are too many or too large files")
             continue
-        room -= _copy(part, folder.joinpath(*path.parts), room)
+        try:
+            room -= _copy(part, folder.joinpath(*path.parts), room)
+        except UnreadableError as error:
+            folder.joinpath(*path.parts).unlink(missing_ok=True)
+            left_out.append(f"{path} was left out, because it cannot be read ({error})")
     notebooks = sorted(path for path in folder.glob("*.ipynb") if path.is_file())
     if (newest := _newest(notebooks, unit)) is not None and newest.stem != unit:
         earlier = folder / f"{unit}.ipynb"
@@ -156,25 +168,53 @@ def _unpacked(files: dict[str, Part], left_out: list[str]) -> Iterator[tuple[str
 def _opened(part: Part) -> Iterator[zipfile.ZipFile | None]:
     with TemporaryDirectory() as made:
         copy = Path(made) / "archive.zip"
-        _copy(part, copy, ROOM)
         try:
-            with zipfile.ZipFile(copy) as archive:
-                yield archive
-        except (zipfile.BadZipFile, NotImplementedError):
+            _copy(part, copy, ROOM)
+            archive = zipfile.ZipFile(copy) if _is_small(copy) else None
+        except Exception:  # whatever is wrong with the file, it is one learner's
+            archive = None
+        if archive is None:
             yield None
+        else:
+            with archive:
+                yield archive
+
+
+def _is_small(path: Path) -> bool:
+    """Whether a zip file lists few files, as its last bytes say; reading the list takes ten times its size."""
+    end = path.read_bytes()[-(22 + 65_535) :]
+    place = end.rfind(b"PK\5\6")
+    if place < 0 or len(end) < place + 22 or end[max(0, place - 20) : place].startswith(b"PK\6\7"):  # none, or "zip64"
+        return False
+    return int(struct.unpack_from("<I", end, place + 12)[0]) <= LARGEST_LIST
 
 
 def _copy(part: Part, path: Path, room: int) -> int:
-    """Write at most `room` bytes of a file, and return the number of bytes written."""
+    """Write at most `room` bytes of a file, and return the number of bytes written.
+
+    Raises:
+        UnreadableError: the file cannot be read.
+        OSError: it cannot be written.
+    """
     if path.exists() or any(parent.is_file() for parent in path.parents):
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    with part.open() as source, path.open("wb") as target:
-        left = room
-        while left > 0 and (chunk := source.read(min(1 << 20, left))):
+    left = room
+    with path.open("wb") as target:
+        for chunk in _chunks(part, room):
             target.write(chunk)
             left -= len(chunk)
     return room - left
+
+
+def _chunks(part: Part, room: int) -> Iterator[bytes]:
+    try:
+        with part.open() as source:
+            while room > 0 and (chunk := source.read(min(1 << 20, room))):
+                yield chunk
+                room -= len(chunk)
+    except Exception as error:  # a damaged file, an unknown compression, a password, a mode without reading
+        raise UnreadableError(f"{type(error).__name__}: {error}"[:200]) from None
 
 
 def _same(one: Path, other: Path) -> bool:

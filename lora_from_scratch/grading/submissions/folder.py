@@ -26,7 +26,7 @@ ROOM = 128_000_000  # total bytes of the files that are copied
 TIMESTAMP = "timestamp.txt"
 LONGEST_TIMESTAMP = 200  # bytes
 TIME = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?) ?([A-Za-z_/]{1,40}|[+-]\d\d:?\d\d|)")
-NOT_DATA = (".ipynb_checkpoints", TIMESTAMP, "__pycache__")
+NOT_DATA = (".ipynb_checkpoints", TIMESTAMP, "submission_secret.txt", "__pycache__")
 
 
 @dataclass(frozen=True)
