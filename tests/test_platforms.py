@@ -11,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import nbformat
 import pytest
 
