@@ -247,6 +247,7 @@ def _commands() -> Texts:
 def _site() -> Texts:
     """The website's own pages, its note on each unit, and the rows of the table of units."""
     sys.path.insert(0, str(SITE))
+    import conf
     from sources import IN_THE_CLOUD, NOTE, TRANSLATED, documents
     from translated_pages import texts_in
 
@@ -255,6 +256,7 @@ def _site() -> Texts:
         if name in TRANSLATED:
             _add(texts, (text for text in texts_in(page) if not text.startswith("![")), name)
     _add(texts, [NOTE, IN_THE_CLOUD, PICTURE], "site/sources.py")
+    _add(texts, [conf.nb_code_prompt_show, conf.nb_code_prompt_hide], "site/conf.py")
     return texts
 
 

@@ -18,11 +18,13 @@ from sphinx.cmd.build import build_main
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for `benchmarks`, which is not installed
 
+import conf  # noqa: E402
 from atlas_pages import write_script  # noqa: E402
 from sources import REPOSITORY, write_sources, write_translated_sources  # noqa: E402
 
-from lora_from_scratch.support.translation import ENGLISH, LANGUAGES  # noqa: E402
+from lora_from_scratch.support.translation import ENGLISH, LANGUAGES, translate  # noqa: E402
 
+PROMPTS = ("nb_code_prompt_show", "nb_code_prompt_hide")  # settings of conf.py that are text
 SPHINX = {"zh": "zh_CN"}  # how Sphinx calls the languages
 
 
@@ -37,7 +39,9 @@ def build(output: Path, sources: Path) -> int:
         own = sources.with_name(f"{sources.name}-{language}")
         shutil.rmtree(own, ignore_errors=True)
         write_translated_sources(own, language)
-        status = status or render(own, output / language, f"language={SPHINX[language]}")
+        prompts = {name: translate(getattr(conf, name), language) for name in PROMPTS}
+        settings = [f"{name}={text}" for name, text in {"language": SPHINX[language], **prompts}.items()]
+        status = status or render(own, output / language, *settings)
     return status
 
 

@@ -24,7 +24,7 @@ from lora_from_scratch.cli import build_parser
 from lora_from_scratch.cli.help_texts import parsers_in, translate_help
 from lora_from_scratch.cli.lab import copy_notebooks
 from lora_from_scratch.support import translation
-from lora_from_scratch.support.translated_notebook import blocks, checksum, translated
+from lora_from_scratch.support.translated_notebook import blocks, checksum, translated, wrapped
 from lora_from_scratch.support.translation import FOLDER, translate
 from tests.helpers import REPOSITORY
 
@@ -112,6 +112,18 @@ def test_a_translated_notebook_differs_in_prose_only(language: str, unit: Any) -
         else:
             assert one["source"] == other["source"] or len(blocks_of(one)) == len(blocks_of(other))
         assert {**one, "source": 0, "metadata": 0} == {**other, "source": 0, "metadata": 0}
+
+
+def test_long_lines_of_a_docstring_are_wrapped() -> None:
+    line = "    x: " + "一段很长的说明，" * 12 + "其中的 `code_that_is_not(divided)` 保持完整。"
+    lines = wrapped(line, 60).split("\n")
+    assert len(lines) > 3
+    assert "".join(one.strip() for one in lines).replace(" ", "") == line.replace(" ", "")
+    assert all(one.startswith("        ") for one in lines[1:])
+    assert all(len(one.encode("gbk")) <= 62 for one in lines)  # two bytes a Chinese character
+    assert any("`code_that_is_not(divided)`" in one for one in lines)
+    assert not any(one.strip().startswith("，") for one in lines)
+    assert wrapped("x: short", 60) == "x: short"
 
 
 def test_checksums_are_those_of_nbgrader() -> None:

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import re
 import textwrap
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,9 @@ from lora_from_scratch.support.translation import translate
 
 FENCE = re.compile(r"^\s*(```|~~~)")
 NOT_PROSE = re.compile(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|https?://\S+|\]\([^)]*\)", re.DOTALL)
+WIDTH = 100  # columns of a docstring
+# What a line is made of: code, a word, or a character, with the punctuation marks that follow it.
+PIECE = re.compile(r"(?:`[^`]*`|[\x21-\x7e]+|\s+|.)[，。；：？！、）”》]*\s*")
 CHOOSE = """\
 from lora_from_scratch.checks import set_language
 
@@ -41,6 +45,26 @@ def translated(notebook: dict[str, Any], language: str) -> dict[str, Any]:
             cell["metadata"]["nbgrader"]["checksum"] = checksum(cell)
     made["cells"].insert(_place(made["cells"]), _chooses(language))
     return made
+
+
+def wrapped(line: str, width: int) -> str:
+    """A line of Chinese as lines of at most this many columns, where a Chinese character takes two.
+
+    Words and code are not divided, and no line begins with a punctuation mark. The following lines of an
+    argument or an item are indented further than its name.
+    """
+    indent = line[: len(line) - len(line.lstrip())]
+    hanging = indent + " " * (2 if line.lstrip().startswith("- ") else 4 if indent else 0)
+    lines, columns = [indent], len(indent)
+    for piece in PIECE.findall(line.strip()):
+        wide = sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in piece.rstrip())
+        if columns + wide > width and lines[-1].strip():
+            lines.append(hanging)
+            columns = len(hanging)
+            piece = piece.lstrip()
+        lines[-1] += piece
+        columns += wide + len(piece) - len(piece.rstrip())
+    return "\n".join(one.rstrip() for one in lines)
 
 
 def texts_of(notebook: dict[str, Any]) -> Iterator[str]:
@@ -66,6 +90,7 @@ def translated_docstrings(code: str, language: str) -> str:
     lines = code.splitlines()
     for node in reversed(list(docstrings(code))):
         text = translated_markdown(cleaned(node), language).replace("\\", "\\\\")
+        text = "\n".join(wrapped(line, WIDTH - node.col_offset) for line in text.split("\n"))
         quoted = f'"""{text}\n"""' if "\n" in text else f'"""{text}"""'
         end = node.end_lineno or node.lineno
         lines[node.lineno - 1 : end] = textwrap.indent(quoted, " " * node.col_offset).splitlines()
