@@ -67,6 +67,7 @@ def write_translated_sources(folder: Path, language: str) -> None:
     pages["index.md"] += f'\n<a href="../index.html" lang="{ENGLISH}">{LANGUAGES[ENGLISH]}</a>\n'
     for name, text in pages.items():
         text = with_pages(text, {page.removesuffix(".md") for page in TRANSLATED})
+        text = text.replace(f'href="{language}/', 'href="')  # the English page's link to this one
         write(folder / name, with_links(text, PurePosixPath(name).parent, set(pages), english - set(pages)))
     for name, text in notebooks(language):
         if PurePosixPath(name).stem in units:
