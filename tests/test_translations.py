@@ -27,6 +27,7 @@ from lora_from_scratch.support import translation
 from lora_from_scratch.support.translated_notebook import blocks, checksum, translated, wrapped
 from lora_from_scratch.support.translation import FOLDER, translate
 from tests.helpers import REPOSITORY
+from tests.sandboxes import needs_bubblewrap
 
 LANGUAGES = sorted(set(translation.LANGUAGES) - {translation.ENGLISH})
 CATALOGUES = [(language, file.stem) for language in LANGUAGES for file in sorted((FOLDER / language).glob("*.po"))]
@@ -249,7 +250,8 @@ def test_the_learner_gets_the_notebooks_in_the_language_and_keeps_what_was_writt
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_translated_submission_gets_the_same_marks(language: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("isolation", ["none", pytest.param("bubblewrap", marks=needs_bubblewrap)])
+def test_a_translated_submission_gets_the_same_marks(language: str, isolation: Any, tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat")
     from lora_from_scratch.grading.marking import Settings, mark
     from lora_from_scratch.grading.submissions.matching import match
@@ -257,7 +259,7 @@ def test_a_translated_submission_gets_the_same_marks(language: str, tmp_path: Pa
 
     english, unit = submission("00"), find("count_parameters")[0]
     other = nbformat.reads(json.dumps(translated(json.loads(nbformat.writes(english)), language)), as_version=4)
-    settings = Settings(tmp_path, isolation="none")
+    settings = Settings(tmp_path, isolation=isolation)
     graded = [
         mark(match(one, released("00")), released("00"), unit, "ada", "secret", settings) for one in (english, other)
     ]
