@@ -524,8 +524,8 @@ for name, results in found.items():
 # %% [markdown]
 # PEZ's prompts are the best by far, and they can be read, though they are words and no sentences. The soft prompt is
 # much better than all of them until it is rounded; then it is about as good as chance. That is so after 100 steps:
-# after six, when its rows have moved little from the embeddings at which they began, the rounded prompts had 3.96 and
-# 3.69, and PEZ's 3.71 and 3.83. The sentence that a person would type is no better than chance here.
+# after six, when its rows have moved little from the embeddings at which they began, the rounded prompts had a loss of
+# 3.96 and 3.69, and PEZ's of 3.71 and 3.83. The sentence that a person would type is no better than chance here.
 #
 # A step of PEZ also needs a backward pass, so in the same time the searches by chance could try two to three times as
 # many prompts. That does not close the gap: with 300 passes a random search came to 4.24 and mutation to 3.86, with 900

@@ -272,9 +272,9 @@ print("b on the pages of a:", compare([next_token(a, b, t) for a, b in pairs for
 print("adapter a alone:    ", compare([one for a, _ in pairs for one in alone[a]], wanted))
 
 # %% [markdown]
-# No error is raised, but on the pages of adapter a, adapter b is more than half as far from its own predictions as adapter
-# a is, and by the most likely token it is no nearer to them. What it writes depends on who asked before. The fault was in vLLM in March 2024 (issue 3264, mended by pull request
-# 3263). Later it was reported in another form (issue 30931, for version 0.11.1): two adapters with the same name and
+# No error is raised, but what adapter b predicts with the pages of adapter a is far from what it predicts with its own:
+# more than half as far as the predictions of adapter a are, and no nearer by the most likely token. What it writes
+# depends on who asked before. The fault was in vLLM in March 2024 (issue 3264, mended by pull request 3263). Later it was reported in another form (issue 30931, for version 0.11.1): two adapters with the same name and
 # different weights shared their pages. So the key must contain the name of the adapter *and* its version.
 #
 # Write the test that finds such faults. The check runs it on several sound functions and several faulty ones.
@@ -403,8 +403,8 @@ if all(hit_rate(requests, 32, my_rule) == rates[name][31] for name, requests in 
 # `peak_pages(stored, left, adapters, layout)` takes a list of stored tokens, a list of passes left, and a list of pairs, one
 # for each *different* adapter: its pages, and the number of passes for which it is needed. An example with 4 tokens in a
 # page. Text a has stored 11 tokens and has 1 pass left. Text b has a prompt of 4 tokens and 9 passes left. Its first pass
-# reads the whole prompt, so that afterwards 4 tokens are stored; before it, count one less, 3. In each pass a text then
-# stores one token:
+# reads the whole prompt, so that afterwards 4 tokens are stored; before it, count one less, 3. Counted like this, every pass of
+# a text stores one token:
 #
 # | after pass | tokens of a | pages of a | tokens of b | pages of b | together |
 # |---:|---:|---:|---:|---:|---:|

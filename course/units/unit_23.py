@@ -21,7 +21,7 @@
 # **Time**: about 65 minutes, including one minute of computation. 5 exercises, 2 predictions, one open question.
 #
 # ![For each claim, a bar whose length is the mean difference of three seeds divided by their spread, clipped at 6. Bars
-# beyond 1 are verdicts in favour of the claim, bars beyond -1 are verdicts against it, and between the two dotted lines
+# above 1 are verdicts in favour of the claim, bars below -1 are verdicts against it, and between the two dotted lines
 # nothing is decided.](unit_23.png)
 
 # %%
@@ -272,7 +272,7 @@ plotting.label(axes, x="mean of three seeds / their spread (right: in favour of 
 show(
     figure,
     "For each claim, a bar whose length is the mean difference of three seeds divided by their spread, clipped at 6. Bars "
-    "beyond 1 are verdicts in favour of the claim, bars beyond -1 are verdicts against it, and between the two dotted "
+    "above 1 are verdicts in favour of the claim, bars below -1 are verdicts against it, and between the two dotted "
     "lines nothing is decided.",
 )
 
@@ -301,7 +301,7 @@ for one in claims:
 #   equal quality, LoRA forgets more (`benchmarks/forgetting.md` in the repository).
 # - What QLoRA saves depends on the share that the weights of the blocks have in the memory. Here all weights together are
 #   23 of 109 MiB; most of the rest are activations and logits.
-# - A verdict is no size. Dropout is worse by less than a hundredth here, with every seed.
+# - A verdict is no size. Dropout is worse by less than 0.01 nats per token here, with every seed.
 #
 # ### Your own claim
 #

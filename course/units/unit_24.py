@@ -210,7 +210,7 @@ table(results)
 # %% check="sum_of_two"
 
 # %% [markdown]
-# The exact sum is better than the exhibit on both tasks, with both weights. But it is no model of both tasks. As
+# The exact sum is better than the exhibit on both tasks, with both pairs of weights. But it is no model of both tasks. As
 # vectors the updates are nearly orthogonal, and still they disturb each other: each changes what all later layers
 # see, and has never met the other in training.
 #

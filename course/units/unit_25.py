@@ -234,7 +234,7 @@ for shift in SHIFTS:
 # What three seeds show, and what they do not:
 #
 # - **Output-level**: as in the paper, tune the end. The head alone reaches 99 %, block 3 or block 4 alone 98 %, and
-#   the whole model less than half of that in the same 60 steps. LoRA varies from seed to seed.
+#   the whole model less than half of the head's 99 % in the same 60 steps. LoRA varies from seed to seed.
 # - **Feature-level**: Lee et al. find the middle to be the best. Here the means of all choices but block 1 and LoRA lie
 #   between 59 and 67 %, with standard deviations of up to 12: no winner.
 # - **Input-level**: the paper's answer is the beginning. Here the head and LoRA are the best, then block 2. The
@@ -438,8 +438,8 @@ show(
 
 # %% [markdown]
 # The sevens look the same, and both methods reach the same loss on sevens that they have not seen: 0.176 and 0.175. The
-# model has forgotten other digits, as far with a LoRA as with full fine-tuning (0.236 and 0.242, where the three seeds
-# of each lie within 0.004 of the middle of their range). At the same loss, LoRA does not protect what was known; its
+# model has forgotten other digits, as far with a LoRA as with full fine-tuning (its loss on them is 0.236 and 0.242,
+# where the three seeds of each lie within 0.004 of the middle of their range). At the same loss, LoRA does not protect what was known; its
 # advantage is that it can be removed, and that its 20,000 numbers are a tenth of the model.
 #
 # ## What goes wrong in practice

@@ -244,8 +244,8 @@ def estimates(one, seed=5):
 estimates(tuned)
 
 # %% [markdown]
-# The step has made all texts with a positive advantage more likely. Those are sums over 24 tokens of the texts that it has
-# learned from; per token, and on new texts for other prompts, the model is still close to its base. k3 is near the exact
+# The step has made all texts with a positive advantage more likely. Those log-probabilities are sums over the 24 tokens of
+# texts that it has learned from; per token, and on new texts for other prompts, the model is still close to its base. k3 is near the exact
 # value. k1 is farther off: its standard deviation is about twelve times as large, so for the same precision it would need
 # over a hundred times as many tokens.
 #
@@ -458,7 +458,7 @@ estimates(models["LoRA, rank 1"])
 # - A policy gradient makes each sampled text more likely in proportion to its advantage; the reward needs no gradient.
 # - The mean of the group is the baseline; a group of equal rewards teaches nothing, if rounding does not get in the way.
 # - LoRA of rank 1 reached about the same reward as rank 8 and full fine-tuning, each at its own rate, on an easy reward.
-# - All six runs hacked it: a reward near 1, repeated words, and a perplexity that is over a hundred times the base's.
+# - All six runs of this notebook hacked it: a reward near 1, repeated words, and a perplexity that is over a hundred times the base's.
 # - Measure what the reward leaves out: the divergence from the base, held-out text, and samples that you read.
 #
 # ## Go further

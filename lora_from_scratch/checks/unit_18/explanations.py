@@ -40,7 +40,7 @@ def explain_layer(case: Case, seen: Seen, expected: Seen) -> Explanation:
             return found
         if not same(one[name], other[name]):
             right = same(one["y"], other["y"])
-            rest = " The output of the layer is right all the same: E may not be in both." if right else ""
+            rest = " The output of the layer is right all the same: E must not be in both." if right else ""
             return f"another {name}", f"`factors` returns another {name} than it should.{rest}"
     return "gradients", "The factors are right, but A, E or B does not get the gradient that it should."
 

@@ -104,7 +104,7 @@ def of_the_transposed_picture(pictures, size=2):
 def without_transposing(): ...
 
 
-@wrong("to_patches", "You have the size in the wrong places: this takes every n-th pixel of the whole picture.")
+@wrong("to_patches", "You have the size in the wrong places: the pixels of a patch then lie far apart in the picture.")
 def every_nth_pixel(pictures, size=2):
     B, H, W = pictures.shape
     if H % size or W % size:
@@ -461,7 +461,9 @@ def its_own_draw(x, predicted, t, noise):
     return denoising_step(x, predicted, t, torch.randn_like(noise))
 
 
-@wrong("denoising_step", "Your steps are a straight line, 1 - t / T. The statement names another schedule.")
+@wrong(
+    "denoising_step", "Your noise levels fall along a straight line, 1 - t / T. The statement names another schedule."
+)
 @changed(denoising_step, ("levels = noise_levels()", "levels = 1 - 0.999 * torch.arange(STEPS + 1) / STEPS"))
 def steps_of_a_straight_line(): ...
 
