@@ -37,7 +37,8 @@ def add_lora(model: nn.Module, targets: Sequence[str] | str, make_layer: Callabl
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if targets == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = None if get_head is None else get_head()
         chosen = [name for name, module in linear.items() if module is not head]
     else:
         if lost := [target for target in targets if not any(ends_with(name, target) for name in linear)]:

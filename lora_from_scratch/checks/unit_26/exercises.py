@@ -249,6 +249,23 @@ EXERCISES = [
         explain=explain_weights,
     ),
     Exercise(
+        assistant_labels,
+        idea="what the loss counts",
+        difficulty=3,
+        minutes=12,
+        points=3,
+        hints=(
+            "Go through a row token by token and remember whether you are inside a reply. What turns that on, and what "
+            "turns it off?",
+            "Inside a reply every token is labelled, the end token too; it is the last one. Outside, look whether the "
+            "last n tokens are the opening: then the next token is the first of a reply.",
+            "Look only at the first `attention_mask[row].sum()` tokens of a row. `ids[place + 1 - n : place + 1] == "
+            "opening` compares lists; take care where `place + 1 - n` is negative.",
+        ),
+        cases=label_cases,
+        explain=explain_labels,
+    ),
+    Exercise(
         add_lora,
         idea="LoRA on any model",
         difficulty=3,
@@ -265,23 +282,6 @@ EXERCISES = [
         cases=lora_cases,
         probe=run_add_lora,
         explain=explain_add_lora,
-    ),
-    Exercise(
-        assistant_labels,
-        idea="what the loss counts",
-        difficulty=3,
-        minutes=12,
-        points=3,
-        hints=(
-            "Go through a row token by token and remember whether you are inside a reply. What turns that on, and what "
-            "turns it off?",
-            "Inside a reply every token is labelled, the end token too; it is the last one. Outside, look whether the "
-            "last n tokens are the opening: then the next token is the first of a reply.",
-            "Look only at the first `attention_mask[row].sum()` tokens of a row. `ids[place + 1 - n : place + 1] == "
-            "opening` compares lists; take care where `place + 1 - n` is negative.",
-        ),
-        cases=label_cases,
-        explain=explain_labels,
     ),
     Exercise(
         largest_batch,
@@ -329,12 +329,22 @@ PREDICTIONS = [
     ),
     Prediction(
         "forgetting",
-        question="TODO",
-        choices={"a": "x", "b": "y"},
-        answer="a",
-        explanation="TODO",
-        replies={"b": "z"},
-        measured="TODO",
+        question=(
+            "You train SmolLM2 on story cards for 12 steps of four short chats, with LoRA of rank 8 at its tuned "
+            "learning rate. What happens to the perplexity of English that has nothing to do with story cards?"
+        ),
+        choices={
+            "a": "nothing: the weights are frozen, and 12 steps are few",
+            "b": "it rises by about a tenth",
+            "c": "it more than doubles, since the rate is high",
+        },
+        answer="b",
+        explanation=("TODO"),
+        replies={
+            "a": "The frozen weights are still there, but every text also passes through A and B.",
+            "c": "That happens after many more steps, or at a rate that is too high.",
+        },
+        measured="12 steps of 4 chats on SmolLM2-135M-Instruct, rank 8, learning rate 0.006, seed 0",
         idea="what is forgotten",
     ),
 ]
