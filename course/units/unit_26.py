@@ -340,7 +340,8 @@ show(
 )
 
 # %% [markdown]
-# Units 01 and 02 hold: every weight has full rank, and all but `v_proj` are clearly less even than random numbers. (Rounding
+# Units 01 and 02 hold: every weight has full rank and is less even than random numbers, most clearly
+# `q_proj`, `k_proj` and `o_proj`. (Rounding
 # to four bits alone gives a matrix full rank; the energy is not much affected by it.) The update needs fewer directions
 # than the weight, as in unit 11, but not a few: the strongest eight hold 40 to 70 % of its energy, not nearly all of it. With
 # other learning rates (0.001 and 0.002) the update of `q_proj` needed 81 and 90 directions after as many steps. So a LoRA of
@@ -516,9 +517,7 @@ def my_evening():
 
 examples, length, epochs = my_evening()
 hours = examples * length * epochs / speed / 3600
-print(
-    f"{examples:,} examples of {length} tokens, {epochs} times: {hours:.1f} hours, {len(chats) * 62 / speed / 60:.0f} minutes"
-)
+print(f"{examples:,} examples of {length} tokens, {epochs} times: {hours:.1f} hours")
 
 # %% [markdown]
 # ## For others

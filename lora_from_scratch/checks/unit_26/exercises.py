@@ -335,14 +335,18 @@ PREDICTIONS = [
         ),
         choices={
             "a": "nothing: the weights are frozen, and 12 steps are few",
-            "b": "it rises by about a tenth",
-            "c": "it more than doubles, since the rate is high",
+            "b": "it rises, by a tenth to a half or somewhat more",
+            "c": "it is at least three times as high, as with the bundled GPT-2",
         },
         answer="b",
-        explanation=("TODO"),
+        explanation=(
+            "The frozen weights are all there, but every text also passes through A and B, which know only story cards. "
+            "The perplexity of 38.7 rose to 59.9 in this run, and to 43.1 with another order of the same chats: what is "
+            "forgotten varies much more than what is learned."
+        ),
         replies={
             "a": "The frozen weights are still there, but every text also passes through A and B.",
-            "c": "That happens after many more steps, or at a rate that is too high.",
+            "c": "That took the bundled GPT-2 hundreds of steps. Here there are twelve.",
         },
         measured="12 steps of 4 chats on SmolLM2-135M-Instruct, rank 8, learning rate 0.006, seed 0",
         idea="what is forgotten",
