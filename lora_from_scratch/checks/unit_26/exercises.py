@@ -341,8 +341,8 @@ PREDICTIONS = [
         answer="b",
         explanation=(
             "The frozen weights are all there, but every text also passes through A and B, which know only story "
-            "cards. The perplexity of 38.7 rose to 59.9 in this run, and to 43.1 with another order of the same chats: "
-            "what is forgotten varies much more than what is learned."
+            "cards. The perplexity of 38.7 rose to 59.9 in this run, and to 40.9, 43.1, 45.0 and 45.5 with four other "
+            "orders of the same chats: what is forgotten varies much more than what is learned."
         ),
         replies={
             "a": "The frozen weights are still there, but every text also passes through A and B.",
