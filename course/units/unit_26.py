@@ -327,8 +327,8 @@ figure, (axes,) = plotting.panels(1, width=6.4, height=3.8)
 for style, (label, one) in enumerate({"update": updates, "weight": weights, "random": random}.items()):
     energy = torch.linalg.svdvals(one[name]).square()
     share = (energy.cumsum(0) / energy.sum()).tolist()
-    at = min(len(share), (12, 70, 220)[style])
-    plotting.named_curve(axes, share, label, at=at, offset=(6, -12), side="left", style=style)
+    at, offset, side = ((12, (-8, 4), "right"), (70, (-8, 4), "right"), (220, (8, -12), "left"))[style]
+    plotting.named_curve(axes, share, label, at=min(at, len(share)), offset=offset, side=side, style=style)
 axes.axhline(0.9, color="0.4", linewidth=1, linestyle=":")
 axes.set_xscale("log")
 plotting.label(axes, x="r, number of directions", y="share of the energy", title=f"What r directions of {name} hold")
@@ -391,7 +391,7 @@ print(f"perplexity of other English: {as_loaded:.1f} before, {results['perplexit
 # %% check="forgetting"
 
 # %% [markdown]
-# After 12 steps, hardly a minute, the model writes what it should, and what it forgets can already be measured. The
+# After 12 steps, about a minute, the model writes what it should, and what it forgets can already be measured. The
 # amount varies: with four other orders of the same chats (and other first values of A) the perplexity rose only to 40.9,
 # 43.1, 45.0 and 45.5, with about the same held-out loss. A single run says little about forgetting.
 #
@@ -549,12 +549,13 @@ if real and importlib.util.find_spec("peft"):
 
     ours = logits()
     inject_lora(llama, {name: layer.base for name, layer in layers.items()})
+    change = float((logits() - ours).abs().max())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an attribute with a new name
         peft_model = PeftModel.from_pretrained(llama, folder.name)
     theirs = peft_model(ids[None, :64]).logits[0].detach()
     results["PEFT"] = float((theirs - ours).abs().max())
-    print(f"loaded by PEFT, a logit differs by {results['PEFT']:.1g} at most")
+    print(f"without the adapter, a logit differs by up to {change:.0f}; loaded by PEFT, by {results['PEFT']:.1g}")
 else:
     print("PEFT is not installed, or the model is a stand-in: nothing to compare with")
 folder.cleanup()
