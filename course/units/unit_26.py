@@ -392,8 +392,8 @@ print(f"perplexity of other English: {as_loaded:.1f} before, {results['perplexit
 
 # %% [markdown]
 # After 12 steps, about a minute, the model writes what it should, and what it forgets can already be measured. The
-# amount varies: with four other orders of the same chats (and other first values of A) the perplexity rose only to 40.9,
-# 43.1, 45.0 and 45.5, with about the same held-out loss. A single run says little about forgetting.
+# amount varies: with four other orders of the same chats (and other first values of A) the perplexity rose only to
+# 40.9, 43.1, 45.0 and 45.5, with about the same held-out loss. A single run says little about forgetting.
 #
 # What does it answer?
 
