@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from lora_from_scratch.checks.units import units
-from lora_from_scratch.grading.building import build, dependencies, refusals
+from lora_from_scratch.grading.building import build, dependencies, needs, refusals
 from lora_from_scratch.grading.building.differences import differences
 from tests.tiny_course import ROOT
 from tests.turns import in_turn
@@ -20,6 +20,7 @@ UNITS = [
 ]
 EXECUTED = [in_turn(unit) for unit in units() if unit.number in build.sources(ROOT)]
 MEBIBYTES, SECONDS = 2048, 300
+MEBIBYTES_OF_A_REAL_MODEL = 3072  # for units that need more than the course's own packages
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -66,8 +67,10 @@ def test_a_solution_runs_offline_in_time_and_memory_without_a_warning_and_shows_
 ) -> None:
     made = build.draft(unit, ROOT)
     _, cost = build.run(made, ROOT)  # it refuses warnings, errors, and checks without full points
-    assert 0 < cost.mebibytes < MEBIBYTES
+    assert 0 < cost.mebibytes < (MEBIBYTES_OF_A_REAL_MODEL if needs.needs(unit) else MEBIBYTES)
     assert 0 < cost.seconds < SECONDS
+    if lacking := needs.missing(unit):
+        pytest.skip(f"run on a stand-in, since this unit's results need {', '.join(lacking)}: outputs not compared")
     solved = nbformat.read(ROOT / "solutions" / made.name / f"{made.name}.ipynb", as_version=4)
     here = dependencies.recorded(ROOT)[made.name]["processor"] == dependencies.processor()
     assert differences(made.cells, solved, made.solved, same_processor=here) == []

@@ -14,6 +14,7 @@ from lora_from_scratch.grading.building import dependencies, refusals
 from lora_from_scratch.grading.building.assemble import INSTALLER, Cell, as_notebook, assemble, is_installer
 from lora_from_scratch.grading.building.differences import differences
 from lora_from_scratch.grading.building.execution import STEPS, Cost, execute
+from lora_from_scratch.grading.building.needs import missing
 from lora_from_scratch.grading.building.refused import Refused
 from lora_from_scratch.grading.building.release import release
 from lora_from_scratch.grading.building.source import read_source
@@ -131,6 +132,8 @@ def write(unit: Unit, root: Path, again: bool = False) -> Built:
     recorded = dependencies.recorded(root).get(made.name)
     why, cost, differs = reasons(made, before, recorded, now, again), None, []
     if why:
+        if lacking := missing(unit):
+            raise Refused([f"{made.name} has to be executed, because {why[0]}, and that needs {', '.join(lacking)}"])
         pictures, cost = run(made, root)
         run_unsolved(made)
         keep_volatile(made.solved, made.cells, before)

@@ -4,7 +4,7 @@
 
 - its code cells, except the one for Google Colab, which does nothing here;
 - the library's files that these cells and the unit's `exercises.py` import, directly or indirectly;
-- the pinned versions of the packages that compute, draw or show something;
+- the pinned versions of the packages that compute, draw or show something, and of those that the unit needs;
 - the bundled files (model, tales, ...) that those files name.
 
 Code is hashed as its syntax tree, so comments, docstrings, a method's `use_when` and layout do not matter. The record
@@ -26,6 +26,7 @@ from typing import Any
 import lora_from_scratch
 from lora_from_scratch.checks.units import Unit, unit_files
 from lora_from_scratch.grading.building.assemble import is_installer
+from lora_from_scratch.grading.building.needs import needs
 from lora_from_scratch.support.files import write_atomically
 
 RECORD = Path("solutions/executed.json")
@@ -57,12 +58,13 @@ def hashes(unit: Unit, notebook: Any, root: Path) -> Hashes:
     form = str if names & READ_AS_TEXT else code_of
     checks = unit_files("exercises.py", f"unit_{unit.number}")
     sources = [*checks, *sorted(closure([*cells, *(_read(file) for file in checks), RUNS_IT]) - {*checks})]
+    packages = {*PACKAGES, *needs(unit)}
     lines = _read(root / CONSTRAINTS).splitlines() if (root / CONSTRAINTS).is_file() else []
     strings = {string for path in sources for string in _strings(_parsed(_read(path)))}
     return {
         "cells": _hash([form(cell) for cell in cells]),
         "library": _hash([(path.parent.name, path.name, form(_read(path))) for path in sources]),
-        "packages": _hash([line for line in lines if line.lower().partition("==")[0] in PACKAGES]),
+        "packages": _hash([line for line in lines if line.lower().partition("==")[0] in packages]),
         "assets": _hash([(path.name, _of_file(path)) for path in _assets(strings)]),
         "processor": processor(),
     }
