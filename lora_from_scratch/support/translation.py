@@ -24,9 +24,11 @@ ENGLISH = "en"
 LANGUAGES = {ENGLISH: "English", "zh": "简体中文"}
 PLACE = re.compile(r"\{(\d+)\}")
 SENTENCE_END = re.compile(r"(?<=[.!?:])\s+")
-LISTS = (re.compile(r"; "), re.compile(r", (?:and )?| and "))
-LISTED = {"zh": ("；", "、")}  # what separates the items of such lists
+LISTS = (re.compile(r"; "), re.compile(r" or "), re.compile(r", (?:and )?| and "))
+LISTED = {"zh": ("；", " 或 ", "、")}  # what separates the items of such lists
 ITEM = re.compile(r"\n(?=- | {4}\S)")  # begins an item of a list, or an argument
+SENTENCE = re.compile(r"(?<=[.?!])\s+(?=[A-Z`\"(])")
+CHINESE_SENTENCE = re.compile(r"(?<=[。？！])(?![）”])")
 SEPARATED = re.compile(r"(, | )?\{(\d+)\}")
 HAN, FULL_WIDTH = "\u4e00-\u9fff", "，。；：？！（）、“”"
 WORD = re.compile(r"(?<![\w`])[A-Za-z]{2,}(?![\w`(])")
@@ -119,10 +121,17 @@ def translate_sentence(sentence: str) -> str:
     if sentence in entries.texts or not around:
         return translate(sentence)
     text = min(around, key=len)
-    items, translated = ITEM.split(entries.sources[text]), ITEM.split(entries.texts[text])
-    places = [place for place, item in enumerate(items) if sentence in one_line(item)]
-    one = places and len(items) == len(translated)
-    return translated[places[0]].strip().removeprefix("- ") if one else entries.texts[text]
+    return _part(entries.sources[text], entries.texts[text], sentence)
+
+
+def _part(text: str, translation: str, sentence: str) -> str:
+    """What corresponds to a sentence in the translation of its paragraph: an item or a sentence, if they match up."""
+    for ours, theirs in ((ITEM, ITEM), (SENTENCE, CHINESE_SENTENCE)):
+        pieces, translated = ours.split(text), [piece for piece in theirs.split(translation) if piece.strip()]
+        places = [place for place, piece in enumerate(pieces) if sentence in one_line(piece)]
+        if places and len(pieces) == len(translated):
+            text, translation = one_line(pieces[places[0]]), translated[places[0]].strip().removeprefix("- ")
+    return translation
 
 
 def translated_units(code: str) -> list[str]:
@@ -168,7 +177,7 @@ def form_of(text: str, translation: str = "") -> Form:
     pieces = re.split(r"((?:\{\d+\}(?:, | )?)*\{\d+\})", line)  # literal, places, literal, ...
     groups = tuple(tuple(Place(*found[::-1]) for found in SEPARATED.findall(piece)) for piece in pieces[1::2])
     pattern = "".join("(.*?)" if index % 2 else re.escape(piece) for index, piece in enumerate(pieces))
-    quoted = re.findall(r"[`'\"]\{(\d+)\}[`'\"]", line)
+    quoted = {number for text in (line, translation) for code in QUOTED.findall(text) for number in PLACE.findall(code)}
     return Form(pieces[0], re.compile(pattern, re.DOTALL), groups, frozenset(quoted), translation)
 
 
@@ -260,6 +269,6 @@ def _by_items(line: str, into: str) -> Iterator[str]:
     for separator, joined in zip(LISTS, LISTED[into], strict=True):
         items = separator.split(line)
         if len(items) > 1 and len(line) <= LONGEST_LIST and all(map(_is_closed, items)):
-            found = [translated_line(item, into) for item in items]
+            found = [translated_line(item, into) if english_words(item) else item for item in items]
             if all(found):
                 yield joined.join(filter(None, found))

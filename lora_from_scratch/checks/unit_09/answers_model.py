@@ -316,8 +316,8 @@ def the_wrong_way_round(model: nn.Module) -> None:
 
 @wrong(
     "mark_only_lora_as_trainable",
-    "You set the flags on the tensors of `state_dict()`. They share memory with the parameters, but they are not the "
-    "parameters: the flags of the model have not changed.",
+    "No flag of the model has changed. If you set them on the tensors of `state_dict()`: these share memory with the "
+    "parameters, but they are not the parameters.",
 )
 def on_the_state_dict(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
