@@ -17,6 +17,7 @@ COMMANDS = (
     "demo",
     "shootout",
     "atlas",
+    "e2e",
     "finetune",
     "generate",
     "evaluate",
