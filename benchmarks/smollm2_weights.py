@@ -44,10 +44,11 @@ class Update:
 
 
 def block_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights (out, in) of the linear layers in the blocks."""
+    """The weights (out, in) of the linear layers in the blocks; an adapted layer has its weight in `base`."""
     for name, parameter in model.named_parameters():
-        if ".layers." in name and name.endswith("_proj.weight"):
-            yield name.removeprefix("inside."), parameter.detach()
+        plain = name.removeprefix("inside.").replace(".base.weight", ".weight")
+        if "layers." in plain and plain.endswith("_proj.weight"):
+            yield plain, parameter.detach()
 
 
 def q4_1(weight: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import nn
 
 from benchmarks import smollm2
 from benchmarks.smollm2_rates import best_rate
+from benchmarks.smollm2_weights import block_weights, q4_1, round_again, steps
+from lora_from_scratch.methods.lora import LoRA
 
 
 class Blocks(nn.Module):
@@ -30,17 +32,16 @@ def test_a_best_rate_at_the_edge_is_refused() -> None:
 
 
 def test_rounding_again_keeps_small_updates_out_and_large_ones_in() -> None:
-    weights = pytest.importorskip("benchmarks.smollm2_weights")
     pytest.importorskip("gguf")
     torch.manual_seed(0)
     base = Blocks()
-    (_, weight), *_ = weights.block_weights(base)
-    weight.copy_(weights.q4_1(weight))
-    step = float(weights.steps(weight).mean())
+    (_, weight), *_ = block_weights(base)
+    weight.copy_(q4_1(weight))
+    step = float(steps(weight).mean())
     small, large = copy.deepcopy(base), copy.deepcopy(base)
-    next(weights.block_weights(small))[1].add_(0.05 * step * torch.randn(48, 64))
-    next(weights.block_weights(large))[1].add_(5 * step * torch.randn(48, 64))
-    lost, kept = weights.round_again(small, base), weights.round_again(large, base)
+    next(block_weights(small))[1].add_(0.05 * step * torch.randn(48, 64))
+    next(block_weights(large))[1].add_(5 * step * torch.randn(48, 64))
+    lost, kept = round_again(small, base), round_again(large, base)
     assert lost.below_half_a_step > 0.99
     assert lost.codes_changed < 0.02
     assert lost.error > 0.8  # what rounding adds is about minus the update
@@ -48,6 +49,13 @@ def test_rounding_again_keeps_small_updates_out_and_large_ones_in() -> None:
     assert kept.below_half_a_step < 0.2
     assert kept.codes_changed > 0.8
     assert kept.error < 0.2
+
+
+def test_the_weights_of_an_adapted_model_have_the_names_of_the_base() -> None:
+    base, adapted = Blocks(), Blocks()
+    LoRA(rank=2).adapt(adapted)
+    names = [[name for name, _ in block_weights(model)] for model in (base, adapted)]
+    assert names[0] == names[1] == ["layers.0.q_proj.weight"]
 
 
 def test_the_page_has_a_row_for_each_method_and_every_claim_is_a_recorded_number() -> None:
