@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
 
 from lora_from_scratch.support.translation import FOLDER, PLACE
 
 CODE = re.compile(r"`[^`\n]+(?:\n[^`\n]+)?`")
+# Backticks around places only are up to the translation: they say that the value is not translated.
+VERBATIM = re.compile(r"`[{}\d=]+`")
 FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]+(?:\n[^$\n]+)?\$", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}")
@@ -33,14 +34,21 @@ def wrong(text: str, translation: str, language: str = "zh") -> list[str]:
     return [problem for problem in found if problem]
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _prose(text: str) -> str:
     return FORMULA.sub(" ", CODE.sub(" ", text))
 
 
 def _differs(what: str, pattern: re.Pattern[str], text: str, translation: str) -> str:
-    ours, theirs = (Counter(" ".join(found.split()) for found in pattern.findall(one)) for one in (text, translation))
-    ours, theirs = (Counter(dict.fromkeys(count, 1)) for count in (ours, theirs))  # a repetition may be left out
-    lacking, extra = list(ours - theirs), list(theirs - ours)
+    """What one of the two lacks; how often something occurs does not matter."""
+    ours, theirs = (
+        dict.fromkeys(found for found in map(_one_line, pattern.findall(one)) if not VERBATIM.fullmatch(found))
+        for one in (text, translation)
+    )
+    lacking, extra = [one for one in ours if one not in theirs], [one for one in theirs if one not in ours]
     said = [f"without {', '.join(map(repr, lacking))}"] if lacking else []
     said += [f"with {', '.join(map(repr, extra))}"] if extra else []
     return f"other {what}: {' and '.join(said)}" if said else ""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.readme import ATLAS, ROOT, atlas_block, atlas_picture
+from benchmarks.readme import ATLAS, ATLAS_LONG, ROOT, atlas_block, atlas_picture, long_table
 from lora_from_scratch.compare import atlas, side_by_side
 from lora_from_scratch.compare.shootout import contestants
 from lora_from_scratch.finetune.run import Report, Run, finetune
@@ -174,6 +174,9 @@ def committed() -> dict[str, Any]:
 def test_the_committed_pages_show_the_committed_results(committed: dict[str, Any]) -> None:
     assert atlas_block(committed) in (ROOT / "docs" / "atlas.md").read_text(encoding="utf-8")
     assert atlas_picture(committed) in (ROOT / "README.md").read_text(encoding="utf-8")
+    longer: dict[str, Any] = json.loads(ATLAS_LONG.read_text(encoding="utf-8"))
+    assert longer["steps"] > committed["steps"]
+    assert f"\n{long_table(longer)}\n" in (ROOT / "docs" / "atlas.md").read_text(encoding="utf-8")
 
 
 def test_the_figure_in_words_names_the_best_first(committed: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ COMMANDS = (
     "demo",
     "shootout",
     "atlas",
+    "e2e",
     "finetune",
     "generate",
     "evaluate",
