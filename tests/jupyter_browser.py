@@ -205,9 +205,11 @@ class Lab:
         return cell.find_element("css selector", ".jp-InputPrompt").text.strip()
 
     def _source(self, cell: Any) -> str:
+        """The code that is shown; "" of other cells, and of a folded one."""
         if "jp-CodeCell" not in cell.get_attribute("class"):
             return ""
-        return cell.find_element("css selector", ".cm-content").text
+        shown = cell.find_elements("css selector", ".cm-content")
+        return shown[0].text if shown else ""
 
     def _all(self, selector: str) -> list[Any]:
         return self.driver.find_elements("css selector", selector)
