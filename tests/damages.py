@@ -41,6 +41,11 @@ def submission(unit: str) -> Notebook:
     return fill(released(unit), solved(unit))
 
 
+def imports(notebook: Notebook) -> Any:
+    """The cell of imports."""
+    return next(cell for cell in notebook.cells if cell.cell_type == "code" and "import check" in cell.source)
+
+
 def fill(notebook: Notebook, solution: Notebook) -> Notebook:
     for cell, answer in zip(notebook.cells, solution.cells, strict=True):
         said = cell.metadata.get("nbgrader", {})
@@ -216,10 +221,9 @@ def helper_below_the_test(notebook: Notebook) -> None:
 
 @damage()
 def imports_moved_to_the_end(notebook: Notebook) -> None:
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
-    for cell in cells:
-        notebook.cells.remove(cell)
-        notebook.cells.append(cell)
+    cell = imports(notebook)
+    notebook.cells.remove(cell)
+    notebook.cells.append(cell)
 
 
 # --- Merged and split -------------------------------------------------------------------------------------
@@ -339,14 +343,13 @@ def all_tests_deleted(notebook: Notebook) -> None:
 
 @damage("deleted imports")
 def imports_deleted(notebook: Notebook) -> None:
-    for cell in [cell for cell in notebook.cells if cell.cell_type == "code"][:1]:
-        notebook.cells.remove(cell)
+    notebook.cells.remove(imports(notebook))
 
 
 @damage()
 def everything_deleted_that_is_not_graded(notebook: Notebook) -> None:
-    first = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
-    notebook.cells = [cell for cell in notebook.cells if "nbgrader" in cell.metadata or cell in first]
+    first = imports(notebook)
+    notebook.cells = [cell for cell in notebook.cells if "nbgrader" in cell.metadata or cell is first]
 
 
 @damage("metadata lost", "moved cell")

@@ -180,7 +180,7 @@ CALCULATED = {
     *("first_adam_step", "typed_or_learned", "zero_prefix", "who_learns_first", "time_of_adapters"),
     *("share_of_biases", "a_bias_without_gradient", "both_at_zero", "rank_four_twice", "random_overlap"),
     *("after_an_outlier", "thousand_customers", "two_points_ahead"),
-    *("one_adapter_more", "thirty_two_adapters"),
+    *("one_adapter_more", "thirty_two_adapters", "left_of_the_bytes"),
 }
 
 
