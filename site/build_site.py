@@ -42,7 +42,15 @@ def build(output: Path, sources: Path) -> int:
         prompts = {name: translate(getattr(conf, name), language) for name in PROMPTS}
         settings = [f"{name}={text}" for name, text in {"language": SPHINX[language], **prompts}.items()]
         status = status or render(own, output / language, *settings)
+        name_stemmer(output / language / "_static" / "language_data.js")
     return status
+
+
+def name_stemmer(script: Path) -> None:
+    """Name the stemmer that the search page has: for Chinese, Sphinx 9.0 includes the English one and names another."""
+    text = script.read_text(encoding="utf-8") if script.is_file() else ""
+    if "ChineseStemmer" in text and "ChineseStemmer=" not in text:
+        script.write_text(text.replace("ChineseStemmer", "EnglishStemmer"), encoding="utf-8")
 
 
 def render(sources: Path, output: Path, *settings: str) -> int:
