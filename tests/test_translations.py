@@ -215,7 +215,7 @@ def untranslated_messages(language: str, name: str) -> None:
         if verdict.misconception in ("raises", "another error"):
             continue  # the message quotes that of the error, which stays in English
         shown = " ".join([translate(verdict.message), translate(verdict.failure.case)])
-        assert not ENGLISH_WORDS.search(translation.re.sub(r"`[^`]*`", "", shown)), shown
+        assert not ENGLISH_WORDS.search(translation.QUOTED.sub("", shown)), shown
         assert translate(verdict.message) in display.as_text(verdict).replace("\n", "") or "`" in verdict.message
 
 
