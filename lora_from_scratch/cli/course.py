@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--language",
         choices=sorted(LANGUAGES),
         default=ENGLISH,
-        help="the language of the notebooks: en or zh (units 00 to 14; rubrics and guides are in English); default: en",
+        help="the language of the notebooks: en or zh (unit 26, rubrics and guides are in English); default: en",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder; created if it does not exist")
     return parser

@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--language",
         choices=sorted(LANGUAGES),
         default=language(),
-        help="the language of the notebooks and of their checks: en (English) or zh (Chinese, units 00 to 14; the rest "
+        help="the language of the notebooks and of their checks: en (English) or zh (Chinese; unit 26 "
         f"is in English); default: that of {VARIABLE}, or en",
     )
     parser.add_argument("--no-browser", action="store_true", help="only start the server and print its address")
