@@ -172,6 +172,14 @@ def test_english_is_the_default_and_the_environment_comes_first(monkeypatch: pyt
         translation.set_language("fr")
 
 
+def test_a_shape_is_not_divided_between_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"It is {0}, {1}; not {2}.": "{0}：{1}，而不是 {2}。", "It is {0}; not {1}.": "是 {0}，不是 {1}。"}
+    forms = tuple(translation.form_of(*item) for item in texts.items())
+    monkeypatch.setattr(translation, "catalogue", lambda code: translation.Catalogue(texts, {}, forms))
+    translation.translated_line.cache_clear()
+    assert translate("It is (2, 3); not (3, 2).", "zh") == "是 (2, 3)，不是 (3, 2)。"
+
+
 def test_what_is_inserted_into_a_message_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"There should be {0} pairs, but you return {1}.": "应有 {0} 对，你返回 {1} 对。", "no pair": "没有"}
     forms = tuple(translation.form_of(*item) for item in texts.items() if "{" in item[0])

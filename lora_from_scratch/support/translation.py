@@ -205,13 +205,21 @@ def _by_forms(line: str, entries: Catalogue, into: str) -> Iterator[str]:
     for form in entries.forms:
         for one in dict.fromkeys((line, lower)):
             match = form.pattern.fullmatch(one) if one.startswith(form.start) else None
-            if match and all(map(_is_closed, match.groups())):
+            if match and all(map(_fits, form.groups, match.groups())):
                 values: dict[str, str] = {}
                 for places, text in zip(form.groups, match.groups(), strict=True):
                     values |= _values(places, text, form.quoted, into)
                 filled = PLACE.sub(lambda place, values=values: values.get(place[1], place[0]), form.translation)  # type: ignore[misc]
                 yield _spaced(filled)
                 break
+
+
+def _fits(places: tuple[Place, ...], text: str) -> bool:
+    """Whether a text can be divided between places: brackets stay whole, and there is what separates the places."""
+    pieces = [""]
+    for piece in re.split(r"(, | )", text):
+        pieces = [*pieces[:-1], pieces[-1] + piece] if not _is_closed(pieces[-1]) else [*pieces, piece]
+    return _is_closed(text) and all(not place.after or place.after in pieces for place in places[1:])
 
 
 def _is_closed(text: str) -> bool:
