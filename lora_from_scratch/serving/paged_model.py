@@ -7,8 +7,8 @@ directly from the pool (`pool_rows.py`), and the tokens of a prompt attend to ea
 
 `paged_gpt2.py` and `paged_transformers.py` have the models.
 
-Shapes: N tokens in the pass, n of them decoding, S tokens in the longest text, H query heads of width hd, G heads of keys
-and of values (G = H unless the model has grouped-query attention).
+Shapes: N tokens in the pass, n of them decoding, S tokens in the longest text, H query heads of width hd, G heads of
+keys and of values (G = H unless the model has grouped-query attention).
 """
 
 from __future__ import annotations

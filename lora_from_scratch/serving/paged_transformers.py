@@ -10,7 +10,6 @@ position of each token in its own text.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +52,8 @@ class AttentionShape:
             others = [f"a window of {window} tokens"]
         if others:
             raise ValueError(
-                f"the server cannot run a model of type {text.model_type!r}: it has layers with {', '.join(others)}, and "
-                "the server supports only attention to the whole text"
+                f"the server cannot run a model of type {text.model_type!r}: it has layers with {', '.join(others)}, "
+                "and the server supports only attention to the whole text"
             )
         heads = text.num_attention_heads
         shared = getattr(text, "num_key_value_heads", None) or heads
@@ -114,7 +113,7 @@ class PagedTransformers(PagedModel):
         return twin
 
     def _try(self, model: TransformersModel, shape: AttentionShape) -> None:
-        """Refuse a model whose logits for a short prompt and one more token are not those that transformers computes."""
+        """Refuse a model whose logits for a short prompt and one more token differ from those of transformers."""
         pages = self.pool.allocate(self, self.pool.layout.pages_for_tokens(TRIAL + 1))
         tokens = [(7 * number + 3) % model.config.vocab_size for number in range(TRIAL + 1)]
         try:
@@ -143,11 +142,12 @@ class _Linear(nn.Module):
 
     def __init__(self, paged: PagedModel, name: str) -> None:
         super().__init__()
-        self.__dict__["paged"], self.name = paged, name
+        self._computed_by = paged.linear, name  # in a tuple, so that it is not registered as a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), with N tokens in all."""
-        return self.paged.linear(self.name, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        linear, name = self._computed_by
+        return linear(name, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def _attention(

@@ -24,8 +24,8 @@ import torch
 
 from lora_from_scratch.models.checkpoint import LanguageModel
 from lora_from_scratch.serving.adapter_store import READ_AHEAD, AdapterStore, AdapterVersion, Resident
-from lora_from_scratch.serving.page_pool import PageLayout
 from lora_from_scratch.serving.any_model import paged_model
+from lora_from_scratch.serving.page_pool import PageLayout
 from lora_from_scratch.serving.paged_model import Text, order
 from lora_from_scratch.serving.sampling import Sampling, choose_tokens
 
@@ -98,7 +98,9 @@ class Scheduler:
             are delayed. A single prompt may be longer.
     """
 
-    def __init__(self, model: LanguageModel, store: AdapterStore, max_rows: int = 32, max_prompt_tokens: int = 512) -> None:
+    def __init__(
+        self, model: LanguageModel, store: AdapterStore, max_rows: int = 32, max_prompt_tokens: int = 512
+    ) -> None:
         self.store, self.pool = store, store.pool
         self.model = paged_model(model, self.pool)
         self.config = model.config
