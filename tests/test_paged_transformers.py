@@ -125,7 +125,7 @@ class Compared:
         owners = {id(self.scheduler.pool.tables.get(request)): request for request in self.scheduler.running}
         for text, row in zip(texts, logits, strict=True):
             one = owners[id(text.pages)]
-            alone = self.adapted.logits(one.adapter and one.adapter.name, [*one.prompt, *one.tokens])
+            alone = self.adapted.logits(one.adapter.name if one.adapter else None, [*one.prompt, *one.tokens])
             self.furthest = max(self.furthest, float((row - alone).abs().max() / alone.abs().max()))
         return logits
 
