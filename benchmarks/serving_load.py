@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,14 @@ def asked_of(clients: int) -> list[str]:
     return [name_of(n) for n in draw.choices(range(ADAPTERS), [1 / (n + 1) for n in range(ADAPTERS)], k=clients)]
 
 
-async def ask(address: str, names: list[str], numbers: Sequence[int]) -> list[tuple[int, str]]:
-    """The status and text that each client receives, with all requests sent at once. Status 0: connection lost."""
+async def ask(
+    address: str, names: list[str], numbers: Sequence[int], answered: Callable[[], object] = lambda: None
+) -> list[tuple[int, str]]:
+    """The status and text that each client receives, with all requests sent at once. Status 0: connection lost.
+
+    Args:
+        answered: is called after each response.
+    """
     async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
 
         async def one(number: int) -> tuple[int, str]:
@@ -72,6 +79,7 @@ async def ask(address: str, names: list[str], numbers: Sequence[int]) -> list[tu
                 answer = await client.post(f"{address}/completions", json=body)
             except httpx.TransportError:
                 return 0, ""
+            answered()
             return answer.status_code, answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.text
 
         return list(await asyncio.gather(*map(one, numbers)))
@@ -112,16 +120,15 @@ def run_once(folder: Path, names: list[str], right: dict[int, str], waiting: int
 
 
 def run_killed(folder: Path, names: list[str], right: dict[int, str]) -> dict[str, Any]:
-    """Kill the server during the run, start it again, and repeat the lost requests."""
+    """Kill the server after a third of the responses, start it again, and repeat the lost requests."""
     server = Served(folder, len(names))
+    left = itertools.count(len(names) // 3, -1)
 
-    async def ask_and_kill() -> list[tuple[int, str]]:
-        asking = asyncio.create_task(ask(server.address, names, range(len(names))))
-        await asyncio.sleep(3)
-        os.kill(server.process.pid, signal.SIGKILL)
-        return await asking
+    def count() -> None:
+        if next(left) == 0:
+            os.kill(server.process.pid, signal.SIGKILL)
 
-    answers = asyncio.run(ask_and_kill())
+    answers = asyncio.run(ask(server.address, names, range(len(names)), count))
     server.process.wait()
     lost = [number for number, (status, _) in enumerate(answers) if status == 0]
     again = Served(folder, len(names))

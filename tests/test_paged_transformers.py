@@ -149,11 +149,15 @@ def tiny(kind: str, **settings: Any) -> TransformersModel:
     return TransformersModel(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
         ("Gemma2", {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}, "sliding_attention"),
         ("Mistral", {"intermediate_size": 24, "num_key_value_heads": 1, "sliding_window": 4}, "a window of 4 tokens"),
+        ("Llama", {"intermediate_size": 24, "rope_parameters": DYNAMIC}, "rope_type 'dynamic'"),
         ("Bloom", {"n_layer": 2, "n_head": 2}, "'bloom': its attention cannot be replaced"),
     ],
 )

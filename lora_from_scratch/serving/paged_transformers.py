@@ -24,6 +24,7 @@ from lora_from_scratch.serving.paged_model import Batch, PagedModel, Text
 from lora_from_scratch.serving.shared_weights import twin_of
 
 ATTENTION = "lora_from_scratch_paged"  # the name under which the attention function is registered
+BATCH_DEPENDENT = ("dynamic", "longrope")  # transformers' names of position scalings that vary with the longest text
 TRIAL = 5  # tokens in the prompt with which a model is tried
 TOLERANCE = 1e-3  # the largest difference in that trial, relative to the largest logit
 
@@ -42,19 +43,19 @@ class AttentionShape:
         """Read the sizes from a configuration of transformers.
 
         Raises:
-            ValueError: a layer does not attend to the whole text, which the server does not support.
+            ValueError: a layer does not attend to the whole text, or depends on the longest text in the batch.
         """
         text = config.get_text_config()
         kinds = getattr(text, "layer_types", None)  # absent where all layers are of the same kind
         window = getattr(text, "sliding_window", None) if kinds is None else None
+        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
         others = sorted(set(kinds or ()) - {"full_attention"})
         if window is not None and window < text.max_position_embeddings:
             others = [f"a window of {window} tokens"]
         if others:
-            raise ValueError(
-                f"the server cannot run a model of type {text.model_type!r}: it has layers with {', '.join(others)}, "
-                "and the server supports only attention to the whole text"
-            )
+            raise ValueError(refusal(config, f"it has layers with {', '.join(others)}, not only with full attention"))
+        if rope in BATCH_DEPENDENT:
+            raise ValueError(refusal(config, f"with rope_type {rope!r}, positions depend on the batch's longest text"))
         heads = text.num_attention_heads
         shared = getattr(text, "num_key_value_heads", None) or heads
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -122,19 +123,19 @@ class PagedTransformers(PagedModel):
                 self([Text(tokens[TRIAL:], TRIAL, pages, None)])[0],
             ]
         except (TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(self._refusal(model, str(error).splitlines()[0])) from None
+            raise ValueError(refusal(model.inside.config, str(error).splitlines()[0])) from None
         finally:
             self.pool.release(self)
         if self._attended != list(range(shape.layers)):
-            raise ValueError(self._refusal(model, "its attention cannot be replaced"))
+            raise ValueError(refusal(model.inside.config, "its attention cannot be replaced"))
         with torch.no_grad():
             wanted = model(torch.tensor([tokens], device=self.pool.data.device))[0, TRIAL - 1 :].float()
         if not torch.allclose(torch.stack(found), wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max())):
-            raise ValueError(self._refusal(model, "its attention does more than softmax(scale q k^T) v"))
+            raise ValueError(refusal(model.inside.config, "its attention does more than softmax(scale q k^T) v"))
 
-    @staticmethod
-    def _refusal(model: TransformersModel, why: str) -> str:
-        return f"the server cannot run a model of type {model.inside.config.model_type!r}: {why}"
+
+def refusal(config: Any, why: str) -> str:
+    return f"the server cannot run a model of type {config.model_type!r}: {why}"
 
 
 class _Linear(nn.Module):
