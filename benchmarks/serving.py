@@ -38,6 +38,7 @@ from lora_from_scratch.support.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 POOL_MIB = {"bundled": 256, "small": 1024}
+HELD = {"bundled": 128, "small": 86}  # adapters for which peft has room: as many as fit into the pool beside 32 texts
 DISTINCT = {"bundled": 64, "small": 24}  # the number of weight files; the other adapters are links to them
 SIDES = ("ours", "base", "merge", "loop", "peft")
 MiB = 2**20
@@ -84,7 +85,7 @@ def product(arguments: argparse.Namespace, results: Results) -> None:
     make_adapters(folder, 8, model.config, (8, 8), 8)
     asked = [Asked(name_of(row % 8), (7 + row,), 100) for row in range(16)]
     peft = Peft(model, folder)
-    peft.prepare(asked)
+    peft.load(asked)
     side = Ours(model, folder, pages_of(model, 256))
     side.submit(asked)
     for _ in range(3):
@@ -162,12 +163,16 @@ def traffic(arguments: argparse.Namespace, results: Results) -> None:
         "base": lambda: Ours(model, folder, pages, with_adapters=False),
         "merge": lambda: merge_and_switch(model, folder),
         "loop": lambda: one_after_another(model, folder),
-        "peft": lambda: Peft(model, folder),
+        "peft": lambda: Peft(model, folder, HELD[name]),
     }
     sides = {side: make[side]() for side in arguments.sides}
     sizes = arguments.requests, arguments.prompt, arguments.new, model.config.vocab_size
-    for side in sides.keys() & {"ours", "base"}:  # warm up, as if the server had been running for a while
-        sides[side](zipf_traffic(max(arguments.adapters), *sizes, seed=99))
+    before = zipf_traffic(max(arguments.adapters), *sizes, seed=99)  # as if the server had been running for a while
+    for side in sides.keys() & {"ours", "base"}:
+        sides[side](before)
+    if "peft" in sides:
+        peft: Any = sides["peft"]
+        peft.load(before)
     for turn in range(arguments.rounds):
         for count in arguments.adapters:
             asked = zipf_traffic(count, *sizes, seed=turn)
@@ -177,9 +182,12 @@ def traffic(arguments: argparse.Namespace, results: Results) -> None:
 def one_round(results: Results, prefix: str, asked: Sequence[Asked], sides: dict[str, Side], turn: int) -> None:
     def measure(side: str) -> dict[str, Any]:
         run: Any = sides[side]
+        loads, loading = 0, [0.0, 0.0]
         if side == "peft":
-            run.prepare(asked)
-        loads = run.store.loads if side == "ours" else 0
+            run.make_room(asked)
+            loads, loading = timed(lambda: run.load(asked))
+        elif side == "ours":
+            loads = -run.store.loads
         answers, seconds = timed(lambda: run(asked))
         found = {
             "seconds": seconds,
@@ -187,7 +195,9 @@ def one_round(results: Results, prefix: str, asked: Sequence[Asked], sides: dict
             "distinct": len({one.adapter for one in asked}),
             "texts": [zlib.crc32(repr(tokens).encode()) for tokens in answers],  # for comparison with the other sides
         }
-        return found | ({"loads": run.store.loads - loads} if side == "ours" else {})
+        if side == "ours":
+            return found | {"loads": loads + run.store.loads}
+        return found | ({"loads": loads, "loading": loading} if side == "peft" else {})
 
     order = [*sides][turn % len(sides) :] + [*sides][: turn % len(sides)]
     for side in order:

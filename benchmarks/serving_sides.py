@@ -143,24 +143,39 @@ def answer(model: GPT2, asked: Sequence[Asked], group: Sequence[int], answers: l
 class Peft:
     """(c) peft's `adapter_names` on transformers' model, whose `generate` processes one batch at a time.
 
-    The adapters are loaded in advance, and the loading time is not measured.
+    Its adapters are loaded before the requests are answered, and stay loaded until there are more than `held`; the
+    least recently used ones are deleted first.
+
+    Args:
+        model: a model without adapters.
+        folder: the folder with the adapters.
+        held: the number of adapters for which there is room.
     """
 
-    def __init__(self, model: GPT2, folder: Path) -> None:
+    def __init__(self, model: GPT2, folder: Path, held: int = 64) -> None:
         method = LoRA(rank=1)
         method.adapt(model)
         self.model: Any = with_peft(model, method).eval()
         method.undo(model)
-        self.folder = folder
-        self.loaded: set[str] = set()
+        self.folder, self.held = folder, held
+        self.loaded: list[str] = []  # the least recently used first
 
-    def prepare(self, asked: Sequence[Asked]) -> None:
+    def make_room(self, asked: Sequence[Asked]) -> None:
+        """Delete adapters that these requests do not need, until there is room for those that they need."""
         names = {one.adapter for one in asked}
-        for name in sorted(self.loaded - names):
+        unused = [name for name in self.loaded if name not in names]
+        for name in unused[: max(0, len(unused) + len(names) - self.held)]:
             self.model.delete_adapter(name)
-        for name in sorted(names - self.loaded):
+            self.loaded.remove(name)
+
+    def load(self, asked: Sequence[Asked]) -> int:
+        """Load the adapters that these requests need, and return how many were missing."""
+        names = list(dict.fromkeys(one.adapter for one in asked))
+        missing = [name for name in names if name not in self.loaded]
+        for name in missing:
             self.model.load_adapter(self.folder / name, adapter_name=name, low_cpu_mem_usage=True)
-        self.loaded = names
+        self.loaded = [name for name in self.loaded if name not in names] + names
+        return len(missing)
 
     def __call__(self, asked: Sequence[Asked]) -> list[list[int]]:
         answers: list[list[int]] = []
