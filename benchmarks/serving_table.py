@@ -78,8 +78,8 @@ def traffic(values: Mapping[str, Any]) -> Iterator[str]:
             continue
         yield f"## Zipf traffic, {model}, ranks 4 to 32, 32 rows\n"
         yield "Times the throughput of each other way: its processor time divided by ours. In brackets the smallest,"
-        yield "the largest, and the number of rounds. Every way but (d) loads the adapters that it needs, and peft keeps"
-        yield "as many as fit into our pool. The next to last column leaves out the time that peft takes to load them.\n"
+        yield "the largest, and the number of rounds. Every way but (d) loads the adapters that it needs; peft keeps as"
+        yield "many as fit into our pool. The next to last column leaves out the time that peft takes to load them.\n"
         yield row(["adapters", "distinct in a round", "loaded in a round", *OTHERS.values()])
         yield row(["---:", "---:", "---:", *["---"] * len(OTHERS)])
         for count in counts:
