@@ -100,7 +100,7 @@ def with_peft(model: GPT2, method: LoRA) -> Any:
     config = peft.LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,
-        target_modules=list(method.targets),
+        target_modules=method.targets if isinstance(method.targets, str) else list(method.targets),
         lora_dropout=method.dropout,
         fan_in_fan_out=True,
         task_type="CAUSAL_LM",
