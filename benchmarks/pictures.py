@@ -1,10 +1,9 @@
-"""Pictures of digits: pretraining, surgical fine-tuning, LoRA on the diffusion model, and the figures.
+"""Pictures of digits: pretraining, LoRA on the diffusion model, and the learning rates of unit 25.
 
     python -m benchmarks.pictures pretrain            train the two models in lora_from_scratch/assets/pictures
-    python -m benchmarks.pictures surgical [SHIFT]    compare which part to tune for which shift, with five seeds
     python -m benchmarks.pictures diffusion           adapt the diffusion model to one digit: LoRA and full fine-tuning
     python -m benchmarks.pictures rates               choose the learning rates of unit 25, and write unit_25_rates.md
-    python -m benchmarks.pictures report              write surgical.md, digit_style.md and figures from stored results
+    python -m benchmarks.pictures report              write digit_style.md and its figure from stored results
 
 The results are stored as JSON lines in runs/pictures, so an interrupted benchmark can be continued.
 """
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.surgical import mean_and_spread
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method
@@ -36,13 +36,12 @@ from lora_from_scratch.pictures.digits import (
     source,
 )
 from lora_from_scratch.pictures.grid import picture_grid
-from lora_from_scratch.pictures.surgical import AUTO_RGN, STEPS, adapt, choices, compare
+from lora_from_scratch.pictures.surgical import AUTO_RGN, STEPS, adapt, choices
 from lora_from_scratch.pictures.training import (
     accuracy,
     classification_loss,
     diffusion_loss,
     pretrained_denoiser,
-    pretrained_vit,
     save_pretrained,
     train,
 )
@@ -78,13 +77,6 @@ def pretrain() -> None:
     save_pretrained(denoiser, "denoiser")
     mean = sum(losses[-100:]) / 100
     print(f"denoiser: loss {mean:.4f}, {time.process_time() - started:.0f} s of CPU time")
-
-
-def surgical(shifts: list[str]) -> None:
-    for shift in shifts:
-        for choice in choices(ViT()):
-            if not any(row["shift"] == shift and row["choice"] == choice for row in _kept("surgical-*")):
-                _keep(f"surgical-{shift}", compare(shift, choice, SEEDS))
 
 
 def unit_25(shift: str, part: str) -> Pictures:
@@ -157,25 +149,8 @@ def _kept(pattern: str) -> list[dict[str, Any]]:
 
 
 def report() -> None:
-    _draw_shifts()
-    if rows := _kept("surgical-*"):
-        _report_surgical(rows)
     if rows := _kept("diffusion"):
         _report_diffusion(rows)
-
-
-def _report_surgical(rows: list[dict[str, Any]]) -> None:
-    names = choices(ViT())
-    lines = ["| tuned | " + " | ".join(f"{shift}-level" for shift in SHIFTS) + " |", "|---" * (len(SHIFTS) + 1) + "|"]
-    before = [f"{100 * accuracy(pretrained_vit(), shifted(shift, 'test')):.1f}" for shift in SHIFTS]
-    lines.append(f"| nothing | {' | '.join(before)} |")
-    found: dict[tuple[str, str], list[float]] = {(row["shift"], row["choice"]): row["accuracies"] for row in rows}
-    for name in names:
-        cells = [_mean_and_spread(found[shift, name]) for shift in SHIFTS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    _draw_surgical(found, names)
-    text = SURGICAL.format(steps=STEPS, table="\n".join(lines), rates=_rates(rows))
-    (HERE / "surgical.md").write_text(text, encoding="utf-8")
 
 
 def _report_diffusion(rows: list[dict[str, Any]]) -> None:
@@ -187,35 +162,10 @@ def _report_diffusion(rows: list[dict[str, Any]]) -> None:
         mine = [row for row in rows if row["name"] == name]
         share, distance = ([row[key] for row in mine] for key in ("share", "distance"))
         near = f"{statistics.mean(distance):.2f} ± {statistics.stdev(distance):.2f}"
-        table.append(f"| {name} | {mine[0]['trained']:,} | {_mean_and_spread(share)} | {near} |")
+        table.append(f"| {name} | {mine[0]['trained']:,} | {mean_and_spread(share)} | {near} |")
     _draw_samples()
     text = DIFFUSION_PAGE.format(table="\n".join(table), digit=DIGIT)
     (HERE / "digit_style.md").write_text(text, encoding="utf-8")
-
-
-def _rates(rows: list[dict[str, Any]]) -> str:
-    by_shift = {
-        shift: ", ".join(f"{row['choice']} {row['rate']:g}" for row in rows if row["shift"] == shift)
-        for shift in SHIFTS
-    }
-    return "; ".join(f"{shift}: {text}" for shift, text in by_shift.items())
-
-
-def _mean_and_spread(values: list[float]) -> str:
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
-
-
-def _draw_surgical(found: dict[tuple[str, str], list[float]], names: list[str]) -> None:
-    figure, panels = plotting.panels(len(SHIFTS), width=3.6, height=3.4)
-    for axes, shift in zip(panels, SHIFTS, strict=True):
-        means = {name: round(100 * statistics.mean(found[shift, name]), 1) for name in names}
-        plotting.bars(axes, means, unit="")
-        plotting.label(axes, x="test accuracy in %", title=f"{shift}-level shift")
-    words = "; ".join(
-        f"{shift}-level: " + ", ".join(f"{n} {100 * statistics.mean(found[shift, n]):.0f} %" for n in names)
-        for shift in SHIFTS
-    )
-    plotting.save(figure, DOCS / "pictures-surgical.png", f"Accuracy by what is tuned, for each shift. {words}.")
 
 
 def _draw_samples() -> None:
@@ -227,35 +177,6 @@ def _draw_samples() -> None:
     said = f"Samples of the diffusion model of all digits, and of the same model adapted to the digit {DIGIT}."
     plotting.save(figure, DOCS / "pictures-diffusion.png", said)
 
-
-def _draw_shifts() -> None:
-    figure, panels = plotting.panels(4, width=2.4, height=2.7)
-    chosen = {"learned: classes 0 to 4": source("train")} | {f"{s}-level shift": shifted(s, "train") for s in SHIFTS}
-    for axes, (name, data) in zip(panels, chosen.items(), strict=True):
-        first = torch.cat([(data.labels == label).nonzero()[:5, 0] for label in range(5)])
-        picture_grid(axes, data.pictures[first], 5, title=name)
-    plotting.save(
-        figure, DOCS / "pictures-shifts.png", "Five pictures of each of the five classes, before and after each shift."
-    )
-
-
-SURGICAL = """# Surgical fine-tuning on pictures of digits
-
-Written by `python -m benchmarks.pictures report`. The machine was shared with other work, so no times are given.
-
-The classifier (a ViT with 0.3 M parameters) was trained on the digits 0 to 4. It is adapted to a shifted task with 100
-pictures in {steps} steps. The table shows the test accuracy in %, as the mean and standard deviation over five seeds on
-the same 150 pictures. For each cell, the best of the learning rates 0.001, 0.003 and 0.01 was selected on 50 validation
-pictures, with another seed. Because there are 150 test pictures, the standard error of an accuracy is up to 4 points.
-
-{table}
-
-![](../docs/pictures-surgical.png)
-
-![](../docs/pictures-shifts.png)
-
-The learning rates: {rates}.
-"""
 
 RATES_PAGE = """# The learning rates of unit 25
 
@@ -286,7 +207,4 @@ COMMANDS = {"pretrain": pretrain, "rates": rates, "diffusion": diffusion, "repor
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "surgical":
-        surgical(sys.argv[2:] or list(SHIFTS))
-    else:
-        COMMANDS[sys.argv[1]]()
+    COMMANDS[sys.argv[1]]()

@@ -29,6 +29,11 @@ GPT2 |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", TEXT | GPT2),
     "llama": ("LlamaForCausalLM", "LlamaConfig", TEXT | SHAPE | {"num_key_value_heads": 1}),
+    "grouped llama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        TEXT | SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    ),
     "qwen2": (
         "Qwen2ForCausalLM",
         "Qwen2Config",

@@ -20,9 +20,13 @@ from lora_from_scratch.cli import main
 from lora_from_scratch.gpt2.checkpoint import save_gpt2
 from lora_from_scratch.gpt2.generation import generate
 from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.methods.lora import LoRA
+from lora_from_scratch.models.checkpoint import load_language_model
+from tests.any_models import randomise
 from tests.checkpoints import TOKENIZER
 from tests.helpers import tiny_model
 from tests.served_adapters import METHODS, write_adapters
+from tests.test_any_language_model import make_directory
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
@@ -143,6 +147,26 @@ def test_a_server_that_is_killed_starts_again(served: Served) -> None:
     finally:
         again.process.kill()
         again.process.wait()
+
+
+@pytest.mark.slow
+def test_a_llama_and_its_adapters_are_served(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    base = make_directory("llama", tmp_path / "tiny")
+    model, tokenizer = load_language_model(base)
+    method = LoRA(rank=2, alpha=4)
+    method.adapt(model)
+    randomise(method.trainable(model))
+    method.save(model, tmp_path / "all" / "king")
+    served = Served(tmp_path, {})
+    try:
+        body = {"model": "king", "prompt": "A queen", "max_tokens": 20, "temperature": 0}
+        text = httpx.post(served.address, json=body, timeout=60).json()["choices"][0]["text"]
+    finally:
+        served.process.kill()
+        served.process.wait()
+    ids = tokenizer.encode("A queen")
+    assert text == tokenizer.decode(generate(model, [ids], max_new_tokens=20, eos_id=tokenizer.eos_id)[0])
 
 
 @pytest.mark.parametrize(

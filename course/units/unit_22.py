@@ -45,7 +45,8 @@ from lora_from_scratch.serving.adapter_store import AdapterStore, AdapterVersion
 from lora_from_scratch.serving.batched_lora import switch_task
 from lora_from_scratch.serving.mixed_product import SEGMENT_FROM
 from lora_from_scratch.serving.page_pool import OutOfPages, PageLayout, PagePool
-from lora_from_scratch.serving.paged_model import PagedModel, Text
+from lora_from_scratch.serving.paged_gpt2 import PagedGPT2
+from lora_from_scratch.serving.paged_model import Text
 from lora_from_scratch.serving.scheduler import Request, Scheduler, peak_pages
 from lora_from_scratch.serving.simulation import Job, simulate
 from lora_from_scratch.support import plotting
@@ -240,7 +241,7 @@ def version(name):
 
 
 store = new_store(400)
-paged = PagedModel(model, store.pool)
+paged = PagedGPT2(model, store.pool)
 SHARED = 3 * layout.tokens  # three full pages
 beginnings = [tokenizer.encode(tale)[: SHARED + 1] for tale in load_tales()[:8]]
 

@@ -47,18 +47,19 @@ def run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs the package {error.name}: pip install 'lora-from-scratch[serve]'") from None
     from lora_from_scratch.finetune.distributed import find_device
-    from lora_from_scratch.gpt2.checkpoint import load_gpt2
+    from lora_from_scratch.models.checkpoint import load_language_model
     from lora_from_scratch.serving.adapter_store import AdapterStore
-    from lora_from_scratch.serving.page_pool import PageLayout, PagePool
+    from lora_from_scratch.serving.any_model import page_layout
+    from lora_from_scratch.serving.page_pool import PagePool
     from lora_from_scratch.serving.scheduler import Scheduler
 
     for name, least in (("pool", 1), ("rows", 1), ("waiting", 0), ("port", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     device = find_device(options.device)
-    model, tokenizer = load_gpt2(options.model)
+    model, tokenizer = load_language_model(options.model)
     model.to(device)
-    layout = PageLayout.for_model(model.config)
+    layout = page_layout(model)
     pages = options.pool * 2**20 // (4 * layout.size)
     store = AdapterStore(model, PagePool(layout, pages, device), options.adapters)
     base = Path(options.model).name

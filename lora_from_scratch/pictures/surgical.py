@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from lora_from_scratch.gpt2.model import IGNORE_INDEX
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.surgical import auto_rgn_weights, relative_gradient_norms, surgical_parameter_groups
-from lora_from_scratch.pictures.digits import Pictures, shifted
-from lora_from_scratch.pictures.training import accuracy, classification_loss, pretrained_vit, train
+from lora_from_scratch.pictures.digits import Pictures
+from lora_from_scratch.pictures.training import classification_loss, pretrained_vit, train
 from lora_from_scratch.pictures.vit import ViT, parts
 from lora_from_scratch.support.wrapped import Wrapper
 
 ALL, AUTO_RGN, LORA = "all", "Auto-RGN", "LoRA"
-RATES = (1e-3, 3e-3, 1e-2)  # candidates; selected on the validation pictures for each choice and each shift
 STEPS, BATCH_SIZE, EPOCH = 60, 10, 10  # total steps, pictures per step, steps between Auto-RGN's measurements
 
 
@@ -120,21 +119,3 @@ def adapt(choice: str, data: Pictures, learning_rate: float, *, steps: int = STE
     else:
         raise ValueError(f"the choice must be one of {', '.join(choices(model))}, got {choice!r}")
     return model
-
-
-def best_rate(choice: str, shift: str, rates: Sequence[float] = RATES, steps: int = STEPS) -> float:
-    """The learning rate with the highest accuracy on the validation pictures, using a separate seed."""
-    validation = shifted(shift, "validation")
-
-    def score(rate: float) -> float:
-        return accuracy(adapt(choice, shifted(shift, "train"), rate, steps=steps, seed=999), validation)
-
-    return max(rates, key=score)
-
-
-def compare(shift: str, choice: str, seeds: Sequence[int], rates: Sequence[float] = RATES) -> dict[str, Any]:
-    """The test accuracy for each seed, with the best learning rate for this choice and shift."""
-    rate = best_rate(choice, shift, rates)
-    data, test = shifted(shift, "train"), shifted(shift, "test")
-    found = [accuracy(adapt(choice, data, rate, seed=seed), test) for seed in seeds]
-    return {"shift": shift, "choice": choice, "rate": rate, "accuracies": found}

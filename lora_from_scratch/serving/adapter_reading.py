@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
-from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.adapter_files import PREFIX, read_adapter, refuse_misfits
 from lora_from_scratch.methods.dora import DoRALinear
 from lora_from_scratch.methods.lora import LoRA, LoRALinear, lora_layers, lora_scaling
 from lora_from_scratch.methods.lora_peft import targets_in_peft
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.pissa import PiSSA, as_lora
-from lora_from_scratch.methods.placement import by_pattern
+from lora_from_scratch.methods.placement import by_pattern, linear_layers
 from lora_from_scratch.methods.registry import load_adapter, method_classes
+from lora_from_scratch.models.checkpoint import LanguageModel
+from lora_from_scratch.serving.shared_weights import twin_of
 from lora_from_scratch.support.linear_layers import in_and_out
+from lora_from_scratch.support.wrapped import unwrapped
 
 
 class LayerFactors(NamedTuple):
@@ -56,8 +58,9 @@ class AdapterReader:
         model: a model without adapters; it is not modified.
     """
 
-    def __init__(self, model: GPT2) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = unwrapped(model)
+        self.layers = linear_layers(self.model)  # those that an adapter may change, by name
         self.recipes: dict[str, Recipe] = {}  # configuration as JSON -> recipe
 
     @torch.no_grad()
@@ -78,7 +81,10 @@ class AdapterReader:
                 if as_in_file and len(self.recipes) < MOST_RECIPES:
                     self.recipes[text] = recipe
                 tensors = fitted
-            return _of_any_method(self.model, directory) if recipe is None else recipe.factors(tensors)
+            factors = _of_any_method(self.model, directory) if recipe is None else recipe.factors(tensors)
+            if others := factors.keys() - self.layers.keys():
+                raise ValueError(f"the adapter changes {min(others)}, which all requests share")
+            return factors
         except ValueError as error:
             raise ValueError(str(error).removeprefix(f"{directory}: ")) from None
 
@@ -105,7 +111,7 @@ def _is_plain_lora(config: Mapping[str, Any]) -> bool:
 
 
 def _lora_recipe(
-    model: GPT2, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Recipe, dict[str, Tensor]]:
     """The recipe and the file's tensors, converted where our LoRA allows fewer values (no negative alpha)."""
     method, state = LoRA.from_adapter(config, tensors, model)
@@ -120,11 +126,9 @@ def _lora_recipe(
     return Recipe(scalings, shapes), {f"{PREFIX}{name}.weight": tensor for name, tensor in state.items()}
 
 
-def _of_any_method(model: GPT2, directory: str | Path) -> AdapterFactors:
+def _of_any_method(model: nn.Module, directory: str | Path) -> AdapterFactors:
     """Adapt a second model that shares the weights of the first, and extract the factors from its layers."""
-    with torch.device("meta"):  # allocates no memory
-        twin = GPT2(model.config)
-    twin.load_state_dict(model.state_dict(), assign=True)
+    twin = twin_of(model)
     method = load_adapter(twin, directory)
     if isinstance(method, PiSSA):
         recipe, tensors = _lora_recipe(model, *as_lora(method, twin))

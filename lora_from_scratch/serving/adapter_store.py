@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lora_from_scratch.models.checkpoint import LanguageModel
 from lora_from_scratch.serving.adapter_reading import AdapterFactors, AdapterReader
 from lora_from_scratch.serving.mixed_product import LayerRows, PoolRows
 from lora_from_scratch.serving.page_pool import PageLayout, PagePool
-from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d
+from lora_from_scratch.support.linear_layers import in_and_out
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # an adapter's name: a relative path; no part starts with a dot
 READ_AHEAD = 8  # the maximum number of staged adapters
@@ -129,12 +129,12 @@ class AdapterStore:
             `add` are available.
     """
 
-    def __init__(self, model: GPT2, pool: PagePool, directory: str | Path | None = None) -> None:
+    def __init__(self, model: LanguageModel, pool: PagePool, directory: str | Path | None = None) -> None:
         self.pool, self.reader = pool, AdapterReader(model)
         self.directory = None if directory is None else Path(directory)
         if self.directory is not None and not self.directory.is_dir():
             raise FileNotFoundError(f"there is no directory of adapters {self.directory}")
-        self.widths = {name: in_and_out(module) for name, module in model.named_modules() if is_conv1d(module)}
+        self.widths = {name: in_and_out(layer) for name, layer in self.reader.layers.items()}
         self.added: dict[str, Path] = {}
         self.removed: set[str] = set()
         self.staged: dict[AdapterVersion, Future[Staged]] = {}

@@ -18,7 +18,7 @@ page. Therefore `pool.rows(width)[index]` is that row, regardless of the pool's 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,18 +37,28 @@ class PageLayout:
     """
 
     layers: int
-    width: int  # d
+    width: int  # d, or less if the model has fewer heads of keys and values than of queries
     tokens: int
     widths: tuple[int, ...]  # the row widths of adapters, in descending order
 
     @classmethod
     def for_model(cls, config: GPT2Config) -> PageLayout:
-        """The smallest page of at least `PAGE_TOKENS` tokens whose size is a multiple of every row width."""
+        """The layout for a GPT-2."""
         width = config.n_embd
-        widths = tuple(sorted({width, 3 * width, config.mlp_width}, reverse=True))
-        token = 2 * config.n_layer * width
+        return cls.for_widths(config.n_layer, width, {width, 3 * width, config.mlp_width})
+
+    @classmethod
+    def for_widths(cls, layers: int, width: int, widths: Iterable[int]) -> PageLayout:
+        """The smallest page of at least `PAGE_TOKENS` tokens whose size is a multiple of every row width.
+
+        Args:
+            layers: the number of blocks.
+            width: the width of a token's keys in one block.
+            widths: the row widths of adapters: the input and output widths of the linear layers.
+        """
+        token = 2 * layers * width
         step = math.lcm(*widths, token) // token  # the number of tokens must be a multiple of it
-        return cls(config.n_layer, width, step * math.ceil(PAGE_TOKENS / step), widths)
+        return cls(layers, width, step * math.ceil(PAGE_TOKENS / step), tuple(sorted(set(widths), reverse=True)))
 
     @property
     def size(self) -> int:

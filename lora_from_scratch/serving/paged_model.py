@@ -1,27 +1,30 @@
-"""One forward pass for many requests: GPT-2 on a packed batch, with keys, values and adapters in the pool.
+"""One forward pass for many requests: a packed batch, with keys, values and adapters in the pool.
 
 The tokens of all requests are concatenated without padding: first one new token of each text that is being continued
 (decoding), then the prompts of the requests that have just joined. All operations except attention treat each token
 separately, so they run on all tokens at once. In attention, a decoding token uses the keys and values of its text
 directly from the pool (`pool_rows.py`), and the tokens of a prompt attend to each other.
 
-Shapes: N tokens in the pass, n of them decoding, S tokens in the longest text, H heads of width hd, d = H hd.
+`paged_gpt2.py` and `paged_transformers.py` have the models.
+
+Shapes: N tokens in the pass, n of them decoding, S tokens in the longest text, H query heads of width hd, G heads of
+keys and of values (G = H unless the model has grouped-query attention).
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_from_scratch.gpt2.model import GPT2, Attention
 from lora_from_scratch.serving.mixed_product import SEGMENT_FROM, LayerPlan, LayerRows, add_lora_, plan_layer
+from lora_from_scratch.serving.packed_linear import PackedLinear
 from lora_from_scratch.serving.page_pool import PagePool
 from lora_from_scratch.serving.pool_rows import dot_products, weighted_sums
 
@@ -43,18 +46,23 @@ class Text:
     adapter: LayerRows | None
 
 
-class PagedModel:
-    """A GPT-2 that processes a batch of texts, each with its own adapter.
+class PagedModel(ABC):
+    """A model that processes a batch of texts, each with its own adapter.
+
+    A subclass computes everything that treats each token separately, and leaves two things to this class: `linear`, for
+    the layers that adapters change, and `attend`.
 
     Args:
-        model: a model without adapters. It is set to eval mode and not modified otherwise.
+        layers: the linear layers that adapters may change, by name.
         pool: a pool with the layout for this model.
+        heads: H, the number of query heads.
+        head_width: hd.
     """
 
-    def __init__(self, model: GPT2, pool: PagePool) -> None:
-        self.model, self.pool = model.eval(), pool
-        self.device = pool.data.device
-        self.layers = [name for name, _ in model.named_modules() if name.endswith(LINEAR)]
+    def __init__(self, layers: Mapping[str, nn.Module], pool: PagePool, heads: int, head_width: int) -> None:
+        self.pool, self.heads = pool, heads
+        self.shared_heads = pool.layout.width // head_width  # G
+        self.layers = {name: PackedLinear.of(layer) for name, layer in layers.items()}
         self.plans: dict[str, LayerPlan] = {}  # from the last pass
         self._planned_for: tuple[list[slice], list[LayerRows | None]] = ([], [])
 
@@ -68,47 +76,54 @@ class PagedModel:
         Returns:
             (texts, V), in float32.
         """
-        transformer = self.model.transformer
-        batch = _Batch(texts, self.pool, self.model.config.n_head)
-        plans = self._plan(texts, batch)
-        x = transformer.wte(batch.tokens) + transformer.wpe(batch.positions)  # (N, d)
-        block: Any
-        for number, block in enumerate(transformer.h):
-            name = f"transformer.h.{number}"
-            qkv = self._linear(f"{name}.attn.c_attn", block.attn.c_attn, block.ln_1(x), plans)  # (N, 3 d)
-            mixed = self._attend(block.attn, number, qkv, batch)
-            x = x + self._linear(f"{name}.attn.c_proj", block.attn.c_proj, mixed, plans)
-            hidden = self._linear(f"{name}.mlp.c_fc", block.mlp.c_fc, block.ln_2(x), plans)
-            hidden = F.gelu(hidden, approximate="tanh")
-            x = x + self._linear(f"{name}.mlp.c_proj", block.mlp.c_proj, hidden, plans)
-        return F.linear(transformer.ln_f(x[batch.last]), transformer.wte.weight).float()
+        batch = Batch(texts, self.pool, self.heads, self.shared_heads)
+        self._plan(texts, batch)
+        return self.logits(batch).float()
 
-    def _linear(self, name: str, layer: Any, x: Tensor, plans: dict[str, LayerPlan]) -> Tensor:
+    @abstractmethod
+    def logits(self, batch: Batch) -> Tensor:
+        """The logits (texts, V) after the last token of each text."""
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """The linear layer of this name, with each token's adapter: (N, in) to (N, out)."""
+        layer = self.layers[name]
         y: Tensor = layer(x)
-        if name in plans:
-            add_lora_(y, x, self.pool.data, plans[name], layer.bias)
+        if name in self.plans:
+            add_lora_(y, x, self.pool.data, self.plans[name], layer.bias)
         return y
 
-    def _attend(self, attention: Attention, layer: int, qkv: Tensor, batch: _Batch) -> Tensor:
-        """Store keys and values, and compute the attention: (N, 3 d) to (N, d)."""
-        layout, heads = self.pool.layout, attention.n_head
-        q, k, v = qkv.chunk(3, dim=-1)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        """Store keys and values, and compute the causal attention within each text.
+
+        Args:
+            layer: the number of the block.
+            q: (N, H, hd).
+            k, v: (N, G, hd). If G is less than H, consecutive query heads share a head of keys and values.
+            scale: the factor of q k^T before the softmax.
+
+        Returns:
+            (N, H hd).
+        """
+        layout = self.pool.layout
         first = 2 * layer * layout.tokens  # the row of the layer's first key within a page
         cells = self.pool.rows(layout.width)
-        cells.index_copy_(0, batch.cells + first, k)
-        cells.index_copy_(0, batch.cells + first + layout.tokens, v)
-        mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
+        cells.index_copy_(0, batch.cells + first, k.flatten(1))
+        cells.index_copy_(0, batch.cells + first + layout.tokens, v.flatten(1))
+        mixed = q.new_empty(q.shape).flatten(1)
         if batch.decoding is not None:
             n = batch.decoding.texts
-            mixed[:n] = batch.decoding.attend(q[:n], self.pool, layer)
+            mixed[:n] = batch.decoding.attend(q[:n], self.pool, layer, scale)
         for place in batch.prompts:
-            own = [part[place].unflatten(1, (heads, -1)).transpose(0, 1)[None] for part in (q, k, v)]  # (1, H, T, hd)
-            result = F.scaled_dot_product_attention(own[0], own[1], own[2], is_causal=True)
+            own = [part[place].transpose(0, 1)[None] for part in (q, k, v)]  # (1, heads, T, hd)
+            grouped = k.shape[1] < q.shape[1]
+            result = F.scaled_dot_product_attention(
+                own[0], own[1], own[2], is_causal=True, scale=scale, enable_gqa=grouped
+            )
             mixed[place] = result[0].transpose(0, 1).flatten(1)
         return mixed
 
-    def _plan(self, texts: Sequence[Text], batch: _Batch) -> dict[str, LayerPlan]:
-        """The plan for each layer that an adapter changes. It is reused while the same texts are continued."""
+    def _plan(self, texts: Sequence[Text], batch: Batch) -> None:
+        """Make a plan for each layer that an adapter changes. It is reused while the same texts are continued."""
         places, adapters = batch.prompts, [text.adapter for text in texts]
         same = len(adapters) == len(self._planned_for[1]) and all(map(operator.is_, adapters, self._planned_for[1]))
         if not same or places != self._planned_for[0]:
@@ -116,10 +131,6 @@ class PagedModel:
             made = {name: plan_layer(gathered, segments, name) for name in self.layers}
             self.plans = {name: plan for name, plan in made.items() if plan is not None}
             self._planned_for = places, adapters  # keeps the adapters alive, so the identity test is valid
-        return self.plans
-
-
-LINEAR = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")  # the linear layers of a block
 
 
 def order(adapters: Sequence[LayerRows | None]) -> list[int]:
@@ -131,7 +142,7 @@ def order(adapters: Sequence[LayerRows | None]) -> list[int]:
     return [number for group in groups for number in group]
 
 
-def _split(texts: Sequence[Text], batch: _Batch) -> tuple[list[LayerRows | None], list[tuple[slice, LayerRows]]]:
+def _split(texts: Sequence[Text], batch: Batch) -> tuple[list[LayerRows | None], list[tuple[slice, LayerRows]]]:
     """The adapters of the gathered tokens, and the segments: runs of tokens with the same adapter, and prompts."""
     gathered = len(texts) - len(batch.prompts)
     adapters = [text.adapter for text in texts[:gathered]]
@@ -149,10 +160,18 @@ def _split(texts: Sequence[Text], batch: _Batch) -> tuple[list[LayerRows | None]
     return adapters[:gathered], [(place, adapter) for place, adapter in segments if adapter is not None]
 
 
-class _Batch:
-    """The index tensors of a forward pass, which are the same for every layer."""
+class Batch:
+    """The index tensors of a forward pass, which are the same for every layer.
 
-    def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int) -> None:
+    Attributes:
+        tokens, positions: (N,), the ids of the tokens and their places in their texts.
+        cells: (N,), where a token's keys are stored: a row of the pool, as wide as the keys, for the first layer.
+        last: (texts,), the index of each text's last token.
+        prompts: the tokens of each prompt.
+        decoding: the attention of the texts that are continued; None if there are none.
+    """
+
+    def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int, shared_heads: int) -> None:
         layout, device = pool.layout, pool.data.device
         n = sum(text.before > 0 for text in texts)
         tokens: list[int] = []
@@ -173,7 +192,7 @@ class _Batch:
         integers = torch.tensor([tokens, positions, cells], device=device)
         self.tokens, self.positions, self.cells = integers  # each (N,); a cell is a row of the pool of width d
         self.last = torch.tensor(last, device=device)  # (texts,)
-        self.decoding = _Decoding(texts[:n], pool, heads) if n else None
+        self.decoding = _Decoding(texts[:n], pool, heads, shared_heads) if n else None
 
 
 class _Decoding:
@@ -182,27 +201,27 @@ class _Decoding:
     Here the pool is viewed as rows of width hd, so each head's key and each head's value is one row.
     """
 
-    def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int) -> None:
+    def __init__(self, texts: Sequence[Text], pool: PagePool, heads: int, shared_heads: int) -> None:
         layout, device = pool.layout, pool.data.device
-        self.texts, self.heads = len(texts), heads
+        self.texts, self.shared_heads = len(texts), shared_heads
         lengths = torch.tensor([text.before + 1 for text in texts], device=device)
         position = torch.arange(int(lengths.max()), device=device)  # (S,)
         used = layout.pages_for_tokens(len(position))
         table = torch.tensor([[*text.pages[:used], *[0] * (used - len(text.pages))] for text in texts], device=device)
         cells = table[:, position // layout.tokens] * 2 * layout.layers * layout.tokens + position % layout.tokens
         own = (position < lengths[:, None])[:, None].expand(-1, heads, -1)  # (n, H, S)
-        head = torch.arange(heads, device=device)[:, None]
-        self.keys = (cells[:, None] * heads + head)[own]  # (entries,) rows of the pool, for the first layer
+        head = torch.arange(heads, device=device)[:, None] // (heads // shared_heads)
+        self.keys = (cells[:, None] * shared_heads + head)[own]  # (entries,) rows of the pool, for the first layer
         self.ends = F.pad(lengths.repeat_interleave(heads).cumsum(0), (1, 0))  # (n H + 1,)
         self.places = own.flatten().nonzero().flatten()  # (entries,) the position of each score in `scores`
         self.scores = torch.full((len(texts) * heads, len(position)), -math.inf, device=device)
 
-    def attend(self, q: Tensor, pool: PagePool, layer: int) -> Tensor:
-        """softmax(q k^T / sqrt(hd)) v: (n, d) to (n, d)."""
-        width = pool.layout.width // self.heads  # hd
-        rows, side = pool.rows(width), pool.layout.tokens * self.heads  # `side`: rows of keys per layer and page
+    def attend(self, q: Tensor, pool: PagePool, layer: int, scale: float) -> Tensor:
+        """softmax(scale q k^T) v: (n, H, hd) to (n, H hd)."""
+        rows = pool.rows(q.shape[-1])
+        side = pool.layout.tokens * self.shared_heads  # rows of keys per layer and page
         keys = self.keys + 2 * layer * side
-        q = q.reshape(-1, width) / math.sqrt(width)  # (n H, hd)
+        q = (scale * q).flatten(0, 1)  # (n H, hd)
         self.scores.view(-1)[self.places] = dot_products(q, rows, self.ends, keys)
         weights = self.scores.softmax(dim=-1).view(-1)[self.places]
         return weighted_sums(weights, rows, self.ends, keys + side).view(self.texts, -1)

@@ -22,10 +22,11 @@ from itertools import islice
 import numpy as np
 import torch
 
-from lora_from_scratch.gpt2.model import GPT2
+from lora_from_scratch.models.checkpoint import LanguageModel
 from lora_from_scratch.serving.adapter_store import READ_AHEAD, AdapterStore, AdapterVersion, Resident
+from lora_from_scratch.serving.any_model import paged_model
 from lora_from_scratch.serving.page_pool import PageLayout
-from lora_from_scratch.serving.paged_model import PagedModel, Text, order
+from lora_from_scratch.serving.paged_model import Text, order
 from lora_from_scratch.serving.sampling import Sampling, choose_tokens
 
 PATIENCE = 0.02  # seconds that a pass waits for the next request's adapter; most are read in less time
@@ -97,9 +98,11 @@ class Scheduler:
             are delayed. A single prompt may be longer.
     """
 
-    def __init__(self, model: GPT2, store: AdapterStore, max_rows: int = 32, max_prompt_tokens: int = 512) -> None:
+    def __init__(
+        self, model: LanguageModel, store: AdapterStore, max_rows: int = 32, max_prompt_tokens: int = 512
+    ) -> None:
         self.store, self.pool = store, store.pool
-        self.model = PagedModel(model, self.pool)
+        self.model = paged_model(model, self.pool)
         self.config = model.config
         self.max_rows, self.max_prompt_tokens = max_rows, max_prompt_tokens
         self.waiting: deque[Request] = deque()

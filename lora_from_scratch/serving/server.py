@@ -22,7 +22,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.models.checkpoint import AnyTokenizer
 from lora_from_scratch.serving.adapter_store import UnknownAdapter
 from lora_from_scratch.serving.engine import Engine, QueueFull
 from lora_from_scratch.serving.metrics import Metrics
@@ -70,7 +70,7 @@ class Server:
     def __init__(
         self,
         scheduler: Scheduler,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         base: str,
         *,
         max_waiting: int = 256,

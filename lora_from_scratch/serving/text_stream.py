@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_from_scratch.gpt2.tokenizer import Tokenizer
+from lora_from_scratch.models.checkpoint import AnyTokenizer
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the decoding of an incomplete character
 
@@ -20,7 +20,7 @@ class TextStream:
         stop: non-empty strings that end the text; they are not part of it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.tokens: list[int] = []
         self.shown = 0  # the number of characters returned so far
