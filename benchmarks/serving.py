@@ -37,8 +37,8 @@ from lora_from_scratch.serving.page_pool import PageLayout, PagePool
 from lora_from_scratch.support.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
-POOL_MIB = {"bundled": 256, "small": 1024}
-DISTINCT = {"bundled": 64, "small": 24}  # the number of weight files; the other adapters are links to them
+POOL_MIB = {"bundled": 256, "small": 1024, "tiny": 16}
+DISTINCT = {"bundled": 64, "small": 24, "tiny": 4}  # the number of weight files; the other adapters are links to them
 SIDES = ("ours", "base", "merge", "loop", "peft")
 MiB = 2**20
 
@@ -259,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["product", "traffic", "cliff", "start", "table"])
     parser.add_argument("--folder", type=Path, default=Path("runs/adapters"), help="the folder for the adapters")
-    parser.add_argument("--model", default="small", choices=["bundled", "small"])
+    parser.add_argument("--model", default="small", choices=[*DISTINCT])
     parser.add_argument("--adapters", type=int, nargs="+", default=[8, 64, 1000, 4000])
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--prompt", type=int, default=16, help="tokens per prompt")
