@@ -7,6 +7,7 @@ The folders and their order are those of the import rule in pyproject.toml; the 
 
 from __future__ import annotations
 
+import argparse
 import re
 import tomllib
 from pathlib import Path
@@ -70,6 +71,7 @@ def draw(found: dict[str, list[str]], path: Path = PICTURE) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = imports()
     draw(found)
     place = re.compile(r"(<!-- picture: begin [^\n]*-->\n).*?(<!-- picture: end -->)", re.DOTALL)

@@ -141,8 +141,6 @@ def lora_fa(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def main() -> None:
-    import peft
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help="small, tiny, bundled, or a checkpoint directory")
     parser.add_argument("--batch", type=int, default=4)
@@ -151,6 +149,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=PLACE)
     arguments = parser.parse_args()
+    import peft
+
     torch.set_num_threads(arguments.threads)
     known = {"small": "GPT-2 small with random weights", "tiny": "A tiny GPT-2 with random weights"}
     text = HEAD.format(

@@ -5,6 +5,7 @@ python -m benchmarks.methods_table
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from dataclasses import fields
 from pathlib import Path
@@ -70,4 +71,5 @@ def written(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(page(), encoding="utf-8")

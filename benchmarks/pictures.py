@@ -10,9 +10,9 @@ The results are stored as JSON lines in runs/pictures, so an interrupted benchma
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,14 @@ fine-tuning) were not tuned.
 
 COMMANDS = {"pretrain": pretrain, "rates": rates, "diffusion": diffusion, "report": report}
 
-if __name__ == "__main__":
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=COMMANDS)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    COMMANDS[sys.argv[1]]()
+    COMMANDS[options.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,9 +10,9 @@ samples, and by the perplexity of the project's own tales.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,14 @@ def method_of(name: str, seed: int) -> Method:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["train", "report"], default="train")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    {"train": run, "report": report}[options.what]()
+
+
+def run() -> None:
     base, tokenizer = load_gpt2()
     before = score_on_rewards(base, base, tokenizer, without_letter)
     print(f"base: reward {before.reward:.3f}, perplexity {before.perplexity:.1f}")
@@ -136,5 +144,4 @@ tokens or commas.
 """
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    report() if sys.argv[1:] == ["report"] else main()
+    main()

@@ -37,9 +37,13 @@ from lora_from_scratch.serving.page_pool import PageLayout, PagePool
 from lora_from_scratch.support.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
-POOL_MIB = {"bundled": 256, "small": 1024}
-HELD = {"bundled": 128, "small": 86}  # adapters for which peft has room: as many as fit into the pool beside 32 texts
-DISTINCT = {"bundled": 64, "small": 24}  # the number of weight files; the other adapters are links to them
+POOL_MIB = {"bundled": 256, "small": 1024, "tiny": 16}
+DISTINCT = {"bundled": 64, "small": 24, "tiny": 4}  # the number of weight files; the other adapters are links to them
+HELD = {
+    "bundled": 128,
+    "small": 86,
+    "tiny": 8,
+}  # adapters for which peft has room: as many as in our pool with 32 texts
 SIDES = ("ours", "base", "merge", "loop", "peft")
 MiB = 2**20
 
@@ -269,7 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["product", "traffic", "cliff", "start", "table"])
     parser.add_argument("--folder", type=Path, default=Path("runs/adapters"), help="the folder for the adapters")
-    parser.add_argument("--model", default="small", choices=["bundled", "small"])
+    parser.add_argument("--model", default="small", choices=[*DISTINCT])
     parser.add_argument("--adapters", type=int, nargs="+", default=[8, 64, 1000, 4000])
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--prompt", type=int, default=16, help="tokens per prompt")

@@ -22,7 +22,7 @@ from nbgrader.preprocessors import (
 
 from lora_from_scratch.grading.exporters import CsvExport
 from lora_from_scratch.grading.feedback import FeedbackPage
-from lora_from_scratch.grading.formgrader import escape_names
+from lora_from_scratch.grading.formgrader import escape_names, read_gradebook_anew
 from lora_from_scratch.grading.late import LatePolicy
 from lora_from_scratch.grading.preprocessors import ClearSolutions as CourseClearSolutions
 from lora_from_scratch.grading.preprocessors import (
@@ -89,6 +89,9 @@ c.GenerateFeedback.preprocessors = [GetGrades, HarmlessComments, CSSHTMLHeaderPr
 c.GenerateFeedback.exporter_class = FeedbackPage
 c.ExportApp.plugin_class = CsvExport
 escape_names()
+
+# Show in the formgrader what `grade` has written while JupyterLab was running.
+read_gradebook_anew()
 
 # `nbgrader validate` runs the whole notebook, which takes up to five minutes.
 c.Execute.timeout = 600

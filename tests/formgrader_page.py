@@ -16,6 +16,10 @@ from typing import Any
 from tests.grading_course import NAME, GradingCourse
 from tests.jupyter_browser import PATIENCE, SCREENSHOTS
 
+# Without the garbage collector, what the server has read from the gradebook is not forgotten by chance.
+SERVER = "import gc, runpy; gc.disable(); runpy.run_module('jupyter_server', run_name='__main__', alter_sys=True)"
+LOADED = "return formgrader.grades.loaded && formgrader.comments.loaded"
+
 
 @contextlib.contextmanager
 def served(course: GradingCourse, home: Path) -> Iterator[str]:
@@ -23,7 +27,7 @@ def served(course: GradingCourse, home: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyter", "server", "--no-browser", "--allow-root", f"--port={port}"]
+    command = [sys.executable, "-c", SERVER, "--no-browser", "--allow-root", f"--port={port}"]
     command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={course.root}"]
     command += ["--ServerApp.jpserver_extensions={'nbgrader.server_extensions.formgrader': True}"]
     environment = {
@@ -61,6 +65,11 @@ class Page:
     def open(self, path: str) -> None:
         self.driver.get(f"{self.address}/formgrader/{path}")
 
+    def open_notebook(self, course: GradingCourse, learner: str) -> None:
+        """A learner's notebook, with its scores and comments, which arrive after the page."""
+        self.open(notebook_of(course, learner))
+        self.until(lambda: self.driver.execute_script(LOADED), f"the scores and comments of {learner} are there")
+
     def find(self, selector: str) -> Any:
         return self.until(lambda: self.driver.find_element("css selector", selector), f"there is {selector}")
 
@@ -84,11 +93,27 @@ class Page:
 
     def write(self, field: str, text: str) -> None:
         """Into a score or a comment; it is saved when the field is left."""
-        element = self.find(f"[id='{field}']")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-        element.click()
-        element.send_keys(text)
-        self.driver.execute_script("arguments[0].blur()", element)
+
+        def written() -> bool:
+            element = self.driver.find_element("css selector", f"[id='{field}']")
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+            element.clear()
+            element.send_keys(text)
+            return element.get_attribute("value") == text  # the page moves the focus when its mathematics is drawn
+
+        self.until(written, f"{field} is {text!r}")
+        self.driver.execute_script("arguments[0].blur()", self.find(f"[id='{field}']"))
+
+    def press(self, selector: str) -> None:
+        """A button; again if the page was scrolled away below the pointer."""
+
+        def pressed() -> bool:
+            element = self.driver.find_element("css selector", selector)
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+            element.click()
+            return True
+
+        self.until(pressed, f"{selector} is pressed")
 
     def until(self, holds: Callable[[], Any], what: str) -> Any:
         until = time.monotonic() + PATIENCE

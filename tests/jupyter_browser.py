@@ -149,9 +149,11 @@ class Lab:
         return self.output(cell)
 
     def run_all(self, seconds: float) -> None:
-        """Choose Run > Run All Cells from the menu."""
-        self._menu("Run", "Run All Cells")
+        """Choose Run > Run All Cells from the menu; what the cells printed before is cleared first."""
         last = [cell for cell in self.cells() if "jp-CodeCell" in cell.get_attribute("class")][-1]
+        self._menu("Edit", "Clear Outputs of All Cells")
+        self.wait_until(lambda: self._prompt(last) == "[ ]:", "the outputs are cleared")
+        self._menu("Run", "Run All Cells")
         self.wait_until(lambda: self._prompt(last) not in ("[*]:", "[ ]:"), "the last cell has run", seconds)
         self.wait_until(lambda: self._kernel() == "idle", "the kernel is idle", seconds)
 
@@ -184,15 +186,22 @@ class Lab:
             self.driver.save_screenshot(str(Path(folder) / f"{name}.png"))
 
     def _menu(self, *path: str) -> None:
-        from selenium.webdriver import ActionChains
+        """Choose an entry; from the start again if a menu closed itself meanwhile."""
+        from selenium.webdriver import ActionChains, Keys
 
-        for depth, label in enumerate(path):
-            where = ".lm-MenuBar-itemLabel" if depth == 0 else ".lm-Menu-itemLabel"
-            item = self.wait_until(functools.partial(self._labelled, where, label), f"the menu has {label}")
-            if depth == 0 or depth == len(path) - 1:
-                item.click()
-            else:
-                ActionChains(self.driver).move_to_element(item).perform()
+        def chosen() -> bool:
+            ActionChains(self.driver).send_keys(Keys.ESCAPE).perform()
+            for depth, label in enumerate(path):
+                where = ".lm-MenuBar-itemLabel" if depth == 0 else ".lm-Menu-itemLabel"
+                find = functools.partial(self._labelled, where, label)
+                item = self.wait_until(find, f"the menu has {label}", PATIENCE / 6)
+                if depth == 0 or depth == len(path) - 1:
+                    item.click()
+                else:
+                    ActionChains(self.driver).move_to_element(item).perform()
+            return True
+
+        self.wait_until(chosen, f"{' > '.join(path)} is chosen")
 
     def _labelled(self, selector: str, label: str) -> Any:
         return next((found for found in self._all(selector) if found.text == label), None)

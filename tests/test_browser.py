@@ -123,9 +123,8 @@ def test_figures_have_their_alternative_text_before_and_after_running_and_the_sl
     from selenium.webdriver import Keys
 
     lab = Lab(driver, address, "figures.ipynb")
-    stored = lab.images()
-    assert [image.get_attribute("alt") for image in stored[:1]] == [ALT]
-    assert int(stored[0].get_property("naturalWidth")) > 100
+    lab.wait_until(lambda: int(lab.images()[0].get_property("naturalWidth")) > 100, "the stored figure is shown")
+    assert [image.get_attribute("alt") for image in lab.images()[:1]] == [ALT]
     lab.run_all(seconds=2 * MINUTES)
     assert lab.errors() == []
     control = lab.cell("slider(draw")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install -e '.[course]'")
 
+from lora_from_scratch.grading import formgrader
 from lora_from_scratch.grading.graded import Finding, Graded
 from tests.grading_course import NAME, RIGHT, GradingCourse, template
 from tests.stand_in_marker import HALF
@@ -74,6 +77,32 @@ def test_an_answer_that_changed_after_it_was_graded_by_hand_asks_for_a_person_ag
     assert [row.learner for row in summary.rows if row.needs_a_human] == ["ada"]
     course.grade()  # nothing has changed, and nobody has looked
     assert course.scores("ada")["why_count"] == (None, 2.5, None, True)
+
+
+def test_an_open_formgrader_shows_what_was_entered_after_it_read_the_gradebook(
+    course: GradingCourse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbgrader.api import Gradebook
+    from nbgrader.server_extensions.formgrader.base import BaseHandler
+
+    class Request(BaseHandler):
+        def __init__(self) -> None:
+            self.application = types.SimpleNamespace(settings={"nbgrader_gradebook": opened})
+
+    monkeypatch.setitem(sys.modules, formgrader.MODULE, types.SimpleNamespace(BaseHandler=Request))
+    formgrader.read_gradebook_anew()
+    course.hand_in("ada", **RIGHT, why_count="To know how many.")
+    course.grade()
+    with Gradebook(course.url) as opened:
+        first = Request()
+        shown = first.gradebook.find_grade("why_count", NAME, NAME, "ada")
+        shown.manual_score, shown.needs_manual_grade = 2.5, False
+        first.gradebook.db.commit()  # the same request still has its change
+        assert Request().gradebook.find_grade("why_count", NAME, NAME, "ada").manual_score == 2.5
+        course.hand_in("ada", **RIGHT, why_count="I have changed my mind.")
+        course.grade()
+        assert Request().gradebook.find_grade("why_count", NAME, NAME, "ada").needs_manual_grade
+        assert shown.needs_manual_grade
 
 
 def test_an_answer_that_is_shown_as_text_only_is_no_other_answer_the_next_time(course: GradingCourse) -> None:

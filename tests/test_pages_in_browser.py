@@ -181,8 +181,8 @@ def test_opening_a_submission_in_the_formgrader_gives_no_points(
     before = course.scores("mallory")
     with served(course, tmp_path) as address:
         page = Page(driver, address)
-        page.open(notebook_of(course, "mallory"))
-        page.until(lambda: page.placeholder("check-fourfold_root") == "4", "the automatic points are there")
+        page.open_notebook(course, "mallory")
+        assert page.placeholder("check-fourfold_root") == "4"  # the automatic points are there
         driver.execute_async_script(SETTLED)
         assert driver.execute_script("return document.documentElement.dataset.ran || ''") == ""
         assert course.scores("mallory") == before
@@ -223,9 +223,9 @@ def test_a_pasted_picture_is_shown(course: GradingCourse, driver: Any, tmp_path:
     nbformat.write(notebook, folder / f"{NAME}.ipynb")
     course.grade(feedback=True)
     with served(course, tmp_path) as address:
-        Page(driver, address).open(notebook_of(course, "ada"))
         page = Page(driver, address)
-        page.until(lambda: page.placeholder("check-fourfold_root") == "4", "the page is there")
+        page.open_notebook(course, "ada")
+        assert page.placeholder("check-fourfold_root") == "4"  # the automatic points are there
         widths = "return [...document.querySelectorAll('.nbgrader_cell img')].map(image => image.naturalWidth)"
         page.until(lambda: driver.execute_script(widths) == [1, 1, 1], "all three pictures are shown")
 

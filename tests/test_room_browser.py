@@ -219,6 +219,8 @@ def test_the_keyboard_reaches_everything_and_keeps_its_place_when_the_page_chang
     room: RunningRoom, driver: Any
 ) -> None:
     from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.expected_conditions import alert_is_present
+    from selenium.webdriver.support.ui import WebDriverWait
 
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     driver.find_element("id", "unit").click()
@@ -230,7 +232,7 @@ def test_the_keyboard_reaches_everything_and_keeps_its_place_when_the_page_chang
     eventually(lambda: len(driver.find_elements("css selector", "tbody tr")) == 41)
     assert driver.execute_script(focused) == first
     driver.find_element("css selector", '[aria-label="Remove Aaron"]').send_keys(Keys.ENTER)
-    driver.switch_to.alert.accept()
+    WebDriverWait(driver, 60).until(alert_is_present()).accept()
     eventually(lambda: len(driver.find_elements("css selector", "tbody tr")) == 40)
     assert len(room.table.learners) == 40
 

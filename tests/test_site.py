@@ -239,9 +239,10 @@ def test_search_finds_a_method(chromium: Any, site: Site) -> None:
 def test_the_chart_of_the_atlas_shows_the_methods_within_the_chosen_limits(chromium: Any, site: Site) -> None:
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
-    def names(driver: Any) -> set[str]:
-        found = driver.find_elements("css selector", f"#{atlas_pages.PLACE} .mark-text.role-mark text")
-        return {text.get_attribute("textContent") for text in found}
+    def names(driver: Any) -> set[str]:  # in one step: the chart is drawn anew meanwhile
+        selector = f"#{atlas_pages.PLACE} .mark-text.role-mark text"
+        script = "return [...document.querySelectorAll(arguments[0])].map(text => text.textContent)"
+        return set(driver.execute_script(script, selector))
 
     def shown(expected: set[str]) -> None:
         WebDriverWait(chromium, 60).until(lambda driver: names(driver) == expected)

@@ -1,4 +1,4 @@
-"""Patch nbgrader's formgrader so that learners' names cannot inject code into its pages."""
+"""Patch nbgrader's formgrader: learners' names cannot inject code into its pages, and its pages are up to date."""
 
 from __future__ import annotations
 
@@ -28,6 +28,30 @@ def escape_names() -> None:
 
     escaped.escapes = True  # type: ignore[attr-defined]
     handler.render = escaped
+
+
+def read_gradebook_anew() -> None:
+    """Make the formgrader read the gradebook again for each request.
+
+    The formgrader keeps one database session as long as its server runs. Without this, its pages can show the scores
+    and marks that the session read earlier, although `grade` has since written others (nbgrader's issue 1250).
+    nbgrader_config.py calls this function as it calls `escape_names`.
+    """
+    base = sys.modules.get(MODULE)
+    handler = getattr(base, "BaseHandler", None)
+    if handler is None or hasattr(handler, "gradebook_is_read"):
+        return
+    gradebook = handler.gradebook.fget
+
+    def read_anew(self: Any) -> Any:
+        found = gradebook(self)
+        if not self.gradebook_is_read:  # once in a request: a second time would lose what the request has changed
+            self.gradebook_is_read = True
+            found.db.rollback()  # ends the transaction, and with it everything that the session has read
+        return found
+
+    handler.gradebook_is_read = False
+    handler.gradebook = property(read_anew)
 
 
 def _escaped(value: Any) -> Any:
