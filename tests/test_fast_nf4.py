@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_from_scratch.quantization.fast_nf4 import (
     CELLS,
     CHUNK,
+    READ_CHUNK,
     fast_dequantize_nf4,
     fast_quantize_nf4,
     interval_of,
@@ -100,15 +101,18 @@ def test_the_fast_way_back_is_the_plain_one(
     assert_same_bits(fast_dequantize_nf4(*given_), dequantize_nf4(*given_))
 
 
-@pytest.mark.parametrize("n", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
-def test_weights_of_several_chunks_are_the_plain_ones_too(n: int) -> None:
+@pytest.mark.parametrize("chunk", [CHUNK, READ_CHUNK])
+@pytest.mark.parametrize("rest", [-1, 0, 1, 64 + 77])
+def test_weights_of_several_chunks_are_the_plain_ones_too(chunk: int, rest: int) -> None:
+    n = 2 * chunk + rest
     weight = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    for blocksize in (64, 2 * CHUNK):  # a chunk of many blocks, a block of many chunks
+    for blocksize in (64, 2 * chunk):  # a chunk of many blocks, a block of many chunks
         packed, absmax = quantize_nf4(weight, blocksize)
         for fast, plain in zip(fast_quantize_nf4(weight, blocksize), (packed, absmax), strict=True):
             assert_same_bits(fast, plain)
-        back = fast_dequantize_nf4(packed, absmax, (n,), blocksize)
-        assert_same_bits(back, dequantize_nf4(packed, absmax, (n,), blocksize))
+        for dtype in DTYPES:
+            back = fast_dequantize_nf4(packed, absmax, (n,), blocksize, dtype)
+            assert_same_bits(back, dequantize_nf4(packed, absmax, (n,), blocksize, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_from_scratch.gpt2 import activations
-from lora_from_scratch.quantization.fast_nf4 import CHUNK
+from lora_from_scratch.quantization.fast_nf4 import READ_CHUNK
 from lora_from_scratch.quantization.nf4 import double_quantize
 from lora_from_scratch.quantization.quantized_tensor import (
     BNB_BLOCKSIZES,
@@ -20,7 +20,7 @@ from lora_from_scratch.quantization.quantized_tensor import (
     quantize_4bit,
 )
 from lora_from_scratch.support.linear_layers import is_conv1d, linear_layer, weight_of
-from lora_from_scratch.support.tape import FP32, Tape, TensorSize
+from lora_from_scratch.support.tape import Tape, TensorSize
 from lora_from_scratch.support.wrapped import plain_name
 
 # --- The layer -----------------------------------------------------------------------------------------
@@ -207,8 +207,6 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 def _(module: NF4Linear, x: TensorSize, tape: Tape) -> TensorSize:
     x = tape.cast(x, 2) if tape.autocast else x
     n = module.in_features * module.out_features
-    on_the_way_to_W = (
-        min(n, CHUNK) * (2 if x.width == FP32 else 6) + 8 * n // module.quantized.blocksize
-    )  # gone when dL/dx is made
+    on_the_way_to_W = min(n, READ_CHUNK) * 8 + 8 * n // module.quantized.blocksize  # gone when dL/dx is made
     scratch = n * x.width + max(0, on_the_way_to_W - x.nbytes)
     return tape.add([x], TensorSize(x.rows, module.out_features, x.width), trained=[module.bias], scratch=scratch)
