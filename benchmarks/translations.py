@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import inspect
 import io
 import json
 import re
@@ -25,7 +26,7 @@ import lora_from_scratch
 from lora_from_scratch.checks.bank import wrong_answers
 from lora_from_scratch.checks.exercise import Exercise, Prediction
 from lora_from_scratch.checks.units import Unit, unit_files, units
-from lora_from_scratch.cli import build_parser
+from lora_from_scratch.cli import build_parser, lab
 from lora_from_scratch.cli.help_texts import help_texts, parsers_in
 from lora_from_scratch.support.course_files import course_files
 from lora_from_scratch.support.files import write_atomically
@@ -237,10 +238,12 @@ def _is_name(node: ast.AST) -> bool:
 
 
 def _commands() -> Texts:
-    """The help of all commands."""
+    """The help of all commands, and what `lab` says to learners."""
     texts: Texts = {}
     for parser in parsers_in(build_parser()):
         _add(texts, help_texts(parser), parser.prog)
+    said = _strings(ast.parse(inspect.getsource(lab.report)))
+    _add(texts, (text for text, _ in said if _is_message(text)), "lora-from-scratch lab")
     return texts
 
 

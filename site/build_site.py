@@ -40,6 +40,7 @@ def build(output: Path, sources: Path) -> int:
         shutil.rmtree(own, ignore_errors=True)
         write_translated_sources(own, language)
         prompts = {name: translate(getattr(conf, name), language) for name in PROMPTS}
+        prompts["html_title"] = translate(f"# {conf.html_title}", language).removeprefix("# ")
         settings = [f"{name}={text}" for name, text in {"language": SPHINX[language], **prompts}.items()]
         status = status or render(own, output / language, *settings)
         name_stemmer(output / language / "_static" / "language_data.js")

@@ -64,10 +64,9 @@ def write_translated_sources(folder: Path, language: str) -> None:
     english = set(dict(documents()) | dict(method_pages()) | dict(api_pages()))
     english |= {name for name, _ in notebooks() if PurePosixPath(name).stem not in units}
     pages = {name: translated_page(text, language) for name, text in documents() if name in TRANSLATED}
-    pages["index.md"] += f'\n<a href="../index.html" lang="{ENGLISH}">{LANGUAGES[ENGLISH]}</a>\n'
     for name, text in pages.items():
         text = with_pages(text, {page.removesuffix(".md") for page in TRANSLATED})
-        text = text.replace(f'href="{language}/', 'href="')  # the English page's link to this one
+        text = text.replace(link_to(language), link_to(ENGLISH))
         write(folder / name, with_links(text, PurePosixPath(name).parent, set(pages), english - set(pages)))
     for name, text in notebooks(language):
         if PurePosixPath(name).stem in units:
@@ -77,6 +76,12 @@ def write_translated_sources(folder: Path, language: str) -> None:
     for pattern in PICTURES:
         for file in REPOSITORY.glob(pattern):
             copy(file, folder / file.relative_to(REPOSITORY))
+
+
+def link_to(language: str) -> str:
+    """The link from a first page to the one in another language."""
+    place = "../index.html" if language == ENGLISH else f"{language}/index.html"
+    return f'<a href="{place}" lang="{language}">{LANGUAGES[language]}</a>'
 
 
 def write(path: Path, text: str) -> None:
@@ -144,7 +149,7 @@ def with_links(text: str, folder: PurePosixPath, pages: set[str], above: Collect
             return link[0]
         name = os.path.normpath(folder / target).replace(os.sep, "/")
         name = INSTEAD.get(name, name)
-        page = name if name in pages or name.endswith(".ipynb") else page_of_module(name)
+        page = name if name in pages or name in above or name.endswith(".ipynb") else page_of_module(name)
         if page in pages or (name.endswith(".ipynb") and name not in above):
             relative = os.path.relpath(page, folder).replace(os.sep, "/")
             return f"[{link['text']}]({relative}{link['anchor'] or ''})"

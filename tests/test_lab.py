@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -49,9 +50,22 @@ def test_a_new_release_updates_what_is_untouched_and_keeps_what_was_changed(cour
         assert (mine / "unit_00/unit_00.ipynb").read_text() == "solved"
         assert (mine / "unit_01/unit_01.ipynb").read_text() == '{"new": 1}'
     assert copied.updated == []
-    lines = lab.report(lab.Copied([], ["unit_01/unit_01.ipynb", "unit_01/unit_01.png"], copied.kept), mine)
+    lines = lab.report(lab.Copied([], ["unit_01/unit_01.ipynb", "unit_01/unit_01.png"], copied.kept), mine, "en")
     assert "Brought up to date, as you had not changed them: unit_01." in lines
     assert "newer version of unit_00; your own was kept" in lines[-1]
+
+
+def test_what_was_copied_is_said_in_the_language_of_the_notebooks(tmp_path: Path) -> None:
+    files = ["unit_01/unit_01.ipynb"]
+    said = lab.report(lab.Copied(files, files, files), tmp_path, "zh") + lab.report(
+        lab.Copied([], [], []), tmp_path, "zh"
+    )
+    assert len(said) == 4
+    for line in said:
+        words = set(re.findall(r"[a-z]{2,}", line.replace(str(tmp_path), "").replace("unit_01", "")))
+        assert (words, bool(re.search("[\u4e00-\u9fff]", line))) == (set(), True), line
+    lab.write_contents(tmp_path, "zh")
+    assert (tmp_path / lab.CONTENTS).read_text(encoding="utf-8").startswith("# 各单元")
 
 
 def test_a_folder_from_before_releases_were_recorded_is_taken_over(course: Path) -> None:
@@ -107,7 +121,7 @@ def test_a_full_disk_leaves_no_cut_file(course: Path, monkeypatch: pytest.Monkey
 def test_the_folder_says_the_titles_of_the_units(course: Path) -> None:
     (course / "notebooks/unit_01/unit_01.ipynb").write_text('{"cells": [{"source": ["# Unit 01: Rank\\n", "\\n"]}]}')
     copy_unchanged(course / "notebooks", course / "work")
-    lab.write_contents(course / "work")
+    lab.write_contents(course / "work", "en")
     lines = (course / "work" / lab.CONTENTS).read_text().splitlines()
     assert lines[2:] == ["- [unit_00](unit_00/unit_00.ipynb)", "- [Unit 01: Rank](unit_01/unit_01.ipynb)"]
 

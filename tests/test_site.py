@@ -332,6 +332,8 @@ def test_links_lead_to_pages_or_to_the_repository(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("GITHUB_REPOSITORY", "us/course")
     there = "[d](https://github.com/us/course/blob/HEAD/Makefile)"
     assert sources.with_links(text, folder, pages) == pages_only.format(there)
+    in_english = sources.with_links("[f](atlas.md#x) [g](lora.md)", folder, {"docs/lora.md"}, {"docs/atlas.md"})
+    assert in_english == '<a href="../../docs/atlas.html#x">f</a> [g](lora.md)'
 
 
 def test_the_code_of_a_method_lacks_the_bodies_of_exercises() -> None:

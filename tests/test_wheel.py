@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -81,6 +82,24 @@ def test_the_wheel_and_the_source_distribution_are_small_enough_and_hold_the_uni
         names = [name.partition("/")[2] for name in content.getnames()]
     assert {"notebooks/unit_09/unit_09.ipynb", "course/units/unit_09.py", "setup.py", "constraints.txt"} <= set(names)
     assert not [name for name in names if name.endswith(".pyc") or "checkpoints" in name]
+
+
+@pytest.mark.parametrize("address", ["", "https://github.com/ada/course"])
+def test_the_package_index_shows_no_relative_link(address: str, tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "lora_from_scratch").mkdir()
+    server, _, repository = address.rpartition("/ada/")
+    known = {"GITHUB_SERVER_URL": server, "GITHUB_REPOSITORY": repository and f"ada/{repository}"}
+    command = [sys.executable, "setup.py", "--quiet", "egg_info"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | known, check=True, capture_output=True)
+    said = Path(tmp_path, "lora_from_scratch.egg-info", "PKG-INFO").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^()\s]+)\)", said)
+    assert [target for target in targets if not target.startswith("https://")] == []
+    assert "# LoRA from scratch" in said
+    assert "The [atlas]" in said if address else "The atlas" in said
+    assert (f"{address}/raw/HEAD/docs/demo.png" in targets) == bool(address)
+    assert (f"Project-URL: Source, {address}" in said) == bool(address)
 
 
 def test_a_learner_gets_notebooks_in_a_folder_of_their_own(installed: Installed) -> None:

@@ -15,7 +15,7 @@ from lora_from_scratch.support.allocator import quick_allocator
 from lora_from_scratch.support.course_files import Copied, copy_unchanged, course_files, install_command
 from lora_from_scratch.support.files import write_atomically
 from lora_from_scratch.support.translated_files import files_in
-from lora_from_scratch.support.translation import LANGUAGES, VARIABLE, language
+from lora_from_scratch.support.translation import LANGUAGES, VARIABLE, language, translate
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "assets" / "lab"  # JupyterLab without nbgrader's buttons
 CONTENTS = "Units.md"  # in the learner's folder: the units with their titles
@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
         raise ImportError(NOT_INSTALLED)
     copied = copy_notebooks(options.folder, options.language)
     notebook = find_notebook(options.folder, options.unit)
-    write_contents(options.folder)
-    print("\n".join(report(copied, options.folder)), flush=True)
+    write_contents(options.folder, options.language)
+    print("\n".join(report(copied, options.folder, options.language)), flush=True)
     command = lab_command(options.folder, notebook, options.no_browser, options.port)
     found = os.environ.get("JUPYTER_CONFIG_PATH")
     os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([os.fspath(CONFIGURATION), *([found] if found else [])])
@@ -81,8 +81,8 @@ def copy_notebooks(folder: Path, into: str) -> Copied:
         return copy_unchanged(source, folder)
 
 
-def report(copied: Copied, folder: Path) -> list[str]:
-    """What was copied, as lines for the learner."""
+def report(copied: Copied, folder: Path, into: str) -> list[str]:
+    """What was copied, as lines for the learner in a language."""
     new, updated, kept = ([Path(name).stem for name in names if name.endswith(".ipynb")] for names in copied)
     lines = [f"{len(new)} new notebooks in {folder}."] if new else [f"Your notebooks are in {folder}."]
     if updated:
@@ -92,13 +92,13 @@ def report(copied: Copied, folder: Path) -> list[str]:
             f"There is a newer version of {', '.join(kept)}; your own was kept. To get the new one, rename yours and "
             "run this again."
         )
-    return lines
+    return [translate(line, into) for line in lines]
 
 
-def write_contents(folder: Path) -> None:
+def write_contents(folder: Path, into: str) -> None:
     """Write the units of `folder` with their titles, each a link to its notebook."""
     lines = [f"- [{title_of(file)}]({file.relative_to(folder).as_posix()})" for file in notebooks_in(folder)]
-    text = "\n".join(["# The units", "", *lines, ""])
+    text = "\n".join([translate("# The units", into), "", *lines, ""])
     write_atomically(folder / CONTENTS, lambda place: place.write_text(text, encoding="utf-8"))
 
 
