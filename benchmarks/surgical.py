@@ -89,8 +89,8 @@ The best parts of each column are in bold: those that are at most 4 points below
 
 ![Five pictures of each class, before and after each shift.](../docs/pictures-shifts.png)
 
-- **Other labels**: the head is the best part, as in the paper, and the later blocks are nearly as good. Tuning the whole
-  model with one learning rate reaches less than half of that.
+- **Other labels**: the head is the best part, as in the paper, and the later blocks are nearly as good. Tuning the
+  whole model with one learning rate reaches less than half of that.
 - **Other digits**: the middle of the network (blocks 2 and 3) is as good as the whole model. In the paper it is best.
 - **Grey paper**: in the paper the input layers are best. Here they are not: the head, Auto-RGN and LoRA are.
 - **Inverted**: nothing adapts well in 60 steps. The embedding, which the paper would choose, is second to the head.
