@@ -144,10 +144,12 @@ def page(results: Sequence[Result], model: str) -> str:
     text = HEAD.format(batch=defaults.BATCH_SIZE, model=model)
     for steps in sorted({result["steps"] for result in results}):
         chosen = [result for result in results if result["steps"] == steps]
-        if any("bleu" in result for result in chosen):
-            text += SCORES.format(steps=steps) + "".join(f"{scores_row(result)}\n" for result in chosen)
-        else:
-            text += LOSSES.format(steps=steps, cards=CARDS) + "\n" + losses_table(chosen)
+        scored = [result for result in chosen if "bleu" in result]
+        if len(scored) < len(chosen):
+            others = [result for result in chosen if "bleu" not in result]
+            text += LOSSES.format(steps=steps, cards=CARDS) + "\n" + losses_table(others)
+        if scored:
+            text += SCORES.format(steps=steps) + "".join(f"{scores_row(result)}\n" for result in scored)
     return text
 
 
