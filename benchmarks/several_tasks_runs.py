@@ -21,7 +21,6 @@ from lora_from_scratch.linear_algebra.svd import rank_for_energy
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method
-from lora_from_scratch.methods.mora import MoRA
 from lora_from_scratch.methods.multilora import MultiLoRA
 
 SYMBOLS, LENGTH, PAIRS = 16, 4, 32
@@ -133,9 +132,7 @@ SETTINGS = (
     Setting("lora, r = 8", LoRA(rank=8, alpha=64, rank_pattern=SMALLER), most=8, alone=True),
     Setting("rslora, r = 8", LoRA(rank=8, alpha=64, rank_pattern=SMALLER, rslora=True), most=8),
     Setting("multilora, 3 of r = 2", MultiLoRA(modules=3, rank=2), RATES, most=6, alone=True),
-    Setting("multilora, 1 of r = 7", MultiLoRA(modules=1, rank=7), RATES, most=7),
-    Setting("mora, rotation, r = 8", MoRA(rank=8), RATES),
-    Setting("full", FullFineTuning(keep_base=False), alone=True),
+    Setting("full", FullFineTuning(keep_base=False)),
 )
 
 
