@@ -83,13 +83,13 @@ def random_pairs(pairs: int, seed: int) -> Batch:
     return Batch(ids, labels)
 
 
-def learn(model: GPT2, method: Method, batch: Batch, steps: int, rate: float) -> None:
-    """Train for `steps` steps, each on the whole batch."""
+def learn(model: GPT2, method: Method, batch_at: Callable[[int], Batch], steps: int, rate: float) -> None:
+    """Train for `steps` steps; step t has the batch `batch_at(t)`."""
     method.adapt(model)
     settings = TrainingSettings(
         steps=steps, learning_rate=rate, warmup_steps=round(0.06 * steps), precision="fp32", weight_decay=0.0
     )
-    Trainer(model, lambda step: batch, settings, method=method, progress=False).run()
+    Trainer(model, batch_at, settings, method=method, progress=False).run()
 
 
 @cache
@@ -97,7 +97,8 @@ def base_weights() -> dict[str, Tensor]:
     """The weights of the base, which has learned other pairs."""
     torch.manual_seed(0)
     model = GPT2(CONFIG)
-    learn(model, FullFineTuning(keep_base=False), random_pairs(OTHER_PAIRS, seed=1_000), OTHER_STEPS, 3e-3)
+    batch = random_pairs(OTHER_PAIRS, seed=1_000)
+    learn(model, FullFineTuning(keep_base=False), lambda step: batch, OTHER_STEPS, 3e-3)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -106,7 +107,7 @@ def run(method: Method, pairs: int, steps: int, seed: int, rate: float) -> Resul
     model, batch = GPT2(CONFIG), random_pairs(pairs, seed)
     model.load_state_dict(base_weights())
     try:
-        learn(model, method, batch, steps, rate)
+        learn(model, method, lambda step: batch, steps, rate)
     except NonFiniteLossError:
         return {"rate": rate, "bits": math.inf, "accuracy": 0.0, "parameters": 0}
     model.eval()

@@ -93,8 +93,8 @@ class MultiLoRA(WrapsLayers):
     )
     position: ClassVar[float] = 17
     use_when: ClassVar[str] = (
-        "one adapter has to learn several tasks; the paper's point is an update with several directions of "
-        "similar size, which was not tried on several tasks here"
+        "one adapter has to learn several tasks and LoRA is not enough; the paper reports an advantage there, but in "
+        "benchmarks/several_tasks.md LoRA with as many parameters learned five small tasks better"
     )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"multilora"})
