@@ -16,6 +16,7 @@ from benchmarks import translations
 from benchmarks.translation_rules import wrong
 from lora_from_scratch.checks import display
 from lora_from_scratch.checks.bank import wrong_answers
+from lora_from_scratch.checks.diagnosis import observations_of
 from lora_from_scratch.checks.exercise import Exercise
 from lora_from_scratch.checks.judge import judge
 from lora_from_scratch.checks.observation import observe
@@ -26,6 +27,7 @@ from lora_from_scratch.cli.lab import copy_notebooks
 from lora_from_scratch.support import translation
 from lora_from_scratch.support.translated_notebook import blocks, checksum, translated, wrapped
 from lora_from_scratch.support.translation import FOLDER, translate
+from tests.bank_on_seeds import drawn_once
 from tests.helpers import REPOSITORY
 from tests.sandboxes import needs_bubblewrap
 
@@ -214,11 +216,11 @@ def untranslated_messages(language: str, name: str) -> None:
     exercise = find(name)[1]
     assert isinstance(exercise, Exercise)
     translation.set_language(language)
+    once = drawn_once(exercise)
     for answer in wrong_answers(name):
         if answer.hangs:
             continue
-        inputs = [case.inputs for case in exercise.inputs(0)]
-        verdict = judge(exercise, 0, observe(exercise.probe, answer.object, inputs, exercise.seconds, 0))
+        verdict = judge(once, 0, list(observations_of(answer, once, 0)))
         assert verdict.failure is not None
         if verdict.misconception in ("raises", "another error"):
             continue  # the message quotes that of the error, which stays in English
