@@ -83,18 +83,18 @@ def average(method: Mapping[str, Any], what: str) -> float:
 
 
 def with_chart(page: str) -> str:
-    """The page of the atlas with the chart in front of its static figure."""
-    mark = "\n![A row of dots"
-    if page.count(mark) != 1:
-        raise ValueError("docs/atlas.md has no figure any more in front of which the interactive chart can stand")
+    """The page of the atlas with the chart in front of its first table."""
+    mark = "\n| method "
+    if mark not in page:
+        raise ValueError("docs/atlas.md has no table any more in front of which the interactive chart can stand")
     chart = (
         "\nChoose what the axes show, and which methods: a method that exceeds a limit disappears. Point at a dot to "
         "see all its numbers.\n\n"
         f'```{{raw}} html\n<div id="{PLACE}" role="figure" aria-label="A dot for each method that keeps to the chosen '
-        "limits, with its cost on the horizontal axis and its quality on the vertical one. The table above has the "
+        "limits, with its cost on the horizontal axis and its quality on the vertical one. The table below has the "
         f'numbers."></div>\n<script defer src="../_static/{SCRIPT}"></script>\n```\n'
     )
-    return page.replace(mark, chart + mark)
+    return page.replace(mark, chart + mark, 1)
 
 
 def write_script(folder: Path) -> None:

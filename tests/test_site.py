@@ -273,6 +273,12 @@ def test_every_document_is_in_a_table_of_contents() -> None:
     assert unlisted == {"index.md"}
 
 
+def test_the_chart_of_the_atlas_comes_before_its_tables() -> None:
+    page = dict(sources.documents())["docs/atlas.md"]
+    assert page.count(f'id="{atlas_pages.PLACE}"') == 1
+    assert page.index(atlas_pages.PLACE) < page.index("| method ")
+
+
 def test_a_method_in_the_atlas_has_its_numbers_on_its_page_and_another_has_none() -> None:
     classes = method_classes()
     row = next(row for row in atlas_pages.rows() if row["method"] == "lora")
