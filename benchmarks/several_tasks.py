@@ -162,8 +162,8 @@ def findings(results: Mapping[tuple[str, str], Sequence[Result]]) -> list[str]:
             f"{shares[0]} with MultiLoRA and {shares[1]} with LoRA."
         )
     items.append(
-        "- These are short runs of a very small model, with learning rates a factor of about three apart. The paper has "
-        "far larger models, ranks and tasks, and reports the opposite of both."
+        "- These are short runs of a very small model, with learning rates a factor of about three apart. The paper "
+        "has far larger models, ranks and tasks, and reports the opposite of both."
     )
     return [filled(item).replace("\n", "\n  ") for item in items]
 
