@@ -10,7 +10,7 @@ grid that is extended as long as the best rate is at its edge; the results are t
 also learn each task alone, from exactly the same examples of that task, with a rate tuned for that.
 
 Writes `several_tasks.md`, and the results from which it is made to `several_tasks.json`. Finished runs are kept in the
-scratch folder and not repeated. It takes about ten minutes on one core.
+scratch folder and not repeated. It takes about five minutes of one core.
 """
 
 from __future__ import annotations
