@@ -125,7 +125,7 @@ def first_failure(copy: Path, arguments: list[str]) -> str:
         [*command, *arguments], cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS
     )
     found = re.search(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    if done.returncode == 0:
+    if done.returncode in (0, 5):  # 5: nothing was selected, as the test is a slow one unless its unit has changed
         return ""
     if found is None or done.returncode != 1:
         raise SystemExit(f"pytest {arguments} could not be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
