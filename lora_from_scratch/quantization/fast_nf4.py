@@ -90,7 +90,7 @@ def fast_dequantize_nf4(
     codebook: Tensor | None = None,
 ) -> Tensor:
     """`nf4.dequantize_nf4`, two weights at a time and chunk by chunk; a short last block in the plain way."""
-    if blocksize == 1:  # a byte holds two blocks
+    if blocksize == 1 or torch.compiler.is_compiling():  # a byte holds two blocks; compiled, the plain way is fast
         return dequantize_nf4(packed, absmax, shape, blocksize, dtype, codebook)
     n = math.prod(shape)
     check_parts(packed, absmax, tuple(shape), blocksize)
