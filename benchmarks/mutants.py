@@ -349,9 +349,9 @@ MUTANTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "sandbox": [
         (
-            "grading/sandbox/bubblewrap.py",
-            '"--clearenv", "--cap-drop"',
-            '"--cap-drop"',
+            "grading/sandbox/forkserver.py",
+            "env=dict(environment),",
+            "env=os.environ | dict(environment),",
             "tests/test_sandbox_walls.py",
         ),
         ("grading/sandbox/lockdown.py", '"FSIZE": file,', '"FSIZE": 100 * file,', "tests/test_sandbox_walls.py"),
