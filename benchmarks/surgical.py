@@ -4,7 +4,7 @@
 
 Every choice of what to tune has its own learning rate for each shift: the one with the highest accuracy on validation
 pictures. Each result is stored as soon as it is there, so an interrupted benchmark can be continued. Writes
-`surgical.md` and two figures in docs/.
+`surgical.json`, `surgical.md` and two figures in docs/.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lora_from_scratch.support import plotting
 from lora_from_scratch.support.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE = Path(__file__).with_suffix(".md")
+PAGE, RECORD = Path(__file__).with_suffix(".md"), Path(__file__).with_suffix(".json")
 SHIFTS: dict[str, Callable[[str], Pictures]] = {
     "input: grey paper": on_grey_paper,
     "input: inverted": partial(shifted, "input"),
@@ -153,6 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = results(options.results)
+    write_json(RECORD, [[*key, result] for key, result in found.items()])
     PAGE.write_text(page(found), encoding="utf-8")
     draw_accuracies(found)
     draw_shifts()
