@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import functools
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -68,6 +69,12 @@ def try_exercise(name: str, seeds: int) -> tuple[str, dict[str, list[str]]]:
     return name, surprises(exercise, range(seeds))
 
 
+def begin_quickly() -> None:
+    """In a worker: what was imported is not garbage, and there are no GPUs to seed, which takes milliseconds a time."""
+    gc.freeze()
+    torch.manual_seed = torch.default_generator.manual_seed
+
+
 def record(numbers: Iterable[str], seeds: int) -> None:
     entries = dict(recorded()) | {
         f"unit_{unit.number}": {"code": code(unit), "seeds": seeds} for unit in units() if unit.number in set(numbers)
@@ -88,7 +95,7 @@ def main() -> int:
     left = {unit.number: {exercise.name for exercise in unit.exercises} for unit in chosen}
     of = {name: number for number, names in left.items() for name in names}
     context = multiprocessing.get_context("fork")  # with one thread each
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, context, begin_quickly) as pool:
         waiting = [pool.submit(try_exercise, name, options.seeds) for name in of]
         for done in concurrent.futures.as_completed(waiting):
             name, found = done.result()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import functools
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +23,7 @@ def main() -> int:
     )
     parser.add_argument("what", nargs="*", metavar="UNIT | EXERCISE", help="of these only; default: all")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), metavar="N", help="how many (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at a time (%(default)s)")
     parser.add_argument("--list-survivors", action="store_true", help="those that pass without an explanation")
     parser.add_argument("--list-vague", action="store_true", help="those caught by a rule that says next to nothing")
     parser.add_argument("--list-all", action="store_true", help="all, with the message of the first seed")
@@ -31,12 +35,13 @@ def main() -> int:
     known = {unit.number for unit, _ in every} | {exercise.name for _, exercise in every}
     if strange := sorted(set(args.what) - known):
         parser.error(f"there is no unit or exercise {', '.join(strange)}")
+    chosen = [(unit.number, one) for unit, one in every if not args.what or {unit.number, one.name} & set(args.what)]
     rows = []
-    for unit, exercise in every:
-        if not args.what or {unit.number, exercise.name} & set(args.what):
-            rows.append(judged(unit.number, exercise, range(args.seeds)))
-            print(rows[-1].line(), flush=True)
-            rows[-1].show_faults(survivors=args.list_survivors, vague=args.list_vague, everything=args.list_all)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:  # each thread waits for a child process
+        for row in pool.map(functools.partial(judged, seeds=range(args.seeds)), *zip(*chosen, strict=True)):
+            rows.append(row)
+            print(row.line(), flush=True)
+            row.show_faults(survivors=args.list_survivors, vague=args.list_vague, everything=args.list_all)
     print(total(rows))
     if args.write:
         TABLE.write_text(table(rows), encoding="utf-8")
