@@ -55,7 +55,7 @@ from lora_from_scratch.support.progress_bar import tqdm
 # The model: "bundled" (a minute and a half on two cores), "gpt2" (needs a network connection and several minutes), or
 # the path of a checkpoint directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
-STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 40))  # of each training run
+STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 30))  # of each training run
 SEARCH_STEPS = 5 * STEPS // 2  # of each search for a prompt
 
 # %% [markdown]

@@ -83,7 +83,10 @@ def share_cases(draw: Draw) -> Iterator[Case]:
     yield case("a batch of 2, 3 heads, one prefix for both texts", several, "q, k: (B, H, T, hd)")
     yield case("a prefix of its own for each text", attention_inputs(draw, 2, 2, 3, 5, 4, own=True), OWN)
     large = attention_inputs(draw, 1, 2, 3, 2, 4)
-    large |= {key: 15 * large[key] for key in ("q", "k", "prefix_k")}  # type: ignore[operator]
+    q, prefix_k = large["q"], large["prefix_k"]
+    assert isinstance(q, torch.Tensor) and isinstance(prefix_k, torch.Tensor)
+    scores = (q @ prefix_k.mT / 2).flatten()
+    large["q"] = q * (300 / scores[scores.abs().argmax()])  # one score on the prefix is 300
     yield case("scores of several hundred, whose exp overflows", large, "their exponentials overflow")
     yield case("in float64", attention_inputs(draw, 1, 2, 3, 2, 4, double=True), "in the dtype of q")
 
