@@ -84,7 +84,8 @@ def share_cases(draw: Draw) -> Iterator[Case]:
     yield case("a prefix of its own for each text", attention_inputs(draw, 2, 2, 3, 5, 4, own=True), OWN)
     large = attention_inputs(draw, 1, 2, 3, 2, 4)
     q, prefix_k = large["q"], large["prefix_k"]
-    assert isinstance(q, torch.Tensor) and isinstance(prefix_k, torch.Tensor)
+    assert isinstance(q, torch.Tensor)
+    assert isinstance(prefix_k, torch.Tensor)
     scores = (q @ prefix_k.mT / 2).flatten()
     large["q"] = q * (300 / scores[scores.abs().argmax()])  # one score on the prefix is 300
     yield case("scores of several hundred, whose exp overflows", large, "their exponentials overflow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -151,17 +152,17 @@ def same_encoder(case: Case, seen: Seen, expected: Seen) -> bool:
 
 
 def _same_spread(one: Any, other: Any) -> bool:
-    """Whether spread, maximum and mean agree, for a few hundred numbers or more."""
+    """Whether spread, largest number and mean agree, within five standard errors of the difference of two samples."""
     if one.shape != other.shape:
         return False
-    one, other = one.double(), other.double()
-    few = 0.25 if other.numel() < 1000 else 0.08  # the bias of the narrow layer has 64 numbers
-    normal = float(other.abs().max()) > 2.5 * float(other.std())  # the largest of many normal numbers varies
-    most = 0.35 if normal else few
+    one, other, n = one.double(), other.double(), other.numel()
+    normal = float(other.abs().max()) > 2.5 * float(other.std())  # else uniform, whose kurtosis is 1.8 and not 3
+    spread = (5.0 if normal else 3.2) / math.sqrt(n)
+    largest = math.log(1.75) if normal else 18 / n  # the largest of many normal numbers varies; of uniform ones, hardly
     return (
-        abs(float(one.std() / other.std()) - 1) < few
-        and abs(float(one.abs().max() / other.abs().max()) - 1) < most
-        and abs(float(one.mean() - other.mean())) < 2 * few * float(other.std())
+        abs(float(one.std() / other.std()) - 1) < spread
+        and abs(math.log(max(float(one.abs().max() / other.abs().max()), 1e-9))) < largest
+        and abs(float(one.mean() - other.mean())) < 5 * math.sqrt(2 / n) * float(other.std())
     )
 
 
