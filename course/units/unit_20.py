@@ -426,7 +426,8 @@ for name, losses in {"stretched": stretched, "random rows": continued}.items():
 #
 # ## Summary
 #
-# - Learned positions can be stretched: before any training, twice the length costs the bundled model little.
+# - Learned positions can be stretched: before any training, positions that lie twice as close cost the bundled model little
+#   on texts of the old length. The second half of longer texts has to be learned.
 # - Shifted sparse attention trains on n g² scores instead of T², and the shift lets neighbours across a border meet.
 # - A roll puts the beginning of the text behind its end: one block of the mask keeps the two apart.
 # - On the bundled model, full attention is ahead of both sparse kinds on held-out text, and the shift does not pay in so
