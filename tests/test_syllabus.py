@@ -31,7 +31,7 @@ def test_the_hours_and_points_that_pages_name_are_the_units() -> None:
         if int(unit.number) <= 14:
             core += minutes
         else:
-            assert 40 <= minutes <= 80, unit.number  # "about an hour each"
+            assert 40 <= minutes <= 80, unit.number  # "a little over an hour each"
     for page in ("README.md", "course/syllabus.md"):
         text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
         assert f"about {round(core / 60)} hours" in text, page

@@ -359,8 +359,9 @@ show(
 )
 
 # %% [markdown]
-# By the numbers, the queries look much as in the paper: DoRA has a clearly negative correlation, LoRA has not. But look at
-# the points. Before you explain a correlation, see what it rests on.
+# By the numbers, the queries look partly as in the paper: DoRA has a clearly negative correlation, full fine-tuning a weak
+# one. LoRA's is near zero, where the paper has 0.83. But look at the points. Before you explain a correlation, see what it
+# rests on.
 #
 # ### Your own analysis
 #
@@ -651,8 +652,8 @@ for trained in (False, True):
 #
 # - DoRA gives each row a learned length; the norm of V = W + s B A comes from three small products, and is a constant for
 #   the gradient.
-# - On the queries the correlations have much of the paper's pattern, and owe it to one block whose rows were almost zero.
-#   Look at the points before you explain a correlation.
+# - On the queries DoRA's correlation is negative, as in the paper, and owes its sign to one block whose rows were almost
+#   zero. Look at the points before you explain a correlation.
 # - DoRA stretches less than LoRA; its loss is the same at tuned rates.
 # - Put back what you kept; do not subtract what you added. Test it bit for bit.
 # - LoRA+ changes the rate of B, PiSSA the start, LoRA-FA what is kept. At tuned rates none of them is ahead of LoRA.

@@ -50,8 +50,8 @@ from lora_from_scratch.support import plotting
 from lora_from_scratch.support.figures import show
 from lora_from_scratch.support.progress_bar import tqdm
 
-# The model: "bundled" (half a minute on two cores), "gpt2" (needs a network connection and several minutes), or the
-# path of a checkpoint directory.
+# The model: "bundled" (one and a half minutes on two cores), "gpt2" (needs a network connection and several minutes), or
+# the path of a checkpoint directory.
 MODEL = os.environ.get("LORA_FROM_SCRATCH_MODEL", "bundled")
 STEPS = int(os.environ.get("LORA_FROM_SCRATCH_STEPS", 32))  # of each training run of the bundled model
 CYCLES = 4  # of ReLoRA
@@ -514,8 +514,9 @@ show(
 
 # %% [markdown]
 # On random pairs the papers' claim holds: with the same number of trained parameters, an update of higher rank stores
-# more. (The course's longer experiment, `benchmarks/memorising.md`, has 128 pairs, 250 steps and three sets of pairs, and
-# finds the same order.) It is *not* only the number of parameters that limits a LoRA of rank 1.
+# more. (The course's longer experiment, `benchmarks/memorising.md`, has 128 pairs, 250 steps and three sets of pairs. LoRA
+# is the last and MoRA by rotation the first of the four there, too, but ReLoRA is ahead of MoRA by sharing.) It is *not*
+# only the number of parameters that limits a LoRA of rank 1.
 #
 # Keep the claim to its size. Full training remembers everything; LoRA with four times the parameters is the simple
 # alternative. And most tasks are not lists of random pairs: on other tasks Jiang et al. find MoRA comparable to LoRA, and

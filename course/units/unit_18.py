@@ -460,11 +460,11 @@ for name, (one, other) in parameters.items():
 # wrong: at AdaLoRA's own rate of 0.02, instead of theirs, the ranks of seed 0 have a loss of 1.55 with seed 1, almost
 # that of flat ranks.)
 #
-# The ordinary LoRA of rank 3 is not far behind: about a quarter more parameters make up for more than half of the
-# difference. In practice that is the alternative to compare with.
+# The ordinary LoRA of rank 3 has about a quarter more parameters. They make up for most of the difference with seed 0, and
+# for a fifth of it with seed 1. In practice that is the alternative to compare with.
 #
 # Three things have to be said beside that. With as many triplets AdaLoRA keeps a sixth more parameters than flat ranks,
-# since it prefers the large matrices. While it trains, it has four times as many numbers as it keeps, so the comparison
+# since it prefers the large matrices. While it trains, it has four times as many triplets as it keeps, so the comparison
 # is fair to what is stored and served, not to what is trained. And these are two seeds of 32 steps, on one task whose
 # cards are all alike.
 #
@@ -574,7 +574,7 @@ print(f"numbers that are trained: {first:,}; in the adapter in the end: {paramet
 # - The budget falls along a cubic, and all triplets of all matrices compete for it.
 # - Somebody has to call the allocation, after the optimiser's step and before the gradients are cleared; test that.
 # - Here the rank goes to the MLPs of the last blocks with both seeds, and AdaLoRA beats flat and random ranks. It trains
-#   four times as many numbers for that, and a LoRA with somewhat more parameters closes much of the gap.
+#   four times as many triplets for that, and a LoRA with a quarter more parameters closes a part of the gap.
 #
 # ## Go further
 #

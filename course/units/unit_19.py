@@ -444,7 +444,7 @@ for label, plan in plans.items():
 # %% check="greedy_or_best"
 
 # %% [markdown]
-# The greedy rule is close to the optimum, and both leave 7 % less squared error than the same bits for all. But the
+# The greedy rule is close to the optimum, and both leave over 6 % less squared error than the same bits for all. But the
 # perplexity is no better: the sum of squared errors counts every weight alike, and the model does not. That is why
 # LQ-LoRA weights the errors by the Fisher information (`weighting`), which this table does without.
 #

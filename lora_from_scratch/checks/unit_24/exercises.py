@@ -305,8 +305,8 @@ PREDICTIONS = [
     Prediction(
         "new_directions",
         question=(
-            "LoRA of rank 8 and full fine-tuning learn the same task, each with its tuned learning rate and the same "
-            "steps. How many of the 240 leading singular vectors are intruder dimensions?"
+            "LoRA of rank 8 and full fine-tuning learn the same task in 32 steps, each with the learning rate that was "
+            "tuned with 500. How many of the 240 leading singular vectors are intruder dimensions?"
         ),
         choices={
             "a": "LoRA has many, full fine-tuning none or nearly none",
