@@ -19,7 +19,7 @@
 # **Prerequisites**: LoRA's arithmetic (unit 09), the memory of training (unit 00), and four-bit weights (units 12 and
 # 13). It is an elective: no other unit needs it.
 #
-# **Time**: about 80 minutes, including two minutes of computation. 5 exercises, 2 predictions, one open question.
+# **Time**: about 80 minutes, including one and a half minutes of computation. 5 exercises, 2 predictions, one open question.
 #
 # ![Curves of the share of the energy that the strongest r directions of a matrix hold, for a matrix of random numbers,
 # a weight of the model and its update in training. The update needs the fewest directions and the random matrix the
