@@ -17,7 +17,7 @@ from lora_from_scratch.checks.unit_27.explanations import (
     explain_reward,
     explain_tokens,
 )
-from lora_from_scratch.checks.unit_27.probes import run_loss, run_tokens
+from lora_from_scratch.checks.unit_27.probes import run_loss, run_tokens, same_loss, same_tokens
 from lora_from_scratch.finetune.rewards import (
     group_advantages,
     policy_gradient_loss,
@@ -243,6 +243,7 @@ EXERCISES = [
         ),
         cases=token_cases,
         probe=run_tokens,
+        agree=same_tokens,
         explain=explain_tokens,
     ),
     Exercise(
@@ -260,6 +261,7 @@ EXERCISES = [
         ),
         cases=loss_cases,
         probe=run_loss,
+        agree=same_loss,
         explain=explain_loss,
     ),
     Exercise(

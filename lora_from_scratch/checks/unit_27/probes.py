@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_from_scratch.checks.comparing import same
+from lora_from_scratch.checks.exercise import Case
+from lora_from_scratch.checks.observation import Seen
+
 
 def run_tokens(answer: Callable[..., Any], logits: Tensor, ids: Tensor, begin: Tensor, end: Tensor) -> Any:
     """The log-probabilities, and the gradient of a sum of them in which no two have the same weight."""
@@ -18,6 +22,14 @@ def run_tokens(answer: Callable[..., Any], logits: Tensor, ids: Tensor, begin: T
     weights = 1 + torch.arange(values.numel()).view(values.shape) / 7
     (values.float() * weights).sum().backward()
     return {"values": values, "gradient": logits.grad}
+
+
+def same_tokens(case: Case, seen: Seen, expected: Seen) -> bool:
+    """A gradient in half precision may differ in its last digit."""
+    one: Any = seen.value
+    other: Any = expected.value
+    half = other["gradient"].dtype == torch.bfloat16
+    return same(one["values"], other["values"]) and same(one["gradient"], other["gradient"], 2**-7 if half else 1e-4)
 
 
 def run_loss(
@@ -35,3 +47,17 @@ def run_loss(
     if gradient is not None:
         gradient = gradient * (log_probabilities != 0)  # what flows into the padding does not matter
     return {"loss": loss, "gradient": gradient, "gradient of the advantages": flows}
+
+
+def same_loss(case: Case, seen: Seen, expected: Seen) -> bool:
+    """The terms of the loss may cancel, so its error is compared with the size of the largest one."""
+    one: Any = seen.value
+    other: Any = expected.value
+    given: Any = case.inputs
+    largest = float((given["log_probabilities"].abs().sum(dim=1) * given["advantages"].abs()).max())
+    near = torch.is_tensor(one["loss"]) and one["loss"].shape == other["loss"].shape
+    return (
+        near
+        and bool((one["loss"] - other["loss"]).abs() <= 1e-6 * largest)
+        and same(one | {"loss": None}, other | {"loss": None})
+    )
