@@ -61,9 +61,9 @@ def test_a_learner_with_another_right_answer_gets_all_points(answer: Answer) -> 
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
-def test_an_exercise_has_five_wrong_answers_and_two_right_ones(exercise: Exercise) -> None:
+def test_an_exercise_has_five_wrong_answers_and_four_right_ones(exercise: Exercise) -> None:
     assert len(wrong_answers(exercise.name)) >= 5
-    assert len(right_answers(exercise.name)) >= 2
+    assert len(right_answers(exercise.name)) >= 4
 
 
 def test_every_answer_of_the_bank_is_to_an_exercise_that_exists() -> None:

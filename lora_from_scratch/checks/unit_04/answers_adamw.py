@@ -326,3 +326,16 @@ def only_the_parameter(
     m, v = means(gradient, m, v, betas)
     m_hat, v_hat = corrected(m, v, step, betas)
     return parameter - learning_rate * (m_hat / (v_hat.sqrt() + eps) + weight_decay * parameter)
+
+
+@wrong(
+    "adamw_step",
+    "Your bias correction of m uses 0.9, whatever beta1 is. Both corrections use the betas that are given.",
+)
+def the_usual_beta_in_the_correction(
+    parameter, gradient, m, v, step, *, learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
+):
+    refuse_early(step)
+    m, v = means(gradient, m, v, betas)
+    m_hat, v_hat = corrected(m, v, step, (0.9, betas[1]))
+    return parameter - learning_rate * (m_hat / (v_hat.sqrt() + eps) + weight_decay * parameter), m, v

@@ -82,7 +82,7 @@ def adamw_cases(draw: Draw) -> Iterator[Case]:
     )
     first = (m_hat, v_hat, theta, three, raw)
     yield Case("the first step: m and v are zeros, no weight decay", inputs(1, 4), update, first)
-    yield Case("the third step", inputs(3, 5), update, (of_m, of_v, raw, one, kept))
+    yield Case("the third step", inputs(3, 5, betas=[0.7, 0.95]), update, (of_m, of_v, raw, one, kept))
     matrix = inputs(200, 2, 3, betas=[0.8, 0.995])
     yield Case("step 200 of a matrix, betas 0.8 and 0.995", matrix, update, (of_m, of_v, shape))
     yield Case("step 4 of a single number, without axes", inputs(4), update, (shape, m_hat, v_hat))

@@ -123,6 +123,22 @@ def no_instruction(examples, mr, instruction="") -> str:
     return "\n\n".join(["\n".join(example) for example in examples] + [mr]) + "\n"
 
 
+@wrong(
+    "few_shot_prompt",
+    "You strip white space from the texts. A text goes into the prompt as it is: a model that learned to begin with a "
+    "space should see one.",
+)
+def strips_the_texts(examples, mr, instruction="") -> str:
+    pieces = [instruction] + [f"{card}\n{text.strip()}" for card, text in examples] + [mr]
+    return "\n\n".join(filter(None, pieces)) + "\n"
+
+
+@wrong("few_shot_prompt", "You strip white space from the instruction. It goes into the prompt as it is.")
+def strips_the_instruction(examples, mr, instruction="") -> str:
+    pieces = [instruction.strip()] + ["\n".join(example) for example in examples] + [mr]
+    return "\n\n".join(filter(None, pieces)) + "\n"
+
+
 # --- prepend_prompt ----------------------------------------------------------------------------------
 
 

@@ -53,6 +53,9 @@ def few_shot_cases(draw: Draw) -> Iterator[Case]:
     yield case("three examples, no instruction", 3, "", order, parts, example)
     yield case("no example and an instruction", 0, "Write the tale that is on the card.", shots, first, parts)
     yield case("neither examples nor an instruction", 0, "", shots, "no empty line for it", ends)
+    spaced: dict[str, Data] = {"examples": [[card(1), " Once there lived one of them.\n"]], "mr": card(2)}
+    name = "white space at the ends of the instruction and of a text"
+    yield Case(name, spaced | {"instruction": "Tell the tale: "}, sentences=(example, first, parts))
 
 
 # --- prepend_prompt ----------------------------------------------------------------------------------

@@ -389,3 +389,24 @@ def forgets_the_gradients(encoder: PrefixEncoder) -> Tensor:
 )
 def averaged_over_the_tokens(encoder: PrefixEncoder) -> Tensor:
     return encoder.prefix().detach().mean(dim=0)
+
+
+@wrong(
+    "fold_prefix",
+    "You switch the encoder to evaluation mode and leave it there. Folding does not change it, and it can be trained "
+    "further.",
+)
+def stays_in_evaluation_mode(encoder: PrefixEncoder) -> Tensor:
+    encoder.eval()
+    return encoder.prefix().detach().clone()
+
+
+@wrong(
+    "PrefixEncoder",
+    "You compute the prefix once and keep it. When training changes the parameters, the prefix has to change, too.",
+)
+class kept_from_the_first_call(Encoder):
+    def prefix(self) -> Tensor:
+        if not hasattr(self, "made"):
+            self.made = super().prefix()
+        return self.made

@@ -201,6 +201,8 @@ ENCODER = {  # what the messages say of each entry of the record
     "gradients": "The prefix is right, but its gradients are not. Does `prefix()` compute it anew from the parameters?",
     "logits": "The prefix is right, but the model does not work with it as it should. Which attributes does `enter` "
     "read?",
+    "later": "When the parameters change, as in training, `prefix()` still returns the numbers of before. It computes "
+    "the prefix anew in every call.",
     "distinct": "Many of your initial numbers are equal. Each is drawn by itself.",
     "repeated": "The same seed does not give the same initial numbers. Which of your draws does not use the generator?",
     "other seed": "Two different seeds give the same numbers in some parameter.",
@@ -215,6 +217,7 @@ FOLDED = {
     "encoder": "The parameters of the encoder itself have changed. Fold without touching it.",
     "trained": "After folding, other parameters of the encoder are trained than before.",
     "gradients": "Folding has changed the gradients (`.grad`) of the encoder. It only reads the encoder.",
+    "training": "After folding, the encoder is no longer in training mode. Fold without touching it.",
     "later": "When the encoder is trained further, what you have returned changes with it.",
 }
 

@@ -94,12 +94,16 @@ def run_encoder(
     encoder.put_into(model)
     with torch.no_grad():
         logits = model(ids)
+        now = made.clone() if isinstance(made, Tensor) else made
+        fill(encoder, seed + 2)  # as after some training
+        later = encoder.prefix().clone()
     return {
         "parameters": names,
         "modules": [type(module).__name__ for module in encoder.transform.modules()],
-        "prefix": made,
+        "prefix": now,
         "gradients": dict(zip(names, gained, strict=True)),
         "logits": logits,
+        "later": later,
     }
 
 
@@ -185,6 +189,7 @@ def run_fold(answer: Callable[..., Any], length: int, hidden: int | None, seed: 
     seen["encoder"] = {name: p.detach() for name, p in after.items()}
     seen["trained"] = [p.requires_grad for p in after.values()]
     seen["gradients"] = [p.grad is not None and torch.equal(p.grad, gained.get(n, p)) for n, p in after.items()]
+    seen["training"] = encoder.training
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(1)

@@ -209,6 +209,16 @@ def a_little_is_added_below(model, batches) -> dict:
     return {name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(found)}
 
 
+@wrong(
+    "relative_gradient_norms",
+    "You refuse a model in which a frozen tensor is all zeros. Only what is trained is measured.",
+)
+def frozen_zeros_refused(model, batches) -> dict:
+    if any(not p.any() for p in model.parameters()):
+        raise ValueError("a tensor of zeros")
+    return averaged(model, batches, lambda g, p: g.norm() / p.norm())
+
+
 # --- auto_rgn_weights --------------------------------------------------------------------------------
 
 

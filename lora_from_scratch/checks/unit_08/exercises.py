@@ -198,6 +198,7 @@ def rgn_cases(draw: Draw) -> Iterator[Case]:
     once = "two batches with masks, from an iterator that can be consumed only once"
     yield case(once, 2, mask=True, once=True, sentences=("only once", "attention_mask (B, T) or None"))
     kept = ("no `.grad` and no weight is changed",)
+    yield case("a frozen tensor of zeros", 1, "out.bias", zeros="out.bias", sentences=measured)
     yield case("gradients are left from a training step", 2, graded=True, sentences=kept)
     error = ("there is no batch, nothing to train",)
     yield case("no batch", 0, part="invalid input", sentences=error)

@@ -261,3 +261,14 @@ class forward_without_gradients(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) if self.merged else self.base(x) + self.thin(x)
+
+
+@wrong(
+    "LoRALinear",
+    "You keep W0 in float32. After `unmerge`, a weight that was in half precision is then in float32.",
+)
+class keeps_float32(LoRALinear):
+    def merge(self) -> None:
+        if not self.merged:
+            super().merge()
+            self._unmerged = self._unmerged.float()

@@ -52,6 +52,7 @@ RETURN = {
     "every bit of W is back": "After `unmerge` the base's weight is W0 only up to rounding. Which tensor has every bit "
     "of it?",
     "the same parameter": "`base.weight` is another parameter object after `unmerge`. Change its `.data`.",
+    "dtype": "After `unmerge` the base's weight has another dtype than W0.",
     "merged": "After `unmerge` the layer still counts as merged: `self._unmerged` should be None again.",
 }
 MOVE = {

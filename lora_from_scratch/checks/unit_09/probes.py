@@ -207,9 +207,10 @@ def seen_of_return(layer: Any, x: Tensor, times: int) -> Any:
     with torch.no_grad():
         return {
             "merging changes W": all(moved),
-            "every bit of W is back": torch.equal(layer.base.weight, before),
+            "every bit of W is back": torch.equal(layer.base.weight.to(before.dtype), before),
             "W is back but for rounding": bool((layer.base.weight - before).abs().max() < 0.3),
             "the same parameter": layer.base.weight is parameter,
+            "dtype": str(layer.base.weight.dtype).removeprefix("torch."),
             "merged": bool(layer.merged),
         }
 

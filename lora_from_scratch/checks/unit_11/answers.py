@@ -245,6 +245,16 @@ def with_a_tolerance(matrix: Tensor) -> float:
     return float(entropy(S / S.sum()).exp()) if len(S) else 0.0
 
 
+@wrong(
+    "effective_rank",
+    "You add a small number to the sum of the singular values. It is not small beside those of a small matrix: handle "
+    "the zero matrix by itself.",
+)
+def a_little_in_the_sum(matrix: Tensor) -> float:
+    S = values_of(matrix)
+    return float(entropy(S / (S.sum() + 1e-8)).exp()) if S[0] > 0 else 0.0
+
+
 @wrong("effective_rank", "You divide by the number of singular values: take the sum of -p ln p, not its mean.")
 def mean_of_the_terms(matrix: Tensor) -> float:
     S = values_of(matrix)

@@ -67,6 +67,7 @@ def effective_rank_cases(draw: Draw) -> Iterator[Case]:
     tall = with_spectrum(draw, 6, 4, sorted((draw.number(0.2, 4) for _ in range(4)), reverse=True)).float()
     yield case("a tall matrix", tall, smooth, formula)
     yield case("the same, multiplied by 1000", 1000 * tall, "when M is multiplied by a number")
+    yield case("the same, divided by 10 billion", 1e-10 * tall, "when M is multiplied by a number")
     yield case("its transpose", tall.T, "matrix: M", formula)
     yield case("whole numbers", draw.integers(-9, 9, 3, 5) + 20 * torch.eye(3, 5, dtype=torch.int64), "matrix: M")
     yield case("diag(1, 0.01, 0.01)", torch.diag(torch.tensor([1.0, 0.01, 0.01])), "No tolerance is needed")

@@ -103,6 +103,14 @@ def any_dtype(): ...
 
 @wrong(
     "absmax_int8",
+    "You accept float64. Only float32, float16 and bfloat16 are allowed; `check_numbers` refuses the others.",
+)
+@changed(absmax_int8, ("check_numbers(x)", "check_numbers(x.float() if x.is_floating_point() else x)"))
+def any_floating_point(): ...
+
+
+@wrong(
+    "absmax_int8",
     "You truncate the fractional part. 0.9 is then almost 1 away from its integer: round to the nearest.",
 )
 @changed(absmax_int8, ("torch.round(x * scale)", "(x * scale)"))

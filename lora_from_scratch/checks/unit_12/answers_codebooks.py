@@ -277,6 +277,18 @@ def next_value_below(weight: Tensor, blocksize: int = 64, codebook: Tensor | Non
     return packed_up(code_of[(torch.bucketize(z, values, right=True) - 1).clamp(0, 15)]), absmax
 
 
+@wrong(
+    "quantize_nf4",
+    "Of two values that are equally near you take the one with the smaller code. A tie goes to the lower *value*: a "
+    "codebook need not be in ascending order.",
+)
+def ties_go_to_the_smaller_code(weight: Tensor, blocksize: int = 64, codebook: Tensor | None = None) -> Quantised:
+    absmax = blockwise_absmax(weight, blocksize)
+    z = F.pad(normalize_blocks(weight, absmax, blocksize), (0, weight.numel() % 2))
+    codes = (z[:, None] - as_codebook(codebook, weight.device)).abs().argmin(dim=1)
+    return pack_nibbles(codes), absmax
+
+
 @wrong("quantize_nf4", "A weight exactly between two values gets the lower one; yours gets the upper one.")
 @changed(quantize_nf4, ("bucketize(z, midpoints)", "bucketize(z, midpoints, right=True)"))
 def ties_go_up(): ...

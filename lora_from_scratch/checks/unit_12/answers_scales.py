@@ -278,3 +278,9 @@ def subtracts_in_place(absmax: Tensor, blocksize: int = 256) -> tuple:
     offset = absmax.mean()
     absmax -= offset
     return *quantize_dynamic(absmax, blocksize), offset
+
+
+@wrong("double_quantize", caught_by="another dtype")
+def offset_in_float64(absmax: Tensor, blocksize: int = 256) -> tuple:
+    offset = absmax.double().mean()
+    return *quantize_dynamic((absmax - offset).float(), blocksize), offset

@@ -171,6 +171,7 @@ EXERCISES = [
             "Put the codes, second scales and offset into a `NestedAbsmax`, in this order.",
         ),
         cases=double_cases,
+        dtypes=True,
         background=("The scales are all positive",),
         explain=explain_double,
         agree=nearly_the_same_codes,

@@ -72,6 +72,7 @@ def int8_cases(draw: Draw) -> Iterator[Case]:
         yield case(name, broken, "ValueError", part=REFUSED)
     yield case("no numbers", torch.zeros(0, 3), "ValueError", part=REFUSED)
     yield case("whole numbers", torch.tensor([1, 2]), "ValueError", "float32, float16 or", part=REFUSED)
+    yield case("float64", draw.normal(5).double(), "ValueError", "float32, float16 or", part=REFUSED)
 
 
 def absmax_cases(draw: Draw) -> Iterator[Case]:
@@ -181,6 +182,8 @@ def quantize_cases(draw: Draw) -> Iterator[Case]:
     halves = torch.cat([torch.tensor([-16.0]), 2 * draw.integers(-8, 6, 15) + 1]) / 16
     tied: dict[str, Data] = {"blocksize": 16, "codebook": EIGHTHS}
     yield case("weights exactly between two values of the codebook", halves, nearest, own, part=others, **tied)
+    downwards: dict[str, Data] = {"blocksize": 16, "codebook": EIGHTHS.flip(0)}
+    yield case("the same, and the codebook in descending order", halves, nearest, own, part=others, **downwards)
     close = torch.tensor([1.515625, 8.0625]).bfloat16()  # the quotient is above 3/16, but not in bfloat16
     name = "a weight in bfloat16 just above the middle of two values"
     yield case(name, close, nearest, "float32, float16 or", part=others, blocksize=2, codebook=EIGHTHS)

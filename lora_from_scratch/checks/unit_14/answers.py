@@ -95,6 +95,11 @@ def order_of_the_costs(cost, budget):
     return [name for name in cost if name in budget and cost[name] > budget[name]]
 
 
+@wrong("over_budget", "The names are in alphabetical order. Return them in the order of the budget.")
+@changed(over_budget, ("in budget.items()", "in sorted(budget.items())"))
+def sorted_by_name(): ...
+
+
 @wrong("over_budget", "You return what is within the budget. Return what exceeds it.")
 @changed(over_budget, ("cost[name] > limit", "cost[name] <= limit"))
 def what_fits(): ...
@@ -304,6 +309,15 @@ def strictly_within(candidates, budget):
     if not names:
         raise ValueError("nothing fits")
     return max(names, key=lambda n: (candidates[n]["quality"], -candidates[n]["trained_parameters"]))
+
+
+@wrong(
+    "choose_method",
+    "You leave out a candidate whose cost is not known. Nobody would notice that it is missing: raise a ValueError.",
+)
+def unknown_costs_are_passed_over(candidates, budget):
+    known = {name: values for name, values in candidates.items() if all(cost in values for cost in budget)}
+    return choose_method(known, budget)
 
 
 @wrong("choose_method", "You treat a cost that is not known as 0. Raise a ValueError, as `over_budget` does.")

@@ -48,6 +48,8 @@ def budget_cases(draw: Draw) -> Iterator[Case]:
     yield case("one of three limits is exceeded", cost(saved_bytes=limit + 1), three, exceeds, some, costs)
     name = "two limits are exceeded; the budget and the costs have different orders"
     yield case(name, cost(saved_bytes=2 * limit, trained_parameters=3 * limit), three, exceeds, some)
+    dear = cost(saved_bytes=2 * limit, trained_parameters=3 * limit, added_work=2000)
+    yield case("three limits are exceeded", dear, three, exceeds, some)
     yield case("exactly at the limit", cost(saved_bytes=limit), {"saved_bytes": limit}, equal)
     yield case("a limit of 0, and a cost of 0", cost(added_work=0), {"added_work": 0}, equal)
     yield case("a limit of 0, and a cost above it", cost(added_work=1), {"added_work": 0}, exceeds, costs)
@@ -101,6 +103,8 @@ def method_cases(draw: Draw) -> Iterator[Case]:
     none = "ValueError: no candidate"
     yield case("nothing is affordable", three, {"training_memory": 5}, none)
     yield case("a limit on a cost that is not known", three, {"saved_bytes": 2**40}, none, limits)
+    unknown: dict[str, Data] = {**three, names[8]: {"quality": 10.0, "trained_parameters": few}}
+    yield case("one of four candidates has no such cost", unknown, {"training_memory": 500}, none, limits)
 
 
 # --- best_learning_rate ------------------------------------------------------------------------------

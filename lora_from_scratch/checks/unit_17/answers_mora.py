@@ -68,6 +68,16 @@ def the_rest_is_lost(x: Tensor, q: int) -> Tensor:
     return F.pad(x, (0, max(0, q - x.shape[-1])))[..., : pieces * q].unflatten(-1, (-1, q)).sum(-2)
 
 
+@wrong(
+    "compress",
+    "You fill x up only once. If q is more than twice as large as in, its first entries have to come several times: "
+    "`fill_up` does that.",
+)
+def filled_once(x: Tensor, q: int) -> Tensor:
+    missing = -x.shape[-1] % q
+    return torch.cat([x, x[..., :missing]], dim=-1).unflatten(-1, (-1, q)).sum(-2)
+
+
 @wrong("compress", "You fill x up with its last entries. It is filled up with its first ones, as `fill_up` does.")
 def filled_with_the_last(x: Tensor, q: int) -> Tensor:
     missing = -x.shape[-1] % q

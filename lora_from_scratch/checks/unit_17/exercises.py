@@ -88,6 +88,7 @@ def compress_cases(draw: Draw) -> Iterator[Case]:
     yield case("5 inputs, q = 5", (2, 5), 5, places, shape)
     yield case("6 inputs, q = 1", (2, 6), 1, places, side)
     yield case("5 inputs, q = 8", (2, 5), 8, larger, fill)
+    yield case("3 inputs, q = 8", (2, 3), 8, larger, fill)
 
 
 def decompress_cases(draw: Draw) -> Iterator[Case]:

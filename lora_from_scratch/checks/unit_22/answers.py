@@ -228,6 +228,20 @@ def in_numpy_for_each_number(x, adapters, adapter_index):
     return torch.from_numpy(y)
 
 
+@right("segment_product")
+def a_run_after_the_other(x, adapters, adapter_index):
+    """The rows are brought into the order of their adapters, and the results back into theirs."""
+    order = sorted(range(len(x)), key=adapter_index.tolist().__getitem__)
+    parts, start = [], 0
+    for k, count in zip(*(one.tolist() for one in adapter_index.unique(return_counts=True)), strict=True):
+        own, start = x[order[start : start + count]], start + count
+        parts.append(own.new_zeros(count, len(adapters[0][1])))
+        if k >= 0:
+            A, B, s = adapters[k]
+            parts[-1] = torch.mm(torch.mm(own * s, A.mT), B.mT)
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
 @wrong("segment_product", "The scaling is missing: s_k does not occur in your result.")
 @changed(segment_product, ("scaling * (x[own] @ A.T @ B.T)", "x[own] @ A.T @ B.T"))
 def without_the_scaling(): ...

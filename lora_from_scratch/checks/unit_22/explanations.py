@@ -47,8 +47,14 @@ def explain_segments(case: Case, seen: Seen, expected: Seen) -> Explanation:
     """The result first, then the sizes and the number of products."""
     one: Any = seen.value
     other: Any = expected.value
-    if seen.changed or not isinstance(one, dict):
+    if not isinstance(one, dict):
         return None
+    if seen.changed:
+        names = dict.fromkeys({"x": "x", "index": "adapter_index"}.get(name, "adapters") for name in seen.changed)
+        return "changes its input", (
+            f"Your code modifies {' and '.join(names)} in place. The caller may still need the original, so work on a "
+            "copy (`.clone()`)."
+        )
     wanted = other["result"]
     if (found := not_a_tensor(one["result"], wanted.shape, "the result")) is not None:
         return ("another shape", found[1]) if found[0] == "shape" else found

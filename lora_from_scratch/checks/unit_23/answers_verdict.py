@@ -107,6 +107,18 @@ def standard_deviation(): ...
 def half_the_spread(): ...
 
 
+@wrong(
+    "verdict",
+    "Your spread is that of the sizes, without their signs. It is the largest difference minus the smallest, which may "
+    "be negative.",
+)
+@changed(
+    verdict,
+    ("max(differences) - min(differences)", "max(map(abs, differences)) - min(map(abs, differences))"),
+)
+def spread_of_the_sizes(): ...
+
+
 @wrong("verdict", "You use the median instead of the mean.")
 @changed(verdict, ("fmean(differences)", "sorted(differences)[len(differences) // 2]"))
 def the_median(): ...
@@ -254,6 +266,21 @@ def _norm(tensors):
 
 def _quotient(above, below):
     return _norm(above) / _norm(below)
+
+
+@wrong(
+    "relative_change_by_block",
+    'You look for "h." anywhere in a name. The h has to be a whole component: "branch.6" has one at its end, too.',
+)
+def any_h_before_a_dot(weights, changes):
+    import re
+
+    return _per_block(
+        weights,
+        changes,
+        lambda a, b: float(torch.stack([x.norm() for x in a]).norm() / torch.stack([y.norm() for y in b]).norm()),
+        lambda name: int(re.findall(r"h\.(\d+)", name)[0]),
+    )
 
 
 @wrong("relative_change_by_block", "You average the quotients of the matrices. A large matrix should count for more.")

@@ -141,6 +141,7 @@ def verdict_cases(draw: Draw) -> Iterator[Case]:
     yield case("three that agree in favour", (0.30, 0.35, 0.32), None, above, better, texts)
     yield case("three that agree against", (-0.30, -0.35, -0.32), None, below, better, texts)
     yield case("both signs", (0.1, -0.2, 0.05), None, rest, texts)
+    yield case("both signs, of nearly the same size", (-0.6, 0.8, 0.8), None, rest, compared)
     yield case("all in favour, but far apart", (0.1, 0.3, 0.15), None, rest, compared, above)
     yield case("all against, but far apart", (-0.1, -0.3, -0.15), None, rest, below)
     yield case("five seeds, one of them far off", (0.1, 0.12, 0.5, 0.11, 0.13), None, compared, rest)
@@ -198,7 +199,7 @@ def change_cases(draw: Draw) -> Iterator[Case]:
     yield case("a block without a change", large, absent, some, order, only=one)
     mixed = {at(block, "attn.c_proj"): (4, 4) for block in (10, 2, 9, 0)}
     yield case("the blocks 10, 2, 9 and 0", mixed, order, number)
-    deep = {"decoder.5.h.3.mlp.7.c_fc": (4, 2), "decoder.5.h.12.mlp.7.c_fc": (4, 2)}
+    deep = {f"model.5.branch.6.h.{block}.mlp.7.c_fc": (4, 2) for block in (3, 12)}
     yield case("names with more numbers in them", deep, number, names)
     nothing = Case(
         "a change of zero",

@@ -98,6 +98,14 @@ def the_last_of_equal_ones(update, density):
     return trim(update.flatten().flip(0), density).flip(0).view_as(update)
 
 
+@wrong(
+    "trim",
+    "Your `view` needs a tensor that is contiguous in memory, and a transposed one is not: use `flatten` or `reshape`.",
+)
+@changed(trim, ("update.flatten()[places]", "update.view(-1)[places]"))
+def contiguous_ones_only(): ...
+
+
 @wrong("trim", "You rescale what is kept. That is DARE; here the kept entries keep their values.")
 def rescaled(update, density):
     return trim(update, density) / max(density, 1e-6)
@@ -294,6 +302,23 @@ def an_own_generator(update, drop_rate, generator=None):
     return drop_and_rescale(update, drop_rate, generator)
 
 
+@wrong(
+    "drop_and_rescale",
+    "If nothing is dropped, you return the update itself. Whoever writes into the result changes it: return a copy.",
+)
+@changed(drop_and_rescale, ("    kept =", "    if not drop_rate:\n        return update\n    kept ="))
+def the_update_itself(): ...
+
+
+@wrong(
+    "drop_and_rescale",
+    "You drop the same number of entries in every draw. Each entry is dropped by itself, so that the number varies.",
+)
+def an_exact_number(update, drop_rate, generator=None):
+    order = torch.randperm(update.numel(), generator=generator).view(update.shape)
+    return update * (order >= round(drop_rate * update.numel())) / (1 - drop_rate)
+
+
 @wrong("drop_and_rescale", "You add noise instead of dropping: no entry becomes zero.")
 def noise(update, drop_rate, generator=None):
     return update * (1 + drop_rate * torch.randn(update.shape, generator=generator))
@@ -348,6 +373,11 @@ def with_signs(): ...
 @wrong("intruder_dimensions", "You count the vectors that are like one of W's. Intruders are the others.")
 @changed(intruder_dimensions, ("< threshold", ">= threshold"))
 def the_old_ones(): ...
+
+
+@wrong("intruder_dimensions", "You count a cosine that equals the threshold. It has to be below.")
+@changed(intruder_dimensions, ("< threshold", "<= threshold"))
+def up_to_the_threshold(): ...
 
 
 @wrong("intruder_dimensions", "You look at all singular vectors. Only the leading ones count.")

@@ -88,6 +88,7 @@ def trim_cases(draw: Draw) -> Iterator[Case]:
     yield case("10 entries, density 0.33: 3.3 entries", draw.normal(2, 5), 0.33, rounds)
     yield case("(2, -2, 2, 1, -2), density 0.4", torch.tensor([2.0, -2.0, 2.0, 1.0, -2.0]), 0.4, ties)
     yield case("(1, 1, 1, 1), density 0.5", torch.ones(4), 0.5, ties, keeps)
+    yield case("a transposed 4 x 5 matrix, density 0.5", draw.normal(5, 4).T, 0.5, shape, keeps)
     yield case("density 1", draw.normal(3, 2), 1.0, share, values)
     yield case("density 0", draw.normal(3, 2), 0.0, share, new)
     yield case("a tensor with three axes, density 0.5", draw.normal(2, 3, 2), 0.5, shape)
@@ -131,7 +132,7 @@ def drop_cases(draw: Draw) -> Iterator[Case]:
     yield case("60 x 50 entries, drop rate 0.5", (60, 50), 0.5, drop, each, rescale, generator, own)
     yield case("60 x 50 entries, drop rate 0.9", (60, 50), 0.9, each, rescale, drop, shape)
     yield case("4,000 entries, drop rate 0.2", (4000,), 0.2, shape, each, rescale, generator, new)
-    yield case("nothing is dropped", (5, 4), 0.0, rate, rescale)
+    yield case("nothing is dropped", (5, 4), 0.0, rate, rescale, new)
 
 
 def directions(draw: Draw, out: int, inputs: int, *new: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,6 +170,8 @@ def intruder_cases(draw: Draw) -> Iterator[Case]:
     W, middle, _ = directions(draw, 12, 4, 4.0)
     yield case("a direction half new, threshold 0.95", W, W + middle, 4, limit, threshold=0.95)
     yield case("a direction half new, threshold 0.3", W, W + middle, 4, limit, threshold=0.3)
+    first, second = torch.eye(3)[:, :1], torch.eye(3)[:, 1:2]
+    yield case("a direction at right angles to W, threshold 0", first, second, 1, limit, like, threshold=0.0)
 
 
 # --- The lists ---------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from lora_from_scratch.checks.trial import explain_trial
 from lora_from_scratch.checks.verdict import describe
 
 DROPPED = {  # what the messages say of each entry of the record
+    "a new tensor": "Your result is the update itself, or shares its memory. It should be a new tensor.",
+    "always as many": "The same number of entries is dropped in every draw. Each entry is dropped by itself, so that "
+    "the number varies.",
     "the share that is dropped": "Another share of the entries becomes zero than `drop_rate`.",
     "one factor": "The kept entries are not all multiplied by the same factor.",
     "the factor of what is kept": "The kept entries are multiplied by another factor than 1 / (1 - drop_rate).",
@@ -34,7 +37,11 @@ def explain_sum(case: Case, seen: Seen, expected: Seen) -> Explanation:
     other: Any = expected.value
     given: Any = case.inputs
     if seen.changed:
-        return None
+        names = "weights" if seen.changed == ("weights",) else "pairs"
+        return "changes its input", (
+            f"Your code modifies {names} in place. The caller may still need the original, so work on a copy "
+            "(`.clone()`)."
+        )
     if "result" in one:
         return "no pair", f"Return two tensors, A and B. Yours is {describe(one['result'])}."
     if one["update"] is None:

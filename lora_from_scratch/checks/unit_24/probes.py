@@ -43,11 +43,14 @@ def run_drop(answer: Callable[..., Any], update: Tensor, drop_rate: float, seed:
     kept = first != 0
     rows = kept.reshape(len(kept), -1)
     ratios = (first / update)[kept]
+    counts = {int((drawn(seed + more) == 0).sum()) for more in range(6)}
     return {
+        "a new tensor": first.data_ptr() != update.data_ptr(),
         "the factor of what is kept": float(ratios.mean()) if len(ratios) else 0.0,
         "one factor": bool((ratios - ratios.mean()).abs().max() < 1e-3) if len(ratios) else True,
         "the share that is dropped": abs(float((~kept).float().mean()) - drop_rate) < 0.05,
         "whole rows or columns": drop_rate > 0 and bool(same_everywhere(rows) or same_everywhere(rows.T)),
+        "always as many": drop_rate > 0 and len(counts) == 1,
         "the same seed": torch.equal(first, drawn(seed)),
         "another seed": drop_rate > 0 and torch.equal(first, drawn(seed + 1)),
         "PyTorch's, the same seed": torch.equal(own(seed), own(seed)),

@@ -70,6 +70,11 @@ def split_at_spaces(text, letter="e"):
 def digits_are_letters(): ...
 
 
+@wrong("without_letter", "You take letters with accents for letters. A word is a run of letters from A to Z.")
+@changed(without_letter, ("[A-Za-z]+", r"[^\W\d_]+"))
+def letters_with_accents(): ...
+
+
 @wrong("without_letter", "A text without words gives you a division by zero. Its reward is 0.")
 @changed(without_letter, (" if words else 0.0", ""))
 def no_words_no_answer(): ...

@@ -49,6 +49,7 @@ def reward_cases(draw: Draw) -> Iterator[Case]:
     yield case("Don't! It's ten o'clock", "t", word, other)
     yield case("snow-white\nfoxes,two owls", "w", word, other)
     yield case("a1b 22 e2 _i_", "e", word, share)
+    yield case("the naïve Zoë", "e", word, share)
     yield case("... 12 ...", "e", none)
     yield case("", "e", none)
     yield case("AZURE Zeal", "z", capital, other)
