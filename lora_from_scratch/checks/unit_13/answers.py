@@ -58,6 +58,24 @@ class FromThePackedBytes(torch.autograd.Function):
 
 
 @right("FourBitProduct")
+class BackwardInFloat32(torch.autograd.Function):
+    """More precise than it has to be; autograd converts the gradient to the dtype of x."""
+
+    @staticmethod
+    def forward(ctx, x, bias, quantized):
+        ctx.q = quantized
+        return F.linear(x, quantized.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        exact = torch.promote_types(grad_y.dtype, torch.float32)
+        x, b, _ = ctx.needs_input_grad
+        rows = grad_y.to(exact).reshape(-1, grad_y.shape[-1])
+        grad_x = (rows @ ctx.q.dequantize(exact)).reshape(*grad_y.shape[:-1], -1) if x else None
+        return grad_x, rows.sum(dim=0) if b else None, None
+
+
+@right("FourBitProduct")
 class ALinearLayerOfTheTransposedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, quantized):

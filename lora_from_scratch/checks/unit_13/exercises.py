@@ -21,6 +21,7 @@ from lora_from_scratch.checks.unit_13.probes import (
     run_loftq,
     run_product,
     run_quantize_model,
+    same_product,
 )
 from lora_from_scratch.checks.unit_13.probes_memory import checkpoint_cases, pages_cases, run_checkpoint, run_pages
 from lora_from_scratch.finetune.gradient_checkpointing import CheckpointFunction
@@ -48,6 +49,7 @@ EXERCISES = [
         ),
         cases=product_cases,
         probe=run_product,
+        agree=same_product,
         background=("`F.linear` would keep", "`FourBitProduct.apply(x, bias, quantized)` calls"),
         explain=explain_product,
         tolerance=2e-3,

@@ -114,6 +114,11 @@ def run_product(
     }
 
 
+def same_product(case: Case, seen: Seen, expected: Seen) -> bool:
+    """In bfloat16 the last digit depends on the order of the additions, and on when W is rounded."""
+    return same(seen.value, expected.value, 2**-6 if case.inputs.get("dtype") == "bfloat16" else 2e-3)
+
+
 # --- quantize_model ----------------------------------------------------------------------------------
 
 
