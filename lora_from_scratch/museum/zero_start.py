@@ -65,7 +65,7 @@ class ReLoRALayer(nn.Module):
 
     def __init__(self, W: Tensor, rank: int, scaling: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("W", W.clone())
+        self.register_buffer("W", W.detach().clone())
         self.scaling = scaling
         self.A = nn.Parameter(torch.empty(rank, W.shape[1]))
         self.B = nn.Parameter(torch.empty(W.shape[0], rank))
