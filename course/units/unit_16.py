@@ -480,8 +480,8 @@ show(
 # What the figure shows, on the bundled model after 32 steps (another seed changes a loss by up to 0.2):
 #
 # - **The first numbers are worth the most.** NOLA's four points lie almost on a straight line, and the axis is
-#   logarithmic: four times as many numbers lower the loss by another 0.35 to 0.55.
-# - **200 numbers bring more than a quarter of what rank 1 brings**, 3,072 numbers three quarters. The paper's abstract
+#   logarithmic: four times as many numbers lower the loss by another 0.3 to 0.5.
+# - **200 numbers bring more than a quarter of what rank 1 brings**, 3,072 numbers almost three quarters. The paper's abstract
 #   reports more: LLaMA-2 70B adapted with almost 20 times fewer numbers than LoRA of rank 1 needs, and as accurate. A
 #   large model that nearly knows its task may need few directions (unit 10). This one is small, and its task is new.
 # - **LoRA can be made small too**, by leaving out matrices. On one matrix it has 1,280 numbers and is behind NOLA with

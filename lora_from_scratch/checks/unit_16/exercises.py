@@ -325,7 +325,7 @@ PREDICTIONS = [
             "a": "That would be so if every number were worth the same. The first ones are worth the most.",
             "c": "The model has never seen a card: what it has to learn does not fit into so few random directions.",
         },
-        measured="32 steps of batch 4 on the bundled GPT-2, three seeds each",
+        measured="32 steps of batch 4 on the bundled GPT-2, two seeds for LoRA and for NOLA with k = 4",
         idea="how few numbers",
     ),
 ]
