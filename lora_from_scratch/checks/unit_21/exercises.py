@@ -359,7 +359,7 @@ PREDICTIONS = [
             "a": "The word was predicted at an edited position. Where are the tokens of a tale predicted?",
             "c": "Eight directions after every block are not few: LoRA of rank 1 adds one direction to each matrix.",
         },
-        measured="40 steps on the bundled GPT-2, seed 0",
+        measured="30 steps on the bundled GPT-2, seed 0",
         idea="where to edit",
     ),
     Prediction(
@@ -385,7 +385,7 @@ PREDICTIONS = [
             "c": "It says little about each, but the steps add up. Mutation tries one of 32,000 changes at a time.",
             "d": "A prompt that mentions a dragon makes these sentences much more likely.",
         },
-        measured="100 forward passes, eight tokens, seeds 0 and 1",
+        measured="75 forward passes, eight tokens, seeds 0 and 1",
         idea="prompts of real tokens",
     ),
 ]
