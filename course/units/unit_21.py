@@ -273,7 +273,7 @@ print("\n".join(lines))
 # With as many numbers, the edits of the first and last seven tokens are better than LoRA of rank 1, and edits at all
 # positions are better still. (Three other seeds: losses of 0.33, 0.24 and 0.26 at f7+l7, of 0.15, 0.08 and 0.07 at all
 # positions, and of 0.40, 0.47 and 0.67 with LoRA. LoRA of rank 8, with eight times the numbers, has 0.03 to 0.32. Each
-# has its own tuned learning rate.)
+# has its own tuned learning rate. After 40 steps it depends on the seed whether f7+l7 or LoRA of rank 1 is ahead.)
 # The word is predicted at the last token of the prompt, which is edited itself, and the ending is told in the first or
 # the last words of a tale.
 #
@@ -302,8 +302,9 @@ show(
 )
 
 # %% [markdown]
-# Edits after the first four blocks are about equally good; those after the last two are much worse. What is changed at
-# other positions reaches the last token through the attention of later blocks, and after the last block there are none.
+# After the last block the edit is hardly better than guessing. What is changed at other positions reaches the last token
+# through the attention of later blocks, and after the last block there are none. Which of the other blocks is best cannot
+# be seen from one run each.
 #
 # ### Whole tales
 #
