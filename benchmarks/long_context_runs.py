@@ -30,9 +30,8 @@ from lora_from_scratch.gpt2 import load_gpt2
 from lora_from_scratch.gpt2.model import GPT2, IGNORE_INDEX, Embedding, next_token_loss
 from lora_from_scratch.gpt2.tokenizer import Tokenizer
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
-from lora_from_scratch.methods.long_lora import LongLoRA, ShiftedSparseAttention, stretch_positions
+from lora_from_scratch.methods.long_lora import LongLoRA, stretch_positions
 from lora_from_scratch.methods.method import Method
-from lora_from_scratch.museum.rolled_without_mask import faulty_shifted_sparse_attention
 
 FACTOR, GROUPS = 4, 4
 TOKENS = 1_024
@@ -96,17 +95,6 @@ def test_texts() -> dict[int, Tensor]:
 # --- The sides ---------------------------------------------------------------------------------------
 
 
-class LeakingAttention(ShiftedSparseAttention):
-    """Shifted sparse attention under the mask of its slots, as in the authors' plain code: the first tokens of a text
-    attend to its last ones in training."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        tokens = q.shape[2]
-        if not self.training:
-            return super().attend(q, k, v, mask)
-        return faulty_shifted_sparse_attention(q, k, v, self.group_size(tokens))
-
-
 @dataclass(frozen=True)
 class Side:
     """What is compared: a method, and where the search for its learning rate begins."""
@@ -114,20 +102,17 @@ class Side:
     label: str
     method: Method
     start: float = 3e-3
-    leaks: bool = False
 
     @property
     def sparse(self) -> bool:
         return isinstance(self.method, LongLoRA) and self.method.groups > 1
 
 
-LORA, LORA_PLUS, LONG = "LoRA", "LoRA, embeddings and norms", "LongLoRA"
-LEAKING, FULL = "LongLoRA, leaking", "full fine-tuning"
+LORA, LORA_PLUS, LONG, FULL = "LoRA", "LoRA, embeddings and norms", "LongLoRA", "full fine-tuning"
 SIDES = (
     Side(LORA, LongLoRA(factor=FACTOR, groups=1, embeddings_and_norms=False)),
     Side(LORA_PLUS, LongLoRA(factor=FACTOR, groups=1)),
     Side(LONG, LongLoRA(factor=FACTOR, groups=GROUPS)),
-    Side(LEAKING, LongLoRA(factor=FACTOR, groups=GROUPS), leaks=True),
     Side(FULL, FullFineTuning(keep_base=False), 1e-3),
 )
 
@@ -147,9 +132,6 @@ def prepare(side: Side, model: GPT2, seed: int = 0) -> Method:
     else:
         extend(model)
     method.adapt(model)
-    if side.leaks:
-        for block in model.transformer.h:
-            block.attn = LeakingAttention(block.attn, GROUPS)
     return method
 
 
@@ -262,15 +244,14 @@ def measured(
 
 
 def cost() -> Result:
-    """For each side without a leak and each precision: the least processor seconds of a step with one text in some
+    """For each side and each precision: the least processor seconds of a step with one text in some
     rounds, and the bytes that the forward pass keeps for the backward pass, as "label, precision, seconds" and
     "label, precision, bytes"."""
     found: Result = {}
-    sides = [side for side in SIDES if not side.leaks]
     ids = documents("train", 1, TOKENS, TUNING_SEED)
     for precision in PRECISIONS:
         for number in range(ROUNDS):
-            for side in sides if number % 2 else reversed(sides):
+            for side in SIDES if number % 2 else reversed(SIDES):
                 seconds, kept = step_of(side, ids, precision)
                 name = f"{side.label}, {precision}"
                 found[f"{name}, bytes"] = kept

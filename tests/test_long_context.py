@@ -74,16 +74,6 @@ def test_every_side_is_evaluated_with_full_attention(side: Side) -> None:
         assert torch.equal(before, after) == (as_in_training and side.sparse)
 
 
-@pytest.mark.parametrize("side", [side for side in SIDES if side.sparse], ids=lambda side: side.label)
-def test_only_the_leaking_side_sees_the_end_of_the_text_at_its_beginning_in_training(side: Side) -> None:
-    model, one, other = adapted(side), texts(), texts()
-    other[0, -1] = other[0, -1] % 60 + 1
-    first = slice(0, LENGTH // GROUPS // 2 - 1)
-    for as_in_training in (False, True):
-        before, after = (losses(model, ids, as_in_training)[:, first] for ids in (one, other))
-        assert torch.equal(before, after) != (as_in_training and side.leaks)
-
-
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_a_text_has_tales_and_then_their_cards_in_the_reverse_order(tokens: int) -> None:
     (ids,) = documents("test", 1, tokens, seed=5)
