@@ -208,9 +208,9 @@ def change_of_attention(results: Results) -> str:
     before = gap(results, LONG, LORA_PLUS, "as in training")
     change = [one[LONGEST] - one["as in training"] for one in results[LONG]]
     return (
-        f"The change of attention: with that of its training, LongLoRA has {at(results, LONG, 'as in training')} on the "
-        f"same texts. Of the difference in loss from full attention in training, {mean(before):.2f} nats per token are "
-        f"there already, and {spread(change, 2)} come with the change to full attention."
+        f"The change of attention: with that of its training, LongLoRA has {at(results, LONG, 'as in training')} on "
+        f"the same texts. Of the difference in loss from full attention in training, {mean(before):.2f} nats per token "
+        f"are there already, and {spread(change, 2)} come with the change to full attention."
     )
 
 
