@@ -37,6 +37,7 @@ from benchmarks.long_context_runs import (
     LORA_PLUS,
     PRECISIONS,
     QUARTER,
+    ROUNDS,
     SEEDS,
     SIDES,
     TEST_TEXTS,
@@ -110,8 +111,8 @@ Perplexities at {TOKENS:,} tokens: of the last {LAST} training steps, of the tex
 training, and with full attention as above.
 """
 WHY_COST = f"""
-A step with one text of {TOKENS:,} tokens: the processor time on one core, and the activations that the forward pass
-keeps for the backward pass. In bf16 on a CPU, our full attention is explicit and keeps its scores; in fp32 it is
+A step with one text of {TOKENS:,} tokens: the processor time on one core (the least of {ROUNDS}), and the activations
+that the forward pass keeps for the backward pass. In bf16 on a CPU, our full attention is explicit and keeps its scores; in fp32 it is
 PyTorch's fused kernel, which keeps none. The attention in groups is explicit in both.
 """
 
@@ -151,7 +152,7 @@ def findings(results: Results, before: Result, costs: Result) -> list[str]:
     items.append(
         f"These are short runs of a very small model on texts of one kind, with learning rates a factor of about three "
         f"apart. Interpolation alone has a perplexity of {math.exp(before[LONGEST]):.0f} at {TOKENS:,} tokens, so most "
-        "of what is learned is what such texts look like. The paper has models a thousand times as large."
+        "of what is learned is what such texts look like. The paper has models more than a thousand times as large."
     )
     return [filled(f"- {item}").replace("\n", "\n  ") for item in items]
 
