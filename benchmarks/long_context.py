@@ -112,8 +112,8 @@ training, and with full attention as above.
 """
 WHY_COST = f"""
 A step with one text of {TOKENS:,} tokens: the processor time on one core (the least of {ROUNDS}), and the activations
-that the forward pass keeps for the backward pass. In bf16 on a CPU, our full attention is explicit and keeps its scores; in fp32 it is
-PyTorch's fused kernel, which keeps none. The attention in groups is explicit in both.
+that the forward pass keeps for the backward pass. In bf16 on a CPU, our full attention is explicit and keeps its
+scores; in fp32 it is PyTorch's fused kernel, which keeps none. The attention in groups is explicit in both.
 """
 
 
