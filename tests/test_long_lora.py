@@ -146,6 +146,11 @@ def test_training_attends_in_groups_and_everything_else_to_all() -> None:
     assert not torch.allclose(model.train()(tokens()), base(tokens()), atol=1e-3)
 
 
+def test_one_group_is_full_attention_in_training_too() -> None:
+    model, _ = adapted(factor=1, groups=1)
+    assert torch.equal(model.train()(tokens()), tiny_model()(tokens()))
+
+
 def test_groups_cost_what_is_in_them_and_not_the_square_of_the_text() -> None:
     sizes = []
 

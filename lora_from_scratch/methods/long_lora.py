@@ -203,7 +203,7 @@ class LongLoRA(LoRA):
     The paper calls LoRA with trained embeddings and normalisation "LoRA+", which is not the LoRA+ of Hayou et al.
     (`lora_plus.py`). GPT-2's output head is tied to its token embedding and is trained with it.
 
-    A merged copy keeps the longer context and uses full attention.
+    With one group, training uses full attention too. A merged copy keeps the longer context and uses full attention.
 
     Raises:
         ValueError: a hyperparameter is out of range, or `modules_to_save` or `trainable_token_indices` are given while
@@ -243,8 +243,9 @@ class LongLoRA(LoRA):
         body = model.transformer
         blocks: list[Any] = list(body.h)
         model.__dict__[_BEFORE] = Before(model.config, body.wpe, [block.attn for block in blocks])
-        for block in blocks:
-            block.attn = ShiftedSparseAttention(block.attn, self.groups)
+        if self.groups > 1:  # one group would still be shifted in half of the heads, and so cut in two there
+            for block in blocks:
+                block.attn = ShiftedSparseAttention(block.attn, self.groups)
         if self.factor > 1:
             table = body.wpe.weight.detach()
             body.wpe = Embedding(self.factor * len(table), table.shape[1], device="meta").train(body.wpe.training)
