@@ -419,7 +419,9 @@ print("perplexity, full attention" + "".join(f"{length:>9,}" for length in lengt
 for factor in (2, 4):
     rows = {"before training": untrained_losses(factor)}
     for name in ("full", "shifted groups"):
-        known = results[name, 0] if factor == 2 else trained(*KINDS[name], 0, STEPS // 2, factor=4, texts_of=texts_of[4])
+        known = (
+            results[name, 0] if factor == 2 else trained(*KINDS[name], 0, STEPS // 2, factor=4, texts_of=texts_of[4])
+        )
         rows[f"trained: {name}"] = known[1]
     for name, losses in rows.items():
         reached = [losses[: length - 1].mean().exp() for length in lengths if length <= len(losses) + 1]
