@@ -305,10 +305,56 @@ for name in CODEBOOKS:
 # %% [markdown]
 # Look at the last column, too. NF4 does not reach 4 bits: its values are quantiles of the normal distribution, but what
 # is stored is normal numbers *divided by the largest of 64*, which is another distribution (Yoshida 2023,
-# arXiv:2306.06965). Nor would 4.00 bits be better: 16 values that the stored weights use equally often have an error of
-# about 13 % on the matrix above (try `torch.quantile(z[::4], (torch.arange(16) + 0.5) / 16)`), more than INT4, because
-# too few of them are left for the rare large weights. FP4 shows this too: it uses more bits than INT4 and has a larger
+# arXiv:2306.06965). Nor does using more bits make the error smaller: FP4 uses more of them than INT4 and has a larger
 # error. "Optimal" in the paper refers to equal use, not to the smallest error.
+#
+# ## Your own codebook
+#
+# So is there a codebook with a smaller error than NF4? Any 16 values from -1 to 1 may be tried, if one of them is
+# exactly zero: normal quantiles that stop at another probability than 0.9677083, a mixture of NF4 and equal steps, or
+# values that are fitted to the stored weights `z`. The codebook below has equal use: its values are the quantiles of
+# `z` itself instead of those of the normal distribution. Change `my_codebook`, write down whether you expect to win,
+# and run the cell. It quantises all matrices, and `z` is only one of them: only a codebook that is better in every
+# matrix wins.
+
+
+# %%
+def my_codebook():
+    """The 16 values of your codebook, in any order. Change this."""
+    values = torch.quantile(z[::4], (torch.arange(16) + 0.5) / 16)
+    values[values.abs().argmin()] = 0
+    return values
+
+
+def compare_with_nf4(values):
+    """Quantise every matrix with your codebook, and say whether its error is smaller than NF4's."""
+    mine = torch.as_tensor(values, dtype=torch.float32)
+    if mine.shape != (16,):
+        return f"A codebook of four bits has the shape (16,); yours has {tuple(mine.shape)}."
+    if not mine.abs().max() <= 1:
+        return f"The values have to lie between -1 and 1; yours go from {mine.min():.2f} to {mine.max():.2f}."
+    if not (mine == 0).any():
+        return "None of your values is exactly zero, so a pruned weight would not stay zero."
+    if torch.allclose(mine.sort().values, NF4, atol=1e-6):
+        return "That is NF4 itself: change `my_codebook`."
+    print("your values: " + " ".join(f"{value:.2f}" for value in mine.sort().values.tolist()))
+    results = [error_and_entropy(matrix.T.contiguous(), mine) for matrix in original.values()]
+    for name, found, bits_used in (("yours", *zip(*results, strict=True)), ("NF4", errors["NF4"], used["NF4"])):
+        print(f"{name:<5} error {sum(found) / len(layers):.2%}   {sum(bits_used) / len(layers):.2f} bits used")
+    better = sum(error < nf4 for (error, _), nf4 in zip(results, errors["NF4"], strict=True))
+    print(f"smaller error than NF4 in {better} of {len(layers)} matrices")
+    if better == len(layers):
+        return "Your codebook wins."
+    return "Undecided: it depends on the matrix." if better else "Your codebook loses."
+
+
+print(compare_with_nf4(my_codebook()))
+
+# %% [markdown]
+# Equal use leaves too few values for the rare large weights. There are codebooks that beat NF4 in every matrix, if not
+# by much. One question leads to them: a value stands for all weights that are closer to it than to its neighbours, so
+# which number has the smallest squared error for these weights? If yours is better in `z` and worse elsewhere, do not
+# fit it to this one matrix as closely, or fit it to all of them.
 
 # %% [markdown]
 # ## The scales cost bits as well
