@@ -435,9 +435,9 @@ for shorter, longer in pairwise(LENGTHS):
 #
 # ## Your own start
 #
-# So far a prefix of 16 virtual tokens that is trained directly is behind the one computed by the MLP. Is the MLP needed
-# for that, or would a better start do as well? All direct runs above began with numbers from N(0, 1). You may begin
-# with any matrix (16, 2 L d): zeros as below, random numbers of another size (`torch.randn` with
+# In the committed run, a prefix of 16 virtual tokens that is trained directly stays behind the one computed by the MLP.
+# Is the MLP needed to do better, or is a better start enough? All direct runs above began with numbers from N(0, 1).
+# You may begin with any matrix (16, 2 L d): zeros as below, random numbers of another size (`torch.randn` with
 # `generator=seeded(0)`), or what the frozen model computes for the first 16 tokens of a text that you choose, by
 # `keys_and_values`. Change `my_start`, and `MY_RATE` if you like; write down what you expect, and run the cell. Your
 # prefix is trained once, with the same batches as the MLP with seed 0. One run proves little, so your start wins only
