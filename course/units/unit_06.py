@@ -481,9 +481,9 @@ def compare_with_the_mlp(start, my_rate):
 print(compare_with_the_mlp(my_start, MY_RATE))
 
 # %% [markdown]
-# There is a start that wins. Two questions lead to it: which keys and values does each layer know how to read, and of
-# what kind are the texts that the model has to read here? If yours wins, is it because of *what* it says or because of
-# the size of its numbers? And how many starts did you try? The more there are, the more likely one wins by chance.
+# There is a start that wins. One question leads to it: which keys and values does each layer already know how to use?
+# If yours wins, find out why: would another text do as well, or random numbers of the same size? And how many starts
+# did you try? The more there are, the more likely one wins by chance.
 #
 # ## A gate initialised to zero
 #
