@@ -40,7 +40,7 @@ from lora_from_scratch.finetune.completions import Completions
 from lora_from_scratch.finetune.metrics import completion_loss
 from lora_from_scratch.finetune.tasks import load_dataset
 from lora_from_scratch.finetune.training import Trainer, TrainingSettings
-from lora_from_scratch.gpt2 import load_gpt2
+from lora_from_scratch.gpt2 import KVCache, load_gpt2
 from lora_from_scratch.methods.llama_adapter import LlamaAdapter
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
 from lora_from_scratch.support import plotting
@@ -432,6 +432,58 @@ for shorter, longer in pairwise(LENGTHS):
 # overfitting (section 7.1). Hu et al. (2021, section 5.5 and figure 2) find that on GPT-3 prefixes get worse beyond 32
 # virtual tokens; they suspect that so many of them move the input away from what the model was trained on. In any case,
 # **the length is a hyperparameter, not a budget to be used up.**
+#
+# ## Your own start
+#
+# In the committed run, a prefix of 16 virtual tokens that is trained directly stays behind the one computed by the MLP.
+# Is the MLP needed to do better, or is a better start enough? All direct runs above began with numbers from N(0, 1).
+# You may begin with any matrix (16, 2 L d): zeros as below, random numbers of another size (`torch.randn` with
+# `generator=seeded(0)`), or what the frozen model computes for the first 16 tokens of a text that you choose, by
+# `keys_and_values`. Change `my_start`, and `MY_RATE` if you like; write down what you expect, and run the cell. Your
+# prefix is trained once, with the same batches as the MLP with seed 0. One run proves little, so your start wins only
+# if its loss is below those of all three seeds of the MLP.
+
+# %%
+MY_RATE = best_direct * rate
+
+
+def keys_and_values(words):
+    """What the frozen model computes for the first 16 tokens of a text, in the layout of a prefix, (16, 2 L d)."""
+    cache = KVCache()
+    with torch.no_grad():
+        base(torch.tensor([tokenizer.encode(words)[:16]]), cache=cache)
+    parts = [part[0] for layer in cache.layers for part in layer]  # K and V of each layer, (H, P, hd)
+    return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
+
+
+def my_start():
+    """The initial prefix (16, 2 L d). Change this line."""
+    return torch.zeros(16, 2 * config.n_layer * config.n_embd)
+
+
+def compare_with_the_mlp(start, my_rate):
+    """Train a prefix directly from your start, and say whether it is outside the range of the MLP's three seeds."""
+    values, shape = torch.as_tensor(start()), (16, 2 * config.n_layer * config.n_embd)
+    if values.shape != shape:
+        return f"A start has the shape {shape}; yours has {tuple(values.shape)}."
+    if my_rate == best_direct * rate and torch.equal(values, torch.randn(shape, generator=seeded(0))):
+        return "That is the direct training from above: change `my_start`."
+    model = with_prefix(16, values=values)
+    untrained = completion_loss(model, held_out)
+    _, loss = train(model, "your start", my_rate)
+    print(f"your start: untrained {untrained:.3f}, after {STEPS} steps {loss:.3f}")
+    print(f"the MLP with three seeds: {min(sweep[16]):.3f} to {max(sweep[16]):.3f}")
+    if loss < min(sweep[16]):
+        return "Your start wins."
+    return "Undecided: within the spread." if loss <= max(sweep[16]) else "Your start loses."
+
+
+print(compare_with_the_mlp(my_start, MY_RATE))
+
+# %% [markdown]
+# There is a start that wins. One question leads to it: which keys and values does each layer already know how to use?
+# If yours wins, find out why: would another text do as well, or random numbers of the same size? And how many starts
+# did you try? The more there are, the more likely one wins by chance.
 #
 # ## A gate initialised to zero
 #

@@ -499,6 +499,47 @@ for name in candidates:
 # The rightmost column is the case of one person waiting for an answer. The bundled model is small and runs on a CPU,
 # which starts a kernel faster than a GPU does; so the percentages need not agree, but their cause is the same.
 #
+# ## Your own plan
+#
+# In the committed run, Houlsby's adapters make the longest chain 48 kernels longer. Suppose that you may add only an
+# eighth of that, and train no more parameters than Houlsby's variant of width 12. Can you still reach a lower loss? You
+# choose the variant, the width and the blocks (`layers`, counted from 0). Change `my_plan`, write down whether you
+# expect to win, and run the cell. It trains your plan once. One run proves little, so your plan wins only if its loss
+# is below those of all three seeds of Houlsby's variant.
+
+
+# %%
+def my_plan(model, generator):
+    """Insert the adapters of your plan. Change this line; keep `generator=generator`."""
+    insert(model, 48, "parallel", layers=(0, 1, 2), generator=generator)
+
+
+def compare_with_houlsby(plan):
+    """Train your plan once, and say whether its loss is outside the range of Houlsby's three seeds."""
+    mine = copy.deepcopy(base).requires_grad_(False)
+    plan(mine, torch.Generator().manual_seed(0))
+    models = (mine, candidates["houlsby adapters"])
+    spent, most = (sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models)
+    longer = kernels_of(mine)[1] - chains["the base"]
+    longest = (chains["houlsby adapters"] - chains["the base"]) // 8
+    print(f"your plan trains {spent:,} parameters of {most:,} allowed; its chain is {longer} longer, {longest} allowed")
+    if not 0 < spent <= most:
+        return "Insert at least one adapter, and stay within the parameters: choose a smaller width, or fewer blocks."
+    if longer > longest:
+        return "The chain is too long: leave out blocks, or choose another variant."
+    _, loss = train(mine, "your plan")
+    print(f"Houlsby's variant with three seeds: {min(seeds):.3f} to {max(seeds):.3f}; your plan: {loss:.3f}")
+    better, worse = loss < min(seeds), loss > max(seeds)
+    return "Your plan wins." if better else "Your plan loses." if worse else "Undecided: within the spread."
+
+
+print(compare_with_houlsby(my_plan))
+
+# %% [markdown]
+# There is a plan that wins. Two questions lead to it: how many kernels does an adapter of each variant add to the
+# chain, and if most blocks have to do without one, which should keep theirs? If your plan wins, find out whether it is
+# the place or the width: change one at a time.
+#
 # ## What goes wrong in practice
 #
 # **Nothing is frozen.** `insert_adapters` only inserts adapters. If you start training right after it, you train
