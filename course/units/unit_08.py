@@ -339,6 +339,55 @@ show(
 #
 # BitFit loses nothing at choosing one of three classes (MNLI), but it does at writing SQL.
 #
+# ## Your own plan
+#
+# In the table of three seeds the LayerNorms have the lowest loss, with the fewest parameters. Can you spend as many
+# parameters better? You may train any tensors, each as a whole: scales, biases, of some kinds or of some blocks. (A
+# single matrix of a block has more parameters than all the LayerNorms together.) The names are those of
+# `base.named_parameters()`. The plan below trains the biases of the LayerNorms without their scales, which is half of
+# what you may spend. Change `my_plan`, write down whether you expect to win, and run the cell. Your plan is trained
+# with two seeds, on the same cards and at the same learning rate as the LayerNorms were: only a plan that wins with
+# both is better.
+
+
+# %%
+def my_plan(name):
+    """Whether your plan trains the parameter of this name. Change this line."""
+    return ".ln_" in name and name.endswith(".bias")
+
+
+def compare_with_the_layer_norms(plan):
+    """Train your plan with two seeds, and say whether it is better than the LayerNorms."""
+    sizes = {name: p.numel() for name, p in base.named_parameters()}
+    mine, usual = {name for name in sizes if plan(name)}, {name for name in sizes if ".ln_" in name}
+    spent, budget = (sum(sizes[name] for name in names) for names in (mine, usual))
+    print(f"your plan trains {spent:,} parameters; the LayerNorms have {budget:,}")
+    if mine == usual:
+        return "These are the LayerNorms themselves: change `my_plan`."
+    if not 0 < spent <= budget:
+        return "Train at least one parameter, and not more than the LayerNorms have."
+
+    def prepare(model):
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in mine)
+
+    gains = []
+    for seed, before in enumerate(results["LayerNorms"][1][:2]):
+        after = train(prepare, RATE, seed, name=f"your plan, seed {seed}")[2]
+        print(f"seed {seed}: the LayerNorms {before:.2f}, your plan {after:.2f}")
+        gains.append(before - after)
+    better, worse = min(gains) > 0, max(gains) < 0
+    return "Your plan wins." if better else "Your plan loses." if worse else "Undecided: one seed each."
+
+
+print(compare_with_the_layer_norms(my_plan))
+
+# %% [markdown]
+# There is a plan that beats the LayerNorms with both seeds. Two questions lead to it. A LayerNorm has a scale, which
+# multiplies, and a bias, which adds: which of the two would you rather keep? And a bias that is added in front of a
+# nonlinearity does more than shift: in which blocks would you spend the rest on such biases, if it is not enough for
+# all of them? If your plan wins, change one of the two at a time to see which of them it owes more to.
+#
 # ## Surgical fine-tuning
 #
 # So far, a person has decided which tensors are trained. Now let the task decide. Unit 04 used **relative gradient
