@@ -839,10 +839,10 @@ def compare_with_the_square_root(scaling):
 print(compare_with_the_square_root(my_scaling))
 
 # %% [markdown]
-# There are scalings that beat alpha / sqrt(r) with all three seeds. Go back to the slider and look at the dots of r = 4,
-# 16 and 64. With s = alpha the dot of r = 64 is far to the left of the other two. Are all three at the same rate with
-# alpha / sqrt(r)? Look for a scaling with which they are. If yours wins by a few per cent only, ask what that is worth:
-# neighbouring rates of this sweep differ by a third, and it is one small problem.
+# There are scalings that beat alpha / sqrt(r) with all three seeds. Go back to the slider and look at the dots of
+# r = 4, 16 and 64. With s = alpha the dot of r = 64 is far to the left of the other two. Are all three at the same rate
+# with alpha / sqrt(r)? Look for a scaling with which they are. If yours wins by a few per cent only, ask what that is
+# worth: neighbouring rates of this sweep differ by a third, and it is one small problem.
 
 # %% [markdown]
 # ## What goes wrong in practice
