@@ -702,10 +702,12 @@ rates = torch.logspace(-3.5, 0, 13)
 SCALINGS = {"alpha / r": lambda r: 8 / r, "alpha / sqrt(r)": lambda r: 8 / r**0.5, "alpha": lambda r: 8.0}
 
 
-def fit(r, scaling, n=64, steps=60):
+def fit(r, scaling, n=64, steps=60, rates=rates, seed=0):
     """The share of the target that is left after training with Adam, for every rate at once."""
-    target = torch.linalg.qr(noise(n, n, 0))[0] / torch.arange(1, n + 1) @ torch.linalg.qr(noise(n, n, 1))[0]
-    A = ((2 * torch.rand(r, n, generator=torch.Generator().manual_seed(2)) - 1) / n**0.5).repeat(len(rates), 1, 1)
+    left, right = (torch.linalg.qr(noise(n, n, 3 * seed + k))[0] for k in (0, 1))
+    target = left / torch.arange(1, n + 1) @ right
+    draw = torch.Generator().manual_seed(3 * seed + 2)
+    A = ((2 * torch.rand(r, n, generator=draw) - 1) / n**0.5).repeat(len(rates), 1, 1)
     pair = [A, torch.zeros(len(rates), n, r)]
     m, v = [0, 0], [0, 0]
     for t in range(1, steps + 1):
@@ -789,6 +791,58 @@ print(f"(three seeds with alpha / r: {spread([runs['LoRA, r = 64', s]['points'][
 # steps. That is one seed and one rate, though, and a larger learning rate would have had a similar effect. To say
 # whether the larger *scaling* is better, you would have to tune the rate for each; you now know that scaling and rate
 # are the same hyperparameter.
+#
+# ## Your own scaling
+#
+# Suppose that a rate is chosen once and then used for every rank. Which scaling makes the most of that one rate? In the
+# small problem from above, take r = 1, 4, 16 and 64, find the rate at which the geometric mean of what they leave is
+# smallest, and compare this mean with that of alpha / sqrt(r). (A geometric mean counts a factor of two the same at
+# every rank.) Your scaling may be any function of r, but it has to be 8 at r = 1, like the others, so that they differ
+# in nothing but how they depend on the rank. The one below decreases more slowly than alpha / sqrt(r). Change
+# `my_scaling`, write down whether you expect to win, and run the cell. It fits a different target for each of three
+# seeds, at 29 rates: only a scaling that wins with all three is better.
+
+
+# %%
+def my_scaling(r):
+    """The factor s of B A at rank r, 8 at rank 1. Change this line."""
+    return 8 / r**0.25
+
+
+def left_at_one_rate(scaling, seed):
+    """The geometric mean of what the four ranks leave at the best rate for all of them, and this rate."""
+    many = torch.logspace(-3.5, 0, 29)
+    left_over = torch.tensor([fit(r, scaling(r), rates=many, seed=seed) for r in (1, 4, 16, 64)])  # (ranks, rates)
+    means = left_over.log().mean(dim=0).exp().nan_to_num(float("inf"))
+    return float(means.min()), float(many[means.argmin()])
+
+
+def compare_with_the_square_root(scaling):
+    """Fit three targets with your scaling and with alpha / sqrt(r), and say which leaves less at one rate."""
+    usual, ranks = SCALINGS["alpha / sqrt(r)"], (1, 4, 16, 64)
+    if not all(scaling(r) > 0 for r in ranks):
+        return "A scaling has to be positive at every rank."
+    if abs(scaling(1) - 8) > 1e-6:
+        return f"At r = 1 the scaling has to be 8, as for the other rules; yours is {scaling(1):g}."
+    if all(abs(scaling(r) - usual(r)) < 1e-6 for r in ranks):
+        return "That is alpha / sqrt(r) itself: change `my_scaling`."
+    gains = []
+    for seed in range(3):
+        (before, usual_rate), (after, rate) = left_at_one_rate(usual, seed), left_at_one_rate(scaling, seed)
+        print(f"seed {seed}: alpha / sqrt(r) leaves {before:.4f} at the rate {usual_rate:.3f}, ", end="")
+        print(f"your scaling {after:.4f} at {rate:.3f}")
+        gains.append(before - after)
+    better, worse = min(gains) > 0, max(gains) < 0
+    return "Your scaling wins." if better else "Your scaling loses." if worse else "Undecided: the seeds disagree."
+
+
+print(compare_with_the_square_root(my_scaling))
+
+# %% [markdown]
+# There are scalings that beat alpha / sqrt(r) with all three seeds. Go back to the slider and look at the dots of
+# r = 4, 16 and 64. With s = alpha the dot of r = 64 is far to the left of the other two. Are all three at the same rate
+# with alpha / sqrt(r)? Look for a scaling with which they are. If yours wins by a few per cent only, ask what that is
+# worth: neighbouring rates of this sweep differ by a third, and it is one small problem.
 
 # %% [markdown]
 # ## What goes wrong in practice
