@@ -205,6 +205,7 @@ def joining_cases(draw: Draw) -> Iterator[Case]:
     yield case("a large one before two small ones", [(None, 7, 9), (None, 3, 9), (None, 3, 9)], order, fits)
     yield case("one finishes before another grows", [(None, 11, 1), (None, 3, 17)], never, waiting)
     yield case("the same beside one that runs", [(None, 3, 17)], never, running, running=[(None, 11, 1)])
+    yield case("a running text grows", [(None, 3, 9)], running, never, running=[(None, 15, 5)])
     yield case("one more row is free", [(None, 0, 1)] * 3, rows, maximum, running=[(None, 0, 1)] * 2, max_rows=3)
     yield case("two rows are free", [(None, 0, 1)] * 5, rows, maximum, running=[(None, 0, 1)], max_rows=3)
     yield case("no row is free", [(None, 0, 1)], rows, number, running=[(None, 0, 1)] * 2, max_rows=2)
