@@ -661,5 +661,5 @@ print(f"{low_rank_parameter_count(*W.shape, r):,}")
 # by 768? In unit 03 you build the model around these matrices, until your code computes exactly what the library's
 # model computes from the checkpoint.
 
-# %%
+# %% volatile=true
 progress("02")

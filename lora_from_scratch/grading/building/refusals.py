@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import date
 from typing import Any
 
 from lora_from_scratch.checks.bank import right_answers, wrong_answers
@@ -248,6 +249,8 @@ def in_the_outputs(node: Any, cell: Cell, folders: Iterable[str] = ()) -> list[s
         shown = found[0] if found else next((folder for folder in folders if folder in text), "")
         if shown and not cell.volatile:
             problems.append(f"{cell.place}: the output differs from machine to machine: {shown}")
+        if not cell.volatile and (today := date.today().isoformat()) in text:
+            problems.append(f"{cell.place}: the output differs from day to day: {today}; mark the cell volatile=true")
         if "data" in output:
             problems += [f"{cell.place}: {problem}" for problem in _pictures(output)]
             text = "" if len(output.data) > 1 else text
