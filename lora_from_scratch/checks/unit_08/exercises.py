@@ -184,7 +184,7 @@ def rgn_cases(draw: Draw) -> Iterator[Case]:
     ) -> Case:
         ids = [draw.integers(0, 6, 2, 5) for _ in range(batches)]
         labels = [draw.integers(0, 6, 2, 5) for _ in range(batches)]
-        masks: list[Data] = [draw.integers(0, 1, 2, 5) if mask else None for _ in range(batches)]
+        masks: list[Data] = [torch.tensor([[0, 1, 1, 0, 1], [1, 0, 1, 1, 0]]) if mask else None for _ in range(batches)]
         rows: list[Data] = [[i, j, m] for i, j, m in zip(ids, labels, masks, strict=True)]
         given: dict[str, Data] = {"batches": rows, "frozen": list(frozen), "seed": draw.integer(0, 10**6)}
         return Case(name, given | more, part, sentences)

@@ -47,7 +47,7 @@ def kl_cases(draw: Draw) -> Iterator[Case]:
     base = draw.normal(3, 4)
     shifted = torch.cat([base[:1] + 7, draw.normal(2, 4)])
     yield case("the first of 3 positions differs only by a constant", base, shifted, "It is 0 where p = q")
-    half = (8 * draw.normal(3, 5)).bfloat16(), (8 * draw.normal(3, 5)).bfloat16()
+    half = (8 * draw.normal(12, 5)).bfloat16(), (8 * draw.normal(12, 5)).bfloat16()  # 3 may be exact by chance
     yield case("logits in bfloat16", *half, "converted to float32 first")
     far, finite = "probabilities close to 0", "The result is finite even"
     never = torch.tensor([0.0, 300.0]), torch.tensor([0.0, -300.0])
