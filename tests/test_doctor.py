@@ -89,7 +89,7 @@ def test_every_problem_is_one_line_with_something_to_do(monkeypatch: pytest.Monk
     problems = [line for line in lines if line.startswith("PROBLEM")]
     assert len(problems) >= 5
     for line in problems:
-        assert any(word in line for word in ("run: ", "again: ", "delete ", "change to ")), line
+        assert any(word in line for word in ("run: ", "again: ", "delete ", "change to ", "Install it: ")), line
 
 
 @pytest.mark.parametrize(
