@@ -42,6 +42,7 @@ COMMON = (
     "checks/explaining.py",
     "checks/in_room.py",
     "checks/judge.py",
+    "checks/new_tensor.py",
     "checks/notebook.py",
     "checks/progress_file.py",
     "checks/progress_report.py",

@@ -369,6 +369,15 @@ def by_place_in_memory_too(model, only_trained=False):
     return sum({p.data_ptr(): p.nbytes for p in chosen}.values())
 
 
+@wrong(
+    "checkpoint_bytes",
+    "You count parameters that are slices of one tensor as one parameter. Each stores its own numbers.",
+)
+def one_for_each_storage(model, only_trained=False):
+    chosen = [p for p in model.parameters() if p.requires_grad or not only_trained]
+    return sum({p.untyped_storage()._cdata: p.nbytes for p in chosen}.values())
+
+
 @wrong("checkpoint_bytes", "You count buffers too; here only the parameters are asked for.")
 def with_the_buffers(model, only_trained=False):
     chosen = [p for p in model.parameters() if p.requires_grad or not only_trained]

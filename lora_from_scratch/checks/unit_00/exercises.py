@@ -65,7 +65,7 @@ def small_model(
         tied: an output layer tied to the embedding.
         norm: a batch normalisation.
         half: the embedding is in bfloat16.
-        odd: parameters with three axes, with none, and one that is a transposed slice of a larger tensor.
+        odd: parameters with three axes, with none, and two that are slices of one tensor, one of them transposed.
         meta: on the device "meta".
     """
     model = nn.Module()
@@ -81,7 +81,9 @@ def small_model(
     if odd:
         model.register_parameter("kernel", nn.Parameter(torch.zeros(out, 2, 3)))
         model.register_parameter("gate", nn.Parameter(torch.zeros(())))
-        model.register_parameter("part", nn.Parameter(torch.zeros(rows, out)[2:4].T))
+        whole = torch.zeros(rows, out)
+        model.register_parameter("part", nn.Parameter(whole[2:4].T))
+        model.register_parameter("another", nn.Parameter(whole[:2]))
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     if half:
@@ -289,7 +291,14 @@ def checkpoint_cases(draw: Draw) -> Iterator[Case]:
     yield case("a model in float32", False, [], "Number of bytes", "a few kilobytes")
     yield case("an embedding in bfloat16, the rest in float32", False, [WEIGHT], dtypes, "Number of bytes", half=True)
     yield case("an output layer tied to the embedding", None, [EMBEDDING], once, only, tied=True)
-    yield case("a parameter that is a slice, and buffers", False, [], "a slice of a larger", odd=True, norm=True)
+    yield case(
+        "two parameters that are slices of one tensor, and buffers",
+        False,
+        [],
+        "a slice of a larger",
+        odd=True,
+        norm=True,
+    )
     yield case("a model on the device meta", False, [WEIGHT], 'the device "meta"', tied=True, odd=True, meta=True)
     yield case("only what is trained, the embedding frozen", True, [EMBEDDING], only, tied=True)
     yield case("only what is trained, two dtypes", True, [WEIGHT], only, dtypes, once, tied=True, half=True)

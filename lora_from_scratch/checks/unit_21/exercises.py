@@ -18,7 +18,7 @@ from lora_from_scratch.checks.unit_21.explanations import (
     explain_search,
     explain_test,
 )
-from lora_from_scratch.checks.unit_21.probes import run_change, run_search, run_test
+from lora_from_scratch.checks.unit_21.probes import run_change, run_rows, run_search, run_test
 from lora_from_scratch.methods.loreft import orthonormal_rows, prompt_positions, reft_change
 from lora_from_scratch.methods.pez import hard_prompt_search
 from lora_from_scratch.museum.dropped_stream import test_edit
@@ -42,7 +42,7 @@ def rows_cases(draw: Draw) -> Iterator[Case]:
     Q = orthonormal(draw, 3, 8)
     two = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.75**0.5, 0.0]])
     yield case("the rows (3, 0, 0) and (0, -0.5, 0)", torch.tensor([[3.0, 0, 0], [0, -0.5, 0]]), nearest, given)
-    yield case("rows that are orthonormal already", Q, already, nearest)
+    yield case("rows that are orthonormal already", Q, already, nearest, result)
     yield case("rows of length 1, at 60 degrees", two, order, nearest)
     yield case("the same rows in the other order", two.flip(0), order)
     yield case("orthonormal rows after a small step", Q + 0.1 * draw.normal(3, 8), nearest, order)
@@ -260,6 +260,7 @@ EXERCISES = [
             "`.to(R.dtype)` after.",
         ),
         cases=rows_cases,
+        probe=run_rows,
         dtypes=True,
         explain=explain_rows,
     ),

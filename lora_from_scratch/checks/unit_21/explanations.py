@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_from_scratch.checks.comparing import same
 from lora_from_scratch.checks.exercise import Case
 from lora_from_scratch.checks.explaining import Explanation, not_a_tensor, where_right
+from lora_from_scratch.checks.new_tensor import not_new
 from lora_from_scratch.checks.observation import Seen
 from lora_from_scratch.checks.trial import explain_trial
 from lora_from_scratch.checks.verdict import describe
@@ -20,6 +21,8 @@ def explain_rows(case: Case, seen: Seen, expected: Seen) -> Explanation:
     wanted: Any = expected.value
     if seen.changed:
         return None
+    if (found := not_new(seen.value)) is not None:
+        return found
     if (found := not_a_tensor(seen.value, wanted.shape, "the result")) is not None:
         return ("another shape", found[1]) if found[0] == "shape" else found
     result: Any = seen.value

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_from_scratch.checks.new_tensor import new_tensor
 from lora_from_scratch.checks.trial import trial
 from lora_from_scratch.checks.unit_21.edits import EDITS
 
@@ -25,6 +26,10 @@ def run_change(
         total = (change.square() / 2 + change).sum()
         gradients = list(torch.autograd.grad(total, list(tensors.values()), allow_unused=True))
     return {"change": change, "gradients": dict(zip(tensors, gradients, strict=True))}
+
+
+def run_rows(answer: Callable[..., Any], R: Tensor) -> Any:
+    return new_tensor(answer, R)
 
 
 def run_test(answer: Callable[..., Any], edit: str) -> str:

@@ -106,6 +106,11 @@ def the_last_of_equal_ones(update, density):
 def contiguous_ones_only(): ...
 
 
+@wrong("trim", "With density 1 your result is the update itself, not a new tensor.")
+def the_update_itself_at_density_1(update, density):
+    return update if density == 1 else trim(update, density)
+
+
 @wrong("trim", "You rescale what is kept. That is DARE; here the kept entries keep their values.")
 def rescaled(update, density):
     return trim(update, density) / max(density, 1e-6)

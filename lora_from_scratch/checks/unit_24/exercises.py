@@ -18,7 +18,7 @@ from lora_from_scratch.checks.unit_24.explanations import (
     explain_trimmed,
 )
 from lora_from_scratch.checks.unit_24.lora_sums import FAULTY, SOUND
-from lora_from_scratch.checks.unit_24.probes import run_drop, run_sum, run_test
+from lora_from_scratch.checks.unit_24.probes import run_drop, run_sum, run_test, run_trim
 from lora_from_scratch.methods.merging import (
     drop_and_rescale,
     intruder_dimensions,
@@ -89,8 +89,8 @@ def trim_cases(draw: Draw) -> Iterator[Case]:
     yield case("(2, -2, 2, 1, -2), density 0.4", torch.tensor([2.0, -2.0, 2.0, 1.0, -2.0]), 0.4, ties)
     yield case("(1, 1, 1, 1), density 0.5", torch.ones(4), 0.5, ties, keeps)
     yield case("a transposed 4 x 5 matrix, density 0.5", draw.normal(5, 4).T, 0.5, shape, keeps)
-    yield case("density 1", draw.normal(3, 2), 1.0, share, values)
-    yield case("density 0", draw.normal(3, 2), 0.0, share, new)
+    yield case("density 1", draw.normal(3, 2), 1.0, share, values, new)
+    yield case("density 0", draw.normal(3, 2), 0.0, share)
     yield case("a tensor with three axes, density 0.5", draw.normal(2, 3, 2), 0.5, shape)
 
 
@@ -228,6 +228,7 @@ EXERCISES = [
             "number; `.view_as(update)` gives the shape back.",
         ),
         cases=trim_cases,
+        probe=run_trim,
         explain=explain_trimmed,
     ),
     Exercise(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_from_scratch.checks.new_tensor import new_tensor
 from lora_from_scratch.checks.trial import trial
 from lora_from_scratch.checks.unit_24.lora_sums import MERGES
 
@@ -25,6 +26,10 @@ def run_sum(answer: Callable[..., Any], As: list[Tensor], Bs: list[Tensor], weig
 def run_test(answer: Callable[..., Any], function: str) -> str:
     """Whether the learner's test lets this function pass; other errors than an AssertionError are its own."""
     return trial(answer, MERGES[function])
+
+
+def run_trim(answer: Callable[..., Any], update: Tensor, density: float) -> Any:
+    return new_tensor(answer, update, density)
 
 
 def run_drop(answer: Callable[..., Any], update: Tensor, drop_rate: float, seed: int) -> Any:
