@@ -40,6 +40,10 @@ INSTEAD = {"README.md": "index.md", "docs/README.md": "index.md", "docs/methods.
 # Lists of deliberately wrong answers that a check has to find: of use to those who write checks.
 LEFT_OUT = {"benchmarks/answer_mutants.md", "benchmarks/mutants.md"}
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\[\]]*)\]\((?P<target>[^()#\s]+)(?P<anchor>#[^()\s]*)?\)")
+THEMES = re.compile(
+    r"<picture>\s*<source media=\"\(prefers-color-scheme: dark\)\" srcset=\"(?P<dark>[^\"]+)\">\s*"
+    r"<img src=\"(?P<light>[^\"]+)\" alt=\"(?P<alt>[^\"]+)\">\s*</picture>"
+)
 UNIT_ROW = re.compile(r"^\| \[\d\d .*\n", re.MULTILINE)
 
 
@@ -111,7 +115,19 @@ def documents() -> Iterator[tuple[str, str]]:
             name = file.relative_to(REPOSITORY).as_posix()
             if name not in LEFT_OUT | set(INSTEAD):
                 text = file.read_text(encoding="utf-8")
-                yield name, with_chart(text) if name == "docs/atlas.md" else text
+                yield name, with_chart(text) if name == "docs/atlas.md" else with_themes(text)
+
+
+def with_themes(markdown: str) -> str:
+    """The same document; where GitHub is told to choose a picture by its theme, Furo shows that of its own theme."""
+
+    def images(found: re.Match[str]) -> str:
+        return "\n".join(
+            f"```{{image}} {found[theme]}\n:class: only-{theme}\n:alt: {found['alt']}\n```\n"
+            for theme in ("light", "dark")
+        )
+
+    return THEMES.sub(images, markdown)
 
 
 def picture(markdown: str, file: str) -> str:

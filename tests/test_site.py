@@ -273,6 +273,13 @@ def test_every_document_is_in_a_table_of_contents() -> None:
     assert unlisted == {"index.md"}
 
 
+def test_pictures_for_two_themes_follow_the_theme_of_the_site() -> None:
+    page = (REPOSITORY / "docs/notebook.md").read_text(encoding="utf-8")
+    shown = sources.with_themes(page)
+    assert "<picture>" not in shown
+    assert shown.count(":class: only-light\n") == shown.count(":class: only-dark\n") == page.count("<picture>")
+
+
 def test_the_chart_of_the_atlas_comes_before_its_tables() -> None:
     page = dict(sources.documents())["docs/atlas.md"]
     assert page.count(f'id="{atlas_pages.PLACE}"') == 1
