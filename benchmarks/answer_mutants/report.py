@@ -22,6 +22,10 @@ seeds.
 - **specific**: the share of the caught whose message says more than that the values, the shape or the type is wrong;
   **named**: those among them whose message is one of the exercise's own.
 
+The first whole table (2026-11-29, commit 8e7487a, after a third of the units had been gone through with this tool) had
+5,052 mutants of 93 exercises: 4,581 caught, 92 explained, 379 missed; 78 % of the caught got a specific message, 28 %
+one of the exercise's own.
+
 | unit | exercise | mutants | caught | explained | missed | by luck | specific | named |
 |---|---|---|---|---|---|---|---|---|
 """

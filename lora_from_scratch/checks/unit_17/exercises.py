@@ -150,7 +150,12 @@ def terms_cases(draw: Draw) -> Iterator[Case]:
     yield case("all five", 3, 4, "ABCDE", all_, star, returns, flows, of_W)
     yield case("all five, as many inputs as outputs", 3, 3, "ABCDE", star, all_, of_C, of_b)
     yield case("columns for A and B", 3, 3, "AB", forms, star, A=(3, 1), B=(3, 1))
-    yield case("a number for each of A, B, D and E", 4, 3, "ABDE", forms, number, A=(), B=(), D=(), E=())
+    numbers = case("a number for each of A, B, D and E", 4, 3, "ABDE", forms, number, A=(), B=(), D=(), E=())
+    # Positive: the gradient of a number is a sum, which could otherwise cancel to nothing but rounding error.
+    positive = {
+        name: value.abs() if isinstance(value, torch.Tensor) else value for name, value in numbers.inputs.items()
+    }
+    yield Case(numbers.name, positive, sentences=numbers.sentences)
     yield case("no bias, and all five", 3, 4, "ABCDE", no_bias, returns)
 
 
