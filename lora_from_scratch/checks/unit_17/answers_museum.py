@@ -86,7 +86,7 @@ def by_training(ReLoRALayer):
     assert torch.allclose(layer(x), x @ W.T, atol=1e-5), "another start"
     for _ in range(2):
         factors = [p for p in (layer.A, layer.B) if p.requires_grad]
-        optimizer = torch.optim.SGD(factors, lr=0.05)
+        optimizer = torch.optim.SGD(factors, lr=0.01)
         before = layer(x).detach()
         for _ in range(3):
             optimizer.zero_grad()
@@ -98,7 +98,8 @@ def by_training(ReLoRALayer):
             layer.B += 0.3
         A, B, after = layer.A.detach().clone(), layer.B.detach().clone(), layer(x).detach()
         layer.restart()
-        assert torch.allclose(layer(x), after, atol=1e-3), "the restart changes the layer"
+        close = 1e-4 * float(after.abs().max())
+        assert torch.allclose(layer(x), after, atol=close), "the restart changes the layer"
         assert not torch.equal(A, layer.A), "A is kept"
         assert not torch.equal(B, layer.B), "B is kept"
 
