@@ -349,7 +349,7 @@ for name, scores in others.items():
 # | The merged model has to stay in 4 bits or fewer | QA-LoRA | ahead at 2 bits; at 4 and 3 bits QLoRA that is rounded was better | 19 |
 # | Activations fill the memory | LoRA-FA; checkpointing with any method | a step of LoRA-FA takes 108 MiB instead of LoRA's 125 | 15, 13 |
 # | Texts are longer than the model's context | LongLoRA | after 30 steps, training with full attention was better | 20 |
-# | Weights must not be changed | prefix, LLaMA-Adapter; LoReFT, DiReFT, which edit hidden states | for one word LoReFT is as good as LoRA of rank 1; for whole texts only if all positions are edited | 06, 21 |
+# | Weights must not be changed | prefix, LLaMA-Adapter; LoReFT, DiReFT, which edit hidden states | for one word LoReFT is at least as good as LoRA of rank 1; for whole texts only if all positions are edited | 06, 21 |
 # | The prompt has to consist of real tokens | PEZ | far better than random search with as many forward passes | 21 |
 # | Many tenants share one base | LoRA, not merged, or soft prompts; several in each batch | with 32 adapters, seven times the throughput of one after another | 10, 22, 05 |
 # | Several adapters have to become one | merging by concatenation, TIES, DARE | no merge was good at two tasks that are very different | 24 |
