@@ -168,14 +168,6 @@ def the_next_token_is_seen(tokens: int, keys: int, device: torch.device | None =
     return key <= query + 1
 
 
-@wrong(
-    "causal_mask",
-    "You ignore `device`: the mask is always on the CPU. On a GPU it cannot be combined with scores that are there.",
-)
-def always_on_the_cpu(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
-    return torch.ones(tokens, keys, dtype=torch.bool).tril(diagonal=keys - tokens)
-
-
 @wrong("causal_mask", "True has to mean that a key may be seen. Your mask marks what is forbidden.")
 def true_where_forbidden(tokens: int, keys: int, device: torch.device | None = None) -> Tensor:
     query, key = _places(tokens, keys, device)

@@ -23,7 +23,6 @@ from lora_from_scratch.checks.unit_03.probes import (
     draw_often,
     run_block,
     run_loss,
-    run_mask,
     run_top_p,
     same_nucleus,
     same_stream,
@@ -61,7 +60,7 @@ def heads_cases(draw: Draw) -> Iterator[Case]:
 def mask_cases(draw: Draw) -> Iterator[Case]:
     def case(name: str, tokens: int, keys: int, *sentences: str) -> Case:
         part = "without a cache" if tokens == keys else "with a cache"
-        return Case(name, {"tokens": tokens, "keys": keys, "device": None}, part, sentences)
+        return Case(name, {"tokens": tokens, "keys": keys}, part, sentences)
 
     sees, aligned = "its own position and the ones before it", "with S > T the first S - T keys"
     kind, last = "(T, S) of booleans", "The last row is all True"
@@ -72,8 +71,6 @@ def mask_cases(draw: Draw) -> Iterator[Case]:
     yield case("2 tokens after 3 cached ones", 2, 5, aligned, sees, kind, last)
     cached = draw.integer(2, 5)
     yield case(f"1 token after {cached} cached ones", 1, 1 + cached, last, aligned)
-    meta = 'on the device "meta", which has shapes but no numbers'
-    yield Case(meta, {"tokens": 2, "keys": 5, "device": "meta"}, "with a cache", ("the device of the mask",))
 
 
 def attention_cases(draw: Draw) -> Iterator[Case]:
@@ -255,10 +252,9 @@ EXERCISES = [
             "gives the matrix.",
         ),
         cases=mask_cases,
-        probe=run_mask,
         dtypes=True,
         explain=explain_mask,
-        background=("tokens: T", "keys: S", "None: the CPU"),
+        background=("tokens: T", "keys: S", "the device of the mask", "None: the CPU"),
     ),
     Exercise(
         causal_attention,

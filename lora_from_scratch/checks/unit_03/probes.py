@@ -51,14 +51,6 @@ def same_stream(case: Case, seen: Seen, expected: Seen) -> bool:
     return isinstance(one, dict) and isinstance(other, dict) and same(one["y"], other["y"])
 
 
-def run_mask(answer: Callable[..., Any], tokens: int, keys: int, device: str | None) -> Any:
-    """The mask; of one that is not on the CPU, where it is and its shape."""
-    if device is None:
-        return answer(tokens, keys)
-    mask = answer(tokens, keys, torch.device(device))
-    return {"device": str(mask.device), "shape": list(mask.shape)} if isinstance(mask, Tensor) else mask
-
-
 def run_loss(answer: Callable[..., Any], logits: Tensor, labels: Tensor) -> Any:
     """The loss, and the gradient that training would use (None if no gradient can flow)."""
     logits.requires_grad_(True)
