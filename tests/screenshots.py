@@ -2,7 +2,7 @@
 
     python -m tests.screenshots [FOLDER]
 
-It opens unit 01 in headless Chromium, answers a prediction and an exercise wrongly, and moves a figure's slider.
+It opens unit 01 in headless Chromium, answers a prediction and an exercise wrongly, and runs the cells of a figure.
 FOLDER is docs/ by default.
 """
 
@@ -23,7 +23,7 @@ from tests.jupyter_browser import Lab, browser, served
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 WRONG = "def low_rank_parameter_count(out_features, in_features, rank):\n    return rank * out_features * in_features"
 NEEDED = "row_echelon", "rank", "outer_product_sum"  # by the figure
-WIDTH, HEIGHT = 1000, 860
+WINDOW = 1400, 1010
 
 
 def after(lab: Lab, cell: Any) -> Any:
@@ -32,11 +32,9 @@ def after(lab: Lab, cell: Any) -> Any:
 
 
 def open_unit(driver: Any, address: str, theme: str) -> Lab:
-    """Unit 01 without side bars, after its first cells."""
-    driver.set_window_size(1400, 1000)
+    """Unit 01 in this theme, with its imports done."""
     lab = Lab(driver, address, "unit_01.ipynb")
     lab.theme(THEMES[theme])
-    driver.execute_script("document.querySelector('.jp-NotebookPanel .jp-Notebook').style.paddingRight = '0'")
     lab.run(lab.cell("import numpy as np"))
     return lab
 
@@ -54,7 +52,7 @@ def take(lab: Lab, file: Path, element: Any, at: str = "end") -> None:
 
 def pictures(driver: Any, address: str, theme: str, folder: Path) -> None:
     lab = open_unit(driver, address, theme)
-    driver.set_window_size(WIDTH + 400, HEIGHT + 150)
+    driver.set_window_size(*WINDOW)
     take(lab, folder / f"notebook-start-{theme}.png", lab.cells()[0], at="start")
 
     prediction = lab.cell("rank_of_counting = None")
