@@ -305,9 +305,14 @@ def outcomes(*functions: Any, **bounds: Any) -> dict[str, Any]:
         return {outcome.task.name: outcome.error or outcome.value for outcome in made.outcomes()}
 
 
-def test_a_task_that_takes_too_much_time_or_memory_ends_and_the_others_are_done() -> None:
-    found = outcomes(spin, eat, pid, processor_seconds=2, memory=256 * MIB)
+def test_a_task_that_takes_too_much_processor_time_ends_and_the_others_are_done() -> None:
+    found = outcomes(spin, pid, processor_seconds=2)
     assert found["spin"] == "it took more than 2 seconds of processor time"
+    assert isinstance(found["pid"], int)
+
+
+def test_a_task_that_takes_too_much_memory_ends_and_the_others_are_done() -> None:
+    found = outcomes(eat, pid, memory=256 * MIB)  # without a bound on the time: on a busy machine, memory takes some
     assert found["eat"].startswith("MemoryError")
     assert isinstance(found["pid"], int)
 

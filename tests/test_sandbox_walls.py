@@ -326,12 +326,19 @@ def test_what_goes_too_far_is_ended_and_told(what: str, folder: Path) -> None:
 
 
 def test_a_script_that_runs_is_found_by_its_name(folder: Path) -> None:
-    found: list[list[str]] = []
-    thread = threading.Timer(1.0, lambda: found.append(running("a-name")))
+    found: list[str] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not found and not ended.wait(0.02):
+            found.extend(running("a-name"))
+
+    thread = threading.Thread(target=look)
     thread.start()
-    script(named("a-name", "import time; time.sleep(60)"), folder, Limits(seconds=3))
+    script(named("a-name", "import time; time.sleep(60)"), folder, Limits(seconds=1))
+    ended.set()
     thread.join()
-    assert [len(processes) for processes in found] == [1]
+    assert len(found) == 1
 
 
 def test_a_process_without_walls_is_ended_as_well(folder: Path) -> None:
