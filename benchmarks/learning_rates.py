@@ -1,6 +1,6 @@
 """Tune the learning rate of each method by its loss on the validation cards, and write the results.
 
-    python -m benchmarks.learning_rates [--methods dora pissa] [--steps 50] [--shard 1/2] [--results FOLDER]
+    python -m benchmarks.learning_rates [--methods dora pissa] [--steps 500] [--shard 1/2] [--results FOLDER]
 
 The rates are 1 and 3 times powers of ten. The search begins at the rate in the method's file and goes on until the best
 rate lies between two that are worse, so the best is never at the edge. Each run leaves a small JSON file in the results
@@ -35,7 +35,6 @@ from lora_from_scratch.models.checkpoint import load_language_model
 from lora_from_scratch.support.files import write_atomically, write_json
 from lora_from_scratch.support.shard import EVERYTHING, parse_shard
 
-STEPS = 50
 CARDS = 64  # validation cards for the loss
 PLACE = Path(__file__).with_suffix(".md")
 RUNGS = range(-12, 7)  # from 1e-6 to 1e3
@@ -86,7 +85,7 @@ def validation_loss(run: Run) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def sweep(name: str, results: Path, *, model: str = "bundled", steps: int = STEPS) -> float:
+def sweep(name: str, results: Path, *, model: str = "bundled", steps: int = defaults.STEPS) -> float:
     """Search the best learning rate of a method, and return it.
 
     Raises:
@@ -120,7 +119,8 @@ HEAD = """\
 # Tuning on the story cards
 
 `python -m benchmarks.learning_rates` writes this file. Batch {batch}, seed 0, model {model}; the method's own defaults
-unless stated otherwise. The test cards play no part. The best rate of each method is in bold.
+unless stated otherwise. The test cards play no part. The best rate of each method is in bold. The rates in the methods'
+files are the best ones for {usual} steps, the default of `finetune`; a run of 50 steps may want another one.
 """
 LOSSES = """
 ## {steps} steps: validation loss
@@ -141,7 +141,7 @@ every row.
 
 def page(results: Sequence[Result], model: str) -> str:
     """The results in Markdown: one table for each number of steps."""
-    text = HEAD.format(batch=defaults.BATCH_SIZE, model=model)
+    text = HEAD.format(batch=defaults.BATCH_SIZE, model=model, usual=defaults.STEPS)
     for steps in sorted({result["steps"] for result in results}):
         chosen = [result for result in results if result["steps"] == steps]
         scored = [result for result in chosen if "bleu" in result]
@@ -200,7 +200,7 @@ def collect(results: Path, place: Path, model: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=defaults.STEPS)
     parser.add_argument("--methods", nargs="+", choices=tuple(contestants()), default=tuple(contestants()))
     parser.add_argument("--shard", type=parse_shard, default=EVERYTHING, help="tune only the methods in shard K/N")
     parser.add_argument("--results", type=Path, default=Path("runs/learning-rates"))

@@ -3,7 +3,6 @@
 python -m benchmarks.readme             # the demo's, from runs/demo
 python -m benchmarks.readme shootout    # the shootout's, from runs/shootout
 python -m benchmarks.readme atlas       # the atlas's figure, from runs/atlas; its table goes into docs/atlas.md
-python -m benchmarks.readme atlas-long  # the table of an atlas with longer runs, into docs/atlas.md
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from lora_from_scratch.compare import atlas
 
 ROOT = Path(__file__).parents[1]
 ATLAS = ROOT / "benchmarks" / "atlas.json"
-ATLAS_LONG = ROOT / "benchmarks" / "atlas_500.json"
 DEMO = (
     "Left: the loss of full fine-tuning and of LoRA falls over the training steps. "
     "Right: LoRA's trained parameters, bytes on disk, peak memory, seconds and BLEU, in per cent of full fine-tuning."
@@ -37,11 +35,6 @@ def block(runs: Path, name: str) -> str:
 def atlas_block(results: Mapping[str, Any]) -> str:
     """The atlas's table and figure, for docs/atlas.md."""
     return f"{atlas.page(results)}\n"
-
-
-def long_table(results: Mapping[str, Any]) -> str:
-    """The table of an atlas with longer runs, without its figure."""
-    return atlas.page(results).partition("\n![")[0].rstrip()
 
 
 def atlas_picture(results: Mapping[str, Any]) -> str:
@@ -64,7 +57,7 @@ def replace_block(page: Path, name: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="demo", choices=["demo", "shootout", "atlas", "atlas-long"])
+    parser.add_argument("name", nargs="?", default="demo", choices=["demo", "shootout", "atlas"])
     parser.add_argument("--runs", type=Path, help="the command's output folder (runs/NAME)")
     options = parser.parse_args()
     runs = options.runs or ROOT / "runs" / options.name
@@ -74,11 +67,6 @@ def main() -> None:
         replace_block(readme, "atlas", atlas_picture(results))
         replace_block(ROOT / "docs" / "atlas.md", "atlas", atlas_block(results))
         shutil.copyfile(runs / "atlas.json", ATLAS)
-    elif options.name == "atlas-long":
-        results = json.loads((runs / "atlas.json").read_text(encoding="utf-8"))
-        replace_block(ROOT / "docs" / "atlas.md", "atlas-long", f"{long_table(results)}\n\n")
-        shutil.copyfile(runs / "atlas.json", ATLAS_LONG)
-        return
     else:
         replace_block(readme, options.name, block(runs, options.name))
     shutil.copyfile(runs / f"{options.name}.png", ROOT / "docs" / f"{options.name}.png")

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.readme import ATLAS, ATLAS_LONG, ROOT, atlas_block, atlas_picture, long_table
+from benchmarks.readme import ATLAS, ROOT, atlas_block, atlas_picture
 from lora_from_scratch.compare import atlas, side_by_side
 from lora_from_scratch.compare.shootout import contestants
+from lora_from_scratch.finetune import defaults
 from lora_from_scratch.finetune.run import Report, Run, finetune
+from lora_from_scratch.gpt2.checkpoint import checkpoint_directory
 from lora_from_scratch.gpt2.config import GPT2Config
 from lora_from_scratch.gpt2.model import GPT2
 from lora_from_scratch.methods.lora import LoRA
@@ -174,9 +176,14 @@ def committed() -> dict[str, Any]:
 def test_the_committed_pages_show_the_committed_results(committed: dict[str, Any]) -> None:
     assert atlas_block(committed) in (ROOT / "docs" / "atlas.md").read_text(encoding="utf-8")
     assert atlas_picture(committed) in (ROOT / "README.md").read_text(encoding="utf-8")
-    longer: dict[str, Any] = json.loads(ATLAS_LONG.read_text(encoding="utf-8"))
-    assert longer["steps"] > committed["steps"]
-    assert f"\n{long_table(longer)}\n" in (ROOT / "docs" / "atlas.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_atlas_has_every_method_with_its_rate_and_all_seeds(committed: dict[str, Any]) -> None:
+    assert committed["steps"] == defaults.STEPS
+    width = GPT2Config.from_json(checkpoint_directory("bundled") / "config.json").n_embd
+    rates = {name: method.learning_rate(width) for name, method in contestants().items()}
+    assert {method["name"]: method["learning_rate"] for method in committed["methods"]} == rates
+    assert {tuple(run["seed"] for run in method["runs"]) for method in committed["methods"]} == {atlas.SEEDS}
 
 
 def test_the_figure_in_words_names_the_best_first(committed: dict[str, Any]) -> None:

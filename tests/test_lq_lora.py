@@ -1,4 +1,9 @@
-"""LQ-LoRA: the split, the integer programme, what each weight counts, and the method."""
+"""LQ-LoRA: the split, the integer programme, what each weight counts, and the method.
+
+Compared outside this repository with HanGuo97/lq-lora (commit c2424b3): the weighted and the unweighted factors, three
+sizes, and the best iteration of the unweighted split with 3 bits, 20 matrices, are equal bit for bit; NormalFloat
+levels with 2, 3, 4 and 8 bits agree within 3e-7. Their integer programme needs Gurobi, and was not run.
+"""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class AdaLoRA(WrapsLayers):
     name: ClassVar[str] = "adalora"
     peft_type: ClassVar[str] = "ADALORA"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+        1e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 16
     use_when: ClassVar[str] = (

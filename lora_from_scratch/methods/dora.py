@@ -103,7 +103,7 @@ class DoRA(LoRA):
 
     name: ClassVar[str] = "dora"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 12
     use_when: ClassVar[str] = (

@@ -211,7 +211,7 @@ class GLoRA(WrapsLayers):
     name: ClassVar[str] = "glora"
     peft_type: ClassVar[str] = "GLORA"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+        1e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 19
     use_when: ClassVar[str] = (

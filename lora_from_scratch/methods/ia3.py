@@ -111,7 +111,7 @@ class IA3(WrapsLayers):
     name: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-1, 3e-3, "T-Few (Liu et al. 2022, section 3.5); bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-1, 3e-3, "T-Few (Liu et al. 2022, section 3.5); bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 75
     use_when: ClassVar[str] = (

@@ -46,7 +46,7 @@ class LayerNormTuning(Method):
     name: ClassVar[str] = "layernorm"
     peft_type: ClassVar[str] = "LN_TUNING"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-1, 1e-3, "as BitFit; bundled: benchmarks/learning_rates.md, 50 steps"
+        1e-1, 1e-3, "as BitFit; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 76
     use_when: ClassVar[str] = (

@@ -128,7 +128,7 @@ class LoftQ(QLoRA):
 
     name: ClassVar[str] = "loftq"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 3e-4, "GSM8K with LLaMA-2 in yxli2123/LoftQ; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-3, 3e-4, "GSM8K with LLaMA-2 in yxli2123/LoftQ; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 21
     use_when: ClassVar[str] = (

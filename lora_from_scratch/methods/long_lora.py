@@ -218,7 +218,7 @@ class LongLoRA(LoRA):
     name: ClassVar[str] = "long-lora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_LONGLORA"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 2e-5, "LLaMA-2 in dvlab-research/LongLoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-4, 2e-5, "LLaMA-2 in dvlab-research/LongLoRA; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 19
     use_when: ClassVar[str] = "texts have to be longer than the model's context; on short texts it has no advantage"

@@ -33,7 +33,7 @@ class LoRAFA(LoRA):
 
     name: ClassVar[str] = "lora-fa"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-2, 6e-4, "three times LoRA's; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-3, 6e-4, "three times LoRA's; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 13
     use_when: ClassVar[str] = (

@@ -51,7 +51,7 @@ class LoRAPlus(LoRA):
 
     name: ClassVar[str] = "lora-plus"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-4, 2e-4, "GPT-2 script in nikhil-ghosh-berkeley/loraplus; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-4, 2e-4, "GPT-2 script in nikhil-ghosh-berkeley/loraplus; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 11
     use_when: ClassVar[str] = (

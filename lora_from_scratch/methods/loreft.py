@@ -262,7 +262,7 @@ class LoReFT(Method):
     name: ClassVar[str] = "loreft"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_LOREFT"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-2, 9e-4, "stanfordnlp/pyreft, for LLaMA-7B; bundled: benchmarks/learning_rates.md, 50 steps"
+        1e-2, 9e-4, "stanfordnlp/pyreft, for LLaMA-7B; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 40
     use_when: ClassVar[str] = (

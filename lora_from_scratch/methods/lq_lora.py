@@ -269,7 +269,7 @@ class LQLoRA(QuantizedLoRA):
     name: ClassVar[str] = "lq-lora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_LQLORA"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 2e-5, "C4 with LLaMA-2 in HanGuo97/lq-lora; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-3, 2e-5, "C4 with LLaMA-2 in HanGuo97/lq-lora; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 23
     use_when: ClassVar[str] = (

@@ -162,7 +162,7 @@ class MoRALinear(LoRALinear):
         return f"variant={self.variant}, q={self.q}, dropout={self.dropout_p:g}, merged={self.merged}"
 
 
-SHARING_RATES = LearningRates(3e-3, 3e-4, "kongds/MoRA; bundled: benchmarks/learning_rates.md, 50 steps")
+SHARING_RATES = LearningRates(3e-3, 3e-4, "kongds/MoRA; bundled: benchmarks/learning_rates.md")
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class MoRA(WrapsLayers):
     name: ClassVar[str] = "mora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_MORA"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-2, 3e-4, "kongds/MoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+        1e-2, 3e-4, "kongds/MoRA; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 18
     use_when: ClassVar[str] = (

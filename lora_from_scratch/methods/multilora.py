@@ -89,7 +89,7 @@ class MultiLoRA(WrapsLayers):
     name: ClassVar[str] = "multilora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_MULTILORA"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 17
     use_when: ClassVar[str] = (

@@ -156,7 +156,7 @@ class NOLA(WrapsLayers):
     name: ClassVar[str] = "nola"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_NOLA"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-2, 1e-2, "GPT-2 large on E2E in UCDvision/NOLA; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-2, 1e-2, "GPT-2 large on E2E in UCDvision/NOLA; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 15.2
     use_when: ClassVar[str] = (

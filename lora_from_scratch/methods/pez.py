@@ -176,7 +176,7 @@ class PEZ(PromptTuning):
     name: ClassVar[str] = "pez"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_PEZ"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-1, 1e-1, "YuxinWenRick/hard-prompts-made-easy; bundled: benchmarks/learning_rates.md, 50 steps"
+        1e-1, 1e-1, "YuxinWenRick/hard-prompts-made-easy; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 51
     use_when: ClassVar[str] = (

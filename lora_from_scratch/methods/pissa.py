@@ -110,7 +110,7 @@ class PiSSA(LoRA):
 
     name: ClassVar[str] = "pissa"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-2, 2e-5, "GraphPKU/PiSSA, scripts for LLaMA-2-7B; bundled: benchmarks/learning_rates.md, 50 steps"
+        1e-2, 2e-5, "GraphPKU/PiSSA, scripts for LLaMA-2-7B; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 14
     use_when: ClassVar[str] = (

@@ -141,7 +141,7 @@ class QALoRA(QuantizedLoRA):
     name: ClassVar[str] = "qa-lora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_QALORA"  # PEFT's needs GPTQ
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 2e-5, "LLaMA-7B on Alpaca (QA-LoRA, section 4.1); bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-3, 2e-5, "LLaMA-7B on Alpaca (QA-LoRA, section 4.1); bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 22
     use_when: ClassVar[str] = (

@@ -227,7 +227,7 @@ class ReLoRA(Restarts, LoRA):
     name: ClassVar[str] = "relora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_RELORA"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 17
     use_when: ClassVar[str] = (

@@ -96,7 +96,7 @@ class ReMoRA(Restarts, WrapsLayers):
     name: ClassVar[str] = "remora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_REMORA"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 5e-4, "kongds/MoRA, for pretraining; bundled: benchmarks/learning_rates.md, 50 steps"
+        3e-3, 5e-4, "kongds/MoRA, for pretraining; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 18.5
     use_when: ClassVar[str] = (

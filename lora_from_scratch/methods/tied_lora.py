@@ -98,7 +98,7 @@ class TiedLoRA(WrapsLayers):
     name: ClassVar[str] = "tied-lora"
     peft_type: ClassVar[str] = "LORA_FROM_SCRATCH_TIED_LORA"  # PEFT has no such method
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md, 50 steps"
+        1e-2, 2e-4, "as LoRA; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 15.1
     use_when: ClassVar[str] = (

@@ -146,7 +146,7 @@ class VeRA(WrapsLayers):
     name: ClassVar[str] = "vera"
     peft_type: ClassVar[str] = "VERA"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-1, 2e-2, "GPT-2 medium on E2E (VeRA, table 9); bundled: benchmarks/learning_rates.md, 50 steps"
+        1e-1, 2e-2, "GPT-2 medium on E2E (VeRA, table 9); bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 15
     use_when: ClassVar[str] = (
