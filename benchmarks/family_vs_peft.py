@@ -41,8 +41,8 @@ HEAD = """\
 # Relatives of LoRA against peft's
 
 `python -m benchmarks.family_vs_peft` writes this file. {model}, all linear layers, batch {batch} x {tokens}, fp32, \
-{threads} thread(s), torch {torch}, peft {peft}. A ratio is ours / peft's; below 1 is better for us. Time: the median \
-of {pairs} alternating pairs (smallest to largest).
+{threads} thread(s), torch {torch}, peft {peft}. A ratio is ours / peft's; below 1 is better for us. Time, \
+of the processor if there is one thread: the median of {pairs} alternating pairs (smallest to largest).
 
 | | time | ours / peft, s | saved activations | ours / peft, MiB |
 |---|---:|---:|---:|---:|

@@ -104,7 +104,7 @@ def copy(file: Path, to: Path) -> None:
 def documents() -> Iterator[tuple[str, str]]:
     """The site's own pages, with what they take from the README, and the repository's documents."""
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    taken = {"SHOOTOUT": picture(readme, "docs/shootout.png"), "UNITS": units_table(readme)}
+    taken = {"ATLAS": picture(readme, "docs/atlas.png"), "UNITS": units_table(readme)}
     for file in sorted(HERE.glob("*.md")):
         text = file.read_text(encoding="utf-8")
         for name, piece in taken.items():

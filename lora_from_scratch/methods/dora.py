@@ -53,7 +53,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """
     W, A, B = W.detach().float(), A.detach().float(), B.detach().float()
     squares = torch.linalg.vector_norm(W, dim=1).square()
-    cross = ((W @ A.T) * B).sum(dim=1)  # <W A^T, B>
+    cross = ((A @ W.T).T * B).sum(dim=1)  # <W A^T, B>; W @ A.T takes several times as long if W is a transpose
     own = ((B @ (A @ A.T)) * B).sum(dim=1)  # <B A A^T, B>
     return (squares + 2 * scaling * cross + scaling**2 * own).clamp_min(0).sqrt()
 
