@@ -31,7 +31,7 @@ LIMITS = {
     "trained": (10_000, 30_000, 100_000, 200_000, 500_000),
     "saved": (50, 200, 800, 2_000),
     "memory": (350, 375, 400, 425, 450),
-    "perplexity": (2.6, 2.8, 3, 4, 6),
+    "perplexity": (1.45, 1.5, 1.75, 2.5, 5),
 }
 ANY = 1e12
 
@@ -186,7 +186,7 @@ def draw_place(axes: Axes, cost: str, own: list[str]) -> None:
     """Grey dots for all methods, names for `own` and the references, and a ring around `own`."""
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_yticks([2.5, 4, 8, 16], ["2.5", "4", "8", "16"])
+    axes.set_yticks([1.5, 2, 4, 8, 16, 32], ["1.5", "2", "4", "8", "16", "32"])
     axes.minorticks_off()
     for row in rows():
         axes.scatter(row[cost], row["perplexity"], s=18, c="0.7")
