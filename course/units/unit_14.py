@@ -342,7 +342,7 @@ for name, scores in others.items():
 # | Situation | Methods | What was measured here | Unit |
 # |---|---|---|---|
 # | No particular constraint | LoRA | the quality of full fine-tuning after 500 steps, with a thirtieth of the trained parameters | 09 to 11 |
-# | LoRA does not reach the quality that you need, although its learning rate is tuned | first more rank or more layers, or full fine-tuning; LoRA+, DoRA, PiSSA, OLoRA | in unit 15 none of the last four was ahead of LoRA at tuned rates; after 500 steps LoRA+ and DoRA were, by 0.6 and 1.4 BLEU, which is less than LoRA's own seeds differ | 10, 15 |
+# | LoRA does not reach the quality that you need, although its learning rate is tuned | first more rank or more layers, or full fine-tuning; LoRA+, DoRA, PiSSA, OLoRA | in unit 15 none of the last four was ahead of LoRA at tuned rates; after 500 steps LoRA+ and DoRA were, by 0.7 and 1.4 BLEU, which is less than LoRA's own seeds differ | 10, 15 |
 # | As few trained numbers or stored bytes as possible, merged in the end | VeRA, Tied-LoRA, NOLA; IA3, LayerNorm tuning, BitFit | after 500 steps, the first three have a BLEU of 69, 73 and 42, LoRA 81 (three seeds) | 16, 17, 08 |
 # | Low rank is not enough: many facts to remember, or very long training | MoRA, ReLoRA, ReMoRA; full fine-tuning | they remember more random pairs than LoRA; on story cards they are as good, and forget more | 17, 04 |
 # | Several LoRAs side by side, or scales and biases trained along with one | MultiLoRA, GLoRA | with five tasks at once, MultiLoRA was behind LoRA | 17 |
