@@ -266,8 +266,8 @@ class LoReFT(Method):
     )
     position: ClassVar[float] = 40
     use_when: ClassVar[str] = (
-        "hidden states are to be edited with few numbers; it cannot be merged. Edits at the ends of the prompt were far "
-        "behind LoRA in the atlas; edits at all positions were ahead of LoRA of rank 1 on the same task (unit 21)"
+        "hidden states are to be edited with few numbers; it cannot be merged. Edits at the ends of the prompt were "
+        "far behind LoRA in the atlas; edits at all positions were ahead of LoRA of rank 1 on the same task (unit 21)"
     )
     needs_gpt2: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"loreft", "direft"})
