@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.grading_course import NAME, GradingCourse
-from tests.jupyter_browser import PATIENCE, SCREENSHOTS
+from tests.jupyter_browser import PATIENCE, SCREENSHOTS, read, wait_until
 
 # Without the garbage collector, what the server has read from the gradebook is not forgotten by chance.
 SERVER = "import gc, runpy; gc.disable(); runpy.run_module('jupyter_server', run_name='__main__', alter_sys=True)"
@@ -86,10 +86,13 @@ class Page:
         return self.until(holds, f"a row has {text!r}")
 
     def value(self, field: str) -> str:
-        return self.find(f"[id='{field}']").get_attribute("value")
+        return read(lambda: self.find(f"[id='{field}']").get_attribute("value"))
 
     def placeholder(self, field: str) -> str:
-        return self.find(f"[id='{field}']").get_attribute("placeholder")
+        return read(lambda: self.find(f"[id='{field}']").get_attribute("placeholder"))
+
+    def text(self, selector: str) -> str:
+        return read(lambda: self.find(selector).text)
 
     def write(self, field: str, text: str) -> None:
         """Into a score or a comment; it is saved when the field is left."""
@@ -102,7 +105,7 @@ class Page:
             return element.get_attribute("value") == text  # the page moves the focus when its mathematics is drawn
 
         self.until(written, f"{field} is {text!r}")
-        self.driver.execute_script("arguments[0].blur()", self.find(f"[id='{field}']"))
+        self.driver.execute_script("document.activeElement.blur()")
 
     def press(self, selector: str) -> None:
         """A button; again if the page was scrolled away below the pointer."""
@@ -116,13 +119,7 @@ class Page:
         self.until(pressed, f"{selector} is pressed")
 
     def until(self, holds: Callable[[], Any], what: str) -> Any:
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
-            with contextlib.suppress(Exception):  # the page is drawn anew while we look at it
-                if found := holds():
-                    return found
-            time.sleep(0.2)
-        raise AssertionError(f"waited {PATIENCE:g} seconds in vain until {what}")
+        return wait_until(holds, what)
 
     def screenshot(self, name: str) -> None:
         folder = os.environ.get(SCREENSHOTS)

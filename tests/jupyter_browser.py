@@ -14,8 +14,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 SCREENSHOTS = "LORA_FROM_SCRATCH_SCREENSHOTS"  # a folder that keeps them
@@ -97,52 +98,86 @@ def browser() -> Iterator[Any]:
         driver.quit()
 
 
+def wait_until(holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    """What `holds` returns as soon as it is true of a page that changes while we look at it."""
+    failure: Exception | None = None
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if found := holds():
+                return found
+        except Exception as error:  # an element is not there yet, or no longer
+            failure = error
+        time.sleep(0.2)
+    raise AssertionError(f"waited {seconds:g} seconds in vain until {what}") from failure
+
+
+def read(look: Callable[[], T]) -> T:
+    """What `look` returns; it looks again when an element has been replaced by a new one meanwhile."""
+    from selenium.common.exceptions import StaleElementReferenceException
+
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return look()
+        except StaleElementReferenceException:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
 class Lab:
-    """A notebook opened in JupyterLab."""
+    """A notebook opened in JupyterLab.
+
+    Cells are numbers, and their elements are looked up each time, since JupyterLab may replace them at any moment.
+    """
 
     def __init__(self, driver: Any, address: str, notebook: str) -> None:
         self.driver = driver
+        with urllib.request.urlopen(f"{address}/api/contents/{notebook}", timeout=PATIENCE) as answer:
+            kinds = [cell["cell_type"] for cell in json.load(answer)["content"]["cells"]]
+        self.count, self.last = len(kinds), max(number for number, kind in enumerate(kinds) if kind == "code")
         driver.get(f"{address}/lab/tree/{notebook}?reset")
-        self.wait_until(lambda: self.cells() and self._kernel() == "idle", "the notebook is open and its kernel ready")
+        self.wait_until(lambda: self._kernel() == "idle", "the kernel is ready")
 
     def wait_until(self, holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            with contextlib.suppress(Exception):  # the page is drawn anew while we look at it
-                if found := holds():
-                    return found
-            time.sleep(0.2)
-        raise AssertionError(f"waited {seconds:g} seconds in vain until {what}")
+        return wait_until(holds, what, seconds)
 
-    def cells(self) -> list[Any]:
-        return self._all(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
+    def cell(self, text: str) -> int:
+        """The number of the first code cell whose source contains this text."""
+        sources = read(lambda: [self._source(cell) for cell in self._cells()])
+        found = [number for number, source in enumerate(sources) if text in source]
+        assert found, f"no code cell has {text!r}"
+        return found[0]
 
-    def cell(self, text: str) -> Any:
-        """The first code cell whose source contains this text."""
-        for cell in self.cells():
-            if text in self._source(cell):
-                return cell
-        raise AssertionError(f"no code cell has {text!r}")
+    def element(self, cell: int, selector: str = "") -> Any:
+        """The element of a cell, or the first one in it that the selector finds."""
 
-    def write(self, cell: Any, source: str) -> None:
+        def find() -> Any:
+            element = self._cells()[cell]
+            return element.find_element("css selector", selector) if selector else element
+
+        return self.wait_until(find, f"cell {cell} has {selector or 'an element'}")
+
+    def write(self, cell: int, source: str) -> None:
         """Replace the contents of a cell, using the keyboard."""
         from selenium.webdriver import ActionChains, Keys
 
-        editor = cell.find_element("css selector", ".cm-content")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", editor)
-        editor.click()
-        ActionChains(self.driver).key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL).perform()
-        self.driver.execute_cdp_cmd("Input.insertText", {"text": source})
-        self.wait_until(lambda: self._source(cell).split() == source.split(), "the cell has the new code")
+        def written() -> bool:
+            self._click(cell)
+            ActionChains(self.driver).key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL).perform()
+            self.driver.execute_cdp_cmd("Input.insertText", {"text": source})
+            time.sleep(0.2)
+            return self._source(self.element(cell)).split() == source.split()
 
-    def run(self, cell: Any, seconds: float = PATIENCE) -> str:
+        self.wait_until(written, "the cell has the new code")
+
+    def run(self, cell: int, seconds: float = PATIENCE) -> str:
         """Run a cell with Shift+Enter and return the text of its output."""
         from selenium.webdriver import ActionChains, Keys
 
-        before = self._prompt(cell)
-        editor = cell.find_element("css selector", ".cm-content")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", editor)
-        editor.click()
+        before = read(lambda: self._prompt(cell))
+        self._click(cell)
         ActionChains(self.driver).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
         self.wait_until(lambda: self._prompt(cell) not in (before, "[*]:", "[ ]:"), "the cell has run", seconds)
         self.wait_until(lambda: self._kernel() == "idle", "the kernel is idle", seconds)
@@ -150,11 +185,10 @@ class Lab:
 
     def run_all(self, seconds: float) -> None:
         """Choose Run > Run All Cells from the menu; what the cells printed before is cleared first."""
-        last = [cell for cell in self.cells() if "jp-CodeCell" in cell.get_attribute("class")][-1]
         self._menu("Edit", "Clear Outputs of All Cells")
-        self.wait_until(lambda: self._prompt(last) == "[ ]:", "the outputs are cleared")
+        self.wait_until(lambda: self._prompt(self.last) == "[ ]:", "the outputs are cleared")
         self._menu("Run", "Run All Cells")
-        self.wait_until(lambda: self._prompt(last) not in ("[*]:", "[ ]:"), "the last cell has run", seconds)
+        self.wait_until(lambda: self._prompt(self.last) not in ("[*]:", "[ ]:"), "the last cell has run", seconds)
         self.wait_until(lambda: self._kernel() == "idle", "the kernel is idle", seconds)
 
     def theme(self, name: str) -> None:
@@ -162,26 +196,34 @@ class Lab:
         light = "true" if name.endswith("Light") else "false"
         self.wait_until(lambda: self._all(f'body[data-jp-theme-light="{light}"]'), f"the theme is {name}")
 
-    def output(self, cell: Any) -> str:
-        return "\n".join(area.text for area in cell.find_elements("css selector", ".jp-OutputArea-output"))
+    def output(self, cell: int) -> str:
+        def texts() -> list[str]:
+            areas = self.element(cell).find_elements("css selector", ".jp-OutputArea-output")
+            return [area.text for area in areas]
+
+        return "\n".join(read(texts))
 
     def errors(self) -> list[str]:
         """The text of every error output; progress bars are written to the same stream but are not errors."""
-        found = self._all('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
-        return [output.text for output in found if "Traceback" in output.text or "Error" in output.text]
+        selector = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]'
+        texts = read(lambda: [output.text for output in self._all(selector)])
+        return [text for text in texts if "Traceback" in text or "Error" in text]
 
-    def images(self) -> list[Any]:
-        return self._all(".jp-OutputArea-output img")
+    def images(self, name: str) -> list[Any]:
+        """This property of every image in an output: "alt", "src", "naturalWidth"."""
+        return read(lambda: [image.get_property(name) for image in self._all(".jp-OutputArea-output img")])
 
-    def show(self, element: Any) -> None:
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    def show(self, cell: int, at: str = "center") -> None:
+        """Scroll the notebook until the cell is in the middle, at the top ("start") or at the bottom ("end")."""
+        script = "arguments[0].scrollIntoView({block: arguments[1]})"
+        read(lambda: self.driver.execute_script(script, self.element(cell), at))
 
-    def screenshot(self, name: str, element: Any = None) -> None:
+    def screenshot(self, name: str, cell: int | None = None) -> None:
         """Kept where the environment variable says, otherwise not made."""
         folder = os.environ.get(SCREENSHOTS)
         if folder:
-            if element is not None:
-                self.show(element)
+            if cell is not None:
+                self.show(cell)
             time.sleep(0.5)  # for animations
             self.driver.save_screenshot(str(Path(folder) / f"{name}.png"))
 
@@ -206,12 +248,27 @@ class Lab:
     def _labelled(self, selector: str, label: str) -> Any:
         return next((found for found in self._all(selector) if found.text == label), None)
 
+    def _click(self, cell: int) -> None:
+        def clicked() -> bool:
+            self.show(cell)
+            self.element(cell, ".cm-content").click()
+            return True
+
+        self.wait_until(clicked, f"cell {cell} has the focus")
+
+    def _cells(self) -> list[Any]:
+        def all_of_them() -> list[Any] | None:
+            found = self._all(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
+            return found if len(found) == self.count else None
+
+        return self.wait_until(all_of_them, f"the notebook's {self.count} cells are there")
+
     def _kernel(self) -> str:
         found = self._all(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-ExecutionIndicator")
         return found[0].get_attribute("data-status") if found else ""
 
-    def _prompt(self, cell: Any) -> str:
-        return cell.find_element("css selector", ".jp-InputPrompt").text.strip()
+    def _prompt(self, cell: int) -> str:
+        return self.element(cell, ".jp-InputPrompt").text.strip()
 
     def _source(self, cell: Any) -> str:
         """The code that is shown; "" of other cells, and of a folded one."""

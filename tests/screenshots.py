@@ -26,11 +26,6 @@ NEEDED = "row_echelon", "rank", "outer_product_sum"  # by the figure
 WINDOW = 1400, 1010
 
 
-def after(lab: Lab, cell: Any) -> Any:
-    cells = lab.cells()
-    return cells[cells.index(cell) + 1]
-
-
 def open_unit(driver: Any, address: str, theme: str) -> Lab:
     """Unit 01 in this theme, with its imports done."""
     lab = Lab(driver, address, "unit_01.ipynb")
@@ -39,11 +34,11 @@ def open_unit(driver: Any, address: str, theme: str) -> Lab:
     return lab
 
 
-def take(lab: Lab, file: Path, element: Any, at: str = "end") -> None:
-    """The notebook, scrolled so that the element is at the bottom ("end") or at the top ("start")."""
+def take(lab: Lab, file: Path, cell: int, at: str = "end") -> None:
+    """The notebook, scrolled so that the cell is at the bottom ("end") or at the top ("start")."""
     driver = lab.driver
     driver.execute_script("document.activeElement.blur()")
-    driver.execute_script("arguments[0].scrollIntoView({block: arguments[1]})", element, at)
+    lab.show(cell, at)
     time.sleep(1)  # for animations and images
     driver.find_element("css selector", ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook").screenshot(str(file))
     Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
@@ -53,7 +48,7 @@ def take(lab: Lab, file: Path, element: Any, at: str = "end") -> None:
 def pictures(driver: Any, address: str, theme: str, folder: Path) -> None:
     lab = open_unit(driver, address, theme)
     driver.set_window_size(*WINDOW)
-    take(lab, folder / f"notebook-start-{theme}.png", lab.cells()[0], at="start")
+    take(lab, folder / f"notebook-start-{theme}.png", 0, at="start")
 
     prediction = lab.cell("rank_of_counting = None")
     lab.write(prediction, 'rank_of_counting = "three"')
@@ -66,7 +61,7 @@ def pictures(driver: Any, address: str, theme: str, folder: Path) -> None:
     exercise = lab.cell("def low_rank_parameter_count")
     lab.write(exercise, WRONG)
     lab.run(exercise)
-    judged = after(lab, exercise)
+    judged = exercise + 1
     lab.run(judged)
     take(lab, folder / f"notebook-check-{theme}.png", judged)
 

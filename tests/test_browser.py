@@ -113,7 +113,7 @@ def test_a_learner_opens_unit_01_runs_it_and_solves_an_exercise_wrongly_and_then
     assert "all right" in verdict
     lab.theme("JupyterLab Dark")
     lab.screenshot("learner-unit-01-dark", check)
-    assert all(image.get_attribute("alt") for image in lab.images())
+    assert all(lab.images("alt"))
     lab.theme("JupyterLab Light")
 
 
@@ -123,18 +123,17 @@ def test_figures_have_their_alternative_text_before_and_after_running_and_the_sl
     from selenium.webdriver import Keys
 
     lab = Lab(driver, address, "figures.ipynb")
-    lab.wait_until(lambda: int(lab.images()[0].get_property("naturalWidth")) > 100, "the stored figure is shown")
-    assert [image.get_attribute("alt") for image in lab.images()[:1]] == [ALT]
+    lab.wait_until(lambda: lab.images("naturalWidth")[0] > 100, "the stored figure is shown")
+    assert lab.images("alt")[:1] == [ALT]
     lab.run_all(seconds=2 * MINUTES)
     assert lab.errors() == []
     control = lab.cell("slider(draw")
-    lab.wait_until(lambda: len(lab.images()) == 2, "both figures are there")
-    before = lab.images()[1].get_attribute("src")
+    lab.wait_until(lambda: len(lab.images("src")) == 2, "both figures are there")
+    before = lab.images("src")[1]
     lab.show(control)
-    handle = control.find_element("css selector", ".noUi-handle")
-    handle.send_keys(Keys.ARROW_RIGHT)
-    lab.wait_until(lambda: lab.images()[1].get_attribute("src") != before, "the figure of the slider's next value")
+    lab.element(control, ".noUi-handle").send_keys(Keys.ARROW_RIGHT)
+    lab.wait_until(lambda: lab.images("src")[1] != before, "the figure of the slider's next value")
     lab.screenshot("learner-slider", control)
     moved = f"The same figure for rank 4. For rank 2: {ALT}"
-    assert [image.get_attribute("alt") for image in lab.images()] == [ALT, moved]
+    assert lab.images("alt") == [ALT, moved]
     assert "Your progress" in lab.output(lab.cell("progress()"))

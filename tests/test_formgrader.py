@@ -48,7 +48,7 @@ def test_an_instructor_sees_the_grades_grades_by_hand_and_keeps_that_when_it_is_
 
         page.open_notebook(course, "ada")
         assert page.placeholder("check-fourfold_root") == "4"  # the automatic points
-        assert "1 point: a reason." in page.find("body").text  # the rubric
+        assert "1 point: a reason." in page.text("body")  # the rubric
         assert page.value("why_count") == ""
         page.write("why_count", "2.5")
         page.write("why_count-comment", "Good: **counting** is knowing.")
@@ -78,7 +78,7 @@ def test_what_was_found_is_shown_and_a_learners_script_is_only_text(course: Grad
     with served(course, tmp_path) as address, browser() as driver:
         page = Page(driver, address)
         page.open_notebook(course, "mallory")
-        page.until(lambda: SCRIPT in page.find("body").text, "the script is shown as text")
+        page.until(lambda: SCRIPT in page.text("body"), "the script is shown as text")
         assert driver.title != "taken over"
 
 

@@ -186,7 +186,9 @@ def test_opening_a_submission_in_the_formgrader_gives_no_points(
         driver.execute_async_script(SETTLED)
         assert driver.execute_script("return document.documentElement.dataset.ran || ''") == ""
         assert course.scores("mallory") == before
-        assert MARKUP in page.find(".breadcrumb .name-shown").get_attribute("textContent")
+        page.until(
+            lambda: MARKUP in page.find(".breadcrumb .name-shown").get_attribute("textContent"), "the name is there"
+        )
 
 
 def test_a_name_is_only_text_in_the_formgrader(course: GradingCourse, driver: Any, tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_a_name_is_only_text_in_the_formgrader(course: GradingCourse, driver: An
             driver.execute_async_script(SETTLED)
             assert driver.execute_script("return document.documentElement.dataset.ran || ''") == "", path
         page.open(pages[1])
-        assert NAMED in page.find(".breadcrumb").text
+        assert NAMED in page.text(".breadcrumb")
 
 
 def test_a_pasted_picture_is_shown(course: GradingCourse, driver: Any, tmp_path: Path) -> None:
