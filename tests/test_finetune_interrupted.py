@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from lora_from_scratch.cli import main
 from lora_from_scratch.finetune import evaluation
 from lora_from_scratch.finetune import run as running
+from lora_from_scratch.finetune.peak_memory import PeakMemory
 from lora_from_scratch.finetune.run import CHECKPOINT
 from lora_from_scratch.finetune.training import Trainer
 from lora_from_scratch.gpt2.checkpoint import load_gpt2, save_gpt2
@@ -87,6 +88,20 @@ def test_an_interrupted_run_goes_on_when_it_is_started_again(
         assert main(run_in(here, tmp_path)) == 0
     assert adapter(tmp_path) == adapter(here / "quiet")
     assert set(files_in(tmp_path)) == RESULT
+
+
+def test_the_peak_memory_of_an_interrupted_run_is_that_of_its_training(here: Path, tmp_path: Path) -> None:
+    """Also when it is interrupted after the last step, so that the process that writes the report trains nothing."""
+    peaks = iter((5_000, 9_000, 7_000))  # after each of the three steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PeakMemory, "bytes", lambda self: next(peaks))
+        patch.setattr(LoRA, "to_adapter", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(run_in(here, tmp_path)) == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PeakMemory, "bytes", lambda self: 100)
+        assert main(run_in(here, tmp_path)) == 0
+    report = json.loads((tmp_path / "report.json").read_text())["report"]
+    assert report["peak_memory_bytes"] == 9_000
 
 
 @pytest.mark.parametrize(

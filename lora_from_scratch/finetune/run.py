@@ -124,7 +124,8 @@ def finetune(run: Run, progress: bool = True) -> Report:
     completions = _completions(dataset, tokenizer, context, progress)
     model.gradient_checkpointing = run.gradient_checkpointing
     trained = sum(p.numel() for p in run.method.trainable(model).values())
-    history = _trainer(run, model, completions, base, progress).run()  # frees the optimiser's state for the evaluation
+    # The trainer is not kept, which frees the optimiser's state for the evaluation.
+    history = _trainer(run, model, completions, base, memory, progress).run()
     world.all_reduce([torch.zeros(())])  # a barrier: no process still needs the checkpoint when it is deleted
     report = Report(
         method=run.method.name,
@@ -132,7 +133,7 @@ def finetune(run: Run, progress: bool = True) -> Report:
         total_parameters=total,
         learning_rate=run.settings.learning_rate,
         seconds=history.seconds,
-        peak_memory_bytes=memory.bytes(),
+        peak_memory_bytes=history.peak_memory,
         saved_bytes=0,
         final_loss=sum(history.losses[-20:]) / len(history.losses[-20:]),
         output=str(run.output),
@@ -229,7 +230,9 @@ def _write_report(report: Report, run: Run) -> None:
     write_json(run.output / REPORT, document)
 
 
-def _trainer(run: Run, model: LanguageModel, completions: Completions, base: int, progress: bool) -> Trainer:
+def _trainer(
+    run: Run, model: LanguageModel, completions: Completions, base: int, memory: PeakMemory, progress: bool
+) -> Trainer:
     return Trainer(
         model,
         lambda step: completions.batch_at(step, run.batch_size, run.settings.seed),
@@ -238,6 +241,7 @@ def _trainer(run: Run, model: LanguageModel, completions: Completions, base: int
         optimizers=_paged_optimizers(run, model) if run.optimizer == "paged-adamw" else None,
         checkpoint=run.output / CHECKPOINT,
         checkpoint_every=run.checkpoint_every,
+        peak_memory=memory.bytes,
         # Fingerprints instead of names: what the names of the model and the data refer to may have changed.
         settings_tag=f"{run.method} batch {run.batch_size} model {base} data {completions.fingerprint()}",
         progress=progress,

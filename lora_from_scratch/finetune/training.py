@@ -170,6 +170,7 @@ class History:
     evaluations: list[dict[str, float]] = field(default_factory=list)  # each with its "step"
     tokens: int = 0  # predicted tokens in the whole run
     seconds: float = 0.0  # spent in training steps, including those before a resume
+    peak_memory: int = 0  # bytes; of a resumed run, the largest of all its processes
 
 
 class Trainer:
@@ -185,6 +186,7 @@ class Trainer:
         checkpoint: a file, written every `checkpoint_every` steps; if it exists, the run resumes from it.
         evaluate: called every `evaluate_every` steps and after the last; its results are recorded.
         settings_tag: identifies the data, the model and the method; a checkpoint with another tag is refused.
+        peak_memory: returns this process's peak memory so far in bytes; called after each step and recorded.
     """
 
     def __init__(
@@ -200,6 +202,7 @@ class Trainer:
         evaluate: Callable[[], dict[str, float]] | None = None,
         evaluate_every: int = 0,
         settings_tag: str = "",
+        peak_memory: Callable[[], int] = lambda: 0,
         progress: bool = True,
         description: str = "training",
     ) -> None:
@@ -219,7 +222,8 @@ class Trainer:
         self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.checkpoint_every, self.evaluate, self.evaluate_every = checkpoint_every, evaluate, evaluate_every
-        self.tag, self.progress, self.description = settings_tag, progress, description
+        self.tag, self.peak_memory = settings_tag, peak_memory
+        self.progress, self.description = progress, description
         self.world = World.from_environment()
         self.history = History()
         self.step = 0
@@ -252,6 +256,7 @@ class Trainer:
                 self.history.seconds += time.perf_counter() - started
                 self.history.losses.append(loss)
                 self.history.tokens += tokens
+                self.history.peak_memory = max(self.history.peak_memory, self.peak_memory())
                 self.step += 1
                 rate = self.history.tokens / self.history.seconds
                 bar.set_postfix_str(
