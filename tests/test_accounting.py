@@ -53,6 +53,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("multilora", {}),
     ("multilora", {"dropout": 0.1, "targets": ("c_attn",)}),
     ("nola", {"basis": 20}),
+    ("oft", {}),
+    ("oft", {"block_size": 4, "block_share": True}),
     ("adalora", {"rank": 4, "target_rank": 2}),
     ("lora-fa", {}),
     ("relora", {"dropout": 0.1}),

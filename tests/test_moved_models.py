@@ -29,6 +29,7 @@ from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.mora import MoRA
 from lora_from_scratch.methods.multilora import MultiLoRA
 from lora_from_scratch.methods.nola import NOLA
+from lora_from_scratch.methods.oft import OFT
 from lora_from_scratch.methods.pez import PEZ
 from lora_from_scratch.methods.pissa import PiSSA
 from lora_from_scratch.methods.prefix_tuning import PrefixTuning
@@ -72,6 +73,8 @@ METHODS: dict[str, Method] = {
     "remora": ReMoRA(rank=2),
     "mora": MoRA(rank=2),
     "glora": GLoRA(rank=2),
+    "oft": OFT(block_size=4),
+    "oft with one block": OFT(block_size=4, block_share=True),
     "ia3": IA3(),
     "layernorm": LayerNormTuning(),
     "adapter": Adapter(width=4),
