@@ -184,7 +184,7 @@ class OFT(WrapsLayers):
     name: ClassVar[str] = "oft"
     peft_type: ClassVar[str] = "OFT"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-2, 4e-4, "OFTv2 (Qiu et al. 2025); bundled: benchmarks/learning_rates.md"
+        1e-2, 4e-4, "BART-large on XSum (OFTv2, table 6); bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 24
     use_when: ClassVar[str] = (
