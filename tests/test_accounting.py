@@ -55,6 +55,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("nola", {"basis": 20}),
     ("oft", {}),
     ("oft", {"block_size": 4, "block_share": True}),
+    ("boft", {"block_size": 4}),
+    ("boft", {"block_size": 2, "factors": 3, "targets": ("c_attn",)}),
     ("adalora", {"rank": 4, "target_rank": 2}),
     ("lora-fa", {}),
     ("relora", {"dropout": 0.1}),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_from_scratch.methods.adalora import AdaLoRA
 from lora_from_scratch.methods.adapters import Adapter
 from lora_from_scratch.methods.bitfit import BitFit
+from lora_from_scratch.methods.boft import BOFT
 from lora_from_scratch.methods.dora import DoRA
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.methods.glora import GLoRA
@@ -75,6 +76,7 @@ METHODS: dict[str, Method] = {
     "glora": GLoRA(rank=2),
     "oft": OFT(block_size=4),
     "oft with one block": OFT(block_size=4, block_share=True),
+    "boft": BOFT(block_size=4),
     "ia3": IA3(),
     "layernorm": LayerNormTuning(),
     "adapter": Adapter(width=4),

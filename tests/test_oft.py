@@ -134,7 +134,7 @@ def cosines(W: Tensor) -> Tensor:
 
 
 def hyperspherical_energy(W: Tensor) -> Tensor:
-    """The sum over all pairs of neurons of 1 / (their distance on the unit sphere) (Qiu et al. 2023, section 3.1)."""
+    """The sum over all pairs of neurons of 1 / (their distance on the unit sphere) (Qiu et al. 2023, section 3.2)."""
     return (1 / torch.pdist(nn.functional.normalize(W, dim=1))).sum()
 
 

@@ -1,19 +1,19 @@
 """OFT (Qiu et al. 2023, arXiv:2306.07280): rotate the neurons of a layer instead of adding to its weight.
 
-A neuron of a layer is a row w of its weight W: (out, in). All neurons are rotated by the same orthogonal matrix R
-(section 3.1; there, neurons are the columns of the weight):
+A neuron of a layer is a row w of its weight W: (out, in). All of them are rotated by the same orthogonal matrix R (eq.
+2; the paper writes weights as (in, out), with the neurons as columns):
 
     w' = R w for each row w,   so   W' = W R^T   and   y = W' x + b = W (R^T x) + b
 
-A rotation changes neither the lengths of the neurons nor the angles between them, and so neither their "hyperspherical
-energy" nor the singular values of W. R is kept orthogonal by the Cayley transform of a skew-symmetric matrix, and to
-save parameters it is block-diagonal (section 3.2):
+A rotation changes neither the lengths of the neurons nor the angles between them, and so neither their hyperspherical
+energy (section 3.2) nor the singular values of W. R is kept orthogonal by the Cayley transform of a skew-symmetric
+matrix, and it is block-diagonal to save parameters (section 3.3):
 
     R = diag(R_1, ..., R_k),   R_i = (I + Q_i) (I - Q_i)^-1,   Q_i = -Q_i^T        R_i, Q_i: (b, b), k = in / b
 
 Learned are the b (b - 1) / 2 numbers below the diagonal of each Q_i. They start at zero, where R = I and nothing
-changes. In training it is cheaper to rotate the inputs back than to rotate the neurons, since W is then left alone and
-may be quantised (OFTv2; Qiu et al. 2025, arXiv:2506.19847, section 3.2).
+changes. In training it is cheaper to rotate the inputs back than to rotate the neurons, and W may then be quantised
+(OFTv2; Qiu et al. 2025, arXiv:2506.19847, section 3.2).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def skew_symmetric(entries: Tensor, size: int) -> Tensor:
 
 
 def cayley(Q: Tensor) -> Tensor:
-    """R = (I + Q) (I - Q)^-1, which is orthogonal if Q is skew-symmetric (Qiu et al. 2023, section 3.2).
+    """R = (I + Q) (I - Q)^-1, which is orthogonal if Q is skew-symmetric (Qiu et al. 2023, section 3.3).
 
     I - Q can always be inverted, since the eigenvalues of Q are imaginary. Because I + Q = 2 I - (I - Q),
 
@@ -87,6 +87,11 @@ def rotate(x: Tensor, R: Tensor) -> Tensor:
     """
     parts = x.unflatten(-1, (len(R), -1))  # (..., k, b)
     return torch.einsum("...kj,kij->...ki", parts, R).flatten(-2)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 if its type is a shorter one, in which matrices cannot be inverted."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def nearest_divisor(number: int, wanted: int, least: int = 1) -> int:
@@ -128,12 +133,20 @@ class OFTLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base(x)
-        return self.base(rotate(x, self.rotation().mT.to(x.dtype)))  # W (R^T x) + b
+        return self.base(self.turn(x, back=True))  # W (R^T x) + b
+
+    def turn(self, vectors: Tensor, back: bool = False) -> Tensor:
+        """R v for each of the vectors v, (..., in); R^T v with `back`."""
+        R = self.rotation().to(vectors.dtype)
+        return rotate(vectors, R.mT if back else R)
 
     def rotation(self) -> Tensor:
         """R, as its blocks (k, b, b), in at least float32."""
-        entries = self.oft_R.to(torch.promote_types(self.oft_R.dtype, torch.float32))
-        return cayley(skew_symmetric(entries, self.block_size)).expand(self.blocks, -1, -1)
+        return cayley(skew_symmetric(at_least_float32(self.oft_R), self.block_size)).expand(self.blocks, -1, -1)
+
+    def change_weight(self, W: Tensor) -> Tensor:
+        """The weight (out, in) in whose place merging puts W: each row w becomes R w."""
+        return self.turn(W)
 
     @property
     def merged(self) -> bool:
@@ -149,10 +162,10 @@ class OFTLinear(nn.Module):
         """W' = W R^T, rounded once, to the weight's dtype; keep W."""
         if self._unmerged is not None:
             return
-        weight, R = dense(self.base), self.rotation()
-        rotated = rotate(weight_of(self.base).to(R.dtype), R)  # each row w becomes R w
+        weight = dense(self.base)
+        changed = self.change_weight(at_least_float32(weight_of(self.base)))
         self._unmerged = weight.data
-        weight.data = (rotated.T if is_conv1d(self.base) else rotated).to(weight.dtype).contiguous()
+        weight.data = (changed.T if is_conv1d(self.base) else changed).to(weight.dtype).contiguous()
 
     @torch.no_grad()
     def unmerge(self) -> None:
