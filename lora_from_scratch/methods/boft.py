@@ -5,13 +5,13 @@ of which has other inputs in its blocks (section 4):
 
     R = B_m ... B_2 B_1,      B_i = P_i diag(R_i1, ..., R_ik) P_i^T,      R_ij: (b, b), orthogonal, k = in / b
 
-The permutations P_i are those of the butterfly: the inputs are cut into segments of b / 2, and B_i has segments in a
-block that are 2^(i - 1) segments apart, neighbours in B_1. After m factors each input meets 2^(m - 1) b others, with
-m (b - 1) / 2 parameters for each input; a block-diagonal R with blocks as large needs (2^(m - 1) b - 1) / 2.
-With m = 1 it is OFT.
+The permutations P_i are those of the butterfly: the inputs are cut into segments of b / 2, and each block of B_i acts
+on two segments that are 2^(i - 1) segments apart, that of B_1 on two neighbours. After m factors, 2^(m - 1) b inputs
+are mixed with one another. That takes m (b - 1) / 2 parameters for each input, where a block-diagonal R with blocks of
+that size takes (2^(m - 1) b - 1) / 2. With m = 1 it is OFT.
 
-As in PEFT, each neuron also has a learned length s (the "re-scaled" OFT, Qiu et al. 2023, section 3.5), which leaves
-the angles between neurons as they are:
+As in PEFT, the length of each neuron is also multiplied by a learned number s ("re-scaled" OFT, Qiu et al. 2023,
+section 3.5), which leaves the angles between neurons as they are as long as it is positive:
 
     y = s * (W (R^T x)) + b        s: (out,), starts at one
 """
@@ -132,8 +132,8 @@ class BOFT(WrapsLayers):
     learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 4e-4, "as OFT; bundled: benchmarks/learning_rates.md")
     position: ClassVar[float] = 24.1
     use_when: ClassVar[str] = (
-        "as for OFT, with fewer parameters for a rotation in which more inputs meet; it has not been compared with "
-        "LoRA at tuned rates here yet"
+        "the angles between the neurons of each layer should stay what they were and OFT takes too many parameters; "
+        "it has not been compared with LoRA at tuned rates here yet"
     )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"boft"})
