@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_from_scratch.methods.adalora import AdaLoRA
 from lora_from_scratch.methods.adapters import Adapter
 from lora_from_scratch.methods.bitfit import BitFit
+from lora_from_scratch.methods.boft import BOFT
 from lora_from_scratch.methods.dora import DoRA
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.methods.glora import GLoRA
@@ -29,6 +30,7 @@ from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.mora import MoRA
 from lora_from_scratch.methods.multilora import MultiLoRA
 from lora_from_scratch.methods.nola import NOLA
+from lora_from_scratch.methods.oft import OFT
 from lora_from_scratch.methods.pez import PEZ
 from lora_from_scratch.methods.pissa import PiSSA
 from lora_from_scratch.methods.prefix_tuning import PrefixTuning
@@ -72,6 +74,9 @@ METHODS: dict[str, Method] = {
     "remora": ReMoRA(rank=2),
     "mora": MoRA(rank=2),
     "glora": GLoRA(rank=2),
+    "oft": OFT(block_size=4),
+    "oft with one block": OFT(block_size=4, block_share=True),
+    "boft": BOFT(block_size=4),
     "ia3": IA3(),
     "layernorm": LayerNormTuning(),
     "adapter": Adapter(width=4),

@@ -18,6 +18,7 @@ from lora_from_scratch.methods.glora import GLoRA
 from lora_from_scratch.methods.ia3 import IA3
 from lora_from_scratch.methods.layernorm_tuning import LayerNormTuning
 from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.oft import OFT
 from lora_from_scratch.methods.registry import load_adapter
 from lora_from_scratch.methods.vera import VeRA, VeRALinear, draw_projections
 from tests.any_models import logits_of, model_of, weighted_mean
@@ -60,13 +61,28 @@ def glora_of_vectors(kind: str) -> tuple[Method, Any]:
     return ours, config
 
 
+def oft(kind: str) -> tuple[Method, Any]:
+    config = peft.OFTConfig(target_modules=list(NAMED[kind]), oft_block_size=5, use_cayley_neumann=False)
+    return OFT(targets=NAMED[kind], block_size=5), config
+
+
+def oft_with_one_block(kind: str) -> tuple[Method, Any]:
+    config = peft.OFTConfig(
+        target_modules=list(NAMED[kind]), oft_block_size=4, block_share=True, use_cayley_neumann=False
+    )
+    return OFT(targets=NAMED[kind], block_size=4, block_share=True), config
+
+
 METHODS: dict[str, Callable[[str], tuple[Method, Any]]] = {
     "vera": vera,
     "ia3": ia3,
     "layernorm": layernorm,
     "glora": glora,
     "glora of vectors": glora_of_vectors,
+    "oft": oft,
+    "oft with one block": oft_with_one_block,
 }
+NO_CONV1D = ("glora", "oft")  # peft refuses it for these
 
 
 def read_by_peft(kind: str, directory: Path) -> Any:
@@ -108,9 +124,7 @@ def assert_equal(ours: Any, theirs: Any, kind: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [
-        (name, kind) for name in METHODS for kind in KINDS if kind != "gpt2" or "glora" not in name
-    ],  # peft refuses Conv1D
+    [(name, kind) for name in METHODS for kind in KINDS if kind != "gpt2" or name.split()[0] not in NO_CONV1D],
 )
 def test_logits_and_gradients_equal_pefts_and_adapters_travel_both_ways(name: str, kind: str, tmp_path: Path) -> None:
     method, config = METHODS[name](kind)
