@@ -53,6 +53,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("multilora", {}),
     ("multilora", {"dropout": 0.1, "targets": ("c_attn",)}),
     ("nola", {"basis": 20}),
+    ("randlora", {"rank": 5}),
+    ("randlora", {"rank": 3, "dropout": 0.1, "targets": ("c_attn", "mlp.c_proj")}),
     ("adalora", {"rank": 4, "target_rank": 2}),
     ("lora-fa", {}),
     ("relora", {"dropout": 0.1}),
