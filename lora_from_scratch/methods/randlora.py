@@ -1,31 +1,33 @@
-"""RandLoRA (Albert et al. 2025, arXiv:2502.00987): a sum of products of random matrices, whose rank is not limited to r.
+"""RandLoRA (Albert et al. 2025, arXiv:2502.00987): a sum of products of random matrices, of any rank.
 
-All layers share n frozen random matrices B_1 ... B_n and one A. A layer learns two diagonal matrices for each product:
+All layers share one random matrix A and n random matrices B_j, which are never trained. A layer learns two diagonal
+matrices for each j:
 
-    y = W x + b + s * sum over j of B_j Lambda_j A Gamma_j x        s = alpha / r
-    Gamma_j: (in, in), A: (r, in), Lambda_j: (r, r), B_j: (out, r), j = 1 ... n, n = in / r rounded up
+    y = W x + b + s * sum over j of B_j Lambda_j A Gamma_j x        s = alpha / r,    j = 1 ... n,    n = ceil(d / r)
+    B_j: (out, r), Lambda_j: (r, r), A: (r, d), Gamma_j: (d, d)     for d = in <= out
 
-Here in <= out. A layer with fewer outputs than inputs has the transpose of such a sum, so Gamma_j always stands on the
-smaller side of W. With d = min(in, out) a layer learns n (r + d) numbers, about d + d^2 / r: a *smaller* r means more of
-them. Lambda_j starts at zero, so at the start nothing changes; Gamma_j starts as the identity divided by d.
+Where out < in, d is out, and the change is the transpose of such a sum: the diagonals stand on the smaller side. A
+layer learns n (r + d) numbers, about d + d^2 / r, so a larger r means fewer of them. Every Lambda_j starts at zero, so
+at the start nothing changes; every Gamma_j starts at the identity divided by d.
 
-Each product has rank r at most, and their sum can have any rank up to d: with [ ] for matrices side by side and
-[ ; ] for matrices one below the other, it is
+Each product has at most rank r. The sum can have rank d. It is the product of two matrices, the B_j side by side and
+the Lambda_j A Gamma_j one below the other,
 
-    [B_1 ... B_n] [Lambda_1 A Gamma_1; ...; Lambda_n A Gamma_n] = B A'        B: (out, n r), A': (n r, d)
+    sum = B A'        B = [B_1 ... B_n]: (out, n r),    A': (n r, d)
 
-and both factors have rank d for almost all values. (Proof for A': where Gamma_j is zero but for the columns from (j - 1) r
-on, A' is block diagonal.) It takes different Gamma_j: as long as they are equal, B A' = (sum of B_j Lambda_j) A Gamma has
-rank r. So it is after the first step, in which Gamma gets no gradient, because Lambda is zero.
+whose common side n r is at least d. For almost all values of B, A, Lambda and Gamma it has rank d. (That A' can: let
+Gamma_1 be zero but for its first r columns, Gamma_2 but for the next r, ...; then A' is block-diagonal.) But while all
+Gamma_j are equal, the sum is (sum of B_j Lambda_j) A Gamma, of rank r. They are at the start, and still after the first
+step, in which Gamma has no gradient because Lambda is zero.
 
-A' is a LoRA's A of rank n r >= d, as large as a square weight. It is computed in every forward pass and once more in
-the backward pass, which keeps what goes into it instead.
+A' is as large as a square weight. It is computed again in the backward pass, in place of being kept. The scaling is
+PEFT's; the authors' code also divides it by the square root of n.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, ClassVar
@@ -51,7 +53,7 @@ PEFT_A, PEFT_B = "base_model.randlora_A", "base_model.randlora_B"
 
 
 def bases_for(side: int, rank: int) -> int:
-    """n, how many products of rank r it takes for rank d: d / r rounded up."""
+    """n, how many products of rank r can add up to a matrix whose smaller side is `side`."""
     return math.ceil(side / rank)
 
 
@@ -89,15 +91,16 @@ def scaled_rows(A: Tensor, lambdas: Tensor, gammas: Tensor) -> Tensor:
         gammas: (n, d), row j the diagonal of Gamma_j.
 
     Returns:
-        (r n, d), for k = 1 all j, and so on. Gradients flow to the lambdas and the gammas.
+        (r n, d): all j for the first row of A, then all j for the second. Gradients flow to the lambdas and the gammas.
     """
     return (lambdas[:, :, None] * A * gammas).flatten(0, 1)
 
 
 class RandLoRALinear(LoRALinear):
-    """A layer that shares A (r, 1, d) and B (large, n, r), and learns `randlora_lambda` (r, n), `randlora_gamma` (n, d).
+    """A layer that learns `randlora_lambda` (r, n), whose columns are the Lambda_j, and `randlora_gamma` (n, d).
 
-    Of larger shared matrices it uses the first columns of A, the first rows of B and the first n of the B_j.
+    Of the shared A (r, 1, ...) it uses the first d columns, and of B (..., ..., r) the first n of the B_j, and of their
+    rows as many as it has outputs (inputs, if these are more).
     """
 
     def __init__(self, base: nn.Module, shared: Projections, alpha: float, dropout: float = 0.0) -> None:
@@ -118,14 +121,13 @@ class RandLoRALinear(LoRALinear):
         return scaled_rows(self.shared.A[:, :, :d], self.randlora_lambda, self.randlora_gamma)
 
     def all_B(self) -> Tensor:
-        """B (max(in, out), n r).
+        """B (max(in, out), n r), a view of the shared one.
 
-        Its columns are those of B_1, those of B_2 and so on, while the rows of A' have j as the faster index. So B_j in
-        the equation is made of the columns j, n + j, 2 n + j ... of this. That is how PEFT and the authors' code pair
-        them; all columns are alike.
+        The rows of A' are in the order of k and then j, so B_j in the equation is made of the columns j, n + j, 2 n + j
+        ... of this matrix, and not of `shared.B[:, j]`. It is the same in PEFT and in the authors' code.
         """
         n = len(self.randlora_gamma)
-        return self.shared.B[: max(in_and_out(self.base)), :n].flatten(1)  # a view
+        return self.shared.B[: max(in_and_out(self.base)), :n].flatten(1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The two matrices that x is multiplied by: (n r, in) and (out, n r)."""
@@ -141,18 +143,19 @@ class RandLoRALinear(LoRALinear):
         B = self.all_B().to(x.dtype)
         inputs, outputs = in_and_out(self.base)
         if inputs <= outputs:
-            h = self._recomputing_A(lambda x, A: F.linear(x, A), x)  # (..., n r)
+            h = self.recomputing_A(F.linear, x)  # (..., n r)
             return add_product(y, h, B, self.scaling)  # y + s B A' x
-        change = self._recomputing_A(lambda h, A: F.linear(h, A.T), F.linear(x, B.T))
+        change = self.recomputing_A(torch.matmul, x @ B)
         return torch.add(y, change, alpha=self.scaling)  # y + s A'^T B^T x
 
-    def _recomputing_A(self, function: Any, x: Tensor) -> Tensor:
-        """`function(x, A')`, which keeps x for the backward pass, but not A'."""
+    def recomputing_A(self, product: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """`product(x, A')`, which keeps x for the backward pass and computes A' again."""
 
         def run(x: Tensor) -> Tensor:
-            return function(x, self.scaled_A().to(x.dtype))
+            return product(x, self.scaled_A().to(x.dtype))
 
-        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        result: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        return result
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,12 @@ class RandLoRA(VeRA):
     name: ClassVar[str] = "randlora"
     peft_type: ClassVar[str] = "RANDLORA"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-3, 1e-4, "RoBERTa on GLUE in PaulAlbert31/RandLoRA; bundled: benchmarks/learning_rates.md"
+        3e-3, 1e-4, "LLaMA-3.2-3B in PEFT's method_comparison; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 15.3
     use_when: ClassVar[str] = (
-        "the change of the weights should not be limited to a low rank, with about as many parameters as a LoRA; it "
-        "has not been compared with the others at tuned learning rates yet"
+        "the change of a weight should not be limited to a low rank, with as few parameters as a LoRA has; it has "
+        "not been compared with other methods at tuned rates here yet"
     )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"randlora"})
     layer: ClassVar[type[nn.Module]] = RandLoRALinear
