@@ -134,7 +134,7 @@ def short_run(here: Path, output: Path, name: str, **settings: Any) -> Run:
 
 
 FITTING = [name for name, cls in method_classes().items() if not cls.needs_gpt2]
-IN_PEFT = ("dora", "pissa", "vera", "adalora", "ia3", "layernorm")
+IN_PEFT = ("dora", "pissa", "vera", "randlora", "adalora", "ia3", "layernorm")
 
 
 @pytest.mark.parametrize("name", FITTING)

@@ -198,7 +198,11 @@ class RandLoRA(VeRA):
         return {name: RandLoRALinear(base, shared, self.alpha, self.dropout) for name, base in bases.items()}
 
     def to_adapter(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's own fields and keys."""
+        """PEFT's own fields and keys.
+
+        Random matrices are there once. PEFT writes them once more for each layer; it loads them from here, but warns
+        that the copies are missing.
+        """
         optional = {"projection_prng_key": self.projection_seed, "randlora_dropout": self.dropout}
         config = self.peft_config(model, r=self.rank, randlora_alpha=self.alpha)
         config |= {name: value for name, value in optional.items() if value}
@@ -230,7 +234,11 @@ class RandLoRA(VeRA):
             # Cloned, because a product with a tensor that is aligned differently may round its last bit differently.
             projections=(tensors[PEFT_A].clone(), tensors[PEFT_B].clone()) if saved else None,
         )
-        state = {key.removeprefix(adapter_files.PREFIX): t for key, t in tensors.items() if key not in (PEFT_A, PEFT_B)}
+        shared = (
+            PEFT_A.removeprefix("base_model"),
+            PEFT_B.removeprefix("base_model"),
+        )  # PEFT repeats them in each layer
+        state = {key.removeprefix(adapter_files.PREFIX): t for key, t in tensors.items() if not key.endswith(shared)}
         return method, state
 
     @classmethod
