@@ -20,8 +20,9 @@ Gamma_1 be zero but for its first r columns, Gamma_2 but for the next r, ...; th
 Gamma_j are equal, the sum is (sum of B_j Lambda_j) A Gamma, of rank r. They are at the start, and still after the first
 step, in which Gamma has no gradient because Lambda is zero.
 
-A' is as large as a square weight. It is computed again in the backward pass, in place of being kept. The scaling is
-PEFT's; the authors' code also divides it by the square root of n.
+A' is as large as a square weight. It is computed again in the backward pass, in place of being kept: on GPT-2 small
+with 4 x 128 tokens a step keeps 332 MiB, and 546 without this (PEFT's: 654). The scaling is PEFT's; the authors' code
+also divides it by the square root of n.
 """
 
 from __future__ import annotations
