@@ -57,6 +57,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("oft", {"block_size": 4, "block_share": True}),
     ("boft", {"block_size": 4}),
     ("boft", {"block_size": 2, "factors": 3, "targets": ("c_attn",)}),
+    ("randlora", {"rank": 5}),
+    ("randlora", {"rank": 3, "dropout": 0.1, "targets": ("c_attn", "mlp.c_proj")}),
     ("adalora", {"rank": 4, "target_rank": 2}),
     ("lora-fa", {}),
     ("relora", {"dropout": 0.1}),

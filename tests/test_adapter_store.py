@@ -16,6 +16,7 @@ from lora_from_scratch.methods.ia3 import IA3
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.nola import NOLA
+from lora_from_scratch.methods.randlora import RandLoRA
 from lora_from_scratch.methods.tied_lora import TiedLoRA
 from lora_from_scratch.methods.vera import VeRA
 from lora_from_scratch.serving.adapter_reading import AdapterReader
@@ -212,6 +213,7 @@ def test_a_negative_alpha_is_not_remembered_for_another_adapter(folder: Path) ->
         (BitFit(), "bitfit"),
         (IA3(), "ia3"),
         (VeRA(rank=2, targets=("c_attn",)), "vera"),
+        (RandLoRA(rank=2, targets=("c_attn",)), "randlora"),
     ],
 )
 def test_what_is_not_a_change_of_low_rank_is_refused(folder: Path, method: Method, message: str) -> None:

@@ -135,7 +135,7 @@ def short_run(here: Path, output: Path, name: str, **settings: Any) -> Run:
 
 
 FITTING = [name for name, cls in method_classes().items() if not cls.needs_gpt2]
-IN_PEFT = ("dora", "pissa", "vera", "adalora", "oft", "ia3", "layernorm")
+IN_PEFT = ("dora", "pissa", "vera", "adalora", "oft", "ia3", "layernorm", "randlora")
 
 
 @pytest.mark.parametrize("name", FITTING)

@@ -26,6 +26,7 @@ from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.prefix_tuning import PrefixTuning
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
+from lora_from_scratch.methods.randlora import RandLoRA
 from lora_from_scratch.methods.registry import load_adapter
 from tests.helpers import real_checkpoint
 from tests.test_peft_format import SMALL, hugging_face
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
     "LoRA": LoRA(rank=4, alpha=8),
     "LoRA on q and v": LoRA(rank=4, alpha=8, targets=("c_attn.q", "c_attn.v")),
     "rsLoRA": LoRA(rank=4, alpha=8, targets=("c_attn", "mlp.c_proj"), rslora=True),
+    "RandLoRA": RandLoRA(rank=32, alpha=32),
     "soft prompt": PromptTuning(P),
     "prefix": PrefixTuning(P, reparametrise=False),
     "LLaMA-Adapter as peft has it": LlamaAdapter(P, top_layers=3, as_peft=True),
@@ -75,7 +77,7 @@ def randomise(parameters: Iterable[tuple[str, nn.Parameter]], seed: int, size: f
 
 def size_of(method: Method) -> float:
     """Of random values that change the logits well: two factors of a weight, or vectors of an attention layer."""
-    return 0.03 if isinstance(method, LoRA) else 0.3
+    return 0.03 if isinstance(method, LoRA | RandLoRA) else 0.3
 
 
 def tokens_for(base: GPT2) -> Tensor:
@@ -88,6 +90,7 @@ def read_by_peft(base: GPT2, directory: Path) -> Any:
     prompts = peft.PeftConfig.from_pretrained(str(directory)).is_prompt_learning  # peft loads those for inference only
     with warnings.catch_warnings():
         warnings.simplefilter("error", category=UserWarning)  # "found missing adapter keys" and the like
+        warnings.filterwarnings("ignore", message="Specified to not save basis_A")  # RandLoRA's, drawn from a seed
         theirs = peft.PeftModel.from_pretrained(hugging_face(base), str(directory), is_trainable=not prompts)
     if prompts:
         theirs.prompt_encoder.requires_grad_(True)
@@ -99,7 +102,7 @@ def under_our_names(theirs: Any) -> dict[str, nn.Parameter]:
     found = {}
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:
-            name = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            name = name.removeprefix("base_model.model.").removesuffix(".default.weight").removesuffix(".default")
             if name.startswith("prompt_encoder."):
                 soft_prompt = theirs.peft_config["default"].peft_type == "PROMPT_TUNING"
                 name = name.removeprefix("prompt_encoder.default.").replace("embedding.weight", "embedding")

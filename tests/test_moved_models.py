@@ -37,6 +37,7 @@ from lora_from_scratch.methods.prefix_tuning import PrefixTuning
 from lora_from_scratch.methods.prompt_tuning import PromptTuning
 from lora_from_scratch.methods.qa_lora import QALoRA
 from lora_from_scratch.methods.qlora import QLoRA
+from lora_from_scratch.methods.randlora import RandLoRA
 from lora_from_scratch.methods.registry import method_classes
 from lora_from_scratch.methods.relora import ReLoRA
 from lora_from_scratch.methods.remora import ReMoRA
@@ -68,6 +69,7 @@ METHODS: dict[str, Method] = {
     "vera": VeRA(rank=3),
     "tied-lora": TiedLoRA(rank=2),
     "nola": NOLA(rank=2, basis=5),
+    "randlora": RandLoRA(rank=3, alpha=3),
     "adalora": AdaLoRA(rank=3, target_rank=2),
     "multilora": MultiLoRA(rank=2),
     "relora": ReLoRA(rank=2, targets="all-linear"),

@@ -19,6 +19,7 @@ from lora_from_scratch.methods.ia3 import IA3
 from lora_from_scratch.methods.layernorm_tuning import LayerNormTuning
 from lora_from_scratch.methods.method import Method
 from lora_from_scratch.methods.oft import OFT
+from lora_from_scratch.methods.randlora import RandLoRA
 from lora_from_scratch.methods.registry import load_adapter
 from lora_from_scratch.methods.vera import VeRA, VeRALinear, draw_projections
 from tests.any_models import logits_of, model_of, weighted_mean
@@ -35,6 +36,17 @@ def vera(kind: str) -> tuple[Method, Any]:
         r=5, target_modules=list(NAMED[kind]), projection_prng_key=7, fan_in_fan_out=kind == "gpt2"
     )
     return VeRA(targets=NAMED[kind], rank=5, projection_seed=7), config
+
+
+def randlora(kind: str) -> tuple[Method, Any]:
+    config = peft.RandLoraConfig(
+        r=5,
+        randlora_alpha=5,
+        target_modules=list(NAMED[kind]),
+        projection_prng_key=7,
+        fan_in_fan_out=kind == "gpt2",
+    )
+    return RandLoRA(targets=NAMED[kind], rank=5, alpha=5, projection_seed=7), config
 
 
 def ia3(kind: str) -> tuple[Method, Any]:
@@ -75,6 +87,7 @@ def oft_with_one_block(kind: str) -> tuple[Method, Any]:
 
 METHODS: dict[str, Callable[[str], tuple[Method, Any]]] = {
     "vera": vera,
+    "randlora": randlora,
     "ia3": ia3,
     "layernorm": layernorm,
     "glora": glora,
