@@ -53,6 +53,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("multilora", {}),
     ("multilora", {"dropout": 0.1, "targets": ("c_attn",)}),
     ("nola", {"basis": 20}),
+    ("fourierft", {"n_frequency": 20}),
+    ("fourierft", {"n_frequency": 20, "targets": ("c_attn",)}),
     ("adalora", {"rank": 4, "target_rank": 2}),
     ("lora-fa", {}),
     ("relora", {"dropout": 0.1}),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.checkpoint import load_model
 from lora_from_scratch.gpt2.model import GPT2, GPT2Config, next_token_loss
+from lora_from_scratch.methods.fourierft import FourierFT
 from lora_from_scratch.methods.llama_adapter import LlamaAdapter
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
     "LoRA": LoRA(rank=4, alpha=8),
     "LoRA on q and v": LoRA(rank=4, alpha=8, targets=("c_attn.q", "c_attn.v")),
     "rsLoRA": LoRA(rank=4, alpha=8, targets=("c_attn", "mlp.c_proj"), rslora=True),
+    "FourierFT": FourierFT(),
     "soft prompt": PromptTuning(P),
     "prefix": PrefixTuning(P, reparametrise=False),
     "LLaMA-Adapter as peft has it": LlamaAdapter(P, top_layers=3, as_peft=True),
@@ -99,7 +101,7 @@ def under_our_names(theirs: Any) -> dict[str, nn.Parameter]:
     found = {}
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:
-            name = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            name = name.removeprefix("base_model.model.").removesuffix(".default.weight").removesuffix(".default")
             if name.startswith("prompt_encoder."):
                 soft_prompt = theirs.peft_config["default"].peft_type == "PROMPT_TUNING"
                 name = name.removeprefix("prompt_encoder.default.").replace("embedding.weight", "embedding")
