@@ -68,8 +68,8 @@ def test_thin_matrices_give_the_same_outputs_without_the_update_itself(shape: tu
     c, places = drawn(shape, 5)
     c.requires_grad_(True)
     j, k = torch.tensor(rows_and_columns(places, shape), dtype=torch.float64).T
-    a = PI2 * torch.arange(outputs)[:, None] * j / outputs  # (out, n)
-    b = PI2 * torch.arange(inputs) * k[:, None] / inputs  # (n, in)
+    a = PI2 * torch.arange(outputs, dtype=torch.float64)[:, None] * j / outputs  # (out, n)
+    b = PI2 * torch.arange(inputs, dtype=torch.float64) * k[:, None] / inputs  # (n, in)
     A = torch.cat([b.cos(), b.sin()])  # (2 n, in)
     B = torch.cat([a.cos(), -a.sin()], dim=1)  # (out, 2 n)
     x = torch.randn(3, inputs, dtype=torch.float64)
