@@ -24,11 +24,11 @@ so s and the learning rate act only through their product when c starts at zero 
 the rank is at most min(2 n, in, out). But cosines are even: dW[p, q] = dW[-p mod out, -q mod in], whatever c is. About
 half of all directions of W cannot be reached, however large n is, and of two mirrored places one is superfluous.
 
-**Cost.** As cos(a + b) = cos a cos b - sin a sin b, dW is a product of thin matrices, (out, 2 n) diag(c, c) (2 n, in),
-as in VeRA. That way x needs 2 n (in + out) multiply-adds per token; with dW itself it needs in out, and once in each
-forward pass a fast Fourier transform and the memory of a second W. The thin matrices are cheaper only below
-n = in out / (2 (in + out)): 192 for a weight of 768 by 768. n is usually 1000, so dW is computed here. Merged, it costs
-nothing.
+**Cost.** As cos(a + b) = cos a cos b - sin a sin b, dW is a product of thin matrices, (out, 2 n) diag(c, c) (2 n, in):
+frozen ones with learned numbers between them, as in VeRA. With these a token takes 2 n (in + out) multiply-adds. With
+dW itself it takes in out, and each forward pass a fast Fourier transform and the memory of a second W. The thin
+matrices are cheaper only below n = in out / (2 (in + out)): 192 for a weight of 768 by 768. n is usually 1000, so dW is
+computed here. Merged, neither is needed.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class FourierFT(WrapsLayers):
     n_frequency: int = hyperparameter(1000, "n, the learned entries of each layer's Fourier spectrum")
     scaling: float = hyperparameter(300.0, "s, by which the update is multiplied")  # the paper's; 150 in PEFT
     entry_seed: int = hyperparameter(PEFT_SEED, "seed of the random places of these entries")
-    start: str = hyperparameter(BASE, "base: nothing changes at the start; random: as in the paper and in PEFT")
+    start: str = hyperparameter(BASE, "base: nothing changes at the start; random: as in the authors' package")
     seed: int = 0  # of the first values, if they are random
 
     name: ClassVar[str] = "fourierft"
