@@ -328,6 +328,17 @@ def test_what_is_loaded_is_the_same_method(start: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(back, "gpt2"), logits_of(model, "gpt2"))
 
 
+def test_fields_that_are_left_out_have_pefts_defaults(tmp_path: Path) -> None:
+    saved(tmp_path, FourierFT(targets=("c_attn",), n_frequency=30, scaling=7, entry_seed=5))
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    for field in ("scaling", "random_loc_seed", "init_weights"):
+        del config[field]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    method = load_adapter(model_of("gpt2"), tmp_path)
+    assert isinstance(method, FourierFT)
+    assert (method.scaling, method.entry_seed, method.start) == (150.0, 777, "random")
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_pefts_defaults_are_read_and_its_merged_weights_are_ours(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
