@@ -59,6 +59,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("boft", {"block_size": 2, "factors": 3, "targets": ("c_attn",)}),
     ("randlora", {"rank": 5}),
     ("randlora", {"rank": 3, "dropout": 0.1, "targets": ("c_attn", "mlp.c_proj")}),
+    ("fourierft", {"n_frequency": 20}),
+    ("fourierft", {"n_frequency": 20, "targets": ("c_attn",)}),
     ("adalora", {"rank": 4, "target_rank": 2}),
     ("lora-fa", {}),
     ("relora", {"dropout": 0.1}),

@@ -120,6 +120,7 @@ def test_what_is_generated_is_what_transformers_generates(
 FOR_LLAMA: dict[str, dict[str, Any]] = {
     "adapter": {"width": 4},
     "adalora": {"rank": 3, "target_rank": 2},
+    "fourierft": {"n_frequency": 40},
     "qa-lora": {"rank": 2, "group_size": 4},
     "boft": {"block_size": 4},
     "ia3": {"targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)},
@@ -135,7 +136,7 @@ def short_run(here: Path, output: Path, name: str, **settings: Any) -> Run:
 
 
 FITTING = [name for name, cls in method_classes().items() if not cls.needs_gpt2]
-IN_PEFT = ("dora", "pissa", "vera", "adalora", "oft", "ia3", "layernorm", "randlora")
+IN_PEFT = ("dora", "pissa", "vera", "adalora", "oft", "ia3", "layernorm", "randlora", "fourierft")
 
 
 @pytest.mark.parametrize("name", FITTING)

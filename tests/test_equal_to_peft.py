@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.checkpoint import load_model
 from lora_from_scratch.gpt2.model import GPT2, GPT2Config, next_token_loss
+from lora_from_scratch.methods.fourierft import FourierFT
 from lora_from_scratch.methods.llama_adapter import LlamaAdapter
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method
@@ -37,6 +38,7 @@ METHODS: dict[str, Method] = {
     "LoRA on q and v": LoRA(rank=4, alpha=8, targets=("c_attn.q", "c_attn.v")),
     "rsLoRA": LoRA(rank=4, alpha=8, targets=("c_attn", "mlp.c_proj"), rslora=True),
     "RandLoRA": RandLoRA(rank=32, alpha=32),
+    "FourierFT": FourierFT(),
     "soft prompt": PromptTuning(P),
     "prefix": PrefixTuning(P, reparametrise=False),
     "LLaMA-Adapter as peft has it": LlamaAdapter(P, top_layers=3, as_peft=True),

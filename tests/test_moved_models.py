@@ -14,6 +14,7 @@ from lora_from_scratch.methods.adapters import Adapter
 from lora_from_scratch.methods.bitfit import BitFit
 from lora_from_scratch.methods.boft import BOFT
 from lora_from_scratch.methods.dora import DoRA
+from lora_from_scratch.methods.fourierft import FourierFT
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
 from lora_from_scratch.methods.glora import GLoRA
 from lora_from_scratch.methods.ia3 import IA3
@@ -70,6 +71,7 @@ METHODS: dict[str, Method] = {
     "tied-lora": TiedLoRA(rank=2),
     "nola": NOLA(rank=2, basis=5),
     "randlora": RandLoRA(rank=3, alpha=3),
+    "fourierft": FourierFT(n_frequency=20),
     "adalora": AdaLoRA(rank=3, target_rank=2),
     "multilora": MultiLoRA(rank=2),
     "relora": ReLoRA(rank=2, targets="all-linear"),

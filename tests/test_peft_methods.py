@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lora_from_scratch.methods.fourierft import FourierFT
 from lora_from_scratch.methods.glora import GLoRA
 from lora_from_scratch.methods.ia3 import IA3
 from lora_from_scratch.methods.layernorm_tuning import LayerNormTuning
@@ -47,6 +48,13 @@ def randlora(kind: str) -> tuple[Method, Any]:
         fan_in_fan_out=kind == "gpt2",
     )
     return RandLoRA(targets=NAMED[kind], rank=5, alpha=5, projection_seed=7), config
+
+
+def fourierft(kind: str) -> tuple[Method, Any]:
+    config = peft.FourierFTConfig(
+        n_frequency=20, target_modules=list(NAMED[kind]), init_weights=True, fan_in_fan_out=kind == "gpt2"
+    )
+    return FourierFT(targets=NAMED[kind], n_frequency=20, scaling=150), config
 
 
 def ia3(kind: str) -> tuple[Method, Any]:
@@ -88,6 +96,7 @@ def oft_with_one_block(kind: str) -> tuple[Method, Any]:
 METHODS: dict[str, Callable[[str], tuple[Method, Any]]] = {
     "vera": vera,
     "randlora": randlora,
+    "fourierft": fourierft,
     "ia3": ia3,
     "layernorm": layernorm,
     "glora": glora,
