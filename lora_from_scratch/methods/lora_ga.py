@@ -162,7 +162,7 @@ class LoRAGA(PiSSA):
 
     name: ClassVar[str] = "lora-ga"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 2e-5, "Outsider565/LoRA-GA, example for LLaMA-2-7B; bundled: benchmarks/learning_rates.md"
+        1e-3, 2e-5, "Outsider565/LoRA-GA, example for LLaMA-2-7B; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 14.5
     use_when: ClassVar[str] = (
