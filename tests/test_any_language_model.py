@@ -121,6 +121,7 @@ FOR_LLAMA: dict[str, dict[str, Any]] = {
     "adapter": {"width": 4},
     "adalora": {"rank": 3, "target_rank": 2},
     "qa-lora": {"rank": 2, "group_size": 4},
+    "lora-ga": {"rank": 4},
     "ia3": {"targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)},
 }
 
@@ -134,7 +135,7 @@ def short_run(here: Path, output: Path, name: str, **settings: Any) -> Run:
 
 
 FITTING = [name for name, cls in method_classes().items() if not cls.needs_gpt2]
-IN_PEFT = ("dora", "pissa", "vera", "adalora", "ia3", "layernorm")
+IN_PEFT = ("dora", "pissa", "lora-ga", "vera", "adalora", "ia3", "layernorm")
 
 
 @pytest.mark.parametrize("name", FITTING)

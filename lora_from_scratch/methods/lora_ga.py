@@ -100,9 +100,9 @@ class LoRAGALinear(PiSSALinear):
 def begin_with_gradients(model: nn.Module, layers: Mapping[str, LoRAGALinear], batch: Any, gamma: float) -> None:
     """Start these layers with the gradients of the loss on a batch.
 
-    One forward and one backward pass without dropout, in the precision of the weights. A gradient is factored as soon
-    as it is complete and then freed, so there are never the gradients of all weights at once. A layer that the batch
-    does not reach begins as a LoRA.
+    One forward and one backward pass in training mode, in the precision of the weights. Each gradient is factored as
+    soon as it is complete and then freed, so the gradients of all weights are never in memory together. A layer that
+    the batch does not reach begins as a LoRA.
 
     Args:
         model: maps `input_ids` to logits.
@@ -123,7 +123,7 @@ def begin_with_gradients(model: nn.Module, layers: Mapping[str, LoRAGALinear], b
     for name, weight in weights.items():
         weight.requires_grad_(True)
         hooks.append(weight.register_post_accumulate_grad_hook(partial(factor, name)))
-    model.eval()
+    model.train()
     batch = batch.to(next(iter(weights.values())).device)
     loss = next_token_loss(model(batch.input_ids, attention_mask=batch.attention_mask), batch.labels)
     loss.backward(inputs=list(weights.values()))  # and not to A, B and what else is trained
@@ -158,11 +158,11 @@ class LoRAGA(PiSSA):
     alpha: float = hyperparameter(16, "strength: the change is scaled by alpha / sqrt(rank)")  # as in the paper
     rslora: bool = hyperparameter(True, "multiply by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
     decomposition: str = field(default="svd", init=False, repr=False)  # of the gradient
-    gamma: float = hyperparameter(16, "A and B begin with the size out^(1/4) / sqrt(gamma)")
+    gamma: float = hyperparameter(64, "A and B begin with the size out^(1/4) / sqrt(gamma)")
 
     name: ClassVar[str] = "lora-ga"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-3, 2e-5, "Outsider565/LoRA-GA, example for LLaMA-2-7B; bundled: benchmarks/learning_rates.md"
+        3e-3, 2e-5, "Outsider565/LoRA-GA, example for LLaMA-2-7B; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 14.5
     use_when: ClassVar[str] = (
