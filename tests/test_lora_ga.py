@@ -380,7 +380,7 @@ def test_with_pefts_start_logits_and_gradients_are_pefts(kind: str) -> None:
 def test_what_peft_saves_is_read_if_it_was_converted_and_refused_if_not(tmp_path: Path) -> None:
     kind = "gpt2"
     theirs = in_peft(kind, some_gradients(kind), scale="stable")
-    theirs.peft_config["default"].init_lora_weights = True  # as its documentation says
+    theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "initial")
     theirs.peft_config["default"].init_lora_weights = "lora_ga"
     with torch.no_grad():
@@ -390,7 +390,9 @@ def test_what_peft_saves_is_read_if_it_was_converted_and_refused_if_not(tmp_path
     theirs.save_pretrained(tmp_path / "plain")
     theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     back = model_of(kind)
-    assert type(load_adapter(back, tmp_path / "converted")).name == "lora"
+    assert load_adapter(back, tmp_path / "converted") == LoRAGA(
+        rank=2, alpha=6, rslora=False, targets=sorted(NAMED[kind])
+    )
     torch.testing.assert_close(logits_of(back, kind), logits_of(theirs, kind), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
         load_adapter(model_of(kind), tmp_path / "plain")

@@ -119,18 +119,20 @@ def begin_with_gradients(model: nn.Module, layers: Mapping[str, LoRAGALinear], b
 
     weights: dict[str, Any] = {name: layer.base.weight for name, layer in layers.items()}
     flags, training = {name: weight.requires_grad for name, weight in weights.items()}, model.training
-    hooks = []
-    for name, weight in weights.items():
+    for weight in weights.values():
         weight.requires_grad_(True)
-        hooks.append(weight.register_post_accumulate_grad_hook(partial(factor, name)))
+    hooks = [weight.register_post_accumulate_grad_hook(partial(factor, name)) for name, weight in weights.items()]
     model.train()
-    batch = batch.to(next(iter(weights.values())).device)
-    loss = next_token_loss(model(batch.input_ids, attention_mask=batch.attention_mask), batch.labels)
-    loss.backward(inputs=list(weights.values()))  # and not to A, B and what else is trained
-    model.train(training)
-    for hook, (name, weight) in zip(hooks, weights.items(), strict=True):
-        hook.remove()
-        weight.requires_grad_(flags[name])
+    try:
+        batch = batch.to(next(iter(weights.values())).device)
+        loss = next_token_loss(model(batch.input_ids, attention_mask=batch.attention_mask), batch.labels)
+        loss.backward(inputs=list(weights.values()))  # and not to A, B and what else is trained
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+        for name, weight in weights.items():
+            weight.requires_grad_(flags[name])
     for name, (A, B) in factors.items():
         layers[name].begin(A, B)
 
@@ -218,18 +220,21 @@ class LoRAGA(PiSSA):
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
-        return config.get("init_lora_weights") == "lora_ga" and config.get("peft_type") == cls.peft_type
+        """Also a LoRA of rank 2 r that PEFT made of its own, whose `init_lora_weights` is True."""
+        begins = config.get("init_lora_weights") == "lora_ga" or config.get("lora_ga_config") is not None
+        return begins and config.get("peft_type") == cls.peft_type
 
     @classmethod
     def from_adapter(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
     ) -> tuple[LoRA, dict[str, Tensor]]:
-        if config.get("lora_ga_config") is not None:
+        config = {**config}
+        if config.pop("lora_ga_config", None) is not None and config["init_lora_weights"] == "lora_ga":
             raise ValueError(
-                f"{CONFIG_FILE} has a lora_ga_config: PEFT saved A and B without their start, which is subtracted from "
-                "the weights; save it with path_initial_model_for_weight_conversion"
+                f"{CONFIG_FILE} has init_lora_weights='lora_ga' and a lora_ga_config: PEFT saved A and B without their "
+                "start, which is subtracted from the weights; save it with path_initial_model_for_weight_conversion"
             )
-        method, both = super(PiSSA, cls).from_adapter({**config, "init_lora_weights": True}, tensors, model)
+        method, both = super(PiSSA, cls).from_adapter(config | {"init_lora_weights": True}, tensors, model)
         growth = math.sqrt(2) if method.rslora else 2
         method = replace(
             method,
