@@ -181,11 +181,10 @@ class LoRAGA(PiSSA):
 
     def before_training(self, model: nn.Module, batches: Iterable[Any], steps: int) -> None:
         """Start every layer with the gradient of the first batch, unless it has begun already."""
-        inside = unwrapped(model)
-        layers = {name: layer for name, layer in lora_ga_layers(inside).items() if not layer.lora_B.any()}
+        layers = {name: layer for name, layer in lora_ga_layers(unwrapped(model)).items() if not layer.lora_B.any()}
         batch = next(iter(batches), None)
         if layers and batch is not None:
-            begin_with_gradients(inside, layers, batch, self.gamma)
+            begin_with_gradients(model, layers, batch, self.gamma)
 
     # --- What is saved ---
 
