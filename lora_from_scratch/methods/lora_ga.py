@@ -13,7 +13,8 @@ Why these vectors: a step of gradient descent with the rate lr changes s B A, to
 
 which is a step of full fine-tuning whose G is replaced by its best approximation of rank 2 r. Any division of the
 first 2 r directions between A and B does that; PEFT calls this one "ArB2r". The scale c keeps the size of the output
-independent of the width ("stable").
+independent of the width ("stable"). In PEFT 0.21 only B has this factor, and the singular values too, so its first step
+is another one.
 
 The start cannot be computed from the pretrained weights alone, so an adapter directory contains the learned change,
 s (B A - B0 A0) = s [B, -B0] [A; A0], which is a LoRA of rank 2 r on W.
@@ -145,9 +146,9 @@ class LoRAGA(PiSSA):
     """LoRA-GA on whole linear layers of any model; see the module for the equations.
 
     `adapt` makes a LoRA that begins as usual; `before_training` computes the gradients of the first training batch and
-    starts it anew. That takes the memory of one training step on the whole batch, not divided by gradient accumulation,
-    and of one gradient (the authors' code moves each gradient to the CPU; PEFT keeps all of them). An adapter that was
-    loaded has its start already and keeps it when it is trained further.
+    starts it anew. That takes about the memory of one training step on the whole batch, without mixed precision and
+    gradient accumulation. Of the gradients only one is kept at a time (the authors' code moves each to the CPU; PEFT
+    keeps all of them). An adapter that was loaded has its start already and keeps it when it is trained further.
 
     An adapter directory is a LoRA of rank 2 r, which PEFT reads. Saved by PEFT, such an adapter is read if it was
     saved with `path_initial_model_for_weight_conversion`; otherwise the start is lost.
@@ -160,7 +161,7 @@ class LoRAGA(PiSSA):
     alpha: float = hyperparameter(16, "strength: the change is scaled by alpha / sqrt(rank)")  # as in the paper
     rslora: bool = hyperparameter(True, "multiply by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)")
     decomposition: str = field(default="svd", init=False, repr=False)  # of the gradient
-    gamma: float = hyperparameter(64, "A and B begin with the size out^(1/4) / sqrt(gamma)")
+    gamma: float = hyperparameter(64, "A and B begin with the size out^(1/4) / sqrt(gamma)")  # the authors' for rank 8
 
     name: ClassVar[str] = "lora-ga"
     learning_rates: ClassVar[LearningRates] = LearningRates(
