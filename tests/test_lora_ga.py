@@ -394,9 +394,9 @@ def test_what_peft_saves_is_read_if_it_was_converted_and_refused_if_not(tmp_path
     theirs.save_pretrained(tmp_path / "plain")
     theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     back = model_of(kind)
-    assert load_adapter(back, tmp_path / "converted") == LoRAGA(
-        rank=2, alpha=6, rslora=False, targets=sorted(NAMED[kind])
-    )
+    read = load_adapter(back, tmp_path / "converted")
+    assert isinstance(read, LoRAGA)
+    assert (read.rank, read.alpha, read.rslora, set(read.targets)) == (2, 6, False, set(NAMED[kind]))
     torch.testing.assert_close(logits_of(back, kind), logits_of(theirs, kind), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
         load_adapter(model_of(kind), tmp_path / "plain")
