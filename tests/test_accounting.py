@@ -41,6 +41,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dora", {"dropout": 0.1}),
     ("dora", {"bias": "lora_only"}),
     ("pissa", {}),
+    ("lora-ga", {}),
     ("vera", {"rank": 12}),
     ("vera", {"rank": 12, "dropout": 0.1}),
     ("ia3", {}),

@@ -123,6 +123,7 @@ FOR_LLAMA: dict[str, dict[str, Any]] = {
     "fourierft": {"n_frequency": 40},
     "qa-lora": {"rank": 2, "group_size": 4},
     "boft": {"block_size": 4},
+    "lora-ga": {"rank": 4},
     "ia3": {"targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)},
 }
 
@@ -136,7 +137,7 @@ def short_run(here: Path, output: Path, name: str, **settings: Any) -> Run:
 
 
 FITTING = [name for name, cls in method_classes().items() if not cls.needs_gpt2]
-IN_PEFT = ("dora", "pissa", "vera", "adalora", "oft", "ia3", "layernorm", "randlora", "fourierft")
+IN_PEFT = ("dora", "pissa", "vera", "adalora", "oft", "ia3", "layernorm", "randlora", "fourierft", "lora-ga")
 
 
 @pytest.mark.parametrize("name", FITTING)

@@ -24,6 +24,7 @@ from lora_from_scratch.methods.loftq import LoftQ
 from lora_from_scratch.methods.long_lora import LongLoRA
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.lora_fa import LoRAFA
+from lora_from_scratch.methods.lora_ga import LoRAGA
 from lora_from_scratch.methods.lora_plus import LoRAPlus
 from lora_from_scratch.methods.loreft import LoReFT
 from lora_from_scratch.methods.lq_lora import LQLoRA
@@ -67,6 +68,7 @@ METHODS: dict[str, Method] = {
     "lora-plus": LoRAPlus(rank=2),
     "lora-fa": LoRAFA(rank=2),
     "pissa": PiSSA(rank=2),
+    "lora-ga": LoRAGA(rank=2),
     "vera": VeRA(rank=3),
     "tied-lora": TiedLoRA(rank=2),
     "nola": NOLA(rank=2, basis=5),
