@@ -122,6 +122,7 @@ FOR_LLAMA: dict[str, dict[str, Any]] = {
     "adalora": {"rank": 3, "target_rank": 2},
     "fourierft": {"n_frequency": 40},
     "qa-lora": {"rank": 2, "group_size": 4},
+    "lq-lora": {"fisher_batches": 2},
     "boft": {"block_size": 4},
     "lora-ga": {"rank": 4},
     "ia3": {"targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)},

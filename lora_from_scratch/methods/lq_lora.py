@@ -337,17 +337,17 @@ class LQLoRA(QuantizedLoRA):
     @torch.no_grad()
     def before_training(self, model: Any, batches: Iterable[Any], steps: int) -> None:
         """With `fisher_batches`: find out what each weight counts, and fit everything anew."""
-        model = unwrapped(model)
-        dense = model.__dict__.pop(_WAITING, None)
+        inside = unwrapped(model)
+        dense = inside.__dict__.pop(_WAITING, None)
         if dense is None:
             return
-        in_place = {name: model.get_submodule(name) for name in dense}
-        inject_lora(model, dense)
+        in_place = {name: inside.get_submodule(name) for name in dense}
+        inject_lora(inside, dense)
         try:
             weighting = fisher_weighting(model, dense, islice(batches, self.fisher_batches))
         finally:
-            inject_lora(model, in_place)
-        self._fit(model, dense, weighting)
+            inject_lora(inside, in_place)
+        self._fit(inside, dense, weighting)
 
     def _uninstall(self, model: nn.Module) -> None:
         super()._uninstall(model)
