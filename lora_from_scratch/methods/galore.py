@@ -199,7 +199,7 @@ class GaLore(WrapsLayers):
     learning_rates: ClassVar[LearningRates] = LearningRates(
         3e-2, 5e-4, "RoBERTa on GLUE in jiaweizzhao/GaLore, 3e-5 with alpha 4; bundled: benchmarks/learning_rates.md"
     )
-    position: ClassVar[float] = 19
+    position: ClassVar[float] = 18.7
     use_when: ClassVar[str] = (
         "you would train the whole weights, and the optimiser's state does not fit in memory; what is saved is as "
         "large as the adapted weights"
