@@ -174,9 +174,9 @@ class GaLore(WrapsLayers):
     - By default only the projected weights are trained, as with the other methods here. The authors train all other
       parameters too, in full, as `rest=True` does: their learning rate is that of the run, without alpha.
     - In steps 0, T, 2 T, ... P is computed from the gradient of the whole batch of that step, in an additional pass
-      without autocast and dropout. It needs more memory than the step itself, which is what `predicted_memory` predicts:
-      one full gradient at a time, the activations of full fine-tuning, and all of them at once even if the run divides
-      its batches (`accumulation`) or recomputes activations.
+      without autocast and dropout. `predicted_memory` is that of the other steps; this pass needs more: one full
+      gradient at a time, the activations of full fine-tuning, and all of them at once even if the run divides its
+      batches (`accumulation`) or recomputes activations.
     - Weight decay acts on R, the change since P was last replaced. (Algorithm 2 has none; the authors' code decays W.)
       Clipping sees the projected gradients.
     - `undo` needs a copy of the projected weights; with `keep_base=False` there is no copy, and `undo` is not possible.
