@@ -172,7 +172,8 @@ class GaLore(WrapsLayers):
     """GaLore on whole linear layers of any model; see the module for the algorithm.
 
     - By default only the projected weights are trained, as with the other methods here. The authors train all other
-      parameters too, in full, as `rest=True` does: their learning rate is that of the run, without alpha.
+      parameters too, in full, as `rest=True` does. Their learning rate is that of the run, without alpha, so it must
+      be as small as for full fine-tuning, and alpha larger: the authors' value for fine-tuning is 4.
     - In steps 0, T, 2 T, ... P is computed from the gradient of the whole batch of that step, in an additional pass
       without autocast and dropout. `predicted_memory` is that of the other steps; this pass needs more: one full
       gradient at a time, the activations of full fine-tuning, and all of them at once even if the run divides its
