@@ -64,6 +64,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("fourierft", {"n_frequency": 20, "targets": ("c_attn",)}),
     ("adalora", {"rank": 4, "target_rank": 2}),
     ("lora-fa", {}),
+    ("galore", {}),
+    ("galore", {"rest": True, "keep_base": False}),
     ("relora", {"dropout": 0.1}),
     ("relora", {"keep_base": False}),
     ("remora", {"dropout": 0.1}),

@@ -14,6 +14,7 @@ from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.adapters import Adapter, AdapterAfter
 from lora_from_scratch.methods.bitfit import BitFit
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.galore import GaLore
 from lora_from_scratch.methods.loftq import LoftQ
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.method import Method, adaptation_of
@@ -37,6 +38,7 @@ METHODS: dict[str, Method] = {
     "bitfit": BitFit(),
     "two biases": BitFit(variant="two"),
     "full": FullFineTuning(),
+    "galore": GaLore(rank=2, rest=True),
 }
 DOES_NOT_FIT = {("llama", "bitfit"), ("llama", "two biases"), ("qwen2", "two biases"), ("gpt-neox", "two biases")}
 CASES = [(kind, name) for kind in ARCHITECTURES for name in METHODS if (kind, name) not in DOES_NOT_FIT]

@@ -16,6 +16,7 @@ from lora_from_scratch.methods.boft import BOFT
 from lora_from_scratch.methods.dora import DoRA
 from lora_from_scratch.methods.fourierft import FourierFT
 from lora_from_scratch.methods.full_finetuning import FullFineTuning
+from lora_from_scratch.methods.galore import GaLore
 from lora_from_scratch.methods.glora import GLoRA
 from lora_from_scratch.methods.ia3 import IA3
 from lora_from_scratch.methods.layernorm_tuning import LayerNormTuning
@@ -54,6 +55,8 @@ from tests.test_method import assert_same
 
 METHODS: dict[str, Method] = {
     "full": FullFineTuning(),
+    "galore": GaLore(rank=2),
+    "galore, and the rest": GaLore(rank=2, rest=True),
     "lora": LoRA(rank=2, targets="all-linear"),
     "lora on parts": LoRA(rank=2, targets=("c_attn.q", "c_attn.v")),
     "qlora": QLoRA(rank=2, targets=("c_attn",)),
