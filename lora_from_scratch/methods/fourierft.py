@@ -152,7 +152,7 @@ class FourierFT(WrapsLayers):
     name: ClassVar[str] = "fourierft"
     peft_type: ClassVar[str] = "FOURIERFT"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        1e-1, 2e-2, "GPT-2 medium on E2E (Gao et al. 2024, table 10); bundled: benchmarks/learning_rates.md"
+        3e-1, 2e-2, "GPT-2 medium on E2E (Gao et al. 2024, table 10); bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 15.3
     use_when: ClassVar[str] = (

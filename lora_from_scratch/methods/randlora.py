@@ -176,7 +176,7 @@ class RandLoRA(VeRA):
     name: ClassVar[str] = "randlora"
     peft_type: ClassVar[str] = "RANDLORA"
     learning_rates: ClassVar[LearningRates] = LearningRates(
-        3e-3, 1e-4, "LLaMA-3.2-3B in PEFT's method_comparison; bundled: benchmarks/learning_rates.md"
+        1e-3, 1e-4, "LLaMA-3.2-3B in PEFT's method_comparison; bundled: benchmarks/learning_rates.md"
     )
     position: ClassVar[float] = 15.3
     use_when: ClassVar[str] = (
