@@ -24,9 +24,11 @@ from benchmarks.lora_vs_peft import MiB, base_model, paired_times, saved_activat
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.methods.adalora import AdaLoRA
 from lora_from_scratch.methods.dora import DoRA
+from lora_from_scratch.methods.fourierft import FourierFT
 from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.lora_fa import LoRAFA
 from lora_from_scratch.methods.method import Method
+from lora_from_scratch.methods.randlora import RandLoRA
 from lora_from_scratch.methods.vera import VeRA
 from lora_from_scratch.support.files import write_atomically
 
@@ -34,6 +36,8 @@ METHODS: dict[str, Method] = {
     "DoRA, dropout 0.1": DoRA(rank=8, alpha=16, dropout=0.1),
     "VeRA, r = 256": VeRA(),
     "AdaLoRA, r = 12": AdaLoRA(),
+    "RandLoRA, r = 32": RandLoRA(),
+    "FourierFT, n = 1000": FourierFT(),
 }
 STEPS = 1000  # of the run that the measured steps of AdaLoRA belong to
 PLACE = Path(__file__).with_suffix(".md")

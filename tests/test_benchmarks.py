@@ -146,7 +146,8 @@ def test_the_family_and_peft_take_the_same_step(
     more = ("--batch", "2", "--tokens", "16", "--output", str(tmp_path / "table.md"))
     run("benchmarks.family_vs_peft", *TINY, *more, monkeypatch=monkeypatch)
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| (DoRA|VeRA|AdaLoRA), .* \|$", table, re.MULTILINE) == ["DoRA", "VeRA", "AdaLoRA"]
+    rows = re.findall(r"^\| (\w+), .* \|$", table, re.MULTILINE)
+    assert rows == ["DoRA", "VeRA", "AdaLoRA", "RandLoRA", "FourierFT"]
     assert "a ratio of 0." in table
 
 

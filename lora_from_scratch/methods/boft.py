@@ -132,8 +132,8 @@ class BOFT(WrapsLayers):
     learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 4e-4, "as OFT; bundled: benchmarks/learning_rates.md")
     position: ClassVar[float] = 24.1
     use_when: ClassVar[str] = (
-        "the angles between the neurons of each layer should stay what they were and OFT takes too many parameters; "
-        "it has not been compared with LoRA at tuned rates here yet"
+        "the angles between the neurons of each layer should stay what they were, and OFT has too many parameters; "
+        "each factor costs memory for activations"
     )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"boft"})

@@ -157,7 +157,7 @@ class FourierFT(WrapsLayers):
     position: ClassVar[float] = 15.3
     use_when: ClassVar[str] = (
         "thousands of adapters have to be stored, a few kilobytes for each layer whatever its size; merge it before "
-        "use, because each forward pass computes the whole update. It has not been compared at tuned rates here yet"
+        "use, because each forward pass computes the whole update"
     )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"fourierft"})

@@ -27,7 +27,7 @@ have decayed: m after about 10 steps, v after about 1000, which is longer than T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any, ClassVar
@@ -36,14 +36,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import next_token_loss
 from lora_from_scratch.linear_algebra.rank import check_rank
 from lora_from_scratch.methods.lora import LoRALinear
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.placement import WHOLE_LAYERS, check_ranks_and_alphas, find_targets
 from lora_from_scratch.methods.relora import absorb, weight_without_change
+from lora_from_scratch.methods.weight_gradients import visit_weight_gradients
 from lora_from_scratch.methods.wrapped_layers import WrapsLayers
-from lora_from_scratch.support.linear_layers import dense, in_and_out, is_conv1d, refuse_tied
+from lora_from_scratch.support.linear_layers import dense, in_and_out, refuse_tied
 from lora_from_scratch.support.wrapped import unwrapped
 
 BATCHES = "galore_batches"  # attribute of an adapted model: the `Batches` of its run
@@ -115,8 +115,8 @@ class GaLoreLinear(LoRALinear):
 def projections(model: nn.Module, layers: Mapping[str, GaLoreLinear], batch: Any) -> dict[str, Tensor]:
     """P of each layer, from the gradient of a batch's loss with respect to its W.
 
-    It takes a forward and a backward pass. Each gradient is replaced by its P as soon as it exists, so there is never
-    more than one of them. A gradient that is not finite gives no P; the training loop reports it.
+    It takes a pass of its own (`visit_weight_gradients`), without dropout, so that all processes of a distributed run
+    get the same P. A gradient that is not finite gives no P; the training loop reports it.
 
     Args:
         model: maps `input_ids` to logits; contains the layers.
@@ -124,29 +124,11 @@ def projections(model: nn.Module, layers: Mapping[str, GaLoreLinear], batch: Any
     """
     found: dict[str, Tensor] = {}
 
-    def project(name: str, layer: GaLoreLinear) -> Callable[[Tensor], None]:
-        def hook(weight: Tensor) -> None:
-            assert weight.grad is not None
-            gradient = weight.grad.T if is_conv1d(layer.base) else weight.grad  # (out, in)
-            if gradient.isfinite().all():
-                found[name] = projection(gradient, layer.rank)
-            weight.grad = None
+    def project(name: str, G: Tensor) -> None:
+        if G.isfinite().all():
+            found[name] = projection(G, layers[name].rank)
 
-        return hook
-
-    weights: list[Any] = [dense(layer.base).requires_grad_(True) for layer in layers.values()]
-    hooks = [dense(layer.base).register_post_accumulate_grad_hook(project(n, layer)) for n, layer in layers.items()]
-    training = model.training
-    model.eval()  # without dropout, so that all processes of a distributed run get the same P
-    try:
-        with torch.enable_grad():
-            logits = model(batch.input_ids, attention_mask=batch.attention_mask)
-            next_token_loss(logits, batch.labels).backward(inputs=weights)
-    finally:
-        model.train(training)
-        for weight, hook in zip(weights, hooks, strict=True):
-            hook.remove()
-            weight.requires_grad_(False)
+    visit_weight_gradients(model, {name: layer.base for name, layer in layers.items()}, batch, project)
     return found
 
 
@@ -204,7 +186,7 @@ class GaLore(WrapsLayers):
     position: ClassVar[float] = 18.7
     use_when: ClassVar[str] = (
         "you would train the whole weights, and the optimiser's state does not fit in memory; what is saved is as "
-        "large as the adapted weights"
+        "large as the adapted weights, and on story cards LoRA of the same rank learned more (docs/atlas.md)"
     )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"galore"})
@@ -238,8 +220,7 @@ class GaLore(WrapsLayers):
         batches, steps = unwrapped(model).__dict__[BATCHES]
         if step < steps:
             layers = self.layers(model)
-            batch = batches.at(step).to(next(model.parameters()).device)
-            for name, P in projections(model, layers, batch).items():
+            for name, P in projections(model, layers, batches.at(step)).items():
                 layers[name].change_subspace(P)
 
     def training_state(self, model: nn.Module) -> dict[str, Tensor]:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from random import Random
 from typing import Any, ClassVar
 
@@ -33,13 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_from_scratch.gpt2.config import GPT2Config
-from lora_from_scratch.gpt2.model import next_token_loss
 from lora_from_scratch.linear_algebra.rank import check_rank
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
 from lora_from_scratch.methods.lora import LoRA, LoRALinear, delta_weight, lora_layers
 from lora_from_scratch.methods.method import LearningRates, hyperparameter
 from lora_from_scratch.methods.pissa import PiSSA, PiSSALinear, as_lora
 from lora_from_scratch.methods.placement import random_targets
+from lora_from_scratch.methods.weight_gradients import visit_weight_gradients
 from lora_from_scratch.support.linear_layers import in_and_out, is_conv1d
 from lora_from_scratch.support.wrapped import unwrapped
 
@@ -99,11 +98,9 @@ class LoRAGALinear(PiSSALinear):
 
 
 def begin_with_gradients(model: nn.Module, layers: Mapping[str, LoRAGALinear], batch: Any, gamma: float) -> None:
-    """Start these layers with the gradients of the loss on a batch.
+    """Start these layers with the gradients of the loss on a batch (`visit_weight_gradients`).
 
-    One forward and one backward pass in training mode, in the precision of the weights. Each gradient is factored as
-    soon as it is complete and then freed, so the gradients of all weights are never in memory together. A layer that
-    the batch does not reach begins as a LoRA.
+    A layer that the batch does not reach begins as a LoRA.
 
     Args:
         model: maps `input_ids` to logits.
@@ -112,28 +109,10 @@ def begin_with_gradients(model: nn.Module, layers: Mapping[str, LoRAGALinear], b
     """
     factors: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def factor(name: str, weight: Tensor) -> None:
-        layer, gradient = layers[name], weight.grad
-        assert gradient is not None
-        factors[name] = gradient_factors(gradient.T if is_conv1d(layer.base) else gradient, layer.rank, gamma)
-        weight.grad = None
+    def factor(name: str, G: Tensor) -> None:
+        factors[name] = gradient_factors(G, layers[name].rank, gamma)
 
-    weights: dict[str, Any] = {name: layer.base.weight for name, layer in layers.items()}
-    flags, training = {name: weight.requires_grad for name, weight in weights.items()}, model.training
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    hooks = [weight.register_post_accumulate_grad_hook(partial(factor, name)) for name, weight in weights.items()]
-    model.train()
-    try:
-        batch = batch.to(next(iter(weights.values())).device)
-        loss = next_token_loss(model(batch.input_ids, attention_mask=batch.attention_mask), batch.labels)
-        loss.backward(inputs=list(weights.values()))  # and not to A, B and what else is trained
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-        for name, weight in weights.items():
-            weight.requires_grad_(flags[name])
+    visit_weight_gradients(model, {name: layer.base for name, layer in layers.items()}, batch, factor)
     for name, (A, B) in factors.items():
         layers[name].begin(A, B)
 
@@ -169,8 +148,8 @@ class LoRAGA(PiSSA):
     )
     position: ClassVar[float] = 14.5
     use_when: ClassVar[str] = (
-        "the first steps should move the weights as full fine-tuning would; it has not been compared with LoRA at "
-        "tuned rates here yet"
+        "the first steps should move the weights as full fine-tuning would; on story cards it was not ahead of LoRA, "
+        "and forgot more (docs/atlas.md)"
     )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"lora-ga"})
     layer: ClassVar[type[LoRALinear]] = LoRAGALinear

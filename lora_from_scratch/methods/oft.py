@@ -201,8 +201,8 @@ class OFT(WrapsLayers):
     )
     position: ClassVar[float] = 24
     use_when: ClassVar[str] = (
-        "the angles between the neurons of each layer should stay what they were; it has not been compared with LoRA "
-        "at tuned rates here yet"
+        "the angles between the neurons of each layer should stay what they were; on story cards it learned as well "
+        "as LoRA, and forgot more (docs/atlas.md)"
     )
     can_merge: ClassVar[bool] = True
     only_on_request: ClassVar[frozenset[str]] = frozenset({"oft"})

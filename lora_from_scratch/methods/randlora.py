@@ -180,8 +180,8 @@ class RandLoRA(VeRA):
     )
     position: ClassVar[float] = 15.3
     use_when: ClassVar[str] = (
-        "the change of a weight should not be limited to a low rank, with as few parameters as a LoRA has; it has "
-        "not been compared with other methods at tuned rates here yet"
+        "there may be only few parameters, and the change of a weight should not be limited to a low rank; on story "
+        "cards it came close to LoRA with a quarter of its parameters (docs/atlas.md)"
     )
     only_on_request: ClassVar[frozenset[str]] = frozenset({"randlora"})
     layer: ClassVar[type[nn.Module]] = RandLoRALinear

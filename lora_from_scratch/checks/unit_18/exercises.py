@@ -167,7 +167,7 @@ def allocation_cases(draw: Draw) -> Iterator[Case]:
     far = [torch.tensor([9.0, 8.0, 7.0]), torch.tensor([1.0, 2.0, 3.0])]
     yield case("one matrix is far more important, budget 3", far, 3, all_or_none, best)
     yield case("matrices with 2, 5 and 1 triplets, budget 4", distinct(2, 5, 1), 4, sizes, masks)
-    yield case("all scores are zero, budget 2", [torch.zeros(2), torch.zeros(3)], 2, exactly, ties)
+    yield case("all scores are zero, budget 2", [torch.zeros(2), torch.zeros(3)], 2, ties, exactly)
     equal = [torch.tensor([1.0, 3.0, 1.0]), torch.tensor([3.0, 1.0, 3.0])]
     yield case("many equal scores, budget 2", equal, 2, ties, exactly)
     yield case("many equal scores, budget 5", equal, 5, ties, exactly)
