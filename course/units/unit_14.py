@@ -75,7 +75,7 @@ for brief, words in BRIEFS.items():
 # references are not in this notebook. The entry with the best BLEU within the budget leads the leaderboard.
 #
 # The limits are shares of what full fine-tuning of the same model costs. The table below lists the costs of every
-# method in this course with its tuned settings. Nothing is trained for this table: shapes are enough (unit 00).
+# method in the library with its tuned settings. Nothing is trained for this table: shapes are enough (unit 00).
 
 # %%
 methods = contestants()
@@ -88,9 +88,11 @@ for name, cost in costs.items():
 
 # %% [markdown]
 # There are four kinds of cost, and each ranks the methods differently. NOLA trains the fewest numbers, and PEZ stores the
-# fewest bytes, the ids of its tokens. Prompts add much work, because they are prepended to every text; VeRA adds even more
-# as long as it is not merged. A prefix trains an MLP that is discarded afterwards (unit 06), so it stores less than it
-# trains. QLoRA saves memory and nothing else. "Parameter-efficient" describes only one column.
+# fewest bytes, the ids of its tokens. Prompts add much work, because they are prepended to every text; VeRA and RandLoRA
+# add even more as long as they are not merged. A prefix trains an MLP that is discarded afterwards (unit 06), so it stores
+# less than it trains. QLoRA saves memory and nothing else. (The memory is that of a usual step. GaLore and LoRA-GA need
+# more for the few steps in which they compute gradients of whole weights.) "Parameter-efficient" describes only one
+# column.
 
 # %% exercise="over_budget"
 
