@@ -212,7 +212,8 @@ def test_bad_hyperparameters_are_refused(fields: dict[str, Any], message: str) -
 def test_at_the_start_q_has_a_gradient_everywhere() -> None:
     layer = OFTLinear(nn.Linear(8, 5), 4)
     layer(torch.randn(6, 8)).square().sum().backward()
-    assert (layer.oft_R.grad != 0).all()
+    assert layer.oft_R.grad is not None
+    assert layer.oft_R.grad.count_nonzero() == layer.oft_R.numel()
 
 
 def test_it_rotates_the_inputs_of_a_quantised_layer_and_cannot_be_merged_there() -> None:
@@ -345,8 +346,7 @@ def test_pefts_default_is_not_orthogonal() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_peft_never_applies_its_dropout_so_that_an_adapter_with_it_is_read(tmp_path: Path) -> None:
-    fields = {"oft_block_size": 8, "use_cayley_neumann": False, "module_dropout": 0.9}
-    theirs = written_by_peft(tmp_path, **fields)
+    theirs = written_by_peft(tmp_path, oft_block_size=8, use_cayley_neumann=False, module_dropout=0.9)
     back = model_of("llama")
     load_adapter(back, tmp_path)
     torch.testing.assert_close(logits_of(back, "llama"), logits_of(theirs, "llama"), atol=1e-5, rtol=1e-5)

@@ -59,9 +59,10 @@ def test_a_layer_adds_the_sum_of_the_paper(inputs: int, outputs: int, rank: int,
         total += B_j @ torch.diag(layer.randlora_lambda[:, j]) @ A @ torch.diag(layer.randlora_gamma[j])
     expected = 3 * (total if inputs <= outputs else total.T)
     torch.testing.assert_close(change_of(layer), expected.detach())
-    W = layer.base.weight.clone()
+    weight: Any = layer.base.weight
+    W = weight.clone()
     layer.merge()
-    torch.testing.assert_close(layer.base.weight - W, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weight - W, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(6, 9), (9, 6), (6, 6)])
