@@ -17,6 +17,7 @@ from lora_from_scratch.finetune.training import Batch, Trainer, TrainingSettings
 from lora_from_scratch.gpt2.model import GPT2, next_token_loss
 from lora_from_scratch.methods import lora_ga
 from lora_from_scratch.methods.adapter_files import CONFIG_FILE
+from lora_from_scratch.methods.lora import LoRA
 from lora_from_scratch.methods.lora_ga import LoRAGA, LoRAGALinear, gradient_factors, lora_ga_layers
 from lora_from_scratch.methods.method import adaptation_of
 from lora_from_scratch.methods.registry import load_adapter
@@ -426,3 +427,14 @@ def test_a_layer_holds_twice_its_factors_and_trains_them_once() -> None:
     layer = LoRAGALinear(nn.Linear(8, 6), rank=2)
     assert sum(p.numel() for p in layer.parameters() if p is layer.lora_A or p is layer.lora_B) == 2 * (8 + 6)
     assert {name for name, _ in layer.named_buffers()} == {"start_A", "start_B"}
+
+
+def test_a_directory_with_an_odd_rank_is_refused(tmp_path: Path) -> None:
+    method = LoRA(rank=3, targets=("c_attn",))
+    model = tiny_model()
+    method.adapt(model)
+    method.save(model, tmp_path)
+    file = tmp_path / CONFIG_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "lora_ga"}))
+    with pytest.raises(ValueError, match=r"c_attn must be even, half of it for the start, got 3"):
+        load_adapter(tiny_model(), tmp_path)

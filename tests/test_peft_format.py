@@ -196,7 +196,7 @@ def test_every_field_of_pefts_own_configuration_is_known_and_refused_when_it_wou
     written = json.loads((tmp_path / CONFIG_FILE).read_text())
     for name, value in [
         ("bias", "some"),
-        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "corda"),
         ("target_parameters", ["w"]),
         ("ensure_weight_tying", True),
         ("kasa_config", {"beta": 1}),

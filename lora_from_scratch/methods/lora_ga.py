@@ -225,6 +225,8 @@ class LoRAGA(PiSSA):
         state = {}
         for name, tensor in both.items():
             place, _, part = name.rpartition(".")
+            if part == "lora_A" and len(tensor) % 2:
+                raise ValueError(f"the rank of {place} must be even, half of it for the start, got {len(tensor)}")
             if part == "lora_A":
                 state[name], state[f"{place}.start_A"] = tensor.tensor_split(2)
             elif part == "lora_B":

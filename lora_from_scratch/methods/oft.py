@@ -170,9 +170,8 @@ class OFTLinear(nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put W back, bit for bit."""
-        if self._unmerged is not None:
-            self.base.weight.data = self._unmerged
-            self._unmerged = None
+        if (W := self._unmerged) is not None:
+            dense(self.base).data, self._unmerged = W, None
 
     def extra_repr(self) -> str:
         share = ", block_share=True" if self.block_share else ""
