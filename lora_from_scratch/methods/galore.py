@@ -12,13 +12,13 @@ one subspace; with several subspaces the total change may have any rank.
 
 The same algorithm can be written as a LoRA. Let R: (r, in) be a trained matrix that starts at zero, and
 
-    y = (W + P R) x + b        dL/dR = P^T G,   so Adam on R alone, with the learning rate lr alpha, changes W + P R
-                               by -lr alpha P N
+    y = (W + P R) x + b        dL/dR = P^T G
 
-which is GaLore's step. Every T steps P R is added to W, R is set to zero, and P is replaced. So **GaLore is a LoRA with
-one frozen factor, which comes from the gradient, merged every T steps**. It is implemented like this here. Compared to
-projecting the full gradient, G is computed only once every T steps, and where out > in, the backward pass needs r
-numbers of each token instead of in, as in LoRA-FA.
+so Adam on R alone, with the learning rate lr alpha, changes W + P R by -lr alpha P N, which is GaLore's step. Every T
+steps P R is added to W, R is set to zero, and P is replaced. So **GaLore is a LoRA with one frozen factor, which comes
+from the gradient, merged every T steps**. It is implemented like this here. Compared to projecting the full gradient, G
+is computed only once every T steps, and where out > in, the backward pass needs r numbers of each token instead of in,
+as in LoRA-FA.
 
 **Adam's moments are not converted when P changes.** They are those of R's coordinates, which now belong to other
 directions of W, and even the sign of a singular vector is arbitrary. So m and v describe the old subspace until they
